@@ -1,0 +1,60 @@
+"""Runs apoq's migrations against the database that the command line, the environment or alembic.ini names."""
+
+import os
+
+from alembic import context
+from sqlalchemy import Connection, create_engine
+from sqlalchemy.pool import NullPool
+
+from apoq.databases import database_url
+from apoq.migrations import VERSION_TABLE, adopt, lock
+from apoq.model import Base
+
+
+def url():
+    found = (
+        context.get_x_argument(as_dictionary=True).get("url")
+        or os.environ.get("APOQ_DATABASE_URL")
+        or os.environ.get("DATABASE_URL")
+        or context.config.get_main_option("sqlalchemy.url")
+    )
+    if not found:
+        message = "which database? Set DATABASE_URL, or call `alembic -x url=postgresql://… upgrade head`"
+        raise SystemExit(message)
+    return database_url(found)
+
+
+def include_name(name, type_, _parents):
+    # Other tables in the same database are somebody else's.
+    return type_ != "table" or name in Base.metadata.tables
+
+
+def configure(**options) -> None:
+    context.configure(
+        target_metadata=Base.metadata,
+        version_table=VERSION_TABLE,
+        include_name=include_name,
+        compare_server_default=True,
+        **options,
+    )
+
+
+def run(connection: Connection) -> None:
+    configure(connection=connection)
+    with context.begin_transaction():
+        lock(connection)
+        adopt(connection)
+        context.run_migrations()
+
+
+if context.is_offline_mode():
+    configure(url=url().render_as_string(hide_password=False), literal_binds=True)
+    with context.begin_transaction():
+        context.run_migrations()
+elif (given := context.config.attributes.get("connection")) is not None:
+    run(given)
+else:
+    engine = create_engine(url(), poolclass=NullPool)
+    with engine.connect() as connection:
+        run(connection)
+        connection.commit()

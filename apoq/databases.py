@@ -1,0 +1,73 @@
+"""Which databases apoq works on, and engines of its own for them."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from sqlalchemy import Dialect, Engine, create_engine
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.pool import QueuePool
+
+from apoq.errors import UnsupportedDatabase
+
+_SPELLINGS = {"postgres", "postgresql", "postgresql+psycopg", "postgresql+psycopg_async"}
+_DRIVERS = {"psycopg", "psycopg_async"}
+
+
+def database_url(url: str | URL) -> URL:
+    """Read a PostgreSQL URL in any of its usual spellings, ready for ``sqlalchemy.create_engine``.
+
+    ``postgres://``, ``postgresql://`` and ``postgresql+psycopg://`` all mean psycopg 3, whatever the
+    SQLAlchemy version takes for its default driver.
+
+    Raises `UnsupportedDatabase` for any other database or driver.
+    """
+    parsed = make_url(url)
+    if parsed.drivername not in _SPELLINGS:
+        raise UnsupportedDatabase(
+            f"apoq works on PostgreSQL through psycopg 3, not on {parsed.drivername!r}: "
+            "give a URL that starts with postgresql://"
+        )
+    return parsed.set(drivername="postgresql+psycopg")
+
+
+def check_dialect(dialect: Dialect) -> None:
+    """Raise `UnsupportedDatabase` unless an engine or a session is on PostgreSQL, through psycopg 3."""
+    if dialect.name != "postgresql" or dialect.driver not in _DRIVERS:
+        raise UnsupportedDatabase(
+            f"apoq works on PostgreSQL through psycopg 3, and this is {dialect.name}+{dialect.driver}: "
+            "create the engine with a postgresql+psycopg:// URL"
+        )
+
+
+def own_engine(engine: Engine) -> Engine:
+    """Make an engine to the same database whose few connections are apoq's own.
+
+    Made the way the caller's are, and apart from them: a full pool, a pool of a single connection, or one
+    that is at another isolation level doesn't matter to it. READ COMMITTED, for at a higher level claims
+    would fail on each other (40001); no named prepared statements, for a pooler such as PgBouncer in
+    transaction mode hands each transaction to another session.
+    """
+    if engine.dialect.is_async:
+        # An asyncio driver can't be used from threads; the same URL reaches the same database.
+        engine = create_engine(database_url(engine.url))
+    source = engine.pool.recreate()
+
+    def connect() -> DBAPIConnection:
+        # Through the pool, for its "connect" events may set what the tables are found by: the search_path.
+        pooled = source.connect()
+        connection: Any = pooled.driver_connection
+        pooled.detach()
+        connection.prepare_threshold = None
+        return cast("DBAPIConnection", connection)
+
+    return create_engine(
+        "postgresql+psycopg://", creator=connect, poolclass=QueuePool, isolation_level="READ COMMITTED"
+    )
+
+
+def async_twin(engine: Engine) -> AsyncEngine:
+    """Make an `AsyncEngine` to the database of an `Engine`."""
+    return create_async_engine(database_url(engine.url))

@@ -1,0 +1,51 @@
+"""The errors that apoq raises.
+
+.. code-block:: text
+
+    ApoqError
+    ├── InvalidTask            (ValueError)   a type, data or an option that no task can have
+    │   └── InvalidData                       data that jsonb can't hold; `path` says where
+    ├── InvalidProcessor       (ValueError)   a processor, or its retry options, that can't be used
+    ├── UnsupportedDatabase    (TypeError)    not PostgreSQL, or not through psycopg 3
+    ├── UnsupportedSession     (TypeError)    not something that a task can be added through
+    ├── NotPrepared                           apoq's tables are missing, or at another version
+    └── SessionMisused                        `task.session` was committed by the processor
+"""
+
+from __future__ import annotations
+
+
+class ApoqError(Exception):
+    """Every error of apoq's own."""
+
+
+class InvalidTask(ApoqError, ValueError):
+    """A type, data or an option that no task can have; no row was written."""
+
+
+class InvalidData(InvalidTask):
+    """Data that PostgreSQL's jsonb can't hold; `path` says where, as in ``data['user']['joined']``."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+        self.path = path
+
+
+class InvalidProcessor(ApoqError, ValueError):
+    """A processor that can't be configured: its type has one already, or its options make no sense."""
+
+
+class UnsupportedDatabase(ApoqError, TypeError):
+    """A database other than PostgreSQL, or a driver other than psycopg 3."""
+
+
+class UnsupportedSession(ApoqError, TypeError):
+    """Something that a task can't be added through."""
+
+
+class NotPrepared(ApoqError):
+    """apoq's tables are missing, or at another version than this library's."""
+
+
+class SessionMisused(ApoqError):
+    """A processor committed ``task.session``, which the worker commits together with the completion."""

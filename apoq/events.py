@@ -1,0 +1,54 @@
+"""What a worker tells about its tasks."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any, Final
+
+logger = logging.getLogger(__name__)
+
+COMPLETED: Final = "task.completed"
+FAILED: Final = "task.failed"
+RETRIED: Final = "task.retried"
+
+NAMES: Final = (COMPLETED, FAILED, RETRIED)
+
+
+class Events:
+    """The events of one worker, and who listens to them.
+
+    ============== ================ ============================================================
+    event          listener gets    emitted
+    ============== ================ ============================================================
+    task.completed ``task``         after the completion has committed
+    task.failed    ``task, error``  after a final failure has committed
+    task.retried   ``task, error``  after a failure that will be tried again has committed
+    ============== ================ ============================================================
+
+    `task` is a `Task` as it stands in the database, in no session. Listeners run on the worker's
+    threads, one after the other: keep them short. One that raises is logged and hurts nothing.
+    """
+
+    def __init__(self) -> None:
+        self._listeners: dict[str, list[Callable[..., Any]]] = {name: [] for name in NAMES}
+
+    def on(self, name: str, listener: Callable[..., Any]) -> None:
+        """Call `listener` at each event of this name, from now on."""
+        if name not in self._listeners:
+            raise ValueError(f"there is no event {name!r}: it is one of {', '.join(NAMES)}")
+        if not callable(listener):
+            raise TypeError(f"a listener is a function, not {listener!r}")
+        self._listeners[name].append(listener)
+
+    def heard(self, name: str) -> bool:
+        """Tell whether anybody listens."""
+        return bool(self._listeners[name])
+
+    def emit(self, name: str, *arguments: object) -> None:
+        """Call the listeners of this name in the order in which they came."""
+        for listener in self._listeners[name]:
+            try:
+                listener(*arguments)
+            except Exception:
+                logger.exception("a listener of %s raised; the task is not affected", name)

@@ -1,0 +1,152 @@
+"""After a caller's commit, wake the workers.
+
+A hint is only ever that: it may come early, twice or never, and nothing depends on it. It travels after the
+commit and on a connection of its own, because commits that notify wait for each other, one by one.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import threading
+import time
+from typing import Final
+from weakref import WeakKeyDictionary
+
+from sqlalchemy import Connection, Engine, event
+from sqlalchemy.engine import RootTransaction
+from sqlalchemy.orm import Session
+
+from apoq.databases import own_engine
+from apoq.statements.hint import hint
+
+logger = logging.getLogger(__name__)
+
+LINGER: Final = 5.0
+"""Seconds without a hint after which the thread ends and its connection is closed."""
+
+GAP: Final = 0.002
+"""Seconds between two rounds, so that a burst of commits costs few notifications."""
+
+PATIENCE: Final = 1.0
+"""Seconds for which a hint waits for a commit to come through."""
+
+_KEY: Final = "apoq.hints"
+
+
+def hint_after_session_commit(session: Session, engine: Engine, payload: str) -> None:
+    """Wake a queue's workers once the session's transaction has committed."""
+    if _KEY not in session.info:
+        session.info[_KEY] = set()
+        event.listen(session, "after_commit", _session_committed)
+    session.info[_KEY].add((engine, payload))
+
+
+def _session_committed(session: Session) -> None:
+    if session.in_nested_transaction():
+        return  # a savepoint was released; the commit is still to come
+    waiting: set[tuple[Engine, str]] = session.info[_KEY]
+    for engine, payload in waiting:
+        _hinter(engine).send(payload)
+    waiting.clear()
+
+
+def hint_after_connection_commit(connection: Connection, payload: str) -> None:
+    """Wake a queue's workers once the connection's transaction has committed."""
+    if connection not in _waiting:
+        _waiting[connection] = set()
+        event.listen(connection, "commit", _connection_commits)
+    _waiting[connection].add(payload)
+
+
+def _connection_commits(connection: Connection) -> None:
+    # SQLAlchemy tells before it commits, so the hint watches for the end of the transaction.
+    for payload in _waiting[connection]:
+        _hinter(connection.engine).send(payload, connection.get_transaction())
+    _waiting[connection].clear()
+
+
+class Hinter:
+    """Sends an engine's hints, from a thread that runs while there are any."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = own_engine(engine).execution_options(isolation_level="AUTOCOMMIT")
+        self._lock = threading.Lock()
+        self._woken = threading.Event()
+        self._pending: dict[str, RootTransaction | None] = {}
+        self._thread: threading.Thread | None = None
+
+    def send(self, payload: str, transaction: RootTransaction | None = None) -> None:
+        """Send a hint soon: when the transaction is over, if one is given. Never waits, never raises."""
+        with self._lock:
+            self._pending[payload] = transaction
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="apoq-hints", daemon=True)
+                self._thread.start()
+        self._woken.set()
+
+    def flush(self, timeout: float) -> None:
+        """Wait until what is pending has been sent."""
+        deadline = time.monotonic() + timeout
+        while self._pending and time.monotonic() < deadline:
+            time.sleep(GAP)
+
+    def _run(self) -> None:
+        while self._woken.wait(LINGER) or not self._ended():
+            self._woken.clear()
+            with self._lock:
+                hints = dict(self._pending)
+            try:
+                self._send(hints)
+            except Exception as error:  # noqa: BLE001 - workers look by themselves, too
+                logger.debug("a hint could not be sent: %s", error)
+            with self._lock:
+                for payload, transaction in hints.items():
+                    if self._pending.get(payload) is transaction:
+                        del self._pending[payload]
+            time.sleep(GAP)
+        self._engine.dispose()
+
+    def _ended(self) -> bool:
+        with self._lock:
+            if self._pending:
+                return False
+            self._thread = None
+            return True
+
+    def _send(self, hints: dict[str, RootTransaction | None]) -> None:
+        with self._engine.connect() as connection:
+            for payload, transaction in hints.items():
+                deadline = time.monotonic() + PATIENCE
+                while transaction is not None and transaction.is_active and time.monotonic() < deadline:
+                    time.sleep(GAP / 4)
+                connection.execute(hint(), {"payload": payload})
+
+
+_hinters: WeakKeyDictionary[Engine, Hinter] = WeakKeyDictionary()
+_waiting: WeakKeyDictionary[Connection, set[str]] = WeakKeyDictionary()
+_inherited: list[object] = []
+
+
+def _hinter(engine: Engine) -> Hinter:
+    found = _hinters.get(engine)
+    if found is None:
+        found = _hinters.setdefault(engine, Hinter(engine))
+    return found
+
+
+@atexit.register
+def _flush() -> None:
+    for hinter in list(_hinters.values()):
+        hinter.flush(PATIENCE)
+
+
+def _after_fork() -> None:
+    # The parent's sockets: kept, for closing them here would end the parent's sessions.
+    _inherited.append(dict(_hinters))
+    _hinters.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

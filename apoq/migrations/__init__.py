@@ -1,0 +1,32 @@
+"""Versions of apoq's tables, applied through Alembic's `Operations`.
+
+Three ways lead to the same tables: ``alembic upgrade head`` in apoq's own repository, `prepare` in a program,
+and `upgrade` in a revision of your own project's history.
+"""
+
+from __future__ import annotations
+
+from apoq.migrations.prepare import check, prepare
+from apoq.migrations.steps import (
+    LATEST,
+    VERSION_TABLE,
+    adopt,
+    current,
+    downgrade,
+    include_object,
+    lock,
+    upgrade,
+)
+
+__all__ = [
+    "LATEST",
+    "VERSION_TABLE",
+    "adopt",
+    "check",
+    "current",
+    "downgrade",
+    "include_object",
+    "lock",
+    "prepare",
+    "upgrade",
+]

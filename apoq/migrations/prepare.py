@@ -1,0 +1,93 @@
+"""Bring a database up to date from a program, and tell whether it is."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable
+from typing import overload
+
+import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from apoq.databases import check_dialect
+from apoq.errors import NotPrepared
+from apoq.migrations.steps import LATEST, current, upgrade
+
+
+@overload
+def prepare(engine: sa.Engine, *, schema: str | None = None) -> None: ...
+@overload
+def prepare(engine: AsyncEngine, *, schema: str | None = None) -> Awaitable[None]: ...
+def prepare(engine: sa.Engine | AsyncEngine, *, schema: str | None = None) -> Awaitable[None] | None:
+    """Run the pending migrations of apoq's tables, in one transaction; an `AsyncEngine` is awaited.
+
+    Safe at every deploy and start: any number of starters take turns, and where nothing is to be done it
+    reads the version and writes nothing. A database of the Node.js original is adopted, its tasks kept.
+
+    Raises `NotPrepared` where the database is newer than this library.
+    """
+    if isinstance(engine, AsyncEngine):
+        check_dialect(engine.dialect)
+        return _prepare_async(engine, schema)
+    if not isinstance(engine, sa.Engine):
+        raise TypeError(
+            f"prepare takes an Engine or an AsyncEngine, not {type(engine).__qualname__}: "
+            "on a connection of yours, call apoq.migrations.upgrade"
+        )
+    check_dialect(engine.dialect)
+    with engine.begin() as connection:
+        _prepare(connection, schema)
+    return None
+
+
+async def _prepare_async(engine: AsyncEngine, schema: str | None) -> None:
+    async with engine.begin() as connection:
+        await connection.run_sync(_prepare, schema)
+
+
+def _prepare(connection: sa.Connection, schema: str | None) -> None:
+    version = current(connection, schema)
+    if version > LATEST:
+        raise NotPrepared(_newer(version))
+    if version < LATEST:
+        # Here, for `import apoq` shall not import Alembic.
+        from alembic.migration import MigrationContext  # noqa: PLC0415
+        from alembic.operations import Operations  # noqa: PLC0415
+
+        _check_encoding(connection)
+        upgrade(Operations(MigrationContext.configure(connection)), schema=schema)
+
+
+def check(connection: sa.Connection, schema: str | None = None) -> None:
+    """Raise `NotPrepared`, with what to do, unless the tables are at this library's version."""
+    version = current(connection, schema)
+    if version > LATEST:
+        raise NotPrepared(_newer(version))
+    if version < LATEST:
+        raise NotPrepared(missing(schema, version))
+
+
+def missing(schema: str | None, version: int = 0) -> str:
+    """Say that the tables are not there, or too old, and how to mend it."""
+    where = "" if schema is None else f" in the schema {schema!r}"
+    what = f"are at version {version}" if version else "are missing"
+    arguments = "engine" if schema is None else f"engine, schema={schema!r}"
+    return (
+        f"apoq's tables{where} {what}, and this library wants version {LATEST}: run "
+        f"`apoq.prepare({arguments})`, or `alembic upgrade head` where your migrations include apoq's"
+    )
+
+
+def _newer(version: int) -> str:
+    return (
+        f"apoq's tables are at version {version}, and this library knows them up to version {LATEST}: "
+        "upgrade the library (pip install --upgrade apoq)"
+    )
+
+
+def _check_encoding(connection: sa.Connection) -> None:
+    encoding = connection.scalar(sa.text("SHOW server_encoding"))
+    if encoding == "SQL_ASCII":
+        raise NotPrepared(
+            "this database's encoding is SQL_ASCII, in which text means nothing: "
+            "create one with ENCODING 'UTF8'"
+        )

@@ -1,0 +1,151 @@
+"""Walk from one version of the tables to another, and keep the record of it."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Final
+
+import sqlalchemy as sa
+
+from apoq.errors import NotPrepared
+from apoq.migrations import v0001
+
+if TYPE_CHECKING:
+    from alembic.operations import Operations
+
+STEPS: Final[dict[int, ModuleType]] = {1: v0001}
+LATEST: Final = max(STEPS)
+
+VERSION_TABLE: Final = "apoq_migrations"
+"""The original's name; the table is Alembic's version table."""
+
+TABLES: Final = frozenset({"apoq_tasks", "apoq_workers", VERSION_TABLE})
+
+LOCK_KEY: Final = 97112111113
+"""The original's: the bytes of "apoq" in decimal."""
+
+
+def upgrade(op: Operations | ModuleType, *, version: int = LATEST, schema: str | None = None) -> None:
+    """Bring apoq's tables to a version, from a revision of your own.
+
+    .. code-block:: python
+
+        from alembic import op
+        import apoq.migrations
+
+        def upgrade() -> None:
+            apoq.migrations.upgrade(op, version=1)
+
+    Part of the revision's transaction, online and with ``--sql``. A version reached already is passed over.
+    Offline, where the database can't be asked, it begins at the version before.
+    """
+    operations: Any = op
+    _check_version(version, lowest=1)
+    if schema is not None:
+        operations.execute(sa.schema.CreateSchema(schema, if_not_exists=True))
+    if operations.get_context().as_sql:
+        operations.execute(_lock_statement())
+        start = version - 1
+    else:
+        connection = operations.get_bind()
+        lock(connection)
+        adopt(connection, schema)
+        start = current(connection, schema)
+    if start >= version:
+        return
+    for step in range(start + 1, version + 1):
+        STEPS[step].upgrade(operations, schema)
+    _record(operations, version, schema)
+
+
+def downgrade(op: Operations | ModuleType, *, version: int = 0, schema: str | None = None) -> None:
+    """Take apoq's tables back to a version, from a revision of your own; 0 drops them with every task."""
+    operations: Any = op
+    _check_version(version, lowest=0)
+    if operations.get_context().as_sql:
+        operations.execute(_lock_statement())
+        start = version + 1
+    else:
+        connection = operations.get_bind()
+        lock(connection)
+        start = current(connection, schema)
+    if start <= version:
+        return
+    for step in range(start, version, -1):
+        STEPS[step].downgrade(operations, schema)
+    _record(operations, version, schema)
+
+
+def current(connection: sa.Connection, schema: str | None = None) -> int:
+    """Answer the version of the tables in a database; 0 where there are none, or only the original's."""
+    if not _is_ours(connection, schema):
+        return 0
+    found = connection.scalar(sa.select(_table(schema).c.version_num))
+    return int(found) if found else 0
+
+
+def lock(connection: sa.Connection) -> None:
+    """Wait for other starters, to the end of the transaction."""
+    connection.execute(_lock_statement())
+
+
+def adopt(connection: sa.Connection, schema: str | None = None) -> bool:
+    """Make room for Alembic's version table where the Node.js original's stands; tell whether it did.
+
+    The original's two versions are recorded in a table of the same name with other columns. It is dropped:
+    what it says, version 1 finds by looking. Call it in the transaction of the upgrade, after `lock`.
+    """
+    if not sa.inspect(connection).has_table(VERSION_TABLE, schema=schema) or _is_ours(connection, schema):
+        return False
+    connection.execute(sa.schema.DropTable(_table(schema)))
+    return True
+
+
+def include_object(
+    object: Any,
+    name: str | None,
+    type_: str,
+    reflected: bool,  # noqa: ARG001
+    compare_to: Any,  # noqa: ARG001
+) -> bool:
+    """Keep autogenerate from touching apoq's tables: ``context.configure(include_object=…)`` in env.py."""
+    table = name if type_ == "table" else getattr(getattr(object, "table", None), "name", None)
+    return table not in TABLES
+
+
+def _is_ours(connection: sa.Connection, schema: str | None) -> bool:
+    inspector = sa.inspect(connection)
+    if not inspector.has_table(VERSION_TABLE, schema=schema):
+        return False
+    return "version_num" in {column["name"] for column in inspector.get_columns(VERSION_TABLE, schema=schema)}
+
+
+def _table(schema: str | None) -> sa.Table:
+    # As Alembic makes it, down to the name of its key.
+    return sa.Table(
+        VERSION_TABLE,
+        sa.MetaData(),
+        sa.Column("version_num", sa.String(32), nullable=False),
+        sa.PrimaryKeyConstraint("version_num", name=f"{VERSION_TABLE}_pkc"),
+        schema=schema,
+    )
+
+
+def _record(operations: Any, version: int, schema: str | None) -> None:
+    table = _table(schema)
+    operations.execute(sa.schema.CreateTable(table, if_not_exists=True))
+    operations.execute(sa.delete(table))
+    if version:
+        operations.execute(sa.insert(table).values(version_num=f"{version:04d}"))
+
+
+def _lock_statement() -> sa.Select[tuple[Any]]:
+    return sa.select(sa.func.pg_advisory_xact_lock(sa.literal_column(str(LOCK_KEY))))
+
+
+def _check_version(version: int, *, lowest: int) -> None:
+    if not lowest <= version <= LATEST:
+        raise NotPrepared(
+            f"this apoq knows its tables from version {lowest} to {LATEST}, not {version}: "
+            "install the apoq that does, or give another version"
+        )

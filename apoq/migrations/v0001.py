@@ -1,0 +1,110 @@
+"""Version 1: the task table, a superset of the Node.js original's, and the workers'.
+
+Each step is harmless where it has been taken already, so that a database made by the original (at either
+of its two versions) comes out the same as a new one, with its tasks kept, online and offline.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import ARRAY, INTERVAL, JSONB, TIMESTAMP
+
+if TYPE_CHECKING:  # Alembic takes 0.2 s to import, and a worker has no need of it
+    from alembic.operations import Operations
+
+TIME = TIMESTAMP(timezone=True)
+NOW = sa.func.now()
+ZERO = sa.text("0")
+
+STORAGE = {
+    # Room on each page for the new versions of its rows, which a claim and a completion write.
+    "fillfactor": "70",
+    # Every task is updated twice: vacuum by what changes, not by what the table has ever held.
+    "autovacuum_vacuum_scale_factor": "0.01",
+    "autovacuum_vacuum_threshold": "1000",
+    "autovacuum_vacuum_cost_delay": "0",
+    "autovacuum_analyze_scale_factor": "0.05",
+}
+
+
+def upgrade(op: Operations, schema: str | None = None) -> None:
+    """Create the tables, or make them of the original's."""
+    if schema is not None:
+        op.execute(sa.schema.CreateSchema(schema, if_not_exists=True))
+    op.create_table(
+        "apoq_tasks",
+        sa.Column("id", sa.BigInteger, primary_key=True),
+        sa.Column("created_at", TIME, server_default=NOW, nullable=False),
+        sa.Column("process_at", TIME, server_default=NOW, nullable=False),
+        sa.Column("completed_at", TIME),
+        sa.Column("data", JSONB, server_default=sa.text("'{}'::jsonb"), nullable=False),
+        sa.Column("type", sa.Text, nullable=False),
+        sa.Column("state", sa.Text, server_default="pending", nullable=False),
+        schema=schema,
+        if_not_exists=True,
+    )
+    for column in (
+        sa.Column("fail_count", sa.Integer, server_default=ZERO, nullable=False),
+        sa.Column("queue", sa.Text, server_default="default", nullable=False),
+        sa.Column("priority", sa.SmallInteger, server_default=ZERO, nullable=False),
+        sa.Column("retry_limit", sa.Integer),
+        sa.Column("retry_delay", INTERVAL),
+        sa.Column("attempt", sa.Integer, server_default=ZERO, nullable=False),
+        sa.Column("token", sa.BigInteger, server_default=ZERO, nullable=False),
+        sa.Column("worker_id", sa.Uuid),
+        sa.Column("claimed_at", TIME),
+        sa.Column("failed_at", TIME),
+        sa.Column("cancelled_at", TIME),
+        sa.Column("error", JSONB),
+    ):
+        op.add_column("apoq_tasks", column, schema=schema, if_not_exists=True)
+    op.create_check_constraint(
+        "apoq_tasks_state_check",
+        "apoq_tasks",
+        "state IN ('pending', 'running', 'completed', 'failed', 'cancelled')",
+        schema=schema,
+    )
+    # The original's indexes: the first is replaced below, the others no statement uses.
+    for name in ("apoq_tasks_process_at_idx_pending", "apoq_tasks_type_idx", "apoq_tasks_state_idx"):
+        op.drop_index(name, "apoq_tasks", schema=schema, if_exists=True)
+    op.create_index(
+        "apoq_tasks_pending_idx",
+        "apoq_tasks",
+        ["queue", sa.text("priority DESC"), "process_at", "id"],
+        schema=schema,
+        postgresql_where=sa.text("state = 'pending'"),
+    )
+    op.create_index(
+        "apoq_tasks_running_idx",
+        "apoq_tasks",
+        ["worker_id"],
+        schema=schema,
+        postgresql_where=sa.text("state = 'running'"),
+    )
+    table = sa.Table("apoq_tasks", sa.MetaData(), schema=schema)
+    settings = ", ".join(f"{name} = {value}" for name, value in STORAGE.items())
+    op.execute(f"ALTER TABLE {_quoted(op, table)} SET ({settings})")
+    op.create_table(
+        "apoq_workers",
+        sa.Column("id", sa.Uuid, primary_key=True),
+        sa.Column("host", sa.Text, nullable=False),
+        sa.Column("pid", sa.Integer, nullable=False),
+        sa.Column("version", sa.Text, nullable=False),
+        sa.Column("queues", ARRAY(sa.Text), nullable=False),
+        sa.Column("concurrency", sa.Integer, nullable=False),
+        sa.Column("started_at", TIME, server_default=sa.func.clock_timestamp(), nullable=False),
+        sa.Column("seen_at", TIME, server_default=sa.func.clock_timestamp(), nullable=False),
+        schema=schema,
+    )
+
+
+def downgrade(op: Operations, schema: str | None = None) -> None:
+    """Drop the tables, with every task in them. A schema that was created for them stays."""
+    op.drop_table("apoq_workers", schema=schema)
+    op.drop_table("apoq_tasks", schema=schema)
+
+
+def _quoted(op: Operations, table: sa.Table) -> str:
+    return op.get_context().dialect.identifier_preparer.format_table(table)

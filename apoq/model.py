@@ -1,0 +1,157 @@
+"""The mapped classes, and their tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime, timedelta
+from functools import cache
+from typing import Any, cast
+from uuid import UUID
+
+from sqlalchemy import BigInteger, CheckConstraint, Index, MetaData, Table, func, text
+from sqlalchemy.dialects.postgresql import ARRAY, INTERVAL, JSONB, TIMESTAMP
+from sqlalchemy.orm import DeclarativeBase, Mapped, make_transient_to_detached, mapped_column, validates
+from sqlalchemy.types import Integer, SmallInteger, Text, Uuid
+
+from apoq.payload import check_type, encode
+from apoq.states import PENDING, RUNNING, STATES
+
+DEFAULT_QUEUE = "default"
+
+
+class Base(DeclarativeBase):
+    """apoq's own registry; its metadata is what the migrations are checked against."""
+
+    type_annotation_map = {  # noqa: RUF012 - SQLAlchemy reads it as it stands
+        datetime: TIMESTAMP(timezone=True),
+        timedelta: INTERVAL(),
+        str: Text(),
+        UUID: Uuid(),
+    }
+
+
+class Task(Base):
+    """A task: work of a `type`, with its `data`, and how far it has come.
+
+    A mapped class like your own: query it, join it, point foreign keys at it, ``session.add()`` it.
+    The table is a superset of the Node.js original's, whose eight columns come first.
+    """
+
+    __tablename__ = "apoq_tasks"
+
+    id: Mapped[int] = mapped_column(BigInteger, primary_key=True)
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    process_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    """When it is due: it isn't claimed before."""
+    completed_at: Mapped[datetime | None]
+    data: Mapped[Any] = mapped_column(JSONB, server_default=text("'{}'::jsonb"))
+    type: Mapped[str]
+    state: Mapped[str] = mapped_column(server_default=PENDING)
+    fail_count: Mapped[int] = mapped_column(Integer, server_default=text("0"))
+    """How many attempts have failed."""
+
+    queue: Mapped[str] = mapped_column(server_default=DEFAULT_QUEUE)
+    priority: Mapped[int] = mapped_column(SmallInteger, server_default=text("0"))
+    """Within a queue, what is higher is claimed first."""
+    retry_limit: Mapped[int | None] = mapped_column(Integer)
+    """This task's own, instead of its type's."""
+    retry_delay: Mapped[timedelta | None]
+    """This task's own, instead of its type's."""
+    attempt: Mapped[int] = mapped_column(Integer, server_default=text("0"))
+    """Attempts begun, counted at the claim; a snooze or a release takes its own back."""
+    token: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
+    """Grows with each claim and never shrinks: what a worker must show to write to the task."""
+    worker_id: Mapped[UUID | None]
+    """The worker that claimed it last."""
+    claimed_at: Mapped[datetime | None]
+    failed_at: Mapped[datetime | None]
+    """When an attempt last failed."""
+    cancelled_at: Mapped[datetime | None]
+    error: Mapped[dict[str, str] | None] = mapped_column(JSONB(none_as_null=True))
+    """The last failure: its `class`, `message` and `traceback`."""
+
+    __table_args__ = (
+        CheckConstraint(f"state IN ({', '.join(map(repr, STATES))})", name="apoq_tasks_state_check"),
+        # In the order in which a claim takes them, so that a claim reads just the rows that it takes.
+        Index(
+            "apoq_tasks_pending_idx",
+            "queue",
+            text("priority DESC"),
+            "process_at",
+            "id",
+            postgresql_where=text(f"state = '{PENDING}'"),
+        ),
+        # What the sweep looks through: as many rows as tasks are running.
+        Index("apoq_tasks_running_idx", "worker_id", postgresql_where=text(f"state = '{RUNNING}'")),
+    )
+
+    @validates("type")
+    def _check_type(self, _key: str, value: str) -> str:
+        return check_type(value)
+
+    @validates("data")
+    def _check_data(self, _key: str, value: Any) -> Any:
+        encode(value)
+        return value
+
+    def __repr__(self) -> str:
+        # Only what is loaded: a repr must not query, and a detached task can't.
+        shown = [
+            f"{name}={self.__dict__[name]!r}" for name in ("id", "type", "state") if name in self.__dict__
+        ]
+        return f"<Task {' '.join(shown)}>"
+
+
+class WorkerRow(Base):
+    """A worker that is at work: for people to read, and for other workers to see that it lives."""
+
+    __tablename__ = "apoq_workers"
+
+    id: Mapped[UUID] = mapped_column(primary_key=True)
+    """Fresh for each start of a worker."""
+    host: Mapped[str]
+    pid: Mapped[int] = mapped_column(Integer)
+    version: Mapped[str]
+    queues: Mapped[list[str]] = mapped_column(ARRAY(Text))
+    concurrency: Mapped[int] = mapped_column(Integer)
+    started_at: Mapped[datetime] = mapped_column(server_default=func.clock_timestamp())
+    seen_at: Mapped[datetime] = mapped_column(server_default=func.clock_timestamp())
+    """Its last heartbeat, by the database's clock."""
+
+
+@cache
+def task_class(schema: str | None) -> type[Task]:
+    """Answer the class mapped to the task table of a schema: `Task` itself for the connection's own."""
+    if schema is None:
+        return Task
+    table = tasks_table(None).to_metadata(MetaData(), schema=schema)
+    mapped = type(
+        f"Task_in_{schema}",
+        (Task,),
+        {"__table__": table, "__mapper_args__": {"concrete": True}, "__doc__": f"`Task`, in {schema}."},
+    )
+    return cast("type[Task]", mapped)
+
+
+def tasks_table(schema: str | None) -> Table:
+    """Answer the task table of a schema, for Core statements."""
+    return cast("Table", task_class(schema).__table__)
+
+
+@cache
+def workers_table(schema: str | None) -> Table:
+    """Answer the worker table of a schema, for Core statements."""
+    table = cast("Table", WorkerRow.__table__)
+    return table if schema is None else table.to_metadata(MetaData(), schema=schema)
+
+
+def detached(schema: str | None, row: Mapping[Any, Any]) -> Task:
+    """Make a `Task` of a row of its table: loaded, and in no session."""
+    mapped = task_class(schema)
+    task = mapped.__new__(mapped)
+    # As if loaded: the validators guard what comes in, not what stands in the database.
+    mapped.__init__(task)
+    for name, value in row.items():
+        task.__dict__[name] = value
+    make_transient_to_detached(task)
+    return task

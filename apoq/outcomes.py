@@ -1,0 +1,114 @@
+"""What became of an attempt, and what that makes of the task: decided without a database or a clock."""
+
+from __future__ import annotations
+
+import traceback
+from dataclasses import dataclass
+from datetime import timedelta
+
+from apoq.retry import RetryPolicy, seconds
+from apoq.states import CANCELLED, COMPLETED, FAILED, PENDING
+
+MESSAGE_LIMIT = 4_000
+TRACEBACK_LIMIT = 16_000
+"""Characters of an error that are kept on the task: the head and the tail of what is longer."""
+
+
+class Outcome(Exception):
+    """Raised by a processor to choose what becomes of its task; its writes to ``task.session`` are undone."""
+
+
+class Retry(Outcome):
+    """Fail this attempt and try again, after `delay` (seconds or a timedelta) instead of the usual.
+
+    Uses up an attempt: when none is left, the task fails. ``raise Retry(delay=60) from error`` keeps
+    the error.
+    """
+
+    def __init__(self, reason: str = "", *, delay: float | timedelta | None = None) -> None:
+        super().__init__(reason)
+        self.delay = None if delay is None else seconds(delay)
+
+
+class Cancel(Outcome):
+    """End the task as `cancelled`, for this reason; it isn't tried again."""
+
+    def __init__(self, reason: str = "") -> None:
+        super().__init__(reason)
+
+
+class Snooze(Outcome):
+    """Put the task off for `delay` (seconds or a timedelta); no attempt is used up."""
+
+    def __init__(self, delay: float | timedelta) -> None:
+        super().__init__(f"put off for {delay}")
+        self.delay = seconds(delay)
+
+
+class Release(Outcome):
+    """Give the task back, due as before and with no attempt used up: it can't run here, or not soon."""
+
+
+class WorkerDied(Exception):
+    """The worker that ran the task is gone, and nobody knows how far it came."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settlement:
+    """What is written to a task when its attempt has ended."""
+
+    state: str
+    attempt: int
+    fail_count: int
+    delay: float | None = None
+    """Seconds until it is due again; None leaves `process_at` as it was."""
+    error: dict[str, str] | None = None
+
+
+def settle(
+    outcome: BaseException | None, *, attempt: int, fail_count: int, policy: RetryPolicy
+) -> Settlement:
+    """Decide what becomes of a task whose attempt number `attempt`, after `fail_count` failures, ended so."""
+    match outcome:
+        case None:
+            return Settlement(COMPLETED, attempt, fail_count)
+        case Cancel():
+            return Settlement(CANCELLED, attempt, fail_count, error=report(outcome))
+        case Snooze():
+            return Settlement(PENDING, attempt - 1, fail_count, delay=outcome.delay)
+        case Release():
+            return Settlement(PENDING, attempt - 1, fail_count)
+    fail_count += 1
+    error = report(outcome)
+    # Attempts and failures differ where another program, such as the Node.js original, works the same table.
+    if max(attempt, fail_count) > policy.limit:
+        return Settlement(FAILED, attempt, fail_count, error=error)
+    chosen = outcome.delay if isinstance(outcome, Retry) else None
+    delay = policy.delay_after(fail_count) if chosen is None else chosen
+    return Settlement(PENDING, attempt, fail_count, delay=delay, error=error)
+
+
+def report(error: BaseException) -> dict[str, str]:
+    """Describe an error in bounded text that jsonb can hold."""
+    if isinstance(error, Retry) and error.__cause__ is not None:
+        error = error.__cause__
+    try:
+        message = str(error)
+    except Exception:  # noqa: BLE001 - an error whose text can't be made is still an error
+        message = "(its message could not be made)"
+    try:
+        trace = "".join(traceback.format_exception(error))
+    except Exception:  # noqa: BLE001
+        trace = ""
+    return {
+        "class": _clean(type(error).__qualname__, MESSAGE_LIMIT),
+        "message": _clean(message, MESSAGE_LIMIT),
+        "traceback": _clean(trace, TRACEBACK_LIMIT),
+    }
+
+
+def _clean(text: str, limit: int) -> str:
+    if len(text) > limit:
+        text = f"{text[: limit // 2]}\n… {len(text) - limit} characters left out …\n{text[-limit // 2 :]}"
+    # jsonb holds neither U+0000 nor a lone surrogate.
+    return text.replace("\0", "\N{REPLACEMENT CHARACTER}").encode("utf-8", "replace").decode("utf-8")

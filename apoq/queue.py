@@ -1,0 +1,241 @@
+"""Adds tasks, in the caller's transaction."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Iterable, Iterator
+from datetime import datetime, timedelta
+from typing import Any, overload
+
+from apoq.errors import InvalidTask
+from apoq.model import DEFAULT_QUEUE, Task, detached, task_class
+from apoq.payload import MAX_DATA_SIZE, check_name, check_type, encode
+from apoq.retry import LONGEST_DELAY, seconds
+from apoq.sessions import AsyncioSession, Caller, SyncSession, through
+from apoq.statements.enqueue import enqueue, enqueue_many
+from apoq.statements.hint import payload
+
+BATCH_COUNT = 1_000
+BATCH_SIZE = 4 * 1024 * 1024
+"""Tasks, and characters of their data, that `add_many` sends in one statement."""
+
+_LOWEST_PRIORITY, _HIGHEST_PRIORITY = -(2**15), 2**15 - 1
+_HIGHEST_LIMIT = 2**31 - 2
+
+
+class Queue:
+    """A name and a schema, to which tasks are added. It holds no connection: the caller's session is used.
+
+    Tasks of different queues are worked by different workers, or by one that is given both.
+    """
+
+    def __init__(
+        self, name: str = DEFAULT_QUEUE, *, schema: str | None = None, max_data_size: int = MAX_DATA_SIZE
+    ) -> None:
+        """Name a queue; `schema` is where apoq's tables are (default: by the connection's search_path).
+
+        `max_data_size` is the limit of a task's data, in bytes of JSON.
+        """
+        self.name = check_name(name, "a queue's name")
+        self.schema = None if schema is None else check_name(schema, "a schema's name")
+        self.max_data_size = max_data_size
+
+    def __repr__(self) -> str:
+        schema = "" if self.schema is None else f", schema={self.schema!r}"
+        return f"Queue({self.name!r}{schema})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Queue) and (self.name, self.schema) == (other.name, other.schema)
+
+    def __hash__(self) -> int:
+        return hash((self.name, self.schema))
+
+    @property
+    def task_class(self) -> type[Task]:
+        """The class mapped to this queue's table: `apoq.Task`, unless the queue has a schema of its own."""
+        return task_class(self.schema)
+
+    @overload
+    def add(
+        self,
+        session: SyncSession,
+        type: str,
+        data: Any = ...,
+        *,
+        delay: timedelta | None = ...,
+        process_at: datetime | None = ...,
+        priority: int = ...,
+        retry_limit: int | None = ...,
+        retry_delay: float | timedelta | None = ...,
+    ) -> Task: ...
+    @overload
+    def add(
+        self,
+        session: AsyncioSession,
+        type: str,
+        data: Any = ...,
+        *,
+        delay: timedelta | None = ...,
+        process_at: datetime | None = ...,
+        priority: int = ...,
+        retry_limit: int | None = ...,
+        retry_delay: float | timedelta | None = ...,
+    ) -> Awaitable[Task]: ...
+    def add(
+        self,
+        session: SyncSession | AsyncioSession,
+        type: str,
+        data: Any = {},  # noqa: B006 - never changed
+        *,
+        delay: timedelta | None = None,
+        process_at: datetime | None = None,
+        priority: int = 0,
+        retry_limit: int | None = None,
+        retry_delay: float | timedelta | None = None,
+    ) -> Task | Awaitable[Task]:
+        """Add a task in the transaction of `session`, with one statement, and answer it with its id.
+
+        The task is there when the caller commits, and gone when the caller rolls back. Nothing is
+        committed, retried or flushed here. With an asyncio session or connection, await the answer. A
+        `Task` added through an ORM session is in that session; any other is in none.
+
+        `data` is anything that JSON can hold. It is due at once, or after `delay`, or at `process_at`
+        (with a time zone); of the due tasks of a queue, those with a higher `priority` are claimed first.
+        `retry_limit` and `retry_delay` (seconds or a timedelta) stand for the processor's own.
+
+        Raises `InvalidTask` before anything is sent, and `NotPrepared` where the tables are missing.
+        """
+        parameters = self._parameters(type, delay, process_at, priority, retry_limit, retry_delay)
+        parameters["task_data"] = encode(data, self.max_data_size)
+        return through(session, lambda caller: self._add(caller, parameters))
+
+    @overload
+    def add_many(
+        self,
+        session: SyncSession,
+        type: str,
+        datas: Iterable[Any],
+        *,
+        delay: timedelta | None = ...,
+        process_at: datetime | None = ...,
+        priority: int = ...,
+        retry_limit: int | None = ...,
+        retry_delay: float | timedelta | None = ...,
+    ) -> int: ...
+    @overload
+    def add_many(
+        self,
+        session: AsyncioSession,
+        type: str,
+        datas: Iterable[Any],
+        *,
+        delay: timedelta | None = ...,
+        process_at: datetime | None = ...,
+        priority: int = ...,
+        retry_limit: int | None = ...,
+        retry_delay: float | timedelta | None = ...,
+    ) -> Awaitable[int]: ...
+    def add_many(
+        self,
+        session: SyncSession | AsyncioSession,
+        type: str,
+        datas: Iterable[Any],
+        *,
+        delay: timedelta | None = None,
+        process_at: datetime | None = None,
+        priority: int = 0,
+        retry_limit: int | None = None,
+        retry_delay: float | timedelta | None = None,
+    ) -> int | Awaitable[int]:
+        """Add a task for each of `datas` in the transaction of `session`, and answer how many there were.
+
+        Sent in batches as `datas` yields them: a million tasks never stand in memory, nor in one
+        statement. Options as in `add`, the same for all. Where `datas` holds something that JSON can't,
+        `InvalidData` says which; batches before it have been sent by then, so let the error roll back.
+        """
+        parameters = self._parameters(type, delay, process_at, priority, retry_limit, retry_delay)
+        if isinstance(datas, str | bytes | dict):
+            raise InvalidTask(
+                f"add_many takes the data of many tasks, such as a list of dicts, not one {datas!r:.80}"
+            )
+        return through(session, lambda caller: self._add_many(caller, parameters, datas))
+
+    def _add(self, caller: Caller, parameters: dict[str, Any]) -> Task:
+        (row,) = caller.execute(enqueue(self.schema), parameters)
+        task = detached(self.schema, row)
+        caller.keep(task)
+        caller.hint(payload(self.schema, self.name))
+        return task
+
+    def _add_many(self, caller: Caller, parameters: dict[str, Any], datas: Iterable[Any]) -> int:
+        count = 0
+        for batch in self._batches(datas):
+            caller.execute(enqueue_many(self.schema), {**parameters, "task_data": batch})
+            count += len(batch)
+        if count:
+            caller.hint(payload(self.schema, self.name))
+        return count
+
+    def _batches(self, datas: Iterable[Any]) -> Iterator[list[str]]:
+        batch: list[str] = []
+        size = 0
+        for index, data in enumerate(datas):
+            document = encode(data, self.max_data_size, f"datas[{index}]")
+            batch.append(document)
+            size += len(document)
+            if len(batch) >= BATCH_COUNT or size >= BATCH_SIZE:
+                yield batch
+                batch, size = [], 0
+        if batch:
+            yield batch
+
+    def _parameters(
+        self,
+        type_: str,
+        delay: timedelta | None,
+        process_at: datetime | None,
+        priority: int,
+        retry_limit: int | None,
+        retry_delay: float | timedelta | None,
+    ) -> dict[str, Any]:
+        return {
+            "task_queue": self.name,
+            "task_type": check_type(type_),
+            **_when(delay, process_at),
+            "task_priority": _integer("priority", priority, _LOWEST_PRIORITY, _HIGHEST_PRIORITY),
+            "task_retry_limit": (
+                None if retry_limit is None else _integer("retry_limit", retry_limit, 0, _HIGHEST_LIMIT)
+            ),
+            "task_retry_delay": None if retry_delay is None else _retry_delay(retry_delay),
+        }
+
+
+def _when(delay: timedelta | None, process_at: datetime | None) -> dict[str, Any]:
+    if delay is not None and process_at is not None:
+        raise InvalidTask("give a delay or process_at, not both")
+    if delay is not None:
+        if not isinstance(delay, timedelta):
+            raise InvalidTask(f"delay is a timedelta, such as timedelta(seconds=30), not {delay!r}")
+        if not timedelta() <= delay <= LONGEST_DELAY:
+            raise InvalidTask(f"a delay is between zero and a century, not {delay}")
+    if process_at is not None:
+        if not isinstance(process_at, datetime):
+            raise InvalidTask(f"process_at is a datetime, not {process_at!r}")
+        if process_at.utcoffset() is None:
+            raise InvalidTask(
+                f"process_at={process_at} has no time zone, so nobody knows when it is: "
+                "for example, datetime.now(UTC) has one"
+            )
+    return {"task_delay": delay, "task_process_at": process_at}
+
+
+def _integer(name: str, value: object, lowest: int, highest: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not lowest <= value <= highest:
+        raise InvalidTask(f"{name} is a whole number from {lowest} to {highest}, not {value!r}")
+    return value
+
+
+def _retry_delay(value: float | timedelta) -> timedelta:
+    try:
+        return timedelta(seconds=seconds(value))
+    except (TypeError, ValueError) as error:
+        raise InvalidTask(f"retry_delay: {error}") from None

@@ -1,0 +1,79 @@
+"""Which processor works which type of task."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+from apoq.errors import InvalidProcessor, InvalidTask
+from apoq.payload import check_type
+from apoq.retry import DEFAULT_RETRY_LIMIT, RetryDelay, RetryPolicy, exponential_backoff
+
+
+@dataclass(frozen=True, slots=True)
+class Processor:
+    """A function that works a type of task, and how its failures are retried."""
+
+    function: Callable[[Any], Any]
+    policy: RetryPolicy
+    is_coroutine: bool
+
+    def policy_for(self, retry_limit: int | None, retry_delay: timedelta | None) -> RetryPolicy:
+        """Answer the policy for a task, which may have a limit or a delay of its own."""
+        if retry_limit is None and retry_delay is None:
+            return self.policy
+        return RetryPolicy(
+            self.policy.limit if retry_limit is None else retry_limit,
+            self.policy.delay if retry_delay is None else lambda _fail_count: retry_delay,
+        )
+
+
+class Registry:
+    """The processors of one worker."""
+
+    def __init__(self) -> None:
+        self._processors: dict[str, Processor] = {}
+
+    def use(
+        self,
+        type_: str,
+        function: Callable[[Any], Any],
+        *,
+        retry_limit: int = DEFAULT_RETRY_LIMIT,
+        retry_delay: RetryDelay = exponential_backoff,
+    ) -> None:
+        """Configure the processor of a type; `InvalidProcessor` where it can't be, or has one already."""
+        try:
+            check_type(type_)
+        except InvalidTask as error:
+            raise InvalidProcessor(str(error)) from None
+        if not callable(function):
+            raise InvalidProcessor(f"the processor of {type_!r} is a function of the task, not {function!r}")
+        if type_ in self._processors:
+            raise InvalidProcessor(
+                f"the type {type_!r} has a processor already, {self._processors[type_].function!r}: "
+                "call `use` once for each type"
+            )
+        policy = RetryPolicy(retry_limit, retry_delay)
+        # A new dict: the claimer reads it on another thread.
+        self._processors = {**self._processors, type_: Processor(function, policy, _is_coroutine(function))}
+
+    def __getitem__(self, type_: str) -> Processor:
+        return self._processors[type_]
+
+    @property
+    def types(self) -> list[str]:
+        """The configured types."""
+        return list(self._processors)
+
+
+def _is_coroutine(function: Callable[[Any], Any]) -> bool:
+    while isinstance(function, partial):
+        function = function.func
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
+        getattr(function, "__call__", None)  # noqa: B004 - an object whose __call__ is a coroutine function
+    )

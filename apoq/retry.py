@@ -1,0 +1,73 @@
+"""When a failed attempt is followed by another, and how long after."""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+
+from apoq.errors import InvalidProcessor
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_RETRY_LIMIT = 5
+
+LONGEST_DELAY = timedelta(days=36525)
+"""A century: what is longer is a mistake, and PostgreSQL's timestamps end somewhere."""
+
+RetryDelay = Callable[[int], float | timedelta]
+"""Answers the wait before the next attempt, as seconds or a timedelta, from the number of failures so far."""
+
+
+def exponential_backoff(fail_count: int, chance: float | None = None) -> int:
+    """Answer the original's default wait in whole seconds: ``floor(chance * 2^min(fail_count, 7) + 1)``.
+
+    `chance` is a number in [0, 1); random where it isn't given. So the first retry comes after 1 to 2
+    seconds, the seventh and later ones after 1 to 128.
+    """
+    if chance is None:
+        chance = random.random()  # noqa: S311 - jitter, no secret
+    return math.floor(chance * 2.0 ** min(fail_count, 7) + 1)
+
+
+def seconds(delay: float | timedelta) -> float:
+    """Read a delay given in seconds or as a timedelta; ValueError or TypeError for what is no delay."""
+    if isinstance(delay, timedelta):
+        delay = delay.total_seconds()
+    if isinstance(delay, bool) or not isinstance(delay, int | float):
+        raise TypeError(f"a delay is a number of seconds or a timedelta, not {delay!r}")
+    if not 0 <= delay <= LONGEST_DELAY.total_seconds():  # also false for NaN
+        raise ValueError(f"a delay is between zero and a century, not {delay!r} s")
+    return float(delay)
+
+
+@dataclass(frozen=True, slots=True)
+class RetryPolicy:
+    """How often a type's tasks are tried again, and how long after a failure."""
+
+    limit: int = DEFAULT_RETRY_LIMIT
+    delay: RetryDelay = exponential_backoff
+
+    def __post_init__(self) -> None:
+        if isinstance(self.limit, bool) or not isinstance(self.limit, int) or self.limit < 0:
+            raise InvalidProcessor(f"retry_limit is a number of retries, 0 or more, not {self.limit!r}")
+        if not callable(self.delay):
+            raise InvalidProcessor(
+                f"retry_delay is a function of the fail count, not {self.delay!r}: "
+                "for the same wait each time, give `lambda fail_count: 30`"
+            )
+
+    def delay_after(self, fail_count: int) -> float:
+        """Answer the seconds to wait after this failure; the default's where the own function fails."""
+        try:
+            return seconds(self.delay(fail_count))
+        except Exception:
+            logger.exception(
+                "retry_delay of %r failed for fail_count=%d; the default delay is used",
+                self.delay,
+                fail_count,
+            )
+            return float(exponential_backoff(fail_count))

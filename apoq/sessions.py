@@ -1,0 +1,174 @@
+"""One way to execute in a caller's transaction, whatever kind of session or connection the caller has.
+
+Operations are written once, against `Caller`; the asyncio kinds are derived from the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol, TypeVar, cast
+
+import psycopg
+from psycopg.rows import dict_row
+from sqlalchemy import Connection, Engine, Executable
+from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
+from sqlalchemy.exc import DBAPIError, MissingGreenlet, UnboundExecutionError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_session
+from sqlalchemy.orm import Session, scoped_session
+from sqlalchemy.util import await_only, greenlet_spawn
+
+from apoq.databases import check_dialect
+from apoq.errors import NotPrepared, UnsupportedSession
+from apoq.hints import hint_after_connection_commit, hint_after_session_commit
+from apoq.migrations.prepare import missing
+from apoq.model import Task
+
+SyncSession = Session | scoped_session[Session] | Connection | psycopg.Connection[Any]
+AsyncioSession = (
+    AsyncSession | async_scoped_session[AsyncSession] | AsyncConnection | psycopg.AsyncConnection[Any]
+)
+
+Row = Mapping[Any, Any]
+T = TypeVar("T")
+
+
+class Caller(Protocol):
+    """A caller's transaction."""
+
+    def execute(self, statement: Executable, parameters: dict[str, Any]) -> Sequence[Row]:
+        """Execute one statement, and answer the rows that it returns."""
+
+    def keep(self, task: Task) -> None:
+        """Put a task that stands in the database into the session, where there is one."""
+
+    def hint(self, payload: str) -> None:
+        """Wake a queue's workers after the commit, where it can be known."""
+
+
+def through(session: SyncSession | AsyncioSession, operation: Callable[[Caller], T]) -> T | Awaitable[T]:
+    """Do something in a caller's transaction: at once, or in an awaitable where the caller is asyncio's."""
+    match session:
+        case Session():
+            return operation(_OrmSession(session))
+        case scoped_session():
+            return operation(_OrmSession(session()))
+        case Connection():
+            return operation(_CoreConnection(session))
+        case psycopg.Connection():
+            return operation(_PsycopgConnection(session))
+        case AsyncSession():
+            return session.run_sync(lambda sync: operation(_OrmSession(sync)))
+        case async_scoped_session():
+            return session().run_sync(lambda sync: operation(_OrmSession(sync)))
+        case AsyncConnection():
+            return session.run_sync(lambda sync: operation(_CoreConnection(sync)))
+        case psycopg.AsyncConnection():
+            return greenlet_spawn(operation, _AsyncPsycopgConnection(session))
+    raise UnsupportedSession(
+        f"a task is added through a session or a connection, in your transaction, not through {session!r}: "
+        "`with Session(engine) as session, session.begin(): queue.add(session, …)`. It may be SQLAlchemy's "
+        "Session, scoped_session, AsyncSession, Connection or AsyncConnection, or psycopg 3's Connection or "
+        "AsyncConnection"
+    )
+
+
+class _OrmSession:
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        try:
+            self._bind = session.get_bind(Task)
+        except UnboundExecutionError as error:
+            raise UnsupportedSession(
+                "this session has no engine for apoq's tables: add `Task` to its binds, "
+                "as in Session(binds={apoq.Task: engine, …})"
+            ) from error
+        check_dialect(self._bind.dialect)
+
+    def execute(self, statement: Executable, parameters: dict[str, Any]) -> Sequence[Row]:
+        # What else waits in the session is flushed when its owner wants it to be.
+        with _clear_errors(), self._session.no_autoflush:
+            return _rows(self._session.execute(statement, parameters))
+
+    def keep(self, task: Task) -> None:
+        self._session.add(task)
+
+    def hint(self, payload: str) -> None:
+        # A session on a connection is in somebody else's transaction, often one that a test rolls back.
+        if isinstance(self._bind, Engine):
+            hint_after_session_commit(self._session, self._bind, payload)
+
+
+class _CoreConnection:
+    def __init__(self, connection: Connection) -> None:
+        check_dialect(connection.dialect)
+        self._connection = connection
+
+    def execute(self, statement: Executable, parameters: dict[str, Any]) -> Sequence[Row]:
+        with _clear_errors():
+            return _rows(self._connection.execute(statement, parameters))
+
+    def keep(self, task: Task) -> None:
+        """Leave the task in no session: there is none."""
+
+    def hint(self, payload: str) -> None:
+        hint_after_connection_commit(self._connection, payload)
+
+
+class _PsycopgConnection:
+    def __init__(self, connection: psycopg.Connection[Any]) -> None:
+        self._connection = connection
+
+    def execute(self, statement: Executable, parameters: dict[str, Any]) -> Sequence[Row]:
+        with _clear_errors(), self._connection.cursor(row_factory=dict_row) as cursor:
+            cursor.execute(*_compiled(statement, parameters))
+            return cursor.fetchall() if cursor.description else ()
+
+    def keep(self, task: Task) -> None:
+        """Leave the task in no session: there is none."""
+
+    def hint(self, payload: str) -> None:
+        """Give none: psycopg doesn't tell of its commits. Workers find the task when they look next."""
+
+
+class _AsyncPsycopgConnection(_PsycopgConnection):
+    def __init__(self, connection: psycopg.AsyncConnection[Any]) -> None:
+        self._async_connection = connection
+
+    def execute(self, statement: Executable, parameters: dict[str, Any]) -> Sequence[Row]:
+        return await_only(self._execute(statement, parameters))
+
+    async def _execute(self, statement: Executable, parameters: dict[str, Any]) -> Sequence[Row]:
+        with _clear_errors():
+            async with self._async_connection.cursor(row_factory=dict_row) as cursor:
+                await cursor.execute(*_compiled(statement, parameters))
+                return await cursor.fetchall() if cursor.description else ()
+
+
+def _rows(result: Any) -> Sequence[Row]:
+    return cast("Sequence[Row]", result.mappings().all()) if result.returns_rows else ()
+
+
+_dialect = PGDialect_psycopg()  # type: ignore[no-untyped-call]
+
+
+def _compiled(statement: Any, parameters: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    compiled = statement.compile(dialect=_dialect)
+    return str(compiled), compiled.construct_params(parameters)
+
+
+@contextmanager
+def _clear_errors() -> Iterator[None]:
+    try:
+        yield
+    except MissingGreenlet as error:
+        raise UnsupportedSession(
+            "this is the synchronous side of an asyncio session: give the AsyncSession or AsyncConnection "
+            "itself, and await the answer"
+        ) from error
+    except (DBAPIError, psycopg.Error) as error:
+        sqlstate = getattr(getattr(error, "orig", error), "sqlstate", None)
+        # undefined_table, undefined_column, invalid_schema_name
+        if sqlstate in {"42P01", "42703", "3F000"}:
+            raise NotPrepared(missing(None)) from error
+        raise

@@ -1,0 +1,106 @@
+"""Run a processor once, and see what comes of it."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import RowMapping
+from sqlalchemy.orm import Session
+
+from apoq.errors import InvalidProcessor
+from apoq.events import COMPLETED as TASK_COMPLETED
+from apoq.events import Events
+from apoq.model import tasks_table
+from apoq.outcomes import Settlement, settle
+from apoq.statements.settle import complete
+from apoq.worker.running import AnyRunningTask, AsyncRunningTask, RunningTask
+
+
+class TaskLost(Exception):
+    """The task was taken from this worker while it ran; nothing is written to it any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """An attempt that has ended, and what is to be written about it."""
+
+    task: AnyRunningTask
+    outcome: BaseException | None
+    settlement: Settlement
+    row: RowMapping | None = None
+    """The task's row, where the completion has been committed with ``task.session``."""
+
+
+def ended(task: AnyRunningTask, outcome: BaseException | None, row: RowMapping | None = None) -> Ended:
+    """Decide what becomes of a task whose attempt ended so."""
+    settlement = settle(outcome, attempt=task.attempt, fail_count=task.fail_count, policy=task.policy)
+    return Ended(task, outcome, settlement, row)
+
+
+def run(task: RunningTask, events: Events) -> Ended:
+    """Run a plain processor on this thread."""
+    row = outcome = None
+    try:
+        _refuse_awaitable(task, task.processor.function(task))
+        if task.opened is not None:
+            row = _complete_in(task.opened, task, events)
+    except BaseException as error:  # noqa: BLE001 - even SystemExit is one task's failure, not the worker's
+        outcome = error
+    finally:
+        if task.opened is not None:
+            _close(task.opened)
+    return ended(task, outcome, row)
+
+
+async def run_coroutine(task: AsyncRunningTask, events: Events) -> Ended:
+    """Run a coroutine processor on this event loop."""
+    row = outcome = None
+    try:
+        await task.processor.function(task)
+        if task.opened is not None:
+            row = await task.opened.run_sync(_complete_in, task, events)
+    except BaseException as error:  # noqa: BLE001
+        outcome = error
+    finally:
+        if task.opened is not None:
+            await task.opened.run_sync(_close)
+    return ended(task, outcome, row)
+
+
+def _complete_in(session: Session, task: AnyRunningTask, events: Events) -> RowMapping:
+    """Commit the processor's writes and the task's completion, or neither."""
+    tasks = tasks_table(task.from_queue.schema)
+    columns = tasks.c if events.heard(TASK_COMPLETED) else (tasks.c.id,)
+    session.flush()
+    row = (
+        session.execute(
+            complete(task.from_queue.schema).returning(*columns), {"ids": [task.id], "tokens": [task.token]}
+        )
+        .mappings()
+        .first()
+    )
+    if row is None:
+        session.rollback()
+        raise TaskLost
+    session.info["apoq.completing"] = True
+    session.commit()
+    return row
+
+
+def _close(session: Session) -> None:
+    try:
+        session.close()
+    except Exception:  # noqa: BLE001 - the connection is broken, and so its transaction is rolled back
+        session.invalidate()
+
+
+def _refuse_awaitable(task: AnyRunningTask, value: Any) -> None:
+    if inspect.isawaitable(value):
+        if inspect.iscoroutine(value):
+            value.close()
+        raise InvalidProcessor(
+            f"the processor of {task.type!r} is a plain function that answered an awaitable, which nobody "
+            "awaits: make it `async def`"
+        )

@@ -1,0 +1,195 @@
+"""Claims due tasks for the slots, as many as they can start soon."""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable
+from datetime import datetime
+from typing import Any, Final
+from uuid import UUID
+
+from sqlalchemy import Engine, Row
+
+from apoq.outcomes import WorkerDied
+from apoq.queue import Queue
+from apoq.registry import Registry
+from apoq.statements.claim import claim, next_due
+from apoq.statements.recover import give_back
+from apoq.worker.attempts import Ended, ended
+from apoq.worker.running import AnyRunningTask
+from apoq.worker.slots import Slots, released
+
+logger = logging.getLogger(__name__)
+
+BATCH: Final = 500
+"""Tasks that one statement claims at most."""
+
+MOST_AHEAD: Final = 1_000
+"""Tasks that are claimed at most beyond those that run."""
+
+HORIZON: Final = 0.25
+"""Seconds of work that are claimed ahead: what the slots start within them."""
+
+OVERDUE: Final = 2.0
+"""Seconds after which a task that has not begun is given back, for others may have a free slot."""
+
+AFTERMATH: Final = 0.05
+"""Seconds after which an idle worker looks once more, and learns when the next task is due."""
+
+
+def ahead(concurrency: int, run_time: float | None) -> int:
+    """Answer how many tasks to claim beyond those that run, if one takes `run_time` seconds.
+
+    Short ones by the hundred; none of those that would wait longer than `HORIZON` for a slot, nor of tasks
+    of which nothing is known yet: what sits here claimed, another worker can't begin.
+    """
+    if run_time is None:
+        return 0
+    return min(MOST_AHEAD, int(concurrency * HORIZON / max(run_time, 1e-6)))
+
+
+class Claimer:
+    """Keeps the slots busy: one statement takes a batch for all of them, and commits before any runs."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        queues: tuple[Queue, ...],
+        registry: Registry,
+        slots: Slots,
+        *,
+        poll_interval: float,
+        make: Callable[[Row[Any], Queue, float], AnyRunningTask],
+        put_ended: Callable[[Ended], None],
+    ) -> None:
+        self._engine = engine
+        self._queues = queues
+        self._registry = registry
+        self._slots = slots
+        self._poll_interval = poll_interval
+        self._make = make
+        self._put_ended = put_ended
+        self.worker_id = UUID(int=0)
+        self.held: dict[int, AnyRunningTask] = {}
+        """Every task that was claimed and isn't settled yet."""
+        self._lock = threading.Lock()
+        self._doubtful = False
+        self._hinted = True
+        self._next_look = 0.0
+
+    def hint(self) -> None:
+        """Look at the next turn, even if there was nothing a moment ago."""
+        self._hinted = True
+
+    def doubt(self) -> None:
+        """Remember that a claim may have committed without an answer."""
+        self._doubtful = True
+        self._hinted = True
+
+    def turn(self) -> float | None:
+        """Claim what the slots have room for; answer when to look again."""
+        self._give_back_overdue()
+        now = time.monotonic()
+        if not self._hinted and now < self._next_look:
+            return self._pause(now)
+        in_line = ahead(self._slots.concurrency, self._slots.run_time)
+        self._slots.low_water = in_line // 2
+        room = self._slots.concurrency + in_line - self._slots.load
+        if self._slots.free == 0 and room <= in_line // 2:
+            return OVERDUE if self._slots.waiting_since is not None else None  # woken when there is more room
+        self._hinted = False
+        claimed = self.claim(room)
+        if len(claimed) >= room:
+            self._next_look = 0.0
+            return 0.0
+        self._next_look = now + (AFTERMATH if claimed else self._until_due())
+        return self._pause(now)
+
+    def claim(self, limit: int, *, start: bool = True) -> list[AnyRunningTask]:
+        """Claim up to `limit` tasks, those of the first queue first; begin them, unless the caller will."""
+        tasks: list[AnyRunningTask] = []
+        types = self._registry.types
+        if not types:
+            return tasks
+        with self._lock:
+            self._give_back_strays()
+            for queue in self._rotated():
+                wanted = min(limit - len(tasks), BATCH)
+                if wanted <= 0:
+                    break
+                tasks += self._claim_from(queue, types, wanted)
+        exhausted = [task for task in tasks if task.fail_count > task.policy.limit]
+        for task in exhausted:
+            # It was rescued from a dead worker, with no attempt left.
+            self._put_ended(ended(task, WorkerDied(WorkerDied.__doc__)))
+        if exhausted:
+            tasks = [task for task in tasks if task.fail_count <= task.policy.limit]
+        if start:
+            self._slots.put(tasks)
+        return tasks
+
+    def settled(self, task_id: int) -> None:
+        """Forget a task that has been written."""
+        self.held.pop(task_id, None)
+
+    def _claim_from(self, queue: Queue, types: list[str], limit: int) -> list[AnyRunningTask]:
+        parameters = {
+            "from_queue": queue.name,
+            "of_types": types,
+            "at_most": limit,
+            "by_worker": self.worker_id,
+        }
+        self._doubtful = True
+        with self._engine.begin() as connection:
+            rows = list(connection.execute(claim(queue.schema), parameters))
+        self._doubtful = False
+        rows.sort(key=_order)
+        now = time.monotonic()
+        tasks = [self._make(row, queue, now) for row in rows]
+        self.held.update((task.id, task) for task in tasks)
+        return tasks
+
+    def _rotated(self) -> tuple[Queue, ...]:
+        # Each queue comes first in its turn, so that none starves behind a full one.
+        if len(self._queues) > 1:
+            self._queues = (*self._queues[1:], self._queues[0])
+        return self._queues
+
+    def _give_back_strays(self) -> None:
+        """Give back what an earlier claim took, if it committed although its answer was lost."""
+        if not self._doubtful:
+            return
+        with self._engine.begin() as connection:
+            for schema in {queue.schema for queue in self._queues}:
+                connection.execute(give_back(schema), {"by_worker": self.worker_id, "held": list(self.held)})
+        self._doubtful = False
+
+    def _give_back_overdue(self) -> None:
+        since = self._slots.waiting_since
+        if since is None or time.monotonic() - since < OVERDUE:
+            return
+        for task in self._slots.take_back():
+            self._put_ended(released(task))
+        # The average speaks of shorter tasks than those that run now.
+        self._slots.run_time = max(self._slots.run_time or 0.0, OVERDUE)
+
+    def _until_due(self) -> float:
+        # Jitter, so that idle workers don't all look at the same moment.
+        soonest = self._poll_interval * random.uniform(0.9, 1.0)  # noqa: S311
+        with self._engine.begin() as connection:
+            for queue in self._queues:
+                due = connection.scalar(next_due(queue.schema), {"from_queue": queue.name})
+                if due is not None:
+                    soonest = min(soonest, max(0.0, float(due)))
+        return soonest
+
+    def _pause(self, now: float) -> float:
+        pause = max(0.0, self._next_look - now)
+        return pause if self._slots.waiting_since is None else min(pause, OVERDUE)
+
+
+def _order(row: Row[Any]) -> tuple[int, datetime, int]:
+    return -row.priority, row.process_at, row.id

@@ -1,0 +1,182 @@
+"""Writes what became of tasks, many at once."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from itertools import groupby
+from typing import Any
+
+from sqlalchemy import Connection, Engine, RowMapping, Update
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+
+from apoq import events, states
+from apoq.events import Events
+from apoq.model import detached, tasks_table
+from apoq.outcomes import Settlement
+from apoq.payload import encode
+from apoq.statements.settle import complete, settle
+from apoq.worker.attempts import Ended, TaskLost
+
+logger = logging.getLogger(__name__)
+
+
+class Settler:
+    """Takes ended attempts as they come, and settles all that there are with each write.
+
+    What can't be written because the database is away is kept, and written when it is back.
+    """
+
+    def __init__(self, engine: Engine, events_: Events, *, on_settled: Callable[[int], None]) -> None:
+        self._engine = engine
+        self._events = events_
+        self._on_settled = on_settled
+        self._ended: deque[Ended] = deque()
+
+    def put(self, end: Ended) -> None:
+        """Settle this soon; the caller wakes whoever takes the turns."""
+        self._ended.append(end)
+
+    @property
+    def is_empty(self) -> bool:
+        """Tell whether everything has been written."""
+        return not self._ended
+
+    def turn(self) -> float | None:
+        """Settle all that have ended."""
+        batch = list(self._ended)
+        if batch:
+            self.settle(batch)
+            # Only now, so that they are still there when the database is not.
+            for _ in batch:
+                self._ended.popleft()
+        return 0.0 if self._ended else None
+
+    def settle(self, batch: list[Ended]) -> None:
+        """Write these, then tell who listens."""
+        committed = [end for end in batch if end.row is not None]
+        lost = [end for end in batch if isinstance(end.outcome, TaskLost)]
+        to_write = [end for end in batch if end.row is None and not isinstance(end.outcome, TaskLost)]
+        rows = self._write(to_write) if to_write else {}
+        for end in to_write:
+            if (row := rows.get(end.task.id)) is not None:
+                self._tell(end, row)
+            else:
+                lost.append(end)
+        for end in committed:
+            assert end.row is not None
+            self._tell(end, end.row)
+        for end in lost:
+            logger.info(
+                "task %d (%s) was taken from this worker before it ended here; nothing was written to it",
+                end.task.id,
+                end.task.type,
+            )
+        for end in batch:
+            self._on_settled(end.task.id)
+
+    def _write(self, batch: list[Ended]) -> dict[int, RowMapping]:
+        try:
+            with self._engine.begin() as connection:
+                return _settle_all(connection, batch, full=self._is_heard())
+        except (OperationalError, InterfaceError):
+            raise  # the database's trouble, not the batch's: tried again
+        except DBAPIError as error:
+            if error.connection_invalidated:
+                raise
+            if len(batch) > 1:
+                # A batch survives its worst member.
+                return {id_: row for end in batch for id_, row in self._write([end]).items()}
+            (end,) = batch
+            logger.exception("task %d could not be settled; its error is left out", end.task.id)
+            without = {"class": type(end.outcome).__name__, "message": "", "traceback": ""}
+            end = replace(end, settlement=replace(end.settlement, error=without))
+            with self._engine.begin() as connection:
+                return _settle_all(connection, [end], full=self._is_heard())
+
+    def _is_heard(self) -> bool:
+        return any(map(self._events.heard, events.NAMES))
+
+    def _tell(self, end: Ended, row: RowMapping) -> None:
+        if end.outcome is not None:
+            _log(end)
+        match end.settlement:
+            case Settlement(state=states.COMPLETED):
+                name = events.COMPLETED
+            case Settlement(state=states.FAILED):
+                name = events.FAILED
+            case Settlement(state=states.PENDING, error=dict()):
+                name = events.RETRIED
+            case _:
+                return
+        if self._events.heard(name):
+            errors = () if end.outcome is None else (end.outcome,)
+            self._events.emit(name, detached(end.task.from_queue.schema, row), *errors)
+
+
+def _settle_all(connection: Connection, batch: Iterable[Ended], *, full: bool) -> dict[int, RowMapping]:
+    rows: dict[int, RowMapping] = {}
+
+    def schema(end: Ended) -> str:
+        return end.task.from_queue.schema or ""
+
+    for _, group in groupby(sorted(batch, key=schema), schema):
+        # By id, for whoever else locks several tasks does it in this order too.
+        ends = sorted(group, key=lambda end: end.task.id)
+        of = ends[0].task.from_queue.schema
+        tasks = tasks_table(of)
+        returning = tasks.c if full else (tasks.c.id,)
+        done = [end for end in ends if end.settlement.state == states.COMPLETED]
+        others = [end for end in ends if end.settlement.state != states.COMPLETED]
+        statements: list[tuple[Update, list[Ended], dict[str, Any]]] = [
+            (complete(of), done, {}),
+            (settle(of), others, _arrays(others)),
+        ]
+        for statement, members, arrays in statements:
+            if members:
+                parameters = {
+                    "ids": [end.task.id for end in members],
+                    "tokens": [end.task.token for end in members],
+                    **arrays,
+                }
+                result = connection.execute(statement.returning(*returning), parameters)
+                rows.update((row["id"], row) for row in result.mappings())
+    return rows
+
+
+def _arrays(ends: list[Ended]) -> dict[str, list[Any]]:
+    settlements = [end.settlement for end in ends]
+    return {
+        "states": [settlement.state for settlement in settlements],
+        "attempts": [settlement.attempt for settlement in settlements],
+        "fail_counts": [settlement.fail_count for settlement in settlements],
+        "delays": [settlement.delay for settlement in settlements],
+        "errors": [
+            None if settlement.error is None else encode(settlement.error) for settlement in settlements
+        ],
+    }
+
+
+def _log(end: Ended) -> None:
+    task, settlement = end.task, end.settlement
+    match settlement:
+        case Settlement(state=states.FAILED):
+            logger.error(
+                "task %d (%s) failed for good, with failure %d",
+                task.id,
+                task.type,
+                settlement.fail_count,
+                exc_info=end.outcome,
+            )
+        case Settlement(state=states.PENDING, error=dict(error)):
+            logger.warning(
+                "task %d (%s) failed %d times, and is tried again in %g s: %s: %s",
+                task.id,
+                task.type,
+                settlement.fail_count,
+                settlement.delay,
+                error["class"],
+                error["message"],
+            )

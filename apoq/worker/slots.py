@@ -1,0 +1,164 @@
+"""Where claimed tasks run: a number of slots, on threads and on an event loop."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from queue import SimpleQueue
+
+from apoq.events import Events
+from apoq.outcomes import Release
+from apoq.worker.attempts import Ended, ended, run, run_coroutine
+from apoq.worker.coroutines import Coroutines
+from apoq.worker.running import AnyRunningTask, AsyncRunningTask, RunningTask
+
+
+class Slots:
+    """At most `concurrency` tasks at once: plain functions on threads, coroutine functions on an event loop.
+
+    What is put here and finds no slot waits in line. A slot that has ended a task takes the next one from
+    the line by itself, whichever of the two kinds it is, so a busy worker's slots wait for nobody.
+    """
+
+    def __init__(
+        self,
+        concurrency: int,
+        coroutines: Coroutines,
+        events: Events,
+        *,
+        on_ended: Callable[[Ended], None],
+        on_low: Callable[[], None],
+    ) -> None:
+        self.concurrency = concurrency
+        self.low_water = 0
+        """`on_low` is called when no more tasks than this are in line."""
+        self.run_time: float | None = None
+        """What a task takes, in seconds: an average in which the last few dozen count."""
+        self._coroutines = coroutines
+        self._events = events
+        self._on_ended = on_ended
+        self._on_low = on_low
+        self._line: deque[AnyRunningTask] = deque()
+        self._free = concurrency
+        self._lock = threading.Lock()
+        self._idle = threading.Condition(self._lock)
+        self._threads: list[threading.Thread] = []
+        self._for_threads: SimpleQueue[RunningTask | None] = SimpleQueue()
+        self._running: dict[int, AnyRunningTask] = {}
+
+    @property
+    def load(self) -> int:
+        """How many tasks run or are in line."""
+        return self.concurrency - self._free + len(self._line)
+
+    @property
+    def free(self) -> int:
+        """How many slots have nothing to do."""
+        return self._free
+
+    @property
+    def waiting_since(self) -> float | None:
+        """When the first in line was claimed, by time.monotonic()."""
+        try:
+            return self._line[0].claimed_at
+        except IndexError:
+            return None
+
+    def put(self, tasks: Iterable[AnyRunningTask]) -> None:
+        """Run these as slots are free."""
+        with self._lock:
+            self._line.extend(tasks)
+            while self._free and (task := self._pop()):
+                self._free -= 1
+                self._begin(task)
+
+    def take_back(self) -> list[AnyRunningTask]:
+        """Answer those that have not begun, and forget them."""
+        taken = []
+        while task := self._pop():
+            taken.append(task)
+        return taken
+
+    def running(self) -> list[AnyRunningTask]:
+        """Answer those that run now."""
+        return list(self._running.values())
+
+    def wait_until_idle(self, timeout: float | None) -> bool:
+        """Wait until nothing runs; tell whether that is so."""
+        with self._idle:
+            return self._idle.wait_for(lambda: self._free == self.concurrency, timeout)
+
+    def stop(self) -> None:
+        """Let the threads end; those that still run a task end with it."""
+        for _ in self._threads:
+            self._for_threads.put(None)
+        self._threads.clear()
+
+    def _pop(self) -> AnyRunningTask | None:
+        try:
+            return self._line.popleft()
+        except IndexError:
+            return None
+
+    def _begin(self, task: AnyRunningTask) -> None:
+        if isinstance(task, AsyncRunningTask):
+            self._coroutines.spawn(self._coroutine_slot, task)
+            return
+        self._for_threads.put(task)
+        if len(self._threads) < self.concurrency:
+            thread = threading.Thread(
+                target=self._thread_slots, name=f"apoq-slot-{len(self._threads) + 1}", daemon=True
+            )
+            self._threads.append(thread)
+            thread.start()
+
+    def _thread_slots(self) -> None:
+        while (begun := self._for_threads.get()) is not None:
+            task: AnyRunningTask | None = begun
+            while isinstance(task, RunningTask):
+                started = self._started(task)
+                self._ended(run(task, self._events), started)
+                task = self._next()
+            if task is not None:
+                self._begin(task)
+
+    async def _coroutine_slot(self, begun: AsyncRunningTask) -> None:
+        task: AnyRunningTask | None = begun
+        while isinstance(task, AsyncRunningTask):
+            started = self._started(task)
+            self._ended(await run_coroutine(task, self._events), started)
+            task = self._next()
+        if task is not None:
+            with self._lock:
+                self._begin(task)
+
+    def _started(self, task: AnyRunningTask) -> float:
+        self._running[task.id] = task
+        return time.monotonic()
+
+    def _ended(self, end: Ended, started: float) -> None:
+        took = time.monotonic() - started
+        # Threads may overwrite each other's sample: an average doesn't mind.
+        self.run_time = took if self.run_time is None else self.run_time + (took - self.run_time) / 16
+        del self._running[end.task.id]
+        self._on_ended(end)
+
+    def _next(self) -> AnyRunningTask | None:
+        """Answer the next in line, to run in the same slot; free the slot where there is none."""
+        task = self._pop()
+        if task is None:
+            with self._lock:
+                task = self._pop()
+                if task is None:
+                    self._free += 1
+                    self._idle.notify_all()
+        if len(self._line) <= self.low_water:
+            self._on_low()
+        return task
+
+
+def released(task: AnyRunningTask) -> Ended:
+    """Give a task back."""
+    return ended(task, Release())

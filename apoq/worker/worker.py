@@ -1,0 +1,330 @@
+"""The worker: ties together what claims, runs, settles, beats and listens."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from functools import cached_property
+from typing import Any, Final
+from uuid import uuid4
+
+from sqlalchemy import Engine, Row, select
+from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
+from sqlalchemy.orm import Session, sessionmaker
+
+from apoq.databases import async_twin, check_dialect, own_engine
+from apoq.events import Events
+from apoq.migrations.prepare import check
+from apoq.model import Task
+from apoq.queue import Queue
+from apoq.registry import Registry
+from apoq.retry import DEFAULT_RETRY_LIMIT, RetryDelay, exponential_backoff
+from apoq.statements.hint import payload
+from apoq.worker.attempts import Ended, run, run_coroutine
+from apoq.worker.claimer import Claimer
+from apoq.worker.coroutines import Coroutines
+from apoq.worker.heartbeat import Heartbeat
+from apoq.worker.listener import Listener
+from apoq.worker.loop import Loop
+from apoq.worker.running import AnyRunningTask, AsyncRunningTask, AsyncTaskSession, RunningTask, TaskSession
+from apoq.worker.settler import Settler
+from apoq.worker.slots import Slots, released
+
+logger = logging.getLogger(__name__)
+
+GRACE: Final = timedelta(seconds=25)
+"""What `run` gives running tasks to end after a signal: a little less than Kubernetes' 30 s."""
+
+
+class Worker:
+    """Works the tasks of one or more queues.
+
+    Each task is claimed in a short transaction of its own, run outside any, and settled with others. Any
+    number of workers, in any number of processes, share the work. A worker that dies is noticed by the
+    others within its `lease`, and its tasks are run again.
+    """
+
+    def __init__(
+        self,
+        engine: Engine | AsyncEngine,
+        *queues: Queue,
+        concurrency: int = 4,
+        poll_interval: timedelta = timedelta(seconds=2),
+        lease: timedelta = timedelta(seconds=15),
+    ) -> None:
+        """Prepare to work these queues (none given: the default one) in the database of `engine`.
+
+        The engine serves the sessions of processors, so its pool should have `concurrency` connections;
+        the worker's own few are apart from it. `concurrency` is how many tasks run at once, plain functions
+        and coroutine functions together. `poll_interval` is how often an idle worker looks where no hint
+        wakes it, and `lease` how long after its death its tasks are taken over by others.
+        """
+        if not isinstance(engine, Engine | AsyncEngine):
+            raise TypeError(f"a worker takes an Engine or an AsyncEngine, not {type(engine).__qualname__}")
+        check_dialect(engine.dialect)
+        for queue in queues:
+            if not isinstance(queue, Queue):
+                raise TypeError(
+                    f"a worker takes queues after its engine, such as Queue('emails'), not {queue!r}"
+                )
+        if isinstance(concurrency, bool) or not isinstance(concurrency, int) or concurrency < 1:
+            raise ValueError(
+                f"concurrency is the number of tasks that run at once, 1 or more, not {concurrency!r}"
+            )
+        for name, value in (("poll_interval", poll_interval), ("lease", lease)):
+            if not isinstance(value, timedelta) or value <= timedelta():
+                raise ValueError(f"{name} is a timedelta longer than nothing, not {value!r}")
+        self.events = Events()
+        self._engine = engine
+        self._queues = queues or (Queue(),)
+        self._registry = Registry()
+        self._own_engine = own_engine(engine.sync_engine if isinstance(engine, AsyncEngine) else engine)
+        self._lock = threading.RLock()
+        self._enlisted = 0
+        self._is_started = False
+        self._async_engine: AsyncEngine | None = None
+        self._coroutines = Coroutines()
+        self._settler = Settler(self._own_engine, self.events, on_settled=self._settled)
+        self._slots = Slots(
+            concurrency, self._coroutines, self.events, on_ended=self._put_ended, on_low=self._wake_claimer
+        )
+        self._claimer = Claimer(
+            self._own_engine,
+            self._queues,
+            self._registry,
+            self._slots,
+            poll_interval=poll_interval.total_seconds(),
+            make=self._make,
+            put_ended=self._put_ended,
+        )
+        self._heartbeat = Heartbeat(
+            self._own_engine, self._queues, concurrency=concurrency, lease=lease, on_rescued=self._hint
+        )
+        payloads = frozenset(payload(queue.schema, queue.name) for queue in self._queues)
+        self._listener = Listener(self._own_engine, payloads, on_hint=self._hint)
+        self._settling = Loop("apoq-settler", self._settler.turn, on_failure=self._reconnect)
+        self._claiming = Loop("apoq-claimer", self._claimer.turn, on_failure=self._reconnect_claimer)
+        self._beating = Loop("apoq-heartbeat", self._heartbeat.turn, on_failure=self._reconnect)
+        self._listening = Loop("apoq-listener", self._listener.turn, on_failure=self._reconnect)
+
+    def __repr__(self) -> str:
+        return f"<Worker of {', '.join(map(repr, self._queues))} concurrency={self._slots.concurrency}>"
+
+    def use(
+        self,
+        type: str,
+        processor: Callable[[Any], Any],
+        *,
+        retry_limit: int = DEFAULT_RETRY_LIMIT,
+        retry_delay: RetryDelay = exponential_backoff,
+    ) -> None:
+        """Work tasks of this type with `processor`, a plain or a coroutine function of the running task.
+
+        Returning completes the task, whatever the value; raising fails the attempt, which is tried again up
+        to `retry_limit` times, after the seconds (or the timedelta) that `retry_delay` answers for the
+        number of failures so far. By raising `Retry`, `Cancel` or `Snooze` it chooses itself what becomes of
+        the task.
+
+        Raises `InvalidProcessor` where the type has a processor already, or an option makes no sense.
+        """
+        self._registry.use(type, processor, retry_limit=retry_limit, retry_delay=retry_delay)
+        self._hint()
+
+    def work(self) -> Task | None:
+        """Claim, run and settle one due task on this thread; answer it, or None where nothing is due.
+
+        It answers the task whether it completed or failed, as it then stands in the database.
+        Raises `NotPrepared` where apoq's tables are missing or at another version.
+        """
+        self._enlist()
+        try:
+            tasks = self._claimer.claim(1, start=False)
+            while not self._settler.is_empty and not self._is_started:
+                self._settler.turn()
+            for task in tasks:
+                self._settler.settle([self._run(task)])
+                return self._load(task)
+            return None
+        finally:
+            self._discharge()
+
+    def start(self, *, loop: asyncio.AbstractEventLoop | None = None) -> None:
+        """Work in the background, on threads, until `stop`; return at once.
+
+        Coroutine processors run on `loop`, the application's, or else on one of the worker's own. Touches no
+        signals. Starting twice is harmless. Raises `NotPrepared` where apoq's tables are missing or at
+        another version.
+        """
+        with self._lock:
+            if self._is_started:
+                return
+            self._enlist()
+            self._coroutines.use(loop)
+            if loop is not None and isinstance(self._engine, AsyncEngine):
+                self._async_engine = self._engine
+            self._claimer.hint()
+            self._listener.open()
+            for part in (self._settling, self._listening, self._claiming):
+                part.start()
+            self._is_started = True
+        logger.info("%r has started", self)
+
+    def stop(self, timeout: float | timedelta | None = None) -> None:
+        """Claim no more, give back what has not begun, and wait for running tasks to end.
+
+        After `timeout` (seconds or a timedelta; None waits for ever) the tasks that still run are given back
+        too, with no attempt used up: coroutines are cancelled, and what a thread still does is not settled.
+        Stopping twice, or before starting, is harmless.
+        """
+        seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
+        with self._lock:
+            if not self._is_started:
+                return
+            if self._coroutines.is_current():
+                raise RuntimeError(
+                    "stop would block the event loop on which this worker's coroutines run: "
+                    "`await asyncio.to_thread(worker.stop)`"
+                )
+            self._claiming.stop()
+            self._give_back(self._slots.take_back())
+            if not self._slots.wait_until_idle(seconds):
+                left = self._slots.running()
+                logger.warning(
+                    "%d tasks still ran when the time to stop was up, and are given back", len(left)
+                )
+                self._give_back(left)
+                self._coroutines.cancel()
+            self._finish_settling()
+            self._slots.stop()
+            self._listener.stop()
+            self._listening.stop()
+            self._listener.close()
+            self._dispose_async_engine()
+            self._coroutines.stop()
+            self._is_started = False
+            # Last: until here, what runs is this worker's.
+            self._discharge()
+        logger.info("%r has stopped", self)
+
+    def run(self, *, timeout: float | timedelta = GRACE) -> None:
+        """Start, wait for SIGINT or SIGTERM, and stop; from the main thread of a program of its own.
+
+        A second signal ends the program at once.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            raise RuntimeError(
+                "run handles signals, which only the main thread can: elsewhere, call start and stop"
+            )
+        signalled = threading.Event()
+        before = {
+            number: signal.signal(number, lambda *_: signalled.set())
+            for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        try:
+            self.start()
+            signalled.wait()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            self.stop(timeout)
+
+    def _enlist(self) -> None:
+        """Show that this worker lives, before it claims anything."""
+        with self._lock:
+            if self._enlisted == 0:
+                with self._own_engine.begin() as connection:
+                    for schema in {queue.schema for queue in self._queues}:
+                        check(connection, schema)
+                # Fresh each time, so that nothing an earlier life of this worker left behind looks alive.
+                self._claimer.worker_id = self._heartbeat.worker_id = uuid4()
+                self._heartbeat.beat()
+                self._heartbeat.sweep()
+                self._beating.start()
+            self._enlisted += 1
+
+    def _discharge(self) -> None:
+        with self._lock:
+            self._enlisted -= 1
+            if self._enlisted == 0:
+                self._beating.stop()
+                try:
+                    self._heartbeat.leave()
+                except Exception as error:  # noqa: BLE001 - the lease ends by itself
+                    logger.warning("this worker's row could not be removed, and will be: %s", error)
+                self._own_engine.dispose()
+
+    def _run(self, task: AnyRunningTask) -> Ended:
+        if isinstance(task, AsyncRunningTask):
+            ended: Ended = self._coroutines.run(run_coroutine(task, self.events))
+            return ended
+        return run(task, self.events)
+
+    def _load(self, task: AnyRunningTask) -> Task | None:
+        mapped = task.from_queue.task_class
+        with Session(self._own_engine, expire_on_commit=False) as session, session.begin():
+            return session.scalar(select(mapped).where(mapped.id == task.id))
+
+    def _make(self, row: Row[Any], queue: Queue, claimed: float) -> AnyRunningTask:
+        processor = self._registry[row.type]
+        if processor.is_coroutine:
+            return AsyncRunningTask(row, queue, processor, claimed, self._open_async_session)
+        return RunningTask(row, queue, processor, claimed, self._open_session)
+
+    @cached_property
+    def _open_session(self) -> sessionmaker[TaskSession]:
+        engine = self._engine
+        if isinstance(engine, AsyncEngine):
+            engine = own_engine(engine.sync_engine)
+        return sessionmaker(engine, class_=TaskSession)
+
+    def _open_async_session(self) -> AsyncTaskSession:
+        with self._lock:
+            if self._async_engine is None:
+                # Connections belong to an event loop: the application's own engine serves only its own loop.
+                self._async_engine = async_twin(
+                    self._engine.sync_engine if isinstance(self._engine, AsyncEngine) else self._engine
+                )
+        return async_sessionmaker(self._async_engine, class_=AsyncTaskSession)()
+
+    def _dispose_async_engine(self) -> None:
+        engine, self._async_engine = self._async_engine, None
+        if engine is not None and engine is not self._engine:
+            self._coroutines.run(engine.dispose())
+
+    def _put_ended(self, end: Ended) -> None:
+        self._settler.put(end)
+        self._settling.wake()
+
+    def _settled(self, task_id: int) -> None:
+        self._claimer.settled(task_id)
+
+    def _give_back(self, tasks: list[AnyRunningTask]) -> None:
+        for task in tasks:
+            self._put_ended(released(task))
+
+    def _finish_settling(self) -> None:
+        # The loop takes turns until nothing is left; where the database is away, the sweep has the rest.
+        deadline = time.monotonic() + 5
+        while not self._settler.is_empty and time.monotonic() < deadline:
+            self._settling.wake()
+            time.sleep(0.005)
+        self._settling.stop(timeout=5)
+
+    def _hint(self) -> None:
+        self._claimer.hint()
+        self._claiming.wake()
+
+    def _wake_claimer(self) -> None:
+        self._claiming.wake()
+
+    def _reconnect(self) -> None:
+        self._own_engine.dispose()
+
+    def _reconnect_claimer(self) -> None:
+        self._claimer.doubt()
+        self._reconnect()

@@ -1,0 +1,153 @@
+"""A real PostgreSQL for every test: DATABASE_URL, else a container where Docker answers, else a private server."""
+
+from __future__ import annotations
+
+import os
+import socket
+import uuid
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy.orm import Session
+from sqlalchemy.pool import NullPool
+
+from apoq import Queue, Worker, database_url, prepare
+from apoq.embedded import PostgreSQL
+
+FAST = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
+"""What the tests ask of a server of their own: nothing in it is to outlive them."""
+
+
+def docker_answers() -> bool:
+    if os.environ.get("APOQ_TEST_DOCKER", "1") != "1" or not find_spec("testcontainers"):
+        return False
+    host = os.environ.get("DOCKER_HOST", "unix:///var/run/docker.sock")
+    if not host.startswith("unix://"):
+        return True
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(host.removeprefix("unix://")) == 0
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[sa.URL]:
+    """A server on which databases can be created."""
+    if url := os.environ.get("DATABASE_URL"):
+        yield database_url(url)
+    elif docker_answers():
+        from testcontainers.postgres import PostgresContainer
+
+        image = os.environ.get("APOQ_TEST_IMAGE", "postgres:18-alpine")
+        with PostgresContainer(image, driver="psycopg") as container:
+            yield database_url(container.get_connection_url())
+    else:
+        with PostgreSQL(settings=FAST) as postgresql:
+            yield database_url(postgresql.url)
+
+
+@pytest.fixture(scope="session")
+def admin(server: sa.URL) -> Iterator[sa.Engine]:
+    engine = sa.create_engine(server, isolation_level="AUTOCOMMIT", poolclass=NullPool)
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture(scope="session")
+def create_database(admin: sa.Engine, server: sa.URL) -> Callable[..., sa.URL]:
+    def create(template: str = "template0") -> sa.URL:
+        name = f"apoq_test_{uuid.uuid4().hex[:10]}"
+        with admin.connect() as connection:
+            connection.exec_driver_sql(f"CREATE DATABASE {name} TEMPLATE {template} ENCODING 'UTF8'")
+        return server.set(database=name)
+
+    return create
+
+
+@pytest.fixture(scope="session")
+def drop_database(admin: sa.Engine) -> Callable[[sa.URL], None]:
+    def drop(url: sa.URL) -> None:
+        with admin.connect() as connection:
+            connection.exec_driver_sql(f"DROP DATABASE IF EXISTS {url.database} WITH (FORCE)")
+
+    return drop
+
+
+@pytest.fixture(scope="session")
+def template(create_database, drop_database) -> Iterator[sa.URL]:
+    """A database with apoq's tables, to be cloned."""
+    url = create_database()
+    engine = sa.create_engine(url, poolclass=NullPool)
+    prepare(engine)
+    with engine.begin() as connection:
+        # What processors of the tests write through task.session.
+        connection.exec_driver_sql("CREATE TABLE ledger (task_id bigint NOT NULL)")
+    engine.dispose()
+    yield url
+    drop_database(url)
+
+
+@pytest.fixture
+def empty_url(create_database, drop_database) -> Iterator[sa.URL]:
+    """A new database with nothing in it."""
+    url = create_database()
+    yield url
+    drop_database(url)
+
+
+@pytest.fixture
+def url(template, create_database, drop_database) -> Iterator[sa.URL]:
+    """A database of the test's own, with apoq's tables."""
+    url = create_database(template.database)
+    yield url
+    drop_database(url)
+
+
+@pytest.fixture
+def engine(url) -> Iterator[sa.Engine]:
+    engine = sa.create_engine(url)
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture(scope="session")
+def shared_engine(template, create_database, drop_database) -> Iterator[sa.Engine]:
+    """A database that tests share by rolling back what they do."""
+    url = create_database(template.database)
+    engine = sa.create_engine(url)
+    yield engine
+    engine.dispose()
+    drop_database(url)
+
+
+@pytest.fixture
+def session(shared_engine) -> Iterator[Session]:
+    """A session in a transaction that is rolled back."""
+    with Session(shared_engine) as session:
+        yield session
+        session.rollback()
+
+
+@pytest.fixture
+def queue() -> Queue:
+    return Queue()
+
+
+@pytest.fixture
+def make_worker(engine) -> Iterator[Callable[..., Worker]]:
+    """Make workers that are stopped when the test ends."""
+    made: list[Worker] = []
+
+    def make(*queues: Queue, **options) -> Worker:
+        worker = Worker(engine, *queues, **options)
+        made.append(worker)
+        return worker
+
+    yield make
+    for worker in made:
+        worker.stop(timeout=5)
+
+
+@pytest.fixture
+def worker(make_worker) -> Worker:
+    return make_worker()
