@@ -7,7 +7,7 @@ from sqlalchemy import Connection, create_engine
 from sqlalchemy.pool import NullPool
 
 from apoq.databases import database_url
-from apoq.migrations import VERSION_TABLE, adopt, lock
+from apoq.migrations import VERSION_TABLE, adopt, current, lock
 from apoq.model import Base
 
 
@@ -43,18 +43,21 @@ def run(connection: Connection) -> None:
     configure(connection=connection)
     with context.begin_transaction():
         lock(connection)
-        adopt(connection)
+        adopted = adopt(connection)
         context.run_migrations()
+        if adopted and not current(connection):
+            # `alembic current` and its like only look: the original keeps its version table.
+            connection.get_transaction().rollback()
 
 
 if context.is_offline_mode():
-    configure(url=url().render_as_string(hide_password=False), literal_binds=True)
+    configure(dialect_name="postgresql", literal_binds=True)
     with context.begin_transaction():
         context.run_migrations()
 elif (given := context.config.attributes.get("connection")) is not None:
     run(given)
 else:
-    engine = create_engine(url(), poolclass=NullPool)
+    # READ COMMITTED: what others did is seen once the lock has been waited for.
+    engine = create_engine(url(), poolclass=NullPool, isolation_level="READ COMMITTED")
     with engine.connect() as connection:
         run(connection)
-        connection.commit()

@@ -51,8 +51,7 @@ def own_engine(engine: Engine) -> Engine:
     transaction mode hands each transaction to another session.
     """
     if engine.dialect.is_async:
-        # An asyncio driver can't be used from threads; the same URL reaches the same database.
-        engine = create_engine(database_url(engine.url))
+        engine = create_engine(database_url(engine.url))  # an asyncio driver can't be used from threads
     source = engine.pool.recreate()
 
     def connect() -> DBAPIConnection:
@@ -68,6 +67,11 @@ def own_engine(engine: Engine) -> Engine:
     )
 
 
-def async_twin(engine: Engine) -> AsyncEngine:
-    """Make an `AsyncEngine` to the database of an `Engine`."""
+def sync_twin(engine: AsyncEngine) -> Engine:
+    """Make an `Engine` to the same database, by its URL."""
+    return create_engine(database_url(engine.url))
+
+
+def async_twin(engine: Engine | AsyncEngine) -> AsyncEngine:
+    """Make an `AsyncEngine` to the same database, by its URL."""
     return create_async_engine(database_url(engine.url))

@@ -20,17 +20,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO, Self
 from urllib.parse import quote
 from weakref import WeakSet
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-    from typing import Self
 
 _DEFAULTS = {"listen_addresses": "", "max_connections": "200"}
 _SYSTEM_PLACES = (  # Debian's, the PostgreSQL project's RPMs, Homebrew's two
@@ -44,7 +41,7 @@ _PATIENCE = 60  # seconds; it usually takes one
 _SOCKET_PATH_BYTES = 103  # macOS; Linux takes 107
 
 
-class EmbeddedUnavailable(RuntimeError):  # noqa: N818 - named like the errors in apoq.errors
+class EmbeddedUnavailable(RuntimeError):
     """No private PostgreSQL server can be had here; the message says why, and what to do."""
 
 
@@ -243,8 +240,9 @@ def _gets_ready(server: subprocess.Popen[bytes], status: Path) -> bool:
     deadline = time.monotonic() + _PATIENCE
     while server.poll() is None and time.monotonic() < deadline:
         # The last word of this file is how the server tells pg_ctl that it takes connections.
-        if status.exists() and status.read_text().split()[-1:] == ["ready"]:
-            return True
+        with suppress(FileNotFoundError):
+            if status.read_text().split()[-1:] == ["ready"]:
+                return True
         time.sleep(0.02)
     return False
 

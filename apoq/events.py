@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable
 from typing import Any, Final
@@ -37,9 +38,10 @@ class Events:
         """Call `listener` at each event of this name, from now on."""
         if name not in self._listeners:
             raise ValueError(f"there is no event {name!r}: it is one of {', '.join(NAMES)}")
-        if not callable(listener):
-            raise TypeError(f"a listener is a function, not {listener!r}")
-        self._listeners[name].append(listener)
+        if not callable(listener) or inspect.iscoroutinefunction(listener):
+            raise TypeError(f"a listener is a plain function, not {listener!r}")
+        # A new list: events are emitted on other threads, and listeners may call this.
+        self._listeners[name] = [*self._listeners[name], listener]
 
     def heard(self, name: str) -> bool:
         """Tell whether anybody listens."""
@@ -50,5 +52,5 @@ class Events:
         for listener in self._listeners[name]:
             try:
                 listener(*arguments)
-            except Exception:
+            except BaseException:  # sys.exit() in a listener would end the worker's thread
                 logger.exception("a listener of %s raised; the task is not affected", name)

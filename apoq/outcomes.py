@@ -94,11 +94,11 @@ def report(error: BaseException) -> dict[str, str]:
         error = error.__cause__
     try:
         message = str(error)
-    except Exception:  # noqa: BLE001 - an error whose text can't be made is still an error
+    except BaseException:  # noqa: BLE001 - an error whose text can't be made is still an error
         message = "(its message could not be made)"
     try:
         trace = "".join(traceback.format_exception(error))
-    except Exception:  # noqa: BLE001
+    except BaseException:  # noqa: BLE001
         trace = ""
     return {
         "class": _clean(type(error).__qualname__, MESSAGE_LIMIT),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+import reprlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from apoq.errors import InvalidData, InvalidTask
@@ -25,7 +26,7 @@ def check_type(type_: object) -> str:
 def check_name(name: object, what: str) -> str:
     """Answer a name that fits a text column and an index; `InvalidTask` where it doesn't."""
     if not isinstance(name, str):
-        raise InvalidTask(f"{what} is a string, not {name!r}")
+        raise InvalidTask(f"{what} is a string, not {_glimpse(name)}")
     if not name:
         raise InvalidTask(f"{what} can't be empty")
     if len(name) > MAX_TYPE_LENGTH:
@@ -42,8 +43,8 @@ def encode(data: Any, max_size: int = MAX_DATA_SIZE, name: str = "data") -> str:
     try:
         text = _dumps(data)
         size = len(text.encode())
-        # The encoder turns other keys into strings, and lets U+0000 pass.
-        sound = _keys_are_text(data) and "\\u0000" not in text
+        # The encoder turns other keys into strings, goes as deep as the stack is, and lets U+0000 pass.
+        sound = _is_sound(data) and "\\u0000" not in text
     except (TypeError, ValueError, RecursionError) as error:
         for path, reason in _faults(data, name, ()):
             raise InvalidData(path, reason) from None
@@ -60,39 +61,39 @@ def encode(data: Any, max_size: int = MAX_DATA_SIZE, name: str = "data") -> str:
     return text
 
 
-def _keys_are_text(value: Any) -> bool:
+def _is_sound(data: Any) -> bool:
+    """Tell whether all keys are text and the nesting is bounded, going through it level by level."""
+    level = [data]
+    for _ in range(_DEEPEST + 1):
+        if not all(isinstance(key, str) for value in level if isinstance(value, dict) for key in value):
+            return False
+        level = [item for value in level for item in _items(value)]
+        if not level:
+            return True
+    return False
+
+
+def _items(value: Any) -> Iterable[Any]:
     if isinstance(value, dict):
-        return all(isinstance(key, str) for key in value) and all(map(_keys_are_text, value.values()))
-    if isinstance(value, list | tuple):
-        return all(map(_keys_are_text, value))
-    return True
+        return value.values()
+    return value if isinstance(value, list | tuple) else ()
 
 
 def _faults(value: Any, path: str, parents: tuple[int, ...]) -> Iterator[tuple[str, str]]:
     """Find what jsonb can't hold, with the path that leads there."""
-    match value:
-        case None | bool() | int():
-            return
-        case str():
-            if fault := _text_fault(value):
-                yield path, f"jsonb can't hold {fault}"
-        case float():
-            if not math.isfinite(value):
-                yield path, f"JSON has no {value!r}"
-        case dict() | list() | tuple():
-            if id(value) in parents:
-                yield path, "it contains itself"
-                return
-            if len(parents) >= _DEEPEST:
-                yield path, f"it is nested more than {_DEEPEST} levels deep"
-                return
-            yield from _faults_inside(value, path, (*parents, id(value)))
-        case _:
-            yield path, f"{type(value).__qualname__} is not JSON: {_glimpse(value)}"
+    if not isinstance(value, dict | list | tuple):
+        if fault := _fault(value):
+            yield path, fault
+    elif id(value) in parents:
+        yield path, "it contains itself, which JSON can't"
+    elif len(parents) >= _DEEPEST:
+        yield path, f"it is nested more than {_DEEPEST} levels deep: make it flatter"
+    else:
+        yield from _faults_inside(value, path, (*parents, id(value)))
 
 
 _DEEPEST = 200
-_GLIMPSE = 80
+"""Levels of lists and dicts: Python's parser reads a few hundred more back, on a stack with room for them."""
 
 
 def _faults_inside(value: Any, path: str, parents: tuple[int, ...]) -> Iterator[tuple[str, str]]:
@@ -102,11 +103,33 @@ def _faults_inside(value: Any, path: str, parents: tuple[int, ...]) -> Iterator[
         return
     for key, item in value.items():
         if not isinstance(key, str):
-            yield path, f"a key of a JSON object is a string, not {key!r}"
+            yield path, f"a key of a JSON object is a string, not {_glimpse(key)}"
         elif fault := _text_fault(key):
-            yield path, f"jsonb can't hold {fault} in the key {key!r}"
+            yield path, f"jsonb can't hold {fault}, the key {_glimpse(key)}"
         else:
-            yield from _faults(item, f"{path}[{key!r}]", parents)
+            yield from _faults(item, f"{path}[{_glimpse(key)}]", parents)
+
+
+def _fault(value: Any) -> str | None:
+    match value:
+        case None | bool():
+            return None
+        case int():
+            try:
+                int.__repr__(value)
+            except ValueError:  # see sys.set_int_max_str_digits
+                return "an int with more digits than Python reads back: give it as text"
+            return None
+        case float():
+            return (
+                None if math.isfinite(value) else f"JSON has no {float(value)!r}: give None or text instead"
+            )
+        case str():
+            fault = _text_fault(value)
+            return fault and f"jsonb can't hold {fault}"
+    return (
+        f"{type(value).__qualname__} is not JSON, so make it text, numbers, lists or dicts: {_glimpse(value)}"
+    )
 
 
 def _text_fault(text: str) -> str | None:
@@ -119,6 +142,7 @@ def _text_fault(text: str) -> str | None:
     return None
 
 
-def _glimpse(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= _GLIMPSE else f"{text[:_GLIMPSE]}…"
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 80
+_glimpse = _short.repr
+"""Shows a value, briefly, even where its own repr is endless or raises."""

@@ -27,7 +27,8 @@ class Processor:
         if retry_limit is None and retry_delay is None:
             return self.policy
         return RetryPolicy(
-            self.policy.limit if retry_limit is None else retry_limit,
+            # Whatever a row says makes a policy: one that raised here would stop the whole claim.
+            self.policy.limit if retry_limit is None else max(0, retry_limit),
             self.policy.delay if retry_delay is None else lambda _fail_count: retry_delay,
         )
 
@@ -53,6 +54,11 @@ class Registry:
             raise InvalidProcessor(str(error)) from None
         if not callable(function):
             raise InvalidProcessor(f"the processor of {type_!r} is a function of the task, not {function!r}")
+        if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+            raise InvalidProcessor(
+                f"the processor of {type_!r} is a generator function, of which a call runs nothing: "
+                "leave out its `yield`"
+            )
         if type_ in self._processors:
             raise InvalidProcessor(
                 f"the type {type_!r} has a processor already, {self._processors[type_].function!r}: "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 import random
@@ -54,9 +55,9 @@ class RetryPolicy:
     def __post_init__(self) -> None:
         if isinstance(self.limit, bool) or not isinstance(self.limit, int) or self.limit < 0:
             raise InvalidProcessor(f"retry_limit is a number of retries, 0 or more, not {self.limit!r}")
-        if not callable(self.delay):
+        if not callable(self.delay) or inspect.iscoroutinefunction(self.delay):
             raise InvalidProcessor(
-                f"retry_delay is a function of the fail count, not {self.delay!r}: "
+                f"retry_delay is a plain function of the fail count, not {self.delay!r}: "
                 "for the same wait each time, give `lambda fail_count: 30`"
             )
 
@@ -64,7 +65,7 @@ class RetryPolicy:
         """Answer the seconds to wait after this failure; the default's where the own function fails."""
         try:
             return seconds(self.delay(fail_count))
-        except Exception:
+        except BaseException:  # of whatever kind: the failure that it follows must be stored
             logger.exception(
                 "retry_delay of %r failed for fail_count=%d; the default delay is used",
                 self.delay,

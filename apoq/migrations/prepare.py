@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
-from typing import overload
+from collections.abc import Awaitable, Iterator
+from contextlib import contextmanager
+from typing import Any, Final, overload
 
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from apoq.databases import check_dialect
 from apoq.errors import NotPrepared
-from apoq.migrations.steps import LATEST, current, upgrade
+from apoq.migrations.steps import LATEST, current, newer, upgrade
+
+# Each starter in a transaction that sees, once it has waited for its turn, what the others did in theirs.
+OPTIONS: Final[dict[str, Any]] = {"isolation_level": "READ COMMITTED"}
+
+NO_ENCODING: Final = (
+    "this database's encoding is SQL_ASCII, in which text means nothing: create one with ENCODING 'UTF8'"
+)
 
 
 @overload
@@ -23,31 +31,43 @@ def prepare(engine: sa.Engine | AsyncEngine, *, schema: str | None = None) -> Aw
     Safe at every deploy and start: any number of starters take turns, and where nothing is to be done it
     reads the version and writes nothing. A database of the Node.js original is adopted, its tasks kept.
 
-    Raises `NotPrepared` where the database is newer than this library.
+    Raises `NotPrepared` where the database is newer than this library, or is in no encoding.
     """
     if isinstance(engine, AsyncEngine):
         check_dialect(engine.dialect)
-        return _prepare_async(engine, schema)
+        return _prepare_async(engine.execution_options(**OPTIONS), schema)
     if not isinstance(engine, sa.Engine):
         raise TypeError(
             f"prepare takes an Engine or an AsyncEngine, not {type(engine).__qualname__}: "
             "on a connection of yours, call apoq.migrations.upgrade"
         )
     check_dialect(engine.dialect)
-    with engine.begin() as connection:
+    with _readable(), engine.execution_options(**OPTIONS).begin() as connection:
         _prepare(connection, schema)
     return None
 
 
 async def _prepare_async(engine: AsyncEngine, schema: str | None) -> None:
-    async with engine.begin() as connection:
-        await connection.run_sync(_prepare, schema)
+    with _readable():
+        async with engine.begin() as connection:
+            await connection.run_sync(_prepare, schema)
+
+
+@contextmanager
+def _readable() -> Iterator[None]:
+    """Say what it means that SQLAlchemy can't read a new connection's answers."""
+    try:
+        yield
+    except TypeError as error:
+        if "bytes-like" not in str(error):
+            raise
+        raise NotPrepared(NO_ENCODING) from error
 
 
 def _prepare(connection: sa.Connection, schema: str | None) -> None:
     version = current(connection, schema)
     if version > LATEST:
-        raise NotPrepared(_newer(version))
+        raise NotPrepared(newer(version))
     if version < LATEST:
         # Here, for `import apoq` shall not import Alembic.
         from alembic.migration import MigrationContext  # noqa: PLC0415
@@ -61,7 +81,7 @@ def check(connection: sa.Connection, schema: str | None = None) -> None:
     """Raise `NotPrepared`, with what to do, unless the tables are at this library's version."""
     version = current(connection, schema)
     if version > LATEST:
-        raise NotPrepared(_newer(version))
+        raise NotPrepared(newer(version))
     if version < LATEST:
         raise NotPrepared(missing(schema, version))
 
@@ -77,17 +97,7 @@ def missing(schema: str | None, version: int = 0) -> str:
     )
 
 
-def _newer(version: int) -> str:
-    return (
-        f"apoq's tables are at version {version}, and this library knows them up to version {LATEST}: "
-        "upgrade the library (pip install --upgrade apoq)"
-    )
-
-
 def _check_encoding(connection: sa.Connection) -> None:
-    encoding = connection.scalar(sa.text("SHOW server_encoding"))
-    if encoding == "SQL_ASCII":
-        raise NotPrepared(
-            "this database's encoding is SQL_ASCII, in which text means nothing: "
-            "create one with ENCODING 'UTF8'"
-        )
+    # Reached where the connection names an encoding of its own (client_encoding).
+    if connection.scalar(sa.text("SHOW server_encoding")) == "SQL_ASCII":
+        raise NotPrepared(NO_ENCODING)

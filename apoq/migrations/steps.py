@@ -41,8 +41,6 @@ def upgrade(op: Operations | ModuleType, *, version: int = LATEST, schema: str |
     """
     operations: Any = op
     _check_version(version, lowest=1)
-    if schema is not None:
-        operations.execute(sa.schema.CreateSchema(schema, if_not_exists=True))
     if operations.get_context().as_sql:
         operations.execute(_lock_statement())
         start = version - 1
@@ -59,7 +57,10 @@ def upgrade(op: Operations | ModuleType, *, version: int = LATEST, schema: str |
 
 
 def downgrade(op: Operations | ModuleType, *, version: int = 0, schema: str | None = None) -> None:
-    """Take apoq's tables back to a version, from a revision of your own; 0 drops them with every task."""
+    """Take apoq's tables back to a version, from a revision of your own; 0 drops them with every task.
+
+    Offline it begins at the version after.
+    """
     operations: Any = op
     _check_version(version, lowest=0)
     if operations.get_context().as_sql:
@@ -69,6 +70,8 @@ def downgrade(op: Operations | ModuleType, *, version: int = 0, schema: str | No
         connection = operations.get_bind()
         lock(connection)
         start = current(connection, schema)
+        if start > LATEST:
+            raise NotPrepared(newer(start))
     if start <= version:
         return
     for step in range(start, version, -1):
@@ -99,6 +102,14 @@ def adopt(connection: sa.Connection, schema: str | None = None) -> bool:
         return False
     connection.execute(sa.schema.DropTable(_table(schema)))
     return True
+
+
+def newer(version: int) -> str:
+    """Say that the tables are of a later library than this, and how to mend it."""
+    return (
+        f"apoq's tables are at version {version}, and this library knows them up to version {LATEST}: "
+        "upgrade the library (pip install --upgrade apoq)"
+    )
 
 
 def include_object(
@@ -133,10 +144,12 @@ def _table(schema: str | None) -> sa.Table:
 
 def _record(operations: Any, version: int, schema: str | None) -> None:
     table = _table(schema)
+    if not version:
+        operations.execute(sa.schema.DropTable(table, if_exists=True))
+        return
     operations.execute(sa.schema.CreateTable(table, if_not_exists=True))
     operations.execute(sa.delete(table))
-    if version:
-        operations.execute(sa.insert(table).values(version_num=f"{version:04d}"))
+    operations.execute(sa.insert(table).values(version_num=f"{version:04d}"))
 
 
 def _lock_statement() -> sa.Select[tuple[Any]]:

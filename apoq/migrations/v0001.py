@@ -31,7 +31,7 @@ STORAGE = {
 
 def upgrade(op: Operations, schema: str | None = None) -> None:
     """Create the tables, or make them of the original's."""
-    if schema is not None:
+    if schema is not None and not _has_schema(op, schema):
         op.execute(sa.schema.CreateSchema(schema, if_not_exists=True))
     op.create_table(
         "apoq_tasks",
@@ -85,7 +85,7 @@ def upgrade(op: Operations, schema: str | None = None) -> None:
     )
     table = sa.Table("apoq_tasks", sa.MetaData(), schema=schema)
     settings = ", ".join(f"{name} = {value}" for name, value in STORAGE.items())
-    op.execute(f"ALTER TABLE {_quoted(op, table)} SET ({settings})")
+    op.execute(sa.DDL(f"ALTER TABLE %(fullname)s SET ({settings})").against(table))
     op.create_table(
         "apoq_workers",
         sa.Column("id", sa.Uuid, primary_key=True),
@@ -106,5 +106,6 @@ def downgrade(op: Operations, schema: str | None = None) -> None:
     op.drop_table("apoq_tasks", schema=schema)
 
 
-def _quoted(op: Operations, table: sa.Table) -> str:
-    return op.get_context().dialect.identifier_preparer.format_table(table)
+def _has_schema(op: Operations, schema: str) -> bool:
+    # IF NOT EXISTS wants the right to create schemas even where there is one.
+    return not op.get_context().as_sql and sa.inspect(op.get_bind()).has_schema(schema)

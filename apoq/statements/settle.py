@@ -31,7 +31,9 @@ def _held(schema: str | None, rows: TableValuedAlias) -> Update:
     return update(tasks).where(
         tasks.c.id == rows.c.id,
         tasks.c.token == rows.c.token,
-        tasks.c.state == literal_column(f"'{RUNNING}'", Text),
+        # coalesce, lest the planner take the index of running tasks, of which it expects few: it holds a
+        # dead entry for each task that was settled since the last vacuum. By id, it is one look for each.
+        func.coalesce(tasks.c.state, "") == RUNNING,
     )
 
 

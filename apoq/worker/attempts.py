@@ -16,6 +16,7 @@ from apoq.model import tasks_table
 from apoq.outcomes import Settlement, settle
 from apoq.statements.settle import complete
 from apoq.worker.running import AnyRunningTask, AsyncRunningTask, RunningTask
+from apoq.worker.task_sessions import TaskSession
 
 
 class TaskLost(Exception):
@@ -60,7 +61,7 @@ async def run_coroutine(task: AsyncRunningTask, events: Events) -> Ended:
     try:
         await task.processor.function(task)
         if task.opened is not None:
-            row = await task.opened.run_sync(_complete_in, task, events)
+            row = await task.opened.run_sync(_complete_in_async, task, events)
     except BaseException as error:  # noqa: BLE001
         outcome = error
     finally:
@@ -69,7 +70,7 @@ async def run_coroutine(task: AsyncRunningTask, events: Events) -> Ended:
     return ended(task, outcome, row)
 
 
-def _complete_in(session: Session, task: AnyRunningTask, events: Events) -> RowMapping:
+def _complete_in(session: TaskSession, task: AnyRunningTask, events: Events) -> RowMapping:
     """Commit the processor's writes and the task's completion, or neither."""
     tasks = tasks_table(task.from_queue.schema)
     columns = tasks.c if events.heard(TASK_COMPLETED) else (tasks.c.id,)
@@ -84,9 +85,13 @@ def _complete_in(session: Session, task: AnyRunningTask, events: Events) -> RowM
     if row is None:
         session.rollback()
         raise TaskLost
-    session.info["apoq.completing"] = True
-    session.commit()
+    session.commit_completion()
     return row
+
+
+def _complete_in_async(session: Session, task: AnyRunningTask, events: Events) -> RowMapping:
+    assert isinstance(session, TaskSession)
+    return _complete_in(session, task, events)
 
 
 def _close(session: Session) -> None:

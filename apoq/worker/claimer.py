@@ -6,7 +6,7 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from typing import Any, Final
 from uuid import UUID
@@ -75,6 +75,8 @@ class Claimer:
         self.worker_id = UUID(int=0)
         self.held: dict[int, AnyRunningTask] = {}
         """Every task that was claimed and isn't settled yet."""
+        self.waits_for_room = True
+        """Whether a slot that is freed is a reason to take a turn."""
         self._lock = threading.Lock()
         self._doubtful = False
         self._hinted = True
@@ -91,25 +93,36 @@ class Claimer:
 
     def turn(self) -> float | None:
         """Claim what the slots have room for; answer when to look again."""
+        # Before looking at the room, lest a slot that is freed meanwhile wake nobody.
+        self.waits_for_room = True
         self._give_back_overdue()
         now = time.monotonic()
         if not self._hinted and now < self._next_look:
-            return self._pause(now)
+            return self._sleep(now)
         in_line = ahead(self._slots.concurrency, self._slots.run_time)
         self._slots.low_water = in_line // 2
         room = self._slots.concurrency + in_line - self._slots.load
         if self._slots.free == 0 and room <= in_line // 2:
             return OVERDUE if self._slots.waiting_since is not None else None  # woken when there is more room
         self._hinted = False
-        claimed = self.claim(room)
-        if len(claimed) >= room:
+        wanted = min(room, BATCH)
+        claimed = self.claim(wanted)
+        self._slots.put(self._startable(claimed))
+        if len(claimed) == wanted:
             self._next_look = 0.0
             return 0.0
         self._next_look = now + (AFTERMATH if claimed else self._until_due())
-        return self._pause(now)
+        return self._sleep(now)
 
-    def claim(self, limit: int, *, start: bool = True) -> list[AnyRunningTask]:
-        """Claim up to `limit` tasks, those of the first queue first; begin them, unless the caller will."""
+    def claim_one(self) -> AnyRunningTask | None:
+        """Claim a single task, for the caller to run."""
+        while claimed := self.claim(1):
+            for task in self._startable(claimed):
+                return task
+        return None
+
+    def claim(self, limit: int) -> list[AnyRunningTask]:
+        """Claim up to `limit` tasks."""
         tasks: list[AnyRunningTask] = []
         types = self._registry.types
         if not types:
@@ -117,19 +130,17 @@ class Claimer:
         with self._lock:
             self._give_back_strays()
             for queue in self._rotated():
-                wanted = min(limit - len(tasks), BATCH)
-                if wanted <= 0:
-                    break
-                tasks += self._claim_from(queue, types, wanted)
-        exhausted = [task for task in tasks if task.fail_count > task.policy.limit]
-        for task in exhausted:
-            # It was rescued from a dead worker, with no attempt left.
-            self._put_ended(ended(task, WorkerDied(WorkerDied.__doc__)))
-        if exhausted:
-            tasks = [task for task in tasks if task.fail_count <= task.policy.limit]
-        if start:
-            self._slots.put(tasks)
+                if len(tasks) < limit:
+                    tasks += self._claim_from(queue, types, limit - len(tasks))
         return tasks
+
+    def _startable(self, tasks: list[AnyRunningTask]) -> Iterator[AnyRunningTask]:
+        for task in tasks:
+            if task.fail_count <= task.policy.limit:
+                yield task
+            else:
+                # Rescued from a dead worker, with no attempt left.
+                self._put_ended(ended(task, WorkerDied(WorkerDied.__doc__)))
 
     def settled(self, task_id: int) -> None:
         """Forget a task that has been written."""
@@ -186,7 +197,9 @@ class Claimer:
                     soonest = min(soonest, max(0.0, float(due)))
         return soonest
 
-    def _pause(self, now: float) -> float:
+    def _sleep(self, now: float) -> float:
+        """Answer how long there is nothing to look for, whatever room there is."""
+        self.waits_for_room = False
         pause = max(0.0, self._next_look - now)
         return pause if self._slots.waiting_since is None else min(pause, OVERDUE)
 

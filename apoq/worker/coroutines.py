@@ -20,6 +20,11 @@ class Coroutines:
         """Run on the application's loop; None: on one of its own, begun when the first coroutine comes."""
         self._loop = loop
 
+    @property
+    def is_applications(self) -> bool:
+        """Tell whether they run on the application's loop."""
+        return self._loop is not None and self._thread is None
+
     def spawn(self, function: Callable[[Any], Coroutine[Any, Any, None]], argument: object) -> None:
         """Run a coroutine function, from any thread."""
         self._running_loop().call_soon_threadsafe(self._spawn, function, argument)

@@ -4,47 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import datetime
-from types import TracebackType
 from typing import Any, Generic, TypeVar
 
-from sqlalchemy import Row, event
-from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import Session
+from sqlalchemy import Row
 
-from apoq.errors import SessionMisused
 from apoq.queue import Queue
 from apoq.registry import Processor
 from apoq.retry import RetryPolicy
+from apoq.worker.task_sessions import AsyncTaskSession, TaskSession
 
 S = TypeVar("S")
-
-
-class TaskSession(Session):
-    """The session of a task: the worker commits it, together with the task's completion."""
-
-    def __exit__(self, *_: object) -> None:
-        """Leave it open: the worker commits what `with task.session:` has written, and closes it."""
-
-
-class AsyncTaskSession(AsyncSession):
-    """The asyncio session of a task: the worker commits it, together with the task's completion."""
-
-    sync_session_class = TaskSession
-
-    async def __aexit__(
-        self, type_: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        """Leave it open, as `TaskSession` does."""
-
-
-@event.listens_for(TaskSession, "before_commit")
-def _guard(session: Session) -> None:
-    # A commit of the processor's own would part its writes from the completion.
-    if not session.in_nested_transaction() and not session.info.get("apoq.completing"):
-        raise SessionMisused(
-            "task.session is committed by the worker, together with the task's completion: leave out the "
-            "commit, or open a session of your own for what is to be committed before"
-        )
 
 
 class _Running(Generic[S]):
@@ -114,13 +83,13 @@ class _Running(Generic[S]):
         return f"<{type(self).__name__} id={self.id} type={self.type!r} attempt={self.attempt}>"
 
 
-class RunningTask(_Running[Session]):
-    """What a plain processor gets: the task, and ``task.session``, a `sqlalchemy.orm.Session`."""
+class RunningTask(_Running[TaskSession]):
+    """What a plain processor gets: the task, and ``task.session``, a SQLAlchemy `Session`."""
 
     __slots__ = ()
 
 
-class AsyncRunningTask(_Running[AsyncSession]):
+class AsyncRunningTask(_Running[AsyncTaskSession]):
     """What a coroutine processor gets: the task, and ``task.session``, an `AsyncSession`."""
 
     __slots__ = ()

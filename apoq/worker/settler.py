@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -34,24 +35,21 @@ class Settler:
         self._events = events_
         self._on_settled = on_settled
         self._ended: deque[Ended] = deque()
+        self._lock = threading.Lock()
 
     def put(self, end: Ended) -> None:
         """Settle this soon; the caller wakes whoever takes the turns."""
         self._ended.append(end)
 
-    @property
-    def is_empty(self) -> bool:
-        """Tell whether everything has been written."""
-        return not self._ended
-
     def turn(self) -> float | None:
         """Settle all that have ended."""
-        batch = list(self._ended)
-        if batch:
-            self.settle(batch)
-            # Only now, so that they are still there when the database is not.
-            for _ in batch:
-                self._ended.popleft()
+        with self._lock:
+            batch = list(self._ended)
+            if batch:
+                self.settle(batch)
+                # Only now, so that they are still there when the database is not.
+                for _ in batch:
+                    self._ended.popleft()
         return 0.0 if self._ended else None
 
     def settle(self, batch: list[Ended]) -> None:

@@ -95,6 +95,8 @@ class Slots:
         for _ in self._threads:
             self._for_threads.put(None)
         self._threads.clear()
+        # Another, for what is left in this one is meant for those threads.
+        self._for_threads = SimpleQueue()
 
     def _pop(self) -> AnyRunningTask | None:
         try:
@@ -109,13 +111,16 @@ class Slots:
         self._for_threads.put(task)
         if len(self._threads) < self.concurrency:
             thread = threading.Thread(
-                target=self._thread_slots, name=f"apoq-slot-{len(self._threads) + 1}", daemon=True
+                target=self._thread_slots,
+                args=(self._for_threads,),
+                name=f"apoq-slot-{len(self._threads) + 1}",
+                daemon=True,
             )
             self._threads.append(thread)
             thread.start()
 
-    def _thread_slots(self) -> None:
-        while (begun := self._for_threads.get()) is not None:
+    def _thread_slots(self, tasks: SimpleQueue[RunningTask | None]) -> None:
+        while (begun := tasks.get()) is not None:
             task: AnyRunningTask | None = begun
             while isinstance(task, RunningTask):
                 started = self._started(task)

@@ -6,18 +6,16 @@ import asyncio
 import logging
 import signal
 import threading
-import time
 from collections.abc import Callable
 from datetime import timedelta
-from functools import cached_property
 from typing import Any, Final
 from uuid import uuid4
 
 from sqlalchemy import Engine, Row, select
-from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
-from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.orm import Session
 
-from apoq.databases import async_twin, check_dialect, own_engine
+from apoq.databases import check_dialect, own_engine
 from apoq.events import Events
 from apoq.migrations.prepare import check
 from apoq.model import Task
@@ -31,9 +29,10 @@ from apoq.worker.coroutines import Coroutines
 from apoq.worker.heartbeat import Heartbeat
 from apoq.worker.listener import Listener
 from apoq.worker.loop import Loop
-from apoq.worker.running import AnyRunningTask, AsyncRunningTask, AsyncTaskSession, RunningTask, TaskSession
+from apoq.worker.running import AnyRunningTask, AsyncRunningTask, RunningTask
 from apoq.worker.settler import Settler
 from apoq.worker.slots import Slots, released
+from apoq.worker.task_sessions import TaskSessions
 
 logger = logging.getLogger(__name__)
 
@@ -80,15 +79,14 @@ class Worker:
             if not isinstance(value, timedelta) or value <= timedelta():
                 raise ValueError(f"{name} is a timedelta longer than nothing, not {value!r}")
         self.events = Events()
-        self._engine = engine
         self._queues = queues or (Queue(),)
         self._registry = Registry()
         self._own_engine = own_engine(engine.sync_engine if isinstance(engine, AsyncEngine) else engine)
         self._lock = threading.RLock()
         self._enlisted = 0
         self._is_started = False
-        self._async_engine: AsyncEngine | None = None
         self._coroutines = Coroutines()
+        self._sessions = TaskSessions(engine, self._coroutines)
         self._settler = Settler(self._own_engine, self.events, on_settled=self._settled)
         self._slots = Slots(
             concurrency, self._coroutines, self.events, on_ended=self._put_ended, on_low=self._wake_claimer
@@ -143,13 +141,13 @@ class Worker:
         """
         self._enlist()
         try:
-            tasks = self._claimer.claim(1, start=False)
-            while not self._settler.is_empty and not self._is_started:
+            task = self._claimer.claim_one()
+            if not self._is_started:
                 self._settler.turn()
-            for task in tasks:
-                self._settler.settle([self._run(task)])
-                return self._load(task)
-            return None
+            if task is None:
+                return None
+            self._settler.settle([self._run(task)])
+            return self._load(task)
         finally:
             self._discharge()
 
@@ -165,8 +163,6 @@ class Worker:
                 return
             self._enlist()
             self._coroutines.use(loop)
-            if loop is not None and isinstance(self._engine, AsyncEngine):
-                self._async_engine = self._engine
             self._claimer.hint()
             self._listener.open()
             for part in (self._settling, self._listening, self._claiming):
@@ -204,8 +200,6 @@ class Worker:
             self._listener.stop()
             self._listening.stop()
             self._listener.close()
-            self._dispose_async_engine()
-            self._coroutines.stop()
             self._is_started = False
             # Last: until here, what runs is this worker's.
             self._discharge()
@@ -256,6 +250,8 @@ class Worker:
                     self._heartbeat.leave()
                 except Exception as error:  # noqa: BLE001 - the lease ends by itself
                     logger.warning("this worker's row could not be removed, and will be: %s", error)
+                self._sessions.dispose()
+                self._coroutines.stop()
                 self._own_engine.dispose()
 
     def _run(self, task: AnyRunningTask) -> Ended:
@@ -272,29 +268,8 @@ class Worker:
     def _make(self, row: Row[Any], queue: Queue, claimed: float) -> AnyRunningTask:
         processor = self._registry[row.type]
         if processor.is_coroutine:
-            return AsyncRunningTask(row, queue, processor, claimed, self._open_async_session)
-        return RunningTask(row, queue, processor, claimed, self._open_session)
-
-    @cached_property
-    def _open_session(self) -> sessionmaker[TaskSession]:
-        engine = self._engine
-        if isinstance(engine, AsyncEngine):
-            engine = own_engine(engine.sync_engine)
-        return sessionmaker(engine, class_=TaskSession)
-
-    def _open_async_session(self) -> AsyncTaskSession:
-        with self._lock:
-            if self._async_engine is None:
-                # Connections belong to an event loop: the application's own engine serves only its own loop.
-                self._async_engine = async_twin(
-                    self._engine.sync_engine if isinstance(self._engine, AsyncEngine) else self._engine
-                )
-        return async_sessionmaker(self._async_engine, class_=AsyncTaskSession)()
-
-    def _dispose_async_engine(self) -> None:
-        engine, self._async_engine = self._async_engine, None
-        if engine is not None and engine is not self._engine:
-            self._coroutines.run(engine.dispose())
+            return AsyncRunningTask(row, queue, processor, claimed, self._sessions.open_async)
+        return RunningTask(row, queue, processor, claimed, self._sessions.open)
 
     def _put_ended(self, end: Ended) -> None:
         self._settler.put(end)
@@ -308,19 +283,19 @@ class Worker:
             self._put_ended(released(task))
 
     def _finish_settling(self) -> None:
-        # The loop takes turns until nothing is left; where the database is away, the sweep has the rest.
-        deadline = time.monotonic() + 5
-        while not self._settler.is_empty and time.monotonic() < deadline:
-            self._settling.wake()
-            time.sleep(0.005)
         self._settling.stop(timeout=5)
+        try:
+            self._settler.turn()
+        except Exception as error:  # noqa: BLE001
+            logger.warning("some tasks could not be settled; others will run them again: %s", error)
 
     def _hint(self) -> None:
         self._claimer.hint()
         self._claiming.wake()
 
     def _wake_claimer(self) -> None:
-        self._claiming.wake()
+        if self._claimer.waits_for_room:
+            self._claiming.wake()
 
     def _reconnect(self) -> None:
         self._own_engine.dispose()

@@ -1,0 +1,94 @@
+"""The sessions that processors get as ``task.session``."""
+
+from __future__ import annotations
+
+import threading
+from types import TracebackType
+
+from sqlalchemy import Engine, event
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+from sqlalchemy.orm import Session
+
+from apoq.databases import async_twin, sync_twin
+from apoq.errors import SessionMisused
+from apoq.worker.coroutines import Coroutines
+
+_COMPLETING = "apoq.completing"
+
+
+class TaskSession(Session):
+    """A session that the worker commits, together with the completion of the task."""
+
+    def __exit__(self, *_: object) -> None:
+        """Leave it open: the worker commits what `with task.session:` has written, and closes it."""
+
+    def commit_completion(self) -> None:
+        """Commit, as only the worker does."""
+        self.info[_COMPLETING] = True
+        self.commit()
+
+
+class AsyncTaskSession(AsyncSession):
+    """The asyncio twin of `TaskSession`."""
+
+    sync_session_class = TaskSession
+
+    async def __aexit__(
+        self, type_: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Leave it open, as `TaskSession` does."""
+
+
+@event.listens_for(TaskSession, "before_commit")
+def _guard(session: Session) -> None:
+    # A commit of the processor's own would part its writes from the completion.
+    if not session.in_nested_transaction() and not session.info.get(_COMPLETING):
+        raise SessionMisused(
+            "task.session is committed by the worker, together with the task's completion: leave out the "
+            "commit, or open a session of your own for what is to be committed before"
+        )
+
+
+class TaskSessions:
+    """Opens the sessions of a worker's tasks, on the engine that the worker was given, or on its twin."""
+
+    def __init__(self, engine: Engine | AsyncEngine, coroutines: Coroutines) -> None:
+        self._engine = engine
+        self._coroutines = coroutines
+        self._lock = threading.Lock()
+        self._sync_twin: Engine | None = None
+        self._async_twin: AsyncEngine | None = None
+
+    def open(self) -> TaskSession:
+        """Open a session for a plain processor."""
+        return TaskSession(self._sync_engine())
+
+    def open_async(self) -> AsyncTaskSession:
+        """Open a session for a coroutine processor."""
+        return AsyncTaskSession(self._async_engine())
+
+    def dispose(self) -> None:
+        """Close what was opened here; the engine that was given is its owner's."""
+        with self._lock:
+            if self._sync_twin is not None:
+                self._sync_twin.dispose()
+            if self._async_twin is not None:
+                self._coroutines.run(self._async_twin.dispose())
+            self._sync_twin = self._async_twin = None
+
+    def _sync_engine(self) -> Engine:
+        if isinstance(self._engine, Engine):
+            return self._engine
+        with self._lock:
+            if self._sync_twin is None:
+                self._sync_twin = sync_twin(self._engine)
+            return self._sync_twin
+
+    def _async_engine(self) -> AsyncEngine:
+        # Connections belong to an event loop: the application's engine serves its own loop only.
+        if isinstance(self._engine, AsyncEngine) and self._coroutines.is_applications:
+            return self._engine
+        with self._lock:
+            if self._async_twin is None:
+                self._async_twin = async_twin(self._engine)
+            return self._async_twin

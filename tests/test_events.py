@@ -1,0 +1,121 @@
+"""Telling what has happened to tasks."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from apoq.events import COMPLETED, FAILED, NAMES, Events
+
+
+@pytest.fixture
+def events() -> Events:
+    return Events()
+
+
+def test_the_events_are_these():
+    assert NAMES == ("task.completed", "task.failed", "task.retried")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_listener_gets_what_is_emitted(events, name):
+    heard = []
+    events.on(name, lambda *arguments: heard.append(arguments))
+
+    events.emit(name, 1, "two")
+
+    assert heard == [(1, "two")]
+
+
+def test_a_listener_hears_its_own_event_only(events):
+    heard = []
+    events.on(COMPLETED, heard.append)
+
+    events.emit(FAILED, 1)
+
+    assert heard == []
+
+
+def test_listeners_are_called_in_the_order_in_which_they_came(events):
+    heard = []
+    for n in range(5):
+        events.on(COMPLETED, lambda _task, n=n: heard.append(n))
+
+    events.emit(COMPLETED, None)
+
+    assert heard == [0, 1, 2, 3, 4]
+
+
+def test_a_listener_that_was_given_twice_is_called_twice(events):
+    heard = []
+    events.on(COMPLETED, heard.append)
+    events.on(COMPLETED, heard.append)
+
+    events.emit(COMPLETED, 1)
+
+    assert heard == [1, 1]
+
+
+def test_an_event_that_nobody_listens_to_is_no_error(events):
+    events.emit(COMPLETED, 1)
+
+
+def test_it_can_be_told_whether_anybody_listens(events):
+    events.on(COMPLETED, print)
+
+    assert (events.heard(COMPLETED), events.heard(FAILED)) == (True, False)
+
+
+@pytest.mark.parametrize("name", ["completed", "task.complete", "", None, 5])
+def test_an_event_that_does_not_exist_is_refused_with_the_names_of_those_that_do(events, name):
+    with pytest.raises(ValueError, match=r"it is one of task\.completed, task\.failed, task\.retried$"):
+        events.on(name, print)
+
+
+async def coroutine_function(task) -> None:
+    """What nobody would await."""
+
+
+@pytest.mark.parametrize("listener", [None, "print", 5, coroutine_function])
+def test_a_listener_that_could_not_be_called_is_refused(events, listener):
+    with pytest.raises(TypeError, match="a listener is a plain function, not "):
+        events.on(COMPLETED, listener)
+
+    assert not events.heard(COMPLETED)
+
+
+@pytest.mark.parametrize("raised", [ValueError("oops"), SystemExit(1), KeyboardInterrupt()], ids=repr)
+def test_a_listener_that_raises_is_logged_and_the_others_still_hear(events, caplog, raised):
+    def raising(_task):
+        raise raised
+
+    heard = []
+    events.on(COMPLETED, raising)
+    events.on(COMPLETED, heard.append)
+
+    events.emit(COMPLETED, 1)
+
+    assert heard == [1]
+    (record,) = caplog.records
+    assert record.levelno == logging.ERROR
+    assert record.getMessage() == "a listener of task.completed raised; the task is not affected"
+    assert record.exc_info[1] is raised
+
+
+def test_a_listener_that_wants_other_arguments_is_logged(events, caplog):
+    events.on(FAILED, lambda task: None)
+
+    events.emit(FAILED, 1, ValueError())
+
+    assert "a listener of task.failed raised" in caplog.text
+
+
+def test_a_listener_that_is_added_by_a_listener_hears_the_next_event(events):
+    heard = []
+    events.on(COMPLETED, lambda _task: events.on(COMPLETED, heard.append))
+
+    events.emit(COMPLETED, 1)
+    events.emit(COMPLETED, 2)
+
+    assert heard == [2]
