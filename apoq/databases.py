@@ -45,10 +45,10 @@ def check_dialect(dialect: Dialect) -> None:
 def own_engine(engine: Engine) -> Engine:
     """Make an engine to the same database whose few connections are apoq's own.
 
-    Made the way the caller's are, and apart from them: a full pool, a pool of a single connection, or one
-    that is at another isolation level doesn't matter to it. READ COMMITTED, for at a higher level claims
-    would fail on each other (40001); no named prepared statements, for a pooler such as PgBouncer in
-    transaction mode hands each transaction to another session.
+    Made the way the caller's are, and apart from them: it doesn't matter to it that the caller's pool is
+    full, has a single connection, or is at another isolation level. At AUTOCOMMIT, and with no named
+    prepared statements: a pooler such as PgBouncer in transaction mode hands each transaction to another
+    session.
     """
     if engine.dialect.is_async:
         engine = create_engine(database_url(engine.url))  # an asyncio driver can't be used from threads
@@ -63,7 +63,7 @@ def own_engine(engine: Engine) -> Engine:
         return cast("DBAPIConnection", connection)
 
     return create_engine(
-        "postgresql+psycopg://", creator=connect, poolclass=QueuePool, isolation_level="READ COMMITTED"
+        "postgresql+psycopg://", creator=connect, poolclass=QueuePool, isolation_level="AUTOCOMMIT"
     )
 
 

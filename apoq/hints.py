@@ -71,7 +71,7 @@ class Hinter:
     """Sends an engine's hints, from a thread that runs while there are any."""
 
     def __init__(self, engine: Engine) -> None:
-        self._engine = own_engine(engine).execution_options(isolation_level="AUTOCOMMIT")
+        self._engine = own_engine(engine)
         self._lock = threading.Lock()
         self._woken = threading.Event()
         self._pending: dict[str, RootTransaction | None] = {}

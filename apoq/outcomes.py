@@ -78,6 +78,9 @@ def settle(
             return Settlement(PENDING, attempt - 1, fail_count, delay=outcome.delay)
         case Release():
             return Settlement(PENDING, attempt - 1, fail_count)
+        case WorkerDied():
+            # Whoever rescued it has counted the failure and stored the error; this claim just ends it.
+            return Settlement(FAILED, attempt - 1, fail_count)
     fail_count += 1
     error = report(outcome)
     # Attempts and failures differ where another program, such as the Node.js original, works the same table.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import reprlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from apoq.errors import InvalidData, InvalidTask
@@ -65,18 +65,15 @@ def _is_sound(data: Any) -> bool:
     """Tell whether all keys are text and the nesting is bounded, going through it level by level."""
     level = [data]
     for _ in range(_DEEPEST + 1):
-        if not all(isinstance(key, str) for value in level if isinstance(value, dict) for key in value):
-            return False
-        level = [item for value in level for item in _items(value)]
-        if not level:
+        dicts = [value for value in level if isinstance(value, dict)]
+        lists = [value for value in level if isinstance(value, list | tuple)]
+        if not dicts and not lists:
             return True
+        if not all(isinstance(key, str) for value in dicts for key in value):
+            return False
+        level = [item for value in dicts for item in value.values()]
+        level += [item for value in lists for item in value]
     return False
-
-
-def _items(value: Any) -> Iterable[Any]:
-    if isinstance(value, dict):
-        return value.values()
-    return value if isinstance(value, list | tuple) else ()
 
 
 def _faults(value: Any, path: str, parents: tuple[int, ...]) -> Iterator[tuple[str, str]]:

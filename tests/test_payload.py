@@ -337,7 +337,7 @@ any_data = st.recursive(
     | st.integers()
     | st.floats()
     | any_text
-    | st.sampled_from(["\0", "\\u0000", SURROGATE, 10**5000, Color.RED, Level.HIGH])
+    | st.sampled_from(["\0", "\\u0000", SURROGATE, Color.RED, Level.HIGH])
     | st.binary()
     | st.datetimes()
     | st.decimals(),
@@ -345,7 +345,7 @@ any_data = st.recursive(
     | st.lists(inner).map(tuple)
     | st.dictionaries(any_text | st.integers() | st.none(), inner),
 )
-quickly = settings(max_examples=300, deadline=None, database=None)
+quickly = settings(max_examples=100, deadline=None, database=None)
 
 
 def as_json(data):

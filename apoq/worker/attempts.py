@@ -6,7 +6,7 @@ import inspect
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import RowMapping
+from sqlalchemy import RowMapping, func
 from sqlalchemy.orm import Session
 
 from apoq.errors import InvalidProcessor
@@ -70,6 +70,10 @@ async def run_coroutine(task: AsyncRunningTask, events: Events) -> Ended:
     return ended(task, outcome, row)
 
 
+_UNLESS_FROZEN = func.set_config("idle_in_transaction_session_timeout", "5s", True)
+"""From the completion to the commit, the row is locked: a worker that is frozen there must not keep it so."""
+
+
 def _complete_in(session: TaskSession, task: AnyRunningTask, events: Events) -> RowMapping:
     """Commit the processor's writes and the task's completion, or neither."""
     tasks = tasks_table(task.from_queue.schema)
@@ -77,7 +81,8 @@ def _complete_in(session: TaskSession, task: AnyRunningTask, events: Events) -> 
     session.flush()
     row = (
         session.execute(
-            complete(task.from_queue.schema).returning(*columns), {"ids": [task.id], "tokens": [task.token]}
+            complete(task.from_queue.schema).returning(*columns, _UNLESS_FROZEN),
+            {"ids": [task.id], "tokens": [task.token]},
         )
         .mappings()
         .first()

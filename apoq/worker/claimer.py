@@ -142,9 +142,11 @@ class Claimer:
                 # Rescued from a dead worker, with no attempt left.
                 self._put_ended(ended(task, WorkerDied(WorkerDied.__doc__)))
 
-    def settled(self, task_id: int) -> None:
-        """Forget a task that has been written."""
-        self.held.pop(task_id, None)
+    def settled(self, end: Ended) -> None:
+        """Forget a task that has been written, and look when it is due again."""
+        self.held.pop(end.task.id, None)
+        if end.settlement.delay is not None:
+            self._next_look = min(self._next_look, time.monotonic() + end.settlement.delay)
 
     def _claim_from(self, queue: Queue, types: list[str], limit: int) -> list[AnyRunningTask]:
         parameters = {

@@ -24,7 +24,7 @@ class Loop:
     """
 
     def __init__(
-        self, name: str, turn: Callable[[], float | None], *, on_failure: Callable[[], None]
+        self, name: str, turn: Callable[[], float | None], *, on_failure: Callable[[], None] = lambda: None
     ) -> None:
         self._name = name
         self._turn = turn

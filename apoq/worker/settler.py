@@ -30,7 +30,7 @@ class Settler:
     What can't be written because the database is away is kept, and written when it is back.
     """
 
-    def __init__(self, engine: Engine, events_: Events, *, on_settled: Callable[[int], None]) -> None:
+    def __init__(self, engine: Engine, events_: Events, *, on_settled: Callable[[Ended], None]) -> None:
         self._engine = engine
         self._events = events_
         self._on_settled = on_settled
@@ -73,7 +73,7 @@ class Settler:
                 end.task.type,
             )
         for end in batch:
-            self._on_settled(end.task.id)
+            self._on_settled(end)
 
     def _write(self, batch: list[Ended]) -> dict[int, RowMapping]:
         try:

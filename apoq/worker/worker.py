@@ -33,6 +33,7 @@ from apoq.worker.running import AnyRunningTask, AsyncRunningTask, RunningTask
 from apoq.worker.settler import Settler
 from apoq.worker.slots import Slots, released
 from apoq.worker.task_sessions import TaskSessions
+from apoq.worker.transactions import short_transactions
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +82,8 @@ class Worker:
         self.events = Events()
         self._queues = queues or (Queue(),)
         self._registry = Registry()
-        self._own_engine = own_engine(engine.sync_engine if isinstance(engine, AsyncEngine) else engine)
+        given = engine.sync_engine if isinstance(engine, AsyncEngine) else engine
+        self._own_engine = short_transactions(own_engine(given))
         self._lock = threading.RLock()
         self._enlisted = 0
         self._is_started = False
@@ -105,10 +107,10 @@ class Worker:
         )
         payloads = frozenset(payload(queue.schema, queue.name) for queue in self._queues)
         self._listener = Listener(self._own_engine, payloads, on_hint=self._hint)
-        self._settling = Loop("apoq-settler", self._settler.turn, on_failure=self._reconnect)
-        self._claiming = Loop("apoq-claimer", self._claimer.turn, on_failure=self._reconnect_claimer)
-        self._beating = Loop("apoq-heartbeat", self._heartbeat.turn, on_failure=self._reconnect)
-        self._listening = Loop("apoq-listener", self._listener.turn, on_failure=self._reconnect)
+        self._settling = Loop("apoq-settler", self._settler.turn)
+        self._claiming = Loop("apoq-claimer", self._claimer.turn, on_failure=self._claimer.doubt)
+        self._beating = Loop("apoq-heartbeat", self._heartbeat.turn)
+        self._listening = Loop("apoq-listener", self._listener.turn)
 
     def __repr__(self) -> str:
         return f"<Worker of {', '.join(map(repr, self._queues))} concurrency={self._slots.concurrency}>"
@@ -275,8 +277,10 @@ class Worker:
         self._settler.put(end)
         self._settling.wake()
 
-    def _settled(self, task_id: int) -> None:
-        self._claimer.settled(task_id)
+    def _settled(self, end: Ended) -> None:
+        self._claimer.settled(end)
+        if end.settlement.delay is not None:
+            self._claiming.wake()
 
     def _give_back(self, tasks: list[AnyRunningTask]) -> None:
         for task in tasks:
@@ -296,10 +300,3 @@ class Worker:
     def _wake_claimer(self) -> None:
         if self._claimer.waits_for_room:
             self._claiming.wake()
-
-    def _reconnect(self) -> None:
-        self._own_engine.dispose()
-
-    def _reconnect_claimer(self) -> None:
-        self._claimer.doubt()
-        self._reconnect()

@@ -1,0 +1,62 @@
+"""A hundred messages: add the tasks, work them, hear of each completion.
+
+Runs on DATABASE_URL, or else on a private PostgreSQL of its own:
+
+    python examples/quickstart.py
+"""
+
+import random
+import threading
+import time
+
+from sqlalchemy import create_engine
+from sqlalchemy.orm import Session
+
+from apoq import Queue, RunningTask, Task, Worker, prepare
+from apoq.embedded import database
+
+MESSAGES = ["💖", "🧡", "💛", "💚", "💙"]
+COUNT = 100
+
+
+def send(task: RunningTask) -> None:
+    print(f"📧 sending a {task.data['color']}")
+
+
+def main(url: str) -> None:
+    engine = create_engine(url)
+
+    # The tables. Safe at every start.
+    prepare(engine)
+
+    # Tasks are rows in your own transaction: there when it commits, gone when it rolls back.
+    queue = Queue()
+    with Session(engine) as session, session.begin():
+        for _ in range(COUNT):
+            queue.add(session, "send_message", {"color": random.choice(MESSAGES)})
+
+    # What to do with a task of this type, and whom to tell.
+    worker = Worker(engine, queue)
+    worker.use("send_message", send)
+    left = threading.Semaphore(0)
+
+    def completed(task: Task) -> None:
+        print(f"✨ task {task.id} complete")
+        left.release()
+
+    worker.events.on("task.completed", completed)
+
+    began = time.perf_counter()
+    worker.start()
+    for _ in range(COUNT):
+        left.acquire()
+    took = time.perf_counter() - began
+    worker.stop()
+    engine.dispose()
+
+    print(f"\n{COUNT} tasks completed in {took:.2f} s: {COUNT / took:,.0f} a second")
+
+
+if __name__ == "__main__":
+    with database() as url:
+        main(url)

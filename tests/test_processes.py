@@ -1,0 +1,203 @@
+"""Workers in processes of their own, killed by real signals."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy.orm import Session
+
+from apoq import Task
+from apoq.statements.recover import rescue
+
+SOON = 60.0
+
+WORKER = """
+    import os, signal, sys, threading, time
+    from datetime import timedelta
+    import sqlalchemy as sa
+    from apoq import Worker
+
+    engine = sa.create_engine(sys.argv[1])
+    worker = Worker(engine, lease=timedelta(seconds=float(sys.argv[2])))
+
+    def effect(task):
+        task.session.execute(sa.text("INSERT INTO ledger VALUES (:id)"), {"id": task.id})
+
+    def poison(task):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def slow(task):
+        time.sleep(task.data)
+
+    for name, processor in dict(effect=effect, poison=poison, slow=slow, noop=lambda task: None).items():
+        worker.use(name, processor, retry_delay=lambda fail_count: 0)
+    worker.run()
+"""
+
+
+def until(condition: Callable[[], object], timeout: float = SOON) -> None:
+    """Wait for something that happens in other processes."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, "it didn't come about in time"
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def spawn(url) -> Iterator[Callable[..., subprocess.Popen]]:
+    """Start workers in processes of their own, which end with the test."""
+    started: list[subprocess.Popen] = []
+
+    def start(lease: float = 1.0) -> subprocess.Popen:
+        code = textwrap.dedent(WORKER)
+        rendered = url.render_as_string(hide_password=False)
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, rendered, str(lease)], stderr=subprocess.DEVNULL
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def add_many(engine, queue, type_: str, count: int, **options) -> None:
+    with Session(engine) as session, session.begin():
+        queue.add_many(session, type_, range(count), **options)
+
+
+def count(engine, *conditions) -> int:
+    with engine.connect() as connection:
+        return connection.scalar(sa.select(sa.func.count()).select_from(Task).where(*conditions))
+
+
+def effects(engine) -> tuple[int, int]:
+    with engine.connect() as connection:
+        return tuple(
+            connection.execute(sa.text("SELECT count(*), count(DISTINCT task_id) FROM ledger")).one()
+        )
+
+
+def test_ten_thousand_tasks_over_four_processes_are_each_completed_once(engine, queue, spawn):
+    add_many(engine, queue, "effect", 5_000)
+    add_many(engine, queue, "noop", 5_000)
+    workers = [spawn() for _ in range(4)]
+
+    until(lambda: count(engine, Task.state == "completed") == 10_000)
+
+    assert effects(engine) == (5_000, 5_000)
+    assert count(engine, Task.attempt != 1) == 0
+    with engine.connect() as connection:
+        shares = connection.scalars(
+            sa.select(sa.func.count()).select_from(Task).group_by(Task.worker_id)
+        ).all()
+    assert 1 < len(shares) <= len(workers)
+
+
+def test_the_tasks_of_a_killed_worker_are_finished_by_others_with_no_effect_doubled(engine, queue, spawn):
+    add_many(engine, queue, "effect", 10_000)
+    victim, *_others = [spawn() for _ in range(4)]
+
+    until(lambda: count(engine, Task.state == "completed") > 3_000)
+    victim.kill()
+    until(lambda: count(engine, Task.state == "completed") == 10_000)
+
+    assert effects(engine) == (10_000, 10_000)
+
+
+def test_a_task_that_kills_its_worker_ends_as_failed(engine, queue, spawn):
+    with Session(engine) as session, session.begin():
+        task_id = queue.add(session, "poison", retry_limit=2).id
+    workers = [spawn(lease=0.5)]
+
+    def failed() -> bool:
+        # Each worker that it kills is replaced, as a supervisor would.
+        if workers[-1].poll() is not None:
+            workers.append(spawn(lease=0.5))
+        return count(engine, Task.id == task_id, Task.state == "failed") == 1
+
+    until(failed)
+
+    with Session(engine) as session:
+        task = session.get(Task, task_id)
+    assert (task.fail_count, task.error["class"]) == (3, "WorkerDied")
+    assert len([worker for worker in workers if worker.poll() is not None]) == 3
+
+
+def test_a_worker_stops_at_sigterm_when_its_tasks_have_ended(engine, queue, spawn):
+    with Session(engine) as session, session.begin():
+        queue.add(session, "slow", 0.5)
+    worker = spawn()
+    until(lambda: count(engine, Task.state == "running") == 1)
+
+    worker.send_signal(signal.SIGTERM)
+
+    assert worker.wait(SOON) == 0
+    assert count(engine, Task.state == "completed") == 1
+
+
+def test_a_second_signal_ends_it_at_once(engine, queue, spawn):
+    with Session(engine) as session, session.begin():
+        queue.add(session, "slow", 30)
+    worker = spawn()
+    until(lambda: count(engine, Task.state == "running") == 1)
+
+    def ended() -> bool:
+        worker.send_signal(signal.SIGTERM)
+        return worker.poll() is not None
+
+    until(ended, timeout=10)
+
+    assert worker.returncode == -signal.SIGTERM
+
+
+def test_a_frozen_workers_tasks_run_elsewhere_and_its_own_effects_are_refused(engine, queue, spawn):
+    frozen = spawn()
+    add_many(engine, queue, "effect", 2_000)
+    until(lambda: count(engine, Task.state == "completed") > 200)
+    os.kill(frozen.pid, signal.SIGSTOP)
+    spawn()
+
+    until(lambda: count(engine, Task.state == "completed") == 2_000)
+    os.kill(frozen.pid, signal.SIGCONT)
+    add_many(engine, queue, "noop", 100)
+    until(lambda: count(engine, Task.state == "completed") == 2_100)
+
+    assert effects(engine) == (2_000, 2_000)
+
+
+def test_the_tasks_of_a_live_worker_are_not_rescued(engine, queue, worker):
+    worker.start()
+    with engine.begin() as connection:
+        queue.add(connection, "t")
+        connection.execute(
+            sa.text("UPDATE apoq_tasks SET state = 'running', worker_id = (SELECT id FROM apoq_workers)")
+        )
+        sweep = {"lease": timedelta(seconds=15), "at_most": 10, "reason": "{}"}
+        assert connection.execute(rescue(None), sweep).rowcount == 0
+
+        connection.execute(sa.text("UPDATE apoq_workers SET seen_at = now() - interval '16 seconds'"))
+        assert connection.execute(rescue(None), sweep).rowcount == 1
+        connection.rollback()
+
+
+def test_a_running_task_whose_worker_left_no_row_is_rescued(engine, queue, worker):
+    worker.use("t", lambda task: None)
+    with engine.begin() as connection:
+        queue.add(connection, "t")
+        connection.execute(sa.text("UPDATE apoq_tasks SET state = 'running', worker_id = gen_random_uuid()"))
+
+    task = worker.work()
+
+    assert (task.state, task.fail_count, task.error["class"]) == ("completed", 1, "WorkerDied")

@@ -1,0 +1,220 @@
+"""An idle worker starts a new task soon after the commit, and never because of something in it."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from datetime import timedelta
+
+import psycopg
+import pytest
+import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
+from sqlalchemy.orm import Session
+
+from apoq import Queue, prepare
+from apoq.statements.hint import CHANNEL
+
+SOON = 10.0
+LONG = timedelta(hours=1)
+"""A poll interval in which nothing is found by looking: what starts was hinted at."""
+
+
+@pytest.fixture
+def started(make_worker):
+    """A worker that is idle, and only hints can wake; with a semaphore that counts the tasks it has run."""
+    ran = threading.Semaphore(0)
+    worker = make_worker(poll_interval=LONG)
+    worker.use("t", lambda task: ran.release())
+    worker.start()
+    return ran
+
+
+def test_a_session(engine, queue, started):
+    for _ in range(5):
+        with Session(engine) as session, session.begin():
+            queue.add(session, "t")
+        assert started.acquire(timeout=SOON)
+
+
+def test_add_many(engine, queue, started):
+    with Session(engine) as session, session.begin():
+        queue.add_many(session, "t", range(3))
+
+    assert all(started.acquire(timeout=SOON) for _ in range(3))
+
+
+def test_a_connection(engine, queue, started):
+    with engine.connect() as connection:
+        for _ in range(5):
+            queue.add(connection, "t")
+            connection.commit()
+            assert started.acquire(timeout=SOON)
+
+
+def test_an_async_session(url, queue, started):
+    async def main() -> None:
+        engine = create_async_engine(url)
+        async with AsyncSession(engine) as session:
+            await queue.add(session, "t")
+            await session.commit()
+        await engine.dispose()
+
+    asyncio.run(main())
+    assert started.acquire(timeout=SOON)
+
+
+def test_an_async_connection(url, queue, started):
+    async def main() -> None:
+        engine = create_async_engine(url)
+        async with engine.begin() as connection:
+            await queue.add(connection, "t")
+        await engine.dispose()
+
+    asyncio.run(main())
+    assert started.acquire(timeout=SOON)
+
+
+def test_the_release_of_a_savepoint_is_no_commit_and_loses_no_hint(engine, queue, started):
+    with Session(engine) as session, session.begin():
+        with session.begin_nested():
+            queue.add(session, "t")
+        session.execute(sa.text("SELECT 1"))
+
+    assert started.acquire(timeout=SOON)
+
+
+def test_a_session_that_is_used_again_hints_again(engine, queue, started):
+    with Session(engine) as session:
+        queue.add(session, "t")
+        session.rollback()
+        for _ in range(3):
+            queue.add(session, "t")
+            session.commit()
+            assert started.acquire(timeout=SOON)
+
+
+def test_any_session_of_a_schema(engine, make_worker):
+    prepare(engine, schema="jobs")
+    queue = Queue("emails", schema="jobs")
+    ran = threading.Event()
+    worker = make_worker(queue, poll_interval=LONG)
+    worker.use("t", lambda task: ran.set())
+    worker.start()
+
+    with Session(engine) as session, session.begin():
+        queue.add(session, "t")
+
+    assert ran.wait(SOON)
+
+
+def test_where_nothing_hints_it_is_found_within_the_poll_interval(engine, url, queue, make_worker):
+    ran = threading.Event()
+    worker = make_worker(poll_interval=timedelta(milliseconds=200))
+    worker.use("t", lambda task: ran.set())
+    worker.start()
+
+    with psycopg.connect(
+        url.set(drivername="postgresql").render_as_string(hide_password=False)
+    ) as connection:
+        queue.add(connection, "t")
+
+    assert ran.wait(SOON)
+
+
+def test_a_sleep_ends_when_the_next_task_is_due(engine, queue, started):
+    with Session(engine) as session, session.begin():
+        queue.add(session, "t", delay=timedelta(seconds=0.4))
+    added = time.monotonic()
+
+    assert started.acquire(timeout=SOON)
+    assert 0.3 < time.monotonic() - added < 5
+
+
+def test_a_retry_is_started_when_it_is_due(engine, queue, make_worker):
+    ran = threading.Event()
+
+    def process(task) -> None:
+        if task.fail_count == 0:
+            raise ValueError
+        ran.set()
+
+    worker = make_worker(poll_interval=LONG)
+    worker.use("t", process, retry_delay=lambda fail_count: 0.2)
+    worker.start()
+    with Session(engine) as session, session.begin():
+        queue.add(session, "t")
+
+    assert ran.wait(SOON)
+
+
+def test_what_was_added_before_the_worker_listened_is_found(engine, queue, make_worker):
+    for _ in range(5):
+        ran = threading.Event()
+        worker = make_worker(poll_interval=LONG)
+        worker.use("t", lambda task, ran=ran: ran.set())
+        starting = threading.Thread(target=worker.start)
+        starting.start()
+        with Session(engine) as session, session.begin():
+            queue.add(session, "t")
+        assert ran.wait(SOON)
+        starting.join()
+        worker.stop()
+
+
+def test_the_callers_transaction_notifies_nobody(engine, queue):
+    """No NOTIFY in it, nor any other statement but the insert (test_add.py counts them)."""
+    with engine.connect() as listening, Session(engine) as session:
+        raw = listening.connection.driver_connection
+        raw.autocommit = True
+        raw.execute(f"LISTEN {CHANNEL}")
+        queue.add(session, "t")
+        session.connection().exec_driver_sql("COMMIT")
+
+        assert list(raw.notifies(timeout=0.1)) == []
+        raw.autocommit = False
+
+
+def test_a_burst_of_commits_is_a_few_notifications(engine, queue):
+    with engine.connect() as listening:
+        raw = listening.connection.driver_connection
+        raw.autocommit = True
+        raw.execute(f"LISTEN {CHANNEL}")
+        began = time.monotonic()
+        for _ in range(200):
+            with Session(engine) as session, session.begin():
+                queue.add(session, "t")
+        took = time.monotonic() - began
+        heard = len(list(raw.notifies(timeout=0.5)))
+        raw.autocommit = False
+
+    # One for every two milliseconds at most, and the one under way.
+    assert 1 <= heard <= min(200, took / 0.002 + 1)
+
+
+def test_a_session_in_somebody_elses_transaction_gives_no_hint(engine, queue):
+    """As in a test that rolls back all that it does: nothing of it is to leave the transaction."""
+    before = set(threading.enumerate())
+    with engine.connect() as connection:
+        with Session(connection, join_transaction_mode="create_savepoint") as session:
+            queue.add(session, "t")
+            session.commit()
+        assert not set(threading.enumerate()) - before
+        connection.rollback()
+
+
+def test_a_listener_whose_connection_is_killed_listens_again(engine, queue, started):
+    with engine.begin() as connection:
+        killed = connection.scalars(
+            sa.text(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                "WHERE datname = current_database() AND query LIKE 'LISTEN%'"
+            )
+        ).all()
+    assert killed == [True]
+
+    with Session(engine) as session, session.begin():
+        queue.add(session, "t")
+
+    assert started.acquire(timeout=SOON)
