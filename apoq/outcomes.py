@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import traceback
-from dataclasses import dataclass
 from datetime import timedelta
+from typing import NamedTuple
 
 from apoq.retry import RetryPolicy, seconds
 from apoq.states import CANCELLED, COMPLETED, FAILED, PENDING
@@ -53,8 +53,7 @@ class WorkerDied(Exception):
     """The worker that ran the task is gone, and nobody knows how far it came."""
 
 
-@dataclass(frozen=True, slots=True)
-class Settlement:
+class Settlement(NamedTuple):
     """What is written to a task when its attempt has ended."""
 
     state: str

@@ -169,7 +169,7 @@ class Queue:
     def _add_many(self, caller: Caller, parameters: dict[str, Any], datas: Iterable[Any]) -> int:
         count = 0
         for batch in self._batches(datas):
-            caller.execute(enqueue_many(self.schema), {**parameters, "task_data": batch})
+            caller.execute(enqueue_many(self.schema), {**parameters, "task_data": f"[{','.join(batch)}]"})
             count += len(batch)
         if count:
             caller.hint(payload(self.schema, self.name))

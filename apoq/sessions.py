@@ -21,7 +21,6 @@ from sqlalchemy.util import await_only, greenlet_spawn
 from apoq.databases import check_dialect
 from apoq.errors import NotPrepared, UnsupportedSession
 from apoq.hints import hint_after_connection_commit, hint_after_session_commit
-from apoq.migrations.prepare import missing
 from apoq.model import Task
 
 SyncSession = Session | scoped_session[Session] | Connection | psycopg.Connection[Any]
@@ -170,5 +169,8 @@ def _clear_errors() -> Iterator[None]:
         sqlstate = getattr(getattr(error, "orig", error), "sqlstate", None)
         # undefined_table, undefined_column, invalid_schema_name
         if sqlstate in {"42P01", "42703", "3F000"}:
-            raise NotPrepared(missing(None)) from error
+            raise NotPrepared(
+                f"{getattr(error, 'orig', error)}: are apoq's tables missing, or at another version? "
+                "Run `apoq.prepare(engine)`, or `alembic upgrade head` where your migrations include apoq's"
+            ) from error
         raise

@@ -20,7 +20,8 @@ COUNT = 100
 
 
 def send(task: RunningTask) -> None:
-    print(f"📧 sending a {task.data['color']}")
+    # With its line end, for four threads speak at once.
+    print(f"📧 sending a {task.data['color']}\n", end="")
 
 
 def main(url: str) -> None:
@@ -41,7 +42,7 @@ def main(url: str) -> None:
     left = threading.Semaphore(0)
 
     def completed(task: Task) -> None:
-        print(f"✨ task {task.id} complete")
+        print(f"✨ task {task.id} complete\n", end="")
         left.release()
 
     worker.events.on("task.completed", completed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from datetime import UTC, datetime, timedelta
 
 import psycopg
@@ -314,7 +315,7 @@ class TestAddMany:
 
         def before(_connection, _cursor, _statement, parameters, *_rest):
             nonlocal sent
-            sent += len(parameters["task_data"])
+            sent += len(json.loads(parameters["task_data"]))
 
         with Session(shared_engine) as session:
             session.connection()
@@ -329,7 +330,7 @@ class TestAddMany:
     def test_large_data_make_smaller_batches(self, session, queue):
         sizes = []
         session.connection()
-        listener = lambda *arguments: sizes.append(len(arguments[3]["task_data"]))  # noqa: E731
+        listener = lambda *arguments: sizes.append(len(json.loads(arguments[3]["task_data"])))  # noqa: E731
         sa.event.listen(session.get_bind(), "before_cursor_execute", listener)
         try:
             queue.add_many(session, "t", ["x" * 500_000] * 20)

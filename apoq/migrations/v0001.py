@@ -85,7 +85,8 @@ def upgrade(op: Operations, schema: str | None = None) -> None:
     )
     table = sa.Table("apoq_tasks", sa.MetaData(), schema=schema)
     settings = ", ".join(f"{name} = {value}" for name, value in STORAGE.items())
-    op.execute(sa.DDL(f"ALTER TABLE %(fullname)s SET ({settings})").against(table))
+    ddl = sa.DDL(f"ALTER TABLE %(fullname)s SET ({settings})")  # type: ignore[no-untyped-call]
+    op.execute(ddl.against(table))
     op.create_table(
         "apoq_workers",
         sa.Column("id", sa.Uuid, primary_key=True),

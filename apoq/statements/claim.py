@@ -88,7 +88,6 @@ def claim(schema: str | None) -> ReturningUpdate[Any]:
         )
         .returning(
             tasks.c.id,
-            tasks.c.queue,
             tasks.c.type,
             tasks.c.data,
             tasks.c.priority,
@@ -96,9 +95,9 @@ def claim(schema: str | None) -> ReturningUpdate[Any]:
             tasks.c.process_at,
             tasks.c.attempt,
             tasks.c.fail_count,
+            tasks.c.token,
             tasks.c.retry_limit,
             tasks.c.retry_delay,
-            tasks.c.token,
         )
     )
 

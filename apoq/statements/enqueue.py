@@ -5,8 +5,8 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from sqlalchemy import Insert, SmallInteger, Text, bindparam, cast, func, insert, select
-from sqlalchemy.dialects.postgresql import ARRAY, INTERVAL, JSONB, TIMESTAMP
+from sqlalchemy import Insert, SmallInteger, Text, bindparam, cast, column, func, insert, select
+from sqlalchemy.dialects.postgresql import INTERVAL, JSONB, TIMESTAMP
 from sqlalchemy.sql.elements import ColumnElement
 from sqlalchemy.types import Integer
 
@@ -48,14 +48,15 @@ def enqueue(schema: str | None) -> Insert:
 
 @cache
 def enqueue_many(schema: str | None) -> Insert:
-    """Add a task for each JSON text in an array; all their options are the same."""
+    """Add a task for each element of a JSON array; all their options are the same."""
+    # One text with all of them: an array of texts would have to be quoted, one by one.
+    array = cast(bindparam("task_data", type_=Text), JSONB)
     documents = (
-        func.unnest(bindparam("task_data", type_=ARRAY(Text)))
-        .table_valued("document")
-        .render_derived("documents")
+        func.jsonb_array_elements(array).table_valued(column("document", JSONB)).render_derived("documents")
     )
     values = _values()
-    rows = select(*values.values(), cast(documents.c.document, JSONB))
     return (
-        insert(task_class(schema)).from_select([*values, "data"], rows).execution_options(dml_strategy="raw")
+        insert(task_class(schema))
+        .from_select([*values, "data"], select(*values.values(), documents.c.document))
+        .execution_options(dml_strategy="raw")
     )

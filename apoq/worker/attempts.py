@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import RowMapping, func
 from sqlalchemy.orm import Session
@@ -23,8 +22,7 @@ class TaskLost(Exception):
     """The task was taken from this worker while it ran; nothing is written to it any more."""
 
 
-@dataclass(frozen=True, slots=True)
-class Ended:
+class Ended(NamedTuple):
     """An attempt that has ended, and what is to be written about it."""
 
     task: AnyRunningTask

@@ -157,11 +157,10 @@ class Claimer:
         }
         self._doubtful = True
         with self._engine.begin() as connection:
-            rows = list(connection.execute(claim(queue.schema), parameters))
+            rows = connection.execute(claim(queue.schema), parameters).all()
         self._doubtful = False
-        rows.sort(key=_order)
         now = time.monotonic()
-        tasks = [self._make(row, queue, now) for row in rows]
+        tasks = sorted((self._make(row, queue, now) for row in rows), key=_order)
         self.held.update((task.id, task) for task in tasks)
         return tasks
 
@@ -206,5 +205,5 @@ class Claimer:
         return pause if self._slots.waiting_since is None else min(pause, OVERDUE)
 
 
-def _order(row: Row[Any]) -> tuple[int, datetime, int]:
-    return -row.priority, row.process_at, row.id
+def _order(task: AnyRunningTask) -> tuple[int, datetime, int]:
+    return -task.priority, task.process_at, task.id

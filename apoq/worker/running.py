@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import datetime
 from typing import Any, Generic, TypeVar
-
-from sqlalchemy import Row
 
 from apoq.queue import Queue
 from apoq.registry import Processor
@@ -39,25 +37,38 @@ class _Running(Generic[S]):
 
     def __init__(
         self,
-        row: Row[Any],
+        row: Iterable[Any],
         queue: Queue,
         processor: Processor,
         claimed_at: float,
         open_session: Callable[[], S],
     ) -> None:
-        self.id: int = row.id
-        self.type: str = row.type
-        self.data: Any = row.data
-        self.fail_count: int = row.fail_count
-        self.attempt: int = row.attempt
-        self.priority: int = row.priority
-        self.created_at: datetime = row.created_at
-        self.process_at: datetime = row.process_at
+        self.id: int
+        self.type: str
+        self.data: Any
+        self.priority: int
+        self.created_at: datetime
+        self.process_at: datetime
+        self.attempt: int
+        self.fail_count: int
+        self.token: int
+        (
+            self.id,
+            self.type,
+            self.data,
+            self.priority,
+            self.created_at,
+            self.process_at,
+            self.attempt,
+            self.fail_count,
+            self.token,
+            retry_limit,
+            retry_delay,
+        ) = row  # as `claim` returns it
         # What follows is the worker's.
-        self.token: int = row.token
         self.from_queue = queue
         self.processor = processor
-        self.policy: RetryPolicy = processor.policy_for(row.retry_limit, row.retry_delay)
+        self.policy: RetryPolicy = processor.policy_for(retry_limit, retry_delay)
         self.claimed_at = claimed_at  # by time.monotonic()
         self.open_session = open_session
         self.opened: S | None = None

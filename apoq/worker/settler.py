@@ -6,7 +6,6 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
@@ -22,6 +21,10 @@ from apoq.statements.settle import complete, settle
 from apoq.worker.attempts import Ended, TaskLost
 
 logger = logging.getLogger(__name__)
+
+
+Rows = dict[int, RowMapping | None]
+"""The tasks that were written, by their id; with their rows, where somebody wants to hear of them."""
 
 
 class Settler:
@@ -59,12 +62,11 @@ class Settler:
         to_write = [end for end in batch if end.row is None and not isinstance(end.outcome, TaskLost)]
         rows = self._write(to_write) if to_write else {}
         for end in to_write:
-            if (row := rows.get(end.task.id)) is not None:
-                self._tell(end, row)
+            if end.task.id in rows:
+                self._tell(end, rows[end.task.id])
             else:
                 lost.append(end)
         for end in committed:
-            assert end.row is not None
             self._tell(end, end.row)
         for end in lost:
             logger.info(
@@ -75,7 +77,7 @@ class Settler:
         for end in batch:
             self._on_settled(end)
 
-    def _write(self, batch: list[Ended]) -> dict[int, RowMapping]:
+    def _write(self, batch: list[Ended]) -> Rows:
         try:
             with self._engine.begin() as connection:
                 return _settle_all(connection, batch, full=self._is_heard())
@@ -90,14 +92,14 @@ class Settler:
             (end,) = batch
             logger.exception("task %d could not be settled; its error is left out", end.task.id)
             without = {"class": type(end.outcome).__name__, "message": "", "traceback": ""}
-            end = replace(end, settlement=replace(end.settlement, error=without))
+            end = end._replace(settlement=end.settlement._replace(error=without))
             with self._engine.begin() as connection:
                 return _settle_all(connection, [end], full=self._is_heard())
 
     def _is_heard(self) -> bool:
         return any(map(self._events.heard, events.NAMES))
 
-    def _tell(self, end: Ended, row: RowMapping) -> None:
+    def _tell(self, end: Ended, row: RowMapping | None) -> None:
         if end.outcome is not None:
             _log(end)
         match end.settlement:
@@ -109,13 +111,13 @@ class Settler:
                 name = events.RETRIED
             case _:
                 return
-        if self._events.heard(name):
+        if row is not None and self._events.heard(name):
             errors = () if end.outcome is None else (end.outcome,)
             self._events.emit(name, detached(end.task.from_queue.schema, row), *errors)
 
 
-def _settle_all(connection: Connection, batch: Iterable[Ended], *, full: bool) -> dict[int, RowMapping]:
-    rows: dict[int, RowMapping] = {}
+def _settle_all(connection: Connection, batch: Iterable[Ended], *, full: bool) -> Rows:
+    rows: Rows = {}
 
     def schema(end: Ended) -> str:
         return end.task.from_queue.schema or ""
@@ -140,7 +142,10 @@ def _settle_all(connection: Connection, batch: Iterable[Ended], *, full: bool) -
                     **arrays,
                 }
                 result = connection.execute(statement.returning(*returning), parameters)
-                rows.update((row["id"], row) for row in result.mappings())
+                if full:
+                    rows.update((row["id"], row) for row in result.mappings())
+                else:
+                    rows.update(dict.fromkeys(result.scalars()))
     return rows
 
 

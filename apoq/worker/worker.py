@@ -233,15 +233,22 @@ class Worker:
         """Show that this worker lives, before it claims anything."""
         with self._lock:
             if self._enlisted == 0:
-                with self._own_engine.begin() as connection:
-                    for schema in {queue.schema for queue in self._queues}:
-                        check(connection, schema)
-                # Fresh each time, so that nothing an earlier life of this worker left behind looks alive.
-                self._claimer.worker_id = self._heartbeat.worker_id = uuid4()
-                self._heartbeat.beat()
-                self._heartbeat.sweep()
-                self._beating.start()
+                try:
+                    self._enter()
+                except BaseException:
+                    self._own_engine.dispose()
+                    raise
             self._enlisted += 1
+
+    def _enter(self) -> None:
+        with self._own_engine.begin() as connection:
+            for schema in {queue.schema for queue in self._queues}:
+                check(connection, schema)
+        # Fresh each time, so that nothing an earlier life of this worker left behind looks alive.
+        self._claimer.worker_id = self._heartbeat.worker_id = uuid4()
+        self._heartbeat.beat()
+        self._heartbeat.sweep()
+        self._beating.start()
 
     def _discharge(self) -> None:
         with self._lock:
