@@ -11,6 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import QueuePool
 
 from apoq.errors import UnsupportedDatabase
+from apoq.reading import read_anything
 
 _SPELLINGS = {"postgres", "postgresql", "postgresql+psycopg", "postgresql+psycopg_async"}
 _DRIVERS = {"psycopg", "psycopg_async"}
@@ -60,6 +61,7 @@ def own_engine(engine: Engine) -> Engine:
         connection: Any = pooled.driver_connection
         pooled.detach()
         connection.prepare_threshold = None
+        read_anything(connection)
         return cast("DBAPIConnection", connection)
 
     return create_engine(

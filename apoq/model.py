@@ -13,7 +13,7 @@ from sqlalchemy.dialects.postgresql import ARRAY, INTERVAL, JSONB, TIMESTAMP
 from sqlalchemy.orm import DeclarativeBase, Mapped, make_transient_to_detached, mapped_column, validates
 from sqlalchemy.types import Integer, SmallInteger, Text, Uuid
 
-from apoq.payload import check_type, encode
+from apoq.payload import check_time, check_type, encode
 from apoq.states import PENDING, RUNNING, STATES
 
 DEFAULT_QUEUE = "default"
@@ -88,6 +88,10 @@ class Task(Base):
     @validates("type")
     def _check_type(self, _key: str, value: str) -> str:
         return check_type(value)
+
+    @validates("process_at")
+    def _check_process_at(self, _key: str, value: Any) -> Any:
+        return check_time(value) if isinstance(value, datetime) else value
 
     @validates("data")
     def _check_data(self, _key: str, value: Any) -> Any:

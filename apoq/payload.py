@@ -6,6 +6,7 @@ import json
 import math
 import reprlib
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from typing import Any
 
 from apoq.errors import InvalidData, InvalidTask
@@ -36,6 +37,24 @@ def check_name(name: object, what: str) -> str:
     if fault := _text_fault(name):
         raise InvalidTask(f"{what} can't hold {fault}: {name!r}")
     return name
+
+
+FIRST, LAST = datetime(1, 1, 3, tzinfo=UTC), datetime(9999, 12, 29, tzinfo=UTC)
+"""What Python can read back, whatever the session's time zone."""
+
+
+def check_time(at: object) -> datetime:
+    """Answer a time that everybody reads alike; `InvalidTask` where it is none."""
+    if not isinstance(at, datetime):
+        raise InvalidTask(f"process_at is a datetime, not {at!r}")
+    if at.utcoffset() is None:
+        raise InvalidTask(
+            f"process_at={at} has no time zone, so nobody knows when it is: "
+            "for example, datetime.now(UTC) has one"
+        )
+    if not FIRST <= at <= LAST:
+        raise InvalidTask(f"process_at={at} is at the end of the calendar: leave it out for now")
+    return at
 
 
 def encode(data: Any, max_size: int = MAX_DATA_SIZE, name: str = "data") -> str:

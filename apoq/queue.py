@@ -8,7 +8,7 @@ from typing import Any, overload
 
 from apoq.errors import InvalidTask
 from apoq.model import DEFAULT_QUEUE, Task, detached, task_class
-from apoq.payload import MAX_DATA_SIZE, check_name, check_type, encode
+from apoq.payload import MAX_DATA_SIZE, check_name, check_time, check_type, encode
 from apoq.retry import LONGEST_DELAY, seconds
 from apoq.sessions import AsyncioSession, Caller, SyncSession, through
 from apoq.statements.enqueue import enqueue, enqueue_many
@@ -20,6 +20,7 @@ BATCH_SIZE = 4 * 1024 * 1024
 
 _LOWEST_PRIORITY, _HIGHEST_PRIORITY = -(2**15), 2**15 - 1
 _HIGHEST_LIMIT = 2**31 - 2
+_LONGEST_SCHEMA = 63
 
 
 class Queue:
@@ -37,7 +38,9 @@ class Queue:
         """
         self.name = check_name(name, "a queue's name")
         self.schema = None if schema is None else check_name(schema, "a schema's name")
-        self.max_data_size = max_data_size
+        if self.schema is not None and len(self.schema.encode()) > _LONGEST_SCHEMA:
+            raise InvalidTask(f"a schema's name has at most {_LONGEST_SCHEMA} bytes, not {schema!r}")
+        self.max_data_size = _integer("max_data_size", max_data_size, 1, _HIGHEST_LIMIT)
 
     def __repr__(self) -> str:
         schema = "" if self.schema is None else f", schema={self.schema!r}"
@@ -153,7 +156,7 @@ class Queue:
         `InvalidData` says which; batches before it have been sent by then, so let the error roll back.
         """
         parameters = self._parameters(type, delay, process_at, priority, retry_limit, retry_delay)
-        if isinstance(datas, str | bytes | dict):
+        if isinstance(datas, str | bytes | dict) or not isinstance(datas, Iterable):
             raise InvalidTask(
                 f"add_many takes the data of many tasks, such as a list of dicts, not one {datas!r:.80}"
             )
@@ -218,13 +221,7 @@ def _when(delay: timedelta | None, process_at: datetime | None) -> dict[str, Any
         if not timedelta() <= delay <= LONGEST_DELAY:
             raise InvalidTask(f"a delay is between zero and a century, not {delay}")
     if process_at is not None:
-        if not isinstance(process_at, datetime):
-            raise InvalidTask(f"process_at is a datetime, not {process_at!r}")
-        if process_at.utcoffset() is None:
-            raise InvalidTask(
-                f"process_at={process_at} has no time zone, so nobody knows when it is: "
-                "for example, datetime.now(UTC) has one"
-            )
+        check_time(process_at)
     return {"task_delay": delay, "task_process_at": process_at}
 
 

@@ -86,7 +86,7 @@ class _OrmSession:
 
     def execute(self, statement: Executable, parameters: dict[str, Any]) -> Sequence[Row]:
         # What else waits in the session is flushed when its owner wants it to be.
-        with _clear_errors(), self._session.no_autoflush:
+        with _clear_errors(statement), self._session.no_autoflush:
             return _rows(self._session.execute(statement, parameters))
 
     def keep(self, task: Task) -> None:
@@ -104,7 +104,7 @@ class _CoreConnection:
         self._connection = connection
 
     def execute(self, statement: Executable, parameters: dict[str, Any]) -> Sequence[Row]:
-        with _clear_errors():
+        with _clear_errors(statement):
             return _rows(self._connection.execute(statement, parameters))
 
     def keep(self, task: Task) -> None:
@@ -119,7 +119,7 @@ class _PsycopgConnection:
         self._connection = connection
 
     def execute(self, statement: Executable, parameters: dict[str, Any]) -> Sequence[Row]:
-        with _clear_errors(), self._connection.cursor(row_factory=dict_row) as cursor:
+        with _clear_errors(statement), self._connection.cursor(row_factory=dict_row) as cursor:
             cursor.execute(*_compiled(statement, parameters))
             return cursor.fetchall() if cursor.description else ()
 
@@ -138,7 +138,7 @@ class _AsyncPsycopgConnection(_PsycopgConnection):
         return await_only(self._execute(statement, parameters))
 
     async def _execute(self, statement: Executable, parameters: dict[str, Any]) -> Sequence[Row]:
-        with _clear_errors():
+        with _clear_errors(statement):
             async with self._async_connection.cursor(row_factory=dict_row) as cursor:
                 await cursor.execute(*_compiled(statement, parameters))
                 return await cursor.fetchall() if cursor.description else ()
@@ -157,7 +157,7 @@ def _compiled(statement: Any, parameters: dict[str, Any]) -> tuple[Any, dict[str
 
 
 @contextmanager
-def _clear_errors() -> Iterator[None]:
+def _clear_errors(statement: Any) -> Iterator[None]:
     try:
         yield
     except MissingGreenlet as error:
@@ -169,8 +169,10 @@ def _clear_errors() -> Iterator[None]:
         sqlstate = getattr(getattr(error, "orig", error), "sqlstate", None)
         # undefined_table, undefined_column, invalid_schema_name
         if sqlstate in {"42P01", "42703", "3F000"}:
+            schema = "" if statement.table.schema is None else f", schema={statement.table.schema!r}"
             raise NotPrepared(
                 f"{getattr(error, 'orig', error)}: are apoq's tables missing, or at another version? "
-                "Run `apoq.prepare(engine)`, or `alembic upgrade head` where your migrations include apoq's"
+                f"Run `apoq.prepare(engine{schema})`, or `alembic upgrade head` where your migrations "
+                "include apoq's"
             ) from error
         raise

@@ -115,6 +115,7 @@ def next_due(schema: str | None) -> Select[Any]:
             tasks.c.priority == priorities.c.priority,
             # What is due already waits for a worker of its type: it is no reason to wake up.
             tasks.c.process_at > func.now(),
+            tasks.c.process_at < literal_column("'infinity'::timestamptz"),
         )
         .order_by(tasks.c.process_at)
         .limit(1)

@@ -13,6 +13,7 @@ from apoq.events import COMPLETED as TASK_COMPLETED
 from apoq.events import Events
 from apoq.model import tasks_table
 from apoq.outcomes import Settlement, settle
+from apoq.reading import UnreadableData
 from apoq.statements.settle import complete
 from apoq.worker.running import AnyRunningTask, AsyncRunningTask, RunningTask
 from apoq.worker.task_sessions import TaskSession
@@ -42,6 +43,7 @@ def run(task: RunningTask, events: Events) -> Ended:
     """Run a plain processor on this thread."""
     row = outcome = None
     try:
+        _refuse_unreadable(task)
         _refuse_awaitable(task, task.processor.function(task))
         if task.opened is not None:
             row = _complete_in(task.opened, task, events)
@@ -57,6 +59,7 @@ async def run_coroutine(task: AsyncRunningTask, events: Events) -> Ended:
     """Run a coroutine processor on this event loop."""
     row = outcome = None
     try:
+        _refuse_unreadable(task)
         await task.processor.function(task)
         if task.opened is not None:
             row = await task.opened.run_sync(_complete_in_async, task, events)
@@ -102,6 +105,11 @@ def _close(session: Session) -> None:
         session.close()
     except Exception:  # noqa: BLE001 - the connection is broken, and so its transaction is rolled back
         session.invalidate()
+
+
+def _refuse_unreadable(task: AnyRunningTask) -> None:
+    if isinstance(task.data, UnreadableData):
+        raise task.data
 
 
 def _refuse_awaitable(task: AnyRunningTask, value: Any) -> None:

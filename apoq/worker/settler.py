@@ -10,7 +10,7 @@ from itertools import groupby
 from typing import Any
 
 from sqlalchemy import Connection, Engine, RowMapping, Update
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import DataError, DBAPIError, InterfaceError, OperationalError
 
 from apoq import events, states
 from apoq.events import Events
@@ -93,8 +93,14 @@ class Settler:
             logger.exception("task %d could not be settled; its error is left out", end.task.id)
             without = {"class": type(end.outcome).__name__, "message": "", "traceback": ""}
             end = end._replace(settlement=end.settlement._replace(error=without))
-            with self._engine.begin() as connection:
-                return _settle_all(connection, [end], full=self._is_heard())
+            try:
+                with self._engine.begin() as connection:
+                    return _settle_all(connection, [end], full=self._is_heard())
+            except DataError:
+                logger.exception(
+                    "task %d can't be settled; it is run again when this worker stops", end.task.id
+                )
+                return {}
 
     def _is_heard(self) -> bool:
         return any(map(self._events.heard, events.NAMES))

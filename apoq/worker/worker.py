@@ -148,7 +148,10 @@ class Worker:
                 self._settler.turn()
             if task is None:
                 return None
-            self._settler.settle([self._run(task)])
+            end = self._run(task)
+            self._settler.settle([end])
+            if isinstance(end.outcome, KeyboardInterrupt):
+                raise end.outcome  # meant for the program, not for the task that happened to run
             return self._load(task)
         finally:
             self._discharge()
