@@ -14,7 +14,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, make_transient_to_detached, 
 from sqlalchemy.types import Integer, SmallInteger, Text, Uuid
 
 from apoq.payload import check_time, check_type, encode
-from apoq.states import PENDING, RUNNING, STATES
+from apoq.states import CANCELLED, COMPLETED, FAILED, PENDING, RUNNING, STATES
 
 DEFAULT_QUEUE = "default"
 
@@ -83,6 +83,19 @@ class Task(Base):
         ),
         # What the sweep looks through: as many rows as tasks are running.
         Index("apoq_tasks_running_idx", "worker_id", postgresql_where=text(f"state = '{RUNNING}'")),
+        # What the pruner deletes from, the oldest first.
+        Index(
+            "apoq_tasks_completed_idx",
+            "queue",
+            "completed_at",
+            postgresql_where=text(f"state = '{COMPLETED}'"),
+        ),
+        Index(
+            "apoq_tasks_failed_idx",
+            "queue",
+            text("coalesce(cancelled_at, failed_at, process_at)"),
+            postgresql_where=text(f"state IN ('{FAILED}', '{CANCELLED}')"),
+        ),
     )
 
     @validates("type")

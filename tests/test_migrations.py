@@ -308,15 +308,17 @@ class TestAlembicHere:
         assert everything(empty_url) == prepared
 
 
+@pytest.fixture(scope="module")
+def mapped(create_database, drop_database) -> Iterator[sa.URL]:
+    """A database with the tables that the mapped classes make."""
+    url = create_database()
+    Base.metadata.create_all(sa.create_engine(url, poolclass=NullPool))
+    yield url
+    drop_database(url)
+
+
 class TestTheModel:
     """`alembic check` doesn't see everything, so tables made of the mapped classes are compared."""
-
-    @pytest.fixture(scope="class")
-    def mapped(self, create_database, drop_database) -> Iterator[sa.URL]:
-        url = create_database()
-        Base.metadata.create_all(sa.create_engine(url, poolclass=NullPool))
-        yield url
-        drop_database(url)
 
     def test_its_columns_are_the_tables(self, mapped, prepared):
         ours = [column for column in prepared["columns"] if column[0] in Base.metadata.tables]

@@ -83,6 +83,20 @@ def upgrade(op: Operations, schema: str | None = None) -> None:
         schema=schema,
         postgresql_where=sa.text("state = 'running'"),
     )
+    op.create_index(
+        "apoq_tasks_completed_idx",
+        "apoq_tasks",
+        ["queue", "completed_at"],
+        schema=schema,
+        postgresql_where=sa.text("state = 'completed'"),
+    )
+    op.create_index(
+        "apoq_tasks_failed_idx",
+        "apoq_tasks",
+        ["queue", sa.text("coalesce(cancelled_at, failed_at, process_at)")],
+        schema=schema,
+        postgresql_where=sa.text("state IN ('failed', 'cancelled')"),
+    )
     table = sa.Table("apoq_tasks", sa.MetaData(), schema=schema)
     settings = ", ".join(f"{name} = {value}" for name, value in STORAGE.items())
     ddl = sa.DDL(f"ALTER TABLE %(fullname)s SET ({settings})")  # type: ignore[no-untyped-call]

@@ -5,7 +5,21 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from sqlalchemy import BindParameter, Text, Update, bindparam, case, cast, func, literal_column, update
+from sqlalchemy import (
+    BindParameter,
+    ColumnElement,
+    Delete,
+    Text,
+    Update,
+    and_,
+    bindparam,
+    case,
+    cast,
+    delete,
+    func,
+    literal_column,
+    update,
+)
 from sqlalchemy.dialects.postgresql import ARRAY, INTERVAL, JSONB
 from sqlalchemy.sql.selectable import TableValuedAlias
 from sqlalchemy.types import BigInteger, Double, Integer
@@ -22,13 +36,13 @@ def _rows(**columns: type) -> TableValuedAlias:
     return func.unnest(*arrays).table_valued(*columns).render_derived("settled")
 
 
-def _held(schema: str | None, rows: TableValuedAlias) -> Update:
-    """Begin an update of the tasks that are still held under the token with which they were claimed.
+def _held(schema: str | None, rows: TableValuedAlias) -> ColumnElement[bool]:
+    """Pick the tasks that are still held under the token with which they were claimed.
 
     A worker that has lost a task - to the sweep, to another worker, to a cancellation - finds no row.
     """
     tasks = tasks_table(schema)
-    return update(tasks).where(
+    return and_(
         tasks.c.id == rows.c.id,
         tasks.c.token == rows.c.token,
         # coalesce, lest the planner take the index of running tasks, of which it expects few: it holds a
@@ -42,9 +56,18 @@ def complete(schema: str | None) -> Update:
     """Mark the tasks of `ids`, held under `tokens`, as completed."""
     rows = _rows(id=BigInteger, token=BigInteger)
     # clock_timestamp(), for now() would be when the transaction of `task.session` began.
-    return _held(schema, rows).values(
-        state=literal_column(f"'{COMPLETED}'", Text), completed_at=func.clock_timestamp()
+    return (
+        update(tasks_table(schema))
+        .where(_held(schema, rows))
+        .values(state=literal_column(f"'{COMPLETED}'", Text), completed_at=func.clock_timestamp())
     )
+
+
+@cache
+def remove(schema: str | None) -> Delete:
+    """Delete the tasks of `ids`, held under `tokens`: completed, where completed ones aren't kept."""
+    rows = _rows(id=BigInteger, token=BigInteger)
+    return delete(tasks_table(schema)).where(_held(schema, rows))
 
 
 @cache
@@ -62,13 +85,19 @@ def settle(schema: str | None) -> Update:
     )
     now = func.clock_timestamp()
     second = literal_column("interval '1 second'", INTERVAL)
-    return _held(schema, rows).values(
-        state=rows.c.state,
-        attempt=rows.c.attempt,
-        fail_count=rows.c.fail_count,
-        process_at=case((rows.c.delay.is_not(None), now + rows.c.delay * second), else_=tasks.c.process_at),
-        completed_at=case((rows.c.state == COMPLETED, now), else_=tasks.c.completed_at),
-        cancelled_at=case((rows.c.state == CANCELLED, now), else_=tasks.c.cancelled_at),
-        failed_at=case((rows.c.fail_count > tasks.c.fail_count, now), else_=tasks.c.failed_at),
-        error=func.coalesce(cast(rows.c.error, JSONB), tasks.c.error),
+    return (
+        update(tasks)
+        .where(_held(schema, rows))
+        .values(
+            state=rows.c.state,
+            attempt=rows.c.attempt,
+            fail_count=rows.c.fail_count,
+            process_at=case(
+                (rows.c.delay.is_not(None), now + rows.c.delay * second), else_=tasks.c.process_at
+            ),
+            completed_at=case((rows.c.state == COMPLETED, now), else_=tasks.c.completed_at),
+            cancelled_at=case((rows.c.state == CANCELLED, now), else_=tasks.c.cancelled_at),
+            failed_at=case((rows.c.fail_count > tasks.c.fail_count, now), else_=tasks.c.failed_at),
+            error=func.coalesce(cast(rows.c.error, JSONB), tasks.c.error),
+        )
     )

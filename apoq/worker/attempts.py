@@ -5,16 +5,13 @@ from __future__ import annotations
 import inspect
 from typing import Any, NamedTuple
 
-from sqlalchemy import RowMapping, func
+from sqlalchemy import RowMapping
 from sqlalchemy.orm import Session
 
 from apoq.errors import InvalidProcessor
-from apoq.events import COMPLETED as TASK_COMPLETED
-from apoq.events import Events
-from apoq.model import tasks_table
 from apoq.outcomes import Settlement, settle
 from apoq.reading import UnreadableData
-from apoq.statements.settle import complete
+from apoq.worker.completion import Completion
 from apoq.worker.running import AnyRunningTask, AsyncRunningTask, RunningTask
 from apoq.worker.task_sessions import TaskSession
 
@@ -39,14 +36,14 @@ def ended(task: AnyRunningTask, outcome: BaseException | None, row: RowMapping |
     return Ended(task, outcome, settlement, row)
 
 
-def run(task: RunningTask, events: Events) -> Ended:
+def run(task: RunningTask, completion: Completion) -> Ended:
     """Run a plain processor on this thread."""
     row = outcome = None
     try:
         _refuse_unreadable(task)
         _refuse_awaitable(task, task.processor.function(task))
         if task.opened is not None:
-            row = _complete_in(task.opened, task, events)
+            row = _complete_in(task.opened, task, completion)
     except BaseException as error:  # noqa: BLE001 - even SystemExit is one task's failure, not the worker's
         outcome = error
     finally:
@@ -55,14 +52,14 @@ def run(task: RunningTask, events: Events) -> Ended:
     return ended(task, outcome, row)
 
 
-async def run_coroutine(task: AsyncRunningTask, events: Events) -> Ended:
+async def run_coroutine(task: AsyncRunningTask, completion: Completion) -> Ended:
     """Run a coroutine processor on this event loop."""
     row = outcome = None
     try:
         _refuse_unreadable(task)
         await task.processor.function(task)
         if task.opened is not None:
-            row = await task.opened.run_sync(_complete_in_async, task, events)
+            row = await task.opened.run_sync(_complete_in_async, task, completion)
     except BaseException as error:  # noqa: BLE001
         outcome = error
     finally:
@@ -71,23 +68,13 @@ async def run_coroutine(task: AsyncRunningTask, events: Events) -> Ended:
     return ended(task, outcome, row)
 
 
-_UNLESS_FROZEN = func.set_config("idle_in_transaction_session_timeout", "5s", True)
-"""From the completion to the commit, the row is locked: a worker that is frozen there must not keep it so."""
-
-
-def _complete_in(session: TaskSession, task: AnyRunningTask, events: Events) -> RowMapping:
+def _complete_in(session: TaskSession, task: AnyRunningTask, completion: Completion) -> RowMapping:
     """Commit the processor's writes and the task's completion, or neither."""
-    tasks = tasks_table(task.from_queue.schema)
-    columns = tasks.c if events.heard(TASK_COMPLETED) else (tasks.c.id,)
     session.flush()
-    row = (
-        session.execute(
-            complete(task.from_queue.schema).returning(*columns, _UNLESS_FROZEN),
-            {"ids": [task.id], "tokens": [task.token]},
-        )
-        .mappings()
-        .first()
+    result: Any = session.execute(
+        completion.last_statement(task.from_queue.schema), {"ids": [task.id], "tokens": [task.token]}
     )
+    row: RowMapping | None = result.mappings().first()
     if row is None:
         session.rollback()
         raise TaskLost
@@ -95,9 +82,9 @@ def _complete_in(session: TaskSession, task: AnyRunningTask, events: Events) -> 
     return row
 
 
-def _complete_in_async(session: Session, task: AnyRunningTask, events: Events) -> RowMapping:
+def _complete_in_async(session: Session, task: AnyRunningTask, completion: Completion) -> RowMapping:
     assert isinstance(session, TaskSession)
-    return _complete_in(session, task, events)
+    return _complete_in(session, task, completion)
 
 
 def _close(session: Session) -> None:

@@ -107,3 +107,17 @@ class AsyncRunningTask(_Running[AsyncTaskSession]):
 
 
 AnyRunningTask = RunningTask | AsyncRunningTask
+
+KNOWN = (
+    "id",
+    "type",
+    "data",
+    "queue",
+    "priority",
+    "created_at",
+    "process_at",
+    "attempt",
+    "fail_count",
+    "token",
+)
+"""What a running task knows of its row."""

@@ -6,10 +6,11 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
+from functools import cache
 from itertools import groupby
 from typing import Any
 
-from sqlalchemy import Connection, Engine, RowMapping, Update
+from sqlalchemy import Connection, Engine, Executable, Result, RowMapping
 from sqlalchemy.exc import DataError, DBAPIError, InterfaceError, OperationalError
 
 from apoq import events, states
@@ -17,8 +18,9 @@ from apoq.events import Events
 from apoq.model import detached, tasks_table
 from apoq.outcomes import Settlement
 from apoq.payload import encode
-from apoq.statements.settle import complete, settle
+from apoq.statements.settle import settle
 from apoq.worker.attempts import Ended, TaskLost
+from apoq.worker.completion import Completion
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +35,16 @@ class Settler:
     What can't be written because the database is away is kept, and written when it is back.
     """
 
-    def __init__(self, engine: Engine, events_: Events, *, on_settled: Callable[[Ended], None]) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        events_: Events,
+        completion: Completion,
+        *,
+        on_settled: Callable[[Ended], None],
+    ) -> None:
         self._engine = engine
+        self._completion = completion
         self._events = events_
         self._on_settled = on_settled
         self._ended: deque[Ended] = deque()
@@ -80,7 +90,7 @@ class Settler:
     def _write(self, batch: list[Ended]) -> Rows:
         try:
             with self._engine.begin() as connection:
-                return _settle_all(connection, batch, full=self._is_heard())
+                return self._settle_all(connection, batch)
         except (OperationalError, InterfaceError):
             raise  # the database's trouble, not the batch's: tried again
         except DBAPIError as error:
@@ -95,15 +105,30 @@ class Settler:
             end = end._replace(settlement=end.settlement._replace(error=without))
             try:
                 with self._engine.begin() as connection:
-                    return _settle_all(connection, [end], full=self._is_heard())
+                    return self._settle_all(connection, [end])
             except DataError:
                 logger.exception(
                     "task %d can't be settled; it is run again when this worker stops", end.task.id
                 )
                 return {}
 
+    def _settle_all(self, connection: Connection, batch: Iterable[Ended]) -> Rows:
+        rows: Rows = {}
+        for schema, group in groupby(sorted(batch, key=_schema), _schema):
+            # By id, for whoever else locks several tasks does it in this order too.
+            ends = sorted(group, key=lambda end: end.task.id)
+            done = [end for end in ends if end.settlement.state == states.COMPLETED]
+            others = [end for end in ends if end.settlement.state != states.COMPLETED]
+            if done:
+                statement = self._completion.statement(schema or None)
+                rows |= _rows(connection.execute(statement, _keys(done)))
+            if others:
+                statement = _settlement(schema or None, self._is_heard())
+                rows |= _rows(connection.execute(statement, _keys(others) | _arrays(others)))
+        return rows
+
     def _is_heard(self) -> bool:
-        return any(map(self._events.heard, events.NAMES))
+        return self._events.heard(events.FAILED) or self._events.heard(events.RETRIED)
 
     def _tell(self, end: Ended, row: RowMapping | None) -> None:
         if end.outcome is not None:
@@ -122,37 +147,24 @@ class Settler:
             self._events.emit(name, detached(end.task.from_queue.schema, row), *errors)
 
 
-def _settle_all(connection: Connection, batch: Iterable[Ended], *, full: bool) -> Rows:
-    rows: Rows = {}
+@cache
+def _settlement(schema: str | None, full: bool) -> Executable:
+    tasks = tasks_table(schema)
+    return settle(schema).returning(*(tasks.c if full else [tasks.c.id]))
 
-    def schema(end: Ended) -> str:
-        return end.task.from_queue.schema or ""
 
-    for _, group in groupby(sorted(batch, key=schema), schema):
-        # By id, for whoever else locks several tasks does it in this order too.
-        ends = sorted(group, key=lambda end: end.task.id)
-        of = ends[0].task.from_queue.schema
-        tasks = tasks_table(of)
-        returning = tasks.c if full else (tasks.c.id,)
-        done = [end for end in ends if end.settlement.state == states.COMPLETED]
-        others = [end for end in ends if end.settlement.state != states.COMPLETED]
-        statements: list[tuple[Update, list[Ended], dict[str, Any]]] = [
-            (complete(of), done, {}),
-            (settle(of), others, _arrays(others)),
-        ]
-        for statement, members, arrays in statements:
-            if members:
-                parameters = {
-                    "ids": [end.task.id for end in members],
-                    "tokens": [end.task.token for end in members],
-                    **arrays,
-                }
-                result = connection.execute(statement.returning(*returning), parameters)
-                if full:
-                    rows.update((row["id"], row) for row in result.mappings())
-                else:
-                    rows.update(dict.fromkeys(result.scalars()))
-    return rows
+def _schema(end: Ended) -> str:
+    return end.task.from_queue.schema or ""
+
+
+def _rows(result: Result[Any]) -> Rows:
+    if len(result.keys()) == 1:
+        return dict.fromkeys(result.scalars())
+    return {row["id"]: row for row in result.mappings()}
+
+
+def _keys(ends: list[Ended]) -> dict[str, list[Any]]:
+    return {"ids": [end.task.id for end in ends], "tokens": [end.task.token for end in ends]}
 
 
 def _arrays(ends: list[Ended]) -> dict[str, list[Any]]:

@@ -8,9 +8,9 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from queue import SimpleQueue
 
-from apoq.events import Events
 from apoq.outcomes import Release
 from apoq.worker.attempts import Ended, ended, run, run_coroutine
+from apoq.worker.completion import Completion
 from apoq.worker.coroutines import Coroutines
 from apoq.worker.running import AnyRunningTask, AsyncRunningTask, RunningTask
 
@@ -26,7 +26,7 @@ class Slots:
         self,
         concurrency: int,
         coroutines: Coroutines,
-        events: Events,
+        completion: Completion,
         *,
         on_ended: Callable[[Ended], None],
         on_low: Callable[[], None],
@@ -37,7 +37,7 @@ class Slots:
         self.run_time: float | None = None
         """What a task takes, in seconds: an average in which the last few dozen count."""
         self._coroutines = coroutines
-        self._events = events
+        self._completion = completion
         self._on_ended = on_ended
         self._on_low = on_low
         self._line: deque[AnyRunningTask] = deque()
@@ -124,7 +124,7 @@ class Slots:
             task: AnyRunningTask | None = begun
             while isinstance(task, RunningTask):
                 started = self._started(task)
-                self._ended(run(task, self._events), started)
+                self._ended(run(task, self._completion), started)
                 task = self._next()
             if task is not None:
                 self._begin(task)
@@ -133,7 +133,7 @@ class Slots:
         task: AnyRunningTask | None = begun
         while isinstance(task, AsyncRunningTask):
             started = self._started(task)
-            self._ended(await run_coroutine(task, self._events), started)
+            self._ended(await run_coroutine(task, self._completion), started)
             task = self._next()
         if task is not None:
             with self._lock:

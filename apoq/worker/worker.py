@@ -18,18 +18,20 @@ from sqlalchemy.orm import Session
 from apoq.databases import check_dialect, own_engine
 from apoq.events import Events
 from apoq.migrations.prepare import check
-from apoq.model import Task
+from apoq.model import Task, detached
 from apoq.queue import Queue
 from apoq.registry import Registry
 from apoq.retry import DEFAULT_RETRY_LIMIT, RetryDelay, exponential_backoff
 from apoq.statements.hint import payload
 from apoq.worker.attempts import Ended, run, run_coroutine
 from apoq.worker.claimer import Claimer
+from apoq.worker.completion import Completion
 from apoq.worker.coroutines import Coroutines
 from apoq.worker.heartbeat import Heartbeat
 from apoq.worker.listener import Listener
 from apoq.worker.loop import Loop
-from apoq.worker.running import AnyRunningTask, AsyncRunningTask, RunningTask
+from apoq.worker.pruner import Pruner
+from apoq.worker.running import KNOWN, AnyRunningTask, AsyncRunningTask, RunningTask
 from apoq.worker.settler import Settler
 from apoq.worker.slots import Slots, released
 from apoq.worker.task_sessions import TaskSessions
@@ -56,13 +58,17 @@ class Worker:
         concurrency: int = 4,
         poll_interval: timedelta = timedelta(seconds=2),
         lease: timedelta = timedelta(seconds=15),
+        keep_completed: timedelta | None = timedelta(days=1),
+        keep_failed: timedelta | None = timedelta(days=7),
     ) -> None:
         """Prepare to work these queues (none given: the default one) in the database of `engine`.
 
         The engine serves the sessions of processors, so its pool should have `concurrency` connections;
         the worker's own few are apart from it. `concurrency` is how many tasks run at once, plain functions
         and coroutine functions together. `poll_interval` is how often an idle worker looks where no hint
-        wakes it, and `lease` how long after its death its tasks are taken over by others.
+        wakes it, and `lease` how long after its death its tasks are taken over by others. Completed tasks are
+        deleted `keep_completed` after their completion, failed and cancelled ones after `keep_failed`; None
+        keeps them for ever, and with zero a task is deleted instead of being marked as completed.
         """
         if not isinstance(engine, Engine | AsyncEngine):
             raise TypeError(f"a worker takes an Engine or an AsyncEngine, not {type(engine).__qualname__}")
@@ -79,6 +85,9 @@ class Worker:
         for name, value in (("poll_interval", poll_interval), ("lease", lease)):
             if not isinstance(value, timedelta) or value <= timedelta():
                 raise ValueError(f"{name} is a timedelta longer than nothing, not {value!r}")
+        for name, keep in (("keep_completed", keep_completed), ("keep_failed", keep_failed)):
+            if keep is not None and (not isinstance(keep, timedelta) or keep < timedelta()):
+                raise ValueError(f"{name} is a timedelta, or None for ever, not {keep!r}")
         self.events = Events()
         self._queues = queues or (Queue(),)
         self._registry = Registry()
@@ -89,9 +98,14 @@ class Worker:
         self._is_started = False
         self._coroutines = Coroutines()
         self._sessions = TaskSessions(engine, self._coroutines)
-        self._settler = Settler(self._own_engine, self.events, on_settled=self._settled)
+        self._completion = Completion(self.events, keep=keep_completed != timedelta())
+        self._settler = Settler(self._own_engine, self.events, self._completion, on_settled=self._settled)
         self._slots = Slots(
-            concurrency, self._coroutines, self.events, on_ended=self._put_ended, on_low=self._wake_claimer
+            concurrency,
+            self._coroutines,
+            self._completion,
+            on_ended=self._put_ended,
+            on_low=self._wake_claimer,
         )
         self._claimer = Claimer(
             self._own_engine,
@@ -107,10 +121,14 @@ class Worker:
         )
         payloads = frozenset(payload(queue.schema, queue.name) for queue in self._queues)
         self._listener = Listener(self._own_engine, payloads, on_hint=self._hint)
+        self._pruner = Pruner(
+            self._own_engine, self._queues, keep_completed=keep_completed, keep_failed=keep_failed
+        )
         self._settling = Loop("apoq-settler", self._settler.turn)
         self._claiming = Loop("apoq-claimer", self._claimer.turn, on_failure=self._claimer.doubt)
         self._beating = Loop("apoq-heartbeat", self._heartbeat.turn)
         self._listening = Loop("apoq-listener", self._listener.turn)
+        self._pruning = Loop("apoq-pruner", self._pruner.turn)
 
     def __repr__(self) -> str:
         return f"<Worker of {', '.join(map(repr, self._queues))} concurrency={self._slots.concurrency}>"
@@ -152,7 +170,7 @@ class Worker:
             self._settler.settle([end])
             if isinstance(end.outcome, KeyboardInterrupt):
                 raise end.outcome  # meant for the program, not for the task that happened to run
-            return self._load(task)
+            return self._load(end)
         finally:
             self._discharge()
 
@@ -170,7 +188,7 @@ class Worker:
             self._coroutines.use(loop)
             self._claimer.hint()
             self._listener.open()
-            for part in (self._settling, self._listening, self._claiming):
+            for part in (self._settling, self._listening, self._claiming, self._pruning):
                 part.start()
             self._is_started = True
         logger.info("%r has started", self)
@@ -192,6 +210,7 @@ class Worker:
                     "`await asyncio.to_thread(worker.stop)`"
                 )
             self._claiming.stop()
+            self._pruning.stop()
             self._give_back(self._slots.take_back())
             if not self._slots.wait_until_idle(seconds):
                 left = self._slots.running()
@@ -268,14 +287,17 @@ class Worker:
 
     def _run(self, task: AnyRunningTask) -> Ended:
         if isinstance(task, AsyncRunningTask):
-            ended: Ended = self._coroutines.run(run_coroutine(task, self.events))
+            ended: Ended = self._coroutines.run(run_coroutine(task, self._completion))
             return ended
-        return run(task, self.events)
+        return run(task, self._completion)
 
-    def _load(self, task: AnyRunningTask) -> Task | None:
-        mapped = task.from_queue.task_class
+    def _load(self, end: Ended) -> Task:
+        mapped = end.task.from_queue.task_class
         with Session(self._own_engine, expire_on_commit=False) as session, session.begin():
-            return session.scalar(select(mapped).where(mapped.id == task.id))
+            found = session.scalar(select(mapped).where(mapped.id == end.task.id))
+        # A completed task that isn't kept is gone: then it is answered as far as it is known here.
+        known = {name: getattr(end.task, name) for name in KNOWN}
+        return found or detached(end.task.from_queue.schema, known | {"state": end.settlement.state})
 
     def _make(self, row: Row[Any], queue: Queue, claimed: float) -> AnyRunningTask:
         processor = self._registry[row.type]

@@ -1,0 +1,46 @@
+"""Delete what nobody needs any more, a bounded number of rows at a time."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from sqlalchemy import ColumnElement, Delete, Text, bindparam, delete, func, literal_column, select
+from sqlalchemy.dialects.postgresql import INTERVAL
+from sqlalchemy.types import Integer
+
+from apoq.model import tasks_table
+from apoq.states import CANCELLED, COMPLETED, FAILED
+
+
+@cache
+def prune_completed(schema: str | None) -> Delete:
+    """Delete up to `at_most` tasks of `from_queue` that completed longer than `keep` ago."""
+    tasks = tasks_table(schema)
+    return _prune(schema, literal_column(f"state = '{COMPLETED}'"), tasks.c.completed_at)
+
+
+@cache
+def prune_failed(schema: str | None) -> Delete:
+    """Delete up to `at_most` tasks of `from_queue` that failed, or were cancelled, longer than `keep` ago."""
+    tasks = tasks_table(schema)
+    # The Node.js original doesn't say when a task failed: then it was due about that time.
+    ended_at = func.coalesce(tasks.c.cancelled_at, tasks.c.failed_at, tasks.c.process_at)
+    return _prune(schema, literal_column(f"state IN ('{FAILED}', '{CANCELLED}')"), ended_at)
+
+
+def _prune(schema: str | None, ended: ColumnElement[bool], ended_at: ColumnElement[object]) -> Delete:
+    tasks = tasks_table(schema)
+    old = (
+        select(tasks.c.id)
+        .where(
+            ended,
+            tasks.c.queue == bindparam("from_queue", type_=Text),
+            ended_at < func.now() - bindparam("keep", type_=INTERVAL),
+        )
+        .order_by(ended_at)
+        .limit(bindparam("at_most", type_=Integer))
+        # Several workers prune, and somebody may be retrying one of these.
+        .with_for_update(skip_locked=True)
+        .cte("old")
+    )
+    return delete(tasks).where(tasks.c.id == old.c.id)

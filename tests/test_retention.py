@@ -1,0 +1,201 @@
+"""Ended tasks are deleted when their time is over, and only then."""
+
+from __future__ import annotations
+
+import threading
+from datetime import timedelta
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy.orm import Session
+
+from apoq import Cancel, Queue, RunningTask, Task
+from apoq.worker import pruner
+from apoq.worker.pruner import Pruner
+
+DAY = timedelta(days=1)
+
+
+@pytest.fixture
+def ended(engine, queue):
+    """Add a task that ended in a state some time ago."""
+
+    def add(state: str, ago: timedelta, queue: Queue = queue) -> int:
+        column = {"completed": "completed_at", "failed": "failed_at", "cancelled": "cancelled_at"}[state]
+        with Session(engine) as session, session.begin():
+            task = queue.add(session, "t")
+            session.execute(
+                sa.text(f"UPDATE apoq_tasks SET state = :state, {column} = now() - :ago WHERE id = :id"),
+                {"state": state, "ago": ago, "id": task.id},
+            )
+            return task.id
+
+    return add
+
+
+def left(engine) -> list[int]:
+    with engine.connect() as connection:
+        return list(connection.scalars(sa.select(Task.id).order_by(Task.id)))
+
+
+def prune(
+    engine, *queues: Queue, completed: timedelta | None = DAY, failed: timedelta | None = 7 * DAY
+) -> bool:
+    return Pruner(engine, queues or (Queue(),), keep_completed=completed, keep_failed=failed).prune()
+
+
+@pytest.mark.parametrize(
+    ("state", "kept", "deleted"),
+    [
+        ("completed", timedelta(hours=23), timedelta(hours=25)),
+        ("failed", timedelta(days=6), timedelta(days=8)),
+        ("cancelled", timedelta(days=6), timedelta(days=8)),
+    ],
+)
+def test_each_state_has_its_time(engine, ended, state, kept, deleted):
+    ended(state, deleted)
+    young = ended(state, kept)
+
+    prune(engine)
+
+    assert left(engine) == [young]
+
+
+def test_what_has_not_ended_is_never_deleted(engine, queue):
+    with Session(engine) as session, session.begin():
+        task = queue.add(session, "t")
+        running = queue.add(session, "t")
+        session.flush()
+        running.state = "running"
+        for each in (task, running):
+            each.created_at = each.process_at = task.created_at - timedelta(days=365)
+        ids = [task.id, running.id]
+
+    prune(engine, completed=timedelta(), failed=timedelta())
+
+    assert left(engine) == ids
+
+
+def test_none_is_for_ever(engine, ended):
+    ids = [ended("completed", timedelta(days=9999)), ended("failed", timedelta(days=9999))]
+
+    prune(engine, completed=None, failed=None)
+
+    assert left(engine) == ids
+
+
+def test_a_failed_task_of_the_original_counts_from_when_it_was_due(engine, queue):
+    with Session(engine) as session, session.begin():
+        task = queue.add(session, "t")
+        session.flush()
+        task.state, task.process_at = "failed", task.process_at - timedelta(days=8)
+
+    prune(engine)
+
+    assert left(engine) == []
+
+
+def test_a_worker_prunes_its_own_queues_only(engine, ended):
+    other = ended("completed", timedelta(days=2), Queue("other"))
+    ended("completed", timedelta(days=2))
+
+    prune(engine)
+
+    assert left(engine) == [other]
+
+
+def test_it_deletes_in_bounded_batches(engine, ended, monkeypatch):
+    monkeypatch.setattr(pruner, "BATCH", 2)
+    for _ in range(5):
+        ended("completed", timedelta(days=2))
+
+    rounds = [(prune(engine), len(left(engine))) for _ in range(3)]
+
+    assert rounds == [(True, 3), (True, 1), (False, 0)]
+
+
+def test_what_somebody_holds_is_passed_over(engine, ended):
+    held, _free = ended("completed", timedelta(days=2)), ended("completed", timedelta(days=2))
+
+    with engine.begin() as connection:
+        connection.execute(sa.select(Task.id).where(Task.id == held).with_for_update())
+        prune(engine)
+        assert left(engine) == [held]
+
+
+def test_a_started_worker_prunes(engine, ended, make_worker):
+    ended("completed", timedelta(days=2))
+    gone = threading.Event()
+
+    @sa.event.listens_for(sa.Engine, "commit")
+    def committed(_connection) -> None:
+        if not left(engine):
+            gone.set()
+
+    try:
+        make_worker().start()
+        while not gone.wait(0.05):
+            if not left(engine):
+                break
+    finally:
+        sa.event.remove(sa.Engine, "commit", committed)
+
+    assert left(engine) == []
+
+
+class TestZero:
+    """With nothing to keep, a completed task is deleted instead of being marked."""
+
+    def write(self, task: RunningTask) -> None:
+        task.session.execute(sa.text("INSERT INTO ledger VALUES (:id)"), {"id": task.id})
+
+    @pytest.mark.parametrize("processor", ["plain", "with a session"])
+    def test_a_completed_task_is_gone_and_told_of(self, engine, queue, make_worker, processor):
+        worker = make_worker(keep_completed=timedelta())
+        worker.use("t", self.write if processor == "with a session" else lambda task: None)
+        heard = []
+        worker.events.on("task.completed", heard.append)
+        with engine.begin() as connection:
+            task_id = queue.add(connection, "t", {"n": 1}).id
+
+        answered = worker.work()
+
+        assert left(engine) == []
+        assert [(task.id, task.data, task.state) for task in heard] == [(task_id, {"n": 1}, "completed")]
+        assert heard[0].completed_at is not None
+        assert (answered.id, answered.state) == (task_id, "completed")
+
+    def test_what_fails_or_is_cancelled_stays(self, engine, queue, make_worker):
+        def cancel(_task: RunningTask) -> None:
+            raise Cancel
+
+        worker = make_worker(keep_completed=timedelta())
+        worker.use("cancelled", cancel)
+        worker.use("failing", lambda task: 1 / 0)
+        with engine.begin() as connection:
+            ids = [queue.add(connection, type_).id for type_ in ("cancelled", "failing")]
+
+        worker.work(), worker.work()
+
+        assert left(engine) == ids
+
+    def test_a_task_that_was_taken_away_is_not_deleted(self, engine, queue, make_worker):
+        def process(task: RunningTask) -> None:
+            with engine.begin() as connection:
+                connection.execute(sa.update(Task).values(token=Task.token + 1))
+
+        worker = make_worker(keep_completed=timedelta())
+        worker.use("t", process)
+        with engine.begin() as connection:
+            task_id = queue.add(connection, "t").id
+
+        worker.work()
+
+        assert left(engine) == [task_id]
+
+
+@pytest.mark.parametrize("keep", [5, timedelta(days=-1), "a day"])
+@pytest.mark.parametrize("name", ["keep_completed", "keep_failed"])
+def test_nonsense_is_refused(make_worker, name, keep):
+    with pytest.raises(ValueError, match=name):
+        make_worker(**{name: keep})
