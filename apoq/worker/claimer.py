@@ -6,6 +6,7 @@ import logging
 import random
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from typing import Any, Final
@@ -81,6 +82,8 @@ class Claimer:
         self._doubtful = False
         self._hinted = True
         self._next_look = 0.0
+        # Told by the settler's thread, and read in turns only, so that no turn overlooks what came during it.
+        self._due_again: deque[float] = deque()
 
     def hint(self) -> None:
         """Look at the next turn, even if there was nothing a moment ago."""
@@ -96,6 +99,8 @@ class Claimer:
         # Before looking at the room, lest a slot that is freed meanwhile wake nobody.
         self.waits_for_room = True
         self._give_back_overdue()
+        while self._due_again:
+            self._next_look = min(self._next_look, self._due_again.popleft())
         now = time.monotonic()
         if not self._hinted and now < self._next_look:
             return self._sleep(now)
@@ -146,7 +151,7 @@ class Claimer:
         """Forget a task that has been written, and look when it is due again."""
         self.held.pop(end.task.id, None)
         if end.settlement.delay is not None:
-            self._next_look = min(self._next_look, time.monotonic() + end.settlement.delay)
+            self._due_again.append(time.monotonic() + end.settlement.delay)
 
     def _claim_from(self, queue: Queue, types: list[str], limit: int) -> list[AnyRunningTask]:
         parameters = {
