@@ -70,7 +70,7 @@ class Claimer:
         self._queues = queues
         self._registry = registry
         self._slots = slots
-        self._poll_interval = poll_interval
+        self._poll_interval = self._until_due = poll_interval
         self._make = make
         self._put_ended = put_ended
         self.worker_id = UUID(int=0)
@@ -116,7 +116,7 @@ class Claimer:
         if len(claimed) == wanted:
             self._next_look = 0.0
             return 0.0
-        self._next_look = now + (AFTERMATH if claimed else self._until_due())
+        self._next_look = now + (AFTERMATH if claimed else self._until_due)
         return self._sleep(now)
 
     def claim_one(self) -> AnyRunningTask | None:
@@ -132,6 +132,8 @@ class Claimer:
         types = self._registry.types
         if not types:
             return tasks
+        # Jitter, so that idle workers don't all look at the same moment.
+        self._until_due = self._poll_interval * random.uniform(0.9, 1.0)  # noqa: S311
         with self._lock:
             self._give_back_strays()
             for queue in self._rotated():
@@ -163,6 +165,12 @@ class Claimer:
         self._doubtful = True
         with self._engine.begin() as connection:
             rows = connection.execute(claim(queue.schema), parameters).all()
+            if not rows:
+                # In the same transaction, whose now() stands still: else a task that falls due between
+                # the two statements would be claimed by the one no more than waited for by the other.
+                due = connection.scalar(next_due(queue.schema), {"from_queue": queue.name})
+                if due is not None:
+                    self._until_due = min(self._until_due, max(0.0, float(due)))
         self._doubtful = False
         now = time.monotonic()
         tasks = sorted((self._make(row, queue, now) for row in rows), key=_order)
@@ -192,16 +200,6 @@ class Claimer:
             self._put_ended(released(task))
         # The average speaks of shorter tasks than those that run now.
         self._slots.run_time = max(self._slots.run_time or 0.0, OVERDUE)
-
-    def _until_due(self) -> float:
-        # Jitter, so that idle workers don't all look at the same moment.
-        soonest = self._poll_interval * random.uniform(0.9, 1.0)  # noqa: S311
-        with self._engine.begin() as connection:
-            for queue in self._queues:
-                due = connection.scalar(next_due(queue.schema), {"from_queue": queue.name})
-                if due is not None:
-                    soonest = min(soonest, max(0.0, float(due)))
-        return soonest
 
     def _sleep(self, now: float) -> float:
         """Answer how long there is nothing to look for, whatever room there is."""
