@@ -1,4 +1,4 @@
-"""A real PostgreSQL for every test: DATABASE_URL, else a container if Docker answers, else a private server."""
+"""A real PostgreSQL for every test: DATABASE_URL, else a container, else a private server."""
 
 from __future__ import annotations
 
