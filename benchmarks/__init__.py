@@ -1,1 +1,0 @@
-"""apoq beside the floor, PgQueuer and Procrastinate, in one run: ``python -m benchmarks``."""

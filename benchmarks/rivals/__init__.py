@@ -1,1 +1,0 @@
-"""Other queues on PostgreSQL, used as their own documentation says is quickest."""
