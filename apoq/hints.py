@@ -48,7 +48,7 @@ def _session_committed(session: Session) -> None:
         return  # a savepoint was released; the commit is still to come
     waiting: set[tuple[Engine, str]] = session.info[_KEY]
     for engine, payload in waiting:
-        _hinter(engine).send(payload)
+        _send(engine, payload)
     waiting.clear()
 
 
@@ -63,7 +63,7 @@ def hint_after_connection_commit(connection: Connection, payload: str) -> None:
 def _connection_commits(connection: Connection) -> None:
     # SQLAlchemy tells before it commits, so the hint watches for the end of the transaction.
     for payload in _waiting[connection]:
-        _hinter(connection.engine).send(payload, connection.get_transaction())
+        _send(connection.engine, payload, connection.get_transaction())
     _waiting[connection].clear()
 
 
@@ -78,7 +78,7 @@ class Hinter:
         self._thread: threading.Thread | None = None
 
     def send(self, payload: str, transaction: RootTransaction | None = None) -> None:
-        """Send a hint soon: when the transaction is over, if one is given. Never waits, never raises."""
+        """Send a hint soon: when the transaction is over, if one is given. Never waits."""
         with self._lock:
             self._pending[payload] = transaction
             if self._thread is None:
@@ -129,11 +129,14 @@ _waiting: WeakKeyDictionary[Connection, set[str]] = WeakKeyDictionary()
 _inherited: list[object] = []
 
 
-def _hinter(engine: Engine) -> Hinter:
-    found = _hinters.get(engine)
-    if found is None:
-        found = _hinters.setdefault(engine, Hinter(engine))
-    return found
+def _send(engine: Engine, payload: str, transaction: RootTransaction | None = None) -> None:
+    try:
+        hinter = _hinters.get(engine)
+        if hinter is None:
+            hinter = _hinters.setdefault(engine, Hinter(engine))
+        hinter.send(payload, transaction)
+    except Exception:  # the caller has committed, and is not to be told otherwise
+        logger.exception("a hint could not be given; the workers find the tasks when they look next")
 
 
 @atexit.register

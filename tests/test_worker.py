@@ -727,6 +727,26 @@ class TestStartAndStop:
         assert len(ledger(engine)) == len(set(ledger(engine))) == 300
         assert states(engine) == {"completed": 300}
 
+    @pytest.mark.parametrize("where", ["processor", "listener"])
+    def test_stopping_from_within_is_refused_and_not_waited_for(self, engine, worker, where):
+        errors, done = [], threading.Event()
+
+        def stop(_task: object) -> None:
+            try:
+                worker.stop()
+            except RuntimeError as error:
+                errors.append(str(error))
+            done.set()
+
+        worker.use("t", stop if where == "processor" else lambda task: None)
+        if where == "listener":
+            worker.events.on("task.completed", stop)
+        add(engine)
+        worker.start()
+
+        assert done.wait(SOON)
+        assert "this is one of them" in errors[0]
+
     def test_run_refuses_to_handle_signals_on_another_thread(self, worker):
         errors = []
 

@@ -46,11 +46,15 @@ class Loop:
         if not self._woken.is_set():
             self._woken.set()
 
+    def is_current(self) -> bool:
+        """Tell whether the caller is on this loop's thread."""
+        return self._thread is threading.current_thread()
+
     def stop(self, timeout: float | None = None) -> bool:
         """Take no more turns, and wait for the one under way; tell whether it has ended."""
         self._stopping = True
         self.wake()
-        if self._thread is None or self._thread is threading.current_thread():
+        if self._thread is None or self.is_current():
             return True
         self._thread.join(timeout)
         if self._thread.is_alive():

@@ -66,6 +66,10 @@ class Slots:
         except IndexError:
             return None
 
+    def is_current(self) -> bool:
+        """Tell whether the caller is on one of these threads."""
+        return threading.current_thread() in self._threads
+
     def put(self, tasks: Iterable[AnyRunningTask]) -> None:
         """Run these as slots are free."""
         with self._lock:

@@ -209,6 +209,11 @@ class Worker:
                     "stop would block the event loop on which this worker's coroutines run: "
                     "`await asyncio.to_thread(worker.stop)`"
                 )
+            if self._slots.is_current() or self._settling.is_current():
+                raise RuntimeError(
+                    "stop waits for the processors and listeners that run, and this is one of them: set a "
+                    "threading.Event here, and call stop where you wait for it"
+                )
             self._claiming.stop()
             self._pruning.stop()
             self._give_back(self._slots.take_back())
