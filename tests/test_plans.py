@@ -1,0 +1,134 @@
+"""Every statement of the worker finds its rows by an index, on a table of a million mixed rows."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from datetime import timedelta
+
+import pytest
+import sqlalchemy as sa
+
+from apoq.sessions import _compiled
+from apoq.statements.claim import claim, next_due
+from apoq.statements.prune import prune_completed, prune_failed
+from apoq.statements.recover import give_back, rescue
+from apoq.statements.settle import complete, remove, settle
+
+MILLION_ROWS = """
+    INSERT INTO apoq_tasks
+        (queue, type, priority, process_at, state, completed_at, failed_at, worker_id, data)
+    SELECT
+        CASE WHEN mod(n, 10) = 0 THEN 'other' ELSE 'default' END,
+        CASE WHEN mod(n, 7) = 0 THEN 'foreign' ELSE 'ours' END,
+        CASE WHEN mod(n, 5) = 0 THEN 10 ELSE 0 END,
+        now() + CASE WHEN mod(n, 5) = 0 THEN interval '1 day' ELSE interval '-1 day' END,
+        state,
+        CASE state WHEN 'completed' THEN now() - n * interval '1 second' END,
+        CASE state WHEN 'failed' THEN now() - n * interval '1 second' END,
+        CASE state WHEN 'running' THEN gen_random_uuid() END,
+        '{"x": "yyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyy"}'
+    FROM (
+        SELECT n, CASE
+            WHEN mod(n, 100) < 30 THEN 'pending'
+            WHEN mod(n, 1000) = 999 THEN 'running'
+            WHEN mod(n, 100) < 33 THEN 'failed'
+            ELSE 'completed'
+        END AS state
+        FROM generate_series(1, 1000000) AS n
+    ) AS numbers
+"""
+
+
+@pytest.fixture(scope="module")
+def million(template, create_database, drop_database) -> Iterator[sa.Engine]:
+    url = create_database(template.database)
+    engine = sa.create_engine(url, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.exec_driver_sql(MILLION_ROWS)
+        connection.exec_driver_sql("VACUUM ANALYZE apoq_tasks")
+    yield engine
+    engine.dispose()
+    drop_database(url)
+
+
+def nodes(plan: dict) -> Iterator[dict]:
+    yield plan
+    for child in plan.get("Plans", ()):
+        yield from nodes(child)
+
+
+IDS = {"ids": list(range(1, 501)), "tokens": [1] * 500}
+PRUNE = {"from_queue": "default", "keep": timedelta(days=1), "at_most": 1_000}
+QUEUE = {"from_queue": "default"}
+
+
+@pytest.mark.parametrize(
+    ("statement", "parameters", "indexes"),
+    [
+        pytest.param(
+            claim(None),
+            {**QUEUE, "of_types": ["ours"], "at_most": 500, "by_worker": uuid.uuid4()},
+            {"apoq_tasks_pending_idx", "apoq_tasks_pkey"},
+            id="claim",
+        ),
+        pytest.param(next_due(None), QUEUE, {"apoq_tasks_pending_idx"}, id="next_due"),
+        pytest.param(complete(None), IDS, {"apoq_tasks_pkey"}, id="complete"),
+        pytest.param(remove(None), IDS, {"apoq_tasks_pkey"}, id="remove"),
+        pytest.param(
+            settle(None),
+            {
+                **IDS,
+                "states": ["failed"] * 500,
+                "attempts": [1] * 500,
+                "fail_counts": [1] * 500,
+                "delays": [None] * 500,
+                "errors": [None] * 500,
+            },
+            {"apoq_tasks_pkey"},
+            id="settle",
+        ),
+        pytest.param(
+            rescue(None),
+            {"lease": timedelta(seconds=15), "at_most": 1_000, "reason": "{}"},
+            {"apoq_tasks_running_idx", "apoq_tasks_pkey"},
+            id="rescue",
+        ),
+        pytest.param(
+            give_back(None),
+            {"by_worker": uuid.uuid4(), "held": [1]},
+            {"apoq_tasks_running_idx"},
+            id="give_back",
+        ),
+        pytest.param(
+            prune_completed(None), PRUNE, {"apoq_tasks_completed_idx", "apoq_tasks_pkey"}, id="completed"
+        ),
+        pytest.param(prune_failed(None), PRUNE, {"apoq_tasks_failed_idx", "apoq_tasks_pkey"}, id="failed"),
+    ],
+)
+def test_it_reads_by_its_indexes_only(million, statement, parameters, indexes):
+    sql, values = _compiled(statement, parameters)
+    with million.connect() as connection:
+        plan = connection.exec_driver_sql(f"EXPLAIN (FORMAT JSON) {sql}", values).scalar()[0]["Plan"]
+    used = {node.get("Index Name", "") for node in nodes(plan)}
+    scanned = [node for node in nodes(plan) if node["Node Type"] == "Seq Scan"]
+
+    assert {name for name in used if name.startswith("apoq_tasks")} == indexes
+    assert not [node for node in scanned if node["Relation Name"] == "apoq_tasks"]
+
+
+def test_a_claim_reads_few_pages_however_many_rows_are_in_front(million):
+    """Those in the future and of a higher priority cost one look into the index."""
+    sql, values = _compiled(
+        claim(None), {**QUEUE, "of_types": ["ours"], "at_most": 500, "by_worker": uuid.uuid4()}
+    )
+    with million.connect() as connection:
+        connection.exec_driver_sql("BEGIN")
+        explained = connection.exec_driver_sql(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {sql}", values)
+        plan = explained.scalar()[0]["Plan"]
+        connection.exec_driver_sql("ROLLBACK")
+    updated = next(node for node in nodes(plan) if node["Node Type"] == "ModifyTable")
+
+    assert updated["Actual Rows"] == 500
+    # Some dozen for each row that is taken: its row, its indexes, its new version.
+    assert plan["Shared Hit Blocks"] + plan["Shared Read Blocks"] < 500 * 20
