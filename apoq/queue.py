@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Iterable, Iterator
+from collections.abc import Coroutine, Iterable, Iterator
 from datetime import datetime, timedelta
-from typing import Any, overload
+from typing import Any, TypedDict, Unpack, overload
 
 from apoq.errors import InvalidTask
 from apoq.model import DEFAULT_QUEUE, Task, detached, task_class
@@ -21,6 +21,16 @@ BATCH_SIZE = 4 * 1024 * 1024
 _LOWEST_PRIORITY, _HIGHEST_PRIORITY = -(2**15), 2**15 - 1
 _HIGHEST_LIMIT = 2**31 - 2
 _LONGEST_SCHEMA = 63
+
+
+class Options(TypedDict, total=False):
+    """What may be said of a task when it is added, beside its type and data."""
+
+    delay: timedelta | None
+    process_at: datetime | None
+    priority: int
+    retry_limit: int | None
+    retry_delay: float | timedelta | None
 
 
 class Queue:
@@ -63,12 +73,7 @@ class Queue:
         session: SyncSession,
         type: str,
         data: Any = ...,
-        *,
-        delay: timedelta | None = ...,
-        process_at: datetime | None = ...,
-        priority: int = ...,
-        retry_limit: int | None = ...,
-        retry_delay: float | timedelta | None = ...,
+        **options: Unpack[Options],
     ) -> Task: ...
     @overload
     def add(
@@ -76,13 +81,8 @@ class Queue:
         session: AsyncioSession,
         type: str,
         data: Any = ...,
-        *,
-        delay: timedelta | None = ...,
-        process_at: datetime | None = ...,
-        priority: int = ...,
-        retry_limit: int | None = ...,
-        retry_delay: float | timedelta | None = ...,
-    ) -> Awaitable[Task]: ...
+        **options: Unpack[Options],
+    ) -> Coroutine[Any, Any, Task]: ...
     def add(
         self,
         session: SyncSession | AsyncioSession,
@@ -94,7 +94,7 @@ class Queue:
         priority: int = 0,
         retry_limit: int | None = None,
         retry_delay: float | timedelta | None = None,
-    ) -> Task | Awaitable[Task]:
+    ) -> Task | Coroutine[Any, Any, Task]:
         """Add a task in the transaction of `session`, with one statement, and answer it with its id.
 
         The task is there when the caller commits, and gone when the caller rolls back. Nothing is
@@ -117,12 +117,7 @@ class Queue:
         session: SyncSession,
         type: str,
         datas: Iterable[Any],
-        *,
-        delay: timedelta | None = ...,
-        process_at: datetime | None = ...,
-        priority: int = ...,
-        retry_limit: int | None = ...,
-        retry_delay: float | timedelta | None = ...,
+        **options: Unpack[Options],
     ) -> int: ...
     @overload
     def add_many(
@@ -130,13 +125,8 @@ class Queue:
         session: AsyncioSession,
         type: str,
         datas: Iterable[Any],
-        *,
-        delay: timedelta | None = ...,
-        process_at: datetime | None = ...,
-        priority: int = ...,
-        retry_limit: int | None = ...,
-        retry_delay: float | timedelta | None = ...,
-    ) -> Awaitable[int]: ...
+        **options: Unpack[Options],
+    ) -> Coroutine[Any, Any, int]: ...
     def add_many(
         self,
         session: SyncSession | AsyncioSession,
@@ -148,7 +138,7 @@ class Queue:
         priority: int = 0,
         retry_limit: int | None = None,
         retry_delay: float | timedelta | None = None,
-    ) -> int | Awaitable[int]:
+    ) -> int | Coroutine[Any, Any, int]:
         """Add a task for each of `datas` in the transaction of `session`, and answer how many there were.
 
         Sent in batches as `datas` yields them: a million tasks never stand in memory, nor in one

@@ -5,7 +5,7 @@ Operations are written once, against `Caller`; the asyncio kinds are derived fro
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar, cast
 
@@ -45,7 +45,9 @@ class Caller(Protocol):
         """Wake a queue's workers after the commit, where it can be known."""
 
 
-def through(session: SyncSession | AsyncioSession, operation: Callable[[Caller], T]) -> T | Awaitable[T]:
+def through(
+    session: SyncSession | AsyncioSession, operation: Callable[[Caller], T]
+) -> T | Coroutine[Any, Any, T]:
     """Do something in a caller's transaction: at once, or in an awaitable where the caller is asyncio's."""
     match session:
         case Session():

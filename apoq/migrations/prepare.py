@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Iterator
+from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any, Final, overload
 
@@ -24,8 +24,10 @@ NO_ENCODING: Final = (
 @overload
 def prepare(engine: sa.Engine, *, schema: str | None = None) -> None: ...
 @overload
-def prepare(engine: AsyncEngine, *, schema: str | None = None) -> Awaitable[None]: ...
-def prepare(engine: sa.Engine | AsyncEngine, *, schema: str | None = None) -> Awaitable[None] | None:
+def prepare(engine: AsyncEngine, *, schema: str | None = None) -> Coroutine[Any, Any, None]: ...
+def prepare(
+    engine: sa.Engine | AsyncEngine, *, schema: str | None = None
+) -> Coroutine[Any, Any, None] | None:
     """Run the pending migrations of apoq's tables, in one transaction; an `AsyncEngine` is awaited.
 
     Safe at every deploy and start: any number of starters take turns, and where nothing is to be done it
