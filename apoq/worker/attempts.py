@@ -46,9 +46,8 @@ def run(task: RunningTask, completion: Completion) -> Ended:
             row = _complete_in(task.opened, task, completion)
     except BaseException as error:  # noqa: BLE001 - even SystemExit is one task's failure, not the worker's
         outcome = error
-    finally:
-        if task.opened is not None:
-            _close(task.opened)
+    if task.opened is not None:
+        _close(task.opened)
     return ended(task, outcome, row)
 
 
@@ -62,9 +61,11 @@ async def run_coroutine(task: AsyncRunningTask, completion: Completion) -> Ended
             row = await task.opened.run_sync(_complete_in_async, task, completion)
     except BaseException as error:  # noqa: BLE001
         outcome = error
-    finally:
-        if task.opened is not None:
+    if task.opened is not None:
+        try:
             await task.opened.run_sync(_close)
+        except BaseException as error:  # noqa: BLE001 - cancelled once more, while it was closed
+            outcome = outcome or (None if row is not None else error)
     return ended(task, outcome, row)
 
 

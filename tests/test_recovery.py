@@ -1,0 +1,162 @@
+"""A worker in this process, whose connections are cut."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy.orm import Session
+
+from apoq import RunningTask, Task
+from apoq.worker.loop import FIRST_BACKOFF, LONGEST_BACKOFF, Loop, backoff
+
+SOON = 30.0
+
+KILL = """
+    SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+    WHERE datname = current_database() AND pid <> pg_backend_pid() AND query LIKE :like
+"""
+
+
+def kill(engine: sa.Engine, like: str = "%") -> int:
+    """End the server's sessions whose last statement was like this."""
+    with engine.connect() as connection:
+        return len(connection.execute(sa.text(KILL), {"like": like}).all())
+
+
+def until(condition, timeout: float = SOON) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, "it didn't come about in time"
+        time.sleep(0.01)
+
+
+def count(engine: sa.Engine, *conditions) -> int:
+    with engine.connect() as connection:
+        return connection.scalar(sa.select(sa.func.count()).select_from(Task).where(*conditions))
+
+
+def write(task: RunningTask) -> None:
+    task.session.execute(sa.text("INSERT INTO ledger VALUES (:id)"), {"id": task.id})
+
+
+def test_nothing_is_lost_or_doubled_while_all_connections_are_killed_again_and_again(
+    engine, url, queue, make_worker
+):
+    quiet = sa.create_engine(url, poolclass=sa.NullPool)
+    worker = make_worker()
+    worker.use("effect", write, retry_limit=100, retry_delay=lambda fail_count: 0)
+    worker.use("noop", lambda task: None, retry_limit=100, retry_delay=lambda fail_count: 0)
+    with Session(quiet) as session, session.begin():
+        queue.add_many(session, "effect", range(300))
+        queue.add_many(session, "noop", range(3_000))
+    worker.start()
+
+    for _ in range(15):
+        kill(quiet)
+        threading.Event().wait(0.1)
+    until(lambda: count(quiet, Task.state == "completed") == 3_300, timeout=60)
+
+    with quiet.connect() as connection:
+        effects = connection.execute(sa.text("SELECT count(*), count(DISTINCT task_id) FROM ledger")).one()
+    assert tuple(effects) == (300, 300)
+
+
+def test_what_was_claimed_while_the_connection_broke_is_given_back(engine, queue, make_worker):
+    """The claim has committed, and its answer was lost: the row says running, and nobody runs it."""
+    ran = threading.Event()
+    worker = make_worker()
+    worker.use("t", lambda task: ran.set())
+    worker.use("other", lambda task: None)
+    worker.start()
+    with engine.begin() as connection:
+        queue.add(connection, "t")
+        connection.execute(
+            sa.text(
+                "UPDATE apoq_tasks SET state = 'running', token = 1, attempt = 1, "
+                "worker_id = (SELECT id FROM apoq_workers)"
+            )
+        )
+
+    until(lambda: kill(engine, "%COMMIT%") + kill(engine, "%picked%"))
+    with Session(engine) as session, session.begin():
+        queue.add(session, "other")
+
+    assert ran.wait(SOON)
+    until(lambda: count(engine, Task.type == "t", Task.state == "completed", Task.attempt == 1) == 1)
+
+
+class TestLoop:
+    def test_it_goes_on_after_failures_and_says_so_once_each_way(self, caplog):
+        turns, done = [], threading.Event()
+
+        def turn() -> float | None:
+            turns.append(None)
+            if len(turns) < 4:
+                raise ConnectionError("no route")
+            done.set()
+            return None
+
+        loop = Loop("apoq-test", turn)
+        with caplog.at_level(logging.WARNING, "apoq"):
+            loop.start()
+            assert done.wait(SOON)
+            until(lambda: len(caplog.messages) == 2)
+            loop.stop()
+
+        assert "apoq-test failed, and tries again until it succeeds: no route" in caplog.messages[0]
+        assert caplog.messages[1] == "apoq-test works again, after 3 failures"
+
+    def test_a_wake_during_a_turn_leads_to_another(self):
+        begun, may_end, turns = threading.Event(), threading.Event(), threading.Semaphore(0)
+
+        def turn() -> float | None:
+            begun.set()
+            may_end.wait(SOON)
+            turns.release()
+            return None
+
+        loop = Loop("apoq-test", turn)
+        loop.start()
+        begun.wait(SOON)
+        loop.wake()
+        may_end.set()
+
+        assert turns.acquire(timeout=SOON)
+        assert turns.acquire(timeout=SOON)
+        loop.stop()
+
+    @pytest.mark.parametrize("started", [True, False])
+    def test_stopping_twice_or_before_starting_is_harmless(self, started):
+        loop = Loop("apoq-test", lambda: None)
+        if started:
+            loop.start()
+            loop.start()
+
+        assert loop.stop()
+        assert loop.stop()
+
+    def test_a_loop_that_fails_stops_at_once(self):
+        failed = threading.Event()
+
+        def turn() -> float | None:
+            failed.set()
+            raise ConnectionError
+
+        loop = Loop("apoq-test", turn)
+        loop.start()
+        failed.wait(SOON)
+        began = time.monotonic()
+        loop.stop()
+
+        assert time.monotonic() - began < 2
+
+    def test_it_backs_off_with_jitter_and_within_bounds(self):
+        waits = [backoff(failures, chance) for failures in range(1, 200) for chance in (0.0, 0.5, 0.999)]
+
+        assert min(waits) >= FIRST_BACKOFF / 2
+        assert max(waits) <= LONGEST_BACKOFF
+        assert backoff(3, 0.0) == pytest.approx(backoff(2, 0.0) * 2)
