@@ -605,6 +605,30 @@ class TestStartAndStop:
         assert ended.wait(SOON)
         assert load(engine, task_id).state == "pending"
 
+    def test_a_task_that_was_given_back_can_run_again_beside_its_first_run(self, engine, worker):
+        begun, may_end, ended = threading.Semaphore(0), threading.Event(), threading.Semaphore(0)
+
+        def process(_task: RunningTask) -> None:
+            begun.release()
+            may_end.wait(SOON)
+            ended.release()
+
+        worker.use("t", process)
+        task_id = add(engine)
+        worker.start()
+        begun.acquire(timeout=SOON)
+        worker.stop(timeout=0.05)
+        worker.start()
+        begun.acquire(timeout=SOON)
+        may_end.set()
+        for _ in range(2):
+            assert ended.acquire(timeout=SOON)
+        worker.stop()
+
+        task = load(engine, task_id)
+        assert (task.state, task.attempt, task.token) == ("completed", 1, 2)
+        assert worker._slots.free == 4
+
     def test_a_coroutine_that_never_ends_is_cancelled_and_given_back(self, engine, worker):
         begun, cancelled = threading.Event(), threading.Event()
 

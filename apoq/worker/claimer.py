@@ -151,7 +151,8 @@ class Claimer:
 
     def settled(self, end: Ended) -> None:
         """Forget a task that has been written, and look when it is due again."""
-        self.held.pop(end.task.id, None)
+        if self.held.get(end.task.id) is end.task:
+            del self.held[end.task.id]
         if end.settlement.delay is not None:
             self._due_again.append(time.monotonic() + end.settlement.delay)
 

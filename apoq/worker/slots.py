@@ -46,7 +46,8 @@ class Slots:
         self._idle = threading.Condition(self._lock)
         self._threads: list[threading.Thread] = []
         self._for_threads: SimpleQueue[RunningTask | None] = SimpleQueue()
-        self._running: dict[int, AnyRunningTask] = {}
+        # By identity: a task that was given back may run here again before its first run has ended.
+        self._running: set[AnyRunningTask] = set()
 
     @property
     def load(self) -> int:
@@ -87,7 +88,7 @@ class Slots:
 
     def running(self) -> list[AnyRunningTask]:
         """Answer those that run now."""
-        return list(self._running.values())
+        return list(self._running)
 
     def wait_until_idle(self, timeout: float | None) -> bool:
         """Wait until nothing runs; tell whether that is so."""
@@ -144,14 +145,14 @@ class Slots:
                 self._begin(task)
 
     def _started(self, task: AnyRunningTask) -> float:
-        self._running[task.id] = task
+        self._running.add(task)
         return time.monotonic()
 
     def _ended(self, end: Ended, started: float) -> None:
         took = time.monotonic() - started
         # Threads may overwrite each other's sample: an average doesn't mind.
         self.run_time = took if self.run_time is None else self.run_time + (took - self.run_time) / 16
-        del self._running[end.task.id]
+        self._running.discard(end.task)
         self._on_ended(end)
 
     def _next(self) -> AnyRunningTask | None:
