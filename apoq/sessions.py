@@ -11,12 +11,13 @@ from typing import Any, Protocol, TypeVar, cast
 
 import psycopg
 from psycopg.rows import dict_row
-from sqlalchemy import Connection, Engine, Executable
+from sqlalchemy import Connection, Dialect, Engine, Executable
 from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
-from sqlalchemy.exc import DBAPIError, MissingGreenlet, UnboundExecutionError
+from sqlalchemy.exc import DBAPIError, UnboundExecutionError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_session
 from sqlalchemy.orm import Session, scoped_session
 from sqlalchemy.util import await_only, greenlet_spawn
+from sqlalchemy.util.concurrency import in_greenlet
 
 from apoq.databases import check_dialect
 from apoq.errors import NotPrepared, UnsupportedSession
@@ -84,7 +85,7 @@ class _OrmSession:
                 "this session has no engine for apoq's tables: add `Task` to its binds, "
                 "as in Session(binds={apoq.Task: engine, …})"
             ) from error
-        check_dialect(self._bind.dialect)
+        _check_dialect(self._bind.dialect)
 
     def execute(self, statement: Executable, parameters: dict[str, Any]) -> Sequence[Row]:
         # What else waits in the session is flushed when its owner wants it to be.
@@ -102,7 +103,7 @@ class _OrmSession:
 
 class _CoreConnection:
     def __init__(self, connection: Connection) -> None:
-        check_dialect(connection.dialect)
+        _check_dialect(connection.dialect)
         self._connection = connection
 
     def execute(self, statement: Executable, parameters: dict[str, Any]) -> Sequence[Row]:
@@ -158,15 +159,19 @@ def _compiled(statement: Any, parameters: dict[str, Any]) -> tuple[Any, dict[str
     return str(compiled), compiled.construct_params(parameters)
 
 
+def _check_dialect(dialect: Dialect) -> None:
+    check_dialect(dialect)
+    if dialect.is_async and not in_greenlet():
+        raise UnsupportedSession(
+            "this is the synchronous side of an asyncio session: give the AsyncSession or AsyncConnection "
+            "itself, and await the answer"
+        )
+
+
 @contextmanager
 def _clear_errors(statement: Any) -> Iterator[None]:
     try:
         yield
-    except MissingGreenlet as error:
-        raise UnsupportedSession(
-            "this is the synchronous side of an asyncio session: give the AsyncSession or AsyncConnection "
-            "itself, and await the answer"
-        ) from error
     except (DBAPIError, psycopg.Error) as error:
         sqlstate = getattr(getattr(error, "orig", error), "sqlstate", None)
         # undefined_table, undefined_column, invalid_schema_name
