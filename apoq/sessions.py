@@ -173,12 +173,12 @@ def _clear_errors(statement: Any) -> Iterator[None]:
     try:
         yield
     except (DBAPIError, psycopg.Error) as error:
-        sqlstate = getattr(getattr(error, "orig", error), "sqlstate", None)
+        cause: Any = getattr(error, "orig", error)
         # undefined_table, undefined_column, invalid_schema_name
-        if sqlstate in {"42P01", "42703", "3F000"}:
+        if getattr(cause, "sqlstate", None) in {"42P01", "42703", "3F000"}:
             schema = "" if statement.table.schema is None else f", schema={statement.table.schema!r}"
             raise NotPrepared(
-                f"{getattr(error, 'orig', error)}: are apoq's tables missing, or at another version? "
+                f"{cause.diag.message_primary}: are apoq's tables missing, or at another version? "
                 f"Run `apoq.prepare(engine{schema})`, or `alembic upgrade head` where your migrations "
                 "include apoq's"
             ) from error

@@ -71,6 +71,7 @@ class Worker:
         keeps them for ever, and with zero a task is deleted instead of being marked as completed.
         """
         if not isinstance(engine, Engine | AsyncEngine):
+            # Its type only: a URL holds a password.
             raise TypeError(f"a worker takes an Engine or an AsyncEngine, not {type(engine).__qualname__}")
         check_dialect(engine.dialect)
         for queue in queues:
