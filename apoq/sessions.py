@@ -68,7 +68,9 @@ def through(
         case psycopg.AsyncConnection():
             return greenlet_spawn(operation, _AsyncPsycopgConnection(session))
     raise UnsupportedSession(
-        f"a task is added through a session or a connection, in your transaction, not through {session!r}: "
+        # Its type only: a URL holds a password.
+        "a task is added through a session or a connection, in your transaction, not through "
+        f"{type(session).__qualname__}: "
         "`with Session(engine) as session, session.begin(): queue.add(session, …)`. It may be SQLAlchemy's "
         "Session, scoped_session, AsyncSession, Connection or AsyncConnection, or psycopg 3's Connection or "
         "AsyncConnection"
