@@ -1,21 +1,33 @@
-"""${message}"""
+"""${message}."""
 
 from alembic import op
 
-from apoq.migrations import v${up_revision}
+from apoq.migrations.steps import STEPS
 
 revision = ${repr(up_revision)}
 down_revision = ${repr(down_revision)}
 branch_labels = ${repr(branch_labels)}
 depends_on = ${repr(depends_on)}
 
-# Move the operations into apoq/migrations/v${up_revision}.py, where an installed apoq has them too:
-# ${upgrades if upgrades else "pass"}
-
 
 def upgrade() -> None:
-    v${up_revision}.upgrade(op)
+    STEPS[${int(up_revision)}].upgrade(op)
 
 
 def downgrade() -> None:
-    v${up_revision}.downgrade(op)
+    STEPS[${int(up_revision)}].downgrade(op)
+
+% if upgrades and upgrades != "pass":
+
+# For apoq/migrations/v${up_revision}.py, where an installed apoq has it too; then it goes from here:
+#
+# def upgrade(op: Operations, schema: str | None = None) -> None:
+% for line in upgrades.splitlines()[1:-1]:
+#     ${line.strip()}
+% endfor
+#
+# def downgrade(op: Operations, schema: str | None = None) -> None:
+% for line in downgrades.splitlines()[1:-1]:
+#     ${line.strip()}
+% endfor
+% endif

@@ -2,7 +2,7 @@
 
 from alembic import op
 
-from apoq.migrations import v0001
+from apoq.migrations.steps import STEPS
 
 revision = "0001"
 down_revision = None
@@ -11,8 +11,8 @@ depends_on = None
 
 
 def upgrade() -> None:
-    v0001.upgrade(op)
+    STEPS[1].upgrade(op)
 
 
 def downgrade() -> None:
-    v0001.downgrade(op)
+    STEPS[1].downgrade(op)
