@@ -107,7 +107,7 @@ class Claimer:
         in_line = ahead(self._slots.concurrency, self._slots.run_time)
         self._slots.low_water = in_line // 2
         room = self._slots.concurrency + in_line - self._slots.load
-        if self._slots.free == 0 and room <= in_line // 2:
+        if room < 1 or (self._slots.free == 0 and room <= in_line // 2):
             return OVERDUE if self._slots.waiting_since is not None else None  # woken when there is more room
         self._hinted = False
         wanted = min(room, BATCH)
