@@ -36,7 +36,7 @@ def server() -> Iterator[sa.URL]:
     if url := os.environ.get("DATABASE_URL"):
         yield database_url(url)
     elif docker_answers():
-        from testcontainers.postgres import PostgresContainer
+        from testcontainers.community.postgres import PostgresContainer
 
         image = os.environ.get("APOQ_TEST_IMAGE", "postgres:18-alpine")
         with PostgresContainer(image, driver="psycopg") as container:
