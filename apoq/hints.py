@@ -18,7 +18,7 @@ from sqlalchemy import Connection, Engine, event
 from sqlalchemy.engine import RootTransaction
 from sqlalchemy.orm import Session
 
-from apoq.databases import own_engine
+from apoq.connections import execute, own_engine
 from apoq.statements.hint import hint
 
 logger = logging.getLogger(__name__)
@@ -26,8 +26,11 @@ logger = logging.getLogger(__name__)
 LINGER: Final = 5.0
 """Seconds without a hint after which the thread ends and its connection is closed."""
 
-GAP: Final = 0.002
+GAP: Final = 0.005
 """Seconds between two rounds, so that a burst of commits costs few notifications."""
+
+WATCH: Final = 0.0005
+"""Seconds between two looks whether a commit has come through."""
 
 PATIENCE: Final = 1.0
 """Seconds for which a hint waits for a commit to come through."""
@@ -116,12 +119,11 @@ class Hinter:
             return True
 
     def _send(self, hints: dict[str, RootTransaction | None]) -> None:
-        with self._engine.connect() as connection:
-            for payload, transaction in hints.items():
-                deadline = time.monotonic() + PATIENCE
-                while transaction is not None and transaction.is_active and time.monotonic() < deadline:
-                    time.sleep(GAP / 4)
-                connection.execute(hint(), {"payload": payload})
+        for payload, transaction in hints.items():
+            deadline = time.monotonic() + PATIENCE
+            while transaction is not None and transaction.is_active and time.monotonic() < deadline:
+                time.sleep(WATCH)
+            execute(self._engine, hint(), {"payload": payload})
 
 
 _hinters: WeakKeyDictionary[Engine, Hinter] = WeakKeyDictionary()

@@ -7,7 +7,7 @@ from datetime import timedelta
 from typing import NamedTuple
 
 from apoq.retry import RetryPolicy, seconds
-from apoq.states import CANCELLED, COMPLETED, FAILED, PENDING
+from apoq.states import CANCELLED, FAILED, PENDING
 
 MESSAGE_LIMIT = 4_000
 TRACEBACK_LIMIT = 16_000
@@ -54,7 +54,7 @@ class WorkerDied(Exception):
 
 
 class Settlement(NamedTuple):
-    """What is written to a task when its attempt has ended."""
+    """What is written to a task when its attempt has ended, unless that completed it."""
 
     state: str
     attempt: int
@@ -64,13 +64,9 @@ class Settlement(NamedTuple):
     error: dict[str, str] | None = None
 
 
-def settle(
-    outcome: BaseException | None, *, attempt: int, fail_count: int, policy: RetryPolicy
-) -> Settlement:
+def settle(outcome: BaseException, *, attempt: int, fail_count: int, policy: RetryPolicy) -> Settlement:
     """Decide what becomes of a task whose attempt number `attempt`, after `fail_count` failures, ended so."""
     match outcome:
-        case None:
-            return Settlement(COMPLETED, attempt, fail_count)
         case Cancel():
             return Settlement(CANCELLED, attempt, fail_count, error=report(outcome))
         case Snooze():

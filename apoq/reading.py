@@ -7,12 +7,17 @@ what can't be read is answered as something else, and at most the task itself fa
 from __future__ import annotations
 
 import json
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from psycopg import Connection, DataError
 from psycopg.types.datetime import TimestamptzLoader
 from psycopg.types.json import set_json_loads
+
+_decoder = json.JSONDecoder()
+
+_EPOCH = datetime.fromtimestamp(0, UTC)
+_FIRST, _LAST = datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)
 
 
 class UnreadableData(ValueError):
@@ -25,11 +30,28 @@ def read_anything(connection: Connection[Any]) -> None:
     set_json_loads(_load_json, connection)
 
 
+def read_json(text: str) -> Any:
+    """Read a task's data; raise `UnreadableData` where Python can't."""
+    try:
+        # jsonb's text has no white space around it, for which `loads` would look.
+        return _decoder.raw_decode(text)[0]
+    except (ValueError, RecursionError) as error:
+        raise UnreadableData(str(error)) from None
+
+
+def read_time(epoch: float) -> datetime:
+    """Read a time that is given in seconds since 1970, UTC."""
+    try:
+        return _EPOCH + timedelta(seconds=epoch)
+    except OverflowError:
+        return _FIRST if epoch < 0 else _LAST
+
+
 def _load_json(text: str | bytes) -> Any:
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        return UnreadableData(str(error))
+        return read_json(text if isinstance(text, str) else text.decode())
+    except UnreadableData as error:
+        return error
 
 
 class _AnyTime(TimestamptzLoader):
@@ -41,4 +63,4 @@ class _AnyTime(TimestamptzLoader):
         except DataError:
             text = bytes(data)
             past = text.startswith(b"-") or text.endswith(b"BC")
-            return datetime.min.replace(tzinfo=UTC) if past else datetime.max.replace(tzinfo=UTC)
+            return _FIRST if past else _LAST

@@ -6,19 +6,23 @@ Operations are written once, against `Caller`; the asyncio kinds are derived fro
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from itertools import islice
 from typing import Any, Protocol, TypeVar, cast
 
 import psycopg
+from psycopg.pq import PipelineStatus
 from psycopg.rows import dict_row
+from psycopg.sql import Composed
 from sqlalchemy import Connection, Dialect, Engine, Executable
-from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
+from sqlalchemy.engine.interfaces import ExecutionContext
 from sqlalchemy.exc import DBAPIError, UnboundExecutionError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_session
 from sqlalchemy.orm import Session, scoped_session
 from sqlalchemy.util import await_only, greenlet_spawn
 from sqlalchemy.util.concurrency import in_greenlet
 
+from apoq.connections import compiled
 from apoq.databases import check_dialect
 from apoq.errors import NotPrepared, UnsupportedSession
 from apoq.hints import hint_after_connection_commit, hint_after_session_commit
@@ -32,12 +36,28 @@ AsyncioSession = (
 Row = Mapping[Any, Any]
 T = TypeVar("T")
 
+LINES = 50
+"""That a COPY sends at once: one by one, they would take longer."""
+
+
+class Driver(Protocol):
+    """The psycopg connection of a caller's transaction."""
+
+    def execute(self, statement: Executable, parameters: dict[str, Any]) -> Sequence[Row]:
+        """Execute one statement, and answer the rows that it returns."""
+
+    def copy(self, statement: Composed, lines: Iterator[str]) -> None:
+        """Send lines by a COPY, as they come."""
+
 
 class Caller(Protocol):
     """A caller's transaction."""
 
     def execute(self, statement: Executable, parameters: dict[str, Any]) -> Sequence[Row]:
         """Execute one statement, and answer the rows that it returns."""
+
+    def driver(self) -> AbstractContextManager[Driver | None]:
+        """Give the connection that has executed the last statement, or None where it can't COPY the same."""
 
     def keep(self, task: Task) -> None:
         """Put a task that stands in the database into the session, where there is one."""
@@ -92,7 +112,11 @@ class _OrmSession:
     def execute(self, statement: Executable, parameters: dict[str, Any]) -> Sequence[Row]:
         # What else waits in the session is flushed when its owner wants it to be.
         with _clear_errors(statement), self._session.no_autoflush:
-            return _rows(self._session.execute(statement, parameters))
+            self._result: Any = self._session.execute(statement, parameters)
+            return _rows(self._result)
+
+    def driver(self) -> AbstractContextManager[Driver | None]:
+        return _driver(self._result.context)
 
     def keep(self, task: Task) -> None:
         self._session.add(task)
@@ -110,7 +134,11 @@ class _CoreConnection:
 
     def execute(self, statement: Executable, parameters: dict[str, Any]) -> Sequence[Row]:
         with _clear_errors(statement):
-            return _rows(self._connection.execute(statement, parameters))
+            self._result: Any = self._connection.execute(statement, parameters)
+            return _rows(self._result)
+
+    def driver(self) -> AbstractContextManager[Driver | None]:
+        return _driver(self._result.context)
 
     def keep(self, task: Task) -> None:
         """Leave the task in no session: there is none."""
@@ -128,6 +156,16 @@ class _PsycopgConnection:
             cursor.execute(*_compiled(statement, parameters))
             return cursor.fetchall() if cursor.description else ()
 
+    @contextmanager
+    def driver(self) -> Iterator[Driver | None]:
+        # COPY isn't possible in a pipeline.
+        yield self if self._connection.pgconn.pipeline_status == PipelineStatus.OFF else None
+
+    def copy(self, statement: Composed, lines: Iterator[str]) -> None:
+        with self._connection.cursor() as cursor, cursor.copy(statement) as copy:
+            while chunk := "".join(islice(lines, LINES)):
+                copy.write(chunk)
+
     def keep(self, task: Task) -> None:
         """Leave the task in no session: there is none."""
 
@@ -137,28 +175,50 @@ class _PsycopgConnection:
 
 class _AsyncPsycopgConnection(_PsycopgConnection):
     def __init__(self, connection: psycopg.AsyncConnection[Any]) -> None:
-        self._async_connection = connection
+        self._connection: Any = connection
 
     def execute(self, statement: Executable, parameters: dict[str, Any]) -> Sequence[Row]:
         return await_only(self._execute(statement, parameters))
 
     async def _execute(self, statement: Executable, parameters: dict[str, Any]) -> Sequence[Row]:
         with _clear_errors(statement):
-            async with self._async_connection.cursor(row_factory=dict_row) as cursor:
+            async with self._connection.cursor(row_factory=dict_row) as cursor:
                 await cursor.execute(*_compiled(statement, parameters))
                 return await cursor.fetchall() if cursor.description else ()
+
+    def copy(self, statement: Composed, lines: Iterator[str]) -> None:
+        await_only(self._copy(statement, lines))
+
+    async def _copy(self, statement: Composed, lines: Iterator[str]) -> None:
+        async with self._connection.cursor() as cursor, cursor.copy(statement) as copy:
+            while chunk := "".join(islice(lines, LINES)):
+                await copy.write(chunk)
+
+
+@contextmanager
+def _driver(context: ExecutionContext) -> Iterator[Driver | None]:
+    # Not the session's own idea of its connection: it may choose one by the statement.
+    connection: Any = context.root_connection.connection.driver_connection
+    dialect = context.dialect
+    kind = _AsyncPsycopgConnection if dialect.is_async else _PsycopgConnection
+    if context.execution_options.get("schema_translate_map"):
+        yield None  # such a map renames the schema in SQLAlchemy's own statements
+        return
+    try:
+        with kind(connection).driver() as driver:
+            yield driver
+    except psycopg.Error as error:
+        # As if SQLAlchemy had executed it.
+        raise DBAPIError.instance("COPY", None, error, psycopg.Error, dialect=dialect) from error
 
 
 def _rows(result: Any) -> Sequence[Row]:
     return cast("Sequence[Row]", result.mappings().all()) if result.returns_rows else ()
 
 
-_dialect = PGDialect_psycopg()  # type: ignore[no-untyped-call]
-
-
 def _compiled(statement: Any, parameters: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    compiled = statement.compile(dialect=_dialect)
-    return str(compiled), compiled.construct_params(parameters)
+    text, constants = compiled(statement)
+    return text, {**constants, **parameters}
 
 
 def _check_dialect(dialect: Dialect) -> None:

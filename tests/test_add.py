@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import json
-from datetime import UTC, datetime, timedelta
+from collections.abc import Iterator
+from contextlib import aclosing, contextmanager, nullcontext
+from datetime import UTC, datetime, timedelta, timezone
 
 import psycopg
 import pytest
@@ -14,7 +15,8 @@ import zope.sqlalchemy
 from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
-from apoq import Queue, Task, prepare
+from apoq import InvalidData, Queue, Task, prepare
+from apoq.queue import BATCH_COUNT
 from apoq.statements.enqueue import enqueue, enqueue_many
 
 
@@ -315,7 +317,7 @@ class TestAddMany:
 
         def before(_connection, _cursor, _statement, parameters, *_rest):
             nonlocal sent
-            sent += len(json.loads(parameters["task_data"]))
+            sent += len(parameters["task_data"].split("\n"))
 
         with Session(shared_engine) as session:
             session.connection()
@@ -325,19 +327,318 @@ class TestAddMany:
             finally:
                 sa.event.remove(shared_engine, "before_cursor_execute", before)
                 session.rollback()
-        assert furthest <= 1_000
+        assert furthest <= BATCH_COUNT
 
     def test_large_data_make_smaller_batches(self, session, queue):
         sizes = []
         session.connection()
-        listener = lambda *arguments: sizes.append(len(json.loads(arguments[3]["task_data"])))  # noqa: E731
+        listener = lambda *arguments: sizes.append(len(arguments[3]["task_data"].split("\n")))  # noqa: E731
         sa.event.listen(session.get_bind(), "before_cursor_execute", listener)
         try:
-            queue.add_many(session, "t", ["x" * 500_000] * 20)
+            queue.add_many(session, "t", iter(["x" * 500_000] * 20))
         finally:
             sa.event.remove(session.get_bind(), "before_cursor_execute", listener)
 
         assert sizes == [9, 9, 2]
+
+
+@pytest.fixture
+def small_batches(monkeypatch):
+    """Let a COPY begin after the second task."""
+    monkeypatch.setattr("apoq.queue.FIRST_COUNT", 2)
+    monkeypatch.setattr("apoq.queue.BATCH_COUNT", 2)
+
+
+@contextmanager
+def inserts(engine: sa.Engine) -> Iterator[list[str]]:
+    """Collect the INSERTs that an engine sends: a COPY isn't among them."""
+    statements: list[str] = []
+
+    def before(_connection, _cursor, statement, *_rest):
+        if statement.startswith("INSERT"):
+            statements.append(statement)
+
+    sa.event.listen(engine, "before_cursor_execute", before)
+    try:
+        yield statements
+    finally:
+        sa.event.remove(engine, "before_cursor_execute", before)
+
+
+ODD_TEXTS = [
+    "\\",
+    "\\\\",
+    "\\n",
+    "\\.",
+    "\\N",
+    "\n\r\t\b\f\v\x01\x7f",
+    "'\"$$;%s%%:x{}",
+    "\u2028\u2029\x85",
+    "💖 ü",
+    "",
+]
+
+
+@pytest.mark.usefixtures("small_batches")
+class TestCopy:
+    """What is beyond the first batch of a list is sent by COPY, and is as if it had been inserted."""
+
+    def test_a_list_is_one_insert_and_a_copy_and_an_iterator_is_inserts(self, session, queue):
+        with inserts(session.get_bind()) as of_a_list:
+            assert queue.add_many(session, "t", list(range(7))) == 7
+        with inserts(session.get_bind()) as of_an_iterator:
+            assert queue.add_many(session, "t", iter(range(7))) == 7
+
+        assert (len(of_a_list), len(of_an_iterator)) == (1, 4)
+        assert session.scalars(sa.select(Task.data).order_by(Task.id)).all() == [*range(7), *range(7)]
+
+    def test_a_list_of_one_batch_is_one_statement(self, session, queue):
+        statements = []
+        session.connection()
+        listener = lambda *arguments: statements.append(arguments[2])  # noqa: E731
+        sa.event.listen(session.get_bind(), "before_cursor_execute", listener)
+        try:
+            queue.add_many(session, "t", [1, 2])
+        finally:
+            sa.event.remove(session.get_bind(), "before_cursor_execute", listener)
+
+        assert [statement.split()[0] for statement in statements] == ["INSERT"]
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {},
+            {"priority": -5},
+            {"process_at": datetime(2031, 5, 4, 12, 30, 0, 7, tzinfo=timezone(timedelta(hours=-9)))},
+            {"process_at": datetime(2, 1, 1, tzinfo=UTC)},
+            {"retry_limit": 0},
+            {"retry_delay": timedelta(days=400, hours=3, microseconds=1)},
+            {"priority": 7, "retry_limit": 9, "retry_delay": 0.5},
+        ],
+        ids=repr,
+    )
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            "",
+            "SET LOCAL DateStyle = German; SET LOCAL IntervalStyle = sql_standard; SET LOCAL TimeZone = PRC",
+        ],
+        ids=["usual", "other"],
+    )
+    def test_its_rows_are_as_inserted(self, session, queue, options, settings):
+        session.execute(sa.text(settings or "SELECT 1"))
+
+        queue.add_many(session, "t", [None] * 5, **options)
+
+        session.execute(sa.text("SET LOCAL DateStyle = ISO; SET LOCAL IntervalStyle = postgres"))
+        columns = [column for column in Task.__table__.c if column.name != "id"]
+        assert len(session.execute(sa.select(*columns).distinct()).all()) == 1
+
+    def test_a_delay_counts_from_the_call(self, session, queue):
+        session.execute(sa.text("SELECT pg_sleep(0.05)"))
+
+        queue.add_many(session, "t", [1, 2, 3], delay=timedelta(hours=1))
+
+        assert session.scalar(sa.select(sa.func.min(Task.process_at - Task.created_at))) > timedelta(
+            hours=1, milliseconds=40
+        )
+
+    def test_odd_texts_come_back(self, session):
+        names = [text for text in ODD_TEXTS if text]
+        datas = [{text: [text]} for text in ODD_TEXTS]
+
+        for name in names:
+            Queue(name).add_many(session, name, datas)
+
+        for name in names:
+            found = session.execute(
+                sa.select(Task.type, Task.data).where(Task.queue == name).order_by(Task.id)
+            ).all()
+            assert found == [(name, data) for data in datas]
+
+    @pytest.mark.parametrize("schema", ['Odd "name"', "a:b", "ü 💖", "select"])
+    def test_a_schema_may_have_any_name(self, engine, schema):
+        prepare(engine, schema=schema)
+        queue = Queue(schema=schema)
+
+        with Session(engine) as session, session.begin(), inserts(engine) as statements:
+            queue.add_many(session, "t", list(range(5)))
+            assert len(session.scalars(sa.select(queue.task_class)).all()) == 5
+        assert len(statements) == 1
+        assert count(engine) == 0
+
+    def test_a_rollback_leaves_none(self, engine, queue):
+        with Session(engine) as session:
+            queue.add_many(session, "t", [1, 2, 3])
+            session.rollback()
+            session.commit()
+
+        assert count(engine) == 0
+
+    def test_the_rollback_of_a_savepoint_leaves_none(self, session, queue):
+        savepoint = session.begin_nested()
+        queue.add_many(session, "t", [1, 2, 3])
+        savepoint.rollback()
+
+        assert session.scalars(sa.select(Task.id)).all() == []
+
+    def test_data_that_json_cannot_hold_is_named_and_a_savepoint_helps(self, session, queue):
+        with pytest.raises(InvalidData, match=r"^datas\[3\]\['x'\]: set is not JSON"), session.begin_nested():
+            queue.add_many(session, "t", [1, 2, 3, {"x": {4}}, 5])
+
+        assert session.scalars(sa.select(Task.id)).all() == []
+        assert queue.add_many(session, "t", [1, 2, 3]) == 3
+
+    def test_an_error_of_the_database_is_sqlalchemys_as_for_an_insert(self, session, queue):
+        session.execute(sa.text("ALTER TABLE apoq_tasks ADD CHECK (data <> '3')"))
+
+        with pytest.raises(sa.exc.IntegrityError, match="check constraint") as caught, session.begin_nested():
+            queue.add_many(session, "t", [1, 2, 3])
+
+        assert isinstance(caught.value.orig, psycopg.errors.CheckViolation)
+
+    def test_what_else_is_in_the_session_is_not_flushed(self, session, queue):
+        pending = Task(type="not yet")
+        session.add(pending)
+
+        queue.add_many(session, "t", [1, 2, 3])
+
+        assert pending in session.new
+
+    def test_a_session_that_zope_commits(self, engine, queue):
+        session = sessionmaker(engine)()
+        zope.sqlalchemy.register(session)
+
+        with transaction.manager:
+            queue.add_many(session, "t", [1, 2, 3])
+
+        assert count(engine) == 3
+
+    def test_a_session_that_chooses_its_engine_by_the_statement(self, engine, queue):
+        nowhere = sa.create_engine("postgresql+psycopg://nowhere.invalid/")
+
+        class Routing(Session):
+            def get_bind(self, mapper=None, *, clause=None, **options):
+                return engine if clause is None or isinstance(clause, sa.Insert) else nowhere
+
+        with Routing() as session:
+            queue.add_many(session, "t", [1, 2, 3])
+            session.commit()
+
+        assert count(engine) == 3
+
+    def test_a_schema_that_the_engine_translates(self, engine, queue):
+        prepare(engine, schema="tenant")
+        translated = engine.execution_options(schema_translate_map={None: "tenant"})
+
+        with Session(translated) as session, session.begin():
+            queue.add_many(session, "t", [1, 2, 3])
+
+        assert count(translated) == 3
+        assert count(engine) == 0
+
+    def test_a_schema_that_an_event_translates(self, engine, queue):
+        prepare(engine, schema="tenant")
+
+        with Session(engine) as session, session.begin():
+            sa.event.listen(
+                session,
+                "do_orm_execute",
+                lambda state: state.update_execution_options(schema_translate_map={None: "tenant"}),
+            )
+            queue.add_many(session, "t", [1, 2, 3])
+
+        assert count(engine.execution_options(schema_translate_map={None: "tenant"})) == 3
+        assert count(engine) == 0
+
+    def test_a_role_that_is_subject_to_row_level_security_inserts(self, session, queue):
+        session.execute(
+            sa.text("""
+                CREATE ROLE apoq_test_secured;
+                ALTER TABLE apoq_tasks ENABLE ROW LEVEL SECURITY;
+                CREATE POLICY small ON apoq_tasks USING (type = 't');
+                GRANT ALL ON ALL TABLES IN SCHEMA public TO apoq_test_secured;
+                GRANT ALL ON ALL SEQUENCES IN SCHEMA public TO apoq_test_secured;
+                SET LOCAL ROLE apoq_test_secured""")
+        )
+
+        with inserts(session.get_bind()) as statements:
+            assert queue.add_many(session, "t", [1, 2, 3]) == 3
+        assert len(statements) == 2
+        assert len(session.scalars(sa.select(Task.id)).all()) == 3
+
+    def test_an_iterator_may_read_from_the_same_session(self, session, queue):
+        numbers = session.scalars(sa.text("SELECT generate_series(1, 10)").execution_options(yield_per=2))
+
+        def datas():
+            for number in numbers:
+                yield [number, session.scalar(sa.text("SELECT 1"))]
+
+        assert queue.add_many(session, "t", datas()) == 10
+
+    @pytest.mark.parametrize("autocommit", [False, True])
+    @pytest.mark.parametrize("pipeline", [False, True])
+    def test_a_psycopg_connection(self, engine, url, queue, autocommit, pipeline):
+        with psycopg.connect(psycopg_dsn(url), autocommit=autocommit) as connection:
+            with connection.pipeline() if pipeline else nullcontext():
+                assert queue.add_many(connection, "t", [1, 2, 3, 4, 5]) == 5
+            assert connection.info.transaction_status == (
+                psycopg.pq.TransactionStatus.IDLE if autocommit else psycopg.pq.TransactionStatus.INTRANS
+            )
+            assert count(engine) == (5 if autocommit else 0)
+
+        assert count(engine) == 5
+
+    @pytest.mark.parametrize("pipeline", [False, True])
+    def test_a_psycopg_async_connection(self, engine, url, queue, pipeline):
+        async def main() -> None:
+            async with await psycopg.AsyncConnection.connect(psycopg_dsn(url)) as connection:
+                async with connection.pipeline() if pipeline else nullcontext():
+                    assert await queue.add_many(connection, "t", [1, 2, 3, 4, 5]) == 5
+                with pytest.raises(InvalidData, match=r"^datas\[2\]"):
+                    async with connection.transaction():
+                        await queue.add_many(connection, "t", [1, 2, {3}])
+
+        asyncio.run(main())
+
+        assert count(engine) == 5
+
+    def test_a_scoped_session_and_a_core_connection(self, engine, queue):
+        scoped = scoped_session(sessionmaker(engine))
+
+        with inserts(engine) as statements:
+            queue.add_many(scoped, "t", (1, 2, 3))
+            scoped.commit()
+            scoped.remove()
+            with engine.begin() as connection, connection.begin_nested():
+                queue.add_many(connection, "t", [4, 5, 6])
+
+        assert len(statements) == 2
+        assert count(engine) == 6
+
+    @pytest.mark.parametrize("kind", ["session", "scoped session", "connection"])
+    def test_asyncio(self, engine, url, queue, kind):
+        async def main() -> int:
+            async_engine = create_async_engine(url)
+            kinds = {
+                "session": lambda: AsyncSession(async_engine),
+                "scoped session": lambda: aclosing(
+                    async_scoped_session(async_sessionmaker(async_engine), asyncio.current_task)
+                ),
+                "connection": async_engine.connect,
+            }
+            async with kinds[kind]() as session:
+                with inserts(async_engine.sync_engine) as statements:
+                    assert await queue.add_many(session, "t", [1, 2, 3, 4, 5]) == 5
+                with pytest.raises(InvalidData, match=r"^datas\[2\]"):
+                    async with session.begin_nested():
+                        await queue.add_many(session, "t", [1, 2, {3}])
+                await session.commit()
+            await async_engine.dispose()
+            return len(statements)
+
+        assert asyncio.run(main()) == 1
+        assert count(engine) == 5
 
 
 class TestZopeTransactions:

@@ -9,11 +9,15 @@ from datetime import timedelta
 import pytest
 import sqlalchemy as sa
 
+from apoq.connections import SESSION
 from apoq.sessions import _compiled
-from apoq.statements.claim import claim, next_due
+from apoq.statements.arrays import array_text
+from apoq.statements.claim import claim
 from apoq.statements.prune import prune_completed, prune_failed
 from apoq.statements.recover import give_back, rescue
 from apoq.statements.settle import complete, remove, settle
+from apoq.statements.survey import survey
+from apoq.worker.position import Position
 
 MILLION_ROWS = """
     INSERT INTO apoq_tasks
@@ -58,54 +62,60 @@ def nodes(plan: dict) -> Iterator[dict]:
         yield from nodes(child)
 
 
-IDS = {"ids": list(range(1, 501)), "tokens": [1] * 500}
+IDS = {"ids": array_text(range(1, 501)), "tokens": array_text([1] * 500)}
 PRUNE = {"from_queue": "default", "keep": timedelta(days=1), "at_most": 1_000}
-QUEUE = {"from_queue": "default"}
+OURS = {"from_queue": "default", "of_types": ["ours"]}
+CLAIM = {**OURS, "at_most": 500, "by_worker": uuid.uuid4()}
 
 
-@pytest.mark.parametrize(
-    ("statement", "parameters", "indexes"),
-    [
-        pytest.param(
-            claim(None),
-            {**QUEUE, "of_types": ["ours"], "at_most": 500, "by_worker": uuid.uuid4()},
-            {"apoq_tasks_pending_idx", "apoq_tasks_pkey"},
-            id="claim",
-        ),
-        pytest.param(next_due(None), QUEUE, {"apoq_tasks_pending_idx"}, id="next_due"),
-        pytest.param(complete(None), IDS, {"apoq_tasks_pkey"}, id="complete"),
-        pytest.param(remove(None), IDS, {"apoq_tasks_pkey"}, id="remove"),
-        pytest.param(
-            settle(None),
-            {
-                **IDS,
-                "states": ["failed"] * 500,
-                "attempts": [1] * 500,
-                "fail_counts": [1] * 500,
-                "delays": [None] * 500,
-                "errors": [None] * 500,
-            },
-            {"apoq_tasks_pkey"},
-            id="settle",
-        ),
-        pytest.param(
-            rescue(None),
-            {"lease": timedelta(seconds=15), "at_most": 1_000, "reason": "{}"},
-            {"apoq_tasks_running_idx", "apoq_tasks_pkey"},
-            id="rescue",
-        ),
-        pytest.param(
-            give_back(None),
-            {"by_worker": uuid.uuid4(), "held": [1]},
-            {"apoq_tasks_running_idx"},
-            id="give_back",
-        ),
-        pytest.param(
-            prune_completed(None), PRUNE, {"apoq_tasks_completed_idx", "apoq_tasks_pkey"}, id="completed"
-        ),
-        pytest.param(prune_failed(None), PRUNE, {"apoq_tasks_failed_idx", "apoq_tasks_pkey"}, id="failed"),
-    ],
-)
+STATEMENTS = [
+    pytest.param(
+        claim(None),
+        {**CLAIM, **Position().parameters()},
+        {"apoq_tasks_pending_idx", "apoq_tasks_pkey"},
+        id="claim",
+    ),
+    pytest.param(survey(None), OURS, {"apoq_tasks_pending_idx"}, id="survey"),
+    pytest.param(complete(None), IDS, {"apoq_tasks_pkey"}, id="complete"),
+    pytest.param(remove(None), IDS, {"apoq_tasks_pkey"}, id="remove"),
+    pytest.param(
+        settle(None),
+        {
+            **IDS,
+            "states": ["failed"] * 500,
+            "attempts": [1] * 500,
+            "fail_counts": [1] * 500,
+            "delays": [None] * 500,
+            "errors": [None] * 500,
+        },
+        {"apoq_tasks_pkey"},
+        id="settle",
+    ),
+    pytest.param(
+        rescue(None),
+        {
+            "lease": timedelta(seconds=15),
+            "at_most": 1_000,
+            "reason": "{}",
+            "by_worker": uuid.uuid4(),
+        },
+        {"apoq_tasks_running_idx", "apoq_tasks_pkey"},
+        id="rescue",
+    ),
+    pytest.param(
+        give_back(None),
+        {"by_worker": uuid.uuid4(), "held": "{1}"},
+        {"apoq_tasks_running_idx"},
+        id="give_back",
+    ),
+    pytest.param(
+        prune_completed(None), PRUNE, {"apoq_tasks_completed_idx", "apoq_tasks_pkey"}, id="completed"
+    ),
+    pytest.param(prune_failed(None), PRUNE, {"apoq_tasks_failed_idx", "apoq_tasks_pkey"}, id="failed"),
+]
+
+
+@pytest.mark.parametrize(("statement", "parameters", "indexes"), STATEMENTS)
 def test_it_reads_by_its_indexes_only(million, statement, parameters, indexes):
     sql, values = _compiled(statement, parameters)
     with million.connect() as connection:
@@ -117,11 +127,27 @@ def test_it_reads_by_its_indexes_only(million, statement, parameters, indexes):
     assert not [node for node in scanned if node["Relation Name"] == "apoq_tasks"]
 
 
+@pytest.mark.parametrize(("statement", "parameters", "indexes"), STATEMENTS)
+def test_so_does_a_plan_that_was_made_for_any_parameters(million, statement, parameters, indexes):
+    """As of a prepared statement, and in a session such as the worker's own."""
+    sql, values = _compiled(statement, parameters)
+    for number, name in enumerate(values, 1):
+        sql = sql.replace(f"%({name})s", f"${number}")
+    with million.connect() as connection:
+        if connection.dialect.server_version_info < (16,):
+            pytest.skip("EXPLAIN (GENERIC_PLAN) came with PostgreSQL 16")
+        connection.exec_driver_sql(SESSION)
+        plan = connection.exec_driver_sql(f"EXPLAIN (GENERIC_PLAN, FORMAT JSON) {sql}").scalar()[0]["Plan"]
+        connection.exec_driver_sql("RESET ALL")
+    used = {node.get("Index Name", "") for node in nodes(plan)}
+
+    assert {name for name in used if name.startswith("apoq_tasks")} == indexes
+    assert "Seq Scan" not in {node["Node Type"] for node in nodes(plan) if "apoq_tasks" in node.values()}
+
+
 def test_a_claim_reads_few_pages_however_many_rows_are_in_front(million):
     """Those in the future and of a higher priority cost one look into the index."""
-    sql, values = _compiled(
-        claim(None), {**QUEUE, "of_types": ["ours"], "at_most": 500, "by_worker": uuid.uuid4()}
-    )
+    sql, values = _compiled(claim(None), {**CLAIM, **Position().parameters()})
     with million.connect() as connection:
         connection.exec_driver_sql("BEGIN")
         explained = connection.exec_driver_sql(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {sql}", values)

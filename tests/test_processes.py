@@ -10,6 +10,7 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from uuid import uuid4
 
 import pytest
 import sqlalchemy as sa
@@ -184,7 +185,7 @@ def test_the_tasks_of_a_live_worker_are_not_rescued(engine, queue, worker):
         connection.execute(
             sa.text("UPDATE apoq_tasks SET state = 'running', worker_id = (SELECT id FROM apoq_workers)")
         )
-        sweep = {"lease": timedelta(seconds=15), "at_most": 10, "reason": "{}"}
+        sweep = {"lease": timedelta(seconds=15), "at_most": 10, "reason": "{}", "by_worker": uuid4()}
         assert connection.execute(rescue(None), sweep).rowcount == 0
 
         connection.execute(sa.text("UPDATE apoq_workers SET seen_at = now() - interval '16 seconds'"))

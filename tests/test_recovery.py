@@ -73,6 +73,7 @@ def test_what_was_claimed_while_the_connection_broke_is_given_back(engine, queue
     worker.use("other", lambda task: None)
     worker.start()
     with engine.begin() as connection:
+        connection.execute(sa.text("LOCK apoq_tasks"))
         queue.add(connection, "t")
         connection.execute(
             sa.text(
@@ -80,10 +81,8 @@ def test_what_was_claimed_while_the_connection_broke_is_given_back(engine, queue
                 "worker_id = (SELECT id FROM apoq_workers)"
             )
         )
-
-    until(lambda: kill(engine, "%COMMIT%") + kill(engine, "%picked%"))
-    with Session(engine) as session, session.begin():
-        queue.add(session, "other")
+        worker._hint()
+        until(lambda: kill(engine, "%picked%"))  # the claim, which waits for the lock
 
     assert ran.wait(SOON)
     until(lambda: count(engine, Task.type == "t", Task.state == "completed", Task.attempt == 1) == 1)

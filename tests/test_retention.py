@@ -10,6 +10,7 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from apoq import Cancel, Queue, RunningTask, Task
+from apoq.connections import own_engine
 from apoq.worker import pruner
 from apoq.worker.pruner import Pruner
 
@@ -41,7 +42,11 @@ def left(engine) -> list[int]:
 def prune(
     engine, *queues: Queue, completed: timedelta | None = DAY, failed: timedelta | None = 7 * DAY
 ) -> bool:
-    return Pruner(engine, queues or (Queue(),), keep_completed=completed, keep_failed=failed).prune()
+    own = own_engine(engine)
+    try:
+        return Pruner(own, queues or (Queue(),), keep_completed=completed, keep_failed=failed).prune()
+    finally:
+        own.dispose()
 
 
 @pytest.mark.parametrize(

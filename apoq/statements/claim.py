@@ -6,68 +6,61 @@ from functools import cache
 from typing import Any
 
 from sqlalchemy import (
-    CTE,
-    Select,
+    BigInteger,
+    Double,
+    SmallInteger,
     Text,
     Uuid,
     any_,
     bindparam,
-    extract,
+    cast,
     func,
-    literal_column,
     select,
     true,
+    tuple_,
     update,
 )
 from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.sql.dml import ReturningUpdate
-from sqlalchemy.sql.elements import ColumnElement
-from sqlalchemy.types import BigInteger
 
 from apoq.model import tasks_table
-from apoq.states import PENDING, RUNNING
-
-_QUEUE = bindparam("from_queue", type_=Text)
-_TYPES = bindparam("of_types", type_=ARRAY(Text))
-
-# Literals, not parameters: only then can the planner be sure that a partial index serves.
-_PENDING: ColumnElement[str] = literal_column(f"'{PENDING}'", Text)
-_RUNNING: ColumnElement[str] = literal_column(f"'{RUNNING}'", Text)
-
-
-def _priorities(schema: str | None) -> CTE:
-    """Find the priorities that pending tasks of the queue have, the highest first.
-
-    A loose index scan: one look into the index for each priority, however many tasks have it.
-    https://wiki.postgresql.org/wiki/Loose_indexscan
-    """
-    tasks = tasks_table(schema)
-    pending = tasks.c.queue == _QUEUE, tasks.c.state == _PENDING
-    highest = select(tasks.c.priority).where(*pending).order_by(tasks.c.priority.desc()).limit(1)
-    found = select(highest.scalar_subquery().label("priority")).cte("priorities", recursive=True)
-    lower = highest.where(tasks.c.priority < found.c.priority).scalar_subquery()
-    return found.union_all(select(lower).where(found.c.priority.is_not(None)))
+from apoq.statements.literals import PENDING, RUNNING
 
 
 @cache
 def claim(schema: str | None) -> ReturningUpdate[Any]:
-    """Mark up to `at_most` due tasks of `from_queue` and `of_types` as running, and answer them in no order.
+    """Mark up to `at_most` due tasks of `from_queue` and `of_types` as running; answer them in no order.
 
-    The attempt is counted here, and not when it ends: one that kills its worker counts as well.
+    Of the priorities of `priorities`, the first first, and in each behind a position: the `process_at`, in
+    seconds since 1970, of `behind_times` and the id of `behind_ids`. So a claim walks through nothing that is
+    known to be taken, even where a long transaction elsewhere keeps it from being vacuumed away.
+
+    The attempt is counted here, and not when it ends: one that kills its worker counts as well. Times are
+    answered as seconds since 1970, and data as text, for most of them nobody asks Python to read.
     """
     tasks = tasks_table(schema)
-    priorities = _priorities(schema)
+    levels = (
+        func.unnest(
+            cast(bindparam("priorities", type_=Text), ARRAY(SmallInteger)),
+            cast(bindparam("behind_times", type_=Text), ARRAY(Double)),
+            cast(bindparam("behind_ids", type_=Text), ARRAY(BigInteger)),
+        )
+        .table_valued("priority", "behind_time", "behind_id")
+        .render_derived("levels")
+    )
     limit = bindparam("at_most", type_=BigInteger)
     # One index scan for each priority: future tasks of a higher priority are not walked through to find
     # due ones of a lower. The outer limit ends the scans early, so no row is locked without being taken.
     due = (
         select(tasks.c.id)
         .where(
-            tasks.c.queue == _QUEUE,
-            tasks.c.state == _PENDING,
-            tasks.c.priority == priorities.c.priority,
+            tasks.c.queue == bindparam("from_queue", type_=Text),
+            tasks.c.state == PENDING,
+            tasks.c.priority == levels.c.priority,
+            tuple_(tasks.c.process_at, tasks.c.id)
+            > tuple_(func.to_timestamp(levels.c.behind_time), levels.c.behind_id),
             tasks.c.process_at <= func.now(),
-            tasks.c.type == any_(_TYPES),
+            tasks.c.type == any_(bindparam("of_types", type_=ARRAY(Text))),
         )
         .order_by(tasks.c.process_at, tasks.c.id)
         .limit(limit)
@@ -75,12 +68,12 @@ def claim(schema: str | None) -> ReturningUpdate[Any]:
         .with_for_update(skip_locked=True)
         .lateral("due")
     )
-    picked = select(due.c.id).select_from(priorities.join(due, true())).limit(limit).cte("picked")
+    picked = select(due.c.id).select_from(levels.join(due, true())).limit(limit).cte("picked")
     return (
         update(tasks)
         .where(tasks.c.id == picked.c.id)
         .values(
-            state=_RUNNING,
+            state=RUNNING,
             token=tasks.c.token + 1,
             attempt=tasks.c.attempt + 1,
             worker_id=bindparam("by_worker", type_=Uuid),
@@ -89,38 +82,14 @@ def claim(schema: str | None) -> ReturningUpdate[Any]:
         .returning(
             tasks.c.id,
             tasks.c.type,
-            tasks.c.data,
+            cast(tasks.c.data, Text),
             tasks.c.priority,
-            tasks.c.created_at,
-            tasks.c.process_at,
+            func.date_part("epoch", tasks.c.created_at, type_=Double),
+            func.date_part("epoch", tasks.c.process_at, type_=Double),
             tasks.c.attempt,
             tasks.c.fail_count,
             tasks.c.token,
             tasks.c.retry_limit,
             tasks.c.retry_delay,
         )
-    )
-
-
-@cache
-def next_due(schema: str | None) -> Select[Any]:
-    """Answer in how many seconds the next pending task of `from_queue` is due; null where there is none."""
-    tasks = tasks_table(schema)
-    priorities = _priorities(schema)
-    first = (
-        select(tasks.c.process_at)
-        .where(
-            tasks.c.queue == _QUEUE,
-            tasks.c.state == _PENDING,
-            tasks.c.priority == priorities.c.priority,
-            # What is due already waits for a worker of its type: it is no reason to wake up.
-            tasks.c.process_at > func.now(),
-            tasks.c.process_at < literal_column("'infinity'::timestamptz"),
-        )
-        .order_by(tasks.c.process_at)
-        .limit(1)
-        .lateral("first")
-    )
-    return select(extract("epoch", func.min(first.c.process_at) - func.clock_timestamp())).select_from(
-        priorities.join(first, true())
     )

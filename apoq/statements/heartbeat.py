@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from functools import cache
 
-from sqlalchemy import Delete, Text, Uuid, bindparam, delete, exists, func, literal_column
+from sqlalchemy import Delete, Text, Uuid, bindparam, delete, exists, func
 from sqlalchemy.dialects.postgresql import ARRAY, INTERVAL, Insert, insert
 from sqlalchemy.sql.elements import ColumnElement
 from sqlalchemy.types import Integer
 
 from apoq.model import tasks_table, workers_table
-from apoq.states import RUNNING
+from apoq.statements.literals import RUNNING
 
 
 @cache
@@ -46,8 +46,6 @@ def alive(schema: str | None, worker_id: ColumnElement[object]) -> ColumnElement
 def forget(schema: str | None) -> Delete:
     """Remove the rows of workers that were not seen for `keep` and hold nothing any more."""
     tasks, workers = tasks_table(schema), workers_table(schema)
-    holds = exists().where(
-        tasks.c.worker_id == workers.c.id, tasks.c.state == literal_column(f"'{RUNNING}'", Text)
-    )
+    holds = exists().where(tasks.c.worker_id == workers.c.id, tasks.c.state == RUNNING)
     unseen = workers.c.seen_at < func.clock_timestamp() - bindparam("keep", type_=INTERVAL)
     return delete(workers).where(unseen, ~holds)

@@ -4,27 +4,38 @@ from __future__ import annotations
 
 from functools import cache
 
-from sqlalchemy import Text, Update, Uuid, all_, bindparam, cast, func, literal_column, select, update
-from sqlalchemy.dialects.postgresql import ARRAY, JSONB
-from sqlalchemy.types import BigInteger, Integer
+from sqlalchemy import Text, Update, Uuid, all_, bindparam, cast, func, select, update
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.types import Integer
 
 from apoq.model import tasks_table
-from apoq.statements.heartbeat import alive
-from apoq.states import PENDING, RUNNING
+from apoq.statements.arrays import bigints
+from apoq.statements.heartbeat import alive, beat
+from apoq.statements.literals import PENDING, RUNNING
+
+
+@cache
+def beat_and_rescue(schema: str | None) -> Update:
+    """Show that the worker lives, and take back what dead ones held, in one statement."""
+    return rescue(schema).add_cte(beat(schema).cte("beat"))
 
 
 @cache
 def rescue(schema: str | None) -> Update:
     """Make running tasks that no live worker holds pending again, as one more failure; `at_most` so many.
 
-    Asked in this way round, a worker whose row is gone counts as dead too. Whether a task has attempts
-    left is decided by the worker that claims it next, which knows its type's limit.
+    Asked in this way round, a worker whose row is gone counts as dead too; `by_worker` itself is alive.
+    Whether a task has attempts left is decided by whoever claims it next, and knows its type's limit.
     """
     tasks = tasks_table(schema)
     held = tasks.alias("held")
     orphans = (
         select(held.c.id)
-        .where(held.c.state == literal_column(f"'{RUNNING}'", Text), ~alive(schema, held.c.worker_id))
+        .where(
+            held.c.state == RUNNING,
+            held.c.worker_id.is_distinct_from(bindparam("by_worker", type_=Uuid)),
+            ~alive(schema, held.c.worker_id),
+        )
         .order_by(held.c.id)
         .limit(bindparam("at_most", type_=Integer))
         # Other workers sweep too, and a settle may be under way.
@@ -35,7 +46,7 @@ def rescue(schema: str | None) -> Update:
         update(tasks)
         .where(tasks.c.id == orphans.c.id)
         .values(
-            state=literal_column(f"'{PENDING}'", Text),
+            state=PENDING,
             fail_count=tasks.c.fail_count + 1,
             failed_at=func.clock_timestamp(),
             error=cast(bindparam("reason", type_=Text), JSONB),
@@ -50,9 +61,9 @@ def give_back(schema: str | None) -> Update:
     return (
         update(tasks)
         .where(
-            tasks.c.state == literal_column(f"'{RUNNING}'", Text),
+            tasks.c.state == RUNNING,
             tasks.c.worker_id == bindparam("by_worker", type_=Uuid),
-            tasks.c.id != all_(bindparam("held", type_=ARRAY(BigInteger))),
+            tasks.c.id != all_(bigints("held")),
         )
-        .values(state=literal_column(f"'{PENDING}'", Text), attempt=tasks.c.attempt - 1)
+        .values(state=PENDING, attempt=tasks.c.attempt - 1)
     )

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, Final
 
 from sqlalchemy import (
-    BindParameter,
     ColumnElement,
     Delete,
     Text,
@@ -25,13 +24,20 @@ from sqlalchemy.sql.selectable import TableValuedAlias
 from sqlalchemy.types import BigInteger, Double, Integer
 
 from apoq.model import tasks_table
+from apoq.statements.arrays import bigints
 from apoq.states import CANCELLED, COMPLETED, RUNNING
+
+
+def _literal(text: str) -> ColumnElement[str]:
+    # Not a parameter: each costs the driver time, and these are always the same.
+    return literal_column(f"'{text}'", Text)
 
 
 def _rows(**columns: type) -> TableValuedAlias:
     """Turn arrays of the same length, bound as parameters, into rows."""
-    arrays: list[BindParameter[Any]] = [
-        bindparam(f"{name}s", type_=ARRAY(type_)) for name, type_ in columns.items()
+    arrays = [
+        bigints(f"{name}s") if type_ is BigInteger else bindparam(f"{name}s", type_=ARRAY(type_))
+        for name, type_ in columns.items()
     ]
     return func.unnest(*arrays).table_valued(*columns).render_derived("settled")
 
@@ -41,26 +47,54 @@ def _held(schema: str | None, rows: TableValuedAlias) -> ColumnElement[bool]:
 
     A worker that has lost a task - to the sweep, to another worker, to a cancellation - finds no row.
     """
+    return _held_as(schema, rows.c.id, rows.c.token)
+
+
+def _held_last(schema: str | None) -> ColumnElement[bool]:
+    """Pick one task that is still held, in a transaction that is about to be committed.
+
+    By plain values, not by arrays: the server makes the plan once for a connection, and not for each task.
+    """
+    held = _held_as(schema, bindparam("task_id", type_=BigInteger), bindparam("held_under", type_=BigInteger))
+    # Until the commit, the row is locked: a worker that is frozen before it must not keep it so.
+    # Set here, and not by RETURNING, lest there be an answer to read.
+    unless_frozen = func.set_config(
+        _literal("idle_in_transaction_session_timeout"), _literal("5s"), literal_column("true")
+    )
+    return and_(held, unless_frozen.is_not(None))
+
+
+def _held_as(
+    schema: str | None, task_id: ColumnElement[int], token: ColumnElement[int]
+) -> ColumnElement[bool]:
     tasks = tasks_table(schema)
     return and_(
-        tasks.c.id == rows.c.id,
-        tasks.c.token == rows.c.token,
+        tasks.c.id == task_id,
+        tasks.c.token == token,
         # coalesce, lest the planner take the index of running tasks, of which it expects few: it holds a
         # dead entry for each task that was settled since the last vacuum. By id, it is one look for each.
-        func.coalesce(tasks.c.state, "") == RUNNING,
+        func.coalesce(tasks.c.state, _literal("")) == _literal(RUNNING),
     )
+
+
+_COMPLETED: Final[dict[str, ColumnElement[Any]]] = {
+    "state": _literal(COMPLETED),
+    # Not now(), which would be when the transaction of `task.session` began.
+    "completed_at": func.clock_timestamp(),
+}
 
 
 @cache
 def complete(schema: str | None) -> Update:
     """Mark the tasks of `ids`, held under `tokens`, as completed."""
     rows = _rows(id=BigInteger, token=BigInteger)
-    # clock_timestamp(), for now() would be when the transaction of `task.session` began.
-    return (
-        update(tasks_table(schema))
-        .where(_held(schema, rows))
-        .values(state=literal_column(f"'{COMPLETED}'", Text), completed_at=func.clock_timestamp())
-    )
+    return update(tasks_table(schema)).where(_held(schema, rows)).values(_COMPLETED)
+
+
+@cache
+def complete_last(schema: str | None) -> Update:
+    """Mark the task `task_id`, held under `held_under`, as completed: last in its transaction."""
+    return update(tasks_table(schema)).where(_held_last(schema)).values(_COMPLETED)
 
 
 @cache
@@ -68,6 +102,12 @@ def remove(schema: str | None) -> Delete:
     """Delete the tasks of `ids`, held under `tokens`: completed, where completed ones aren't kept."""
     rows = _rows(id=BigInteger, token=BigInteger)
     return delete(tasks_table(schema)).where(_held(schema, rows))
+
+
+@cache
+def remove_last(schema: str | None) -> Delete:
+    """Delete the task `task_id`, held under `held_under`: last in its transaction."""
+    return delete(tasks_table(schema)).where(_held_last(schema))
 
 
 @cache

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from sqlalchemy import RowMapping
 from sqlalchemy.orm import Session
 
 from apoq.errors import InvalidProcessor
 from apoq.outcomes import Settlement, settle
-from apoq.reading import UnreadableData
 from apoq.worker.completion import Completion
 from apoq.worker.running import AnyRunningTask, AsyncRunningTask, RunningTask
 from apoq.worker.task_sessions import TaskSession
@@ -25,13 +24,16 @@ class Ended(NamedTuple):
 
     task: AnyRunningTask
     outcome: BaseException | None
-    settlement: Settlement
-    row: RowMapping | None = None
-    """The task's row, where the completion has been committed with ``task.session``."""
+    settlement: Settlement | None
+    """None: it is completed."""
+    row: Mapping[Any, Any] | None = None
+    """Where the completion has been committed with ``task.session``: the task's row, or its id alone."""
 
 
-def ended(task: AnyRunningTask, outcome: BaseException | None, row: RowMapping | None = None) -> Ended:
+def ended(task: AnyRunningTask, outcome: BaseException | None, row: Mapping[Any, Any] | None = None) -> Ended:
     """Decide what becomes of a task whose attempt ended so."""
+    if outcome is None:
+        return Ended(task, None, None, row)
     settlement = settle(outcome, attempt=task.attempt, fail_count=task.fail_count, policy=task.policy)
     return Ended(task, outcome, settlement, row)
 
@@ -40,8 +42,10 @@ def run(task: RunningTask, completion: Completion) -> Ended:
     """Run a plain processor on this thread."""
     row = outcome = None
     try:
-        _refuse_unreadable(task)
-        _refuse_awaitable(task, task.processor.function(task))
+        task.read()
+        answer = task.processor.function(task)
+        if answer is not None:
+            _refuse_awaitable(task, answer)
         if task.opened is not None:
             row = _complete_in(task.opened, task, completion)
     except BaseException as error:  # noqa: BLE001 - even SystemExit is one task's failure, not the worker's
@@ -55,7 +59,7 @@ async def run_coroutine(task: AsyncRunningTask, completion: Completion) -> Ended
     """Run a coroutine processor on this event loop."""
     row = outcome = None
     try:
-        _refuse_unreadable(task)
+        task.read()
         await task.processor.function(task)
         if task.opened is not None:
             row = await task.opened.run_sync(_complete_in_async, task, completion)
@@ -69,13 +73,10 @@ async def run_coroutine(task: AsyncRunningTask, completion: Completion) -> Ended
     return ended(task, outcome, row)
 
 
-def _complete_in(session: TaskSession, task: AnyRunningTask, completion: Completion) -> RowMapping:
+def _complete_in(session: TaskSession, task: AnyRunningTask, completion: Completion) -> Mapping[Any, Any]:
     """Commit the processor's writes and the task's completion, or neither."""
     session.flush()
-    result: Any = session.execute(
-        completion.last_statement(task.from_queue.schema), {"ids": [task.id], "tokens": [task.token]}
-    )
-    row: RowMapping | None = result.mappings().first()
+    row = completion.write(session.connection(), task)
     if row is None:
         session.rollback()
         raise TaskLost
@@ -83,7 +84,7 @@ def _complete_in(session: TaskSession, task: AnyRunningTask, completion: Complet
     return row
 
 
-def _complete_in_async(session: Session, task: AnyRunningTask, completion: Completion) -> RowMapping:
+def _complete_in_async(session: Session, task: AnyRunningTask, completion: Completion) -> Mapping[Any, Any]:
     assert isinstance(session, TaskSession)
     return _complete_in(session, task, completion)
 
@@ -93,11 +94,6 @@ def _close(session: Session) -> None:
         session.close()
     except Exception:  # noqa: BLE001 - the connection is broken, and so its transaction is rolled back
         session.invalidate()
-
-
-def _refuse_unreadable(task: AnyRunningTask) -> None:
-    if isinstance(task.data, UnreadableData):
-        raise task.data
 
 
 def _refuse_awaitable(task: AnyRunningTask, value: Any) -> None:

@@ -3,42 +3,42 @@
 from __future__ import annotations
 
 import logging
-import random
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
-from datetime import datetime
 from typing import Any, Final
 from uuid import UUID
 
-from sqlalchemy import Engine, Row
+from sqlalchemy import Engine
 
+from apoq.connections import execute
 from apoq.outcomes import WorkerDied
 from apoq.queue import Queue
 from apoq.registry import Registry
-from apoq.statements.claim import claim, next_due
+from apoq.statements.arrays import array_text
+from apoq.statements.claim import claim
 from apoq.statements.recover import give_back
 from apoq.worker.attempts import Ended, ended
+from apoq.worker.position import Position
 from apoq.worker.running import AnyRunningTask
 from apoq.worker.slots import Slots, released
 
 logger = logging.getLogger(__name__)
 
-BATCH: Final = 500
+BATCH: Final = 1_000
 """Tasks that one statement claims at most."""
 
-MOST_AHEAD: Final = 1_000
+MOST_AHEAD: Final = 2_000
 """Tasks that are claimed at most beyond those that run."""
 
 HORIZON: Final = 0.25
 """Seconds of work that are claimed ahead: what the slots start within them."""
 
+BREATH: Final = 0.005
+"""Seconds from one claim that came short to the next, so that many clients' hints are a few claims."""
+
 OVERDUE: Final = 2.0
 """Seconds after which a task that has not begun is given back, for others may have a free slot."""
-
-AFTERMATH: Final = 0.05
-"""Seconds after which an idle worker looks once more, and learns when the next task is due."""
 
 
 def ahead(concurrency: int, run_time: float | None) -> int:
@@ -62,15 +62,17 @@ class Claimer:
         registry: Registry,
         slots: Slots,
         *,
-        poll_interval: float,
-        make: Callable[[Row[Any], Queue, float], AnyRunningTask],
+        positions: dict[Queue, Position],
+        on_claim: Callable[[int, int], None],
+        make: Callable[[tuple[Any, ...], Queue, float], AnyRunningTask],
         put_ended: Callable[[Ended], None],
     ) -> None:
         self._engine = engine
         self._queues = queues
         self._registry = registry
         self._slots = slots
-        self._poll_interval = self._until_due = poll_interval
+        self._positions = positions
+        self._on_claim = on_claim
         self._make = make
         self._put_ended = put_ended
         self.worker_id = UUID(int=0)
@@ -81,9 +83,7 @@ class Claimer:
         self._lock = threading.Lock()
         self._doubtful = False
         self._hinted = True
-        self._next_look = 0.0
-        # Told by the settler's thread, and read in turns only, so that no turn overlooks what came during it.
-        self._due_again: deque[float] = deque()
+        self._breathes_until = 0.0
 
     def hint(self) -> None:
         """Look at the next turn, even if there was nothing a moment ago."""
@@ -99,25 +99,29 @@ class Claimer:
         # Before looking at the room, lest a slot that is freed meanwhile wake nobody.
         self.waits_for_room = True
         self._give_back_overdue()
-        while self._due_again:
-            self._next_look = min(self._next_look, self._due_again.popleft())
-        now = time.monotonic()
-        if not self._hinted and now < self._next_look:
-            return self._sleep(now)
+        overdue = OVERDUE if self._slots.waiting_since is not None else None
+        if not self._hinted:
+            self.waits_for_room = False
+            return overdue
         in_line = ahead(self._slots.concurrency, self._slots.run_time)
         self._slots.low_water = in_line // 2
         room = self._slots.concurrency + in_line - self._slots.load
         if room < 1 or (self._slots.free == 0 and room <= in_line // 2):
-            return OVERDUE if self._slots.waiting_since is not None else None  # woken when there is more room
+            return overdue  # woken when there is more room
+        began = time.monotonic()
+        if began < self._breathes_until:
+            self.waits_for_room = False
+            return self._breathes_until - began
         self._hinted = False
         wanted = min(room, BATCH)
         claimed = self.claim(wanted)
         self._slots.put(self._startable(claimed))
+        self._on_claim(len(claimed), wanted)
         if len(claimed) == wanted:
-            self._next_look = 0.0
-            return 0.0
-        self._next_look = now + (AFTERMATH if claimed else self._until_due)
-        return self._sleep(now)
+            self._hinted = True
+        else:
+            self._breathes_until = began + BREATH
+        return 0.0
 
     def claim_one(self) -> AnyRunningTask | None:
         """Claim a single task, for the caller to run."""
@@ -132,8 +136,6 @@ class Claimer:
         types = self._registry.types
         if not types:
             return tasks
-        # Jitter, so that idle workers don't all look at the same moment.
-        self._until_due = self._poll_interval * random.uniform(0.9, 1.0)  # noqa: S311
         with self._lock:
             self._give_back_strays()
             for queue in self._rotated():
@@ -143,39 +145,36 @@ class Claimer:
 
     def _startable(self, tasks: list[AnyRunningTask]) -> Iterator[AnyRunningTask]:
         for task in tasks:
-            if task.fail_count <= task.policy.limit:
+            if not task.fail_count or task.fail_count <= task.policy.limit:
                 yield task
             else:
                 # Rescued from a dead worker, with no attempt left.
                 self._put_ended(ended(task, WorkerDied(WorkerDied.__doc__)))
 
-    def settled(self, end: Ended) -> None:
-        """Forget a task that has been written, and look when it is due again."""
-        if self.held.get(end.task.id) is end.task:
-            del self.held[end.task.id]
-        if end.settlement.delay is not None:
-            self._due_again.append(time.monotonic() + end.settlement.delay)
+    def settled(self, ends: list[Ended]) -> None:
+        """Forget tasks that have been written."""
+        held = self.held
+        for task, *_ in ends:
+            if held.get(task.id) is task:
+                del held[task.id]
 
     def _claim_from(self, queue: Queue, types: list[str], limit: int) -> list[AnyRunningTask]:
+        position = self._positions[queue]
         parameters = {
             "from_queue": queue.name,
             "of_types": types,
             "at_most": limit,
             "by_worker": self.worker_id,
+            **position.parameters(),
         }
         self._doubtful = True
-        with self._engine.begin() as connection:
-            rows = connection.execute(claim(queue.schema), parameters).all()
-            if not rows:
-                # In the same transaction, whose now() stands still: else a task that falls due between
-                # the two statements would be claimed by the one no more than waited for by the other.
-                due = connection.scalar(next_due(queue.schema), {"from_queue": queue.name})
-                if due is not None:
-                    self._until_due = min(self._until_due, max(0.0, float(due)))
+        rows = execute(self._engine, claim(queue.schema), parameters).fetchall()
         self._doubtful = False
+        rows.sort(key=_order)
+        position.claimed(rows, is_all=len(rows) < limit)
         now = time.monotonic()
-        tasks = sorted((self._make(row, queue, now) for row in rows), key=_order)
-        self.held.update((task.id, task) for task in tasks)
+        tasks = [self._make(row, queue, now) for row in rows]
+        self.held.update({task.id: task for task in tasks})
         return tasks
 
     def _rotated(self) -> tuple[Queue, ...]:
@@ -188,9 +187,9 @@ class Claimer:
         """Give back what an earlier claim took, if it committed although its answer was lost."""
         if not self._doubtful:
             return
-        with self._engine.begin() as connection:
-            for schema in {queue.schema for queue in self._queues}:
-                connection.execute(give_back(schema), {"by_worker": self.worker_id, "held": list(self.held)})
+        held = array_text(self.held)
+        for schema in {queue.schema for queue in self._queues}:
+            execute(self._engine, give_back(schema), {"by_worker": self.worker_id, "held": held})
         self._doubtful = False
 
     def _give_back_overdue(self) -> None:
@@ -202,12 +201,6 @@ class Claimer:
         # The average speaks of shorter tasks than those that run now.
         self._slots.run_time = max(self._slots.run_time or 0.0, OVERDUE)
 
-    def _sleep(self, now: float) -> float:
-        """Answer how long there is nothing to look for, whatever room there is."""
-        self.waits_for_room = False
-        pause = max(0.0, self._next_look - now)
-        return pause if self._slots.waiting_since is None else min(pause, OVERDUE)
 
-
-def _order(task: AnyRunningTask) -> tuple[int, datetime, int]:
-    return -task.priority, task.process_at, task.id
+def _order(row: tuple[Any, ...]) -> tuple[int, float, int]:
+    return -row[3], row[5], row[0]

@@ -5,19 +5,21 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from importlib.metadata import version
-from typing import Any, Final
+from typing import Final
 from uuid import UUID
 
 from sqlalchemy import Engine
 
+from apoq.connections import execute
 from apoq.outcomes import WorkerDied, report
 from apoq.payload import encode
 from apoq.queue import Queue
-from apoq.statements.heartbeat import beat, forget, leave
-from apoq.statements.recover import rescue
+from apoq.statements.heartbeat import forget, leave
+from apoq.statements.recover import beat_and_rescue
 
 logger = logging.getLogger(__name__)
 
@@ -55,37 +57,40 @@ class Heartbeat:
             "worker_queues": [queue.name for queue in queues],
             "worker_concurrency": concurrency,
         }
+        self._reason = encode(report(WorkerDied(WorkerDied.__doc__)))
+        self._forgets_at = 0.0
         self.worker_id = UUID(int=0)
 
     def turn(self) -> float | None:
-        """Beat, then sweep; answer when to do so again."""
+        """Beat and sweep; answer when to do so again."""
         self.beat()
-        self.sweep()
+        if self._forgets_at < time.monotonic():
+            self.forget()
         return self._lease.total_seconds() / BEATS
 
     def beat(self) -> None:
-        """Renew the lease."""
-        row: dict[str, Any] = {**self._row, "worker_id": self.worker_id, "worker_pid": os.getpid()}
-        with self._engine.begin() as connection:
-            for schema in self._schemas:
-                connection.execute(beat(schema), row)
-
-    def sweep(self) -> None:
-        """Rescue the tasks of dead workers."""
-        died = WorkerDied(WorkerDied.__doc__)
-        reason = encode(report(died))
+        """Renew the lease, and rescue the tasks of dead workers."""
+        parameters = {
+            **self._row,
+            "worker_id": self.worker_id,
+            "by_worker": self.worker_id,
+            "worker_pid": os.getpid(),
+            "lease": self._lease,
+            "at_most": RESCUED_AT_ONCE,
+            "reason": self._reason,
+        }
         for schema in self._schemas:
-            with self._engine.begin() as connection:
-                rescued = connection.execute(
-                    rescue(schema), {"lease": self._lease, "at_most": RESCUED_AT_ONCE, "reason": reason}
-                ).rowcount
-                connection.execute(forget(schema), {"keep": FORGOTTEN_AFTER})
-            if rescued:
+            while rescued := execute(self._engine, beat_and_rescue(schema), parameters).rowcount:
                 logger.warning("%d tasks of workers that died are pending again", rescued)
                 self._on_rescued()
 
+    def forget(self) -> None:
+        """Remove the rows of workers that died long ago."""
+        self._forgets_at = time.monotonic() + FORGOTTEN_AFTER.total_seconds() / 10
+        for schema in self._schemas:
+            execute(self._engine, forget(schema), {"keep": FORGOTTEN_AFTER})
+
     def leave(self) -> None:
         """Take the worker's row away: it holds nothing any more."""
-        with self._engine.begin() as connection:
-            for schema in self._schemas:
-                connection.execute(leave(schema), {"worker_id": self.worker_id})
+        for schema in self._schemas:
+            execute(self._engine, leave(schema), {"worker_id": self.worker_id})

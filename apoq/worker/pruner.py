@@ -9,13 +9,14 @@ from typing import Final
 
 from sqlalchemy import Engine
 
+from apoq.connections import execute
 from apoq.queue import Queue
 from apoq.statements.prune import prune_completed, prune_failed
 
 BATCH: Final = 1_000
 """Rows that one statement deletes at most."""
 
-SHARE: Final = 0.1
+SHARE: Final = 0.05
 """The share of its time that the pruner spends in the database while there is something to delete."""
 
 INTERVAL: Final = 60.0
@@ -54,6 +55,5 @@ class Pruner:
         for queue in self._queues:
             for prune, keep in self._rules:
                 parameters = {"from_queue": queue.name, "keep": keep, "at_most": BATCH}
-                with self._engine.begin() as connection:
-                    more |= connection.execute(prune(queue.schema), parameters).rowcount == BATCH
+                more |= execute(self._engine, prune(queue.schema), parameters).rowcount == BATCH
         return more

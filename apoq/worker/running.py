@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import Any, Generic, TypeVar
 
 from apoq.queue import Queue
+from apoq.reading import read_json, read_time
 from apoq.registry import Processor
 from apoq.retry import RetryPolicy
 from apoq.worker.task_sessions import AsyncTaskSession, TaskSession
@@ -17,66 +18,84 @@ S = TypeVar("S")
 class _Running(Generic[S]):
     """A claimed task, as its processor sees it."""
 
-    __slots__ = (
-        "attempt",
-        "claimed_at",
-        "created_at",
-        "data",
-        "fail_count",
-        "from_queue",
-        "id",
-        "open_session",
-        "opened",
-        "policy",
-        "priority",
-        "process_at",
-        "processor",
-        "token",
-        "type",
-    )
+    __slots__ = ("claimed_at", "data", "from_queue", "open_session", "opened", "processor", "row")
 
     def __init__(
         self,
-        row: Iterable[Any],
-        queue: Queue,
+        row: Sequence[Any],
+        from_queue: Queue,
         processor: Processor,
         claimed_at: float,
         open_session: Callable[[], S],
     ) -> None:
-        self.id: int
-        self.type: str
-        self.data: Any
-        self.priority: int
-        self.created_at: datetime
-        self.process_at: datetime
-        self.attempt: int
-        self.fail_count: int
-        self.token: int
-        (
-            self.id,
-            self.type,
-            self.data,
-            self.priority,
-            self.created_at,
-            self.process_at,
-            self.attempt,
-            self.fail_count,
-            self.token,
-            retry_limit,
-            retry_delay,
-        ) = row  # as `claim` returns it
-        # What follows is the worker's.
-        self.from_queue = queue
+        # Hundreds of these are made at once, and most of what they know is never asked for.
+        self.row = row  # as `claim` answers it
+        self.from_queue = from_queue
         self.processor = processor
-        self.policy: RetryPolicy = processor.policy_for(retry_limit, retry_delay)
         self.claimed_at = claimed_at  # by time.monotonic()
         self.open_session = open_session
         self.opened: S | None = None
+        self.data: Any = None
+
+    @property
+    def id(self) -> int:
+        """The task's id, with which you find its row."""
+        found: int = self.row[0]
+        return found
+
+    @property
+    def type(self) -> str:
+        """What kind of work it is."""
+        found: str = self.row[1]
+        return found
 
     @property
     def queue(self) -> str:
         """The name of the queue that it came from."""
         return self.from_queue.name
+
+    @property
+    def priority(self) -> int:
+        """Within a queue, what is higher is claimed first."""
+        found: int = self.row[3]
+        return found
+
+    @property
+    def created_at(self) -> datetime:
+        """When it was added."""
+        return read_time(self.row[4])
+
+    @property
+    def process_at(self) -> datetime:
+        """When it was due."""
+        return read_time(self.row[5])
+
+    @property
+    def attempt(self) -> int:
+        """Which attempt this is: 1 is the first."""
+        found: int = self.row[6]
+        return found
+
+    @property
+    def fail_count(self) -> int:
+        """How many attempts have failed."""
+        found: int = self.row[7]
+        return found
+
+    @property
+    def token(self) -> int:
+        """What this worker must show to write to the task: it grows with each claim."""
+        found: int = self.row[8]
+        return found
+
+    @property
+    def policy(self) -> RetryPolicy:
+        """How its failures are retried."""
+        return self.processor.policy_for(self.row[9], self.row[10])
+
+    def read(self) -> None:
+        """Read its data, which came as text; raise `UnreadableData` where Python can't."""
+        self.data = read_json(self.row[2])
 
     @property
     def session(self) -> S:

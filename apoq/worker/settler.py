@@ -5,19 +5,22 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
+from enum import Enum, auto
 from functools import cache
-from itertools import groupby
 from typing import Any
 
-from sqlalchemy import Connection, Engine, Executable, Result, RowMapping
-from sqlalchemy.exc import DataError, DBAPIError, InterfaceError, OperationalError
+from psycopg import DatabaseError, DataError, OperationalError
+from psycopg.rows import dict_row
+from sqlalchemy import Engine, Executable
 
 from apoq import events, states
+from apoq.connections import execute
 from apoq.events import Events
 from apoq.model import detached, tasks_table
 from apoq.outcomes import Settlement
 from apoq.payload import encode
+from apoq.statements.arrays import array_text
 from apoq.statements.settle import settle
 from apoq.worker.attempts import Ended, TaskLost
 from apoq.worker.completion import Completion
@@ -25,7 +28,7 @@ from apoq.worker.completion import Completion
 logger = logging.getLogger(__name__)
 
 
-Rows = dict[int, RowMapping | None]
+Rows = dict[int, Mapping[Any, Any] | None]
 """The tasks that were written, by their id; with their rows, where somebody wants to hear of them."""
 
 
@@ -41,13 +44,14 @@ class Settler:
         events_: Events,
         completion: Completion,
         *,
-        on_settled: Callable[[Ended], None],
+        on_settled: Callable[[list[Ended]], None],
     ) -> None:
         self._engine = engine
         self._completion = completion
         self._events = events_
         self._on_settled = on_settled
         self._ended: deque[Ended] = deque()
+        self._unsettled: list[list[Ended]] = []
         self._lock = threading.Lock()
 
     def put(self, end: Ended) -> None:
@@ -57,84 +61,85 @@ class Settler:
     def turn(self) -> float | None:
         """Settle all that have ended."""
         with self._lock:
-            batch = list(self._ended)
-            if batch:
-                self.settle(batch)
-                # Only now, so that they are still there when the database is not.
-                for _ in batch:
-                    self._ended.popleft()
+            batch = []
+            while self._ended:
+                batch.append(self._ended.popleft())
+            self._unsettled += _alike(batch)
+            while self._unsettled:
+                self._settle(self._unsettled[0])
+                # Only now, so that it is still there when the database is not.
+                del self._unsettled[0]
         return 0.0 if self._ended else None
 
     def settle(self, batch: list[Ended]) -> None:
         """Write these, then tell who listens."""
-        committed = [end for end in batch if end.row is not None]
-        lost = [end for end in batch if isinstance(end.outcome, TaskLost)]
-        to_write = [end for end in batch if end.row is None and not isinstance(end.outcome, TaskLost)]
-        rows = self._write(to_write) if to_write else {}
-        for end in to_write:
-            if end.task.id in rows:
-                self._tell(end, rows[end.task.id])
-            else:
-                lost.append(end)
-        for end in committed:
-            self._tell(end, end.row)
-        for end in lost:
-            logger.info(
-                "task %d (%s) was taken from this worker before it ended here; nothing was written to it",
-                end.task.id,
-                end.task.type,
-            )
-        for end in batch:
-            self._on_settled(end)
+        for ends in _alike(batch):
+            self._settle(ends)
 
-    def _write(self, batch: list[Ended]) -> Rows:
+    def _settle(self, ends: list[Ended]) -> None:
+        match _kind(ends[0]):
+            case _Kind.LOST:
+                rows: Rows = {}
+            case _Kind.COMMITTED:
+                rows = {end.task.id: end.row for end in ends}
+            case _:
+                rows = self._write(ends)
+        for end in ends:
+            if end.task.id not in rows:
+                logger.info(
+                    "task %d (%s) was taken from this worker before it ended here; nothing was written to it",
+                    end.task.id,
+                    end.task.type,
+                )
+            elif end.outcome is not None or rows[end.task.id] is not None:
+                self._tell(end, rows[end.task.id])
+        self._on_settled(ends)
+
+    def _write(self, ends: list[Ended]) -> Rows:
         try:
-            with self._engine.begin() as connection:
-                return self._settle_all(connection, batch)
-        except (OperationalError, InterfaceError):
+            return self._execute(ends)
+        except OperationalError:
             raise  # the database's trouble, not the batch's: tried again
-        except DBAPIError as error:
-            if error.connection_invalidated:
-                raise
-            if len(batch) > 1:
+        except DatabaseError:
+            if len(ends) > 1:
                 # A batch survives its worst member.
-                return {id_: row for end in batch for id_, row in self._write([end]).items()}
-            (end,) = batch
+                return {id_: row for end in ends for id_, row in self._write([end]).items()}
+            (end,) = ends
             logger.exception("task %d could not be settled; its error is left out", end.task.id)
-            without = {"class": type(end.outcome).__name__, "message": "", "traceback": ""}
-            end = end._replace(settlement=end.settlement._replace(error=without))
+            if end.settlement is not None:
+                without = {"class": type(end.outcome).__name__, "message": "", "traceback": ""}
+                end = end._replace(settlement=end.settlement._replace(error=without))
             try:
-                with self._engine.begin() as connection:
-                    return self._settle_all(connection, [end])
+                return self._execute([end])
             except DataError:
                 logger.exception(
                     "task %d can't be settled; it is run again when this worker stops", end.task.id
                 )
                 return {}
 
-    def _settle_all(self, connection: Connection, batch: Iterable[Ended]) -> Rows:
-        rows: Rows = {}
-        for schema, group in groupby(sorted(batch, key=_schema), _schema):
-            # By id, for whoever else locks several tasks does it in this order too.
-            ends = sorted(group, key=lambda end: end.task.id)
-            done = [end for end in ends if end.settlement.state == states.COMPLETED]
-            others = [end for end in ends if end.settlement.state != states.COMPLETED]
-            if done:
-                statement = self._completion.statement(schema or None)
-                rows |= _rows(connection.execute(statement, _keys(done)))
-            if others:
-                statement = _settlement(schema or None, self._is_heard())
-                rows |= _rows(connection.execute(statement, _keys(others) | _arrays(others)))
-        return rows
+    def _execute(self, ends: list[Ended]) -> Rows:
+        schema = ends[0].task.from_queue.schema
+        parameters: dict[str, Any] = {
+            "ids": array_text(end.task.id for end in ends),
+            "tokens": array_text(end.task.token for end in ends),
+        }
+        if ends[0].outcome is None:
+            is_heard = self._completion.is_heard
+            statement = self._completion.statement(schema, full=is_heard)
+        else:
+            is_heard = self._events.heard(events.FAILED) or self._events.heard(events.RETRIED)
+            statement = _settlement(schema, is_heard)
+            parameters |= _arrays(ends)
+        if is_heard:
+            found = execute(self._engine, statement, parameters, row_factory=dict_row)
+            return {row["id"]: row for row in found}
+        return {id_: None for (id_,) in execute(self._engine, statement, parameters)}
 
-    def _is_heard(self) -> bool:
-        return self._events.heard(events.FAILED) or self._events.heard(events.RETRIED)
-
-    def _tell(self, end: Ended, row: RowMapping | None) -> None:
+    def _tell(self, end: Ended, row: Mapping[Any, Any] | None) -> None:
         if end.outcome is not None:
             _log(end)
         match end.settlement:
-            case Settlement(state=states.COMPLETED):
+            case None:
                 name = events.COMPLETED
             case Settlement(state=states.FAILED):
                 name = events.FAILED
@@ -153,22 +158,32 @@ def _settlement(schema: str | None, full: bool) -> Executable:
     return settle(schema).returning(*(tasks.c if full else [tasks.c.id]))
 
 
-def _schema(end: Ended) -> str:
-    return end.task.from_queue.schema or ""
+class _Kind(Enum):
+    """How the end of an attempt is written."""
+
+    LOST = auto()
+    COMMITTED = auto()
+    COMPLETED = auto()
+    OTHER = auto()
 
 
-def _rows(result: Result[Any]) -> Rows:
-    if len(result.keys()) == 1:
-        return dict.fromkeys(result.scalars())
-    return {row["id"]: row for row in result.mappings()}
+def _kind(end: Ended) -> _Kind:
+    if end.outcome is None:
+        return _Kind.COMPLETED if end.row is None else _Kind.COMMITTED
+    return _Kind.LOST if isinstance(end.outcome, TaskLost) else _Kind.OTHER
 
 
-def _keys(ends: list[Ended]) -> dict[str, list[Any]]:
-    return {"ids": [end.task.id for end in ends], "tokens": [end.task.token for end in ends]}
+def _alike(batch: list[Ended]) -> list[list[Ended]]:
+    """Part what ended into lists, each of which one statement can write."""
+    alike: dict[tuple[str | None, _Kind], list[Ended]] = {}
+    # By id, for whoever else locks several tasks does it in this order too.
+    for end in sorted(batch, key=lambda end: end.task.id):
+        alike.setdefault((end.task.from_queue.schema, _kind(end)), []).append(end)
+    return list(alike.values())
 
 
 def _arrays(ends: list[Ended]) -> dict[str, list[Any]]:
-    settlements = [end.settlement for end in ends]
+    settlements = [end.settlement for end in ends if end.settlement is not None]
     return {
         "states": [settlement.state for settlement in settlements],
         "attempts": [settlement.attempt for settlement in settlements],

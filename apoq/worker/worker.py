@@ -11,11 +11,12 @@ from datetime import timedelta
 from typing import Any, Final
 from uuid import uuid4
 
-from sqlalchemy import Engine, Row, select
+from sqlalchemy import Engine, select
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.orm import Session
 
-from apoq.databases import check_dialect, own_engine
+from apoq.connections import own_engine
+from apoq.databases import check_dialect
 from apoq.events import Events
 from apoq.migrations.prepare import check
 from apoq.model import Task, detached
@@ -23,6 +24,7 @@ from apoq.queue import Queue
 from apoq.registry import Registry
 from apoq.retry import DEFAULT_RETRY_LIMIT, RetryDelay, exponential_backoff
 from apoq.statements.hint import payload
+from apoq.states import COMPLETED, PENDING
 from apoq.worker.attempts import Ended, run, run_coroutine
 from apoq.worker.claimer import Claimer
 from apoq.worker.completion import Completion
@@ -30,14 +32,21 @@ from apoq.worker.coroutines import Coroutines
 from apoq.worker.heartbeat import Heartbeat
 from apoq.worker.listener import Listener
 from apoq.worker.loop import Loop
+from apoq.worker.position import Position
 from apoq.worker.pruner import Pruner
 from apoq.worker.running import KNOWN, AnyRunningTask, AsyncRunningTask, RunningTask
+from apoq.worker.scout import Scout
 from apoq.worker.settler import Settler
 from apoq.worker.slots import Slots, released
 from apoq.worker.task_sessions import TaskSessions
-from apoq.worker.transactions import short_transactions
 
 logger = logging.getLogger(__name__)
+
+AFTERMATH: Final = 0.05
+"""Seconds after a claim in which the scout looks whether that was all."""
+
+BUSY: Final = 0.25
+"""The same, where there is more: in which a priority that is new and higher is found."""
 
 GRACE: Final = timedelta(seconds=25)
 """What `run` gives running tasks to end after a signal: a little less than Kubernetes' 30 s."""
@@ -93,7 +102,7 @@ class Worker:
         self._queues = queues or (Queue(),)
         self._registry = Registry()
         given = engine.sync_engine if isinstance(engine, AsyncEngine) else engine
-        self._own_engine = short_transactions(own_engine(given))
+        self._own_engine = own_engine(given)
         self._lock = threading.RLock()
         self._enlisted = 0
         self._is_started = False
@@ -108,12 +117,21 @@ class Worker:
             on_ended=self._put_ended,
             on_low=self._wake_claimer,
         )
+        positions = {queue: Position() for queue in self._queues}
+        self._scout = Scout(
+            self._own_engine,
+            positions,
+            self._registry,
+            poll_interval=poll_interval.total_seconds(),
+            on_due=self._hint,
+        )
         self._claimer = Claimer(
             self._own_engine,
             self._queues,
             self._registry,
             self._slots,
-            poll_interval=poll_interval.total_seconds(),
+            positions=positions,
+            on_claim=self._claimed,
             make=self._make,
             put_ended=self._put_ended,
         )
@@ -127,6 +145,7 @@ class Worker:
         )
         self._settling = Loop("apoq-settler", self._settler.turn)
         self._claiming = Loop("apoq-claimer", self._claimer.turn, on_failure=self._claimer.doubt)
+        self._scouting = Loop("apoq-scout", self._scout.turn)
         self._beating = Loop("apoq-heartbeat", self._heartbeat.turn)
         self._listening = Loop("apoq-listener", self._listener.turn)
         self._pruning = Loop("apoq-pruner", self._pruner.turn)
@@ -163,6 +182,8 @@ class Worker:
         self._enlist()
         try:
             task = self._claimer.claim_one()
+            if task is None and self._scout.survey() <= 0:
+                task = self._claimer.claim_one()
             if not self._is_started:
                 self._settler.turn()
             if task is None:
@@ -189,7 +210,7 @@ class Worker:
             self._coroutines.use(loop)
             self._claimer.hint()
             self._listener.open()
-            for part in (self._settling, self._listening, self._claiming, self._pruning):
+            for part in (self._settling, self._listening, self._scouting, self._claiming, self._pruning):
                 part.start()
             self._is_started = True
         logger.info("%r has started", self)
@@ -215,6 +236,7 @@ class Worker:
                     "stop waits for the processors and listeners that run, and this is one of them: set a "
                     "threading.Event here, and call stop where you wait for it"
                 )
+            self._scouting.stop()
             self._claiming.stop()
             self._pruning.stop()
             self._give_back(self._slots.take_back())
@@ -275,7 +297,8 @@ class Worker:
         # Fresh each time, so that nothing an earlier life of this worker left behind looks alive.
         self._claimer.worker_id = self._heartbeat.worker_id = uuid4()
         self._heartbeat.beat()
-        self._heartbeat.sweep()
+        # Before the first claim, which wouldn't know of priorities otherwise.
+        self._scout.survey()
         self._beating.start()
 
     def _discharge(self) -> None:
@@ -303,22 +326,34 @@ class Worker:
             found = session.scalar(select(mapped).where(mapped.id == end.task.id))
         # A completed task that isn't kept is gone: then it is answered as far as it is known here.
         known = {name: getattr(end.task, name) for name in KNOWN}
-        return found or detached(end.task.from_queue.schema, known | {"state": end.settlement.state})
+        return found or detached(end.task.from_queue.schema, known | {"state": COMPLETED})
 
-    def _make(self, row: Row[Any], queue: Queue, claimed: float) -> AnyRunningTask:
-        processor = self._registry[row.type]
+    def _make(self, row: tuple[Any, ...], queue: Queue, claimed: float) -> AnyRunningTask:
+        processor = self._registry[row[1]]
         if processor.is_coroutine:
             return AsyncRunningTask(row, queue, processor, claimed, self._sessions.open_async)
         return RunningTask(row, queue, processor, claimed, self._sessions.open)
 
     def _put_ended(self, end: Ended) -> None:
+        if end.row is not None and end.outcome is None and not self._completion.is_heard:
+            self._settled([end])  # it is written already, and nobody is to be told
+            return
         self._settler.put(end)
         self._settling.wake()
 
-    def _settled(self, end: Ended) -> None:
-        self._claimer.settled(end)
-        if end.settlement.delay is not None:
-            self._claiming.wake()
+    def _settled(self, ends: list[Ended]) -> None:
+        self._claimer.settled(ends)
+        for end in ends:
+            if end.settlement is not None and end.settlement.state == PENDING:
+                self._look(end.settlement.delay or 0.0)
+
+    def _claimed(self, count: int, wanted: int) -> None:
+        # Was that all? Where nothing was found, whoever gave the hint may have meant something else.
+        self._look(BUSY if count == wanted else AFTERMATH if count else 0.0)
+
+    def _look(self, seconds: float = 0.0) -> None:
+        if self._scout.look_in(seconds):
+            self._scouting.wake()
 
     def _give_back(self, tasks: list[AnyRunningTask]) -> None:
         for task in tasks:

@@ -1,0 +1,147 @@
+"""apoq's own few connections, apart from the caller's: what its workers and hints speak through."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any, Final, cast
+
+import psycopg
+from psycopg.rows import RowFactory, tuple_row
+from sqlalchemy import Connection, Engine, Executable, create_engine, event
+from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
+from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.pool import ConnectionPoolEntry, QueuePool
+
+from apoq.databases import database_url
+from apoq.reading import read_anything
+
+SESSION: Final = """
+    SET default_transaction_isolation = 'read committed';
+    SET statement_timeout = '60s';
+    SET idle_in_transaction_session_timeout = '5s';
+    SET enable_seqscan = off;
+    SET enable_bitmapscan = off
+"""
+# READ COMMITTED, for at a higher level claims would fail on each other (40001).
+# The time-outs, for a worker that is frozen in a transaction would keep its rows locked, and nobody could
+# rescue them.
+# Plans by index only, for a prepared statement's plan may be made while the table is still empty.
+
+BEGIN: Final = """
+    BEGIN ISOLATION LEVEL READ COMMITTED;
+    SET LOCAL statement_timeout = '60s';
+    SET LOCAL idle_in_transaction_session_timeout = '5s'
+"""
+# The same where a pooler is in between: a setting of the session would be the next one's, too.
+
+_UNPREPARED: Final = {"26000", "42P05"}
+"""SQLSTATEs of a named prepared statement that is not there, or is there already."""
+
+_IS_DIRECT: Final = "apoq.is_direct"
+_IS_POOLED: Final = "apoq_is_pooled"
+
+_dialect = PGDialect_psycopg()  # type: ignore[no-untyped-call]
+
+
+def own_engine(engine: Engine) -> Engine:
+    """Make an engine to the same database whose few connections are apoq's own.
+
+    Made the way the caller's are, and apart from them: it doesn't matter to it that the caller's pool is
+    full, has a single connection, or is at another isolation level. Straight to the server, it prepares
+    its statements; through a pooler such as PgBouncer, which may hand each transaction to another
+    session, it relies on nothing that a session keeps.
+    """
+    if engine.dialect.is_async:
+        engine = create_engine(database_url(engine.url))  # an asyncio driver can't be used from threads
+    source = engine.pool.recreate()
+
+    def connect() -> DBAPIConnection:
+        # Through the pool, for its "connect" events may set what the tables are found by: the search_path.
+        pooled = source.connect()
+        connection: Any = pooled.driver_connection
+        pooled.detach()
+        return cast("DBAPIConnection", connection)
+
+    own = create_engine(
+        "postgresql+psycopg://",
+        creator=connect,
+        poolclass=QueuePool,
+        pool_use_lifo=True,  # what was prepared on the last one is there
+        pool_reset_on_return=None,  # whoever takes a connection ends what it has begun
+        isolation_level="AUTOCOMMIT",
+    )
+
+    @event.listens_for(own, "connect")
+    def prepare(connection: Any, record: ConnectionPoolEntry) -> None:
+        read_anything(connection)
+        connection.autocommit = True
+        is_direct = not own.get_execution_options().get(_IS_POOLED) and _is_direct(connection)
+        record.info[_IS_DIRECT] = is_direct
+        connection.prepare_threshold = None
+        if is_direct:
+            connection.execute(SESSION)
+            connection.prepare_threshold = 0
+
+    @event.listens_for(own, "begin")
+    def begin(connection: Connection) -> None:
+        if not connection.info[_IS_DIRECT]:
+            connection.exec_driver_sql(BEGIN)
+        else:
+            connection.exec_driver_sql("BEGIN")
+
+    return own
+
+
+def execute(
+    engine: Engine,
+    statement: Executable,
+    parameters: Mapping[str, Any],
+    *,
+    row_factory: RowFactory[Any] = tuple_row,
+) -> psycopg.Cursor[Any]:
+    """Execute one statement on an engine of apoq's own, as a transaction by itself; answer its cursor.
+
+    One round trip, where no pooler is in between. Past SQLAlchemy's execution, whose share would be the
+    larger half where a single task is claimed, and whose `Row` around each of hundreds of rows is one more
+    object to be made and to be looked at by the garbage collector. Raises psycopg's own errors.
+    """
+    text, constants = compiled(statement)
+    pooled = engine.raw_connection()
+    try:
+        connection: Any = pooled.driver_connection
+        if not pooled.info[_IS_DIRECT]:
+            connection.execute(BEGIN)
+        cursor: psycopg.Cursor[Any] = connection.cursor(row_factory=row_factory)
+        cursor.execute(text, {**constants, **parameters})
+        connection.commit()
+    except BaseException as error:
+        pooled.invalidate(error)
+        _note(engine, error)
+        raise
+    finally:
+        pooled.close()
+    return cursor
+
+
+@cache
+def compiled(statement: Executable) -> tuple[Any, dict[str, Any]]:
+    """Compile a Core statement once; answer its text and the parameters that it brings along."""
+    found: Any = cast("Any", statement).compile(dialect=_dialect)
+    return str(found), found.params
+
+
+def _is_direct(connection: Any) -> bool:
+    """Tell whether the session that serves a connection is the one that answered when it was made.
+
+    A pooler answers by itself, and makes up the process id that goes with it.
+    """
+    (pid,) = connection.execute("SELECT pg_backend_pid()", prepare=False).fetchone()
+    return bool(pid == connection.info.backend_pid)
+
+
+def _note(engine: Engine, error: BaseException) -> None:
+    """Take what is in between for a pooler from now on, if it loses prepared statements."""
+    if isinstance(error, psycopg.Error) and error.sqlstate in _UNPREPARED:
+        engine.update_execution_options(**{_IS_POOLED: True})
+        engine.dispose()

@@ -1,0 +1,77 @@
+"""How far into a queue a worker has claimed."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterable, Sequence
+from typing import Any, Final
+
+from apoq.statements.arrays import array_text
+
+START: Final = (-math.inf, 0)
+
+SLACK: Final = 0.5
+"""Seconds by which a task may be committed later than one that is due after it, and still be seen at once."""
+
+MOST_LEVELS: Final = 64
+"""Priorities that are remembered, at most."""
+
+
+class Position:
+    """For each priority, the `process_at` and id behind which the next claim looks.
+
+    Under a transaction that is open for long, anywhere in the database, every task that was ever taken since
+    is still in the index, and a claim from the start would walk through all of them. What is behind the
+    position, such as a task that was committed late or given back, is found by the next survey, which
+    puts the position back.
+    """
+
+    def __init__(self) -> None:
+        self._levels = {0: START}
+        self._lock = threading.Lock()
+
+    def parameters(self) -> dict[str, str]:
+        """Answer the position as `claim` takes it, the highest priority first."""
+        with self._lock:
+            levels = sorted(self._levels.items(), reverse=True)
+        return {
+            "priorities": array_text(priority for priority, _ in levels),
+            "behind_times": array_text(time for _, (time, _) in levels),
+            "behind_ids": array_text(id_ for _, (_, id_) in levels),
+        }
+
+    def claimed(self, rows: Sequence[Sequence[Any]], *, is_all: bool) -> None:
+        """Move behind the rows of a claim, which are in order; `is_all`: it found no more than these."""
+        ends = {row[_PRIORITY]: (row[_PROCESS_AT], row[_ID]) for row in rows}
+        with self._lock:
+            for priority, (time, id_) in ends.items():
+                end = (time - SLACK, 0) if is_all else (time, id_)
+                self._levels[priority] = max(end, self._levels.get(priority, START))
+
+    def surveyed(self, rows: Iterable[Sequence[Any]]) -> float:
+        """Take over what a survey has found; answer the seconds until the first task of these is due."""
+        found = {}
+        due_in = math.inf
+        for priority, time, id_, now in rows:
+            if time is not None:
+                due_in = min(due_in, time - now)
+            if time is None or time > now:
+                found[priority] = (now - SLACK, 0)
+            else:
+                found[priority] = (_not_after(time), id_ - 1)
+        with self._lock:
+            known = self._levels if len(self._levels) <= MOST_LEVELS else {0: START}
+            self._levels = known | found
+        return due_in
+
+
+_ID, _PRIORITY, _PROCESS_AT = 0, 3, 5
+"""Where these are in a row that `claim` answers."""
+
+_MICROSECOND = 1e-6 / 2
+
+
+def _not_after(time: float) -> float:
+    # Far from now, a float doesn't tell microseconds apart.
+    return time if math.isinf(time) or math.ulp(time) < _MICROSECOND else math.nextafter(time, -math.inf)

@@ -1,0 +1,1 @@
+"""apoq beside the floor, PgQueuer and Procrastinate, in one run: ``python -m benchmarks``."""

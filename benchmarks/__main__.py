@@ -1,0 +1,127 @@
+"""The command: ``python -m benchmarks --help``."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from benchmarks.bench import Bench
+from benchmarks.contenders import NAMES, chosen, missing
+from benchmarks.plots import draw
+from benchmarks.progress import Progress
+from benchmarks.report import Results, show, show_targets
+from benchmarks.scenario import Scenario
+from benchmarks.scenarios import SCENARIOS
+from benchmarks.server import Server
+from benchmarks.sizes import Sizes
+
+QUICK = 0.1
+QUICK_SECONDS = 50.0
+"""No step begins after so many seconds of --quick, however slow the machine is."""
+
+
+def arguments(words: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument(
+        "--quick", action="store_true", help="the cheap scenarios, once, at small sizes: within a minute"
+    )
+    parser.add_argument("--list", action="store_true", help="print the scenarios")
+    parser.add_argument("--only", nargs="+", metavar="SCENARIO", help="run these; a beginning with * will do")
+    parser.add_argument("--contenders", nargs="+", metavar="NAME", help=", ".join(NAMES))
+    parser.add_argument("--runs", type=int, help="runs of each scenario, in turn (3; with --quick 1)")
+    parser.add_argument("--scale", type=float, help=f"of all sizes and times (1; with --quick {QUICK})")
+    parser.add_argument("--held", type=float, metavar="SECONDS", help="for which the snapshot is held (600)")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="where results.json and the plots go")
+    return parser.parse_args(words)
+
+
+def main(options: argparse.Namespace) -> int:
+    if options.list:
+        for scenario in SCENARIOS:
+            print(f"{scenario.name:18} {scenario.title}")
+        return 0
+    try:
+        scenarios, names = _scenarios(options), chosen(options.contenders or list(NAMES))
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    for name in [name for name in names if missing(name)]:
+        print(f"{name} is skipped: not installed: {', '.join(missing(name))}")
+        names.remove(name)
+    scale = options.scale or (QUICK if options.quick else 1.0)
+    sizes = Sizes().scaled(scale)
+    if options.held:
+        sizes = replace(
+            sizes, held_seconds=options.held, others_held_seconds=min(options.held, sizes.others_held_seconds)
+        )
+    runs = options.runs or (1 if options.quick else 3)
+    begun = time.monotonic()
+    with Server() as server, tempfile.TemporaryDirectory() as folder:
+        results = Results({**server.describe(), "runs": runs, "scale": scale})
+        try:
+            end = begun + QUICK_SECONDS if options.quick else math.inf
+            _run(Bench(server, sizes, Path(folder)), scenarios, names, runs, results, end)
+        except KeyboardInterrupt:
+            results.errors.append("interrupted: what follows is what was measured until then")
+    results.machine["seconds"] = round(time.monotonic() - begun)
+    show(results, scenarios)
+    show_targets(results)
+    if options.output:
+        options.output.mkdir(parents=True, exist_ok=True)
+        results.write(options.output / "results.json")
+        draw(results, scenarios, options.output)
+    for what in results.errors:
+        print(f"ERROR {what}", file=sys.stderr)
+    return 1 if results.errors else 0
+
+
+def _run(
+    bench: Bench, scenarios: list[Scenario], names: list[str], runs: int, results: Results, end: float
+) -> None:
+    steps = [
+        (scenario, run, name)
+        for scenario in scenarios
+        for run in range(1 if scenario.once else runs)
+        for name in takers(scenario, names)
+    ]
+    with Progress(len(steps)) as progress:
+        for scenario, run, name in steps:
+            if time.monotonic() > end:
+                results.skipped.append(f"{scenario.name} of {name}")
+                continue
+            progress.step(f"{scenario.name} · {name} · run {run + 1}")
+            try:
+                results.add(scenario.name, name, scenario.measure(bench, name))
+            except Exception as error:  # noqa: BLE001 - the others' figures are still wanted
+                results.errors.append(f"{scenario.name}, run {run + 1}: {type(error).__name__}: {error}")
+
+
+def takers(scenario: Scenario, names: list[str]) -> list[str]:
+    """Answer who takes part in a scenario: those that were chosen, and what stands beside apoq."""
+    found = [name for name in scenario.contenders if name in names]
+    return found + [name for name in scenario.beside if "apoq" in found]
+
+
+def _scenarios(options: argparse.Namespace) -> list[Scenario]:
+    if not options.only:
+        return [scenario for scenario in SCENARIOS if scenario.quick or not options.quick]
+    found = []
+    for word in options.only:
+        matching = [
+            scenario
+            for scenario in SCENARIOS
+            if scenario.name == word or (word.endswith("*") and scenario.name.startswith(word[:-1]))
+        ]
+        if not matching:
+            raise ValueError(f"no scenario is called {word!r}: --list prints them")
+        found += [scenario for scenario in matching if scenario not in found]
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main(arguments()))

@@ -1,0 +1,114 @@
+"""What an application does without any queue: the measure of what apoq adds to it."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Self
+
+import psycopg
+import sqlalchemy as sa
+from psycopg.types.json import Jsonb
+from sqlalchemy.orm import Session
+
+from apoq import Task, database_url, prepare
+from benchmarks.contender import TYPE, Contender, Work, document
+
+
+class Orm(Contender):
+    """The same row, added by the ORM as any other object, and committed: no Queue, no hint."""
+
+    name = "plain ORM"
+    table = "apoq_tasks"
+    finished = "SELECT count(*) FROM apoq_tasks"
+    engine: sa.Engine
+
+    def prepare(self) -> None:
+        engine = sa.create_engine(database_url(self.url))
+        prepare(engine)
+        engine.dispose()
+
+    async def connect(self) -> None:
+        self.engine = sa.create_engine(database_url(self.url), pool_size=10)
+
+    def another(self) -> Self:
+        other = super().another()
+        other.engine = self.engine
+        return other
+
+    async def add(self, number: int) -> None:
+        with Session(self.engine) as session:
+            session.add(Task(type=TYPE, data=document(number)))
+            session.commit()
+
+    async def close(self) -> None:
+        self.engine.dispose()
+
+
+class Plain(Contender):
+    """An insert into a bare table through psycopg, and its commit."""
+
+    name = "plain psycopg"
+    needs = ("psycopg",)
+    table = "plain"
+    finished = "SELECT count(*) FROM plain"
+    statement = "INSERT INTO plain (data) VALUES (%s)"
+
+    def prepare(self) -> None:
+        with psycopg.connect(self.url, autocommit=True) as connection:
+            connection.execute("CREATE TABLE plain (id bigserial PRIMARY KEY, data jsonb NOT NULL)")
+
+    async def connect(self) -> None:
+        self.connection = psycopg.connect(self.url, autocommit=True)
+
+    def another(self) -> Self:
+        other = super().another()
+        other.connection = psycopg.connect(self.url, autocommit=True)
+        return other
+
+    async def add(self, number: int) -> None:
+        self.connection.execute(self.statement, (Jsonb(document(number)),), prepare=True)
+
+    async def close(self) -> None:
+        self.connection.close()
+
+
+class Notifying(Plain):
+    """The same with a pg_notify in the transaction, as most queues do it."""
+
+    name = "psycopg + NOTIFY"
+    statement = f"WITH added AS ({Plain.statement} RETURNING id) SELECT pg_notify('plain', '') FROM added"
+
+
+class Loop(Orm):
+    """A loop that opens a session, does the insert of the processor, and commits."""
+
+    name = "plain loop"
+    finished = "SELECT count(*) FROM effects"
+
+    def prepare(self) -> None:
+        """Nothing: the table of effects is all that it writes to."""
+
+    async def add(self, number: int) -> None:
+        with Session(self.engine) as session:
+            session.execute(_EFFECT, {"n": number})
+            session.commit()
+
+    def work(self, work: Work) -> None:
+        raise NotImplementedError
+
+
+_EFFECT = sa.text("INSERT INTO effects (n) VALUES (:n)")
+
+
+def time_adds(engine: sa.Engine, add: Any, count: int) -> list[float]:
+    """Time what `add` takes in transactions that read and write something else, in seconds each."""
+    took = []
+    for number in range(count):
+        with Session(engine) as session:
+            session.execute(_EFFECT, {"n": number})
+            session.execute(sa.text("SELECT n FROM effects WHERE n = :n"), {"n": number}).all()
+            begun = time.perf_counter()
+            add(session, number)
+            took.append(time.perf_counter() - begun)
+            session.commit()
+    return took

@@ -1,0 +1,233 @@
+"""What scenarios are made of: a database, processes that add, processes that work, and the counting."""
+
+from __future__ import annotations
+
+import math
+import time
+from array import array
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import psycopg
+
+from benchmarks.contender import Contender
+from benchmarks.contenders import contender
+from benchmarks.process import Child
+from benchmarks.server import Server
+from benchmarks.sizes import Sizes
+
+
+class WrongCount(Exception):
+    """A task was handled not at all, or more than once, or is not finished in the database."""
+
+
+@dataclass
+class Handled:
+    """What workers have handled: the tasks' numbers, when each began, and how long it took."""
+
+    numbers: array[int]
+    started: array[float]
+    took: array[float]
+
+
+class Database:
+    """A fresh database with the tables of one contender."""
+
+    def __init__(
+        self, url: str, who: type[Contender], folder: Path, connection: psycopg.Connection[Any]
+    ) -> None:
+        self.url, self.who, self.folder, self.connection = url, who, folder, connection
+
+    def child(self, role: str, *, who: str = "", **task: Any) -> Child:
+        return Child(role, contender=who or self.who.name, url=self.url, **task)
+
+    def path(self) -> str:
+        return str(self.folder / uuid4().hex)
+
+    def value(self, query: str, *parameters: Any) -> Any:
+        row = self.connection.execute(query, parameters or None).fetchone()
+        assert row is not None
+        return row[0]
+
+    def fill(self, kind: str, count: int, first: int = 0) -> None:
+        """Put rows of a kind into the tables by SQL; as if they had stood there a while."""
+        self.connection.execute(self.who.fills[kind], {"count": count, "first": first})
+        self.connection.execute(f"VACUUM ANALYZE {self.who.table}")
+
+    def add(self, count: int, *, first: int = 0) -> float:
+        """Add tasks by the contender's own bulk call; answer the seconds it took."""
+        # Procrastinate gives all of a batch to one function call, which is slow for large ones.
+        portion = 1_000 if self.who.name == "Procrastinate" else 0
+        with self.child("enqueue_bulk", first=first, count=count, portion=portion) as child:
+            child.answer()
+            return float(child.ask("go", 120 + count / 1_000)["seconds"])
+
+    def checkpoint(self) -> None:
+        """Leave nothing for the server to write out of what came before."""
+        with suppress(psycopg.errors.InsufficientPrivilege):
+            self.connection.execute("CHECKPOINT")
+
+    @contextmanager
+    def workers(self, *, capacity: int, processes: int = 1, **options: Any) -> Iterator[Workers]:
+        with ExitStack() as stack:
+            paths = [self.path() for _ in range(processes)]
+            children = [
+                stack.enter_context(self.child("work", capacity=capacity + 1_000, path=path, **options))
+                for path in paths
+            ]
+            for child in children:
+                child.answer()
+            yield Workers(self, children, paths)
+
+    def check(self, handled: Handled, expected: Iterable[int]) -> None:
+        """Raise `WrongCount` unless each expected task was handled once, and is finished in the database."""
+        wanted, found = sorted(expected), sorted(handled.numbers)
+        if found != wanted:
+            lost, twice = set(wanted) - set(found), len(found) - len(set(found))
+            raise WrongCount(
+                f"{self.who.name}: of {len(wanted)} tasks, {len(lost)} were never handled, "
+                f"{twice} more than once"
+            )
+        self.check_finished(len(wanted))
+
+    def check_finished(self, wanted: int) -> None:
+        finished = self.value(self.who.finished)
+        if finished != wanted:
+            raise WrongCount(f"{self.who.name}: {finished} of {wanted} tasks are finished in the database")
+
+
+class Workers:
+    """Worker processes of one contender."""
+
+    def __init__(self, database: Database, children: list[Child], paths: list[str]) -> None:
+        self._database, self._children, self._paths = database, children, paths
+        self.began = 0.0
+        self._finished = False
+
+    def go(self) -> None:
+        self.began = time.monotonic()
+        for child in self._children:
+            child.say("go")
+
+    def reports(self) -> list[dict[str, Any]]:
+        for child in self._children:
+            child.say("report")
+        return [child.answer() for child in self._children]
+
+    def wait_handled(self, count: int, patience: float = 0.0) -> tuple[int, float]:
+        """Wait until so many were begun; answer how many, and when that was seen."""
+        # Procrastinate's rate is the lowest: some 400 a second.
+        end = time.monotonic() + (patience or 60 + count / 100)
+        while True:
+            time.sleep(0.01)
+            reports = self.reports()
+            begun = sum(report["count"] for report in reports)
+            if begun >= count:
+                return begun, max(report["now"] for report in reports)
+            if time.monotonic() > end:
+                raise WrongCount(
+                    f"{self._database.who.name}: only {begun} of {count} tasks were begun in time"
+                )
+
+    def wait_finished(self, patience: float = 60) -> float:
+        """Wait until the database has no task left to finish; answer when that was."""
+        connection, end = self._database.connection, time.monotonic() + patience
+        # By the partial indexes: a look through the whole table would be felt by those who are measured.
+        connection.execute("SET enable_seqscan = off")
+        while self._database.value(self._database.who.unfinished):
+            if time.monotonic() > end:
+                raise WrongCount(f"{self._database.who.name}: tasks that were handled don't get finished")
+            time.sleep(0.004)
+        now = time.monotonic()
+        self._finished = True
+        connection.execute("RESET enable_seqscan")
+        return now
+
+    def stop(self) -> Handled:
+        """End them, with a graceful stop where anything is unfinished; answer what they have handled."""
+        handled = Handled(array("q"), array("d"), array("d"))
+        for child in self._children:
+            child.say("leave" if self._finished else "stop")
+        for child, path in zip(self._children, self._paths, strict=True):
+            count = child.answer()["count"]
+            with Path(path).open("rb") as file:
+                for column in (handled.numbers, handled.started, handled.took):
+                    column.fromfile(file, count)
+            Path(path).unlink()
+        return handled
+
+
+class Bench:
+    """The server and the sizes of this run."""
+
+    def __init__(self, server: Server, sizes: Sizes, folder: Path) -> None:
+        self.server, self.sizes, self._folder = server, sizes, folder
+
+    @contextmanager
+    def database(self, name: str, *, counting: bool = False) -> Iterator[Database]:
+        with (
+            self.server.database(name, partial(_prepare, name), counting=counting) as url,
+            psycopg.connect(url, autocommit=True) as connection,
+        ):
+            yield Database(url, contender(name), self._folder, connection)
+
+    def count(self, name: str, size: int) -> int:
+        """Answer how many tasks this contender gets where others get `size`."""
+        return max(50, round(size * contender(name).share))
+
+    def drain(self, name: str, size: int, *, processes: int = 1, **options: Any) -> float:
+        """Let workers work off what stands there; answer tasks a second, from first start to last settle.
+
+        What a worker needs to get there is a scenario of its own: here it would only blur the rates of those
+        who need half a second for it.
+        """
+        count = self.count(name, size)
+        with self.database(name) as database:
+            if options.get("kind") == "session":
+                database.connection.execute("CREATE TABLE effects (n bigint NOT NULL)")
+            database.add(count)
+            database.checkpoint()
+            with database.workers(capacity=count, processes=processes, **options) as workers:
+                workers.go()
+                workers.wait_handled(count)
+                end = workers.wait_finished()
+                handled = workers.stop()
+            database.check(handled, range(count))
+            if options.get("kind") == "session":
+                effects = database.value("SELECT count(DISTINCT n) + count(*) FROM effects")
+                if effects != 2 * count:
+                    raise WrongCount(f"{name}: {effects / 2} effects of {count} tasks")
+            return count / (end - min(handled.started))
+
+
+def _prepare(name: str, url: str) -> None:
+    with Child("prepare", contender=name, url=url) as child:
+        child.answer()
+
+
+def percentile(values: list[float], share: float) -> float:
+    """Answer the value that `share` of them don't exceed."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, math.ceil(share * len(ordered)) - 1)] if ordered else math.nan
+
+
+def read_times(path: str) -> array[float]:
+    """Read the commits that a process has noted."""
+    times = array("d")
+    times.frombytes(Path(path).read_bytes())
+    Path(path).unlink()
+    return times
+
+
+def delays(handled: Handled, first: int, committed: array[float]) -> list[tuple[float, float]]:
+    """Pair each commit with the milliseconds until its task began."""
+    return [
+        (committed[number - first], (started - committed[number - first]) * 1_000)
+        for number, started in zip(handled.numbers, handled.started, strict=True)
+        if 0 <= number - first < len(committed) and committed[number - first]
+    ]

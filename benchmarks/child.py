@@ -1,0 +1,231 @@
+"""One process of the benchmark: ``python -m benchmarks.child ROLE TASK``; its standard streams carry JSON.
+
+It says when it is ready, waits for "go", and ends with its standard input.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+import threading
+import time
+from array import array
+from pathlib import Path
+from typing import Any
+
+from benchmarks.contender import Contender, Tally, Work
+from benchmarks.contenders import contender
+
+
+def say(**words: Any) -> None:
+    print(json.dumps(words), flush=True)
+
+
+def go() -> float:
+    """Say that all is ready; answer when it was told to go."""
+    say(ready=True)
+    if not sys.stdin.readline():
+        os._exit(1)
+    return time.monotonic()
+
+
+def memory() -> float:
+    """Answer the resident memory of this process, in MB."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) / 1024
+    return 0.0
+
+
+def prepare(one: Contender) -> None:
+    one.prepare()
+    say(done=True)
+
+
+def enqueue_each(one: Contender, *, first: int, count: int, interval: float, path: str) -> None:
+    """Add tasks one a transaction, as fast as it goes or every `interval` seconds, and note each commit."""
+    committed = array("d", bytes(8 * count))
+    warm = min(20, count // 4)
+
+    async def run() -> None:
+        await one.connect()
+        for number in range(warm):  # statements get prepared, and caches warm
+            await one.add(first + number)
+        began = go()
+        due = began
+        for number in range(warm, count):
+            if interval:
+                due = max(due + interval, time.monotonic())
+                await asyncio.sleep(due - time.monotonic())
+            await one.add(first + number)
+            committed[number] = time.monotonic()
+        say(seconds=time.monotonic() - began, count=count - warm)
+        await one.close()
+
+    one.run(run())
+    if path:
+        Path(path).write_bytes(committed.tobytes())
+    say(done=True)
+
+
+def enqueue_bulk(one: Contender, *, first: int, count: int, portion: int = 0) -> None:
+    """Add many tasks, in one call or in portions."""
+    portion = portion or count
+
+    async def run() -> None:
+        await one.connect()
+        began = go()
+        for start in range(first, first + count, portion):
+            await one.add_many(range(start, min(start + portion, first + count)))
+        say(seconds=time.monotonic() - began)
+        await one.close()
+
+    one.run(run())
+
+
+def enqueue_rate(
+    one: Contender, *, first: int, rate: float, seconds: float, interval: float, path: str
+) -> None:
+    """Add tasks at a rate, a batch every `interval` seconds, and note each commit."""
+    total = int(rate * seconds)
+    committed = array("d", bytes(8 * total))
+
+    async def run() -> None:
+        await one.connect()
+        began = go()
+        added = 0
+        due = began
+        while added < total:
+            due += interval
+            await asyncio.sleep(max(0.0, due - time.monotonic()))
+            until = min(total, int((time.monotonic() - began) * rate))
+            if until > added:
+                await one.add_many(range(first + added, first + until))
+                now = time.monotonic()
+                for number in range(added, until):
+                    committed[number] = now
+                added = until
+        say(seconds=time.monotonic() - began)
+        await one.close()
+
+    one.run(run())
+    Path(path).write_bytes(committed.tobytes())
+    say(done=True)
+
+
+def clients(one: Contender, *, first: int, threads: int, seconds: float, most: int) -> None:
+    """Add tasks from many threads, each task in a transaction of its own, for some seconds."""
+    counts = [0] * threads
+    begin = threading.Barrier(threads + 1)
+
+    async def client(which: int, mine: Contender) -> None:
+        number = first + which * most
+        await mine.add(number)
+        counts[which] = 1
+        begin.wait()
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and counts[which] < most:
+            await mine.add(number + counts[which])
+            counts[which] += 1
+
+    asyncio.run(one.connect())
+    running = [
+        threading.Thread(target=lambda which=which: asyncio.run(client(which, one.another())))
+        for which in range(threads)
+    ]
+    for thread in running:
+        thread.start()
+    while begin.n_waiting < threads:
+        time.sleep(0.01)
+    began = go()
+    begin.wait()
+    for thread in running:
+        thread.join()
+    say(counts=counts, seconds=time.monotonic() - began)
+
+
+def work(one: Contender, *, capacity: int, path: str, **options: Any) -> None:
+    """Work tasks until told to stop; meanwhile answer how far it has come."""
+    todo = Work(Tally(capacity), threading.Event(), **options)
+    began = go()
+    threading.Thread(target=_answers, args=(todo, began, path), daemon=True).start()
+    one.work(todo)
+    _write(todo, path)
+
+
+def _write(todo: Work, path: str) -> None:
+    count = todo.tally.count
+    with Path(path).open("wb") as file:
+        for column in (todo.tally.numbers, todo.tally.started, todo.tally.took):
+            column[:count].tofile(file)
+    say(count=count)
+
+
+def _answers(todo: Work, began: float, path: str) -> None:
+    for line in sys.stdin:
+        if line == "report\n":
+            count, cpu = todo.tally.count, time.process_time()
+            say(count=count, now=time.monotonic(), began=began, cpu=cpu, memory=memory())
+        elif line == "stop\n":
+            todo.stop.set()
+        elif line == "leave\n":  # all is finished, and how quickly each can stop is another question
+            _write(todo, path)
+            os._exit(0)
+    if not todo.stop.is_set():
+        os._exit(1)  # whoever started this is gone
+
+
+def add_times(one: Contender, *, count: int) -> None:
+    """Time what `add` takes in transactions that do other work, too."""
+    import sqlalchemy as sa
+
+    from apoq import Queue, Task, database_url
+    from benchmarks.baselines import time_adds
+    from benchmarks.contender import TYPE, document
+
+    queue = Queue()
+    engine = sa.create_engine(database_url(one.url))
+
+    def add(session: Any, number: int) -> None:
+        queue.add(session, TYPE, document(number))
+
+    def orm(session: Any, number: int) -> None:
+        session.add(Task(type=TYPE, data=document(number)))
+        session.flush()
+
+    chosen = {"apoq": add, "plain ORM": orm}[one.name]
+    time_adds(engine, chosen, 50)
+    go()
+    say(took=time_adds(engine, chosen, count))
+
+
+def loop(one: Contender, *, count: int, threads: int) -> None:
+    """Do what a processor does without any queue: a session, the insert, the commit."""
+    numbers = iter(range(count))
+
+    async def run() -> None:
+        for number in numbers:
+            await one.add(number)
+
+    asyncio.run(one.connect())
+    running = [threading.Thread(target=lambda: asyncio.run(run())) for _ in range(threads)]
+    began = go()
+    for thread in running:
+        thread.start()
+    for thread in running:
+        thread.join()
+    say(seconds=time.monotonic() - began)
+
+
+ROLES = (prepare, enqueue_each, enqueue_bulk, enqueue_rate, clients, work, add_times, loop)
+
+
+def main(role: str, task: dict[str, Any]) -> None:
+    one = contender(task.pop("contender"))(task.pop("url"), notify=task.pop("notify", False))
+    next(function for function in ROLES if function.__name__ == role)(one, **task)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], json.loads(sys.argv[2]))

@@ -1,0 +1,97 @@
+"""Processes of the benchmark's own: started one by one, spoken to in lines of JSON, ended by their id."""
+
+from __future__ import annotations
+
+import json
+import queue
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Self
+
+ROOT = Path(__file__).parent.parent
+
+
+class ChildFailed(RuntimeError):
+    """A process of the benchmark has died, or has not answered in time."""
+
+
+class Child:
+    """``python -m benchmarks.child`` with a role; it ends with the block, in whatever way that is left."""
+
+    def __init__(self, role: str, **task: Any) -> None:
+        self.role = role
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.child", role, json.dumps(task)],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+        )
+        self._answers: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self._answers.put(line)
+        self._answers.put(None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        if self._process.poll() is None:
+            self._process.terminate()
+        try:
+            self._process.wait(5)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._reader.join()
+        with suppress(BrokenPipeError):
+            self._process.stdin.close()
+        self._process.stdout.close()
+        self._errors.close()
+
+    def say(self, word: str) -> None:
+        """Send it a line."""
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(word + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise ChildFailed(f"the process {self.role!r} has ended: {self._said()}") from None
+
+    def answer(self, patience: float = 60) -> dict[str, Any]:
+        """Wait for its next line."""
+        try:
+            line = self._answers.get(timeout=patience)
+        except queue.Empty:
+            raise ChildFailed(f"no answer of the process {self.role!r} in {patience:.0f} s") from None
+        if line is None:
+            self._process.wait()
+            raise ChildFailed(
+                f"the process {self.role!r} ended with {self._process.returncode}: {self._said()}"
+            )
+        found: dict[str, Any] = json.loads(line)
+        return found
+
+    def ask(self, word: str, patience: float = 60) -> dict[str, Any]:
+        """Send it a line, and wait for its answer."""
+        self.say(word)
+        return self.answer(patience)
+
+    def _said(self) -> str:
+        time.sleep(0.05)
+        self._errors.seek(0)
+        return self._errors.read().decode(errors="replace").strip()[-2000:]

@@ -1,0 +1,1 @@
+"""Other queues on PostgreSQL, used as their own documentation says is quickest."""

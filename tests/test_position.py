@@ -1,0 +1,231 @@
+"""Claims start behind what was taken, and nothing that stands there is forgotten."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+import uuid
+from datetime import UTC, datetime, timedelta
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy.orm import Session
+
+from apoq import Queue
+from apoq.connections import execute, own_engine
+from apoq.statements.claim import claim
+from apoq.statements.survey import survey
+from apoq.worker.position import MOST_LEVELS, SLACK, START, Position
+
+SOON = 10.0
+NOW = 1_800_000_000.25
+
+
+def row(id_: int, priority: int, process_at: float) -> tuple:
+    return (id_, "t", "{}", priority, 0.0, process_at, 1, 0, 1, None, None)
+
+
+def levels(position: Position) -> dict[int, tuple[float, int]]:
+    return dict(position._levels)
+
+
+class TestPosition:
+    def test_it_begins_at_the_start_of_the_default_priority(self):
+        assert Position().parameters() == {
+            "priorities": "{0}",
+            "behind_times": "{-inf}",
+            "behind_ids": "{0}",
+        }
+
+    def test_after_a_full_claim_it_is_behind_the_last_row_of_each_priority(self):
+        position = Position()
+        position.claimed([row(7, 5, NOW), row(3, 0, NOW), row(4, 0, NOW + 1)], is_all=False)
+
+        assert levels(position) == {5: (NOW, 7), 0: (NOW + 1, 4)}
+        assert position.parameters()["priorities"] == "{5,0}"
+
+    def test_after_a_claim_that_came_short_it_leaves_room_for_late_commits(self):
+        position = Position()
+        position.claimed([row(3, 0, NOW)], is_all=True)
+
+        assert levels(position) == {0: (NOW - SLACK, 0)}
+
+    def test_no_claim_puts_it_back(self):
+        position = Position()
+        position.claimed([row(9, 0, NOW)], is_all=False)
+        position.claimed([row(10, 0, NOW)], is_all=True)
+
+        assert levels(position) == {0: (NOW, 9)}
+
+    def test_a_survey_puts_it_back_before_the_first_due_task(self):
+        position = Position()
+        position.claimed([row(9, 0, NOW)], is_all=False)
+
+        assert position.surveyed([(0, NOW - 60, 5, NOW)]) == -60
+        assert levels(position) == {0: (NOW - 60, 4)}
+
+    def test_a_survey_that_finds_nothing_due_moves_it_past_what_is_of_other_types(self):
+        position = Position()
+
+        assert position.surveyed([(0, None, None, NOW), (5, NOW + 60, 8, NOW)]) == 60
+        assert levels(position) == {0: (NOW - SLACK, 0), 5: (NOW - SLACK, 0)}
+
+    def test_a_survey_of_an_empty_queue_leaves_it_where_it_is(self):
+        position = Position()
+        position.claimed([row(9, 0, NOW)], is_all=False)
+
+        assert position.surveyed([]) == math.inf
+        assert levels(position) == {0: (NOW, 9)}
+
+    def test_priorities_that_were_used_up_are_forgotten_in_the_end(self):
+        position = Position()
+        for priority in range(3 * MOST_LEVELS):
+            position.surveyed([(priority, NOW, 1, NOW)])
+
+        assert len(levels(position)) <= MOST_LEVELS + 1
+
+
+@pytest.fixture
+def own(engine):
+    own = own_engine(engine)
+    yield own
+    own.dispose()
+
+
+@pytest.mark.parametrize(
+    "process_at",
+    [
+        "-infinity",
+        "0001-01-01 00:00:00.000001Z",
+        "1969-12-31 23:59:59.999999Z",
+        "2026-11-23 12:00:00.123457Z",
+    ],
+)
+def test_behind_a_survey_a_claim_finds_the_task_whenever_it_was_due(engine, own, process_at):
+    with engine.begin() as connection:
+        connection.execute(
+            sa.text("INSERT INTO apoq_tasks (type, process_at) VALUES ('t', CAST(:at AS timestamptz))"),
+            {"at": process_at},
+        )
+    ours = {"from_queue": "default", "of_types": ["t"]}
+    position = Position()
+    position.claimed([row(10**9, 0, NOW * 2)], is_all=False)
+
+    assert position.surveyed(execute(own, survey(None), ours)) < 0
+    claimed = execute(
+        own, claim(None), {**ours, "at_most": 5, "by_worker": uuid.uuid4(), **position.parameters()}
+    )
+    assert len(claimed.fetchall()) == 1
+
+
+def pages(connection, parameters) -> int:
+    statement = claim(None).compile(dialect=connection.dialect)
+    explained = connection.exec_driver_sql(
+        f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {statement}", statement.construct_params(parameters)
+    )
+    plan = explained.scalar()[0]["Plan"]
+    return plan["Shared Hit Blocks"] + plan["Shared Read Blocks"]
+
+
+def test_beside_a_held_snapshot_a_claim_walks_through_nothing_that_was_taken(engine, queue, make_worker):
+    done = threading.Semaphore(0)
+    worker = make_worker()
+    worker.use("t", lambda task: done.release())
+    with engine.connect() as holder:
+        holder.execution_options(isolation_level="REPEATABLE READ")
+        holder.execute(sa.text("SELECT count(*) FROM apoq_tasks"))
+        with Session(engine) as session, session.begin():
+            queue.add_many(session, "t", list(range(5_000)))
+        worker.start()
+        assert all(done.acquire(timeout=SOON) for _ in range(5_000))
+        worker.stop()
+
+        asked = {"from_queue": "default", "of_types": ["t"], "at_most": 10, "by_worker": uuid.uuid4()}
+        with engine.connect() as connection:
+            from_the_start = pages(connection, {**asked, **Position().parameters()})
+            from_here = pages(connection, {**asked, **worker._claimer._positions[queue].parameters()})
+
+    assert 3 * from_here < from_the_start
+
+
+class TestNothingIsForgotten:
+    @pytest.fixture
+    def ran(self, make_worker):
+        """A worker's tasks, by their data; it looks by itself once an hour."""
+        ran: dict[object, threading.Event] = {}
+        worker = make_worker(poll_interval=timedelta(hours=1))
+        worker.use("t", lambda task: ran.setdefault(task.data, threading.Event()).set())
+        worker.start()
+        return lambda data: ran.setdefault(data, threading.Event()).wait(SOON)
+
+    def test_a_commit_that_comes_late(self, engine, queue, ran):
+        """Its process_at is when its transaction began, long before what has been claimed meanwhile."""
+        with engine.connect() as slow:
+            queue.add(slow, "t", "late")
+            time.sleep(2 * SLACK)
+            for number in range(3):
+                with Session(engine) as session, session.begin():
+                    queue.add(session, "t", number)
+                assert ran(number)
+            slow.commit()
+
+        assert ran("late")
+
+    def test_a_process_at_in_the_past(self, engine, queue, ran):
+        with Session(engine) as session, session.begin():
+            queue.add(session, "t", 1)
+        assert ran(1)
+        with Session(engine) as session, session.begin():
+            queue.add(session, "t", "past", process_at=datetime.now(UTC) - timedelta(days=1))
+
+        assert ran("past")
+
+    @pytest.mark.parametrize("priority", [-5, 5])
+    def test_a_priority_that_nobody_has_used(self, engine, queue, ran, priority):
+        with Session(engine) as session, session.begin():
+            queue.add(session, "t", 1)
+        assert ran(1)
+        with Session(engine) as session, session.begin():
+            queue.add(session, "t", "new", priority=priority)
+
+        assert ran("new")
+
+    def test_a_task_behind_thousands_of_other_types(self, engine, queue, ran):
+        with Session(engine) as session, session.begin():
+            queue.add_many(session, "other", list(range(3_000)))
+            queue.add(session, "t", "behind")
+
+        assert ran("behind")
+
+
+def test_a_new_and_higher_priority_overtakes_a_backlog(engine, queue, make_worker):
+    overtaken = []
+    worker = make_worker(concurrency=1)
+    worker.use("slow", lambda task: time.sleep(0.005) or overtaken.append(task.id))
+    urgent = threading.Event()
+    worker.use("urgent", lambda task: urgent.set())
+    with Session(engine) as session, session.begin():
+        queue.add_many(session, "slow", list(range(2_000)))
+    worker.start()
+    while not overtaken:
+        time.sleep(0.01)
+    with Session(engine) as session, session.begin():
+        queue.add(session, "urgent", priority=9)
+
+    assert urgent.wait(SOON)
+    assert len(overtaken) < 1_000
+
+
+def test_every_queue_has_a_position_of_its_own(engine, make_worker):
+    first, second = Queue("first"), Queue("second")
+    ran = threading.Semaphore(0)
+    worker = make_worker(first, second)
+    worker.use("t", lambda task: ran.release())
+    worker.start()
+    for queue in (first, second, first, second):
+        with Session(engine) as session, session.begin():
+            queue.add(session, "t")
+        assert ran.acquire(timeout=SOON)
+
+    assert all(levels(worker._claimer._positions[queue])[0] > START for queue in (first, second))
