@@ -26,8 +26,11 @@ logger = logging.getLogger(__name__)
 LINGER: Final = 5.0
 """Seconds without a hint after which the thread ends and its connection is closed."""
 
-GAP: Final = 0.005
-"""Seconds between two rounds, so that a burst of commits costs few notifications."""
+REST: Final = 20
+"""How many times as long as a round of hints took the thread rests after it, for others want to commit."""
+
+LONGEST_REST: Final = 0.02
+"""Seconds by which a hint is late at most, after another."""
 
 WATCH: Final = 0.0005
 """Seconds between two looks whether a commit has come through."""
@@ -93,13 +96,14 @@ class Hinter:
         """Wait until what is pending has been sent."""
         deadline = time.monotonic() + timeout
         while self._pending and time.monotonic() < deadline:
-            time.sleep(GAP)
+            time.sleep(WATCH)
 
     def _run(self) -> None:
         while self._woken.wait(LINGER) or not self._ended():
             self._woken.clear()
             with self._lock:
                 hints = dict(self._pending)
+            began = time.monotonic()
             try:
                 self._send(hints)
             except Exception as error:  # noqa: BLE001 - workers look by themselves, too
@@ -108,7 +112,7 @@ class Hinter:
                 for payload, transaction in hints.items():
                     if self._pending.get(payload) is transaction:
                         del self._pending[payload]
-            time.sleep(GAP)
+            time.sleep(min(LONGEST_REST, REST * (time.monotonic() - began)))
         self._engine.dispose()
 
     def _ended(self) -> bool:
