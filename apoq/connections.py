@@ -11,7 +11,7 @@ from psycopg.rows import RowFactory, tuple_row
 from sqlalchemy import Connection, Engine, Executable, create_engine, event
 from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
 from sqlalchemy.engine.interfaces import DBAPIConnection
-from sqlalchemy.pool import ConnectionPoolEntry, QueuePool
+from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection, QueuePool
 
 from apoq.databases import database_url
 from apoq.reading import read_anything
@@ -35,8 +35,8 @@ BEGIN: Final = """
 """
 # The same where a pooler is in between: a setting of the session would be the next one's, too.
 
-_UNPREPARED: Final = {"26000", "42P05"}
-"""SQLSTATEs of a named prepared statement that is not there, or is there already."""
+_UNPREPARED: Final = {"26000", "42P05", "08P01"}
+"""SQLSTATEs of a named prepared statement that is not there, is there already, or is somebody else's."""
 
 _IS_DIRECT: Final = "apoq.is_direct"
 _IS_POOLED: Final = "apoq_is_pooled"
@@ -76,9 +76,9 @@ def own_engine(engine: Engine) -> Engine:
     def prepare(connection: Any, record: ConnectionPoolEntry) -> None:
         read_anything(connection)
         connection.autocommit = True
-        is_direct = not own.get_execution_options().get(_IS_POOLED) and _is_direct(connection)
-        record.info[_IS_DIRECT] = is_direct
         connection.prepare_threshold = None
+        is_direct = not own.get_execution_options().get(_IS_POOLED) and _keeps_its_session(connection, record)
+        record.info[_IS_DIRECT] = is_direct
         if is_direct:
             connection.execute(SESSION)
             connection.prepare_threshold = 0
@@ -91,6 +91,23 @@ def own_engine(engine: Engine) -> Engine:
             connection.exec_driver_sql("BEGIN")
 
     return own
+
+
+def prepare_where_kept(engine: Engine) -> None:
+    """Let an engine's connections prepare statements as psycopg does, but not through a pooler.
+
+    For what apoq makes by the URL of a caller's engine, and the arguments of that engine are unknown.
+    """
+
+    @event.listens_for(engine, "connect")
+    def prepare(connection: Any, record: ConnectionPoolEntry) -> None:
+        if not _keeps_its_session(connection, record):
+            cast("Any", record.driver_connection).prepare_threshold = None
+
+
+def is_direct(pooled: PoolProxiedConnection) -> bool:
+    """Tell whether a connection of an engine of apoq's own leads straight to the server."""
+    return bool(pooled.info[_IS_DIRECT])
 
 
 def execute(
@@ -131,13 +148,17 @@ def compiled(statement: Executable) -> tuple[Any, dict[str, Any]]:
     return str(found), found.params
 
 
-def _is_direct(connection: Any) -> bool:
+def _keeps_its_session(connection: Any, record: ConnectionPoolEntry) -> bool:
     """Tell whether the session that serves a connection is the one that answered when it was made.
 
     A pooler answers by itself, and makes up the process id that goes with it.
     """
-    (pid,) = connection.execute("SELECT pg_backend_pid()", prepare=False).fetchone()
-    return bool(pid == connection.info.backend_pid)
+    cursor = connection.cursor()
+    cursor.execute("SELECT pg_backend_pid()")
+    (pid,) = cursor.fetchone()
+    cursor.close()
+    connection.rollback()
+    return bool(pid == cast("Any", record.driver_connection).info.backend_pid)
 
 
 def _note(engine: Engine, error: BaseException) -> None:

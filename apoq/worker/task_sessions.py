@@ -9,6 +9,7 @@ from sqlalchemy import Engine, event
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 
+from apoq.connections import prepare_where_kept
 from apoq.databases import async_twin, sync_twin
 from apoq.errors import SessionMisused
 from apoq.worker.coroutines import Coroutines
@@ -82,6 +83,7 @@ class TaskSessions:
         with self._lock:
             if self._sync_twin is None:
                 self._sync_twin = sync_twin(self._engine)
+                prepare_where_kept(self._sync_twin)
             return self._sync_twin
 
     def _async_engine(self) -> AsyncEngine:
@@ -91,4 +93,5 @@ class TaskSessions:
         with self._lock:
             if self._async_twin is None:
                 self._async_twin = async_twin(self._engine)
+                prepare_where_kept(self._async_twin.sync_engine)
             return self._async_twin
