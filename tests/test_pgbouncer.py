@@ -362,13 +362,15 @@ def test_a_listener_that_is_killed_past_it_listens_again(pooled, engine, url, ma
     worker.start()
     ran.add_and_wait(pooled)
 
-    with engine.begin() as connection:
-        kill = (
-            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
-            f"WHERE datname = current_database() AND query = 'LISTEN \"{CHANNEL}\"'"
-        )
-        assert connection.scalars(sa.text(kill)).all() == [True]
+    def kill() -> list[bool]:
+        with engine.begin() as connection:
+            sessions = (
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                f"WHERE datname = current_database() AND query = 'LISTEN \"{CHANNEL}\"'"
+            )
+            return connection.scalars(sa.text(sessions)).all()
 
+    until(kill)
     for _ in range(3):
         ran.add_and_wait(pooled)
 
