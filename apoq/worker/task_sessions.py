@@ -10,7 +10,7 @@ from sqlalchemy import Connection, Engine, event
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 
-from apoq.connections import make_renewable, renew
+from apoq.connections import make_renewable, prepare_where_kept, renew
 from apoq.databases import async_twin, sync_twin
 from apoq.errors import SessionMisused
 from apoq.watch import cut
@@ -113,6 +113,7 @@ class TaskSessions:
             if self._sync_twin is None:
                 self._sync_twin = sync_twin(self._engine)
                 make_renewable(self._sync_twin)
+                prepare_where_kept(self._sync_twin)
             return self._sync_twin
 
     def _async_engine(self) -> AsyncEngine:
@@ -123,6 +124,7 @@ class TaskSessions:
             if self._async_twin is None:
                 self._async_twin = async_twin(self._engine)
                 make_renewable(self._async_twin.sync_engine)
+                prepare_where_kept(self._async_twin.sync_engine)
             return self._async_twin
 
 

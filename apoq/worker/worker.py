@@ -11,7 +11,7 @@ from datetime import datetime, timedelta
 from typing import Any, Final
 from uuid import uuid4
 
-from sqlalchemy import Engine, select
+from sqlalchemy import URL, Engine, select
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.orm import Session
 
@@ -31,7 +31,7 @@ from apoq.worker.claimer import Claimer
 from apoq.worker.completion import Completion
 from apoq.worker.coroutines import Coroutines
 from apoq.worker.heartbeat import Heartbeat
-from apoq.worker.listener import Listener
+from apoq.worker.listener import Listener, listen_engine
 from apoq.worker.loop import Loop, Outage
 from apoq.worker.position import Position
 from apoq.worker.pruner import Pruner
@@ -70,6 +70,7 @@ class Worker:
         lease: timedelta = timedelta(seconds=15),
         keep_completed: timedelta | None = timedelta(days=1),
         keep_failed: timedelta | None = timedelta(days=7),
+        listen_url: str | URL | None = None,
     ) -> None:
         """Prepare to work these queues (none given: the default one) in the database of `engine`.
 
@@ -79,6 +80,8 @@ class Worker:
         wakes it, and `lease` how long after its death its tasks are taken over by others. Completed tasks are
         deleted `keep_completed` after their completion, failed and cancelled ones after `keep_failed`; None
         keeps them for ever, and with zero a task is deleted instead of being marked as completed.
+        `listen_url` leads to the same database past a pooler in transaction mode, through which no hint could
+        arrive; only the connection that listens is opened there.
         """
         if not isinstance(engine, Engine | AsyncEngine):
             # Its type only: a URL holds a password.
@@ -104,6 +107,7 @@ class Worker:
         self._registry = Registry()
         given = engine.sync_engine if isinstance(engine, AsyncEngine) else engine
         self._own_engine = own_engine(given)
+        listening = self._own_engine if listen_url is None else listen_engine(listen_url)
         self._lock = threading.RLock()
         self._enlisted = 0
         self._is_started = False
@@ -149,7 +153,9 @@ class Worker:
             put_ended=self._put_ended,
         )
         payloads = frozenset(payload(queue.schema, queue.name) for queue in self._queues)
-        self._listener = Listener(self._own_engine, payloads, on_hint=self._hint, on_listening=self._listens)
+        self._listener = Listener(
+            self._own_engine, listening, payloads, on_hint=self._hint, on_listening=self._listens
+        )
         self._pruner = Pruner(
             self._own_engine, self._queues, keep_completed=keep_completed, keep_failed=keep_failed
         )
