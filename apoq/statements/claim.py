@@ -91,5 +91,7 @@ def claim(schema: str | None) -> ReturningUpdate[Any]:
             tasks.c.token,
             tasks.c.retry_limit,
             tasks.c.retry_delay,
+            # In seconds, for an interval may be longer than Python's.
+            func.date_part("epoch", tasks.c.timeout, type_=Double),
         )
     )

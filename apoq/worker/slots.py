@@ -6,12 +6,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from queue import SimpleQueue
 
 from apoq.outcomes import Release
 from apoq.worker.attempts import Ended, ended, run, run_coroutine
 from apoq.worker.completion import Completion
 from apoq.worker.coroutines import Coroutines
+from apoq.worker.deadlines import Deadlines
 from apoq.worker.running import AnyRunningTask, AsyncRunningTask, RunningTask
 
 
@@ -27,6 +29,7 @@ class Slots:
         concurrency: int,
         coroutines: Coroutines,
         completion: Completion,
+        deadlines: Deadlines,
         *,
         on_ended: Callable[[Ended], None],
         on_low: Callable[[], None],
@@ -38,6 +41,7 @@ class Slots:
         """What a task takes, in seconds: an average in which the last few dozen count."""
         self._coroutines = coroutines
         self._completion = completion
+        self._deadlines = deadlines
         self._on_ended = on_ended
         self._on_low = on_low
         self._line: deque[AnyRunningTask] = deque()
@@ -77,6 +81,7 @@ class Slots:
             self._line.extend(tasks)
             while self._free and (task := self._pop()):
                 self._free -= 1
+                self._running.add(task)
                 self._begin(task)
 
     def take_back(self) -> list[AnyRunningTask]:
@@ -86,9 +91,13 @@ class Slots:
             taken.append(task)
         return taken
 
-    def running(self) -> list[AnyRunningTask]:
-        """Answer those that run now."""
-        return list(self._running)
+    def abandon(self) -> list[AnyRunningTask]:
+        """Answer those that run now, which are the caller's from here on: how they end isn't told any more."""
+        running = []
+        while self._running:
+            with suppress(KeyError):  # the last one has just ended
+                running.append(self._running.pop())
+        return running
 
     def wait_until_idle(self, timeout: float | None) -> bool:
         """Wait until nothing runs; tell whether that is so."""
@@ -128,8 +137,8 @@ class Slots:
         while (begun := tasks.get()) is not None:
             task: AnyRunningTask | None = begun
             while isinstance(task, RunningTask):
-                started = self._started(task)
-                self._ended(run(task, self._completion), started)
+                started = time.monotonic()
+                self._ended(run(task, self._completion, self._deadlines), started)
                 task = self._next()
             if task is not None:
                 self._begin(task)
@@ -137,22 +146,23 @@ class Slots:
     async def _coroutine_slot(self, begun: AsyncRunningTask) -> None:
         task: AnyRunningTask | None = begun
         while isinstance(task, AsyncRunningTask):
-            started = self._started(task)
-            self._ended(await run_coroutine(task, self._completion), started)
+            started = time.monotonic()
+            self._ended(await run_coroutine(task, self._completion, self._deadlines), started)
             task = self._next()
         if task is not None:
             with self._lock:
                 self._begin(task)
 
-    def _started(self, task: AnyRunningTask) -> float:
-        self._running.add(task)
-        return time.monotonic()
-
     def _ended(self, end: Ended, started: float) -> None:
         took = time.monotonic() - started
         # Threads may overwrite each other's sample: an average doesn't mind.
         self.run_time = took if self.run_time is None else self.run_time + (took - self.run_time) / 16
-        self._running.discard(end.task)
+        try:
+            self._running.remove(end.task)
+        except KeyError:
+            # It was given back meanwhile; if it had committed before, that holds.
+            if end.row is None:
+                return
         self._on_ended(end)
 
     def _next(self) -> AnyRunningTask | None:
@@ -164,6 +174,8 @@ class Slots:
                 if task is None:
                     self._free += 1
                     self._idle.notify_all()
+        if task is not None:
+            self._running.add(task)
         if len(self._line) <= self.low_water:
             self._on_low()
         return task

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from contextlib import suppress
 from types import TracebackType
 
 from sqlalchemy import Engine, event
@@ -11,7 +12,7 @@ from sqlalchemy.orm import Session
 
 from apoq.databases import async_twin, sync_twin
 from apoq.errors import SessionMisused
-from apoq.worker.coroutines import Coroutines
+from apoq.worker.coroutines import CLEAN_UP, Coroutines
 
 _COMPLETING = "apoq.completing"
 
@@ -73,7 +74,8 @@ class TaskSessions:
             if self._sync_twin is not None:
                 self._sync_twin.dispose()
             if self._async_twin is not None:
-                self._coroutines.run(self._async_twin.dispose())
+                with suppress(TimeoutError):  # the loop is blocked by a coroutine, whose connection it may be
+                    self._coroutines.run(self._async_twin.dispose(), CLEAN_UP)
             self._sync_twin = self._async_twin = None
 
     def _sync_engine(self) -> Engine:
