@@ -55,7 +55,7 @@ class TestStoppingTasks:
 
         async def coroutine(task: AsyncRunningTask) -> None:
             begun.set()
-            while not task.stopping:
+            while not task.stopping:  # noqa: ASYNC110 - as a processor with much to do looks at it
                 await asyncio.sleep(0.005)
             raise Snooze(0)
 

@@ -93,7 +93,7 @@ def overdue(limit: float, thread_id: int = 0) -> TimeoutError:
 
 
 def _run_within(limit: float, task: RunningTask, deadlines: Deadlines) -> Any:
-    """Run the function, which nothing can stop; raise `TaskLost` where its attempt has been ended meanwhile."""
+    """Run the function, which nothing can stop; raise `TaskLost` where its attempt was ended meanwhile."""
     deadlines.watch(task, limit)
     try:
         answer = task.processor.function(task)

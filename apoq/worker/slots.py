@@ -92,7 +92,7 @@ class Slots:
         return taken
 
     def abandon(self) -> list[AnyRunningTask]:
-        """Answer those that run now, which are the caller's from here on: how they end isn't told any more."""
+        """Answer those that run now; they are the caller's from here on, and how they end isn't told."""
         running = []
         while self._running:
             with suppress(KeyError):  # the last one has just ended

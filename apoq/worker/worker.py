@@ -176,10 +176,10 @@ class Worker:
 
         An attempt that runs longer than `timeout` (seconds or a timedelta; None: no limit) fails with a
         `TimeoutError`. A coroutine is cancelled for it. A plain function can't be stopped: at its limit
-        `task.stopping` turns true and the attempt has failed, so that the retry may begin, here or elsewhere.
-        What the function still answers is refused, and what it wrote to `task.session` undone; but it goes on,
-        and its slot stays taken until it returns. So let it look at `task.stopping`, or give what it waits
-        for a timeout of its own.
+        `task.stopping` turns true and the attempt has failed, so that the retry may begin, here or
+        elsewhere. What the function still answers is refused, and what it wrote to `task.session` undone;
+        but it goes on, and its slot stays taken until it returns. So let it look at `task.stopping`, or
+        give what it waits for a timeout of its own.
 
         Raises `InvalidProcessor` where the type has a processor already, or an option makes no sense.
         """
@@ -231,8 +231,8 @@ class Worker:
     def stop(self, timeout: float | timedelta | None = None) -> None:
         """Claim no more, give back what has not begun, and wait for running tasks to end.
 
-        From here on, `task.stopping` is true for those that run. After `timeout` (seconds or a timedelta; None
-        waits for ever) those that still do are given back too, with no attempt used up: coroutines are
+        From here on, `task.stopping` is true for those that run. After `timeout` (seconds or a timedelta;
+        None waits for ever) those that still do are given back too, with no attempt used up: coroutines are
         cancelled, and what a thread still does is not settled. Stopping twice, or before starting, is
         harmless.
         """
