@@ -268,13 +268,21 @@ class TestFunctions:
         until(lambda: load(engine, long).state == "completed")
 
     def test_a_worker_that_has_started_again_watches_again(self, engine, worker):
-        may_end = threading.Event()
-        worker.use("t", lambda task: may_end.wait(SOON), timeout=0.05, retry_limit=0)
-        for _ in range(3):
-            task_id = add(engine)
-            worker.start()
-            until(lambda: failed(engine, task_id))  # noqa: B023 - called at once
-            worker.stop(timeout=0)
+        begun, may_end = threading.Event(), threading.Event()
+
+        def process(_task: RunningTask) -> None:
+            begun.set()
+            may_end.wait(SOON)
+
+        worker.use("t", process, timeout=0.5)
+        task_id = add(engine)
+        worker.start()
+        assert begun.wait(SOON)
+        worker.stop(timeout=0)
+        assert load(engine, task_id).fail_count == 0
+
+        worker.start()
+        until(lambda: failed(engine, task_id))
         may_end.set()
 
     def test_one_that_has_failed_is_not_given_back_at_a_stop(self, engine, worker):
@@ -367,7 +375,7 @@ class TestLimits:
             assert connection.scalar(sa.text("SELECT count(*) FROM apoq_tasks WHERE fail_count > 0")) == 0
 
 
-RACE, ATTEMPTS = 0.03, 4
+RACE, ATTEMPTS = 0.5, 3
 """The limit of the attempts that end at their limit, and how many attempts do."""
 
 
@@ -392,20 +400,20 @@ async def end_at_the_limit_on_a_loop(task: AsyncRunningTask) -> None:
 @pytest.mark.parametrize("processor", [end_at_the_limit, end_at_the_limit_on_a_loop])
 def test_an_attempt_that_ends_at_its_limit_is_settled_once(engine, make_worker, processor):
     """Some end just before it and some just after: each of them either has failed or has not."""
-    worker = make_worker(concurrency=12)
+    worker = make_worker(concurrency=15)
     told: Counter[tuple[str, int]] = Counter()
     worker.use("t", processor, timeout=RACE, retry_limit=100, retry_delay=now)
     for name in ("completed", "retried"):
         worker.events.on(f"task.{name}", lambda task, *_, name=name: told.update([(name, task.id)]))
     with Session(engine) as session, session.begin():
-        Queue().add_many(session, "t", range(300))
+        Queue().add_many(session, "t", range(100))
     worker.start()
 
     def tasks() -> list[Task]:
         with Session(engine) as session:
             return list(session.scalars(sa.select(Task).order_by(Task.id)))
 
-    until(lambda: {task.state for task in tasks()} == {"completed"}, timeout=60)
+    until(lambda: {task.state for task in tasks()} == {"completed"}, timeout=120)
     worker.stop()
 
     assert ledger(engine) == [task.id for task in tasks() if task.data % 2]
