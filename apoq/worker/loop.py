@@ -20,7 +20,8 @@ class Loop:
 
     A turn answers the seconds to sleep before the next one, None for "until woken". A turn that raises is
     logged and taken again after a pause that grows with each failure, for ever: one log line when an outage
-    begins, one when it is over. Starting or stopping twice is harmless, and so is stopping before starting.
+    begins, one when it is over. What isn't an `Exception` ends the thread, which is logged as critical.
+    Starting or stopping twice is harmless, and so is stopping before starting.
     """
 
     def __init__(
@@ -63,6 +64,12 @@ class Loop:
         return True
 
     def _run(self) -> None:
+        try:
+            self._take_turns()
+        except BaseException:  # SystemExit would end it without a word
+            logger.critical("%s has ended, and its worker is maimed: restart it", self._name, exc_info=True)
+
+    def _take_turns(self) -> None:
         failures = 0
         while not self._stopping:
             # Before the turn, so that what comes while it is under way leads to another.

@@ -8,6 +8,7 @@ import signal
 import threading
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from typing import Any, Final
 from uuid import uuid4
 
@@ -33,6 +34,7 @@ from apoq.worker.heartbeat import Heartbeat
 from apoq.worker.listener import Listener
 from apoq.worker.loop import Loop
 from apoq.worker.position import Position
+from apoq.worker.process import PROCESS, keep_for_ever
 from apoq.worker.pruner import Pruner
 from apoq.worker.running import KNOWN, AnyRunningTask, AsyncRunningTask, RunningTask
 from apoq.worker.scout import Scout
@@ -101,8 +103,31 @@ class Worker:
         self.events = Events()
         self._queues = queues or (Queue(),)
         self._registry = Registry()
-        given = engine.sync_engine if isinstance(engine, AsyncEngine) else engine
-        self._own_engine = own_engine(given)
+        self._assemble = partial(
+            self._put_together,
+            engine,
+            concurrency=concurrency,
+            poll_interval=poll_interval,
+            lease=lease,
+            keep_completed=keep_completed,
+            keep_failed=keep_failed,
+        )
+        self._given_engine = engine.sync_engine if isinstance(engine, AsyncEngine) else engine
+        self._assemble()
+        PROCESS.enter(self, Worker._begin_anew)
+
+    def _put_together(
+        self,
+        engine: Engine | AsyncEngine,
+        *,
+        concurrency: int,
+        poll_interval: timedelta,
+        lease: timedelta,
+        keep_completed: timedelta | None,
+        keep_failed: timedelta | None,
+    ) -> None:
+        """Make the parts: those of a worker that hasn't started."""
+        self._own_engine = own_engine(self._given_engine)
         self._lock = threading.RLock()
         self._enlisted = 0
         self._is_started = False
@@ -149,6 +174,17 @@ class Worker:
         self._beating = Loop("apoq-heartbeat", self._heartbeat.turn)
         self._listening = Loop("apoq-listener", self._listener.turn)
         self._pruning = Loop("apoq-pruner", self._pruner.turn)
+
+    def _begin_anew(self) -> None:
+        """Be a worker that hasn't started, in a child that was forked.
+
+        The threads and the sockets are the parent's. So are the connections in the pool of the caller's
+        engine, on which the parent's processors may be writing just now: it gets another here, as
+        SQLAlchemy advises.
+        """
+        keep_for_ever([vars(self).copy(), self._given_engine.pool])
+        self._given_engine.dispose(close=False)
+        self._assemble()
 
     def __repr__(self) -> str:
         return f"<Worker of {', '.join(map(repr, self._queues))} concurrency={self._slots.concurrency}>"
@@ -203,6 +239,8 @@ class Worker:
         signals. Starting twice is harmless. Raises `NotPrepared` where apoq's tables are missing or at
         another version.
         """
+        if self._slots.is_current() or self._settling.is_current():
+            return  # it runs, or the caller wouldn't; and a stop that is under way may be waiting for the caller
         with self._lock:
             if self._is_started:
                 return
@@ -210,6 +248,7 @@ class Worker:
             self._coroutines.use(loop)
             self._claimer.hint()
             self._listener.open()
+            PROCESS.watch()
             for part in (self._settling, self._listening, self._scouting, self._claiming, self._pruning):
                 part.start()
             self._is_started = True
@@ -223,19 +262,13 @@ class Worker:
         Stopping twice, or before starting, is harmless.
         """
         seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
+        if self._is_started:
+            # Before the lock is taken, for another thread that stops holds it while it waits for this one.
+            self._refuse_to_wait_for_itself()
         with self._lock:
             if not self._is_started:
                 return
-            if self._coroutines.is_current():
-                raise RuntimeError(
-                    "stop would block the event loop on which this worker's coroutines run: "
-                    "`await asyncio.to_thread(worker.stop)`"
-                )
-            if self._slots.is_current() or self._settling.is_current():
-                raise RuntimeError(
-                    "stop waits for the processors and listeners that run, and this is one of them: set a "
-                    "threading.Event here, and call stop where you wait for it"
-                )
+            self._refuse_to_wait_for_itself()
             self._scouting.stop()
             self._claiming.stop()
             self._pruning.stop()
@@ -278,6 +311,18 @@ class Worker:
             for number, handler in before.items():
                 signal.signal(number, handler)
             self.stop(timeout)
+
+    def _refuse_to_wait_for_itself(self) -> None:
+        if self._coroutines.is_current():
+            raise RuntimeError(
+                "stop would block the event loop on which this worker's coroutines run: "
+                "`await asyncio.to_thread(worker.stop)`"
+            )
+        if self._slots.is_current() or self._settling.is_current():
+            raise RuntimeError(
+                "stop waits for the processors and listeners that run, and this is one of them: set a "
+                "threading.Event here, and call stop where you wait for it"
+            )
 
     def _enlist(self) -> None:
         """Show that this worker lives, before it claims anything."""
