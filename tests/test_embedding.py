@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
@@ -13,14 +12,13 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from datetime import timedelta
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
-
-from apoq import Queue, Task, Worker
 
 SOON = 30.0
 
@@ -534,16 +532,15 @@ def test_a_thread_that_ends_is_not_missed_in_silence(run):
 
 
 APP = """
-    import json, os, warnings
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    import os, warnings
+    warnings.filterwarnings("ignore", category=DeprecationWarning)  # Python 3.12 warns of forks beside threads
     import sqlalchemy as sa
     from flask import Flask
     from sqlalchemy.orm import Session
     from apoq import Queue, Worker, prepare
 
     engine = sa.create_engine(os.environ["APP_DATABASE"])
-    prepare(engine)  # leaves a connection in the pool
-    queue = Queue()
+    prepare(engine)  # which leaves a connection in the pool
     worker = Worker(engine)
 
     def effect(task):
@@ -552,14 +549,141 @@ APP = """
     worker.use("effect", effect)
     app = Flask(__name__)
 
-    @app.get("/add")
+    @app.get("/")
     def add():
-        if os.environ["APP_START"] == "request":
+        if os.environ["APP_STARTS"] == "at a request":
             worker.start()
         with Session(engine) as session, session.begin():
             session.execute(sa.text("SELECT pg_sleep(0.01)"))
-            return {"id": queue.add(session, "effect").id, "pid": os.getpid()}
+            Queue().add(session, "effect")
+        return str(os.getpid())
 
-    if os.environ["APP_START"] == "import":
+    if os.environ["APP_STARTS"] == "at the import":
         worker.start()
 """
+
+HOOK = """
+def post_worker_init(_):
+    from app import worker
+    worker.start()
+"""
+
+
+class Server:
+    """A program that serves an application, on a free port."""
+
+    def __init__(self, process: subprocess.Popen, port: int, log: Path) -> None:
+        self.process, self._url, self._log = process, f"http://127.0.0.1:{port}/", log
+
+    @property
+    def said(self) -> str:
+        return self._log.read_text()
+
+    def get(self) -> int:
+        """Add a task; answer the id of the process that did."""
+        with urllib.request.urlopen(self._url, timeout=SOON) as response:
+            return int(response.read())
+
+    def answers(self) -> bool:
+        assert self.process.poll() is None, self.said
+        try:
+            return bool(self.get())
+        except OSError:
+            return False
+
+    def stop(self, number: int) -> int:
+        self.process.send_signal(number)
+        return self.process.wait(SOON)
+
+
+@pytest.fixture
+def serve(tmp_path, url) -> Iterator[Callable[..., Server]]:
+    """Serve the application by a command, which ends with the test."""
+    (tmp_path / "app.py").write_text(textwrap.dedent(APP))
+    (tmp_path / "conf.py").write_text(HOOK)
+    started: list[subprocess.Popen] = []
+
+    def serve(command: str, starts: str) -> Server:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        environment = {
+            **os.environ,
+            "APP_DATABASE": url.render_as_string(hide_password=False),
+            "APP_STARTS": starts,
+        }
+        log = tmp_path / "log"
+        with log.open("w") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-m", *command.format(port=port).split()],
+                cwd=tmp_path,
+                env=environment,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+        started.append(process)
+        server = Server(process, port, log)
+        until(server.answers)
+        return server
+
+    yield serve
+    for process in started:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # the group that it leads, and its children are in
+        process.wait()
+
+
+def worker_pids(engine: sa.Engine) -> set[int]:
+    return {pid for (pid,) in rows(engine, "SELECT pid FROM apoq_workers")}
+
+
+def in_parallel(count: int, function: Callable[[], int]) -> list[int]:
+    with ThreadPoolExecutor(8) as pool:
+        return list(pool.map(lambda _: function(), range(count)))
+
+
+GUNICORN = "gunicorn --workers 2 --threads {threads} --bind 127.0.0.1:{{port}} {options} app:app"
+
+
+@needs_fork
+@pytest.mark.parametrize("threads", [1, 4], ids=["sync", "gthread"])
+@pytest.mark.parametrize("starts", ["at the import", "at a request", "in a hook"])
+@pytest.mark.parametrize("preload", [False, True], ids=["", "preload"])
+def test_under_gunicorn_tasks_are_worked_once_and_nothing_is_left(engine, serve, preload, starts, threads):
+    options = "--preload " * preload + "--config conf.py" * (starts == "in a hook")
+    server = serve(GUNICORN.format(threads=threads, options=options), starts)
+
+    served_by = set(in_parallel(60, server.get))
+    until(lambda: ledger(engine)[0] > 60)
+    until(lambda: {state for state, *_ in outcomes(engine)} == {"completed"})
+    workers = worker_pids(engine)
+
+    if preload and starts == "at the import":
+        assert workers == {server.process.pid}
+    elif starts == "at a request":
+        assert served_by <= workers
+    else:
+        assert len(workers) == 2
+        assert served_by <= workers
+    assert server.stop(signal.SIGTERM) == 0
+    assert outcomes(engine) == {("completed", 1, 0)}
+    assert ledger(engine)[0] == ledger(engine)[1] == rows(engine, "SELECT count(*) FROM apoq_tasks")[0][0]
+    assert worker_pids(engine) == set()
+    assert "Traceback" not in server.said
+
+
+def test_under_flasks_reloader_two_workers_run_and_change_places(engine, serve, tmp_path):
+    server = serve("flask --app app run --debug --port {port}", "at the import")
+    until(lambda: len(worker_pids(engine)) == 2)
+    first = server.get()
+
+    (tmp_path / "app.py").write_text(textwrap.dedent(APP) + "# changed\n")
+    until(lambda: server.answers() and server.get() != first)
+    in_parallel(20, server.get)
+    until(lambda: len(worker_pids(engine)) == 2 and first not in worker_pids(engine))
+    until(lambda: {state for state, *_ in outcomes(engine)} == {"completed"})
+    server.stop(signal.SIGINT)
+
+    assert outcomes(engine) == {("completed", 1, 0)}
+    assert ledger(engine)[0] == ledger(engine)[1] == rows(engine, "SELECT count(*) FROM apoq_tasks")[0][0]
+    assert "Traceback" not in server.said

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import ctypes
 import logging
 import os
 import threading
@@ -30,6 +29,7 @@ class _Process:
         self._lock = threading.Lock()
         self._ending = threading.Event()
         self._farewell: threading.Thread | None = None
+        self._inherited: list[object] = []
 
     def enter(self, worker: _Stoppable, begin_anew: Callable[[Any], None]) -> None:
         """Call `begin_anew` with this worker in each child that is forked; the worker itself may go."""
@@ -50,6 +50,10 @@ class _Process:
         if self._farewell is not None:
             self._farewell.join(LAST_WAIT)
 
+    def keep(self, *inherited: object) -> None:
+        """Never let go of these, a parent's: a connection in use would be rolled back as it is collected."""
+        self._inherited.append(inherited)
+
     def fork(self) -> None:
         """Let the workers begin anew, in a child that was forked."""
         workers = list(self._workers.items())
@@ -67,15 +71,6 @@ class _Process:
                 worker.stop(timeout=max(0.0, deadline - time.monotonic()))
             except Exception as error:  # noqa: BLE001 - others rescue what it held
                 logger.debug("%r could not be stopped: %s", worker, error)
-
-
-def keep_for_ever(inherited: object) -> None:
-    """Never let go of what a forked child inherited, not even when its interpreter ends.
-
-    The sockets are the parent's: collected here, a connection that was in use at the fork would be rolled
-    back in the middle of what the parent does on it.
-    """
-    ctypes.pythonapi.Py_IncRef(ctypes.py_object(inherited))
 
 
 PROCESS: Final = _Process()

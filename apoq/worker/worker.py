@@ -34,7 +34,7 @@ from apoq.worker.heartbeat import Heartbeat
 from apoq.worker.listener import Listener
 from apoq.worker.loop import Loop
 from apoq.worker.position import Position
-from apoq.worker.process import PROCESS, keep_for_ever
+from apoq.worker.process import PROCESS
 from apoq.worker.pruner import Pruner
 from apoq.worker.running import KNOWN, AnyRunningTask, AsyncRunningTask, RunningTask
 from apoq.worker.scout import Scout
@@ -182,7 +182,7 @@ class Worker:
         engine, on which the parent's processors may be writing just now: it gets another here, as
         SQLAlchemy advises.
         """
-        keep_for_ever([vars(self).copy(), self._given_engine.pool])
+        PROCESS.keep(vars(self).copy(), self._given_engine.pool)
         self._given_engine.dispose(close=False)
         self._assemble()
 
@@ -240,7 +240,7 @@ class Worker:
         another version.
         """
         if self._slots.is_current() or self._settling.is_current():
-            return  # it runs, or the caller wouldn't; and a stop that is under way may be waiting for the caller
+            return  # it runs, or the caller wouldn't; and a stop may be waiting for the caller
         with self._lock:
             if self._is_started:
                 return
