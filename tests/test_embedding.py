@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import Self
 
 import pytest
 import sqlalchemy as sa
@@ -25,10 +26,10 @@ SOON = 30.0
 PROLOGUE = """
     import gc, os, sys, threading, time, warnings
     from datetime import timedelta
-    warnings.filterwarnings("ignore", category=DeprecationWarning)  # Python 3.12 warns of forks beside threads
+    warnings.filterwarnings("ignore", category=DeprecationWarning)  # Python 3.12 on: of forks beside threads
     import sqlalchemy as sa
     from sqlalchemy.orm import Session
-    from apoq import Queue, Task, Worker
+    from apoq import Queue, Worker
 
     engine = sa.create_engine(sys.argv[1])
     worker = Worker(engine, concurrency=1, poll_interval=timedelta(seconds=60))
@@ -461,7 +462,7 @@ class Relay:
         # Without a host among the query's parameters, which would win.
         self.url = url.set(host="127.0.0.1", port=port, query={}).update_query_dict({"sslmode": "disable"})
 
-    def __enter__(self) -> Relay:
+    def __enter__(self) -> Self:
         threading.Thread(target=self._accept, daemon=True).start()
         return self
 
@@ -533,7 +534,7 @@ def test_a_thread_that_ends_is_not_missed_in_silence(run):
 
 APP = """
     import os, warnings
-    warnings.filterwarnings("ignore", category=DeprecationWarning)  # Python 3.12 warns of forks beside threads
+    warnings.filterwarnings("ignore", category=DeprecationWarning)  # Python 3.12 on: of forks beside threads
     import sqlalchemy as sa
     from flask import Flask
     from sqlalchemy.orm import Session

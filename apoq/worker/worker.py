@@ -60,6 +60,15 @@ class Worker:
     Each task is claimed in a short transaction of its own, run outside any, and settled with others. Any
     number of workers, in any number of processes, share the work. A worker that dies is noticed by the
     others within its `lease`, and its tasks are run again.
+
+    In an application, `start` and `stop` may be called from any thread, any number of times. A program that
+    ends and hasn't stopped its worker is held up by it for a second at most, in which short tasks end and
+    all others are given back.
+
+    After a fork, a worker that was started goes on in the parent. In the child it hasn't started: it keeps
+    its processors, listeners and options, and `start` or `work` there begin a life of their own, on
+    connections of their own. So that the two don't speak on the same ones, the engine has a new pool in the
+    child, as by ``engine.dispose(close=False)``. Other engines and open sessions are the application's care.
     """
 
     def __init__(
