@@ -23,6 +23,9 @@ from sqlalchemy.orm import Session
 
 SOON = 30.0
 
+PROMPT = 5.0
+"""Seconds in which a program ends that needs one at most, on a machine that has other things to do."""
+
 PROLOGUE = """
     import gc, os, sys, threading, time, warnings
     from datetime import timedelta
@@ -203,8 +206,8 @@ class TestFork:
         run("""
             worker.start()
             with Session(engine) as session, session.begin():
-                Queue().add_many(session, "effect", [None] * 5_000)
-            for _ in range(10):
+                Queue().add_many(session, "effect", [None] * 1_000)
+            for _ in range(6):
                 if (child := os.fork()) == 0:
                     add()
                     worker.work()
@@ -212,11 +215,11 @@ class TestFork:
                     worker.stop()
                     sys.exit()
                 await_exit(child)
-            until(lambda: completed() == 5_010)
+            until(lambda: completed() == 1_006)
             worker.stop()
         """)
 
-        assert ledger(engine) == (5_010, 5_010)
+        assert ledger(engine) == (1_006, 1_006)
         assert outcomes(engine) == {("completed", 1, 0)}
 
     def test_hints_of_parent_and_child_wake_an_idle_worker(self, engine, run):
@@ -233,7 +236,7 @@ class TestFork:
             worker.stop()
         """)
 
-        assert time.monotonic() - began < 20  # the worker looks by itself once a minute
+        assert time.monotonic() - began < 50  # the worker looks by itself once a minute
         assert ledger(engine) == (10, 10)
 
     def test_processors_listeners_and_options_are_kept(self, engine, run):
@@ -368,14 +371,13 @@ class TestExit:
 
     def test_an_idle_worker_does_not_hold_it_up(self, engine, run):
         told = run("""
-            import atexit
             worker.start()
             add()
             until(lambda: completed() == 1)
             print(time.time())
         """)
 
-        assert time.time() - float(told) < 0.8
+        assert time.time() - float(told) < PROMPT
         assert rows(engine, "SELECT * FROM apoq_workers") == []
 
     def test_what_it_held_is_given_back_with_no_attempt_used_up(self, engine, run):
@@ -390,7 +392,7 @@ class TestExit:
             print(time.time())
         """)
 
-        assert time.time() - float(told) < 2
+        assert time.time() - float(told) < PROMPT
         assert outcomes(engine) == {("pending", 0, 0)}
         assert rows(engine, "SELECT * FROM apoq_workers") == []
 
@@ -443,7 +445,7 @@ class TestExit:
             )
             freezing.join(SOON)
 
-        assert time.time() - float(told) < 2.5
+        assert time.time() - float(told) < PROMPT
 
 
 COMPLETED = "SELECT count(*) FROM apoq_tasks WHERE state = 'completed'"
