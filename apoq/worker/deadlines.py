@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 
-from apoq.worker.loop import Loop
+from apoq.worker.loop import Loop, Outage
 from apoq.worker.running import AnyRunningTask
 
 
@@ -18,13 +18,13 @@ class Deadlines:
     lock where tasks begin and end.
     """
 
-    def __init__(self, on_over: Callable[[AnyRunningTask, int], None]) -> None:
+    def __init__(self, outage: Outage, on_over: Callable[[AnyRunningTask, int], None]) -> None:
         """`on_over` is called with each task whose time is up, and the id of the thread that it is on."""
         self._on_over = on_over
         self._until: dict[AnyRunningTask, tuple[float, int]] = {}
         self._over: set[AnyRunningTask] = set()
         self._wakes_at = math.inf
-        self._loop = Loop("apoq-deadlines", self.turn)
+        self._loop = Loop("apoq-deadlines", self.turn, outage)
         self._starting = threading.Lock()
         self._lock = threading.Lock()
 

@@ -11,15 +11,15 @@ from apoq.queue import Queue
 from apoq.reading import read_json, read_time
 from apoq.registry import Processor
 from apoq.retry import LONGEST_DELAY, RetryPolicy
-from apoq.worker.task_sessions import AsyncTaskSession, TaskSession
+from apoq.worker.task_sessions import AsyncTaskSession, TaskSession, cut_off, is_cut_off
 
-S = TypeVar("S")
+S = TypeVar("S", bound=TaskSession | AsyncTaskSession)
 
 _LONGEST: Final = LONGEST_DELAY.total_seconds()
 
 
 class Notice:
-    """How a worker tells all the tasks that it has claimed that it is stopping."""
+    """How a worker tells all the tasks that it has claimed that they are to stop."""
 
     __slots__ = ("is_given",)
 
@@ -114,6 +114,12 @@ class _Running(Generic[S]):
         return found
 
     @property
+    def rescue_count(self) -> int:
+        """How often it was taken from a worker that had died."""
+        found: int = self.row[11]
+        return found
+
+    @property
     def policy(self) -> RetryPolicy:
         """How its failures are retried."""
         return self.processor.policy_for(self.row[9], self.row[10])
@@ -121,17 +127,19 @@ class _Running(Generic[S]):
     @property
     def timeout(self) -> float | None:
         """How many seconds an attempt may take; None: as long as it likes."""
-        own: float | None = self.row[11]
+        own: float | None = self.row[12]
         # Whatever another program has written into the row, it is a limit.
         return self.processor.timeout if own is None else min(max(own, 0.0), _LONGEST)
 
     @property
     def stopping(self) -> bool:
-        """Whether this attempt should come to an end: its worker is stopping, or its `timeout` is over.
+        """Whether this attempt should come to an end.
 
-        A processor that runs for long looks at it now and then. At a stop it has what `stop(timeout)` leaves
-        it: save how far it has come and return, or give the task back with ``raise Snooze(0)``, which uses up
-        no attempt. Past its own timeout, the attempt has failed already, and it just has to return.
+        Its worker is stopping, or has lost its lease (so that others may run the task), or its own `timeout`
+        is over. A processor that runs for long looks at it now and then. At a stop it has what
+        `stop(timeout)` leaves it: save how far it has come and return, or give the task back with
+        ``raise Snooze(0)``, which uses up no attempt. Past its own timeout, the attempt has failed already,
+        and it just has to return.
         """
         if self.notice.is_given:
             return True
@@ -152,6 +160,16 @@ class _Running(Generic[S]):
         if self.opened is None:
             self.opened = self.open_session()
         return self.opened
+
+    def cut_off(self) -> None:
+        """Undo what its session has written so far, from another thread: the worker's lease has ended."""
+        if self.opened is not None:
+            cut_off(self.opened)
+
+    @property
+    def is_cut_off(self) -> bool:
+        """Tell whether its session has been cut off."""
+        return self.opened is not None and is_cut_off(self.opened)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} id={self.id} type={self.type!r} attempt={self.attempt}>"

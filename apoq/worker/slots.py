@@ -14,6 +14,7 @@ from apoq.worker.attempts import Ended, ended, run, run_coroutine
 from apoq.worker.completion import Completion
 from apoq.worker.coroutines import Coroutines
 from apoq.worker.deadlines import Deadlines
+from apoq.worker.lease import Lease
 from apoq.worker.running import AnyRunningTask, AsyncRunningTask, RunningTask
 
 
@@ -30,6 +31,7 @@ class Slots:
         coroutines: Coroutines,
         completion: Completion,
         deadlines: Deadlines,
+        lease: Lease,
         *,
         on_ended: Callable[[Ended], None],
         on_low: Callable[[], None],
@@ -42,6 +44,7 @@ class Slots:
         self._coroutines = coroutines
         self._completion = completion
         self._deadlines = deadlines
+        self._lease = lease
         self._on_ended = on_ended
         self._on_low = on_low
         self._line: deque[AnyRunningTask] = deque()
@@ -91,6 +94,10 @@ class Slots:
             taken.append(task)
         return taken
 
+    def running(self) -> list[AnyRunningTask]:
+        """Answer those that run now."""
+        return list(self._running)
+
     def abandon(self) -> list[AnyRunningTask]:
         """Answer those that run now; they are the caller's from here on, and how they end isn't told."""
         running = []
@@ -138,7 +145,9 @@ class Slots:
             task: AnyRunningTask | None = begun
             while isinstance(task, RunningTask):
                 started = time.monotonic()
-                self._ended(run(task, self._completion, self._deadlines), started)
+                is_held = self._lease.is_held
+                end = run(task, self._completion, self._deadlines) if is_held else released(task)
+                self._ended(end, started)
                 task = self._next()
             if task is not None:
                 self._begin(task)
@@ -147,7 +156,9 @@ class Slots:
         task: AnyRunningTask | None = begun
         while isinstance(task, AsyncRunningTask):
             started = time.monotonic()
-            self._ended(await run_coroutine(task, self._completion, self._deadlines), started)
+            is_held = self._lease.is_held
+            end = await run_coroutine(task, self._completion, self._deadlines) if is_held else released(task)
+            self._ended(end, started)
             task = self._next()
         if task is not None:
             with self._lock:
