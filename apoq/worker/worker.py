@@ -494,6 +494,8 @@ class Worker:
             "the lease could not be renewed in time: what has not begun is given back, and what runs in "
             "task.session is undone, for others may run it now"
         )
+        self._notice.is_given = True
+        self._notice = Notice()  # for what is claimed when it is renewed
         self._give_back(self._slots.take_back())
         for task in self._slots.running():
             task.cut_off()
