@@ -9,6 +9,7 @@ anything: the hours that pass are taken from every time that stands in the datab
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from collections import Counter
@@ -50,6 +51,7 @@ from apoq.statements.recover import beat_and_rescue, give_back
 from apoq.statements.survey import survey
 from apoq.worker.attempts import Ended, TaskLost, ended
 from apoq.worker.completion import Completion
+from apoq.worker.lease import Lease
 from apoq.worker.position import Position
 from apoq.worker.settler import Settler
 from apoq.worker.task_sessions import TaskSession
@@ -57,7 +59,9 @@ from apoq.worker.task_sessions import TaskSession
 EXAMPLES = int(os.environ.get("APOQ_TEST_EXAMPLES", "0"))
 
 HOUR = 3600
-LEASE = 1
+LEASE = 3
+GRACE = 1
+"""For so long a worker lives whose connection is gone."""
 RETENTION = 24
 """In hours, as are all times of the model: what really passes while a history is played is nothing to them."""
 
@@ -70,6 +74,7 @@ EVERYTHING = sa.text("""
     SELECT id, queue, type, priority, state, attempt, fail_count, token, worker_id, error->>'class' AS error,
         completed_at IS NOT NULL AS is_completed, cancelled_at IS NOT NULL AS is_cancelled,
         failed_at IS NOT NULL AS has_failed, claimed_at IS NOT NULL AS was_claimed,
+        rescue_count, claimed_ahead,
         date_part('epoch', process_at) AS process_at,
         date_part('epoch', process_at - clock_timestamp()) / 3600 AS due_in
     FROM apoq_tasks
@@ -92,6 +97,11 @@ AGE = (
     """,
     "UPDATE apoq_workers SET seen_at = seen_at - CAST(:passed AS interval)",
 )
+
+CUT = sa.text("UPDATE apoq_workers SET backend_pid = 0, backend_start = 'epoch' WHERE id = :id")
+"""As if the connection of its heartbeat, which the worker has noted there, were gone."""
+
+LIVES = {"lease": timedelta(hours=LEASE), "grace": timedelta(hours=GRACE)}
 
 # A transaction that waits here waits for Hypothesis, and not for a worker that is frozen.
 PATIENCE = sa.text("SET LOCAL idle_in_transaction_session_timeout = 0")
@@ -119,6 +129,8 @@ class Known:
     state: str = PENDING
     attempt: int = 0
     fail_count: int = 0
+    rescue_count: int = 0
+    claimed_ahead: bool = False
     token: int = 0
     worker_id: UUID | None = None
     error: str | None = None
@@ -128,8 +140,9 @@ class Known:
     def is_held_under(self, token: int) -> bool:
         return self.state == RUNNING and self.token == token
 
-    def claimed(self, worker_id: UUID) -> None:
+    def claimed(self, worker_id: UUID, *, ahead: bool = False) -> None:
         self.state = RUNNING
+        self.claimed_ahead = ahead
         self.worker_id = worker_id
         self.attempt += 1
         self.token += 1
@@ -141,8 +154,13 @@ class Known:
     def rescued(self) -> None:
         self.state = PENDING
         self.error = WorkerDied.__name__
-        self.fail_count += 1
-        self.has_failed = True
+        self.rescue_count += 1
+        if self.claimed_ahead:
+            # Nobody knows whether it had begun; from now on it won't be claimed unless it can begin at once.
+            self.attempt -= 1
+        else:
+            self.fail_count += 1
+            self.has_failed = True
 
     def completed(self, now: int) -> None:
         self.state, self.ended = COMPLETED, now
@@ -169,6 +187,8 @@ class Known:
             "state": self.state,
             "attempt": self.attempt,
             "fail_count": self.fail_count,
+            "rescue_count": self.rescue_count,
+            "claimed_ahead": self.claimed_ahead,
             "token": self.token,
             "worker_id": self.worker_id,
             "error": self.error,
@@ -268,6 +288,7 @@ class Tasks(RuleBasedStateMachine):
         self.tasks: dict[int, Known] = {}
         self.effects: list[int] = []
         self.seen: dict[UUID, int] = {}
+        self.cut: set[UUID] = set()
         self.process_at: dict[int, float] = {}
         self.transactions: list[Transaction] = []
         self.attempts: list[Attempt] = []
@@ -278,9 +299,13 @@ class Tasks(RuleBasedStateMachine):
         self.worker = Worker(engine, QUEUES[0], lease=timedelta(hours=LEASE))
         for type_, limit in LIMITS.items():
             self.worker.use(type_, self._process, retry_limit=limit, retry_delay=delay_after)
+        # Whether a worker's own lease has ended is its own business: what it writes nevertheless does no harm.
+        lease = Lease(math.inf, 0)
+        lease.renew(time.monotonic())
+        self.completions = {keeps: Completion(Events(), lease, keep=keeps) for keeps in (True, False)}
         self.settlers = {
-            keeps: Settler(own, Events(), Completion(Events(), keep=keeps), on_settled=self._forget_attempts)
-            for keeps in (True, False)
+            keeps: Settler(own, Events(), completion, on_settled=self._forget_attempts)
+            for keeps, completion in self.completions.items()
         }
 
     def teardown(self) -> None:
@@ -296,7 +321,7 @@ class Tasks(RuleBasedStateMachine):
             self.add(QUEUES[0], type_, options, 2, 0, "commit")
         for place in range(3):
             self.every_row_is_as_the_model_says()
-            self.claim(place, QUEUES[0], 1, True, "commit", is_answered or place > 0)
+            self.claim(place, QUEUES[0], 1, place % 2, True, "commit", is_answered or place > 0)
 
     @precondition(lambda self: len(self.tasks) < 20)
     @rule(
@@ -336,12 +361,13 @@ class Tasks(RuleBasedStateMachine):
         place=places,
         queue=queues,
         at_most=st.integers(1, 4),
+        free=st.integers(-1, 4),
         surveys=st.booleans(),
         end=ends,
         is_answered=st.sampled_from([True, True, True, False]),
     )
     def claim(
-        self, place: int, queue: Queue, at_most: int, surveys: bool, end: End, is_answered: bool
+        self, place: int, queue: Queue, at_most: int, free: int, surveys: bool, end: End, is_answered: bool
     ) -> None:
         hand = self.hands[place]
         if hand.is_doubtful:
@@ -349,11 +375,19 @@ class Tasks(RuleBasedStateMachine):
         if surveys:
             mine = {"from_queue": queue.name, "of_types": hand.types}
             hand.positions[queue].surveyed(execute(self.own, survey(None), mine))
-        expected = self._claimable(hand.types, queue, hand.positions[queue])[:at_most]
+        front = self._claimable(hand.types, queue, hand.positions[queue])[:at_most]
+        # Those that find a slot, and those that wait for one behind no task that may kill its worker.
+        expected = [
+            task
+            for place, task in enumerate(front)
+            if place < free or not any(earlier.rescue_count for earlier in front[: place + 1])
+        ]
+        ahead = {task.id for task in front[max(free, 0) :]}
         parameters = {
             "from_queue": queue.name,
             "of_types": hand.types,
             "at_most": at_most,
+            "free": free,
             "by_worker": hand.id,
             **hand.positions[queue].parameters(),
         }
@@ -371,9 +405,11 @@ class Tasks(RuleBasedStateMachine):
                 (connection.commit if commit else connection.rollback)()
                 connection.close()
             if commit:
-                self._claimed(hand, queue, rows, is_answered, is_all=len(rows) < at_most)
+                if is_answered:
+                    hand.positions[queue].claimed(rows, is_all=len(rows) < at_most)
+                self._claimed(hand, rows, ahead, is_answered=is_answered)
 
-        self._end(Transaction("a claim", {task.id for task in expected}, finish), end)
+        self._end(Transaction("a claim", {task.id for task in front}, finish), end)
 
     def _give_back(self, hand: Hand) -> None:
         """Give back what an earlier claim took whose answer was lost."""
@@ -416,7 +452,7 @@ class Tasks(RuleBasedStateMachine):
         """Write an effect and the completion in one transaction."""
         session = TaskSession(self.engine)
         session.execute(WRITE, {"id": attempt.task.id})
-        completion = Completion(Events(), keep=attempt.hand.keeps)
+        completion = self.completions[attempt.hand.keeps]
         is_written = completion.write(session.connection(), attempt.task) is not None
         assert is_written == self._may_write(ended(attempt.task, None))
         session.execute(PATIENCE)
@@ -439,9 +475,6 @@ class Tasks(RuleBasedStateMachine):
     def work(self, outcome: BaseException | None, writes: bool) -> None:
         """Let a real worker do all of this for one task."""
         self.turns -= 1
-        for task in self.tasks.values():
-            if self._is_orphan(task):
-                task.rescued()
         self.outcome, self.writes = outcome, writes
         due = self._claimable(list(LIMITS), QUEUES[0], None)
 
@@ -462,9 +495,9 @@ class Tasks(RuleBasedStateMachine):
             else:
                 due[0].completed(self.now)
                 self.effects += [due[0].id] if writes else []
-        # Its heartbeat, on a thread of its own, may also forget workers that died an hour ago.
-        left = self._read(BESIDE)[0]["workers"]
-        self.seen = {id_: seen for id_, seen in self.seen.items() if id_ in left or self._is_alive(id_)}
+        # Its heartbeat, on a thread of its own, may also forget workers that were not seen for an hour.
+        if self._read(BESIDE)[0]["workers"] != sorted(self.seen):
+            self._forgotten(after=1)
 
     def _process(self, task: RunningTask) -> None:
         self.ended = ended(task, self.outcome)
@@ -482,18 +515,18 @@ class Tasks(RuleBasedStateMachine):
     )
     def sweep(self, hand: Hand, at_most: int) -> None:
         orphans = [task for task in self._by_id() if self._is_orphan(task, sweeper=hand.id)]
-        parameters = {**self._presented(hand), "by_worker": hand.id, "lease": timedelta(hours=LEASE)}
         reason = encode({"class": WorkerDied.__name__, "message": "", "traceback": ""})
+        parameters = {**self._presented(hand), **LIVES, "by_worker": hand.id, "at_most": at_most, "reason": reason}
 
-        swept = execute(
-            self.own, beat_and_rescue(None), {**parameters, "at_most": at_most, "reason": reason}
-        )
+        ((rescued, next_death),) = execute(self.own, beat_and_rescue(None), parameters)
 
-        assert swept.rowcount == len(orphans[:at_most])
+        assert rescued == len(orphans[:at_most])
+        left = [self._until(id_) - self.now for id_ in self.seen if id_ != hand.id and self._is_alive(id_)]
+        assert next_death is None if not left else -0.1 < next_death / HOUR - min(left) <= 0
         for task in orphans[:at_most]:
             self.reached["a rescue"] += 1
             task.rescued()
-        self.seen[hand.id] = self.now
+        self._seen(hand)
 
     @precondition(lambda self: self.attempts)
     @rule(
@@ -528,6 +561,9 @@ class Tasks(RuleBasedStateMachine):
 
     def _forget(self, after: int) -> None:
         execute(self.own, forget(None), {"keep": timedelta(hours=after)})
+        self._forgotten(after)
+
+    def _forgotten(self, after: int) -> None:
         holding = {task.worker_id for task in self.tasks.values() if task.state == RUNNING}
         self.seen = {
             id_: seen for id_, seen in self.seen.items() if self.now - seen < after or id_ in holding
@@ -566,11 +602,16 @@ class Tasks(RuleBasedStateMachine):
             self.hands[place] = self._hired(place)
 
     @precondition(lambda self: self.attempts)
-    @rule(place=places, sweeps=st.booleans())
-    def die(self, place: int, sweeps: bool) -> None:
+    @rule(place=places, is_noticed=st.booleans(), sweeps=st.booleans())
+    def die(self, place: int, is_noticed: bool, sweeps: bool) -> None:
         """Replace a worker that is not heard of again, or only late: what it has sent may yet arrive."""
+        hand = self.hands[place]
+        if is_noticed and hand.id in self.seen:
+            with self.engine.begin() as connection:
+                connection.execute(CUT, {"id": hand.id})
+            self.cut.add(hand.id)
         self.hands[place] = self._hired(place)
-        self.time_passes(LEASE, False, sweeps)
+        self.time_passes(GRACE if is_noticed else LEASE, False, sweeps)
 
     @precondition(lambda self: self.transactions)
     @rule(
@@ -621,7 +662,11 @@ class Tasks(RuleBasedStateMachine):
 
     def _beat(self, hand: Hand) -> None:
         execute(self.own, beat(None), self._presented(hand))
+        self._seen(hand)
+
+    def _seen(self, hand: Hand) -> None:
         self.seen[hand.id] = self.now
+        self.cut.discard(hand.id)
 
     def _presented(self, hand: Hand) -> dict[str, Any]:
         return {
@@ -631,10 +676,14 @@ class Tasks(RuleBasedStateMachine):
             "worker_version": "0",
             "worker_queues": [queue.name for queue in QUEUES],
             "worker_concurrency": 4,
+            "is_direct": False,
         }
 
     def _is_alive(self, id_: UUID | None) -> bool:
-        return id_ in self.seen and self.now - self.seen[id_] < LEASE
+        return id_ in self.seen and self.now < self._until(id_)
+
+    def _until(self, id_: UUID) -> int:
+        return self.seen[id_] + (GRACE if id_ in self.cut else LEASE)
 
     def _is_orphan(self, task: Known, sweeper: UUID | None = None) -> bool:
         return (
@@ -689,16 +738,14 @@ class Tasks(RuleBasedStateMachine):
         ]
         return sorted(found, key=lambda task: (-task.priority, self.process_at[task.id], task.id))
 
-    def _claimed(
-        self, hand: Hand, queue: Queue, rows: list[Any], is_answered: bool, *, is_all: bool
-    ) -> None:
+    def _claimed(self, hand: Hand, rows: list[Any], ahead: set[int], *, is_answered: bool) -> None:
         hand.is_doubtful = not is_answered
-        if is_answered:
-            hand.positions[queue].claimed(rows, is_all=is_all)
         for row in rows:
-            task = RunningTask(row, queue, registry[row[1]], time.monotonic(), lambda: TaskSession(self.engine))
-            known = self.tasks[task.id]
-            known.claimed(hand.id)
+            known = self.tasks[row[0]]
+            task = RunningTask(
+                row, Queue(known.queue), registry[row[1]], time.monotonic(), lambda: TaskSession(self.engine)
+            )
+            known.claimed(hand.id, ahead=task.id in ahead)
             assert (task.attempt, task.fail_count, task.token) == (known.attempt, known.fail_count, known.token)
             assert (task.id, task.token) not in self.handed_out, "two hold it under the same token"
             self.handed_out.add((task.id, task.token))
