@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import reprlib
 
-
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 80
 

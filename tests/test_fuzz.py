@@ -77,7 +77,9 @@ texts = st.one_of(
 integers = st.one_of(
     st.integers(),
     st.sampled_from([2**63, -(2**63) - 1, Level.HIGH, True]),
-    st.builds(lambda sign, digits: sign * 10**digits, st.sampled_from([1, -1]), st.sampled_from([400, 4299, 4300])),
+    st.builds(
+        lambda sign, digits: sign * 10**digits, st.sampled_from([1, -1]), st.sampled_from([400, 4299, 4300])
+    ),
 )
 floats = st.one_of(
     st.floats(),
@@ -139,7 +141,9 @@ datas = st.one_of(sound, unsound, deep())
 
 anything = st.one_of(texts, integers, floats, foreign, st.none(), st.lists(st.integers(), max_size=2))
 
-offsets = st.timedeltas(timedelta(hours=-24) + timedelta.resolution, timedelta(hours=24) - timedelta.resolution)
+offsets = st.timedeltas(
+    timedelta(hours=-24) + timedelta.resolution, timedelta(hours=24) - timedelta.resolution
+)
 times = st.one_of(
     st.datetimes(timezones=st.none() | st.timezones() | st.builds(timezone, offsets) | st.builds(Odd)),
     st.datetimes(datetime(9999, 12, 20), timezones=st.builds(timezone, offsets)),  # noqa: DTZ001
@@ -154,7 +158,9 @@ sound_options: dict[str, st.SearchStrategy[Any]] = {
 }
 options = st.builds(
     lambda some, other: {**some, **other},
-    st.fixed_dictionaries({}, optional={name: sound_options[name] for name in sound_options if name != "delay"}),
+    st.fixed_dictionaries(
+        {}, optional={name: sound_options[name] for name in sound_options if name != "delay"}
+    ),
     st.one_of(
         st.just({}),
         st.fixed_dictionaries({"delay": sound_options["delay"]}),
@@ -181,7 +187,8 @@ def is_json(data: Any, levels: int = 200) -> bool:
             return levels > 0 and all(is_json(item, levels - 1) for item in data)
         case dict():
             return levels > 0 and all(
-                isinstance(key, str) and is_json(key) and is_json(item, levels - 1) for key, item in data.items()
+                isinstance(key, str) and is_json(key) and is_json(item, levels - 1)
+                for key, item in data.items()
             )
     return False
 
@@ -200,7 +207,9 @@ def same(back: Any, data: Any) -> bool:
             return type(back) is str and back == data
         case list() | tuple():
             return type(back) is list and len(back) == len(data) and all(map(same, back, data))
-    return type(back) is dict and back.keys() == data.keys() and all(same(back[key], data[key]) for key in data)
+    return (
+        type(back) is dict and back.keys() == data.keys() and all(same(back[key], data[key]) for key in data)
+    )
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 Hypothesis chooses what happens next; after each step every row has to be as the model says. Nobody waits for
 anything: the hours that pass are taken from every time that stands in the database.
 
-`APOQ_TEST_EXAMPLES=5000 python -m pytest tests/test_model.py` looks at that many histories, each time at others.
+`APOQ_TEST_EXAMPLES=5000 python -m pytest tests/test_model.py` plays that many, each time others.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from itertools import count
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 from uuid import UUID
 
 import pytest
@@ -42,13 +42,13 @@ from apoq.events import Events
 from apoq.outcomes import Release, Settlement, WorkerDied
 from apoq.payload import encode
 from apoq.registry import Registry
-from apoq.states import CANCELLED, COMPLETED, FAILED, PENDING, RUNNING
 from apoq.statements.arrays import array_text
 from apoq.statements.claim import claim
 from apoq.statements.heartbeat import beat, forget, leave
 from apoq.statements.prune import prune_completed, prune_failed
 from apoq.statements.recover import beat_and_rescue, give_back
 from apoq.statements.survey import survey
+from apoq.states import CANCELLED, COMPLETED, FAILED, PENDING, RUNNING
 from apoq.worker.attempts import Ended, TaskLost, ended
 from apoq.worker.completion import Completion
 from apoq.worker.lease import Lease
@@ -63,7 +63,7 @@ LEASE = 3
 GRACE = 1
 """For so long a worker lives whose connection is gone."""
 RETENTION = 24
-"""In hours, as are all times of the model: what really passes while a history is played is nothing to them."""
+"""In hours, as are all times of the model: the seconds that a history takes are nothing to them."""
 
 QUEUES = (Queue(), Queue("other"))
 PRIORITIES = (-1, 0, 5)
@@ -88,15 +88,10 @@ BESIDE = sa.text("""
 """)
 WRITE = sa.text("INSERT INTO ledger VALUES (:id)")
 
-AGE = (
-    """
-    UPDATE apoq_tasks SET created_at = created_at - CAST(:passed AS interval),
-        process_at = process_at - CAST(:passed AS interval), claimed_at = claimed_at - CAST(:passed AS interval),
-        completed_at = completed_at - CAST(:passed AS interval), failed_at = failed_at - CAST(:passed AS interval),
-        cancelled_at = cancelled_at - CAST(:passed AS interval)
-    """,
-    "UPDATE apoq_workers SET seen_at = seen_at - CAST(:passed AS interval)",
-)
+TIMES = {
+    "apoq_tasks": ["created_at", "process_at", "claimed_at", "completed_at", "failed_at", "cancelled_at"],
+    "apoq_workers": ["started_at", "seen_at"],
+}
 
 CUT = sa.text("UPDATE apoq_workers SET backend_pid = 0, backend_start = 'epoch' WHERE id = :id")
 """As if the connection of its heartbeat, which the worker has noted there, were gone."""
@@ -277,7 +272,8 @@ options = st.fixed_dictionaries(
 class Tasks(RuleBasedStateMachine):
     """Everything that happens to tasks."""
 
-    reached: Counter[str] = Counter()
+    reached: ClassVar = Counter[str]()
+    """How often what is worth reaching was reached, in all histories."""
 
     def __init__(self, engine: sa.Engine, own: sa.Engine) -> None:
         super().__init__()
@@ -299,7 +295,7 @@ class Tasks(RuleBasedStateMachine):
         self.worker = Worker(engine, QUEUES[0], lease=timedelta(hours=LEASE))
         for type_, limit in LIMITS.items():
             self.worker.use(type_, self._process, retry_limit=limit, retry_delay=delay_after)
-        # Whether a worker's own lease has ended is its own business: what it writes nevertheless does no harm.
+        # Workers mind their leases, too; but nothing may depend on it.
         lease = Lease(math.inf, 0)
         lease.renew(time.monotonic())
         self.completions = {keeps: Completion(Events(), lease, keep=keeps) for keeps in (True, False)}
@@ -424,12 +420,14 @@ class Tasks(RuleBasedStateMachine):
     @rule(
         ends=st.runner().flatmap(
             lambda self: st.lists(
-                st.tuples(st.sampled_from(self._settleable()), outcomes), min_size=1, unique_by=lambda end: end[0]
+                st.tuples(st.sampled_from(self._settleable()), outcomes),
+                min_size=1,
+                unique_by=lambda end: end[0],
             )
         )
     )
     def settle(self, ends: list[tuple[Attempt, BaseException | None]]) -> None:
-        """Settle tasks that workers hold, or that they have held: for the second time, or after they were lost."""
+        """Settle what workers hold, or have held: for the second time, or after they have lost it."""
         for keeps, settler in self.settlers.items():
             batch = [
                 ended(attempt.task, WorkerDied() if attempt.is_doomed else outcome)
@@ -516,7 +514,13 @@ class Tasks(RuleBasedStateMachine):
     def sweep(self, hand: Hand, at_most: int) -> None:
         orphans = [task for task in self._by_id() if self._is_orphan(task, sweeper=hand.id)]
         reason = encode({"class": WorkerDied.__name__, "message": "", "traceback": ""})
-        parameters = {**self._presented(hand), **LIVES, "by_worker": hand.id, "at_most": at_most, "reason": reason}
+        parameters = {
+            **self._presented(hand),
+            **LIVES,
+            "by_worker": hand.id,
+            "at_most": at_most,
+            "reason": reason,
+        }
 
         ((rescued, next_death),) = execute(self.own, beat_and_rescue(None), parameters)
 
@@ -576,8 +580,9 @@ class Tasks(RuleBasedStateMachine):
         while self.transactions:
             self.transactions.pop(0).end(commit)
         with self.engine.begin() as connection:
-            for statement in AGE:
-                connection.execute(sa.text(statement), {"passed": timedelta(hours=hours)})
+            for table, names in TIMES.items():
+                older = ", ".join(f"{name} = {name} - CAST(:passed AS interval)" for name in names)
+                connection.execute(sa.text(f"UPDATE {table} SET {older}"), {"passed": timedelta(hours=hours)})
         self.now += hours
         for hand in {attempt.hand for attempt in self.attempts} | set(self.hands):
             for position in hand.positions.values():
@@ -722,9 +727,7 @@ class Tasks(RuleBasedStateMachine):
             if position is None:
                 return True
             levels = position._levels
-            return (
-                task.priority in levels and (self.process_at[task.id], task.id) > levels[task.priority]
-            )
+            return task.priority in levels and (self.process_at[task.id], task.id) > levels[task.priority]
 
         found = [
             task
@@ -746,7 +749,11 @@ class Tasks(RuleBasedStateMachine):
                 row, Queue(known.queue), registry[row[1]], time.monotonic(), lambda: TaskSession(self.engine)
             )
             known.claimed(hand.id, ahead=task.id in ahead)
-            assert (task.attempt, task.fail_count, task.token) == (known.attempt, known.fail_count, known.token)
+            assert (task.attempt, task.fail_count, task.token) == (
+                known.attempt,
+                known.fail_count,
+                known.token,
+            )
             assert (task.id, task.token) not in self.handed_out, "two hold it under the same token"
             self.handed_out.add((task.id, task.token))
             if is_answered:
@@ -818,5 +825,5 @@ def test_whatever_happens_every_task_is_as_it_ought_to_be(engine, own, caplog):
             suppress_health_check=list(HealthCheck),
         ),
     )
-    print(Tasks.reached)
-    assert WORTH_REACHING <= Tasks.reached.keys()
+    # Or else it would have shown little.
+    assert Tasks.reached.keys() >= WORTH_REACHING
