@@ -53,6 +53,7 @@ from apoq.worker.attempts import Ended, TaskLost, ended
 from apoq.worker.completion import Completion
 from apoq.worker.lease import Lease
 from apoq.worker.position import Position
+from apoq.worker.running import Notice
 from apoq.worker.settler import Settler
 from apoq.worker.task_sessions import TaskSession
 
@@ -746,7 +747,12 @@ class Tasks(RuleBasedStateMachine):
         for row in rows:
             known = self.tasks[row[0]]
             task = RunningTask(
-                row, Queue(known.queue), registry[row[1]], time.monotonic(), lambda: TaskSession(self.engine)
+                row,
+                Queue(known.queue),
+                registry[row[1]],
+                time.monotonic(),
+                lambda: TaskSession(self.engine),
+                Notice(),
             )
             known.claimed(hand.id, ahead=task.id in ahead)
             assert (task.attempt, task.fail_count, task.token) == (
