@@ -538,12 +538,9 @@ class Tasks(RuleBasedStateMachine):
         queue=queues,
         states=st.sampled_from([{COMPLETED}, {FAILED, CANCELLED}]),
         at_most=st.sampled_from([1, 1000]),
-        forgets_after=st.sampled_from([None, 1, 3]),
     )
-    def prune(self, queue: Queue, states: set[str], at_most: int, forgets_after: int | None) -> None:
-        """Delete tasks that ended long ago, and the rows of workers that died long ago."""
-        if forgets_after is not None:
-            self._forget(forgets_after)
+    def prune(self, queue: Queue, states: set[str], at_most: int) -> None:
+        """Delete tasks that ended long ago."""
         statement = prune_completed if COMPLETED in states else prune_failed
         old = {
             task.id
@@ -564,7 +561,10 @@ class Tasks(RuleBasedStateMachine):
             self.reached["a task pruned"] += 1
             del self.tasks[id_]
 
-    def _forget(self, after: int) -> None:
+    @precondition(lambda self: any(self.now > seen for seen in self.seen.values()))
+    @rule(after=st.sampled_from([1, 3]))
+    def forget(self, after: int) -> None:
+        """Remove the rows of workers that died long ago."""
         execute(self.own, forget(None), {"keep": timedelta(hours=after)})
         self._forgotten(after)
 
@@ -823,7 +823,7 @@ def test_whatever_happens_every_task_is_as_it_ought_to_be(engine, own, caplog):
     run_state_machine_as_test(
         partial(Tasks, engine, own),
         settings=settings(
-            max_examples=EXAMPLES or 100,
+            max_examples=EXAMPLES or 80,
             stateful_step_count=50,
             derandomize=not EXAMPLES,
             database=None,
