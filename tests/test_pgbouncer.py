@@ -292,6 +292,14 @@ def test_nothing_is_lost_or_doubled_while_it_is_restarted_again_and_again(
     assert effects(engine) == (1_200, 1_200)
 
 
+def test_no_session_of_the_pooler_stands_for_a_worker(pooled, engine, make_worker):
+    """Straight to the server, a worker's death is noticed by the end of its session."""
+    make_worker(pooled).start()
+
+    with engine.connect() as connection:
+        assert connection.scalars(sa.text("SELECT backend_pid FROM apoq_workers")).all() == [None]
+
+
 class Ran:
     """A worker's tasks, waited for one by one."""
 
