@@ -14,7 +14,7 @@ from apoq.connections import make_renewable, prepare_where_kept, renew
 from apoq.databases import async_twin, sync_twin
 from apoq.errors import SessionMisused
 from apoq.watch import cut
-from apoq.worker.coroutines import Coroutines
+from apoq.worker.coroutines import CLEAN_UP, Coroutines
 
 _COMPLETING = "apoq.completing"
 _CONNECTION = "apoq.connection"
@@ -103,7 +103,8 @@ class TaskSessions:
             if self._sync_twin is not None:
                 self._sync_twin.dispose()
             if self._async_twin is not None:
-                self._coroutines.run(self._async_twin.dispose())
+                with suppress(TimeoutError):  # the loop is blocked by a coroutine, whose connection it may be
+                    self._coroutines.run(self._async_twin.dispose(), CLEAN_UP)
             self._sync_twin = self._async_twin = None
 
     def _sync_engine(self) -> Engine:
