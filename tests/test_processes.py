@@ -143,11 +143,11 @@ def test_a_task_that_kills_its_worker_ends_as_failed(engine, queue, spawn):
 
 
 def test_what_merely_waited_beside_a_task_that_kills_its_worker_loses_no_attempt(engine, queue, spawn):
-    """Hundreds are claimed ahead; the first crash takes all of them back, and the next ones take none."""
+    """Dozens are claimed ahead; the first crash takes all of them back, and the next ones take none."""
     with Session(engine) as session, session.begin():
-        queue.add_many(session, "noop", range(300))
+        queue.add_many(session, "slow", [0.02] * 100)
         poison = queue.add(session, "poison", retry_limit=3).id
-        queue.add_many(session, "noop", range(300))
+        queue.add_many(session, "slow", [0.02] * 100)
     workers = [spawn(lease=0.5)]
 
     def ended() -> bool:
@@ -158,12 +158,13 @@ def test_what_merely_waited_beside_a_task_that_kills_its_worker_loses_no_attempt
     until(ended)
 
     assert count(engine, Task.id == poison, Task.state == "failed") == 1
-    assert count(engine, Task.state == "completed") == 600
-    # It may begin ahead of a slot once, and then each time beside three others at most.
+    assert count(engine, Task.state == "completed") == 200
+    # It may be claimed ahead of a slot once, and then begins each time beside three others at most; what has
+    # ended a moment before each crash may not have been written yet.
     crashes = len(workers) - 1
     assert crashes in {4, 5}
-    assert count(engine, Task.state == "completed", Task.rescue_count > 0) > 0
-    assert count(engine, Task.state == "completed", Task.fail_count > 0) <= 3 * crashes
+    assert count(engine, Task.state == "completed", Task.rescue_count > 0) > 20
+    assert count(engine, Task.state == "completed", Task.fail_count > 0) <= 8 * crashes
 
 
 def test_the_tasks_of_a_killed_worker_run_elsewhere_within_six_seconds(engine, queue, spawn):
@@ -247,6 +248,19 @@ def test_the_tasks_of_a_live_worker_are_not_rescued(engine, queue, worker):
         connection.execute(sa.text("UPDATE apoq_workers SET seen_at = now() - interval '16 seconds'"))
         assert connection.execute(rescue(None), sweep).rowcount == 1
         connection.rollback()
+
+
+def test_one_that_works_a_single_task_and_ends_rescues_as_well(engine, queue, make_worker):
+    """As from cron: it doesn't live long enough to become steady."""
+    worker = make_worker(lease=timedelta(seconds=0.5))
+    worker.use("t", lambda task: None)
+    with engine.begin() as connection:
+        queue.add(connection, "t")
+        connection.execute(sa.text("UPDATE apoq_tasks SET state = 'running', worker_id = gen_random_uuid()"))
+
+    task = worker.work()
+
+    assert (task.state, task.rescue_count) == ("completed", 1)
 
 
 def test_a_running_task_whose_worker_left_no_row_is_rescued(engine, queue, make_worker):

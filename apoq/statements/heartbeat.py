@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from functools import cache
 
 from sqlalchemy import (
@@ -9,6 +10,7 @@ from sqlalchemy import (
     Delete,
     Double,
     FromClause,
+    Select,
     Text,
     Uuid,
     bindparam,
@@ -91,6 +93,12 @@ def _until(workers: FromClause) -> ColumnElement[object]:
     is_gone = workers.c.backend_pid.is_not(None) & ~backend
     lease, grace = bindparam("lease", type_=INTERVAL), bindparam("grace", type_=INTERVAL)
     return workers.c.seen_at + case((is_gone, grace), else_=lease)
+
+
+@cache
+def uptime() -> Select[tuple[timedelta]]:
+    """Answer for how long the server has been up."""
+    return select(func.clock_timestamp() - func.pg_postmaster_start_time(type_=DateTime))
 
 
 @cache

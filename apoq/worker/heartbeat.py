@@ -21,7 +21,7 @@ from apoq.connections import execute, keeps_session, own_engine
 from apoq.outcomes import WorkerDied, report
 from apoq.payload import encode
 from apoq.queue import Queue
-from apoq.statements.heartbeat import beat, forget, leave
+from apoq.statements.heartbeat import beat, forget, leave, uptime
 from apoq.statements.recover import beat_and_rescue
 from apoq.worker.lease import Lease
 
@@ -65,6 +65,7 @@ class Heartbeat:
         on_lapse: Callable[[], None],
     ) -> None:
         self._schemas = sorted({queue.schema for queue in queues}, key=lambda schema: schema or "")
+        self._lease = lease
         self._interval = lease.total_seconds() / BEATS
         self._engine = own_engine(engine, lock_timeout=f"{self._interval * LOCK_TIMEOUT * 1_000:.0f}ms")
         self._on_rescued = on_rescued
@@ -100,16 +101,25 @@ class Heartbeat:
             self.forget()
         return pause
 
+    def enter(self) -> None:
+        """Beat for the first time.
+
+        Rescues the tasks of workers whose lease has ended, too, for this one may not live for long, as one
+        that works a few tasks and ends; but not when the server has just come up, and nobody could renew.
+        """
+        ((is_up_for,),) = self._execute(uptime(), {})
+        began = time.monotonic()
+        if is_up_for > self._lease:
+            for schema in self._schemas:
+                self._beat_and_rescue(schema, self._parameters() | {"grace": self._lease})
+            self.lease.renew(began)
+        else:
+            self.beat()
+
     def beat(self) -> float:
         """Renew the lease, and rescue the tasks of dead workers; answer the seconds until the next beat."""
         began = time.monotonic()
-        parameters = {
-            **self._row,
-            "worker_id": self.worker_id,
-            "by_worker": self.worker_id,
-            "worker_pid": os.getpid(),
-            "is_direct": keeps_session(self._engine),
-        }
+        parameters = self._parameters()
         pause = self._interval
         for schema in self._schemas:
             if self.lease.is_steady:
@@ -124,6 +134,15 @@ class Heartbeat:
         self.lease.renew(began)
         self.seen_at = datetime.now(UTC)
         return pause
+
+    def _parameters(self) -> dict[str, Any]:
+        return {
+            **self._row,
+            "worker_id": self.worker_id,
+            "by_worker": self.worker_id,
+            "worker_pid": os.getpid(),
+            "is_direct": keeps_session(self._engine),
+        }
 
     def _beat_and_rescue(self, schema: str | None, parameters: dict[str, Any]) -> float:
         while True:

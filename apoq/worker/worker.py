@@ -430,7 +430,7 @@ class Worker:
         with self._own_engine.begin() as connection:
             for schema in {queue.schema for queue in self._queues}:
                 check(connection, schema)
-        self._heartbeat.beat()
+        self._heartbeat.enter()
         # Before the first claim, which wouldn't know of priorities otherwise.
         self._scout.survey()
         self._has_entered = True
