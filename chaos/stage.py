@@ -1,0 +1,337 @@
+"""Where a scenario takes place: a database, workers, enqueuing processes, and somebody who watches."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import threading
+import time
+from array import array
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import psycopg
+import sqlalchemy as sa
+
+from apoq import Queue, prepare
+from benchmarks.process import Child
+from chaos.proxy import Proxy
+from chaos.server import Server, until
+
+WORKERS, OFFERERS = 3, 2
+SLOTS = 4 * WORKERS
+PATIENCE = 60.0
+"""Seconds for which a recovery is waited for."""
+
+STEADY = 3.0
+"""Seconds for which full speed must last to count; it counts from when it began."""
+
+CLOSE_TO_FULL = 0.8
+"""Of the offered rate, in a second: enqueuing processes and the watcher take their time, too."""
+
+SAMPLE = """
+    SELECT
+        (SELECT count(*) FROM apoq_tasks WHERE queue = 'default' AND state = 'completed'
+            AND completed_at > clock_timestamp() - interval '1 s'),
+        (SELECT count(DISTINCT worker_id) FROM apoq_tasks WHERE queue = 'default' AND state = 'completed'
+            AND completed_at > clock_timestamp() - interval '1 s'),
+        (SELECT coalesce(extract(epoch FROM clock_timestamp() - min(process_at)), 0) FROM apoq_tasks
+            WHERE state = 'pending' AND process_at <= clock_timestamp())
+"""
+
+LEFT = """
+    SELECT id FROM apoq_tasks JOIN unnest(%s::bigint[], %s::bigint[]) AS held (id, token) USING (id)
+    WHERE state <> 'completed' AND (state = 'pending' OR apoq_tasks.token = held.token)
+"""
+"""Of what a victim held: what hasn't begun anew, nor been completed."""
+
+FOUND = """
+    WITH tasks AS MATERIALIZED (
+        SELECT (data->>'number')::bigint AS number, type, state, attempt, token, fail_count FROM apoq_tasks
+    ), effects AS MATERIALIZED (SELECT number, count(*) AS times FROM ledger GROUP BY number)
+    SELECT
+        (SELECT count(*) FROM offered WHERE sure) AS offered,
+        (SELECT count(*) FROM offered WHERE NOT sure) AS maybe,
+        count(*) FILTER (WHERE state = 'completed') AS completed,
+        (SELECT count(*) FROM offered WHERE sure AND number NOT IN (SELECT number FROM tasks))
+            + count(*) FILTER (WHERE state <> 'completed') AS lost,
+        count(*) FILTER (WHERE times > 1)
+            + (SELECT count(*) FROM effects WHERE number NOT IN (SELECT number FROM tasks)) AS doubled,
+        count(*) FILTER (WHERE state = 'completed' AND type <> 'noop' AND times IS NULL) AS effects_lost,
+        coalesce(sum(attempt - 1) FILTER (WHERE state = 'completed'), 0)::bigint AS wasted,
+        coalesce(sum(token - 1) FILTER (WHERE token > 0), 0)::bigint AS claimed_again,
+        coalesce(sum(fail_count), 0)::bigint AS failures
+    FROM tasks LEFT JOIN effects USING (number)
+"""
+
+
+class Process(Child):
+    """A worker or an enqueuing process."""
+
+    program = "chaos.child"
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def send(self, number: int) -> None:
+        self._process.send_signal(number)
+
+    def wait(self, seconds: float) -> int:
+        return self._process.wait(seconds)
+
+
+@dataclass
+class Worker:
+    """A worker's process, and its own way to the server, where there is one."""
+
+    process: Process
+    proxy: Proxy | None
+    environment: dict[str, str]
+
+
+@dataclass
+class Victim:
+    """Tasks that a worker held when something befell it, and how long it took until they ran anew."""
+
+    since: float
+    ids: list[int]
+    tokens: list[int]
+    seconds: float | None = None
+
+
+class Stage:
+    """One scenario's processes and their load, from their start to the count of what came of it."""
+
+    def __init__(self, server: Server, name: str, folder: Path, rate: float) -> None:
+        self.server = server
+        self.rate = rate
+        self.workers: list[Worker] = []
+        self.way: Proxy | None = None
+        """The enqueuing processes' own way to the server."""
+        self.worker_port: int | None = None
+        """Where the workers connect to, if not straight to the server."""
+        self.full_speed: list[float | None] = []
+        self.memory: tuple[float, float] | None = None
+        self.victims: list[Victim] = []
+        self.stack = ExitStack()
+        self._name = name
+        self._folder = folder
+        self._offerers: list[Process] = []
+        self._offered: list[int] = []
+        self._samples: list[tuple[float, bool]] = []
+        self._begun = 0
+        self._watching = True
+
+    def __enter__(self) -> Self:
+        with self.server.admin() as admin:
+            admin.execute(f"DROP DATABASE IF EXISTS {self._name} WITH (FORCE)")
+            admin.execute(f"CREATE DATABASE {self._name} OWNER app")
+        engine = sa.create_engine(self.server.url(self._name))
+        prepare(engine)
+        with engine.begin() as connection:
+            connection.execute(sa.text("CREATE TABLE ledger (number bigint NOT NULL)"))
+        engine.dispose()
+        shutil.rmtree(self._folder, ignore_errors=True)  # an earlier run's
+        self._folder.mkdir(parents=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._watching = False
+        self.stack.close()
+
+    def begin(self, *, proxies: bool = False, environments: tuple[dict[str, str], ...] = ()) -> None:
+        """Start workers, load and watcher, and wait until all run at full speed."""
+        for number in range(WORKERS):
+            proxy = self._proxy() if proxies else None
+            environment = environments[number] if environments else {}
+            self.workers.append(Worker(self._new_worker(proxy, environment), proxy, environment))
+        until(lambda: self._ask("SELECT count(*) FROM apoq_workers")[0][0] == WORKERS)
+        for number in range(1, OFFERERS + 1):
+            url = self.server.url(self._name, self.way.port if self.way else None)
+            rate, folder = self.rate / OFFERERS, str(self._folder)
+            offerer = self._start("offer", url=url, first=number * 10**9, rate=rate, folder=folder)
+            offerer.answer()
+            self._offerers.append(offerer)
+        thread = threading.Thread(target=self._watch, daemon=True)
+        thread.start()
+        self.stack.callback(thread.join)
+        began = time.monotonic()
+        until(lambda: self._full_since(began, 1.0) is not None)
+
+    def lead_all_by_proxy(self) -> None:
+        """Let the enqueuing processes come through a proxy, too; before `begin`."""
+        self.way = self._proxy()
+
+    def hold_each(self) -> None:
+        """Give each worker a task that it keeps until the end, so that one sees when another has it."""
+        query = """
+            SELECT number, row_number() OVER (PARTITION BY worker_id ORDER BY number), state FROM (
+                SELECT (data->>'number')::bigint AS number, worker_id, state FROM apoq_tasks
+                WHERE type = 'hold' AND state IN ('pending', 'running')
+            )
+        """
+        held: list[Any] = []
+        while len(held) < WORKERS:
+            self._hold()
+            until(lambda: all(state == "running" for _, _, state in self._ask(query)))
+            # Those that came to a worker that has one are ended.
+            rows = self._ask(query)
+            held = [number for number, place, _ in rows if place == 1]
+            for number, place, _ in rows:
+                if place > 1:
+                    self._release(number)
+
+    def strike(self, worker: Worker, act: Callable[[], object]) -> float:
+        """Do this to a worker, and watch when what it held runs anew; answer when it was done."""
+        query = "SELECT id FROM apoq_workers WHERE pid = %s ORDER BY started_at DESC LIMIT 1"
+        found = self._ask(query, worker.process.pid)
+        act()
+        now = time.monotonic()
+        if found:
+            query = "SELECT id, token FROM apoq_tasks WHERE state = 'running' AND worker_id = %s"
+            held = self._ask(query, found[0][0])
+            self.victims.append(Victim(now, [row[0] for row in held], [row[1] for row in held]))
+        return now
+
+    def replace(self, worker: Worker) -> None:
+        """Start a new process in a worker's place, as its supervisor would."""
+        worker.process = self._new_worker(worker.proxy, worker.environment)
+
+    def await_recovery(self, since: float) -> None:
+        """Wait until the victims' tasks run elsewhere and all is at full speed, and note since when."""
+        deadline = time.monotonic() + PATIENCE
+        full = None
+        while (
+            full is None or any(victim.seconds is None for victim in self.victims)
+        ) and time.monotonic() < deadline:
+            time.sleep(0.1)
+            full = self._full_since(since, STEADY)
+        self.full_speed.append(None if full is None else max(0.0, full - since))
+
+    def note(self, what: str) -> None:
+        """Write down what happens, beside the workers' logs."""
+        with (self._folder / "faults.log").open("a") as file:
+            file.write(f"{time.strftime('%X')} {what}\n")
+
+    def finish(self) -> dict[str, Any]:
+        """Offer no more, let the workers end what there is, and count."""
+        for offerer in self._offerers:
+            offerer.say("stop")
+        for offerer in self._offerers:
+            offerer.answer()
+        for number in range(len(self._offered)):
+            self._release(number)
+        self._end_all()
+        found = self._count()
+        elsewhere = [victim.seconds for victim in self.victims]
+        return {
+            **found,
+            "elsewhere": None if not elsewhere else _longest(elsewhere),
+            "full_speed": _longest(self.full_speed),
+            "memory": self.memory,
+            "slots": self._muster(),
+        }
+
+    def _end_all(self) -> None:
+        unfinished = "SELECT count(*) FROM apoq_tasks WHERE state IN ('pending', 'running')"
+        with suppress(TimeoutError):
+            until(lambda: self._ask(unfinished)[0][0] == 0, PATIENCE)
+
+    def _muster(self) -> int:
+        """Answer how many slots can still run a task: none may be left waiting for what never comes."""
+        running = "SELECT count(*) FROM apoq_tasks WHERE type = 'hold' AND state = 'running'"
+        for _ in range(SLOTS):
+            self._hold()
+        with suppress(TimeoutError):
+            until(lambda: self._ask(running)[0][0] == SLOTS, 15)
+        found: int = self._ask(running)[0][0]
+        return found
+
+    def _hold(self) -> None:
+        number = len(self._offered)
+        with psycopg.connect(self.server.url(self._name).replace("+psycopg", "")) as connection:
+            Queue().add(connection, "hold", {"number": number}, priority=1)
+        self._offered.append(number)
+
+    def _release(self, number: int) -> None:
+        (self._folder / f"release-{number}").touch()
+
+    def _count(self) -> dict[str, Any]:
+        with self.server.admin(self._name) as admin:
+            admin.execute("CREATE TABLE offered (number bigint, sure boolean)")
+            admin.execute("SET work_mem = '256MB'")  # so that NOT IN looks things up
+            with admin.cursor() as cursor, cursor.copy("COPY offered FROM STDIN") as copy:
+                for number in self._offered:
+                    copy.write_row((number, True))
+                for path in [*self._folder.glob("sure-*"), *self._folder.glob("unsure-*")]:
+                    for number in array("q", path.read_bytes()):
+                        copy.write_row((number, path.name.startswith("sure")))
+            cursor = admin.execute(FOUND)
+            row = cursor.fetchone()
+            assert row is not None
+            assert cursor.description is not None
+            return dict(zip((column.name for column in cursor.description), row, strict=True))
+
+    def _proxy(self) -> Proxy:
+        proxy = Proxy(self.server.port)
+        self.stack.callback(proxy.close)
+        return proxy
+
+    def _new_worker(self, proxy: Proxy | None, environment: dict[str, str]) -> Process:
+        port = proxy.port if proxy else self.worker_port
+        url, folder = self.server.url(self._name, port), str(self._folder)
+        return self._start("work", url=url, folder=folder, environment=environment)
+
+    def _start(self, role: str, **task: Any) -> Process:
+        self._begun += 1
+        process = Process(role, log=str(self._folder / f"{self._begun:02}-{role}.log"), **task)
+        self.stack.push(process)
+        # Whatever state it is in: what was to be shown has been.
+        self.stack.callback(process.send, signal.SIGKILL)
+        return process
+
+    def _ask(self, query: str, *parameters: object) -> list[Any]:
+        with self.server.admin(self._name) as admin:
+            return admin.execute(query, parameters or None).fetchall()
+
+    def _watch(self) -> None:
+        """Note ten times a second whether all goes well, and what has become of the victims' tasks."""
+        while self._watching:
+            with suppress(psycopg.Error), self.server.admin(self._name) as admin:
+                admin.execute("SET statement_timeout = '2s'; SET enable_seqscan = off")
+                server = self.server
+                while self._watching and self.server is server:
+                    completed, workers, age = admin.execute(SAMPLE).fetchone() or (0, 0, 0)
+                    is_full = completed >= CLOSE_TO_FULL * self.rate and workers >= WORKERS and age < 1
+                    self._samples.append((time.monotonic(), is_full))
+                    for victim in self.victims:
+                        if (
+                            victim.seconds is None
+                            and not admin.execute(LEFT, (victim.ids, victim.tokens)).fetchall()
+                        ):
+                            victim.seconds = time.monotonic() - victim.since
+                    time.sleep(0.1)
+            self._samples.append((time.monotonic(), False))
+            time.sleep(0.1)
+
+    def _full_since(self, moment: float, lasting: float) -> float | None:
+        """Answer when full speed began, at this moment or later, if it has lasted."""
+        began = None
+        for when, is_full in self._samples:
+            if when >= moment:
+                if not is_full:
+                    began = None
+                elif began is None:
+                    began = when
+                elif when - began >= lasting:
+                    return began
+        return None
+
+
+def _longest(seconds: list[float | None]) -> float | None:
+    """Answer the longest of these; infinity where one never came to its end."""
+    return max((float("inf") if one is None else one for one in seconds), default=None)
