@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session
 
 from apoq import Queue, RunningTask, Worker
 
-TICK = 0.02
+TICK = 0.05
 """Seconds from one transaction of an enqueuing process to the next."""
 
 LEDGER = sa.text("INSERT INTO ledger (number) VALUES (:number)")
