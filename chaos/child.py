@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import logging
 import os
+import signal
 import sys
 import threading
 import time
@@ -42,8 +44,9 @@ def work(url: str, folder: str, environment: dict[str, str]) -> None:
     def hold(task: RunningTask) -> None:
         """Keep a slot until told by a file, then have an effect."""
         released = Path(folder, f"release-{task.data['number']}")
+        tick = threading.Event()  # under libfaketime, time.sleep fails now and then
         while not released.exists():
-            time.sleep(0.1)
+            tick.wait(0.1)
         ledger(task)
 
     engine = sa.create_engine(url)
@@ -111,6 +114,7 @@ def main(role: str, log: str, **task: Any) -> None:
         format="%(asctime)s.%(msecs)03d %(levelname)s %(message)s",
         datefmt="%X",
     )
+    faulthandler.register(signal.SIGUSR1, Path(f"{log}.stacks").open("w"))  # noqa: SIM115 - open to the end
     roles: dict[str, Callable[..., None]] = {"work": work, "offer": offer}
     roles[role](**task)
 

@@ -219,13 +219,20 @@ class Stage:
             time.sleep(0.1)
             full = self._full_since(since, STEADY)
         if time.monotonic() >= deadline:
-            self.note(f"not so well: {self._ask(UNFINISHED)}")
+            self._complain("not so well")
         self.full_speed.append(None if full is None else max(0.0, full - since))
 
     def note(self, what: str) -> None:
         """Write down what happens, beside the workers' logs."""
         with (self._folder / "faults.log").open("a") as file:
             file.write(f"{time.strftime('%X')} {what}\n")
+
+    def _complain(self, what: str) -> None:
+        """Write down what there is to see, and the workers' stacks beside their logs."""
+        self.note(f"{what}: {self._ask(UNFINISHED)}")
+        for worker in self.workers:
+            worker.process.send(signal.SIGUSR1)
+        time.sleep(0.2)
 
     def finish(self) -> dict[str, Any]:
         """Offer no more, let the workers end what there is, and count."""
@@ -259,6 +266,8 @@ class Stage:
         with suppress(TimeoutError):
             until(lambda: self._ask(running)[0][0] == SLOTS, 15)
         found: int = self._ask(running)[0][0]
+        if found < SLOTS:
+            self._complain("not all slots work")
         return found
 
     def _hold(self) -> None:
