@@ -299,7 +299,7 @@ def pgbouncer(place: Place, server: Server, folder: Path, options: Options) -> d
             running = start()
             time.sleep(5 if number == signal.SIGTERM else 0)
 
-    with Stage(server, "pgbouncer", folder, options.rate) as stage:
+    with Stage(server, "pooled", folder, options.rate) as stage:
         stage.worker_port = port
         try:
             return play(stage, fault, options)
