@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from functools import cache
 from typing import Any, Final, cast
+from weakref import WeakKeyDictionary
 
 import psycopg
+import sqlalchemy.exc
 from psycopg.rows import RowFactory, tuple_row
 from sqlalchemy import Connection, Engine, Executable, create_engine, event
 from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
@@ -15,6 +18,7 @@ from sqlalchemy.pool import ConnectionPoolEntry, QueuePool
 
 from apoq.databases import database_url
 from apoq.reading import read_anything
+from apoq.watch import watch
 
 SESSION: Final = """
     SET default_transaction_isolation = 'read committed';
@@ -35,30 +39,49 @@ BEGIN: Final = """
 """
 # The same where a pooler is in between: a setting of the session would be the next one's, too.
 
+CONNECT_TIMEOUT: Final = 3
+"""Seconds for a connection to be made, unless the caller's engine says otherwise."""
+
+ANSWER_TIMEOUT: Final = 10.0
+"""Seconds after which a server that hasn't answered a statement is taken for gone."""
+
 _UNPREPARED: Final = {"26000", "42P05"}
 """SQLSTATEs of a named prepared statement that is not there, or is there already."""
+
+_READ_ONLY: Final = "25006"
+"""SQLSTATE of a server that is no longer the primary, or not yet: after a failover, another one is."""
 
 _IS_DIRECT: Final = "apoq.is_direct"
 _IS_POOLED: Final = "apoq_is_pooled"
 
+_GENERATION: Final = "apoq.generation"
+
+_generations: WeakKeyDictionary[Engine, int] = WeakKeyDictionary()
+_own = threading.local()
 _dialect = PGDialect_psycopg()  # type: ignore[no-untyped-call]
 
 
-def own_engine(engine: Engine) -> Engine:
+def own_engine(engine: Engine, *, lock_timeout: str = "0") -> Engine:
     """Make an engine to the same database whose few connections are apoq's own.
 
     Made the way the caller's are, and apart from them: it doesn't matter to it that the caller's pool is
     full, has a single connection, or is at another isolation level. Straight to the server, it prepares
     its statements; through a pooler such as PgBouncer, which may hand each transaction to another
-    session, it relies on nothing that a session keeps.
+    session, it relies on nothing that a session keeps. `lock_timeout` is PostgreSQL's, for the former.
     """
     if engine.dialect.is_async:
         engine = create_engine(database_url(engine.url))  # an asyncio driver can't be used from threads
+    if not event.contains(engine, "do_connect", _limit):
+        event.listen(engine, "do_connect", _limit)
     source = engine.pool.recreate()
 
     def connect() -> DBAPIConnection:
         # Through the pool, for its "connect" events may set what the tables are found by: the search_path.
-        pooled = source.connect()
+        _own.is_connecting = True
+        try:
+            pooled = source.connect()
+        finally:
+            _own.is_connecting = False
         connection: Any = pooled.driver_connection
         pooled.detach()
         return cast("DBAPIConnection", connection)
@@ -72,15 +95,26 @@ def own_engine(engine: Engine) -> Engine:
         isolation_level="AUTOCOMMIT",
     )
 
+    make_renewable(own)
+
     @event.listens_for(own, "connect")
     def prepare(connection: Any, record: ConnectionPoolEntry) -> None:
         read_anything(connection)
         connection.autocommit = True
-        is_direct = not own.get_execution_options().get(_IS_POOLED) and _is_direct(connection)
-        record.info[_IS_DIRECT] = is_direct
+        watch.begin(connection, ANSWER_TIMEOUT)
+        try:
+            set_up(connection, record)
+        finally:
+            watch.end(connection)
+
+    def set_up(connection: Any, record: ConnectionPoolEntry) -> None:
+        record.info[_IS_DIRECT] = not own.get_execution_options().get(_IS_POOLED) and _speaks_to_server(
+            connection
+        )
         connection.prepare_threshold = None
-        if is_direct:
+        if record.info[_IS_DIRECT]:
             connection.execute(SESSION)
+            connection.execute(f"SET lock_timeout = '{lock_timeout}'")
             connection.prepare_threshold = 0
 
     @event.listens_for(own, "begin")
@@ -99,28 +133,32 @@ def execute(
     parameters: Mapping[str, Any],
     *,
     row_factory: RowFactory[Any] = tuple_row,
+    timeout: float = ANSWER_TIMEOUT,
 ) -> psycopg.Cursor[Any]:
     """Execute one statement on an engine of apoq's own, as a transaction by itself; answer its cursor.
 
     One round trip, where no pooler is in between. Past SQLAlchemy's execution, whose share would be the
     larger half where a single task is claimed, and whose `Row` around each of hundreds of rows is one more
-    object to be made and to be looked at by the garbage collector. Raises psycopg's own errors.
+    object to be made and to be looked at by the garbage collector. Raises psycopg's own errors; an
+    `OperationalError`, too, where the server hasn't answered after `timeout` seconds.
     """
     text, constants = compiled(statement)
     pooled = engine.raw_connection()
+    connection: Any = pooled.driver_connection
+    watch.begin(connection, timeout, engine)
     try:
-        connection: Any = pooled.driver_connection
         if not pooled.info[_IS_DIRECT]:
             connection.execute(BEGIN)
         cursor: psycopg.Cursor[Any] = connection.cursor(row_factory=row_factory)
         cursor.execute(text, {**constants, **parameters})
         connection.commit()
     except BaseException as error:
+        watch.end(connection)
         pooled.invalidate(error)
         _note(engine, error)
         raise
-    finally:
-        pooled.close()
+    watch.end(connection)
+    pooled.close()
     return cursor
 
 
@@ -131,7 +169,55 @@ def compiled(statement: Executable) -> tuple[Any, dict[str, Any]]:
     return str(found), found.params
 
 
-def _is_direct(connection: Any) -> bool:
+def make_renewable(engine: Engine) -> None:
+    """Prepare an engine for `renew`."""
+    if engine in _generations:
+        return
+    _generations[engine] = 0
+
+    @event.listens_for(engine, "connect")
+    def note(_connection: object, record: ConnectionPoolEntry) -> None:
+        record.info[_GENERATION] = _generations[engine]
+
+    @event.listens_for(engine, "checkout")
+    def check(_connection: object, record: ConnectionPoolEntry, _proxy: object) -> None:
+        if record.info.get(_GENERATION, 0) != _generations[engine]:
+            raise sqlalchemy.exc.DisconnectionError  # the pool makes a new one
+
+
+def renew(engine: Engine) -> None:
+    """Use none of the connections again that were made until now: they may be dead, and none would say so.
+
+    Not `dispose`, after which nobody would close those that are in use now.
+    """
+    _generations[engine] += 1
+
+
+def is_direct(engine: Engine) -> bool:
+    """Tell whether an engine of apoq's own speaks to the server itself, with no pooler in between."""
+    pooled = engine.raw_connection()
+    try:
+        return bool(pooled.info[_IS_DIRECT])
+    finally:
+        pooled.close()
+
+
+def is_away(error: BaseException) -> bool:
+    """Tell whether an error speaks of the database being away, and not of what was asked of it."""
+    if isinstance(error, sqlalchemy.exc.DBAPIError):
+        error = error.orig or error
+    if isinstance(error, psycopg.OperationalError | psycopg.InterfaceError | OSError):
+        return True
+    return isinstance(error, psycopg.Error) and error.sqlstate == _READ_ONLY
+
+
+def _limit(_dialect: object, _record: object, _arguments: object, options: dict[str, Any]) -> None:
+    """Let a connection of apoq's own be refused in time; the caller's are the caller's."""
+    if getattr(_own, "is_connecting", False):
+        options.setdefault("connect_timeout", CONNECT_TIMEOUT)
+
+
+def _speaks_to_server(connection: Any) -> bool:
     """Tell whether the session that serves a connection is the one that answered when it was made.
 
     A pooler answers by itself, and makes up the process id that goes with it.
@@ -141,7 +227,9 @@ def _is_direct(connection: Any) -> bool:
 
 
 def _note(engine: Engine, error: BaseException) -> None:
-    """Take what is in between for a pooler from now on, if it loses prepared statements."""
+    """Learn from an error: what is in between is a pooler, or the other connections are gone as well."""
     if isinstance(error, psycopg.Error) and error.sqlstate in _UNPREPARED:
         engine.update_execution_options(**{_IS_POOLED: True})
-        engine.dispose()
+        renew(engine)
+    elif is_away(error):
+        renew(engine)

@@ -8,10 +8,10 @@ from functools import cache
 from typing import Any, cast
 from uuid import UUID
 
-from sqlalchemy import BigInteger, CheckConstraint, Index, MetaData, Table, func, text
+from sqlalchemy import BigInteger, CheckConstraint, Index, MetaData, Table, false, func, text
 from sqlalchemy.dialects.postgresql import ARRAY, INTERVAL, JSONB, TIMESTAMP
 from sqlalchemy.orm import DeclarativeBase, Mapped, make_transient_to_detached, mapped_column, validates
-from sqlalchemy.types import Integer, SmallInteger, Text, Uuid
+from sqlalchemy.types import Boolean, Integer, SmallInteger, Text, Uuid
 
 from apoq.payload import check_time, check_type, encode
 from apoq.states import CANCELLED, COMPLETED, FAILED, PENDING, RUNNING, STATES
@@ -59,11 +59,15 @@ class Task(Base):
     """This task's own, instead of its type's."""
     attempt: Mapped[int] = mapped_column(Integer, server_default=text("0"))
     """Attempts begun, counted at the claim; a snooze or a release takes its own back."""
+    rescue_count: Mapped[int] = mapped_column(Integer, server_default=text("0"))
+    """How often it was taken from a worker that had died."""
     token: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
     """Grows with each claim and never shrinks: what a worker must show to write to the task."""
     worker_id: Mapped[UUID | None]
     """The worker that claimed it last."""
     claimed_at: Mapped[datetime | None]
+    claimed_ahead: Mapped[bool] = mapped_column(Boolean, server_default=false())
+    """Whether it had to wait for a slot then, and so may not have begun."""
     failed_at: Mapped[datetime | None]
     """When an attempt last failed."""
     cancelled_at: Mapped[datetime | None]
@@ -134,6 +138,9 @@ class WorkerRow(Base):
     started_at: Mapped[datetime] = mapped_column(server_default=func.clock_timestamp())
     seen_at: Mapped[datetime] = mapped_column(server_default=func.clock_timestamp())
     """Its last heartbeat, by the database's clock."""
+    backend_pid: Mapped[int | None] = mapped_column(Integer)
+    backend_start: Mapped[datetime | None]
+    """The server's process that its heartbeat speaks to; None behind a pooler, which hides it."""
 
 
 @cache

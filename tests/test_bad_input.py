@@ -602,7 +602,8 @@ class TestWorkers:
         ):
             getattr(worker, act)()
 
-        assert set(threading.enumerate()) <= before
+        left = set(threading.enumerate()) - before
+        assert {thread.name for thread in left} <= {"apoq-watch"}  # all workers', and ends by itself
         worker.stop()
         engine.dispose()
 

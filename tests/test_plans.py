@@ -65,7 +65,7 @@ def nodes(plan: dict) -> Iterator[dict]:
 IDS = {"ids": array_text(range(1, 501)), "tokens": array_text([1] * 500)}
 PRUNE = {"from_queue": "default", "keep": timedelta(days=1), "at_most": 1_000}
 OURS = {"from_queue": "default", "of_types": ["ours"]}
-CLAIM = {**OURS, "at_most": 500, "by_worker": uuid.uuid4()}
+CLAIM = {**OURS, "at_most": 500, "free": 4, "by_worker": uuid.uuid4()}
 
 
 STATEMENTS = [
@@ -95,6 +95,7 @@ STATEMENTS = [
         rescue(None),
         {
             "lease": timedelta(seconds=15),
+            "grace": timedelta(seconds=4.5),
             "at_most": 1_000,
             "reason": "{}",
             "by_worker": uuid.uuid4(),

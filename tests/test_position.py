@@ -71,12 +71,19 @@ class TestPosition:
         assert position.surveyed([(0, None, None, NOW), (5, NOW + 60, 8, NOW)]) == 60
         assert levels(position) == {0: (NOW - SLACK, 0), 5: (NOW - SLACK, 0)}
 
-    def test_a_survey_of_an_empty_queue_leaves_it_where_it_is(self):
+    def test_a_survey_of_an_empty_queue_moves_it_past_what_was_taken(self):
         position = Position()
         position.claimed([row(9, 0, NOW)], is_all=False)
 
-        assert position.surveyed([]) == math.inf
-        assert levels(position) == {0: (NOW, 9)}
+        assert position.surveyed([(None, None, None, NOW + 5)]) == math.inf
+        assert levels(position) == {0: (NOW + 5 - SLACK, 0)}
+
+    def test_a_survey_moves_it_on_where_it_names_other_priorities_only(self):
+        position = Position()
+        position.claimed([row(9, 0, NOW)], is_all=False)
+
+        position.surveyed([(7, NOW, 3, NOW + 5), (None, None, None, NOW + 5)])
+        assert levels(position) == {7: (NOW, 2), 0: (NOW + 5 - SLACK, 0)}
 
     def test_priorities_that_were_used_up_are_forgotten_in_the_end(self):
         position = Position()
@@ -114,7 +121,9 @@ def test_behind_a_survey_a_claim_finds_the_task_whenever_it_was_due(engine, own,
 
     assert position.surveyed(execute(own, survey(None), ours)) < 0
     claimed = execute(
-        own, claim(None), {**ours, "at_most": 5, "by_worker": uuid.uuid4(), **position.parameters()}
+        own,
+        claim(None),
+        {**ours, "at_most": 5, "free": 4, "by_worker": uuid.uuid4(), **position.parameters()},
     )
     assert len(claimed.fetchall()) == 1
 
@@ -141,7 +150,13 @@ def test_beside_a_held_snapshot_a_claim_walks_through_nothing_that_was_taken(eng
         assert all(done.acquire(timeout=SOON) for _ in range(5_000))
         worker.stop()
 
-        asked = {"from_queue": "default", "of_types": ["t"], "at_most": 10, "by_worker": uuid.uuid4()}
+        asked = {
+            "from_queue": "default",
+            "of_types": ["t"],
+            "at_most": 10,
+            "free": 4,
+            "by_worker": uuid.uuid4(),
+        }
         with engine.connect() as connection:
             from_the_start = pages(connection, {**asked, **Position().parameters()})
             from_here = pages(connection, {**asked, **worker._claimer._positions[queue].parameters()})

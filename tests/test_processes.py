@@ -90,6 +90,11 @@ def effects(engine) -> tuple[int, int]:
         )
 
 
+def workers_seen(engine) -> int:
+    with engine.connect() as connection:
+        return connection.scalar(sa.text("SELECT count(*) FROM apoq_workers"))
+
+
 def test_ten_thousand_tasks_over_four_processes_are_each_completed_once(engine, queue, spawn):
     add_many(engine, queue, "effect", 5_000)
     add_many(engine, queue, "noop", 5_000)
@@ -133,7 +138,52 @@ def test_a_task_that_kills_its_worker_ends_as_failed(engine, queue, spawn):
     with Session(engine) as session:
         task = session.get(Task, task_id)
     assert (task.fail_count, task.error["class"]) == (3, "WorkerDied")
+    assert (task.attempt, task.rescue_count) == (3, 3)
     assert len([worker for worker in workers if worker.poll() is not None]) == 3
+
+
+def test_what_merely_waited_beside_a_task_that_kills_its_worker_loses_no_attempt(engine, queue, spawn):
+    """Hundreds are claimed ahead; the first crash takes all of them back, and the next ones take none."""
+    with Session(engine) as session, session.begin():
+        queue.add_many(session, "noop", range(300))
+        poison = queue.add(session, "poison", retry_limit=3).id
+        queue.add_many(session, "noop", range(300))
+    workers = [spawn(lease=0.5)]
+
+    def ended() -> bool:
+        if workers[-1].poll() is not None:
+            workers.append(spawn(lease=0.5))
+        return count(engine, Task.state.in_(["pending", "running"])) == 0
+
+    until(ended)
+
+    assert count(engine, Task.id == poison, Task.state == "failed") == 1
+    assert count(engine, Task.state == "completed") == 600
+    # It may begin ahead of a slot once, and then each time beside three others at most.
+    crashes = len(workers) - 1
+    assert crashes in {4, 5}
+    assert count(engine, Task.state == "completed", Task.rescue_count > 0) > 0
+    assert count(engine, Task.state == "completed", Task.fail_count > 0) <= 3 * crashes
+
+
+def test_the_tasks_of_a_killed_worker_run_elsewhere_within_six_seconds(engine, queue, spawn):
+    """With the lease as it comes, of fifteen: the server shows that the worker's connection is gone."""
+    victim, _other = spawn(lease=15), spawn(lease=15)
+    until(lambda: workers_seen(engine) == 2)
+    time.sleep(5)  # they are steady
+    with Session(engine) as session, session.begin():
+        queue.add_many(session, "slow", [1.0] * 8)
+    until(lambda: count(engine, Task.state == "running") == 8)
+    with engine.connect() as connection:
+        its = connection.scalar(sa.text("SELECT id FROM apoq_workers WHERE pid = :pid"), {"pid": victim.pid})
+    held = count(engine, Task.worker_id == its)
+    assert held
+    victim.kill()
+    killed = time.monotonic()
+
+    until(lambda: count(engine, Task.worker_id == its, Task.state == "running") == 0)
+    assert time.monotonic() - killed < 6.5
+    until(lambda: count(engine, Task.state == "completed") == 8)
 
 
 def test_a_worker_stops_at_sigterm_when_its_tasks_have_ended(engine, queue, spawn):
@@ -185,7 +235,13 @@ def test_the_tasks_of_a_live_worker_are_not_rescued(engine, queue, worker):
         connection.execute(
             sa.text("UPDATE apoq_tasks SET state = 'running', worker_id = (SELECT id FROM apoq_workers)")
         )
-        sweep = {"lease": timedelta(seconds=15), "at_most": 10, "reason": "{}", "by_worker": uuid4()}
+        sweep = {
+            "lease": timedelta(seconds=15),
+            "grace": timedelta(seconds=4.5),
+            "at_most": 10,
+            "reason": "{}",
+            "by_worker": uuid4(),
+        }
         assert connection.execute(rescue(None), sweep).rowcount == 0
 
         connection.execute(sa.text("UPDATE apoq_workers SET seen_at = now() - interval '16 seconds'"))
@@ -193,12 +249,16 @@ def test_the_tasks_of_a_live_worker_are_not_rescued(engine, queue, worker):
         connection.rollback()
 
 
-def test_a_running_task_whose_worker_left_no_row_is_rescued(engine, queue, worker):
+def test_a_running_task_whose_worker_left_no_row_is_rescued(engine, queue, make_worker):
+    worker = make_worker(lease=timedelta(seconds=0.5))
     worker.use("t", lambda task: None)
     with engine.begin() as connection:
         queue.add(connection, "t")
         connection.execute(sa.text("UPDATE apoq_tasks SET state = 'running', worker_id = gen_random_uuid()"))
 
-    task = worker.work()
+    worker.start()
+    until(lambda: count(engine, Task.state == "completed") == 1)
 
-    assert (task.state, task.fail_count, task.error["class"]) == ("completed", 1, "WorkerDied")
+    with Session(engine) as session:
+        task = session.scalar(sa.select(Task))
+    assert (task.fail_count, task.rescue_count, task.error["class"]) == (1, 1, "WorkerDied")

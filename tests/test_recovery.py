@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from apoq import RunningTask, Task
-from apoq.worker.loop import FIRST_BACKOFF, LONGEST_BACKOFF, Loop, backoff
+from apoq.worker.loop import FIRST_BACKOFF, LONGEST_BACKOFF, Loop, Outage, backoff
 
 SOON = 30.0
 
@@ -99,15 +99,47 @@ class TestLoop:
             done.set()
             return None
 
-        loop = Loop("apoq-test", turn)
+        loop = Loop("apoq-test", turn, Outage())
         with caplog.at_level(logging.WARNING, "apoq"):
             loop.start()
             assert done.wait(SOON)
             until(lambda: len(caplog.messages) == 2)
             loop.stop()
 
-        assert "apoq-test failed, and tries again until it succeeds: no route" in caplog.messages[0]
-        assert caplog.messages[1] == "apoq-test works again, after 3 failures"
+        assert caplog.messages[0] == "the database is away; the worker tries until it is back: no route"
+        assert "the database is back, after" in caplog.messages[1]
+
+    def test_an_outage_is_told_of_once_by_all_loops(self, caplog):
+        outage = Outage()
+        with caplog.at_level(logging.WARNING, "apoq"):
+            for name in ("claimer", "settler", "claimer"):
+                outage.begins(name, ConnectionError("no route"))
+            for name in ("pruner", "claimer", "settler"):
+                outage.ends(name)
+
+        assert len(caplog.messages) == 2
+
+    def test_other_failures_are_told_of_by_each_loop(self, caplog):
+        turns, done = [], threading.Event()
+
+        def turn() -> float | None:
+            turns.append(None)
+            if len(turns) < 3:
+                raise LookupError("no such thing")
+            done.set()
+            return None
+
+        loop = Loop("apoq-test", turn, Outage())
+        with caplog.at_level(logging.WARNING, "apoq"):
+            loop.start()
+            assert done.wait(SOON)
+            until(lambda: len(caplog.messages) == 2)
+            loop.stop()
+
+        assert caplog.messages == [
+            "apoq-test failed, and tries again until it succeeds: no such thing",
+            "apoq-test works again, after 2 failures",
+        ]
 
     def test_a_wake_during_a_turn_leads_to_another(self):
         begun, may_end, turns = threading.Event(), threading.Event(), threading.Semaphore(0)
@@ -118,7 +150,7 @@ class TestLoop:
             turns.release()
             return None
 
-        loop = Loop("apoq-test", turn)
+        loop = Loop("apoq-test", turn, Outage())
         loop.start()
         begun.wait(SOON)
         loop.wake()
@@ -130,7 +162,7 @@ class TestLoop:
 
     @pytest.mark.parametrize("started", [True, False])
     def test_stopping_twice_or_before_starting_is_harmless(self, started):
-        loop = Loop("apoq-test", lambda: None)
+        loop = Loop("apoq-test", lambda: None, Outage())
         if started:
             loop.start()
             loop.start()
@@ -145,7 +177,7 @@ class TestLoop:
             failed.set()
             raise ConnectionError
 
-        loop = Loop("apoq-test", turn)
+        loop = Loop("apoq-test", turn, Outage())
         loop.start()
         failed.wait(SOON)
         began = time.monotonic()

@@ -52,9 +52,11 @@ def upgrade(op: Operations, schema: str | None = None) -> None:
         sa.Column("retry_limit", sa.Integer),
         sa.Column("retry_delay", INTERVAL),
         sa.Column("attempt", sa.Integer, server_default=ZERO, nullable=False),
+        sa.Column("rescue_count", sa.Integer, server_default=ZERO, nullable=False),
         sa.Column("token", sa.BigInteger, server_default=ZERO, nullable=False),
         sa.Column("worker_id", sa.Uuid),
         sa.Column("claimed_at", TIME),
+        sa.Column("claimed_ahead", sa.Boolean, server_default=sa.false(), nullable=False),
         sa.Column("failed_at", TIME),
         sa.Column("cancelled_at", TIME),
         sa.Column("error", JSONB),
@@ -111,6 +113,8 @@ def upgrade(op: Operations, schema: str | None = None) -> None:
         sa.Column("concurrency", sa.Integer, nullable=False),
         sa.Column("started_at", TIME, server_default=sa.func.clock_timestamp(), nullable=False),
         sa.Column("seen_at", TIME, server_default=sa.func.clock_timestamp(), nullable=False),
+        sa.Column("backend_pid", sa.Integer),
+        sa.Column("backend_start", TIME),
         schema=schema,
     )
 

@@ -15,6 +15,7 @@ from sqlalchemy import (
     bindparam,
     cast,
     func,
+    or_,
     select,
     true,
     tuple_,
@@ -35,6 +36,10 @@ def claim(schema: str | None) -> ReturningUpdate[Any]:
     seconds since 1970, of `behind_times` and the id of `behind_ids`. So a claim walks through nothing that is
     known to be taken, even where a long transaction elsewhere keeps it from being vacuumed away.
 
+    The first `free` of them find a slot at once. Of the others, which wait for one, none has been taken from
+    a dead worker before, and none comes after such a one: a task that kills its worker is to take no task
+    with it that merely waited.
+
     The attempt is counted here, and not when it ends: one that kills its worker counts as well. Times are
     answered as seconds since 1970, and data as text, for most of them nobody asks Python to read.
     """
@@ -49,10 +54,11 @@ def claim(schema: str | None) -> ReturningUpdate[Any]:
         .render_derived("levels")
     )
     limit = bindparam("at_most", type_=BigInteger)
+    free = bindparam("free", type_=BigInteger)
     # One index scan for each priority: future tasks of a higher priority are not walked through to find
     # due ones of a lower. The outer limit ends the scans early, so no row is locked without being taken.
     due = (
-        select(tasks.c.id)
+        select(tasks.c.id, tasks.c.rescue_count)
         .where(
             tasks.c.queue == bindparam("from_queue", type_=Text),
             tasks.c.state == PENDING,
@@ -68,16 +74,25 @@ def claim(schema: str | None) -> ReturningUpdate[Any]:
         .with_for_update(skip_locked=True)
         .lateral("due")
     )
-    picked = select(due.c.id).select_from(levels.join(due, true())).limit(limit).cte("picked")
+    front = select(due).select_from(levels.join(due, true())).limit(limit).cte("front")
+    picked = select(
+        front.c.id,
+        func.row_number().over().label("place"),
+        func.max(front.c.rescue_count).over(rows=(None, 0)).label("rescues"),
+    ).cte("picked")
     return (
         update(tasks)
-        .where(tasks.c.id == picked.c.id)
+        .where(
+            tasks.c.id == picked.c.id,
+            or_(picked.c.place <= free, picked.c.rescues == 0),
+        )
         .values(
             state=RUNNING,
             token=tasks.c.token + 1,
             attempt=tasks.c.attempt + 1,
             worker_id=bindparam("by_worker", type_=Uuid),
             claimed_at=func.now(),
+            claimed_ahead=picked.c.place > free,
         )
         .returning(
             tasks.c.id,
@@ -91,5 +106,6 @@ def claim(schema: str | None) -> ReturningUpdate[Any]:
             tasks.c.token,
             tasks.c.retry_limit,
             tasks.c.retry_delay,
+            tasks.c.rescue_count,
         )
     )

@@ -4,19 +4,45 @@ from __future__ import annotations
 
 from functools import cache
 
-from sqlalchemy import Delete, Text, Uuid, bindparam, delete, exists, func
+from sqlalchemy import (
+    ColumnElement,
+    Delete,
+    Double,
+    FromClause,
+    Text,
+    Uuid,
+    bindparam,
+    case,
+    column,
+    delete,
+    exists,
+    func,
+    or_,
+    select,
+    table,
+)
 from sqlalchemy.dialects.postgresql import ARRAY, INTERVAL, Insert, insert
-from sqlalchemy.sql.elements import ColumnElement
-from sqlalchemy.types import Integer
+from sqlalchemy.types import Boolean, DateTime, Integer
 
 from apoq.model import tasks_table, workers_table
 from apoq.statements.literals import RUNNING
+
+_activity = table(
+    "pg_stat_activity", column("pid", Integer), column("backend_start", DateTime), schema="pg_catalog"
+)
 
 
 @cache
 def beat(schema: str | None) -> Insert:
     """Show that the worker lives; the first time, and after its row was removed, enter it."""
     workers = workers_table(schema)
+    own = select(_activity.c.backend_start).where(_activity.c.pid == func.pg_backend_pid()).scalar_subquery()
+    is_direct = bindparam("is_direct", type_=Boolean)
+    # Behind a pooler, the server's process is one that anybody may speak to.
+    backend = {
+        "backend_pid": case((is_direct, func.pg_backend_pid())),
+        "backend_start": case((is_direct, own)),
+    }
     new = insert(workers).values(
         id=bindparam("worker_id", type_=Uuid),
         host=bindparam("worker_host", type_=Text),
@@ -24,8 +50,11 @@ def beat(schema: str | None) -> Insert:
         version=bindparam("worker_version", type_=Text),
         queues=bindparam("worker_queues", type_=ARRAY(Text)),
         concurrency=bindparam("worker_concurrency", type_=Integer),
+        **backend,
     )
-    return new.on_conflict_do_update(index_elements=[workers.c.id], set_={"seen_at": func.clock_timestamp()})
+    return new.on_conflict_do_update(
+        index_elements=[workers.c.id], set_={"seen_at": func.clock_timestamp(), **backend}
+    )
 
 
 @cache
@@ -36,10 +65,32 @@ def leave(schema: str | None) -> Delete:
 
 
 def alive(schema: str | None, worker_id: ColumnElement[object]) -> ColumnElement[bool]:
-    """Tell whether a worker has been seen within `lease`, by the database's clock."""
+    """Tell whether a worker lives, by the database's clock: its time is not up yet."""
     workers = workers_table(schema)
-    lease = bindparam("lease", type_=INTERVAL)
-    return exists().where(workers.c.id == worker_id, workers.c.seen_at > func.clock_timestamp() - lease)
+    return exists().where(workers.c.id == worker_id, _until(workers) > func.clock_timestamp())
+
+
+def next_death(schema: str | None) -> ColumnElement[float | None]:
+    """Answer the seconds until the first of the other workers counts as dead, if it isn't seen before."""
+    workers = workers_table(schema)
+    is_other = workers.c.id != bindparam("by_worker", type_=Uuid)
+    left = func.date_part("epoch", func.min(_until(workers)) - func.clock_timestamp(), type_=Double)
+    return select(left).where(is_other, _until(workers) > func.clock_timestamp()).scalar_subquery()
+
+
+def _until(workers: FromClause) -> ColumnElement[object]:
+    """Until when a worker lives: for a `lease` after it was seen, if the server still has its connection.
+
+    For `grace` only, if not: then it has died, or will be back in a moment.
+    """
+    backend = exists().where(
+        _activity.c.pid == workers.c.backend_pid,
+        # Hidden from roles that may not look at each other's sessions.
+        or_(_activity.c.backend_start == workers.c.backend_start, _activity.c.backend_start.is_(None)),
+    )
+    is_gone = workers.c.backend_pid.is_not(None) & ~backend
+    lease, grace = bindparam("lease", type_=INTERVAL), bindparam("grace", type_=INTERVAL)
+    return workers.c.seen_at + case((is_gone, grace), else_=lease)
 
 
 @cache

@@ -4,28 +4,36 @@ from __future__ import annotations
 
 from functools import cache
 
-from sqlalchemy import Text, Update, Uuid, all_, bindparam, cast, func, select, update
+from sqlalchemy import Select, Text, Update, Uuid, all_, bindparam, case, cast, func, select, update
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.types import Integer
 
 from apoq.model import tasks_table
 from apoq.statements.arrays import bigints
-from apoq.statements.heartbeat import alive, beat
+from apoq.statements.heartbeat import alive, beat, next_death
 from apoq.statements.literals import PENDING, RUNNING
 
 
 @cache
-def beat_and_rescue(schema: str | None) -> Update:
-    """Show that the worker lives, and take back what dead ones held, in one statement."""
-    return rescue(schema).add_cte(beat(schema).cte("beat"))
+def beat_and_rescue(schema: str | None) -> Select[tuple[int, float | None]]:
+    """Show that the worker lives, and take back what dead ones held, in one statement.
+
+    Answers how many tasks those were, and the seconds until the next worker counts as dead, if it isn't seen
+    before.
+    """
+    rescued = rescue(schema).returning(tasks_table(schema).c.id).cte("rescued")
+    count = select(func.count()).select_from(rescued).scalar_subquery()
+    return select(count, next_death(schema)).add_cte(beat(schema).cte("beat"))
 
 
 @cache
 def rescue(schema: str | None) -> Update:
-    """Make running tasks that no live worker holds pending again, as one more failure; `at_most` so many.
+    """Make running tasks that no live worker holds pending again; `at_most` so many.
 
-    Asked in this way round, a worker whose row is gone counts as dead too; `by_worker` itself is alive.
-    Whether a task has attempts left is decided by whoever claims it next, and knows its type's limit.
+    Asked in this way round, a worker whose row is gone counts as dead too; `by_worker` itself is alive. What
+    had begun has failed once more; what was claimed ahead loses no attempt, for nobody knows whether it had
+    begun. From then on it is claimed only when it can begin at once. Whether it has attempts left is decided
+    by whoever claims it next, and knows its type's limit.
     """
     tasks = tasks_table(schema)
     held = tasks.alias("held")
@@ -42,13 +50,16 @@ def rescue(schema: str | None) -> Update:
         .with_for_update(skip_locked=True)
         .cte("orphans")
     )
+    ahead = tasks.c.claimed_ahead
     return (
         update(tasks)
         .where(tasks.c.id == orphans.c.id)
         .values(
             state=PENDING,
-            fail_count=tasks.c.fail_count + 1,
-            failed_at=func.clock_timestamp(),
+            rescue_count=tasks.c.rescue_count + 1,
+            attempt=case((ahead, tasks.c.attempt - 1), else_=tasks.c.attempt),
+            fail_count=case((ahead, tasks.c.fail_count), else_=tasks.c.fail_count + 1),
+            failed_at=case((ahead, tasks.c.failed_at), else_=func.clock_timestamp()),
             error=cast(bindparam("reason", type_=Text), JSONB),
         )
     )

@@ -30,9 +30,9 @@ def _priorities(schema: str | None) -> CTE:
 def survey(schema: str | None) -> Select[Any]:
     """Answer the priorities of the pending tasks of `from_queue`, and the first task `of_types` in each.
 
-    For each priority: the first task's `process_at` and id (null: there is none of these types), and now, by
-    the database's clock; times in seconds since 1970. Each is found from the beginning of the index, past all
-    that is dead or of other types.
+    For each priority, and in the end for none (null): the first task's `process_at` and id (null: there is
+    none of these types), and now, by the database's clock; times in seconds since 1970. Each is found from
+    the beginning of the index, past all that is dead or of other types.
     """
     tasks = tasks_table(schema)
     priorities = _priorities(schema)
@@ -48,13 +48,9 @@ def survey(schema: str | None) -> Select[Any]:
         .limit(1)
         .lateral("first")
     )
-    return (
-        select(
-            priorities.c.priority,
-            func.date_part("epoch", first.c.process_at, type_=Double).label("process_at"),
-            first.c.id,
-            func.date_part("epoch", func.clock_timestamp(), type_=Double).label("now"),
-        )
-        .select_from(priorities.outerjoin(first, true()))
-        .where(priorities.c.priority.is_not(None))
-    )
+    return select(
+        priorities.c.priority,
+        func.date_part("epoch", first.c.process_at, type_=Double).label("process_at"),
+        first.c.id,
+        func.date_part("epoch", func.clock_timestamp(), type_=Double).label("now"),
+    ).select_from(priorities.outerjoin(first, true()))

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from sqlalchemy.orm import Session
 
 from apoq.errors import InvalidProcessor
-from apoq.outcomes import Settlement, settle
+from apoq.outcomes import Release, Settlement, settle
 from apoq.worker.completion import Completion
 from apoq.worker.running import AnyRunningTask, AsyncRunningTask, RunningTask
 from apoq.worker.task_sessions import TaskSession
@@ -49,7 +49,7 @@ def run(task: RunningTask, completion: Completion) -> Ended:
         if task.opened is not None:
             row = _complete_in(task.opened, task, completion)
     except BaseException as error:  # noqa: BLE001 - even SystemExit is one task's failure, not the worker's
-        outcome = error
+        outcome = Release() if task.is_cut_off else error
     if task.opened is not None:
         _close(task.opened)
     return ended(task, outcome, row)
@@ -64,7 +64,7 @@ async def run_coroutine(task: AsyncRunningTask, completion: Completion) -> Ended
         if task.opened is not None:
             row = await task.opened.run_sync(_complete_in_async, task, completion)
     except BaseException as error:  # noqa: BLE001
-        outcome = error
+        outcome = Release() if task.is_cut_off else error
     if task.opened is not None:
         try:
             await task.opened.run_sync(_close)

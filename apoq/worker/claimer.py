@@ -19,6 +19,7 @@ from apoq.statements.arrays import array_text
 from apoq.statements.claim import claim
 from apoq.statements.recover import give_back
 from apoq.worker.attempts import Ended, ended
+from apoq.worker.lease import Lease
 from apoq.worker.position import Position
 from apoq.worker.running import AnyRunningTask
 from apoq.worker.slots import Slots, released
@@ -36,6 +37,9 @@ HORIZON: Final = 0.25
 
 BREATH: Final = 0.005
 """Seconds from one claim that came short to the next, so that many clients' hints are a few claims."""
+
+LEASE_LOOK: Final = 0.1
+"""Seconds after which a claimer whose lease has ended looks whether it is renewed."""
 
 OVERDUE: Final = 2.0
 """Seconds after which a task that has not begun is given back, for others may have a free slot."""
@@ -63,6 +67,7 @@ class Claimer:
         slots: Slots,
         *,
         positions: dict[Queue, Position],
+        lease: Lease,
         on_claim: Callable[[int, int], None],
         make: Callable[[tuple[Any, ...], Queue, float], AnyRunningTask],
         put_ended: Callable[[Ended], None],
@@ -72,6 +77,7 @@ class Claimer:
         self._registry = registry
         self._slots = slots
         self._positions = positions
+        self._lease = lease
         self._on_claim = on_claim
         self._make = make
         self._put_ended = put_ended
@@ -82,6 +88,7 @@ class Claimer:
         """Whether a slot that is freed is a reason to take a turn."""
         self._lock = threading.Lock()
         self._doubtful = False
+        self._careful = False
         self._hinted = True
         self._breathes_until = 0.0
 
@@ -103,10 +110,13 @@ class Claimer:
         if not self._hinted:
             self.waits_for_room = False
             return overdue
-        in_line = ahead(self._slots.concurrency, self._slots.run_time)
+        if not self._lease.is_held:
+            return LEASE_LOOK
+        in_line = 0 if self._careful else ahead(self._slots.concurrency, self._slots.run_time)
         self._slots.low_water = in_line // 2
         room = self._slots.concurrency + in_line - self._slots.load
-        if room < 1 or (self._slots.free == 0 and room <= in_line // 2):
+        free = self._slots.free
+        if room < 1 or (free == 0 and room <= in_line // 2):
             return overdue  # woken when there is more room
         began = time.monotonic()
         if began < self._breathes_until:
@@ -114,10 +124,12 @@ class Claimer:
             return self._breathes_until - began
         self._hinted = False
         wanted = min(room, BATCH)
-        claimed = self.claim(wanted)
+        claimed = self.claim(wanted, free)
         self._slots.put(self._startable(claimed))
         self._on_claim(len(claimed), wanted)
-        if len(claimed) == wanted:
+        # What was taken from a dead worker begins at once or not at all: it may take this one with it.
+        self._careful = any(task.rescue_count for task in claimed)
+        if len(claimed) == wanted or self._careful:
             self._hinted = True
         else:
             self._breathes_until = began + BREATH
@@ -125,13 +137,13 @@ class Claimer:
 
     def claim_one(self) -> AnyRunningTask | None:
         """Claim a single task, for the caller to run."""
-        while claimed := self.claim(1):
+        while claimed := self.claim(1, 1):
             for task in self._startable(claimed):
                 return task
         return None
 
-    def claim(self, limit: int) -> list[AnyRunningTask]:
-        """Claim up to `limit` tasks."""
+    def claim(self, limit: int, free: int) -> list[AnyRunningTask]:
+        """Claim up to `limit` tasks, of which the first `free` begin at once."""
         tasks: list[AnyRunningTask] = []
         types = self._registry.types
         if not types:
@@ -140,7 +152,7 @@ class Claimer:
             self._give_back_strays()
             for queue in self._rotated():
                 if len(tasks) < limit:
-                    tasks += self._claim_from(queue, types, limit - len(tasks))
+                    tasks += self._claim_from(queue, types, limit - len(tasks), free - len(tasks))
         return tasks
 
     def _startable(self, tasks: list[AnyRunningTask]) -> Iterator[AnyRunningTask]:
@@ -158,12 +170,13 @@ class Claimer:
             if held.get(task.id) is task:
                 del held[task.id]
 
-    def _claim_from(self, queue: Queue, types: list[str], limit: int) -> list[AnyRunningTask]:
+    def _claim_from(self, queue: Queue, types: list[str], limit: int, free: int) -> list[AnyRunningTask]:
         position = self._positions[queue]
         parameters = {
             "from_queue": queue.name,
             "of_types": types,
             "at_most": limit,
+            "free": free,
             "by_worker": self.worker_id,
             **position.parameters(),
         }

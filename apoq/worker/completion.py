@@ -12,16 +12,19 @@ from apoq.connections import compiled
 from apoq.events import COMPLETED as TASK_COMPLETED
 from apoq.events import Events
 from apoq.model import tasks_table
+from apoq.outcomes import Release
 from apoq.statements.settle import complete, complete_last, remove, remove_last
 from apoq.states import COMPLETED
+from apoq.worker.lease import Lease
 from apoq.worker.running import AnyRunningTask
 
 
 class Completion:
     """Writes completions: tasks are marked, or deleted where completed ones aren't kept."""
 
-    def __init__(self, events: Events, *, keep: bool) -> None:
+    def __init__(self, events: Events, lease: Lease, *, keep: bool) -> None:
         self._events = events
+        self._lease = lease
         self._keep = keep
 
     @property
@@ -36,8 +39,11 @@ class Completion:
     def write(self, connection: Connection, task: AnyRunningTask) -> Mapping[Any, Any] | None:
         """Complete a task in a transaction that is about to be committed; answer None where it was lost.
 
-        Otherwise its id, or its whole row where somebody listens.
+        Otherwise its id, or its whole row where somebody listens. Raises `Release` where the worker's lease
+        has ended: others may have begun with the task.
         """
+        if not self._lease.is_held:
+            raise Release
         schema = task.from_queue.schema
         parameters = {"task_id": task.id, "held_under": task.token}
         statement = complete_last(schema) if self._keep else remove_last(schema)

@@ -3,28 +3,41 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import platform
 import time
 from collections.abc import Callable
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from importlib.metadata import version
-from typing import Final
+from typing import Any, Final
 from uuid import UUID
 
-from sqlalchemy import Engine
+from psycopg import Cursor
+from psycopg.errors import LockNotAvailable
+from sqlalchemy import Engine, Executable
 
-from apoq.connections import execute
+from apoq.connections import execute, is_direct, own_engine
 from apoq.outcomes import WorkerDied, report
 from apoq.payload import encode
 from apoq.queue import Queue
-from apoq.statements.heartbeat import forget, leave
+from apoq.statements.heartbeat import beat, forget, leave
 from apoq.statements.recover import beat_and_rescue
+from apoq.worker.lease import Lease
 
 logger = logging.getLogger(__name__)
 
 BEATS: Final = 5
 """Heartbeats to a lease: a worker counts as dead when it has missed this many."""
+
+GRACE: Final = 1.5
+"""Heartbeats after which a worker counts as dead whose connection is gone."""
+
+LOCK_TIMEOUT: Final = 0.5
+"""Heartbeats for which one waits for a lock on the tasks, before it does without a sweep."""
+
+SOONEST: Final = 0.05
+"""Seconds between two heartbeats, at least, when another worker is about to count as dead."""
 
 RESCUED_AT_ONCE: Final = 1_000
 
@@ -35,7 +48,10 @@ FORGOTTEN_AFTER: Final = timedelta(hours=1)
 class Heartbeat:
     """Renews the worker's lease several times before it ends; all times are the database's.
 
-    A worker whose lease has ended counts as dead, and any other makes its running tasks pending again.
+    It has a connection of its own. A worker whose lease has ended counts as dead, and so does one whose
+    connection is gone and that is not back within the grace. Any other makes its running tasks pending again;
+    but not one that was away itself a moment ago, lest after an outage the first one back take the
+    others for dead.
     """
 
     def __init__(
@@ -46,51 +62,97 @@ class Heartbeat:
         concurrency: int,
         lease: timedelta,
         on_rescued: Callable[[], None],
+        on_lapse: Callable[[], None],
     ) -> None:
-        self._engine = engine
         self._schemas = sorted({queue.schema for queue in queues}, key=lambda schema: schema or "")
-        self._lease = lease
+        self._interval = lease.total_seconds() / BEATS
+        self._engine = own_engine(engine, lock_timeout=f"{self._interval * LOCK_TIMEOUT * 1_000:.0f}ms")
         self._on_rescued = on_rescued
+        self._on_lapse = on_lapse
+        self._has_lapsed = False
         self._row = {
             "worker_host": platform.node(),
             "worker_version": version("apoq"),
             "worker_queues": [queue.name for queue in queues],
             "worker_concurrency": concurrency,
+            "lease": lease,
+            "grace": lease / BEATS * GRACE,
+            "at_most": RESCUED_AT_ONCE,
+            "reason": encode(report(WorkerDied(WorkerDied.__doc__))),
         }
-        self._reason = encode(report(WorkerDied(WorkerDied.__doc__)))
         self._forgets_at = 0.0
         self.worker_id = UUID(int=0)
+        self.lease = Lease(lease.total_seconds(), self._interval * GRACE)
+        self.seen_at: datetime | None = None
+        """When the database last answered."""
 
     def turn(self) -> float | None:
         """Beat and sweep; answer when to do so again."""
-        self.beat()
+        self._look_at_lease()  # the whole process may have been frozen until now
+        try:
+            pause = self.beat()
+        except Exception:
+            self.lease.shorten()
+            self._look_at_lease()
+            raise
+        self._has_lapsed = False
         if self._forgets_at < time.monotonic():
             self.forget()
-        return self._lease.total_seconds() / BEATS
+        return pause
 
-    def beat(self) -> None:
-        """Renew the lease, and rescue the tasks of dead workers."""
+    def beat(self) -> float:
+        """Renew the lease, and rescue the tasks of dead workers; answer the seconds until the next beat."""
+        began = time.monotonic()
         parameters = {
             **self._row,
             "worker_id": self.worker_id,
             "by_worker": self.worker_id,
             "worker_pid": os.getpid(),
-            "lease": self._lease,
-            "at_most": RESCUED_AT_ONCE,
-            "reason": self._reason,
+            "is_direct": is_direct(self._engine),
         }
+        pause = self._interval
         for schema in self._schemas:
-            while rescued := execute(self._engine, beat_and_rescue(schema), parameters).rowcount:
+            if self.lease.is_steady:
+                try:
+                    next_death = self._beat_and_rescue(schema, parameters)
+                except LockNotAvailable:
+                    logger.info("apoq_tasks is locked, by a migration perhaps: nothing can be rescued now")
+                else:
+                    pause = min(pause, max(next_death, SOONEST))
+                    continue
+            self._execute(beat(schema), parameters)
+        self.lease.renew(began)
+        self.seen_at = datetime.now(UTC)
+        return pause
+
+    def _beat_and_rescue(self, schema: str | None, parameters: dict[str, Any]) -> float:
+        while True:
+            ((rescued, next_death),) = self._execute(beat_and_rescue(schema), parameters)
+            if rescued:
                 logger.warning("%d tasks of workers that died are pending again", rescued)
                 self._on_rescued()
+            if rescued < RESCUED_AT_ONCE:
+                return math.inf if next_death is None else next_death
+
+    def _execute(self, statement: Executable, parameters: dict[str, Any]) -> Cursor[Any]:
+        return execute(self._engine, statement, parameters, timeout=self._interval * GRACE)
+
+    def _look_at_lease(self) -> None:
+        if not self.lease.is_held and not self._has_lapsed:
+            self._has_lapsed = True
+            self._on_lapse()
 
     def forget(self) -> None:
         """Remove the rows of workers that died long ago."""
         self._forgets_at = time.monotonic() + FORGOTTEN_AFTER.total_seconds() / 10
         for schema in self._schemas:
-            execute(self._engine, forget(schema), {"keep": FORGOTTEN_AFTER})
+            self._execute(forget(schema), {"keep": FORGOTTEN_AFTER})
+
+    def dispose(self) -> None:
+        """Close its connection."""
+        self._engine.dispose()
 
     def leave(self) -> None:
         """Take the worker's row away: it holds nothing any more."""
         for schema in self._schemas:
-            execute(self._engine, leave(schema), {"worker_id": self.worker_id})
+            self._execute(leave(schema), {"worker_id": self.worker_id})

@@ -9,28 +9,68 @@ import time
 from collections.abc import Callable
 from typing import Final
 
+from apoq.connections import is_away
+
 logger = logging.getLogger(__name__)
 
 FIRST_BACKOFF: Final = 0.1
-LONGEST_BACKOFF: Final = 10.0
+LONGEST_BACKOFF: Final = 2.0
+
+
+class Outage:
+    """When the database is away: told of once for all the loops of a worker, and so is its end."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._failing: set[str] = set()
+        self._began = 0.0
+
+    def begins(self, name: str, error: BaseException) -> None:
+        """Note that a loop has found the database away."""
+        with self._lock:
+            if not self._failing:
+                self._began = time.monotonic()
+                logger.warning("the database is away; the worker tries until it is back: %s", brief(error))
+            self._failing.add(name)
+
+    def ends(self, name: str) -> None:
+        """Note that a loop has reached it again."""
+        with self._lock:
+            if name in self._failing and len(self._failing) == 1:
+                logger.warning("the database is back, after %.1f s", time.monotonic() - self._began)
+            self._failing.discard(name)
+
+    def leaves(self, name: str) -> None:
+        """Forget a loop that has been stopped."""
+        with self._lock:
+            self._failing.discard(name)
 
 
 class Loop:
     """A thread that takes one turn after the other until it is stopped.
 
     A turn answers the seconds to sleep before the next one, None for "until woken". A turn that raises is
-    logged and taken again after a pause that grows with each failure, for ever: one log line when an outage
-    begins, one when it is over. Starting or stopping twice is harmless, and so is stopping before starting.
+    taken again after a pause that grows with each failure, for ever. The log has one line when that begins
+    and one when it is over; of an `Outage`, that one tells. Starting or stopping twice is harmless, and so is
+    stopping before starting.
     """
 
     def __init__(
-        self, name: str, turn: Callable[[], float | None], *, on_failure: Callable[[], None] = lambda: None
+        self,
+        name: str,
+        turn: Callable[[], float | None],
+        outage: Outage,
+        *,
+        on_failure: Callable[[], None] = lambda: None,
     ) -> None:
         self._name = name
+        self._outage = outage
         self._turn = turn
         self._on_failure = on_failure
         self._woken = threading.Event()
         self._stopping = False
+        self._failures = 0
+        self._has_told = False
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
@@ -45,6 +85,11 @@ class Loop:
         # Most calls find it woken already; looking costs a tenth of setting.
         if not self._woken.is_set():
             self._woken.set()
+
+    @property
+    def is_alive(self) -> bool:
+        """Tell whether its thread runs."""
+        return self._thread is not None and self._thread.is_alive()
 
     def is_current(self) -> bool:
         """Tell whether the caller is on this loop's thread."""
@@ -63,25 +108,35 @@ class Loop:
         return True
 
     def _run(self) -> None:
-        failures = 0
         while not self._stopping:
             # Before the turn, so that what comes while it is under way leads to another.
             self._woken.clear()
             try:
                 pause = self._turn()
             except Exception as error:
-                failures += 1
-                pause = backoff(failures)
-                if failures == 1:
+                self._failures += 1
+                if is_away(error):
+                    self._outage.begins(self._name, error)
+                elif not self._has_told:
+                    self._has_told = True
                     logger.warning("%s failed, and tries again until it succeeds: %s", self._name, error)
-                logger.debug("%s failed %d times", self._name, failures, exc_info=error)
+                logger.debug("%s failed %d times", self._name, self._failures, exc_info=error)
                 self._on_failure()
-                self._sleep_through(pause)
+                self._sleep_through(backoff(self._failures))
             else:
-                if failures:
-                    logger.warning("%s works again, after %d failures", self._name, failures)
-                    failures = 0
+                self.recovered()
                 self._woken.wait(pause)
+        self._outage.leaves(self._name)
+
+    def recovered(self) -> None:
+        """Note that what failed before gets on; for a turn that takes long to say so itself."""
+        if not self._failures:
+            return
+        self._outage.ends(self._name)
+        if self._has_told:
+            logger.warning("%s works again, after %d failures", self._name, self._failures)
+        self._failures = 0
+        self._has_told = False
 
     def _sleep_through(self, pause: float) -> None:
         """Sleep, woken by nothing but `stop`: a loop that fails is not hurried by who waits for it."""
@@ -95,3 +150,9 @@ def backoff(failures: int, chance: float | None = None) -> float:
     if chance is None:
         chance = random.random()  # noqa: S311 - jitter, no secret
     return min(LONGEST_BACKOFF, FIRST_BACKOFF * 2.0 ** min(failures - 1, 30)) * (0.5 + chance / 2)
+
+
+def brief(error: BaseException) -> str:
+    """Answer what an error says, without what SQLAlchemy wraps it in."""
+    lines = str(getattr(error, "orig", None) or error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

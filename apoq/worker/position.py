@@ -51,9 +51,13 @@ class Position:
 
     def surveyed(self, rows: Iterable[Sequence[Any]]) -> float:
         """Take over what a survey has found; answer the seconds until the first task of these is due."""
-        found = {}
+        found: dict[int, tuple[float, int]] = {}
         due_in = math.inf
         for priority, time, id_, now in rows:
+            if priority is None:
+                # Nothing is pending in those which it doesn't name.
+                found = dict.fromkeys(self._levels, (now - SLACK, 0)) | found
+                continue
             if time is not None:
                 due_in = min(due_in, time - now)
             if time is None or time > now:

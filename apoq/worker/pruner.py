@@ -19,6 +19,9 @@ BATCH: Final = 1_000
 SHARE: Final = 0.05
 """The share of its time that the pruner spends in the database while there is something to delete."""
 
+TIMEOUT: Final = 60.0
+"""Seconds that one such statement may take."""
+
 INTERVAL: Final = 60.0
 """Seconds after which it looks again."""
 
@@ -55,5 +58,7 @@ class Pruner:
         for queue in self._queues:
             for prune, keep in self._rules:
                 parameters = {"from_queue": queue.name, "keep": keep, "at_most": BATCH}
-                more |= execute(self._engine, prune(queue.schema), parameters).rowcount == BATCH
+                more |= (
+                    execute(self._engine, prune(queue.schema), parameters, timeout=TIMEOUT).rowcount == BATCH
+                )
         return more

@@ -10,9 +10,9 @@ from apoq.queue import Queue
 from apoq.reading import read_json, read_time
 from apoq.registry import Processor
 from apoq.retry import RetryPolicy
-from apoq.worker.task_sessions import AsyncTaskSession, TaskSession
+from apoq.worker.task_sessions import AsyncTaskSession, TaskSession, cut_off, is_cut_off
 
-S = TypeVar("S")
+S = TypeVar("S", bound=TaskSession | AsyncTaskSession)
 
 
 class _Running(Generic[S]):
@@ -89,6 +89,12 @@ class _Running(Generic[S]):
         return found
 
     @property
+    def rescue_count(self) -> int:
+        """How often it was taken from a worker that had died."""
+        found: int = self.row[11]
+        return found
+
+    @property
     def policy(self) -> RetryPolicy:
         """How its failures are retried."""
         return self.processor.policy_for(self.row[9], self.row[10])
@@ -108,6 +114,16 @@ class _Running(Generic[S]):
         if self.opened is None:
             self.opened = self.open_session()
         return self.opened
+
+    def cut_off(self) -> None:
+        """Undo what its session has written so far, from another thread: the worker's lease has ended."""
+        if self.opened is not None:
+            cut_off(self.opened)
+
+    @property
+    def is_cut_off(self) -> bool:
+        """Tell whether its session has been cut off."""
+        return self.opened is not None and is_cut_off(self.opened)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} id={self.id} type={self.type!r} attempt={self.attempt}>"

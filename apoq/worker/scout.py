@@ -20,6 +20,10 @@ REST: Final = 20
 """How many times as long as a survey took the scout rests after it."""
 
 
+SURVEY_TIMEOUT: Final = 60.0
+"""Seconds that a survey may take: beside a long transaction, it walks through all that was taken since."""
+
+
 class Scout:
     """Surveys the queues from their beginning: when a claim came short, and every now and then.
 
@@ -65,21 +69,24 @@ class Scout:
             # Jitter, so that idle workers don't all look at the same moment.
             self._next_look = began + self._poll_interval * random.uniform(0.9, 1.0)  # noqa: S311
         due_in = self.survey()
-        ended = time.monotonic()
-        self._rested_at = ended + REST * (ended - began)
         if due_in <= 0:
             self._on_due()
         else:
             self.look_in(due_in)
-        return max(self._next_look, self._rested_at) - ended
+        return max(self._next_look, self._rested_at) - time.monotonic()
 
     def survey(self) -> float:
         """Survey the queues now; answer in how many seconds the next task is due."""
+        began = time.monotonic()
         due_in = float("inf")
         types = self._registry.types
         if types:
             for queue, position in self._positions.items():
                 parameters = {"from_queue": queue.name, "of_types": types}
-                rows = execute(self._engine, survey(queue.schema), parameters).fetchall()
+                rows = execute(
+                    self._engine, survey(queue.schema), parameters, timeout=SURVEY_TIMEOUT
+                ).fetchall()
                 due_in = min(due_in, position.surveyed(rows))
+        ended = time.monotonic()
+        self._rested_at = ended + REST * (ended - began)
         return due_in

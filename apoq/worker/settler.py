@@ -10,12 +10,12 @@ from enum import Enum, auto
 from functools import cache
 from typing import Any
 
-from psycopg import DatabaseError, DataError, OperationalError
+from psycopg import DatabaseError, DataError
 from psycopg.rows import dict_row
 from sqlalchemy import Engine, Executable
 
 from apoq import events, states
-from apoq.connections import execute
+from apoq.connections import execute, is_away
 from apoq.events import Events
 from apoq.model import detached, tasks_table
 from apoq.outcomes import Settlement
@@ -98,9 +98,9 @@ class Settler:
     def _write(self, ends: list[Ended]) -> Rows:
         try:
             return self._execute(ends)
-        except OperationalError:
-            raise  # the database's trouble, not the batch's: tried again
-        except DatabaseError:
+        except DatabaseError as error:
+            if is_away(error):
+                raise  # not the batch's trouble: tried again
             if len(ends) > 1:
                 # A batch survives its worst member.
                 return {id_: row for end in ends for id_, row in self._write([end]).items()}

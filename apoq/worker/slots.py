@@ -12,6 +12,7 @@ from apoq.outcomes import Release
 from apoq.worker.attempts import Ended, ended, run, run_coroutine
 from apoq.worker.completion import Completion
 from apoq.worker.coroutines import Coroutines
+from apoq.worker.lease import Lease
 from apoq.worker.running import AnyRunningTask, AsyncRunningTask, RunningTask
 
 
@@ -27,6 +28,7 @@ class Slots:
         concurrency: int,
         coroutines: Coroutines,
         completion: Completion,
+        lease: Lease,
         *,
         on_ended: Callable[[Ended], None],
         on_low: Callable[[], None],
@@ -38,6 +40,7 @@ class Slots:
         """What a task takes, in seconds: an average in which the last few dozen count."""
         self._coroutines = coroutines
         self._completion = completion
+        self._lease = lease
         self._on_ended = on_ended
         self._on_low = on_low
         self._line: deque[AnyRunningTask] = deque()
@@ -129,7 +132,8 @@ class Slots:
             task: AnyRunningTask | None = begun
             while isinstance(task, RunningTask):
                 started = self._started(task)
-                self._ended(run(task, self._completion), started)
+                end = run(task, self._completion) if self._lease.is_held else released(task)
+                self._ended(end, started)
                 task = self._next()
             if task is not None:
                 self._begin(task)
@@ -138,7 +142,8 @@ class Slots:
         task: AnyRunningTask | None = begun
         while isinstance(task, AsyncRunningTask):
             started = self._started(task)
-            self._ended(await run_coroutine(task, self._completion), started)
+            end = await run_coroutine(task, self._completion) if self._lease.is_held else released(task)
+            self._ended(end, started)
             task = self._next()
         if task is not None:
             with self._lock:

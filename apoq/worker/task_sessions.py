@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import threading
+from contextlib import suppress
 from types import TracebackType
 
-from sqlalchemy import Engine, event
+from sqlalchemy import Connection, Engine, event
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 
+from apoq.connections import make_renewable, renew
 from apoq.databases import async_twin, sync_twin
 from apoq.errors import SessionMisused
+from apoq.watch import cut
 from apoq.worker.coroutines import Coroutines
 
 _COMPLETING = "apoq.completing"
+_CONNECTION = "apoq.connection"
+_CUT_OFF = "apoq.cut_off"
 
 
 class TaskSession(Session):
@@ -49,11 +54,29 @@ def _guard(session: Session) -> None:
         )
 
 
+@event.listens_for(TaskSession, "after_begin")
+def _note_connection(session: Session, _transaction: object, connection: Connection) -> None:
+    session.info[_CONNECTION] = connection.connection
+
+
+def cut_off(session: TaskSession | AsyncTaskSession) -> None:
+    """Cut the session's connection, from another thread; the server undoes what was not committed."""
+    session.info[_CUT_OFF] = True
+    with suppress(AttributeError, KeyError):  # not begun yet, or closed already
+        cut(session.info[_CONNECTION].driver_connection)
+
+
+def is_cut_off(session: TaskSession | AsyncTaskSession) -> bool:
+    """Tell whether this was done to it."""
+    return _CUT_OFF in session.info
+
+
 class TaskSessions:
     """Opens the sessions of a worker's tasks, on the engine that the worker was given, or on its twin."""
 
     def __init__(self, engine: Engine | AsyncEngine, coroutines: Coroutines) -> None:
         self._engine = engine
+        make_renewable(_sync(engine))
         self._coroutines = coroutines
         self._lock = threading.Lock()
         self._sync_twin: Engine | None = None
@@ -66,6 +89,13 @@ class TaskSessions:
     def open_async(self) -> AsyncTaskSession:
         """Open a session for a coroutine processor."""
         return AsyncTaskSession(self._async_engine())
+
+    def renew(self) -> None:
+        """Use new connections from now on: the pooled ones may be dead, and none would say so."""
+        with self._lock:
+            for engine in (self._engine, self._sync_twin, self._async_twin):
+                if engine is not None:
+                    renew(_sync(engine))
 
     def dispose(self) -> None:
         """Close what was opened here; the engine that was given is its owner's."""
@@ -82,6 +112,7 @@ class TaskSessions:
         with self._lock:
             if self._sync_twin is None:
                 self._sync_twin = sync_twin(self._engine)
+                make_renewable(self._sync_twin)
             return self._sync_twin
 
     def _async_engine(self) -> AsyncEngine:
@@ -91,4 +122,9 @@ class TaskSessions:
         with self._lock:
             if self._async_twin is None:
                 self._async_twin = async_twin(self._engine)
+                make_renewable(self._async_twin.sync_engine)
             return self._async_twin
+
+
+def _sync(engine: Engine | AsyncEngine) -> Engine:
+    return engine.sync_engine if isinstance(engine, AsyncEngine) else engine

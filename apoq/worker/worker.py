@@ -7,7 +7,7 @@ import logging
 import signal
 import threading
 from collections.abc import Callable
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any, Final
 from uuid import uuid4
 
@@ -15,7 +15,7 @@ from sqlalchemy import Engine, select
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.orm import Session
 
-from apoq.connections import own_engine
+from apoq.connections import is_away, own_engine
 from apoq.databases import check_dialect
 from apoq.events import Events
 from apoq.migrations.prepare import check
@@ -25,13 +25,14 @@ from apoq.registry import Registry
 from apoq.retry import DEFAULT_RETRY_LIMIT, RetryDelay, exponential_backoff
 from apoq.statements.hint import payload
 from apoq.states import COMPLETED, PENDING
+from apoq.watch import watch
 from apoq.worker.attempts import Ended, run, run_coroutine
 from apoq.worker.claimer import Claimer
 from apoq.worker.completion import Completion
 from apoq.worker.coroutines import Coroutines
 from apoq.worker.heartbeat import Heartbeat
 from apoq.worker.listener import Listener
-from apoq.worker.loop import Loop
+from apoq.worker.loop import Loop, Outage
 from apoq.worker.position import Position
 from apoq.worker.pruner import Pruner
 from apoq.worker.running import KNOWN, AnyRunningTask, AsyncRunningTask, RunningTask
@@ -106,14 +107,25 @@ class Worker:
         self._lock = threading.RLock()
         self._enlisted = 0
         self._is_started = False
+        self._has_entered = False
         self._coroutines = Coroutines()
         self._sessions = TaskSessions(engine, self._coroutines)
-        self._completion = Completion(self.events, keep=keep_completed != timedelta())
+        self._heartbeat = Heartbeat(
+            given,
+            self._queues,
+            concurrency=concurrency,
+            lease=lease,
+            on_rescued=self._hint,
+            on_lapse=self._lapsed,
+        )
+        lease_ = self._heartbeat.lease
+        self._completion = Completion(self.events, lease_, keep=keep_completed != timedelta())
         self._settler = Settler(self._own_engine, self.events, self._completion, on_settled=self._settled)
         self._slots = Slots(
             concurrency,
             self._coroutines,
             self._completion,
+            lease_,
             on_ended=self._put_ended,
             on_low=self._wake_claimer,
         )
@@ -131,24 +143,24 @@ class Worker:
             self._registry,
             self._slots,
             positions=positions,
+            lease=lease_,
             on_claim=self._claimed,
             make=self._make,
             put_ended=self._put_ended,
         )
-        self._heartbeat = Heartbeat(
-            self._own_engine, self._queues, concurrency=concurrency, lease=lease, on_rescued=self._hint
-        )
         payloads = frozenset(payload(queue.schema, queue.name) for queue in self._queues)
-        self._listener = Listener(self._own_engine, payloads, on_hint=self._hint)
+        self._listener = Listener(self._own_engine, payloads, on_hint=self._hint, on_listening=self._listens)
         self._pruner = Pruner(
             self._own_engine, self._queues, keep_completed=keep_completed, keep_failed=keep_failed
         )
-        self._settling = Loop("apoq-settler", self._settler.turn)
-        self._claiming = Loop("apoq-claimer", self._claimer.turn, on_failure=self._claimer.doubt)
-        self._scouting = Loop("apoq-scout", self._scout.turn)
-        self._beating = Loop("apoq-heartbeat", self._heartbeat.turn)
-        self._listening = Loop("apoq-listener", self._listener.turn)
-        self._pruning = Loop("apoq-pruner", self._pruner.turn)
+        outage = Outage()
+        self._settling = Loop("apoq-settler", self._settler.turn, outage)
+        self._claiming = Loop("apoq-claimer", self._claimer.turn, outage, on_failure=self._claimer.doubt)
+        self._scouting = Loop("apoq-scout", self._scout.turn, outage)
+        self._beating = Loop("apoq-heartbeat", self._beat, outage)
+        self._listening = Loop("apoq-listener", self._listener.turn, outage)
+        self._pruning = Loop("apoq-pruner", self._pruner.turn, outage)
+        self._loops = (self._settling, self._listening, self._scouting, self._claiming, self._pruning)
 
     def __repr__(self) -> str:
         return f"<Worker of {', '.join(map(repr, self._queues))} concurrency={self._slots.concurrency}>"
@@ -200,20 +212,39 @@ class Worker:
         """Work in the background, on threads, until `stop`; return at once.
 
         Coroutine processors run on `loop`, the application's, or else on one of the worker's own. Touches no
-        signals. Starting twice is harmless. Raises `NotPrepared` where apoq's tables are missing or at
-        another version.
+        signals. Starting twice is harmless. Where the database is away, work begins when it is there. Raises
+        `NotPrepared` where apoq's tables are missing or at another version.
         """
         with self._lock:
             if self._is_started:
                 return
-            self._enlist()
             self._coroutines.use(loop)
             self._claimer.hint()
             self._listener.open()
-            for part in (self._settling, self._listening, self._scouting, self._claiming, self._pruning):
-                part.start()
             self._is_started = True
+            try:
+                self._enlist(wait=False)
+            except BaseException:
+                self._is_started = False
+                self._listener.close()
+                raise
+            if self._has_entered:
+                self._start_loops()
         logger.info("%r has started", self)
+
+    def healthy(self) -> bool:
+        """Tell whether the worker is at work: started, with all its threads, and heard by the database.
+
+        What a health check asks. It is false while the database is away for longer than a few seconds, and
+        true again by itself when that is over.
+        """
+        loops = (self._beating, *self._loops)
+        return self._is_started and self._heartbeat.lease.is_held and all(loop.is_alive for loop in loops)
+
+    @property
+    def seen_at(self) -> datetime | None:
+        """When the database last answered the worker's heartbeat, by this machine's clock."""
+        return self._heartbeat.seen_at
 
     def stop(self, timeout: float | timedelta | None = None) -> None:
         """Claim no more, give back what has not begun, and wait for running tasks to end.
@@ -236,6 +267,8 @@ class Worker:
                     "stop waits for the processors and listeners that run, and this is one of them: set a "
                     "threading.Event here, and call stop where you wait for it"
                 )
+            if not self._has_entered:
+                self._beating.stop()  # or else it might begin to work just now
             self._scouting.stop()
             self._claiming.stop()
             self._pruning.stop()
@@ -279,27 +312,41 @@ class Worker:
                 signal.signal(number, handler)
             self.stop(timeout)
 
-    def _enlist(self) -> None:
-        """Show that this worker lives, before it claims anything."""
+    def _enlist(self, *, wait: bool = True) -> None:
+        """Show that this worker lives, before it claims anything; in its own time, unless told to `wait`."""
         with self._lock:
             if self._enlisted == 0:
+                # Fresh each time, so that nothing an earlier life of this worker left behind looks alive.
+                self._claimer.worker_id = self._heartbeat.worker_id = uuid4()
+                self._has_entered = False
                 try:
                     self._enter()
-                except BaseException:
-                    self._own_engine.dispose()
-                    raise
+                except BaseException as error:
+                    if wait or not is_away(error):
+                        self._heartbeat.dispose()
+                        self._own_engine.dispose()
+                        raise
+                self._beating.start()
             self._enlisted += 1
+
+    def _beat(self) -> float | None:
+        if not self._has_entered:
+            self._enter()
+            self._start_loops()
+        return self._heartbeat.turn()
+
+    def _start_loops(self) -> None:
+        for loop in self._loops:
+            loop.start()
 
     def _enter(self) -> None:
         with self._own_engine.begin() as connection:
             for schema in {queue.schema for queue in self._queues}:
                 check(connection, schema)
-        # Fresh each time, so that nothing an earlier life of this worker left behind looks alive.
-        self._claimer.worker_id = self._heartbeat.worker_id = uuid4()
         self._heartbeat.beat()
         # Before the first claim, which wouldn't know of priorities otherwise.
         self._scout.survey()
-        self._beating.start()
+        self._has_entered = True
 
     def _discharge(self) -> None:
         with self._lock:
@@ -307,11 +354,13 @@ class Worker:
             if self._enlisted == 0:
                 self._beating.stop()
                 try:
-                    self._heartbeat.leave()
+                    if self._has_entered:
+                        self._heartbeat.leave()
                 except Exception as error:  # noqa: BLE001 - the lease ends by itself
                     logger.warning("this worker's row could not be removed, and will be: %s", error)
                 self._sessions.dispose()
                 self._coroutines.stop()
+                self._heartbeat.dispose()
                 self._own_engine.dispose()
 
     def _run(self, task: AnyRunningTask) -> Ended:
@@ -346,6 +395,21 @@ class Worker:
         for end in ends:
             if end.settlement is not None and end.settlement.state == PENDING:
                 self._look(end.settlement.delay or 0.0)
+
+    def _lapsed(self) -> None:
+        logger.warning(
+            "the lease could not be renewed in time: what has not begun is given back, and what runs in "
+            "task.session is undone, for others may run it now"
+        )
+        self._give_back(self._slots.take_back())
+        for task in self._slots.running():
+            task.cut_off()
+        # Else they would find out one by one.
+        watch.cut_all(self._own_engine)
+        self._sessions.renew()
+
+    def _listens(self) -> None:
+        self._listening.recovered()
 
     def _claimed(self, count: int, wanted: int) -> None:
         # Was that all? Where nothing was found, whoever gave the hint may have meant something else.

@@ -1,0 +1,247 @@
+"""A worker whose database goes away, without a word or with one, and comes back."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+
+import pytest
+import sqlalchemy as sa
+from proxy import Proxy
+from sqlalchemy.orm import Session
+
+from apoq import Queue, Task, Worker
+from apoq.worker.lease import Lease
+
+SOON = 30.0
+SHORT = timedelta(seconds=2.5)
+
+
+def until(condition, timeout: float = SOON) -> float:
+    began = time.monotonic()
+    while not condition():
+        assert time.monotonic() < began + timeout, "it didn't come about in time"
+        time.sleep(0.01)
+    return time.monotonic() - began
+
+
+def add(engine, queue: Queue, type_: str = "t") -> int:
+    with Session(engine) as session, session.begin():
+        return queue.add(session, type_).id
+
+
+def count(engine, *conditions) -> int:
+    with engine.connect() as connection:
+        return connection.scalar(sa.select(sa.func.count()).select_from(Task).where(*conditions))
+
+
+class TestLease:
+    def test_it_is_held_for_its_length_from_when_it_was_asked_for(self):
+        lease = Lease(0.3, 0.1)
+        assert not lease.is_held
+
+        lease.renew(time.monotonic())
+        assert lease.is_held
+        time.sleep(0.31)
+        assert not lease.is_held
+
+    def test_without_a_connection_it_ends_sooner(self):
+        lease = Lease(60, 0.1)
+        lease.renew(time.monotonic())
+        lease.shorten()
+
+        assert lease.is_held
+        time.sleep(0.11)
+        assert not lease.is_held
+
+    def test_it_is_steady_when_everybody_has_had_the_time_to_come_back(self):
+        lease = Lease(60, 0.1)
+        lease.renew(time.monotonic())
+        assert not lease.is_steady
+        time.sleep(0.11)
+        lease.renew(time.monotonic())
+        assert lease.is_steady
+
+        lease.shorten()
+        lease.renew(time.monotonic())
+        assert not lease.is_steady
+
+
+@pytest.fixture
+def proxy(url) -> Iterator[Proxy]:
+    proxy = Proxy(url)
+    yield proxy
+    proxy.close()
+
+
+@pytest.fixture
+def far(proxy) -> Iterator[sa.Engine]:
+    """The test's database, behind a network that can be cut."""
+    engine = sa.create_engine(proxy.url)
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+def far_worker(far) -> Iterator[Worker]:
+    worker = Worker(far, lease=SHORT, poll_interval=timedelta(seconds=0.5))
+    yield worker
+    worker.stop(timeout=1)
+
+
+def test_one_that_is_started_before_its_server_begins_when_that_is_there(url, engine, queue, caplog):
+    proxy = Proxy(url)
+    proxy.close()
+    # Nobody listens there yet.
+    far = sa.create_engine(proxy.url)
+    ran = threading.Event()
+    worker = Worker(far)
+    worker.use("t", lambda task: ran.set())
+    add(engine, queue)
+    with caplog.at_level(logging.WARNING, "apoq"):
+        worker.start()
+        assert not worker.healthy()
+        assert not ran.wait(0.5)
+
+        there = Proxy(url, proxy.url.port)
+        assert ran.wait(SOON)
+        until(worker.healthy)
+        until(lambda: any("is back, after" in message for message in caplog.messages))
+        worker.stop()
+        there.close()
+        far.dispose()
+
+    assert len([message for message in caplog.messages if "is away" in message]) == 1
+    assert len([message for message in caplog.messages if "is back, after" in message]) == 1
+
+
+def test_after_a_cut_without_a_word_it_works_on(proxy, far_worker, engine, queue, caplog):
+    """Its connections are dead, and no error says so."""
+    ran = threading.Semaphore(0)
+    far_worker.use("t", lambda task: ran.release())
+    with caplog.at_level(logging.WARNING, "apoq"):
+        far_worker.start()
+        add(engine, queue)
+        assert ran.acquire(timeout=SOON)
+
+        proxy.cut()
+        until(lambda: not far_worker.healthy())
+        time.sleep(1)
+        proxy.heal()
+        add(engine, queue)
+        assert ran.acquire(timeout=SOON)
+        until(far_worker.healthy)
+
+    assert len([message for message in caplog.messages if "is away" in message]) == 1
+
+
+def test_a_processor_whose_session_is_cut_off_gives_its_slot_free_and_uses_up_no_attempt(
+    proxy, far, engine, queue
+):
+    """It waits for an answer that never comes, and would for ever."""
+    with engine.begin() as connection:
+        connection.execute(sa.text("CREATE TABLE effects (task_id bigint)"))
+    begun, seen = threading.Event(), []
+    worker = Worker(far, concurrency=1, lease=SHORT)
+
+    def process(task) -> None:
+        seen.append(task.attempt)
+        task.session.execute(sa.text("INSERT INTO effects VALUES (:id)"), {"id": task.id})
+        if not begun.is_set():
+            begun.set()
+            until(lambda: proxy.is_cut)
+            task.session.execute(sa.text("INSERT INTO effects VALUES (:id)"), {"id": task.id})
+
+    worker.use("t", process)
+    worker.start()
+    add(engine, queue)
+    assert begun.wait(SOON)
+    proxy.cut()
+    until(lambda: not worker.healthy())
+    time.sleep(1)
+    proxy.heal()
+    # Its transaction is still open at the server, which doesn't know that nobody will ever end it.
+    until(lambda: count(engine, Task.state == "completed") == 1)
+    worker.stop()
+
+    with engine.connect() as connection:
+        assert connection.scalar(sa.text("SELECT count(*) FROM effects")) == 1
+    assert seen == [1, 1]
+
+
+def test_a_lapsed_worker_claims_nothing_and_starts_nothing(engine, queue, make_worker):
+    ran = []
+    worker = make_worker(concurrency=1)
+    may_end = threading.Event()
+    worker.use("t", lambda task: ran.append(task.id) or may_end.wait(SOON))
+    worker.start()
+    first = add(engine, queue)
+    until(lambda: ran == [first])
+    # As if the whole process had been frozen.
+    worker._heartbeat.lease._ends_at = time.monotonic() - 1
+    worker._beating.stop()
+    may_end.set()
+    second = add(engine, queue)
+    time.sleep(0.5)
+
+    assert ran == [first]
+    assert not worker.healthy()
+
+    worker._heartbeat.turn()
+    until(lambda: ran == [first, second])
+
+
+def test_a_server_that_turns_read_only_for_a_while_is_an_outage_like_any_other(
+    engine, url, queue, make_worker
+):
+    """As after a failover that left the worker with the old primary."""
+    ran = threading.Semaphore(0)
+    worker = make_worker(poll_interval=timedelta(seconds=0.2))
+    worker.use("t", lambda task: task.session.execute(sa.text("SELECT 1")) and ran.release())
+    worker.start()
+    add(engine, queue)
+    assert ran.acquire(timeout=SOON)
+    until(lambda: count(engine, Task.state == "completed") == 1)
+
+    quiet = sa.create_engine(url, poolclass=sa.NullPool, isolation_level="AUTOCOMMIT")
+    with quiet.connect() as connection:
+        task = add(engine, queue, "other")
+        connection.exec_driver_sql(f"ALTER DATABASE {url.database} SET default_transaction_read_only = on")
+        connection.exec_driver_sql(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+            "WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        )
+        connection.exec_driver_sql(f"UPDATE apoq_tasks SET type = 't' WHERE id = {task}")
+        assert not ran.acquire(timeout=2)
+        connection.exec_driver_sql(f"ALTER DATABASE {url.database} SET default_transaction_read_only = off")
+        # No session is ended here: those which were made meanwhile stay read-only.
+        assert ran.acquire(timeout=SOON)
+
+
+def test_a_migration_that_locks_the_tasks_does_not_cost_the_worker_its_lease(engine, queue, make_worker):
+    worker = make_worker(lease=timedelta(seconds=3))
+    worker.use("t", lambda task: None)
+    worker.start()
+    until(lambda: worker._heartbeat.lease.is_steady)
+    with engine.begin() as connection:
+        connection.execute(sa.text("LOCK apoq_tasks"))
+        deadline = time.monotonic() + 5
+        while time.monotonic() < deadline:
+            assert worker._heartbeat.lease.is_held
+            time.sleep(0.05)
+
+
+def test_it_is_healthy_from_start_to_stop(make_worker):
+    worker = make_worker()
+    assert not worker.healthy()
+    assert worker.seen_at is None
+
+    worker.start()
+    until(worker.healthy)
+    assert worker.seen_at is not None
+
+    worker.stop()
+    assert not worker.healthy()
