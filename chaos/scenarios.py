@@ -184,6 +184,12 @@ def cut_long(stage: Stage, _options: Options) -> None:
     _cut(stage, 25, old_stay_dead=True)
 
 
+@scenario(proxies=True)
+def cut_forgotten(stage: Stage, _options: Options) -> None:
+    """A worker's connections die within a second, and nobody tells; new ones work, as behind a new firewall."""
+    _cut(stage, 1, old_stay_dead=True)
+
+
 @scenario(quick=True, holds=False)
 def rolling(stage: Stage, _options: Options) -> float:
     """One worker after the other is replaced, by SIGTERM."""
