@@ -14,7 +14,7 @@ from psycopg.rows import RowFactory, tuple_row
 from sqlalchemy import Connection, Engine, Executable, create_engine, event
 from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
 from sqlalchemy.engine.interfaces import DBAPIConnection
-from sqlalchemy.pool import ConnectionPoolEntry, QueuePool
+from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection, QueuePool
 
 from apoq.databases import database_url
 from apoq.reading import read_anything
@@ -45,8 +45,8 @@ CONNECT_TIMEOUT: Final = 3
 ANSWER_TIMEOUT: Final = 10.0
 """Seconds after which a server that hasn't answered a statement is taken for gone."""
 
-_UNPREPARED: Final = {"26000", "42P05"}
-"""SQLSTATEs of a named prepared statement that is not there, or is there already."""
+_UNPREPARED: Final = {"26000", "42P05", "08P01"}
+"""SQLSTATEs of a named prepared statement that is not there, is there already, or is somebody else's."""
 
 _READ_ONLY: Final = "25006"
 """SQLSTATE of a server that is no longer the primary, or not yet: after a failover, another one is."""
@@ -108,11 +108,10 @@ def own_engine(engine: Engine, *, lock_timeout: str = "0") -> Engine:
             watch.end(connection)
 
     def set_up(connection: Any, record: ConnectionPoolEntry) -> None:
-        record.info[_IS_DIRECT] = not own.get_execution_options().get(_IS_POOLED) and _speaks_to_server(
-            connection
-        )
         connection.prepare_threshold = None
-        if record.info[_IS_DIRECT]:
+        is_direct = not own.get_execution_options().get(_IS_POOLED) and _keeps_its_session(connection, record)
+        record.info[_IS_DIRECT] = is_direct
+        if is_direct:
             connection.execute(SESSION)
             connection.execute(f"SET lock_timeout = '{lock_timeout}'")
             connection.prepare_threshold = 0
@@ -125,6 +124,23 @@ def own_engine(engine: Engine, *, lock_timeout: str = "0") -> Engine:
             connection.exec_driver_sql("BEGIN")
 
     return own
+
+
+def prepare_where_kept(engine: Engine) -> None:
+    """Let an engine's connections prepare statements as psycopg does, but not through a pooler.
+
+    For what apoq makes by the URL of a caller's engine, and the arguments of that engine are unknown.
+    """
+
+    @event.listens_for(engine, "connect")
+    def prepare(connection: Any, record: ConnectionPoolEntry) -> None:
+        if not _keeps_its_session(connection, record):
+            cast("Any", record.driver_connection).prepare_threshold = None
+
+
+def is_direct(pooled: PoolProxiedConnection) -> bool:
+    """Tell whether a connection of an engine of apoq's own leads straight to the server."""
+    return bool(pooled.info[_IS_DIRECT])
 
 
 def execute(
@@ -193,11 +209,11 @@ def renew(engine: Engine) -> None:
     _generations[engine] += 1
 
 
-def is_direct(engine: Engine) -> bool:
+def keeps_session(engine: Engine) -> bool:
     """Tell whether an engine of apoq's own speaks to the server itself, with no pooler in between."""
     pooled = engine.raw_connection()
     try:
-        return bool(pooled.info[_IS_DIRECT])
+        return is_direct(pooled)
     finally:
         pooled.close()
 
@@ -217,13 +233,17 @@ def _limit(_dialect: object, _record: object, _arguments: object, options: dict[
         options.setdefault("connect_timeout", CONNECT_TIMEOUT)
 
 
-def _speaks_to_server(connection: Any) -> bool:
+def _keeps_its_session(connection: Any, record: ConnectionPoolEntry) -> bool:
     """Tell whether the session that serves a connection is the one that answered when it was made.
 
     A pooler answers by itself, and makes up the process id that goes with it.
     """
-    (pid,) = connection.execute("SELECT pg_backend_pid()", prepare=False).fetchone()
-    return bool(pid == connection.info.backend_pid)
+    cursor = connection.cursor()
+    cursor.execute("SELECT pg_backend_pid()")
+    (pid,) = cursor.fetchone()
+    cursor.close()
+    connection.rollback()
+    return bool(pid == cast("Any", record.driver_connection).info.backend_pid)
 
 
 def _note(engine: Engine, error: BaseException) -> None:

@@ -57,6 +57,8 @@ class Task(Base):
     """This task's own, instead of its type's."""
     retry_delay: Mapped[timedelta | None]
     """This task's own, instead of its type's."""
+    timeout: Mapped[timedelta | None]
+    """How long an attempt may take: this task's own, instead of its type's."""
     attempt: Mapped[int] = mapped_column(Integer, server_default=text("0"))
     """Attempts begun, counted at the claim; a snooze or a release takes its own back."""
     rescue_count: Mapped[int] = mapped_column(Integer, server_default=text("0"))

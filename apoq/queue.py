@@ -9,7 +9,7 @@ from typing import Any, TypedDict, Unpack, overload
 from apoq.errors import InvalidTask
 from apoq.model import DEFAULT_QUEUE, Task, detached, task_class
 from apoq.payload import MAX_DATA_SIZE, check_name, check_time, check_type, encode
-from apoq.retry import LONGEST_DELAY, seconds
+from apoq.retry import LONGEST_DELAY, seconds, time_limit
 from apoq.sessions import AsyncioSession, Caller, Driver, SyncSession, through
 from apoq.statements.enqueue import copied_values, copy_lines, copy_many, enqueue, enqueue_many
 from apoq.statements.hint import payload
@@ -34,6 +34,7 @@ class Options(TypedDict, total=False):
     priority: int
     retry_limit: int | None
     retry_delay: float | timedelta | None
+    timeout: float | timedelta | None
 
 
 class Queue:
@@ -97,6 +98,7 @@ class Queue:
         priority: int = 0,
         retry_limit: int | None = None,
         retry_delay: float | timedelta | None = None,
+        timeout: float | timedelta | None = None,
     ) -> Task | Coroutine[Any, Any, Task]:
         """Add a task in the transaction of `session`, with one statement, and answer it with its id.
 
@@ -106,11 +108,11 @@ class Queue:
 
         `data` is anything that JSON can hold. It is due at once, or after `delay`, or at `process_at`
         (with a time zone); of the due tasks of a queue, those with a higher `priority` are claimed first.
-        `retry_limit` and `retry_delay` (seconds or a timedelta) stand for the processor's own.
+        `retry_limit`, `retry_delay` and `timeout` (seconds or timedeltas) stand for the processor's own.
 
         Raises `InvalidTask` before anything is sent, and `NotPrepared` where the tables are missing.
         """
-        parameters = self._parameters(type, delay, process_at, priority, retry_limit, retry_delay)
+        parameters = self._parameters(type, delay, process_at, priority, retry_limit, retry_delay, timeout)
         parameters["task_data"] = encode(data, self.max_data_size)
         return through(session, lambda caller: self._add(caller, parameters))
 
@@ -141,6 +143,7 @@ class Queue:
         priority: int = 0,
         retry_limit: int | None = None,
         retry_delay: float | timedelta | None = None,
+        timeout: float | timedelta | None = None,
     ) -> int | Coroutine[Any, Any, int]:
         """Add a task for each of `datas` in the transaction of `session`, and answer how many there were.
 
@@ -151,7 +154,7 @@ class Queue:
         transaction, so let the error roll back, all or to a savepoint. On a psycopg connection in
         autocommit, each batch is committed by itself.
         """
-        parameters = self._parameters(type, delay, process_at, priority, retry_limit, retry_delay)
+        parameters = self._parameters(type, delay, process_at, priority, retry_limit, retry_delay, timeout)
         if isinstance(datas, str | bytes | dict) or not isinstance(datas, Iterable):
             raise InvalidTask(
                 f"add_many takes the data of many tasks, such as a list of dicts, not one {datas!r:.80}"
@@ -200,6 +203,7 @@ class Queue:
         priority: int,
         retry_limit: int | None,
         retry_delay: float | timedelta | None,
+        timeout: float | timedelta | None,
     ) -> dict[str, Any]:
         return {
             "task_queue": self.name,
@@ -210,6 +214,7 @@ class Queue:
                 None if retry_limit is None else _integer("retry_limit", retry_limit, 0, _HIGHEST_LIMIT)
             ),
             "task_retry_delay": None if retry_delay is None else _retry_delay(retry_delay),
+            "task_timeout": None if timeout is None else _timeout(timeout),
         }
 
 
@@ -250,3 +255,10 @@ def _retry_delay(value: float | timedelta) -> timedelta:
         return timedelta(seconds=seconds(value))
     except (TypeError, ValueError) as error:
         raise InvalidTask(f"retry_delay: {error}") from None
+
+
+def _timeout(value: float | timedelta) -> timedelta:
+    try:
+        return time_limit(value)
+    except (TypeError, ValueError) as error:
+        raise InvalidTask(f"timeout: {error}") from None

@@ -11,16 +11,18 @@ from typing import Any
 
 from apoq.errors import InvalidProcessor, InvalidTask
 from apoq.payload import check_type
-from apoq.retry import DEFAULT_RETRY_LIMIT, RetryDelay, RetryPolicy, exponential_backoff
+from apoq.retry import DEFAULT_RETRY_LIMIT, RetryDelay, RetryPolicy, exponential_backoff, time_limit
 
 
 @dataclass(frozen=True, slots=True)
 class Processor:
-    """A function that works a type of task, and how its failures are retried."""
+    """A function that works a type of task, how its failures are retried, and how long it may take."""
 
     function: Callable[[Any], Any]
     policy: RetryPolicy
     is_coroutine: bool
+    timeout: float | None = None
+    """In seconds."""
 
     def policy_for(self, retry_limit: int | None, retry_delay: timedelta | None) -> RetryPolicy:
         """Answer the policy for a task, which may have a limit or a delay of its own."""
@@ -46,6 +48,7 @@ class Registry:
         *,
         retry_limit: int = DEFAULT_RETRY_LIMIT,
         retry_delay: RetryDelay = exponential_backoff,
+        timeout: float | timedelta | None = None,
     ) -> None:
         """Configure the processor of a type; `InvalidProcessor` where it can't be, or has one already."""
         try:
@@ -65,8 +68,13 @@ class Registry:
                 "call `use` once for each type"
             )
         policy = RetryPolicy(retry_limit, retry_delay)
+        try:
+            limit = None if timeout is None else time_limit(timeout).total_seconds()
+        except (TypeError, ValueError) as error:
+            raise InvalidProcessor(f"timeout: {error}") from None
+        processor = Processor(function, policy, _is_coroutine(function), limit)
         # A new dict: the claimer reads it on another thread.
-        self._processors = {**self._processors, type_: Processor(function, policy, _is_coroutine(function))}
+        self._processors = {**self._processors, type_: processor}
 
     def __getitem__(self, type_: str) -> Processor:
         return self._processors[type_]

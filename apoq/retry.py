@@ -34,15 +34,23 @@ def exponential_backoff(fail_count: int, chance: float | None = None) -> int:
     return math.floor(chance * 2.0 ** min(fail_count, 7) + 1)
 
 
-def seconds(delay: float | timedelta) -> float:
+def seconds(delay: float | timedelta, name: str = "a delay") -> float:
     """Read a delay given in seconds or as a timedelta; ValueError or TypeError for what is no delay."""
     if isinstance(delay, timedelta):
         delay = delay.total_seconds()
     if isinstance(delay, bool) or not isinstance(delay, int | float):
-        raise TypeError(f"a delay is a number of seconds or a timedelta, not {delay!r}")
+        raise TypeError(f"{name} is a number of seconds or a timedelta, not {delay!r}")
     if not 0 <= delay <= LONGEST_DELAY.total_seconds():  # also false for NaN
-        raise ValueError(f"a delay is between zero and a century, not {delay!r} s")
+        raise ValueError(f"{name} is between zero and a century, not {delay!r} s")
     return float(delay)
+
+
+def time_limit(timeout: float | timedelta) -> timedelta:
+    """Read a timeout: as `seconds` does, and longer than nothing."""
+    limit = timedelta(seconds=seconds(timeout, "a timeout"))
+    if not limit:
+        raise ValueError("a timeout is longer than nothing: leave it out where there is no limit")
+    return limit
 
 
 @dataclass(frozen=True, slots=True)

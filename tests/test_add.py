@@ -135,9 +135,10 @@ def test_process_at_is_when_it_is_due(session, queue):
 
 
 def test_options_of_a_task_are_kept_on_it(session, queue):
-    task = queue.add(session, "t", priority=7, retry_limit=1, retry_delay=2.5)
+    task = queue.add(session, "t", priority=7, retry_limit=1, retry_delay=2.5, timeout=0.5)
 
     assert (task.priority, task.retry_limit, task.retry_delay) == (7, 1, timedelta(seconds=2.5))
+    assert task.timeout == timedelta(seconds=0.5)
 
 
 def test_a_queue_names_its_tasks(session):
@@ -414,6 +415,7 @@ class TestCopy:
             {"retry_limit": 0},
             {"retry_delay": timedelta(days=400, hours=3, microseconds=1)},
             {"priority": 7, "retry_limit": 9, "retry_delay": 0.5},
+            {"timeout": timedelta(days=400, hours=3, microseconds=1)},
         ],
         ids=repr,
     )

@@ -186,6 +186,14 @@ BAD_OPTIONS = {
     "retry_delay is NaN": ({"retry_delay": float("nan")}, "retry_delay: a delay is between"),
     "retry_delay as text": ({"retry_delay": "30"}, "retry_delay: a delay is a number of seconds"),
     "retry_delay as a function": ({"retry_delay": lambda _: 30}, "retry_delay: a delay is a number"),
+    "negative timeout": ({"timeout": -1}, "timeout: a timeout is between zero and a century, not -1"),
+    "no timeout at all": ({"timeout": 0}, "timeout: a timeout is longer than nothing: leave it out"),
+    "a timeout of less than PostgreSQL counts": ({"timeout": 1e-7}, "timeout: a timeout is longer than"),
+    "absurd timeout": ({"timeout": timedelta.max}, "timeout: a timeout is between"),
+    "endless timeout": ({"timeout": float("inf")}, "timeout: a timeout is between"),
+    "timeout is NaN": ({"timeout": float("nan")}, "timeout: a timeout is between"),
+    "timeout as text": ({"timeout": "30"}, "timeout: a timeout is a number of seconds or a timedelta"),
+    "timeout as a bool": ({"timeout": True}, "timeout: a timeout is a number of seconds"),
     "priority out of range": ({"priority": 2**15}, "priority is a whole number from -32768 to 32767"),
     "priority below the range": ({"priority": -(2**15) - 1}, "priority is a whole number"),
     "priority as a bool": ({"priority": True}, "priority is a whole number"),
@@ -555,6 +563,13 @@ class TestProcessors:
         with pytest.raises(InvalidProcessor, match="give `lambda fail_count: 30`"):
             worker.use("t", nothing, retry_delay=retry_delay)
 
+    @pytest.mark.parametrize(
+        "timeout", [-1, 0, 1e-7, timedelta(), timedelta.max, float("inf"), float("nan"), "30", True], ids=repr
+    )
+    def test_a_timeout_is_a_time_longer_than_nothing(self, worker, timeout):
+        with pytest.raises(InvalidProcessor, match="timeout: a timeout is "):
+            worker.use("t", nothing, timeout=timeout)
+
 
 class TestWorkers:
     @pytest.mark.parametrize(
@@ -914,6 +929,8 @@ ODD_ROWS = {
     "retry_limit below zero": "(retry_limit) VALUES (-1)",
     "retry_delay below zero": "(retry_delay) VALUES ('-1 hour')",
     "endless retry_delay": "(retry_delay) VALUES ('178000000 years')",
+    "timeout below zero": "(timeout) VALUES ('-1 hour')",
+    "endless timeout": "(timeout) VALUES ('178000000 years')",
     "no type": "(type) VALUES ('')",
     "due never": "(process_at) VALUES ('infinity')",
     "due after Python's last year": "(process_at) VALUES ('20000-01-01')",

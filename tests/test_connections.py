@@ -57,13 +57,20 @@ def test_through_a_pooler_it_relies_on_nothing_that_a_session_keeps(own):
         assert pooled.driver_connection.execute("SHOW statement_timeout").fetchone() == ("0",)
 
 
-def test_a_pooler_that_hides_itself_is_found_out(own):
+@pytest.mark.parametrize(
+    ("next_session", "error"),
+    [
+        ("DEALLOCATE ALL", psycopg.errors.InvalidSqlStatementName),
+        ("DEALLOCATE ALL; PREPARE _pg3_0 (int) AS SELECT $1", psycopg.errors.ProtocolViolation),
+    ],
+)
+def test_a_pooler_that_hides_itself_is_found_out(own, next_session, error):
     """By losing a prepared statement: one execution fails, and the next ones do without."""
     assert ask(own, "SELECT 1") == 1
     with contextlib.closing(own.raw_connection()) as pooled:
-        pooled.driver_connection.pgconn.exec_(b"DEALLOCATE ALL")  # as if the next session had been given
+        pooled.driver_connection.pgconn.exec_(next_session.encode())  # as if another had been given
 
-    with pytest.raises(psycopg.errors.InvalidSqlStatementName):
+    with pytest.raises(error):
         ask(own, "SELECT 1")
     assert ask(own, "SELECT 1") == 1
     assert ask(own, "SELECT count(*) FROM pg_prepared_statements") == 0

@@ -205,13 +205,15 @@ def test_a_session_in_somebody_elses_transaction_gives_no_hint(engine, queue):
 
 
 def test_a_listener_whose_connection_is_killed_listens_again(engine, queue, started):
-    with engine.begin() as connection:
-        killed = connection.scalars(
-            sa.text(
-                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
-                "WHERE datname = current_database() AND query LIKE 'LISTEN%'"
-            )
-        ).all()
+    kill = (
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+        f"WHERE datname = current_database() AND query = 'LISTEN \"{CHANNEL}\"'"
+    )
+    killed: list[bool] = []
+    deadline = time.monotonic() + SOON
+    while not killed and time.monotonic() < deadline:
+        with engine.begin() as connection:
+            killed += connection.scalars(sa.text(kill)).all()
     assert killed == [True]
 
     with Session(engine) as session, session.begin():

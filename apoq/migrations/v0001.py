@@ -51,6 +51,7 @@ def upgrade(op: Operations, schema: str | None = None) -> None:
         sa.Column("priority", sa.SmallInteger, server_default=ZERO, nullable=False),
         sa.Column("retry_limit", sa.Integer),
         sa.Column("retry_delay", INTERVAL),
+        sa.Column("timeout", INTERVAL),
         sa.Column("attempt", sa.Integer, server_default=ZERO, nullable=False),
         sa.Column("rescue_count", sa.Integer, server_default=ZERO, nullable=False),
         sa.Column("token", sa.BigInteger, server_default=ZERO, nullable=False),

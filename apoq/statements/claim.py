@@ -106,6 +106,8 @@ def claim(schema: str | None) -> ReturningUpdate[Any]:
             tasks.c.token,
             tasks.c.retry_limit,
             tasks.c.retry_delay,
+            # In seconds, for an interval may be longer than Python's.
+            func.date_part("epoch", tasks.c.timeout, type_=Double),
             tasks.c.rescue_count,
         )
     )

@@ -29,6 +29,7 @@ def _values() -> dict[str, ColumnElement[Any]]:
         "process_at": process_at,
         "retry_limit": bindparam("task_retry_limit", type_=Integer),
         "retry_delay": bindparam("task_retry_delay", type_=INTERVAL),
+        "timeout": bindparam("task_timeout", type_=INTERVAL),
     }
 
 

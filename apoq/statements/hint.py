@@ -17,12 +17,12 @@ def payload(schema: str | None, queue: str) -> str:
 
 @cache
 def hint() -> Select[tuple[object, ...]]:
-    """Notify the workers of a queue.
+    """Notify the workers of a queue; on another `channel` than theirs, only whoever listens there.
 
     Not to be executed in a caller's transaction: a commit that notifies takes a lock that the
     whole server has once. Nothing is written but the notification, so there is nothing to flush either.
     """
     return select(
         func.set_config("synchronous_commit", "off", True),
-        func.pg_notify(CHANNEL, bindparam("payload", type_=Text)),
+        func.pg_notify(bindparam("channel", CHANNEL, type_=Text), bindparam("payload", type_=Text)),
     )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
+import sys
+import traceback
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -11,6 +14,8 @@ from sqlalchemy.orm import Session
 from apoq.errors import InvalidProcessor
 from apoq.outcomes import Release, Settlement, settle
 from apoq.worker.completion import Completion
+from apoq.worker.coroutines import CLEAN_UP
+from apoq.worker.deadlines import Deadlines
 from apoq.worker.running import AnyRunningTask, AsyncRunningTask, RunningTask
 from apoq.worker.task_sessions import TaskSession
 
@@ -38,12 +43,13 @@ def ended(task: AnyRunningTask, outcome: BaseException | None, row: Mapping[Any,
     return Ended(task, outcome, settlement, row)
 
 
-def run(task: RunningTask, completion: Completion) -> Ended:
+def run(task: RunningTask, completion: Completion, deadlines: Deadlines) -> Ended:
     """Run a plain processor on this thread."""
     row = outcome = None
     try:
         task.read()
-        answer = task.processor.function(task)
+        limit = task.timeout
+        answer = task.processor.function(task) if limit is None else _run_within(limit, task, deadlines)
         if answer is not None:
             _refuse_awaitable(task, answer)
         if task.opened is not None:
@@ -55,12 +61,16 @@ def run(task: RunningTask, completion: Completion) -> Ended:
     return ended(task, outcome, row)
 
 
-async def run_coroutine(task: AsyncRunningTask, completion: Completion) -> Ended:
+async def run_coroutine(task: AsyncRunningTask, completion: Completion, deadlines: Deadlines) -> Ended:
     """Run a coroutine processor on this event loop."""
     row = outcome = None
     try:
         task.read()
-        await task.processor.function(task)
+        limit = task.timeout
+        if limit is None:
+            await task.processor.function(task)
+        else:
+            await _await_within(limit, task, deadlines)
         if task.opened is not None:
             row = await task.opened.run_sync(_complete_in_async, task, completion)
     except BaseException as error:  # noqa: BLE001
@@ -71,6 +81,50 @@ async def run_coroutine(task: AsyncRunningTask, completion: Completion) -> Ended
         except BaseException as error:  # noqa: BLE001 - cancelled once more, while it was closed
             outcome = outcome or (None if row is not None else error)
     return ended(task, outcome, row)
+
+
+def overdue(limit: float, thread_id: int = 0) -> TimeoutError:
+    """Make the error of an attempt that took more than these seconds, and is still on this thread."""
+    error = TimeoutError(f"ran longer than its timeout of {limit:.10g} s")
+    frame = sys._current_frames().get(thread_id)  # noqa: SLF001 - public, whatever its name says
+    if frame is not None:
+        error.add_note(f"At that time it was here:\n{''.join(traceback.format_stack(frame))}")
+    return error
+
+
+def _run_within(limit: float, task: RunningTask, deadlines: Deadlines) -> Any:
+    """Run the function, which nothing can stop; raise `TaskLost` where its attempt was ended meanwhile."""
+    deadlines.watch(task, limit)
+    try:
+        answer = task.processor.function(task)
+    except KeyboardInterrupt:
+        deadlines.forget(task)
+        raise  # meant for the program, whenever it comes
+    except BaseException as error:
+        if deadlines.forget(task):
+            raise
+        raise TaskLost from error
+    if not deadlines.forget(task):
+        raise TaskLost
+    return answer
+
+
+async def _await_within(limit: float, task: AsyncRunningTask, deadlines: Deadlines) -> None:
+    """Await the function, and cancel it at the limit; `TaskLost` where it took no notice for too long."""
+    error: BaseException | None = None
+    deadlines.watch(task, limit, CLEAN_UP)
+    try:
+        async with asyncio.timeout(limit) as scope:
+            await task.processor.function(task)
+    except BaseException as raised:  # noqa: BLE001
+        error = raised
+    if not deadlines.forget(task):
+        raise TaskLost from error
+    if scope.expired():
+        # Whatever it made of the cancellation.
+        raise overdue(limit) from error
+    if error is not None:
+        raise error
 
 
 def _complete_in(session: TaskSession, task: AnyRunningTask, completion: Completion) -> Mapping[Any, Any]:

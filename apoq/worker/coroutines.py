@@ -5,7 +5,11 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Coroutine
-from typing import Any
+from contextlib import suppress
+from typing import Any, Final
+
+CLEAN_UP: Final = 2.0
+"""Seconds that a coroutine has to end after it was cancelled."""
 
 
 class Coroutines:
@@ -29,14 +33,16 @@ class Coroutines:
         """Run a coroutine function, from any thread."""
         self._running_loop().call_soon_threadsafe(self._spawn, function, argument)
 
-    def run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
-        """Run a coroutine from another thread, and wait for its answer."""
-        return asyncio.run_coroutine_threadsafe(coroutine, self._running_loop()).result()
+    def run(self, coroutine: Coroutine[Any, Any, Any], timeout: float | None = None) -> Any:
+        """Run a coroutine from another thread, and wait for its answer; TimeoutError where none comes."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._running_loop()).result(timeout)
 
     def cancel(self) -> None:
-        """Cancel what runs."""
-        if self._loop is not None:
-            self._loop.call_soon_threadsafe(lambda: [task.cancel() for task in self._tasks])
+        """Cancel what runs, and wait a moment for it to end."""
+        if self._loop is not None and self._loop.is_running():
+            # A loop that doesn't answer is blocked by a coroutine, which ends some time or with the process.
+            with suppress(TimeoutError):
+                self.run(self._cancel(), CLEAN_UP + 1)
 
     def is_current(self) -> bool:
         """Tell whether the caller is on this loop, which it would block by waiting."""
@@ -51,7 +57,8 @@ class Coroutines:
         self._loop = self._thread = None
         if loop is not None and thread is not None:
             loop.call_soon_threadsafe(loop.stop)
-            thread.join()
+            # Where a coroutine blocks it, it ends when that does.
+            thread.join(CLEAN_UP)
 
     def _running_loop(self) -> asyncio.AbstractEventLoop:
         if self._loop is None:
@@ -69,6 +76,13 @@ class Coroutines:
         finally:
             loop.run_until_complete(loop.shutdown_asyncgens())
             loop.close()
+
+    async def _cancel(self) -> None:
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=CLEAN_UP)
 
     def _spawn(self, function: Callable[[Any], Coroutine[Any, Any, None]], argument: object) -> None:
         # The loop itself holds tasks only weakly.

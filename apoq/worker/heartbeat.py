@@ -17,7 +17,7 @@ from psycopg import Cursor
 from psycopg.errors import LockNotAvailable
 from sqlalchemy import Engine, Executable
 
-from apoq.connections import execute, is_direct, own_engine
+from apoq.connections import execute, keeps_session, own_engine
 from apoq.outcomes import WorkerDied, report
 from apoq.payload import encode
 from apoq.queue import Queue
@@ -108,7 +108,7 @@ class Heartbeat:
             "worker_id": self.worker_id,
             "by_worker": self.worker_id,
             "worker_pid": os.getpid(),
-            "is_direct": is_direct(self._engine),
+            "is_direct": keeps_session(self._engine),
         }
         pause = self._interval
         for schema in self._schemas:

@@ -2,38 +2,74 @@
 
 from __future__ import annotations
 
+import logging
 import selectors
 import socket
+import time
 from collections.abc import Callable
 from typing import Any, Final
+from uuid import uuid4
 
-from psycopg import sql
-from sqlalchemy import Engine
+from psycopg import Notify, sql
+from sqlalchemy import URL, Engine, create_engine
+from sqlalchemy.exc import ArgumentError
 
-from apoq.connections import ANSWER_TIMEOUT
-from apoq.statements.hint import CHANNEL
+from apoq.connections import ANSWER_TIMEOUT, execute, is_direct, own_engine
+from apoq.databases import database_url
+from apoq.statements.hint import CHANNEL, hint
 from apoq.watch import watch
+
+logger = logging.getLogger(__name__)
 
 CHECK_INTERVAL: Final = 15.0
 """Seconds of silence after which the connection is asked whether it is still there."""
 
+PATIENCE: Final = 5.0
+"""Seconds within which a hint that was sent to try a connection must have arrived."""
+
+RETRY: Final = 60.0
+"""Seconds after which it is tried again whether hints arrive.
+
+Ten times as many through a pooler, where each try may leave a session of others behind that listens: it hears
+nothing there, but each NOTIFY wakes it.
+"""
+
+
+def listen_engine(url: str | URL) -> Engine:
+    """Make an engine for the listener's connection alone, to the same database by another way."""
+    if not isinstance(url, str | URL):
+        raise TypeError(f"listen_url is a URL that leads to the server itself, not {type(url).__qualname__}")
+    try:
+        parsed = database_url(url)
+    except (ArgumentError, ValueError):
+        # What SQLAlchemy says may quote a part of a password.
+        raise ValueError("listen_url is no URL, such as postgresql://user@host:5432/database") from None
+    return own_engine(create_engine(parsed))
+
 
 class Listener:
-    """Listens on a connection of its own; without it, tasks are found when the worker looks by itself."""
+    """Listens on a connection of its own; without it, tasks are found when the worker looks by itself.
+
+    A pooler in transaction mode takes a LISTEN, and then gives the session that listens to somebody else. So
+    it is tried first whether what is sent through `engine` arrives on a connection of `listening`.
+    """
 
     def __init__(
         self,
         engine: Engine,
+        listening: Engine,
         payloads: frozenset[str],
         *,
         on_hint: Callable[[], None],
         on_listening: Callable[[], None],
     ) -> None:
         self._engine = engine
+        self._listening = listening
         self._payloads = payloads
         self._on_hint = on_hint
         self._on_listening = on_listening
         self._stopping = False
+        self._has_warned = False
 
     def open(self) -> None:
         """Make ready to listen."""
@@ -42,21 +78,19 @@ class Listener:
         self._wake_receiver, self._wake_sender = socket.socketpair()
 
     def turn(self) -> float | None:
-        """Listen until told to stop."""
-        pooled = self._engine.raw_connection()
-        connection: Any = pooled.driver_connection
-        pooled.detach()
+        """Listen until told to stop; where no hints arrive, answer when to try again."""
+        pooled = self._listening.raw_connection()
         try:
-            self._execute(connection, sql.SQL("LISTEN {}").format(sql.Identifier(CHANNEL)))
-            self._on_listening()
-            # What was added before this connection listened has given its hint to nobody.
-            self._on_hint()
-            while not self._stopping:
-                self._wait(connection)
+            connection: Any = pooled.driver_connection
+            retry = RETRY if is_direct(pooled) else 10 * RETRY
+            pooled.detach()
+            connection.autocommit = True
+            if self._hears(connection):
+                self._listen(connection)
         finally:
             pooled.close()
             connection.close()
-        return None
+        return retry
 
     def stop(self) -> None:
         """End the turn that is under way."""
@@ -68,21 +102,55 @@ class Listener:
         self._wake_receiver.close()
         self._wake_sender.close()
 
-    def _execute(self, connection: Any, statement: sql.Composable) -> None:
-        watch.begin(connection, ANSWER_TIMEOUT, self._engine)
-        try:
-            connection.execute(statement)
-        finally:
-            watch.end(connection)
+    def _hears(self, connection: Any) -> bool:
+        """Tell whether hints arrive on a connection, by sending one; if not, say so, once."""
+        # On a channel of its own. Behind a pooler, what listens there is a session of others from now on, and
+        # they are to get none of the workers' hints.
+        channel = f"{CHANNEL}_{uuid4().hex}"
+        _execute(connection, sql.SQL("LISTEN {}").format(sql.Identifier(channel)))
+        execute(self._engine, hint(), {"channel": channel, "payload": ""})
+        deadline = time.monotonic() + PATIENCE
+        heard: list[Notify] = []
+        while not heard and not self._stopping and (left := deadline - time.monotonic()) > 0:
+            heard = self._wait(connection, left)
+        _execute(connection, sql.SQL("UNLISTEN {}").format(sql.Identifier(channel)))
+        if heard:
+            logger.debug("hints arrive")
+            self._has_warned = False
+        elif not self._stopping:
+            logger.log(
+                logging.DEBUG if self._has_warned else logging.WARNING,
+                "no hints arrive on the connection that listens, as behind a pooler in transaction mode: "
+                "tasks are found by looking, every poll_interval. To have them found at once, give "
+                "Worker(…, listen_url=…) a URL that leads to the same database past the pooler",
+            )
+            self._has_warned = True
+        return bool(heard)
 
-    def _wait(self, connection: Any) -> None:
+    def _listen(self, connection: Any) -> None:
+        _execute(connection, sql.SQL("LISTEN {}").format(sql.Identifier(CHANNEL)))
+        self._on_listening()
+        # What was added before this connection listened has given its hint to nobody.
+        self._on_hint()
+        while not self._stopping:
+            hints = self._wait(connection, CHECK_INTERVAL)
+            if any(heard.payload in self._payloads for heard in hints):
+                self._on_hint()
+            elif not hints and not self._stopping:
+                _execute(connection, sql.SQL("SELECT 1"))
+
+    def _wait(self, connection: Any, seconds: float) -> list[Notify]:
+        """Wait for notifications, until the time is up or `stop` is called."""
         with selectors.DefaultSelector() as selector:
             selector.register(connection, selectors.EVENT_READ)
             selector.register(self._wake_receiver, selectors.EVENT_READ)
-            ready = {key.fileobj for key, _ in selector.select(CHECK_INTERVAL)}
-        if not ready:
-            self._execute(connection, sql.SQL("SELECT 1"))
-        elif connection in ready:
-            hints = list(connection.notifies(timeout=0))
-            if any(hint.payload in self._payloads for hint in hints):
-                self._on_hint()
+            ready = {key.fileobj for key, _ in selector.select(seconds)}
+        return list(connection.notifies(timeout=0)) if connection in ready else []
+
+
+def _execute(connection: Any, statement: sql.Composable) -> None:
+    watch.begin(connection, ANSWER_TIMEOUT)
+    try:
+        connection.execute(statement)
+    finally:
+        watch.end(connection)

@@ -2,23 +2,45 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from datetime import datetime
-from typing import Any, Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 from apoq.queue import Queue
 from apoq.reading import read_json, read_time
 from apoq.registry import Processor
-from apoq.retry import RetryPolicy
+from apoq.retry import LONGEST_DELAY, RetryPolicy
 from apoq.worker.task_sessions import AsyncTaskSession, TaskSession, cut_off, is_cut_off
 
 S = TypeVar("S", bound=TaskSession | AsyncTaskSession)
+
+_LONGEST: Final = LONGEST_DELAY.total_seconds()
+
+
+class Notice:
+    """How a worker tells all the tasks that it has claimed that it is stopping."""
+
+    __slots__ = ("is_given",)
+
+    def __init__(self) -> None:
+        self.is_given = False
 
 
 class _Running(Generic[S]):
     """A claimed task, as its processor sees it."""
 
-    __slots__ = ("claimed_at", "data", "from_queue", "open_session", "opened", "processor", "row")
+    __slots__ = (
+        "claimed_at",
+        "data",
+        "ends_at",
+        "from_queue",
+        "notice",
+        "open_session",
+        "opened",
+        "processor",
+        "row",
+    )
 
     def __init__(
         self,
@@ -27,6 +49,7 @@ class _Running(Generic[S]):
         processor: Processor,
         claimed_at: float,
         open_session: Callable[[], S],
+        notice: Notice,
     ) -> None:
         # Hundreds of these are made at once, and most of what they know is never asked for.
         self.row = row  # as `claim` answers it
@@ -34,6 +57,8 @@ class _Running(Generic[S]):
         self.processor = processor
         self.claimed_at = claimed_at  # by time.monotonic()
         self.open_session = open_session
+        self.notice = notice
+        self.ends_at: float | None = None  # by time.monotonic(), once it runs with a limit
         self.opened: S | None = None
         self.data: Any = None
 
@@ -91,13 +116,32 @@ class _Running(Generic[S]):
     @property
     def rescue_count(self) -> int:
         """How often it was taken from a worker that had died."""
-        found: int = self.row[11]
+        found: int = self.row[12]
         return found
 
     @property
     def policy(self) -> RetryPolicy:
         """How its failures are retried."""
         return self.processor.policy_for(self.row[9], self.row[10])
+
+    @property
+    def timeout(self) -> float | None:
+        """How many seconds an attempt may take; None: as long as it likes."""
+        own: float | None = self.row[11]
+        # Whatever another program has written into the row, it is a limit.
+        return self.processor.timeout if own is None else min(max(own, 0.0), _LONGEST)
+
+    @property
+    def stopping(self) -> bool:
+        """Whether this attempt should end: its worker is stopping or has lost it, or its `timeout` is over.
+
+        A processor that runs for long looks at it now and then. At a stop it has what `stop(timeout)` leaves
+        it: save how far it has come and return, or give the task back with ``raise Snooze(0)``, which uses up
+        no attempt. Past its own timeout, the attempt has failed already, and it just has to return.
+        """
+        if self.notice.is_given:
+            return True
+        return self.ends_at is not None and time.monotonic() >= self.ends_at
 
     def read(self) -> None:
         """Read its data, which came as text; raise `UnreadableData` where Python can't."""
@@ -117,6 +161,7 @@ class _Running(Generic[S]):
 
     def cut_off(self) -> None:
         """Undo what its session has written so far, from another thread: the worker's lease has ended."""
+        self.ends_at = time.monotonic()
         if self.opened is not None:
             cut_off(self.opened)
 

@@ -6,12 +6,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from queue import SimpleQueue
 
 from apoq.outcomes import Release
 from apoq.worker.attempts import Ended, ended, run, run_coroutine
 from apoq.worker.completion import Completion
 from apoq.worker.coroutines import Coroutines
+from apoq.worker.deadlines import Deadlines
 from apoq.worker.lease import Lease
 from apoq.worker.running import AnyRunningTask, AsyncRunningTask, RunningTask
 
@@ -29,6 +31,7 @@ class Slots:
         coroutines: Coroutines,
         completion: Completion,
         lease: Lease,
+        deadlines: Deadlines,
         *,
         on_ended: Callable[[Ended], None],
         on_low: Callable[[], None],
@@ -41,6 +44,7 @@ class Slots:
         self._coroutines = coroutines
         self._completion = completion
         self._lease = lease
+        self._deadlines = deadlines
         self._on_ended = on_ended
         self._on_low = on_low
         self._line: deque[AnyRunningTask] = deque()
@@ -80,6 +84,7 @@ class Slots:
             self._line.extend(tasks)
             while self._free and (task := self._pop()):
                 self._free -= 1
+                self._running.add(task)
                 self._begin(task)
 
     def take_back(self) -> list[AnyRunningTask]:
@@ -92,6 +97,14 @@ class Slots:
     def running(self) -> list[AnyRunningTask]:
         """Answer those that run now."""
         return list(self._running)
+
+    def abandon(self) -> list[AnyRunningTask]:
+        """Answer those that run now; they are the caller's from here on, and how they end isn't told."""
+        running = []
+        while self._running:
+            with suppress(KeyError):  # the last one has just ended
+                running.append(self._running.pop())
+        return running
 
     def wait_until_idle(self, timeout: float | None) -> bool:
         """Wait until nothing runs; tell whether that is so."""
@@ -131,8 +144,9 @@ class Slots:
         while (begun := tasks.get()) is not None:
             task: AnyRunningTask | None = begun
             while isinstance(task, RunningTask):
-                started = self._started(task)
-                end = run(task, self._completion) if self._lease.is_held else released(task)
+                started = time.monotonic()
+                is_held = self._lease.is_held
+                end = run(task, self._completion, self._deadlines) if is_held else released(task)
                 self._ended(end, started)
                 task = self._next()
             if task is not None:
@@ -141,23 +155,25 @@ class Slots:
     async def _coroutine_slot(self, begun: AsyncRunningTask) -> None:
         task: AnyRunningTask | None = begun
         while isinstance(task, AsyncRunningTask):
-            started = self._started(task)
-            end = await run_coroutine(task, self._completion) if self._lease.is_held else released(task)
+            started = time.monotonic()
+            is_held = self._lease.is_held
+            end = await run_coroutine(task, self._completion, self._deadlines) if is_held else released(task)
             self._ended(end, started)
             task = self._next()
         if task is not None:
             with self._lock:
                 self._begin(task)
 
-    def _started(self, task: AnyRunningTask) -> float:
-        self._running.add(task)
-        return time.monotonic()
-
     def _ended(self, end: Ended, started: float) -> None:
         took = time.monotonic() - started
         # Threads may overwrite each other's sample: an average doesn't mind.
         self.run_time = took if self.run_time is None else self.run_time + (took - self.run_time) / 16
-        self._running.discard(end.task)
+        try:
+            self._running.remove(end.task)
+        except KeyError:
+            # It was given back meanwhile; if it had committed before, that holds.
+            if end.row is None:
+                return
         self._on_ended(end)
 
     def _next(self) -> AnyRunningTask | None:
@@ -169,6 +185,8 @@ class Slots:
                 if task is None:
                     self._free += 1
                     self._idle.notify_all()
+        if task is not None:
+            self._running.add(task)
         if len(self._line) <= self.low_water:
             self._on_low()
         return task

@@ -10,11 +10,11 @@ from sqlalchemy import Connection, Engine, event
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 
-from apoq.connections import make_renewable, renew
+from apoq.connections import make_renewable, prepare_where_kept, renew
 from apoq.databases import async_twin, sync_twin
 from apoq.errors import SessionMisused
 from apoq.watch import cut
-from apoq.worker.coroutines import Coroutines
+from apoq.worker.coroutines import CLEAN_UP, Coroutines
 
 _COMPLETING = "apoq.completing"
 _CONNECTION = "apoq.connection"
@@ -103,7 +103,8 @@ class TaskSessions:
             if self._sync_twin is not None:
                 self._sync_twin.dispose()
             if self._async_twin is not None:
-                self._coroutines.run(self._async_twin.dispose())
+                with suppress(TimeoutError):  # the loop is blocked by a coroutine, whose connection it may be
+                    self._coroutines.run(self._async_twin.dispose(), CLEAN_UP)
             self._sync_twin = self._async_twin = None
 
     def _sync_engine(self) -> Engine:
@@ -113,6 +114,7 @@ class TaskSessions:
             if self._sync_twin is None:
                 self._sync_twin = sync_twin(self._engine)
                 make_renewable(self._sync_twin)
+                prepare_where_kept(self._sync_twin)
             return self._sync_twin
 
     def _async_engine(self) -> AsyncEngine:
@@ -123,6 +125,7 @@ class TaskSessions:
             if self._async_twin is None:
                 self._async_twin = async_twin(self._engine)
                 make_renewable(self._async_twin.sync_engine)
+                prepare_where_kept(self._async_twin.sync_engine)
             return self._async_twin
 
 

@@ -8,10 +8,11 @@ import signal
 import threading
 from collections.abc import Callable
 from datetime import datetime, timedelta
+from queue import SimpleQueue
 from typing import Any, Final
 from uuid import uuid4
 
-from sqlalchemy import Engine, select
+from sqlalchemy import URL, Engine, select
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.orm import Session
 
@@ -22,20 +23,21 @@ from apoq.migrations.prepare import check
 from apoq.model import Task, detached
 from apoq.queue import Queue
 from apoq.registry import Registry
-from apoq.retry import DEFAULT_RETRY_LIMIT, RetryDelay, exponential_backoff
+from apoq.retry import DEFAULT_RETRY_LIMIT, RetryDelay, exponential_backoff, seconds
 from apoq.statements.hint import payload
 from apoq.states import COMPLETED, PENDING
 from apoq.watch import watch
-from apoq.worker.attempts import Ended, run, run_coroutine
+from apoq.worker.attempts import Ended, ended, overdue, run, run_coroutine
 from apoq.worker.claimer import Claimer
 from apoq.worker.completion import Completion
 from apoq.worker.coroutines import Coroutines
+from apoq.worker.deadlines import Deadlines
 from apoq.worker.heartbeat import Heartbeat
-from apoq.worker.listener import Listener
+from apoq.worker.listener import Listener, listen_engine
 from apoq.worker.loop import Loop, Outage
 from apoq.worker.position import Position
 from apoq.worker.pruner import Pruner
-from apoq.worker.running import KNOWN, AnyRunningTask, AsyncRunningTask, RunningTask
+from apoq.worker.running import KNOWN, AnyRunningTask, AsyncRunningTask, Notice, RunningTask
 from apoq.worker.scout import Scout
 from apoq.worker.settler import Settler
 from apoq.worker.slots import Slots, released
@@ -70,6 +72,7 @@ class Worker:
         lease: timedelta = timedelta(seconds=15),
         keep_completed: timedelta | None = timedelta(days=1),
         keep_failed: timedelta | None = timedelta(days=7),
+        listen_url: str | URL | None = None,
     ) -> None:
         """Prepare to work these queues (none given: the default one) in the database of `engine`.
 
@@ -79,6 +82,8 @@ class Worker:
         wakes it, and `lease` how long after its death its tasks are taken over by others. Completed tasks are
         deleted `keep_completed` after their completion, failed and cancelled ones after `keep_failed`; None
         keeps them for ever, and with zero a task is deleted instead of being marked as completed.
+        `listen_url` leads to the same database past a pooler in transaction mode, through which no hint could
+        arrive; only the connection that listens is opened there.
         """
         if not isinstance(engine, Engine | AsyncEngine):
             # Its type only: a URL holds a password.
@@ -104,10 +109,13 @@ class Worker:
         self._registry = Registry()
         given = engine.sync_engine if isinstance(engine, AsyncEngine) else engine
         self._own_engine = own_engine(given)
+        listening = self._own_engine if listen_url is None else listen_engine(listen_url)
         self._lock = threading.RLock()
         self._enlisted = 0
         self._is_started = False
         self._has_entered = False
+        self._notice = Notice()
+        outage = Outage()
         self._coroutines = Coroutines()
         self._sessions = TaskSessions(engine, self._coroutines)
         self._heartbeat = Heartbeat(
@@ -121,11 +129,13 @@ class Worker:
         lease_ = self._heartbeat.lease
         self._completion = Completion(self.events, lease_, keep=keep_completed != timedelta())
         self._settler = Settler(self._own_engine, self.events, self._completion, on_settled=self._settled)
+        self._deadlines = Deadlines(self._put_overdue, outage)
         self._slots = Slots(
             concurrency,
             self._coroutines,
             self._completion,
             lease_,
+            self._deadlines,
             on_ended=self._put_ended,
             on_low=self._wake_claimer,
         )
@@ -149,11 +159,12 @@ class Worker:
             put_ended=self._put_ended,
         )
         payloads = frozenset(payload(queue.schema, queue.name) for queue in self._queues)
-        self._listener = Listener(self._own_engine, payloads, on_hint=self._hint, on_listening=self._listens)
+        self._listener = Listener(
+            self._own_engine, listening, payloads, on_hint=self._hint, on_listening=self._listens
+        )
         self._pruner = Pruner(
             self._own_engine, self._queues, keep_completed=keep_completed, keep_failed=keep_failed
         )
-        outage = Outage()
         self._settling = Loop("apoq-settler", self._settler.turn, outage)
         self._claiming = Loop("apoq-claimer", self._claimer.turn, outage, on_failure=self._claimer.doubt)
         self._scouting = Loop("apoq-scout", self._scout.turn, outage)
@@ -172,6 +183,7 @@ class Worker:
         *,
         retry_limit: int = DEFAULT_RETRY_LIMIT,
         retry_delay: RetryDelay = exponential_backoff,
+        timeout: float | timedelta | None = None,
     ) -> None:
         """Work tasks of this type with `processor`, a plain or a coroutine function of the running task.
 
@@ -180,9 +192,16 @@ class Worker:
         number of failures so far. By raising `Retry`, `Cancel` or `Snooze` it chooses itself what becomes of
         the task.
 
+        An attempt that runs longer than `timeout` (seconds or a timedelta; None: no limit) fails with a
+        `TimeoutError`. A coroutine is cancelled for it. A plain function can't be stopped: at its limit
+        `task.stopping` turns true and the attempt has failed, so that the retry may begin, here or
+        elsewhere. What the function still answers is refused, and what it wrote to `task.session` undone;
+        but it goes on, and its slot stays taken until it returns. So let it look at `task.stopping`, or
+        give what it waits for a timeout of its own.
+
         Raises `InvalidProcessor` where the type has a processor already, or an option makes no sense.
         """
-        self._registry.use(type, processor, retry_limit=retry_limit, retry_delay=retry_delay)
+        self._registry.use(type, processor, retry_limit=retry_limit, retry_delay=retry_delay, timeout=timeout)
         self._hint()
 
     def work(self) -> Task | None:
@@ -249,11 +268,12 @@ class Worker:
     def stop(self, timeout: float | timedelta | None = None) -> None:
         """Claim no more, give back what has not begun, and wait for running tasks to end.
 
-        After `timeout` (seconds or a timedelta; None waits for ever) the tasks that still run are given back
-        too, with no attempt used up: coroutines are cancelled, and what a thread still does is not settled.
-        Stopping twice, or before starting, is harmless.
+        From here on, `task.stopping` is true for those that run. After `timeout` (seconds or a timedelta;
+        None waits for ever) those that still do are given back too, with no attempt used up: coroutines are
+        cancelled, and what a thread still does is not settled. Stopping twice, or before starting, is
+        harmless.
         """
-        seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
+        patience = None if timeout is None else seconds(timeout, "a timeout")
         with self._lock:
             if not self._is_started:
                 return
@@ -267,14 +287,15 @@ class Worker:
                     "stop waits for the processors and listeners that run, and this is one of them: set a "
                     "threading.Event here, and call stop where you wait for it"
                 )
+            self._notice.is_given = True
             if not self._has_entered:
                 self._beating.stop()  # or else it might begin to work just now
             self._scouting.stop()
             self._claiming.stop()
             self._pruning.stop()
             self._give_back(self._slots.take_back())
-            if not self._slots.wait_until_idle(seconds):
-                left = self._slots.running()
+            if not self._slots.wait_until_idle(patience):
+                left = self._deadlines.withdraw(self._slots.abandon())
                 logger.warning(
                     "%d tasks still ran when the time to stop was up, and are given back", len(left)
                 )
@@ -286,6 +307,7 @@ class Worker:
             self._listening.stop()
             self._listener.close()
             self._is_started = False
+            self._notice = Notice()  # for the next start: those that heard of this stop are to stop still
             # Last: until here, what runs is this worker's.
             self._discharge()
         logger.info("%r has stopped", self)
@@ -299,17 +321,26 @@ class Worker:
             raise RuntimeError(
                 "run handles signals, which only the main thread can: elsewhere, call start and stop"
             )
-        signalled = threading.Event()
-        before = {
-            number: signal.signal(number, lambda *_: signalled.set())
-            for number in (signal.SIGINT, signal.SIGTERM)
-        }
+        timeout = seconds(timeout, "a timeout")
+        # Not an Event: a handler that sets it while the main thread begins to wait for it blocks for ever.
+        signalled: SimpleQueue[int] = SimpleQueue()
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+        def restore() -> None:
+            for number, handler in before.items():
+                signal.signal(number, handler or signal.SIG_DFL)
+
+        def first(number: int, _frame: object) -> None:
+            restore()  # here, so that the second one does what it did before, even while this worker starts
+            signalled.put(number)
+
+        for number in before:
+            signal.signal(number, first)
         try:
             self.start()
-            signalled.wait()
+            signalled.get()
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            restore()
             self.stop(timeout)
 
     def _enlist(self, *, wait: bool = True) -> None:
@@ -352,6 +383,7 @@ class Worker:
         with self._lock:
             self._enlisted -= 1
             if self._enlisted == 0:
+                self._deadlines.stop()
                 self._beating.stop()
                 try:
                     if self._has_entered:
@@ -365,9 +397,9 @@ class Worker:
 
     def _run(self, task: AnyRunningTask) -> Ended:
         if isinstance(task, AsyncRunningTask):
-            ended: Ended = self._coroutines.run(run_coroutine(task, self._completion))
-            return ended
-        return run(task, self._completion)
+            end: Ended = self._coroutines.run(run_coroutine(task, self._completion, self._deadlines))
+            return end
+        return run(task, self._completion, self._deadlines)
 
     def _load(self, end: Ended) -> Task:
         mapped = end.task.from_queue.task_class
@@ -380,8 +412,8 @@ class Worker:
     def _make(self, row: tuple[Any, ...], queue: Queue, claimed: float) -> AnyRunningTask:
         processor = self._registry[row[1]]
         if processor.is_coroutine:
-            return AsyncRunningTask(row, queue, processor, claimed, self._sessions.open_async)
-        return RunningTask(row, queue, processor, claimed, self._sessions.open)
+            return AsyncRunningTask(row, queue, processor, claimed, self._sessions.open_async, self._notice)
+        return RunningTask(row, queue, processor, claimed, self._sessions.open, self._notice)
 
     def _put_ended(self, end: Ended) -> None:
         if end.row is not None and end.outcome is None and not self._completion.is_heard:
@@ -389,6 +421,11 @@ class Worker:
             return
         self._settler.put(end)
         self._settling.wake()
+
+    def _put_overdue(self, task: AnyRunningTask, thread_id: int) -> None:
+        self._put_ended(ended(task, overdue(task.timeout or 0.0, thread_id)))
+        if not self._is_started:
+            self._settler.turn()  # nobody else takes turns beside `work`
 
     def _settled(self, ends: list[Ended]) -> None:
         self._claimer.settled(ends)

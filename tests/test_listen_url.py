@@ -1,0 +1,112 @@
+"""The way by which a worker listens, where it isn't its engine's."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from datetime import timedelta
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy.orm import Session
+
+from apoq import Queue, UnsupportedDatabase, Worker
+from apoq.worker import listener
+
+SOON = 10.0
+LONG = timedelta(hours=1)
+
+
+@pytest.fixture(params=[False, True], ids=["URL", "str"])
+def listen_url(request, url):
+    return url.render_as_string(hide_password=False) if request.param else url
+
+
+def test_hints_arrive_by_it(engine, listen_url, make_worker):
+    ran = threading.Semaphore(0)
+    worker = make_worker(poll_interval=LONG, listen_url=listen_url)
+    worker.use("t", lambda task: ran.release())
+    worker.start()
+
+    for _ in range(3):
+        with Session(engine) as session, session.begin():
+            Queue().add(session, "t")
+        assert ran.acquire(timeout=SOON)
+
+
+def test_that_it_leads_elsewhere_is_said_and_tasks_are_found_by_looking(
+    engine, url, make_worker, monkeypatch, caplog
+):
+    monkeypatch.setattr(listener, "PATIENCE", 0.1)
+    monkeypatch.setattr(listener, "RETRY", 0.1)
+    ran = threading.Event()
+    worker = make_worker(poll_interval=timedelta(milliseconds=100), listen_url=url.set(database="postgres"))
+    worker.use("t", lambda task: ran.set())
+    with caplog.at_level(logging.DEBUG, "apoq"):
+        worker.start()
+        with Session(engine) as session, session.begin():
+            Queue().add(session, "t")
+        assert ran.wait(SOON)
+        deadline = time.monotonic() + SOON
+        while sum("no hints arrive" in message for message in caplog.messages) < 3:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    (warning,) = (record for record in caplog.records if record.levelno >= logging.WARNING)
+    assert "no hints arrive" in warning.getMessage()
+
+
+def test_that_hints_arrive_is_tried_where_no_other_worker_hears_it(engine, make_worker):
+    with engine.connect() as connection:
+        raw = connection.connection.driver_connection
+        raw.autocommit = True
+        raw.execute("LISTEN apoq")
+        worker = make_worker(poll_interval=LONG)
+        worker.start()
+        listening = (
+            "SELECT count(*) FROM pg_stat_activity "
+            "WHERE datname = current_database() AND query = 'LISTEN \"apoq\"'"
+        )
+        deadline = time.monotonic() + SOON
+        while not raw.execute(listening).fetchone()[0]:
+            assert time.monotonic() < deadline
+        heard = list(raw.notifies(timeout=0.2))
+        raw.autocommit = False
+
+    assert heard == []
+
+
+def test_stopping_while_it_is_tried_takes_no_time_and_is_no_reason_to_warn(
+    url, make_worker, monkeypatch, caplog
+):
+    monkeypatch.setattr(listener, "PATIENCE", 60.0)
+    worker = make_worker(listen_url=url.set(database="postgres"))
+    worker.start()
+    began = time.monotonic()
+    worker.stop()
+
+    assert time.monotonic() - began < SOON
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+@pytest.mark.parametrize(
+    "wrong", [b"postgresql://u:secret@h/d", 5, sa.create_engine("postgresql+psycopg://")]
+)
+def test_what_is_no_url_is_refused(engine, wrong):
+    with pytest.raises(TypeError, match=f"listen_url is a URL .* not {type(wrong).__name__}$"):
+        Worker(engine, listen_url=wrong)
+
+
+@pytest.mark.parametrize("wrong", ["secret", "", "postgresql://u:p@ss:secret@host/d"])
+def test_a_url_that_can_not_be_read_is_refused_and_not_repeated(engine, wrong):
+    with pytest.raises(ValueError, match="listen_url is no URL") as caught:
+        Worker(engine, listen_url=wrong)
+    assert "secret" not in str(caught.value)
+    assert caught.value.__cause__ is None
+
+
+def test_another_database_is_refused(engine):
+    with pytest.raises(UnsupportedDatabase, match="postgresql://") as caught:
+        Worker(engine, listen_url="mysql://u:secret@h/d")
+    assert "secret" not in str(caught.value)

@@ -1,0 +1,349 @@
+"""What a running task sees of the end of its worker, and how the end comes."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy.orm import Session
+
+from apoq import AsyncRunningTask, Queue, RunningTask, Snooze, Task
+
+SOON = 10.0
+"""Seconds within which what a test waits for has long happened."""
+
+KINDS = ["function", "coroutine"]
+
+
+def add(engine, data=None, type_="t", **options) -> int:
+    with Session(engine) as session, session.begin():
+        return Queue().add(session, type_, data, **options).id
+
+
+def load(engine, task_id: int) -> Task:
+    with Session(engine) as session:
+        return session.get(Task, task_id)
+
+
+def until(condition, timeout: float = SOON) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, "it didn't come about in time"
+        time.sleep(0.005)
+
+
+class TestStoppingTasks:
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_one_that_sees_it_gives_itself_back_with_no_attempt_used(self, engine, worker, kind):
+        begun = threading.Event()
+
+        def function(task: RunningTask) -> None:
+            begun.set()
+            while not task.stopping:
+                time.sleep(0.005)
+            raise Snooze(0)
+
+        async def coroutine(task: AsyncRunningTask) -> None:
+            begun.set()
+            while not task.stopping:  # noqa: ASYNC110 - as a processor with much to do looks at it
+                await asyncio.sleep(0.005)
+            raise Snooze(0)
+
+        worker.use("t", function if kind == "function" else coroutine)
+        task_id = add(engine)
+        worker.start()
+        assert begun.wait(SOON)
+
+        worker.stop(timeout=SOON)
+
+        task = load(engine, task_id)
+        assert (task.state, task.attempt, task.fail_count) == ("pending", 0, 0)
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_it_is_false_until_then(self, engine, worker, kind):
+        seen = []
+
+        def function(task: RunningTask) -> None:
+            seen.append(task.stopping)
+
+        async def coroutine(task: AsyncRunningTask) -> None:
+            seen.append(task.stopping)
+
+        worker.use("t", function if kind == "function" else coroutine, timeout=3600)
+        add(engine)
+        worker.start()
+        until(lambda: seen)
+        worker.stop()
+        add(engine)
+        worker.work()
+
+        assert seen == [False, False]
+
+    def test_a_run_that_was_given_up_sees_it_for_ever_and_its_next_one_does_not(self, engine, worker):
+        runs, may_end = [], threading.Event()
+
+        def process(task: RunningTask) -> None:
+            runs.append(task)
+            may_end.wait(SOON)
+
+        worker.use("t", process)
+        task_id = add(engine)
+        worker.start()
+        until(lambda: runs)
+        worker.stop(timeout=0.05)
+        worker.start()
+        until(lambda: len(runs) == 2)
+
+        assert [task.stopping for task in runs] == [True, False]
+        assert (runs[0].id, runs[1].id) == (task_id, task_id)
+        may_end.set()
+        worker.stop()
+        assert load(engine, task_id).attempt == 1
+
+
+class TestStop:
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_what_still_runs_uses_no_attempt_however_it_ends_then(self, engine, worker, kind):
+        """It is given back, and then it fails, or is cancelled: both at the same time."""
+        begun = threading.Semaphore(0)
+
+        def function(task: RunningTask) -> None:
+            begun.release()
+            while not task.stopping:
+                time.sleep(0.001)
+            time.sleep(0.02)
+            raise ValueError("interrupted")
+
+        async def coroutine(_task: AsyncRunningTask) -> None:
+            begun.release()
+            await asyncio.sleep(60)
+
+        told = []
+        worker.use("t", function if kind == "function" else coroutine)
+        worker.events.on("task.retried", lambda task, error: told.append(task.id))
+        tasks = [add(engine) for _ in range(4)]
+        for _ in range(25):
+            worker.start()
+            for _task in tasks:
+                assert begun.acquire(timeout=SOON)
+            worker.stop(timeout=0.0199 if kind == "function" else 0)
+
+            used = sum(load(engine, task_id).fail_count for task_id in tasks)
+            assert used == len(told)  # those that failed before they were given back, and no others
+            if kind == "coroutine":
+                assert used == 0
+            for task_id in tasks:
+                task = load(engine, task_id)
+                assert (task.state, task.attempt) == ("pending", task.fail_count)
+            with engine.begin() as connection:
+                connection.execute(
+                    sa.text("UPDATE apoq_tasks SET attempt = 0, fail_count = 0, process_at = now()")
+                )
+            told.clear()
+
+    def test_a_cancelled_coroutine_has_time_to_clean_up(self, engine, worker):
+        begun, cleaned = threading.Event(), threading.Event()
+
+        async def process(task: AsyncRunningTask) -> None:
+            await task.session.execute(sa.text("INSERT INTO ledger VALUES (:id)"), {"id": task.id})
+            begun.set()
+            try:
+                await asyncio.sleep(60)
+            finally:
+                await asyncio.sleep(0.2)
+                cleaned.set()
+
+        worker.use("t", process)
+        task_id = add(engine)
+        worker.start()
+        assert begun.wait(SOON)
+
+        worker.stop(timeout=0)
+
+        assert cleaned.is_set()
+        task = load(engine, task_id)
+        assert (task.state, task.attempt, task.fail_count) == ("pending", 0, 0)
+
+    def test_a_coroutine_that_had_no_turn_yet_leaves_its_slot_free(self, engine, worker):
+        """The loop is blocked until the stop, so that the second one begins and is cancelled at once."""
+        begun, may_end = threading.Event(), threading.Event()
+
+        async def block(_task: AsyncRunningTask) -> None:
+            begun.set()
+            may_end.wait(SOON)
+
+        async def process(_task: AsyncRunningTask) -> None:
+            await asyncio.sleep(60)
+
+        worker.use("block", block)
+        worker.use("t", process)
+        add(engine, type_="block")
+        worker.start()
+        assert begun.wait(SOON)
+        task_id = add(engine)
+        until(lambda: worker._slots.free == 2)
+
+        threading.Timer(0.5, may_end.set).start()
+        worker.stop(timeout=0)
+
+        until(lambda: worker._slots.free == 4)
+        task = load(engine, task_id)
+        assert (task.state, task.attempt, task.fail_count) == ("pending", 0, 0)
+
+    def test_a_coroutine_that_blocks_its_loop_does_not_keep_it_from_stopping(self, engine, worker):
+        begun, may_end = threading.Event(), threading.Event()
+
+        async def block(task: AsyncRunningTask) -> None:
+            await task.session.execute(sa.text("INSERT INTO ledger VALUES (:id)"), {"id": task.id})
+            begun.set()
+            may_end.wait(60)
+
+        worker.use("t", block)
+        task_id = add(engine)
+        worker.start()
+        assert begun.wait(SOON)
+
+        began = time.monotonic()
+        worker.stop(timeout=0)
+
+        assert time.monotonic() - began < 10
+        assert load(engine, task_id).state == "pending"
+        may_end.set()
+        until(lambda: "apoq-loop" not in {thread.name for thread in threading.enumerate()})
+
+    @pytest.mark.parametrize("timeout", ["5", -1, float("nan"), True], ids=repr)
+    def test_a_timeout_that_makes_no_sense_stops_nothing(self, engine, worker, timeout):
+        done = threading.Event()
+        worker.use("t", lambda task: done.set())
+        worker.start()
+
+        with pytest.raises((TypeError, ValueError), match="a timeout is "):
+            worker.stop(timeout)
+        with pytest.raises((TypeError, ValueError), match="a timeout is "):
+            worker.run(timeout=timeout)
+
+        add(engine)
+        assert done.wait(SOON)
+
+
+PROGRAM = """
+    import sys, time
+    import sqlalchemy as sa
+    from apoq import Snooze, Worker
+
+    def busy(task):
+        while True:
+            sum(range(1000))
+
+    def polite(task):
+        while not task.stopping:
+            sum(range(1000))
+        raise Snooze(0)
+
+    worker = Worker(sa.create_engine(sys.argv[1]))
+    worker.use("busy", busy)
+    worker.use("polite", polite)
+    print("starting", flush=True)
+    worker.run(timeout=float(sys.argv[2]))
+"""
+
+
+@pytest.fixture
+def spawn(url) -> Iterator[Callable[..., subprocess.Popen]]:
+    """Start programs that are workers, which end with the test."""
+    started: list[subprocess.Popen] = []
+
+    def start(timeout: float = 60.0, at: sa.URL = url) -> subprocess.Popen:
+        rendered = at.render_as_string(hide_password=False)
+        process = subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(PROGRAM), rendered, str(timeout)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        started.append(process)
+        assert process.stdout.readline() == b"starting\n"
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def running(engine) -> int:
+    with engine.connect() as connection:
+        return connection.scalar(sa.text("SELECT count(*) FROM apoq_tasks WHERE state = 'running'"))
+
+
+def catches(program: subprocess.Popen, number: int) -> bool:
+    """Tell whether a process has a handler for a signal."""
+    status = Path(f"/proc/{program.pid}/status")
+    if not status.exists():
+        pytest.skip("only Linux tells which signals a process catches")
+    (caught,) = [line.split()[1] for line in status.read_text().splitlines() if line.startswith("SigCgt")]
+    return bool(int(caught, 16) >> (number - 1) & 1)
+
+
+class TestRun:
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+    def test_at_a_signal_a_busy_thread_that_sees_it_gives_its_task_back(self, engine, spawn, number):
+        task_id = add(engine, type_="polite")
+        program = spawn()
+        until(lambda: running(engine) == 1)
+
+        program.send_signal(number)
+
+        assert program.wait(SOON) == 0
+        task = load(engine, task_id)
+        assert (task.state, task.attempt, task.fail_count) == ("pending", 0, 0)
+
+    def test_at_a_signal_a_busy_thread_has_its_time_and_no_more(self, engine, spawn):
+        task_id = add(engine, type_="busy")
+        program = spawn(timeout=0.5)
+        until(lambda: running(engine) == 1)
+
+        program.send_signal(signal.SIGTERM)
+
+        assert program.wait(SOON) == 0
+        task = load(engine, task_id)
+        assert (task.state, task.attempt, task.fail_count) == ("pending", 0, 0)
+
+    @pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
+    @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+    def test_a_second_signal_ends_it_at_once_under_busy_threads(self, engine, spawn, first, second):
+        for _ in range(4):
+            add(engine, type_="busy")
+        polite = add(engine, type_="polite")
+        program = spawn()
+        until(lambda: running(engine) == 4)
+
+        program.send_signal(first)
+        until(lambda: not catches(program, signal.SIGTERM))
+        assert program.poll() is None
+        program.send_signal(second)
+
+        assert program.wait(SOON) == -second
+        assert load(engine, polite).attempt == 0
+
+    def test_a_second_signal_ends_it_while_it_still_starts(self, url, spawn):
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            # Whoever connects waits for an answer that doesn't come.
+            program = spawn(at=url.set(host="127.0.0.1", port=silent.getsockname()[1], query={}))
+            until(lambda: catches(program, signal.SIGTERM))
+
+            program.send_signal(signal.SIGTERM)
+            until(lambda: not catches(program, signal.SIGTERM))
+            program.send_signal(signal.SIGTERM)
+
+            assert program.wait(SOON) == -signal.SIGTERM
