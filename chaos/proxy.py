@@ -102,12 +102,12 @@ class Proxy:
         line.flows.wait()
         try:
             line.server = socket.create_connection(("127.0.0.1", self._leads_to), timeout=2)
-        except OSError:
+            line.server.settimeout(None)
+            for side in (line.client, line.server):
+                side.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        except OSError:  # nobody is there, or the line was closed meanwhile
             line.close()
             return
-        line.server.settimeout(None)
-        for side in (line.client, line.server):
-            side.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         pair = (line.client, line.server)
         threading.Thread(target=_pump, args=(line, *pair), daemon=True).start()
         _pump(line, *reversed(pair))

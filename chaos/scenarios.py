@@ -186,7 +186,7 @@ def cut_long(stage: Stage, _options: Options) -> None:
 
 @scenario(proxies=True)
 def cut_forgotten(stage: Stage, _options: Options) -> None:
-    """A worker's connections die within a second, and nobody tells; new ones work, as behind a new firewall."""
+    """A worker's connections die, and nobody tells; new ones work, as behind a new firewall."""
     _cut(stage, 1, old_stay_dead=True)
 
 
