@@ -38,6 +38,7 @@ COLUMNS = {
     "failures": 9,
     "elsewhere": 10,
     "full_speed": 11,
+    "all_work": 9,
     "slots": 6,
 }
 

@@ -35,8 +35,11 @@ def ledger(task: RunningTask) -> None:
     task.session.execute(LEDGER, {"number": task.data["number"]})
 
 
-def work(url: str, folder: str, environment: dict[str, str]) -> None:
-    """Work tasks, as a user's own program would: with nothing set that need not be."""
+def work(url: str, direct: str | None, folder: str, environment: dict[str, str]) -> None:
+    """Work tasks, as a user's own program would: with nothing set but what the README asks for.
+
+    Which is nothing, except behind PgBouncer: then `direct` leads past it.
+    """
     if environment and "LD_PRELOAD" not in os.environ:
         # A library can only be preloaded into a program that begins.
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **environment})  # noqa: S606
@@ -49,8 +52,12 @@ def work(url: str, folder: str, environment: dict[str, str]) -> None:
             tick.wait(0.1)
         ledger(task)
 
-    engine = sa.create_engine(url)
-    worker = Worker(engine, concurrency=4)
+    if direct:
+        engine = sa.create_engine(url, connect_args={"prepare_threshold": None})
+        worker = Worker(engine, concurrency=4, listen_url=direct)
+    else:
+        engine = sa.create_engine(url)
+        worker = Worker(engine, concurrency=4)
     for processor in (noop, ledger, hold):
         worker.use(processor.__name__, processor)
     threading.Thread(target=_end_with_input, daemon=True).start()

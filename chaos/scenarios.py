@@ -306,7 +306,7 @@ def pgbouncer(place: Place, server: Server, folder: Path, options: Options) -> d
             time.sleep(5 if number == signal.SIGTERM else 0)
 
     with Stage(server, "pooled", folder, options.rate) as stage:
-        stage.worker_port = port
+        stage.pooler_port = port
         try:
             return play(stage, fault, options)
         finally:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import psycopg
 import sqlalchemy as sa
@@ -40,7 +40,7 @@ SAMPLE = """
         (SELECT count(*) FROM apoq_tasks WHERE queue = 'default' AND state = 'completed'
             AND completed_at > clock_timestamp() - interval '1 s'),
         (SELECT count(DISTINCT worker_id) FROM apoq_tasks WHERE queue = 'default' AND state = 'completed'
-            AND completed_at > clock_timestamp() - interval '1 s'),
+            AND completed_at > clock_timestamp() - interval '2 s'),
         (SELECT coalesce(extract(epoch FROM clock_timestamp() - min(process_at)), 0) FROM apoq_tasks
             WHERE state = 'pending' AND process_at <= clock_timestamp())
 """
@@ -111,6 +111,16 @@ class Victim:
     seconds: float | None = None
 
 
+class Sample(NamedTuple):
+    """How it stands at a moment."""
+
+    when: float
+    is_full: bool
+    """All that is offered is completed at once."""
+    all_work: bool
+    """And each worker has its share of it."""
+
+
 class Stage:
     """One scenario's processes and their load, from their start to the count of what came of it."""
 
@@ -120,9 +130,10 @@ class Stage:
         self.workers: list[Worker] = []
         self.way: Proxy | None = None
         """The enqueuing processes' own way to the server."""
-        self.worker_port: int | None = None
+        self.pooler_port: int | None = None
         """Where the workers connect to, if not straight to the server."""
         self.full_speed: list[float | None] = []
+        self.all_work: list[float | None] = []
         self.memory: tuple[float, float] | None = None
         self.victims: list[Victim] = []
         self.stack = ExitStack()
@@ -130,7 +141,7 @@ class Stage:
         self._folder = folder
         self._offerers: list[Process] = []
         self._offered: list[int] = []
-        self._samples: list[tuple[float, bool]] = []
+        self._samples: list[Sample] = []
         self._begun = 0
         self._watching = True
 
@@ -168,7 +179,7 @@ class Stage:
         thread.start()
         self.stack.callback(thread.join)
         began = time.monotonic()
-        until(lambda: self._full_since(began, 1.0) is not None)
+        until(lambda: self._since(began, 1.0, lambda sample: sample.all_work) is not None)
 
     def lead_all_by_proxy(self) -> None:
         """Let the enqueuing processes come through a proxy, too; before `begin`."""
@@ -212,15 +223,16 @@ class Stage:
     def await_recovery(self, since: float) -> None:
         """Wait until the victims' tasks run elsewhere and all is at full speed, and note since when."""
         deadline = time.monotonic() + PATIENCE
-        full = None
-        while (
-            full is None or any(victim.seconds is None for victim in self.victims)
-        ) and time.monotonic() < deadline:
+        full = all_work = None
+        while full is None or all_work is None or any(victim.seconds is None for victim in self.victims):
+            if time.monotonic() > deadline:
+                self._complain("not so well")
+                break
             time.sleep(0.1)
-            full = self._full_since(since, STEADY)
-        if time.monotonic() >= deadline:
-            self._complain("not so well")
-        self.full_speed.append(None if full is None else max(0.0, full - since))
+            full = self._since(since, STEADY, lambda sample: sample.is_full)
+            all_work = self._since(since, STEADY, lambda sample: sample.all_work)
+        self.full_speed.append(full)
+        self.all_work.append(all_work)
 
     def note(self, what: str) -> None:
         """Write down what happens, beside the workers' logs."""
@@ -249,6 +261,7 @@ class Stage:
             **found,
             "elsewhere": None if not elsewhere else _longest(elsewhere),
             "full_speed": _longest(self.full_speed),
+            "all_work": _longest(self.all_work),
             "memory": self.memory,
             "slots": self._muster(),
         }
@@ -301,9 +314,9 @@ class Stage:
         return proxy
 
     def _new_worker(self, proxy: Proxy | None, environment: dict[str, str]) -> Process:
-        port = proxy.port if proxy else self.worker_port
-        url, folder = self.server.url(self._name, port), str(self._folder)
-        return self._start("work", url=url, folder=folder, environment=environment)
+        url = self.server.url(self._name, proxy.port if proxy else self.pooler_port)
+        direct = self.server.url(self._name) if self.pooler_port else None
+        return self._start("work", url=url, direct=direct, folder=str(self._folder), environment=environment)
 
     def _start(self, role: str, **task: Any) -> Process:
         self._begun += 1
@@ -330,7 +343,8 @@ class Stage:
                     known = [(when, id_) for when, id_ in known if now - when <= 1] + [(now, last)]
                     offered = last - known[0][1]
                     is_flowing = offered > SOME * self.rate and completed >= CLOSE_TO_FULL * offered
-                    self._samples.append((now, is_flowing and workers >= WORKERS and age < 1))
+                    is_full = is_flowing and age < 1
+                    self._samples.append(Sample(now, is_full, is_full and workers >= WORKERS))
                     for victim in self.victims:
                         if (
                             victim.seconds is None
@@ -338,20 +352,20 @@ class Stage:
                         ):
                             victim.seconds = time.monotonic() - victim.since
                     time.sleep(0.1)
-            self._samples.append((time.monotonic(), False))
+            self._samples.append(Sample(time.monotonic(), is_full=False, all_work=False))
             time.sleep(0.1)
 
-    def _full_since(self, moment: float, lasting: float) -> float | None:
-        """Answer when full speed began, at this moment or later, if it has lasted."""
+    def _since(self, moment: float, lasting: float, is_so: Callable[[Sample], bool]) -> float | None:
+        """Answer how long after this moment it began to be so, if it has lasted."""
         began = None
-        for when, is_full in self._samples:
-            if when >= moment:
-                if not is_full:
+        for sample in self._samples:
+            if sample.when >= moment:
+                if not is_so(sample):
                     began = None
                 elif began is None:
-                    began = when
-                elif when - began >= lasting:
-                    return began
+                    began = sample.when
+                elif sample.when - began >= lasting:
+                    return began - moment
         return None
 
 
