@@ -55,6 +55,7 @@ _IS_DIRECT: Final = "apoq.is_direct"
 _IS_POOLED: Final = "apoq_is_pooled"
 
 _GENERATION: Final = "apoq.generation"
+_IS_NEW: Final = "apoq.is_new"
 
 _generations: WeakKeyDictionary[Engine, int] = WeakKeyDictionary()
 _own = threading.local()
@@ -194,9 +195,12 @@ def make_renewable(engine: Engine) -> None:
     @event.listens_for(engine, "connect")
     def note(_connection: object, record: ConnectionPoolEntry) -> None:
         record.info[_GENERATION] = _generations[engine]
+        record.info[_IS_NEW] = True
 
     @event.listens_for(engine, "checkout")
     def check(_connection: object, record: ConnectionPoolEntry, _proxy: object) -> None:
+        if record.info.pop(_IS_NEW, False):
+            return  # whatever has been found out since it was asked for
         if record.info.get(_GENERATION, 0) != _generations[engine]:
             raise sqlalchemy.exc.DisconnectionError  # the pool makes a new one
 

@@ -14,6 +14,19 @@
 
 from __future__ import annotations
 
+import reprlib
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 80
+
+
+def glimpse(value: object) -> str:
+    """Show a value in a message: briefly, and even where its own repr is endless or raises."""
+    try:
+        return _short.repr(value)
+    except Exception:  # noqa: BLE001 - such as that of an int with too many digits
+        return f"<{type(value).__qualname__}>"
+
 
 class ApoqError(Exception):
     """Every error of apoq's own."""

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import reprlib
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from typing import Any
 
-from apoq.errors import InvalidData, InvalidTask
+from apoq.errors import InvalidData, InvalidTask, glimpse
 
 MAX_DATA_SIZE = 1024 * 1024
 """Bytes of JSON that one task may carry, unless its queue says otherwise."""
@@ -27,7 +26,7 @@ def check_type(type_: object) -> str:
 def check_name(name: object, what: str) -> str:
     """Answer a name that fits a text column and an index; `InvalidTask` where it doesn't."""
     if not isinstance(name, str):
-        raise InvalidTask(f"{what} is a string, not {_glimpse(name)}")
+        raise InvalidTask(f"{what} is a string, not {glimpse(name)}")
     if not name:
         raise InvalidTask(f"{what} can't be empty")
     if len(name) > MAX_TYPE_LENGTH:
@@ -46,7 +45,7 @@ FIRST, LAST = datetime(1, 1, 3, tzinfo=UTC), datetime(9999, 12, 29, tzinfo=UTC)
 def check_time(at: object) -> datetime:
     """Answer a time that everybody reads alike; `InvalidTask` where it is none."""
     if not isinstance(at, datetime):
-        raise InvalidTask(f"process_at is a datetime, not {at!r}")
+        raise InvalidTask(f"process_at is a datetime, not {glimpse(at)}")
     if at.utcoffset() is None:
         raise InvalidTask(
             f"process_at={at} has no time zone, so nobody knows when it is: "
@@ -127,11 +126,11 @@ def _faults_inside(value: Any, path: str, parents: tuple[int, ...]) -> Iterator[
         return
     for key, item in value.items():
         if not isinstance(key, str):
-            yield path, f"a key of a JSON object is a string, not {_glimpse(key)}"
+            yield path, f"a key of a JSON object is a string, not {glimpse(key)}"
         elif fault := _text_fault(key):
-            yield path, f"jsonb can't hold {fault}, the key {_glimpse(key)}"
+            yield path, f"jsonb can't hold {fault}, the key {glimpse(key)}"
         else:
-            yield from _faults(item, f"{path}[{_glimpse(key)}]", parents)
+            yield from _faults(item, f"{path}[{glimpse(key)}]", parents)
 
 
 def _fault(value: Any) -> str | None:
@@ -152,7 +151,7 @@ def _fault(value: Any) -> str | None:
             fault = _text_fault(value)
             return fault and f"jsonb can't hold {fault}"
     return (
-        f"{type(value).__qualname__} is not JSON, so make it text, numbers, lists or dicts: {_glimpse(value)}"
+        f"{type(value).__qualname__} is not JSON, so make it text, numbers, lists or dicts: {glimpse(value)}"
     )
 
 
@@ -164,9 +163,3 @@ def _text_fault(text: str) -> str | None:
     except UnicodeEncodeError:
         return "a lone surrogate in a string"
     return None
-
-
-_short = reprlib.Repr()
-_short.maxstring = _short.maxother = 80
-_glimpse = _short.repr
-"""Shows a value, briefly, even where its own repr is endless or raises."""

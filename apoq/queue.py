@@ -6,7 +6,7 @@ from collections.abc import Coroutine, Iterable, Iterator
 from datetime import datetime, timedelta
 from typing import Any, TypedDict, Unpack, overload
 
-from apoq.errors import InvalidTask
+from apoq.errors import InvalidTask, glimpse
 from apoq.model import DEFAULT_QUEUE, Task, detached, task_class
 from apoq.payload import MAX_DATA_SIZE, check_name, check_time, check_type, encode
 from apoq.retry import LONGEST_DELAY, seconds, time_limit
@@ -157,7 +157,7 @@ class Queue:
         parameters = self._parameters(type, delay, process_at, priority, retry_limit, retry_delay, timeout)
         if isinstance(datas, str | bytes | dict) or not isinstance(datas, Iterable):
             raise InvalidTask(
-                f"add_many takes the data of many tasks, such as a list of dicts, not one {datas!r:.80}"
+                f"add_many takes the data of many tasks, such as a list of dicts, not one {glimpse(datas)}"
             )
         return through(session, lambda caller: self._add_many(caller, parameters, datas))
 
@@ -236,7 +236,7 @@ def _when(delay: timedelta | None, process_at: datetime | None) -> dict[str, Any
         raise InvalidTask("give a delay or process_at, not both")
     if delay is not None:
         if not isinstance(delay, timedelta):
-            raise InvalidTask(f"delay is a timedelta, such as timedelta(seconds=30), not {delay!r}")
+            raise InvalidTask(f"delay is a timedelta, such as timedelta(seconds=30), not {glimpse(delay)}")
         if not timedelta() <= delay <= LONGEST_DELAY:
             raise InvalidTask(f"a delay is between zero and a century, not {delay}")
     if process_at is not None:
@@ -246,7 +246,7 @@ def _when(delay: timedelta | None, process_at: datetime | None) -> dict[str, Any
 
 def _integer(name: str, value: object, lowest: int, highest: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not lowest <= value <= highest:
-        raise InvalidTask(f"{name} is a whole number from {lowest} to {highest}, not {value!r}")
+        raise InvalidTask(f"{name} is a whole number from {lowest} to {highest}, not {glimpse(value)}")
     return value
 
 

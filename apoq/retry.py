@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 
-from apoq.errors import InvalidProcessor
+from apoq.errors import InvalidProcessor, glimpse
 
 logger = logging.getLogger(__name__)
 
@@ -39,9 +39,9 @@ def seconds(delay: float | timedelta, name: str = "a delay") -> float:
     if isinstance(delay, timedelta):
         delay = delay.total_seconds()
     if isinstance(delay, bool) or not isinstance(delay, int | float):
-        raise TypeError(f"{name} is a number of seconds or a timedelta, not {delay!r}")
+        raise TypeError(f"{name} is a number of seconds or a timedelta, not {glimpse(delay)}")
     if not 0 <= delay <= LONGEST_DELAY.total_seconds():  # also false for NaN
-        raise ValueError(f"{name} is between zero and a century, not {delay!r} s")
+        raise ValueError(f"{name} is between zero and a century, not {glimpse(delay)} s")
     return float(delay)
 
 

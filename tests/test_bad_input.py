@@ -166,6 +166,13 @@ def test_data_at_the_limit_is_stored(session, queue):
     assert queue.add(session, "t", data).data == data
 
 
+class NoRepr:
+    """As an object whose repr needs a database that is closed by now."""
+
+    def __repr__(self) -> str:
+        raise RuntimeError("no repr")
+
+
 BAD_OPTIONS = {
     "naive process_at": ({"process_at": LATER.replace(tzinfo=None)}, r"no time zone.*datetime\.now\(UTC\)"),
     "naive datetime.max": ({"process_at": datetime.max}, "no time zone"),  # noqa: DTZ901
@@ -198,6 +205,12 @@ BAD_OPTIONS = {
     "priority below the range": ({"priority": -(2**15) - 1}, "priority is a whole number"),
     "priority as a bool": ({"priority": True}, "priority is a whole number"),
     "priority as a float": ({"priority": 1.5}, "priority is a whole number"),
+    "endless priority": (
+        {"priority": 10**5000},
+        "priority is a whole number from -32768 to 32767, not <int>",
+    ),
+    "delay without a repr": ({"delay": NoRepr()}, "delay is a timedelta"),
+    "retry_delay without a repr": ({"retry_delay": NoRepr()}, "retry_delay: a delay is a number"),
     "no priority": ({"priority": None}, "priority is a whole number"),
 }
 

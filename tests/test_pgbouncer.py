@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import logging
 import os
 import re
@@ -10,11 +11,13 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from datetime import timedelta
+from functools import partial
 
 import pytest
 import sqlalchemy as sa
@@ -68,7 +71,10 @@ class PgBouncer:
     def start(self) -> None:
         command = [PROGRAM, "-q", self.folder / "pgbouncer.ini"]
         quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        self._process = subprocess.Popen(command, cwd="/", **quiet, **self._user)
+        # PR_SET_PDEATHSIG: tests that are killed take it along.
+        with_tests = partial(ctypes.CDLL(None).prctl, 1, signal.SIGKILL) if sys.platform == "linux" else None
+        options = {**quiet, **self._user, "cwd": "/", "preexec_fn": with_tests}
+        self._process = subprocess.Popen(command, **options)
         until(self._answers)
 
     def end(self, how: int = signal.SIGTERM) -> None:
@@ -290,6 +296,14 @@ def test_nothing_is_lost_or_doubled_while_it_is_restarted_again_and_again(
     until(lambda: completed(engine) == 2_000, timeout=60)
 
     assert effects(engine) == (1_200, 1_200)
+
+
+def test_no_session_of_the_pooler_stands_for_a_worker(pooled, engine, make_worker):
+    """Straight to the server, a worker's death is noticed by the end of its session."""
+    make_worker(pooled).start()
+
+    with engine.connect() as connection:
+        assert connection.scalars(sa.text("SELECT backend_pid FROM apoq_workers")).all() == [None]
 
 
 class Ran:

@@ -11,13 +11,15 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+from proxy import Proxy
 from sqlalchemy.orm import Session
 
-from apoq import AsyncRunningTask, Queue, RunningTask, Snooze, Task
+from apoq import AsyncRunningTask, Queue, RunningTask, Snooze, Task, Worker
 
 SOON = 10.0
 """Seconds within which what a test waits for has long happened."""
@@ -109,6 +111,73 @@ class TestStoppingTasks:
         may_end.set()
         worker.stop()
         assert load(engine, task_id).attempt == 1
+
+
+class TestLapse:
+    """The network between a worker and its server is cut, until the worker's lease has ended."""
+
+    @pytest.fixture
+    def proxy(self, url) -> Iterator[Proxy]:
+        proxy = Proxy(url)
+        yield proxy
+        proxy.close()
+
+    @pytest.fixture
+    def far_worker(self, proxy) -> Iterator[Worker]:
+        engine = sa.create_engine(proxy.url)
+        worker = Worker(engine, lease=timedelta(seconds=2.5))
+        yield worker
+        worker.stop(timeout=1)
+        engine.dispose()
+
+    def test_what_runs_sees_it_and_its_next_run_does_not(self, engine, proxy, far_worker):
+        runs, seen = [], []
+
+        def process(task: RunningTask) -> None:
+            runs.append(task)
+            seen.append(task.stopping)
+            if len(runs) == 1:
+                until(lambda: task.stopping)
+                raise Snooze(0)
+
+        far_worker.use("t", process)
+        task_id = add(engine)
+        far_worker.start()
+        until(lambda: runs)
+        proxy.cut()
+        until(lambda: runs[0].stopping)
+        proxy.heal()
+        until(lambda: load(engine, task_id).state == "completed", 30)
+
+        assert (seen, load(engine, task_id).fail_count) == ([False, False], 0)
+
+    def test_one_that_is_over_its_limit_meanwhile_has_failed_once(self, engine, proxy, far_worker):
+        """Its session is cut off, and would be a reason to give it back, had it not failed before."""
+        begun, told = threading.Event(), []
+
+        def process(task: RunningTask) -> None:
+            task.session.execute(sa.text("INSERT INTO ledger VALUES (:id)"), {"id": task.id})
+            if task.attempt == 1:
+                begun.set()
+                until(lambda: proxy.is_cut)
+                task.session.execute(sa.text("INSERT INTO ledger VALUES (:id)"), {"id": task.id})
+
+        far_worker.use("t", process, timeout=1, retry_delay=lambda fail_count: 0)
+        far_worker.events.on("task.retried", lambda task, error: told.append(type(error)))
+        far_worker.events.on("task.completed", lambda task: told.append("completed"))
+        task_id = add(engine)
+        far_worker.start()
+        assert begun.wait(SOON)
+        proxy.cut()
+        until(lambda: far_worker._slots.free == 4)
+        proxy.heal()
+        until(lambda: load(engine, task_id).state == "completed", 30)
+        far_worker.stop()
+
+        task = load(engine, task_id)
+        assert (told, task.fail_count, task.attempt) == ([TimeoutError, "completed"], 1, 2)
+        with engine.connect() as connection:
+            assert connection.scalar(sa.text("SELECT count(*) FROM ledger")) == 1
 
 
 class TestStop:

@@ -358,7 +358,6 @@ class TestLimits:
             assert done.acquire(timeout=SOON)
 
         assert worker._deadlines._loop._thread is None
-        assert "apoq-deadlines" not in {thread.name for thread in threading.enumerate()}
 
     def test_those_that_have_ended_are_forgotten(self, engine, worker):
         done = threading.Semaphore(0)

@@ -55,7 +55,7 @@ def run(task: RunningTask, completion: Completion, deadlines: Deadlines) -> Ende
         if task.opened is not None:
             row = _complete_in(task.opened, task, completion)
     except BaseException as error:  # noqa: BLE001 - even SystemExit is one task's failure, not the worker's
-        outcome = Release() if task.is_cut_off else error
+        outcome = _outcome(task, error)
     if task.opened is not None:
         _close(task.opened)
     return ended(task, outcome, row)
@@ -74,13 +74,18 @@ async def run_coroutine(task: AsyncRunningTask, completion: Completion, deadline
         if task.opened is not None:
             row = await task.opened.run_sync(_complete_in_async, task, completion)
     except BaseException as error:  # noqa: BLE001
-        outcome = Release() if task.is_cut_off else error
+        outcome = _outcome(task, error)
     if task.opened is not None:
         try:
             await task.opened.run_sync(_close)
         except BaseException as error:  # noqa: BLE001 - cancelled once more, while it was closed
             outcome = outcome or (None if row is not None else error)
     return ended(task, outcome, row)
+
+
+def _outcome(task: AnyRunningTask, error: BaseException) -> BaseException:
+    # What was lost is lost. And where the worker itself has cut the session off, the error comes of that.
+    return error if isinstance(error, TaskLost) or not task.is_cut_off else Release()
 
 
 def overdue(limit: float, thread_id: int = 0) -> TimeoutError:

@@ -51,8 +51,8 @@ class Loop:
 
     A turn answers the seconds to sleep before the next one, None for "until woken". A turn that raises is
     taken again after a pause that grows with each failure, for ever. The log has one line when that begins
-    and one when it is over; of an `Outage`, that one tells. Starting or stopping twice is harmless, and so is
-    stopping before starting.
+    and one when it is over; of an `Outage`, that one tells. What isn't an `Exception` ends the thread, which
+    is logged as critical. Starting or stopping twice is harmless, and so is stopping before starting.
     """
 
     def __init__(
@@ -108,6 +108,12 @@ class Loop:
         return True
 
     def _run(self) -> None:
+        try:
+            self._take_turns()
+        except BaseException:  # SystemExit would end it without a word
+            logger.critical("%s has ended, and its worker is maimed: restart it", self._name, exc_info=True)
+
+    def _take_turns(self) -> None:
         while not self._stopping:
             # Before the turn, so that what comes while it is under way leads to another.
             self._woken.clear()

@@ -19,7 +19,7 @@ _LONGEST: Final = LONGEST_DELAY.total_seconds()
 
 
 class Notice:
-    """How a worker tells all the tasks that it has claimed that it is stopping."""
+    """How a worker tells all the tasks that it has claimed that they are to stop."""
 
     __slots__ = ("is_given",)
 
@@ -133,11 +133,13 @@ class _Running(Generic[S]):
 
     @property
     def stopping(self) -> bool:
-        """Whether this attempt should end: its worker is stopping or has lost it, or its `timeout` is over.
+        """Whether this attempt should come to an end.
 
-        A processor that runs for long looks at it now and then. At a stop it has what `stop(timeout)` leaves
-        it: save how far it has come and return, or give the task back with ``raise Snooze(0)``, which uses up
-        no attempt. Past its own timeout, the attempt has failed already, and it just has to return.
+        Its worker is stopping, or has lost its lease (so that others may run the task), or its own `timeout`
+        is over. A processor that runs for long looks at it now and then. At a stop it has what
+        `stop(timeout)` leaves it: save how far it has come and return, or give the task back with
+        ``raise Snooze(0)``, which uses up no attempt. Past its own timeout, the attempt has failed already,
+        and it just has to return.
         """
         if self.notice.is_given:
             return True
@@ -161,7 +163,6 @@ class _Running(Generic[S]):
 
     def cut_off(self) -> None:
         """Undo what its session has written so far, from another thread: the worker's lease has ended."""
-        self.ends_at = time.monotonic()
         if self.opened is not None:
             cut_off(self.opened)
 

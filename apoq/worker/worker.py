@@ -8,6 +8,7 @@ import signal
 import threading
 from collections.abc import Callable
 from datetime import datetime, timedelta
+from functools import partial
 from queue import SimpleQueue
 from typing import Any, Final
 from uuid import uuid4
@@ -36,6 +37,7 @@ from apoq.worker.heartbeat import Heartbeat
 from apoq.worker.listener import Listener, listen_engine
 from apoq.worker.loop import Loop, Outage
 from apoq.worker.position import Position
+from apoq.worker.process import PROCESS
 from apoq.worker.pruner import Pruner
 from apoq.worker.running import KNOWN, AnyRunningTask, AsyncRunningTask, Notice, RunningTask
 from apoq.worker.scout import Scout
@@ -61,6 +63,15 @@ class Worker:
     Each task is claimed in a short transaction of its own, run outside any, and settled with others. Any
     number of workers, in any number of processes, share the work. A worker that dies is noticed by the
     others within its `lease`, and its tasks are run again.
+
+    In an application, `start` and `stop` may be called from any thread, any number of times. A program that
+    ends and hasn't stopped its worker is held up by it for a second at most, in which short tasks end and
+    all others are given back.
+
+    After a fork, a worker that was started goes on in the parent. In the child it hasn't started: it keeps
+    its processors, listeners and options, and `start` or `work` there begin a life of their own, on
+    connections of their own. So that the two don't speak on the same ones, the engine has a new pool in the
+    child, as by ``engine.dispose(close=False)``. Other engines and open sessions are the application's care.
     """
 
     def __init__(
@@ -107,8 +118,33 @@ class Worker:
         self.events = Events()
         self._queues = queues or (Queue(),)
         self._registry = Registry()
-        given = engine.sync_engine if isinstance(engine, AsyncEngine) else engine
-        self._own_engine = own_engine(given)
+        self._assemble = partial(
+            self._put_together,
+            engine,
+            concurrency=concurrency,
+            poll_interval=poll_interval,
+            lease=lease,
+            keep_completed=keep_completed,
+            keep_failed=keep_failed,
+            listen_url=listen_url,
+        )
+        self._given_engine = engine.sync_engine if isinstance(engine, AsyncEngine) else engine
+        self._assemble()
+        PROCESS.enter(self, Worker._begin_anew)
+
+    def _put_together(
+        self,
+        engine: Engine | AsyncEngine,
+        *,
+        concurrency: int,
+        poll_interval: timedelta,
+        lease: timedelta,
+        keep_completed: timedelta | None,
+        keep_failed: timedelta | None,
+        listen_url: str | URL | None,
+    ) -> None:
+        """Make the parts: those of a worker that hasn't started."""
+        self._own_engine = own_engine(self._given_engine)
         listening = self._own_engine if listen_url is None else listen_engine(listen_url)
         self._lock = threading.RLock()
         self._enlisted = 0
@@ -119,7 +155,7 @@ class Worker:
         self._coroutines = Coroutines()
         self._sessions = TaskSessions(engine, self._coroutines)
         self._heartbeat = Heartbeat(
-            given,
+            self._given_engine,
             self._queues,
             concurrency=concurrency,
             lease=lease,
@@ -172,6 +208,17 @@ class Worker:
         self._listening = Loop("apoq-listener", self._listener.turn, outage)
         self._pruning = Loop("apoq-pruner", self._pruner.turn, outage)
         self._loops = (self._settling, self._listening, self._scouting, self._claiming, self._pruning)
+
+    def _begin_anew(self) -> None:
+        """Be a worker that hasn't started, in a child that was forked.
+
+        The threads and the sockets are the parent's. So are the connections in the pool of the caller's
+        engine, on which the parent's processors may be writing just now: it gets another here, as
+        SQLAlchemy advises.
+        """
+        PROCESS.keep(vars(self).copy(), self._given_engine.pool)
+        self._given_engine.dispose(close=False)
+        self._assemble()
 
     def __repr__(self) -> str:
         return f"<Worker of {', '.join(map(repr, self._queues))} concurrency={self._slots.concurrency}>"
@@ -234,12 +281,15 @@ class Worker:
         signals. Starting twice is harmless. Where the database is away, work begins when it is there. Raises
         `NotPrepared` where apoq's tables are missing or at another version.
         """
+        if self._slots.is_current() or self._settling.is_current():
+            return  # it runs, or the caller wouldn't; and a stop may be waiting for the caller
         with self._lock:
             if self._is_started:
                 return
             self._coroutines.use(loop)
             self._claimer.hint()
             self._listener.open()
+            PROCESS.watch()
             self._is_started = True
             try:
                 self._enlist(wait=False)
@@ -274,19 +324,13 @@ class Worker:
         harmless.
         """
         patience = None if timeout is None else seconds(timeout, "a timeout")
+        if self._is_started:
+            # Before the lock is taken, for another thread that stops holds it while it waits for this one.
+            self._refuse_to_wait_for_itself()
         with self._lock:
             if not self._is_started:
                 return
-            if self._coroutines.is_current():
-                raise RuntimeError(
-                    "stop would block the event loop on which this worker's coroutines run: "
-                    "`await asyncio.to_thread(worker.stop)`"
-                )
-            if self._slots.is_current() or self._settling.is_current():
-                raise RuntimeError(
-                    "stop waits for the processors and listeners that run, and this is one of them: set a "
-                    "threading.Event here, and call stop where you wait for it"
-                )
+            self._refuse_to_wait_for_itself()
             self._notice.is_given = True
             if not self._has_entered:
                 self._beating.stop()  # or else it might begin to work just now
@@ -342,6 +386,18 @@ class Worker:
         finally:
             restore()
             self.stop(timeout)
+
+    def _refuse_to_wait_for_itself(self) -> None:
+        if self._coroutines.is_current():
+            raise RuntimeError(
+                "stop would block the event loop on which this worker's coroutines run: "
+                "`await asyncio.to_thread(worker.stop)`"
+            )
+        if self._slots.is_current() or self._settling.is_current():
+            raise RuntimeError(
+                "stop waits for the processors and listeners that run, and this is one of them: set a "
+                "threading.Event here, and call stop where you wait for it"
+            )
 
     def _enlist(self, *, wait: bool = True) -> None:
         """Show that this worker lives, before it claims anything; in its own time, unless told to `wait`."""
@@ -438,6 +494,8 @@ class Worker:
             "the lease could not be renewed in time: what has not begun is given back, and what runs in "
             "task.session is undone, for others may run it now"
         )
+        self._notice.is_given = True
+        self._notice = Notice()  # for what is claimed when it is renewed
         self._give_back(self._slots.take_back())
         for task in self._slots.running():
             task.cut_off()

@@ -1,0 +1,80 @@
+"""What befalls the process that workers are embedded in: it forks, and it ends."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, Final, Protocol
+from weakref import WeakKeyDictionary
+
+logger = logging.getLogger(__name__)
+
+LAST_WAIT: Final = 1.0
+"""Seconds by which workers that nobody has stopped hold up the end of the program at most."""
+
+
+class _Stoppable(Protocol):
+    def stop(self, timeout: float | None = None) -> None: ...
+
+
+class _Process:
+    """The workers that live in this process."""
+
+    def __init__(self) -> None:
+        self._workers: WeakKeyDictionary[_Stoppable, Callable[[Any], None]] = WeakKeyDictionary()
+        self._lock = threading.Lock()
+        self._ending = threading.Event()
+        self._farewell: threading.Thread | None = None
+        self._inherited: list[object] = []
+
+    def enter(self, worker: _Stoppable, begin_anew: Callable[[Any], None]) -> None:
+        """Call `begin_anew` with this worker in each child that is forked; the worker itself may go."""
+        self._workers[worker] = begin_anew
+
+    def watch(self) -> None:
+        """Stop the workers when the program ends, if nobody else does."""
+        with self._lock:
+            if self._farewell is None:
+                # Begun now, for at the end no thread can be. And a thread it is, for the main one is not to
+                # wait for a database that is away.
+                self._farewell = threading.Thread(target=self._stop_all, name="apoq-farewell", daemon=True)
+                self._farewell.start()
+
+    def end(self) -> None:
+        """Have what is held given back, within `LAST_WAIT`."""
+        self._ending.set()
+        if self._farewell is not None:
+            self._farewell.join(LAST_WAIT)
+
+    def keep(self, *inherited: object) -> None:
+        """Never let go of these, a parent's: a connection in use would be rolled back as it is collected."""
+        self._inherited.append(inherited)
+
+    def fork(self) -> None:
+        """Let the workers begin anew, in a child that was forked."""
+        workers = list(self._workers.items())
+        # Afresh, for another thread may have held these at the fork.
+        self._lock, self._ending, self._farewell = threading.Lock(), threading.Event(), None
+        for worker, begin_anew in workers:
+            begin_anew(worker)
+
+    def _stop_all(self) -> None:
+        self._ending.wait()
+        # Half of the time for tasks to end, the other half to write what became of them.
+        deadline = time.monotonic() + LAST_WAIT / 2
+        for worker in list(self._workers):
+            try:
+                worker.stop(timeout=max(0.0, deadline - time.monotonic()))
+            except Exception as error:  # noqa: BLE001 - others rescue what it held
+                logger.debug("%r could not be stopped: %s", worker, error)
+
+
+PROCESS: Final = _Process()
+
+atexit.register(PROCESS.end)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=PROCESS.fork)

@@ -1,0 +1,835 @@
+"""Whatever workers do, and in whatever order: the real statements on a real database, beside a model.
+
+Hypothesis chooses what happens next; after each step every row has to be as the model says. Nobody waits for
+anything: the hours that pass are taken from every time that stands in the database.
+
+`APOQ_TEST_EXAMPLES=5000 python -m pytest tests/test_model.py` plays that many, each time others.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from itertools import count
+from typing import Any, ClassVar, Literal
+from uuid import UUID
+
+import pytest
+import sqlalchemy as sa
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from psycopg.rows import dict_row
+from sqlalchemy.orm import Session
+
+from apoq import Cancel, Queue, Retry, RunningTask, Snooze, Task, Worker
+from apoq.connections import execute, own_engine
+from apoq.events import Events
+from apoq.outcomes import Release, Settlement, WorkerDied
+from apoq.payload import encode
+from apoq.registry import Registry
+from apoq.statements.arrays import array_text
+from apoq.statements.claim import claim
+from apoq.statements.heartbeat import beat, forget, leave
+from apoq.statements.prune import prune_completed, prune_failed
+from apoq.statements.recover import beat_and_rescue, give_back
+from apoq.statements.survey import survey
+from apoq.states import CANCELLED, COMPLETED, FAILED, PENDING, RUNNING
+from apoq.worker.attempts import Ended, TaskLost, ended
+from apoq.worker.completion import Completion
+from apoq.worker.lease import Lease
+from apoq.worker.position import Position
+from apoq.worker.running import Notice
+from apoq.worker.settler import Settler
+from apoq.worker.task_sessions import TaskSession
+
+EXAMPLES = int(os.environ.get("APOQ_TEST_EXAMPLES", "0"))
+
+HOUR = 3600
+LEASE = 3
+GRACE = 1
+"""For so long a worker lives whose connection is gone."""
+RETENTION = 24
+"""In hours, as are all times of the model: the seconds that a history takes are nothing to them."""
+
+QUEUES = (Queue(), Queue("other"))
+PRIORITIES = (-1, 0, 5)
+LIMITS = {"a": 1, "b": 0, "c": 2}
+"""The types of tasks, and how often each is retried."""
+
+EVERYTHING = sa.text("""
+    SELECT id, queue, type, priority, state, attempt, fail_count, token, worker_id, error->>'class' AS error,
+        completed_at IS NOT NULL AS is_completed, cancelled_at IS NOT NULL AS is_cancelled,
+        failed_at IS NOT NULL AS has_failed, claimed_at IS NOT NULL AS was_claimed,
+        rescue_count, claimed_ahead,
+        date_part('epoch', process_at) AS process_at,
+        date_part('epoch', process_at - clock_timestamp()) / 3600 AS due_in
+    FROM apoq_tasks
+""")
+BESIDE = sa.text("""
+    SELECT array(SELECT task_id FROM ledger ORDER BY task_id) AS effects,
+        array(SELECT id FROM apoq_workers ORDER BY id) AS workers,
+        array(
+            SELECT floor(date_part('epoch', clock_timestamp() - seen_at) / 3600) FROM apoq_workers ORDER BY id
+        ) AS unseen
+""")
+WRITE = sa.text("INSERT INTO ledger VALUES (:id)")
+
+TIMES = {
+    "apoq_tasks": ["created_at", "process_at", "claimed_at", "completed_at", "failed_at", "cancelled_at"],
+    "apoq_workers": ["started_at", "seen_at"],
+}
+
+CUT = sa.text("UPDATE apoq_workers SET backend_pid = 0, backend_start = 'epoch' WHERE id = :id")
+"""As if the connection of its heartbeat, which the worker has noted there, were gone."""
+
+LIVES = {"lease": timedelta(hours=LEASE), "grace": timedelta(hours=GRACE)}
+
+# A transaction that waits here waits for Hypothesis, and not for a worker that is frozen.
+PATIENCE = sa.text("SET LOCAL idle_in_transaction_session_timeout = 0")
+
+
+def delay_after(fail_count: int) -> int:
+    return HOUR * (fail_count - 1)
+
+
+registry = Registry()
+for type_, limit in LIMITS.items():
+    registry.use(type_, print, retry_limit=limit, retry_delay=delay_after)
+
+
+@dataclass
+class Known:
+    """A task, as it ought to stand in the database."""
+
+    id: int
+    queue: str
+    type: str
+    priority: int
+    limit: int
+    due: int
+    state: str = PENDING
+    attempt: int = 0
+    fail_count: int = 0
+    rescue_count: int = 0
+    claimed_ahead: bool = False
+    token: int = 0
+    worker_id: UUID | None = None
+    error: str | None = None
+    has_failed: bool = False
+    ended: int | None = None
+
+    def is_held_under(self, token: int) -> bool:
+        return self.state == RUNNING and self.token == token
+
+    def claimed(self, worker_id: UUID, *, ahead: bool = False) -> None:
+        self.state = RUNNING
+        self.claimed_ahead = ahead
+        self.worker_id = worker_id
+        self.attempt += 1
+        self.token += 1
+
+    def given_back(self) -> None:
+        self.state = PENDING
+        self.attempt -= 1
+
+    def rescued(self) -> None:
+        self.state = PENDING
+        self.error = WorkerDied.__name__
+        self.rescue_count += 1
+        if self.claimed_ahead:
+            # Nobody knows whether it had begun; from now on it won't be claimed unless it can begin at once.
+            self.attempt -= 1
+        else:
+            self.fail_count += 1
+            self.has_failed = True
+
+    def completed(self, now: int) -> None:
+        self.state, self.ended = COMPLETED, now
+
+    def settled(self, settlement: Settlement, now: int) -> None:
+        self.has_failed |= settlement.fail_count > self.fail_count
+        self.state = settlement.state
+        self.attempt = settlement.attempt
+        self.fail_count = settlement.fail_count
+        if settlement.delay is not None:
+            self.due = now + round(settlement.delay / HOUR)
+        if settlement.error is not None:
+            self.error = settlement.error["class"]
+        if settlement.state != PENDING:
+            self.ended = now
+
+    def row(self) -> dict[str, Any]:
+        """Answer what is read of it, but for the times."""
+        return {
+            "id": self.id,
+            "queue": self.queue,
+            "type": self.type,
+            "priority": self.priority,
+            "state": self.state,
+            "attempt": self.attempt,
+            "fail_count": self.fail_count,
+            "rescue_count": self.rescue_count,
+            "claimed_ahead": self.claimed_ahead,
+            "token": self.token,
+            "worker_id": self.worker_id,
+            "error": self.error,
+            "is_completed": self.state == COMPLETED,
+            "is_cancelled": self.state == CANCELLED,
+            "has_failed": self.has_failed,
+            "was_claimed": self.token > 0,
+        }
+
+
+@dataclass(eq=False)
+class Hand:
+    """What a worker's process has in its memory, whether or not anybody still thinks that it lives."""
+
+    id: UUID
+    types: list[str]
+    keeps: bool
+    """Whether it marks completed tasks, or deletes them."""
+    positions: dict[Queue, Position] = field(default_factory=lambda: {queue: Position() for queue in QUEUES})
+    held: dict[int, Attempt] = field(default_factory=dict)
+    is_doubtful: bool = False
+    beats: bool = True
+
+    def __repr__(self) -> str:
+        return f"worker {self.id.int}"
+
+
+@dataclass(eq=False)
+class Attempt:
+    """A task that a worker has claimed, and may write to until it is taken from it; or may try to, later."""
+
+    hand: Hand
+    task: RunningTask
+
+    @property
+    def is_doomed(self) -> bool:
+        """Whether the worker ends it instead of running it."""
+        return self.task.fail_count > self.task.policy.limit
+
+    def __repr__(self) -> str:
+        return f"task {self.task.id} under token {self.task.token}"
+
+
+@dataclass(eq=False)
+class Transaction:
+    """A transaction that is still open, with the tasks that it has locked."""
+
+    what: str
+    locked: set[int]
+    end: Callable[[bool], None]
+
+    def __repr__(self) -> str:
+        return self.what
+
+
+End = Literal["commit", "roll back", "wait"]
+"""What becomes of a transaction; while it waits, other things happen."""
+
+ends = st.sampled_from(["commit", "commit", "roll back", "wait"])
+hours = st.sampled_from([0, 1, 3])
+delays = hours.map(lambda hours: HOUR * hours)
+places = st.integers(0, 2)
+queues = st.sampled_from([*QUEUES, QUEUES[0], QUEUES[0]])
+chosen = st.one_of(
+    st.none(),
+    st.builds(ValueError),
+    st.builds(Retry, delay=delays),
+    st.builds(Snooze, delays),
+    st.builds(Cancel),
+)
+"""What becomes of an attempt: it returns, or it raises this."""
+
+outcomes = chosen | st.builds(Release) | st.builds(TaskLost)
+
+options = st.fixed_dictionaries(
+    {},
+    optional={
+        "priority": st.sampled_from(PRIORITIES),
+        "delay": hours.map(lambda hours: timedelta(hours=hours)),
+        "retry_limit": st.integers(0, 2),
+        "retry_delay": delays,
+    },
+)
+
+
+class Tasks(RuleBasedStateMachine):
+    """Everything that happens to tasks."""
+
+    reached: ClassVar = Counter[str]()
+    """How often what is worth reaching was reached, in all histories."""
+
+    def __init__(self, engine: sa.Engine, own: sa.Engine) -> None:
+        super().__init__()
+        self.engine, self.own = engine, own
+        with engine.begin() as connection:
+            connection.exec_driver_sql("TRUNCATE apoq_tasks, apoq_workers, ledger RESTART IDENTITY")
+        self.now = 0
+        self.tasks: dict[int, Known] = {}
+        self.effects: list[int] = []
+        self.seen: dict[UUID, int] = {}
+        self.cut: set[UUID] = set()
+        self.process_at: dict[int, float] = {}
+        self.transactions: list[Transaction] = []
+        self.attempts: list[Attempt] = []
+        self.handed_out: set[tuple[int, int]] = set()
+        self.numbers = count(1)
+        self.hands = [self._hired(place) for place in range(3)]
+        self.turns = 2
+        self.worker = Worker(engine, QUEUES[0], lease=timedelta(hours=LEASE))
+        for type_, limit in LIMITS.items():
+            self.worker.use(type_, self._process, retry_limit=limit, retry_delay=delay_after)
+        # Workers mind their leases, too; but nothing may depend on it.
+        lease = Lease(math.inf, 0)
+        lease.renew(time.monotonic())
+        self.completions = {keeps: Completion(Events(), lease, keep=keeps) for keeps in (True, False)}
+        self.settlers = {
+            keeps: Settler(own, Events(), completion, on_settled=self._forget_attempts)
+            for keeps, completion in self.completions.items()
+        }
+
+    def teardown(self) -> None:
+        for transaction in self.transactions:
+            transaction.end(False)
+
+    # What callers do.
+
+    @initialize(options=options, is_answered=st.booleans())
+    def begin(self, options: dict[str, Any], is_answered: bool) -> None:
+        """Begin with what makes each of the other steps worth while."""
+        for type_ in LIMITS:
+            self.add(QUEUES[0], type_, options, 2, 0, "commit")
+        for place in range(3):
+            self.every_row_is_as_the_model_says()
+            self.claim(place, QUEUES[0], 1, place % 2, True, "commit", is_answered or place > 0)
+
+    @precondition(lambda self: len(self.tasks) < 20)
+    @rule(
+        queue=queues,
+        type_=st.sampled_from(list(LIMITS)),
+        options=options,
+        many=st.integers(0, 3),
+        late=st.sampled_from([0, 0, 0, 2]),
+        end=ends,
+    )
+    def add(self, queue: Queue, type_: str, options: dict[str, Any], many: int, late: int, end: End) -> None:
+        if late:
+            options = {**options, "process_at": datetime.now(UTC) - timedelta(hours=late)}
+            options.pop("delay", None)
+        session = Session(self.engine)
+        if many:
+            assert queue.add_many(session, type_, range(many), **options) == many
+        else:
+            queue.add(session, type_, **options)
+        ids = set(session.scalars(sa.select(Task.id))) - self.tasks.keys()
+        assert len(ids) == max(many, 1)
+        due = self.now + options.get("delay", timedelta(hours=-late)) // timedelta(hours=1)
+        limit = options.get("retry_limit", LIMITS[type_])
+        added = {id_: Known(id_, queue.name, type_, options.get("priority", 0), limit, due) for id_ in ids}
+
+        def finish(commit: bool) -> None:
+            if commit:
+                session.commit()
+                self.tasks |= added
+            session.close()
+
+        self._end(Transaction("an addition", set(), finish), end)
+
+    # What a worker does with tasks.
+
+    @rule(
+        place=places,
+        queue=queues,
+        at_most=st.integers(1, 4),
+        free=st.integers(-1, 4),
+        surveys=st.booleans(),
+        end=ends,
+        is_answered=st.sampled_from([True, True, True, False]),
+    )
+    def claim(
+        self, place: int, queue: Queue, at_most: int, free: int, surveys: bool, end: End, is_answered: bool
+    ) -> None:
+        hand = self.hands[place]
+        if hand.is_doubtful:
+            self._give_back(hand)
+        if surveys:
+            mine = {"from_queue": queue.name, "of_types": hand.types}
+            hand.positions[queue].surveyed(execute(self.own, survey(None), mine))
+        front = self._claimable(hand.types, queue, hand.positions[queue])[:at_most]
+        # Those that find a slot, and those that wait for one behind no task that may kill its worker.
+        expected = [
+            task
+            for place, task in enumerate(front)
+            if place < free or not any(earlier.rescue_count for earlier in front[: place + 1])
+        ]
+        ahead = {task.id for task in front[max(free, 0) :]}
+        parameters = {
+            "from_queue": queue.name,
+            "of_types": hand.types,
+            "at_most": at_most,
+            "free": free,
+            "by_worker": hand.id,
+            **hand.positions[queue].parameters(),
+        }
+        if end == "commit":
+            rows: list[Any] = execute(self.own, claim(None), parameters).fetchall()
+        else:
+            connection = self.own.connect()
+            rows = [tuple(row) for row in connection.execute(claim(None), parameters)]
+            connection.execute(PATIENCE)
+        rows.sort(key=lambda row: (-row[3], row[5], row[0]))
+        assert [row[0] for row in rows] == [task.id for task in expected]
+
+        def finish(commit: bool) -> None:
+            if end != "commit":
+                (connection.commit if commit else connection.rollback)()
+                connection.close()
+            if commit:
+                if is_answered:
+                    hand.positions[queue].claimed(rows, is_all=len(rows) < at_most)
+                self._claimed(hand, rows, ahead, is_answered=is_answered)
+
+        self._end(Transaction("a claim", {task.id for task in front}, finish), end)
+
+    def _give_back(self, hand: Hand) -> None:
+        """Give back what an earlier claim took whose answer was lost."""
+        execute(self.own, give_back(None), {"by_worker": hand.id, "held": array_text(hand.held)})
+        hand.is_doubtful = False
+        for task in self.tasks.values():
+            if task.state == RUNNING and task.worker_id == hand.id and task.id not in hand.held:
+                self.reached["a stray given back"] += 1
+                task.given_back()
+
+    @precondition(lambda self: self._settleable())
+    @rule(
+        ends=st.runner().flatmap(
+            lambda self: st.lists(
+                st.tuples(st.sampled_from(self._settleable()), outcomes),
+                min_size=1,
+                unique_by=lambda end: end[0],
+            )
+        )
+    )
+    def settle(self, ends: list[tuple[Attempt, BaseException | None]]) -> None:
+        """Settle what workers hold, or have held: for the second time, or after they have lost it."""
+        for keeps, settler in self.settlers.items():
+            batch = [
+                ended(attempt.task, WorkerDied() if attempt.is_doomed else outcome)
+                for attempt, outcome in ends
+                if attempt.hand.keeps == keeps
+            ]
+            written = [end for end in batch if self._may_write(end)]
+            settler.settle(batch)
+            for end in written:
+                if isinstance(end.outcome, TaskLost):
+                    continue
+                if end.settlement is not None:
+                    self.tasks[end.task.id].settled(end.settlement, self.now)
+                else:
+                    self._complete(end.task.id, keeps)
+
+    @precondition(lambda self: self._startable())
+    @rule(attempt=st.runner().flatmap(lambda self: st.sampled_from(self._startable())), end=ends)
+    def complete_in_session(self, attempt: Attempt, end: End) -> None:
+        """Write an effect and the completion in one transaction."""
+        session = TaskSession(self.engine)
+        session.execute(WRITE, {"id": attempt.task.id})
+        completion = self.completions[attempt.hand.keeps]
+        is_written = completion.write(session.connection(), attempt.task) is not None
+        assert is_written == self._may_write(ended(attempt.task, None))
+        session.execute(PATIENCE)
+
+        def finish(commit: bool) -> None:
+            if commit and is_written:
+                session.commit_completion()
+                self._complete(attempt.task.id, attempt.hand.keeps)
+                self.effects.append(attempt.task.id)
+                self._forget_attempts([ended(attempt.task, None)])
+                self.reached["an effect"] += 1
+            session.close()
+
+        locked = {attempt.task.id} if is_written else set[int]()
+        self._end(Transaction("a completion", locked, finish), end)
+
+    # It takes as long as ten other steps.
+    @precondition(lambda self: self.turns > 0)
+    @rule(outcome=chosen, writes=st.booleans())
+    def work(self, outcome: BaseException | None, writes: bool) -> None:
+        """Let a real worker do all of this for one task."""
+        self.turns -= 1
+        self.outcome, self.writes = outcome, writes
+        due = self._claimable(list(LIMITS), QUEUES[0], None)
+
+        found = self.worker.work()
+
+        id_ = self.worker._claimer.worker_id
+        while due and due[0].fail_count > due[0].limit:
+            self.reached["a task without attempts left"] += 1
+            doomed = due.pop(0)
+            doomed.claimed(id_)
+            doomed.settled(Settlement(FAILED, doomed.attempt - 1, doomed.fail_count), self.now)
+        assert (found and found.id) == (due[0].id if due else None)
+        if due:
+            due[0].claimed(id_)
+            self.handed_out.add((due[0].id, due[0].token))
+            if self.ended.settlement is not None:
+                due[0].settled(self.ended.settlement, self.now)
+            else:
+                due[0].completed(self.now)
+                self.effects += [due[0].id] if writes else []
+        # Its heartbeat, on a thread of its own, may also forget workers that were not seen for an hour.
+        if self._read(BESIDE)[0]["workers"] != sorted(self.seen):
+            self._forgotten(after=1)
+
+    def _process(self, task: RunningTask) -> None:
+        self.ended = ended(task, self.outcome)
+        if self.writes:
+            task.session.execute(WRITE, {"id": task.id})
+        if self.outcome is not None:
+            raise self.outcome
+
+    # What workers do beside, and what becomes of them.
+
+    @precondition(lambda self: self.attempts and self._beating())
+    @rule(
+        hand=st.runner().flatmap(lambda self: st.sampled_from(self._beating())),
+        at_most=st.sampled_from([1, 2, 1000]),
+    )
+    def sweep(self, hand: Hand, at_most: int) -> None:
+        orphans = [task for task in self._by_id() if self._is_orphan(task, sweeper=hand.id)]
+        reason = encode({"class": WorkerDied.__name__, "message": "", "traceback": ""})
+        parameters = {
+            **self._presented(hand),
+            **LIVES,
+            "by_worker": hand.id,
+            "at_most": at_most,
+            "reason": reason,
+        }
+
+        ((rescued, next_death),) = execute(self.own, beat_and_rescue(None), parameters)
+
+        assert rescued == len(orphans[:at_most])
+        left = [self._until(id_) - self.now for id_ in self.seen if id_ != hand.id and self._is_alive(id_)]
+        assert next_death is None if not left else -0.1 < next_death / HOUR - min(left) <= 0
+        for task in orphans[:at_most]:
+            self.reached["a rescue"] += 1
+            task.rescued()
+        self._seen(hand)
+
+    @precondition(lambda self: self.attempts)
+    @rule(
+        queue=queues,
+        states=st.sampled_from([{COMPLETED}, {FAILED, CANCELLED}]),
+        at_most=st.sampled_from([1, 1000]),
+    )
+    def prune(self, queue: Queue, states: set[str], at_most: int) -> None:
+        """Delete tasks that ended long ago."""
+        statement = prune_completed if COMPLETED in states else prune_failed
+        old = {
+            task.id
+            for task in self.tasks.values()
+            if task.queue == queue.name and task.state in states and self.now - task.ended >= RETENTION
+        }
+
+        keep = timedelta(hours=RETENTION)
+        execute(self.own, statement(None), {"from_queue": queue.name, "keep": keep, "at_most": at_most})
+
+        pruned = self.tasks.keys() - {row["id"] for row in self._read(EVERYTHING)}
+        assert pruned <= old
+        assert len(pruned) == min(len(old), at_most)
+        # The oldest first.
+        left = [self.tasks[id_].ended for id_ in old - pruned]
+        assert not left or all(self.tasks[id_].ended <= min(left) for id_ in pruned)
+        for id_ in pruned:
+            self.reached["a task pruned"] += 1
+            del self.tasks[id_]
+
+    @precondition(lambda self: any(self.now > seen for seen in self.seen.values()))
+    @rule(after=st.sampled_from([1, 3]))
+    def forget(self, after: int) -> None:
+        """Remove the rows of workers that died long ago."""
+        execute(self.own, forget(None), {"keep": timedelta(hours=after)})
+        self._forgotten(after)
+
+    def _forgotten(self, after: int) -> None:
+        holding = {task.worker_id for task in self.tasks.values() if task.state == RUNNING}
+        self.seen = {
+            id_: seen for id_, seen in self.seen.items() if self.now - seen < after or id_ in holding
+        }
+
+    @rule(hours=st.sampled_from([1, 1, 1, 3, RETENTION]), commit=st.booleans(), sweeps=st.booleans())
+    def time_passes(self, hours: int, commit: bool, sweeps: bool) -> None:
+        """Let hours pass, in which those beat who do."""
+        # These would have been ended long before.
+        while self.transactions:
+            self.transactions.pop(0).end(commit)
+        with self.engine.begin() as connection:
+            for table, names in TIMES.items():
+                older = ", ".join(f"{name} = {name} - CAST(:passed AS interval)" for name in names)
+                connection.execute(sa.text(f"UPDATE {table} SET {older}"), {"passed": timedelta(hours=hours)})
+        self.now += hours
+        for hand in {attempt.hand for attempt in self.attempts} | set(self.hands):
+            for position in hand.positions.values():
+                levels = position._levels.items()
+                position._levels = {priority: (at - HOUR * hours, id_) for priority, (at, id_) in levels}
+        for hand in self._beating():
+            self._beat(hand)
+        if sweeps and self._beating():
+            self.sweep(self._beating()[0], 1000)
+
+    @precondition(lambda self: self.attempts)
+    @rule(place=places, fate=st.sampled_from(["is silent", "beats", "leaves"]))
+    def meet(self, place: int, fate: str) -> None:
+        """Let a worker be silent, or beat again with all that it remembers, or leave."""
+        hand = self.hands[place]
+        hand.beats = fate == "beats"
+        if fate == "beats":
+            self._beat(hand)
+        if fate == "leaves":
+            execute(self.own, leave(None), {"worker_id": hand.id})
+            self.seen.pop(hand.id, None)
+            self.hands[place] = self._hired(place)
+
+    @precondition(lambda self: self.attempts)
+    @rule(place=places, is_noticed=st.booleans(), sweeps=st.booleans())
+    def die(self, place: int, is_noticed: bool, sweeps: bool) -> None:
+        """Replace a worker that is not heard of again, or only late: what it has sent may yet arrive."""
+        hand = self.hands[place]
+        if is_noticed and hand.id in self.seen:
+            with self.engine.begin() as connection:
+                connection.execute(CUT, {"id": hand.id})
+            self.cut.add(hand.id)
+        self.hands[place] = self._hired(place)
+        self.time_passes(GRACE if is_noticed else LEASE, False, sweeps)
+
+    @precondition(lambda self: self.transactions)
+    @rule(
+        transaction=st.runner().flatmap(lambda self: st.sampled_from(self.transactions)),
+        commit=st.sampled_from([True, True, False]),
+    )
+    def end(self, transaction: Transaction, commit: bool) -> None:
+        """End a transaction that was left open."""
+        self.transactions.remove(transaction)
+        transaction.end(commit)
+
+    # What has to be true.
+
+    @invariant()
+    def every_row_is_as_the_model_says(self) -> None:
+        rows = {row["id"]: row for row in self._read(EVERYTHING)}
+        self.process_at = {id_: row.pop("process_at") for id_, row in rows.items()}
+        due_in = {id_: row.pop("due_in") for id_, row in rows.items()}
+        assert rows == {id_: task.row() for id_, task in self.tasks.items()}
+        # Real time passes too, but never an hour's tenth.
+        assert all(-0.1 < due_in[id_] - (task.due - self.now) <= 0 for id_, task in self.tasks.items())
+        (beside,) = self._read(BESIDE)
+        unseen = dict(zip(beside["workers"], beside["unseen"], strict=True))
+        assert unseen == {id_: self.now - seen for id_, seen in self.seen.items()}
+        # An effect is there once for each task that was completed with it, and for no other.
+        assert beside["effects"] == sorted(self.effects)
+
+    @invariant()
+    def attempts_add_up(self) -> None:
+        for task in self.tasks.values():
+            is_counted = task.state in {RUNNING, COMPLETED, CANCELLED}
+            assert task.attempt == task.fail_count + is_counted
+            assert task.token >= task.attempt
+            if task.state in {COMPLETED, CANCELLED}:
+                assert task.attempt <= task.limit + 1
+
+    # The rest is the model's own.
+
+    def _read(self, statement: sa.TextClause) -> list[dict[str, Any]]:
+        return execute(self.own, statement, {}, row_factory=dict_row).fetchall()
+
+    def _hired(self, place: int) -> Hand:
+        # One that knows fewer types, and one that keeps no completed tasks.
+        types = list(LIMITS)[:2] if place == 0 else list(LIMITS)
+        hand = Hand(UUID(int=next(self.numbers)), types, keeps=place != 2)
+        self._beat(hand)
+        return hand
+
+    def _beat(self, hand: Hand) -> None:
+        execute(self.own, beat(None), self._presented(hand))
+        self._seen(hand)
+
+    def _seen(self, hand: Hand) -> None:
+        self.seen[hand.id] = self.now
+        self.cut.discard(hand.id)
+
+    def _presented(self, hand: Hand) -> dict[str, Any]:
+        return {
+            "worker_id": hand.id,
+            "worker_host": "here",
+            "worker_pid": 1,
+            "worker_version": "0",
+            "worker_queues": [queue.name for queue in QUEUES],
+            "worker_concurrency": 4,
+            "is_direct": False,
+        }
+
+    def _is_alive(self, id_: UUID | None) -> bool:
+        return id_ in self.seen and self.now < self._until(id_)
+
+    def _until(self, id_: UUID) -> int:
+        return self.seen[id_] + (GRACE if id_ in self.cut else LEASE)
+
+    def _is_orphan(self, task: Known, sweeper: UUID | None = None) -> bool:
+        return (
+            task.state == RUNNING
+            and task.id not in self._locked()
+            and task.worker_id != sweeper
+            and not self._is_alive(task.worker_id)
+        )
+
+    def _locked(self) -> set[int]:
+        return {id_ for transaction in self.transactions for id_ in transaction.locked}
+
+    def _unlocked(self, attempts: Iterable[Attempt]) -> list[Attempt]:
+        # Whoever settled what another transaction is completing would wait for it.
+        locked = self._locked()
+        return [attempt for attempt in attempts if attempt.task.id not in locked]
+
+    def _settleable(self) -> list[Attempt]:
+        held = self._unlocked(attempt for hand in self.hands for attempt in hand.held.values())
+        return held * 3 + self._unlocked(self.attempts)
+
+    def _startable(self) -> list[Attempt]:
+        return [attempt for attempt in self._settleable() if not attempt.is_doomed]
+
+    def _beating(self) -> list[Hand]:
+        return [hand for hand in self.hands if hand.beats]
+
+    def _by_id(self) -> list[Known]:
+        return [self.tasks[id_] for id_ in sorted(self.tasks)]
+
+    def _claimable(self, types: list[str], queue: Queue, position: Position | None) -> list[Known]:
+        """Answer what a claim ought to take, in order: all that is due, or what is behind a position."""
+        locked = self._locked()
+
+        def is_ahead(task: Known) -> bool:
+            if position is None:
+                return True
+            levels = position._levels
+            return task.priority in levels and (self.process_at[task.id], task.id) > levels[task.priority]
+
+        found = [
+            task
+            for task in self.tasks.values()
+            if task.state == PENDING
+            and task.queue == queue.name
+            and task.type in types
+            and task.due <= self.now
+            and task.id not in locked
+            and is_ahead(task)
+        ]
+        return sorted(found, key=lambda task: (-task.priority, self.process_at[task.id], task.id))
+
+    def _claimed(self, hand: Hand, rows: list[Any], ahead: set[int], *, is_answered: bool) -> None:
+        hand.is_doubtful = not is_answered
+        for row in rows:
+            known = self.tasks[row[0]]
+            task = RunningTask(
+                row,
+                Queue(known.queue),
+                registry[row[1]],
+                time.monotonic(),
+                lambda: TaskSession(self.engine),
+                Notice(),
+            )
+            known.claimed(hand.id, ahead=task.id in ahead)
+            assert (task.attempt, task.fail_count, task.token) == (
+                known.attempt,
+                known.fail_count,
+                known.token,
+            )
+            assert (task.id, task.token) not in self.handed_out, "two hold it under the same token"
+            self.handed_out.add((task.id, task.token))
+            if is_answered:
+                attempt = Attempt(hand, task)
+                if attempt.is_doomed:
+                    self.reached["a task without attempts left"] += 1
+                assert attempt.is_doomed or task.attempt <= known.limit + 1
+                hand.held[task.id] = attempt
+                self.attempts.append(attempt)
+
+    def _may_write(self, end: Ended) -> bool:
+        known = self.tasks.get(end.task.id)
+        is_held = known is not None and known.is_held_under(end.task.token)
+        self.reached["a write" if is_held else "a write to a lost task"] += 1
+        return is_held
+
+    def _complete(self, id_: int, keeps: bool) -> None:
+        if keeps:
+            self.tasks[id_].completed(self.now)
+        else:
+            del self.tasks[id_]
+
+    def _forget_attempts(self, ends: Iterable[Ended]) -> None:
+        for end in ends:
+            for attempt in self.attempts:
+                if attempt.task is end.task and attempt.hand.held.get(end.task.id) is attempt:
+                    del attempt.hand.held[end.task.id]
+
+    def _end(self, transaction: Transaction, end: End) -> None:
+        if end == "wait":
+            self.reached[f"{transaction.what} left open"] += 1
+            self.transactions.append(transaction)
+        else:
+            transaction.end(end == "commit")
+
+
+WORTH_REACHING = {
+    "a claim left open",
+    "a completion left open",
+    "a rescue",
+    "a stray given back",
+    "a task pruned",
+    "a task without attempts left",
+    "a write",
+    "a write to a lost task",
+    "an addition left open",
+    "an effect",
+}
+
+
+@pytest.fixture
+def own(engine):
+    own = own_engine(engine)
+    yield own
+    own.dispose()
+
+
+def test_whatever_happens_every_task_is_as_it_ought_to_be(engine, own, caplog):
+    caplog.set_level(logging.CRITICAL, "apoq")
+    Tasks.reached.clear()
+    run_state_machine_as_test(
+        partial(Tasks, engine, own),
+        settings=settings(
+            max_examples=EXAMPLES or 80,
+            stateful_step_count=50,
+            derandomize=not EXAMPLES,
+            database=None,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
+    # Or else it would have shown little.
+    assert Tasks.reached.keys() >= WORTH_REACHING
