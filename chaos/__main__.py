@@ -133,7 +133,7 @@ def judged(found: dict[str, Any]) -> list[str]:
     misses = [f"{found[what]} {what}" for what in ("lost", "doubled", "effects_lost") if found[what]]
     for what, most in (("elsewhere", ELSEWHERE), ("full_speed", FULL_SPEED)):
         if found[what] is not None and found[what] > most:
-            misses.append(f"{what} after {found[what]:.1f} s instead of {most:.0f}")
+            misses.append(f"{what} (s): {_text(found[what])} instead of {most:.0f}")
     if found["slots"] < SLOTS:
         misses.append(f"only {found['slots']} of {SLOTS} slots still work")
     if found["memory"] and found["memory"][1] > found["memory"][0] + GROWTH:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import shutil
 import signal
-import threading
 import time
 from array import array
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import psycopg
 import sqlalchemy as sa
@@ -20,36 +19,14 @@ from apoq import Queue, prepare
 from benchmarks.process import Child
 from chaos.proxy import Proxy
 from chaos.server import Server, until
+from chaos.watcher import OFFERERS, WORKERS, Victim, Watcher
 
-WORKERS, OFFERERS = 3, 2
 SLOTS = 4 * WORKERS
 PATIENCE = 60.0
 """Seconds for which a recovery is waited for."""
 
 STEADY = 3.0
 """Seconds for which full speed must last to count; it counts from when it began."""
-
-CLOSE_TO_FULL = 0.8
-"""Of what is offered in a second, which must be a part of the rate: on a busy machine, it isn't all."""
-
-SOME = 0.25
-
-SAMPLE = """
-    SELECT
-        (SELECT coalesce(max(id), 0) FROM apoq_tasks),
-        (SELECT count(*) FROM apoq_tasks WHERE queue = 'default' AND state = 'completed'
-            AND completed_at > clock_timestamp() - interval '1 s'),
-        (SELECT count(DISTINCT worker_id) FROM apoq_tasks WHERE queue = 'default' AND state = 'completed'
-            AND completed_at > clock_timestamp() - interval '2 s'),
-        (SELECT coalesce(extract(epoch FROM clock_timestamp() - min(process_at)), 0) FROM apoq_tasks
-            WHERE state = 'pending' AND process_at <= clock_timestamp())
-"""
-
-LEFT = """
-    SELECT id FROM apoq_tasks JOIN unnest(%s::bigint[], %s::bigint[]) AS held (id, token) USING (id)
-    WHERE state <> 'completed' AND (state = 'pending' OR apoq_tasks.token = held.token)
-"""
-"""Of what a victim held: what hasn't begun anew, nor been completed."""
 
 UNFINISHED = """
     SELECT type, state, left(worker_id::text, 4), token, fail_count, count(*), min(process_at)::text
@@ -101,26 +78,6 @@ class Worker:
     environment: dict[str, str]
 
 
-@dataclass
-class Victim:
-    """Tasks that a worker held when something befell it, and how long it took until they ran anew."""
-
-    since: float
-    ids: list[int]
-    tokens: list[int]
-    seconds: float | None = None
-
-
-class Sample(NamedTuple):
-    """How it stands at a moment."""
-
-    when: float
-    is_full: bool
-    """All that is offered is completed at once."""
-    all_work: bool
-    """And each worker has its share of it."""
-
-
 class Stage:
     """One scenario's processes and their load, from their start to the count of what came of it."""
 
@@ -135,15 +92,12 @@ class Stage:
         self.full_speed: list[float | None] = []
         self.all_work: list[float | None] = []
         self.memory: tuple[float, float] | None = None
-        self.victims: list[Victim] = []
         self.stack = ExitStack()
         self._name = name
         self._folder = folder
         self._offerers: list[Process] = []
         self._offered: list[int] = []
-        self._samples: list[Sample] = []
         self._begun = 0
-        self._watching = True
 
     def __enter__(self) -> Self:
         with self.server.admin() as admin:
@@ -159,7 +113,6 @@ class Stage:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._watching = False
         self.stack.close()
 
     def begin(self, *, proxies: bool = False, environments: tuple[dict[str, str], ...] = ()) -> None:
@@ -175,11 +128,10 @@ class Stage:
             offerer = self._start("offer", url=url, first=number * 10**9, rate=rate, folder=folder)
             offerer.answer()
             self._offerers.append(offerer)
-        thread = threading.Thread(target=self._watch, daemon=True)
-        thread.start()
-        self.stack.callback(thread.join)
+        self._watcher = Watcher(self._name, self.rate, lambda: self.server)
+        self.stack.callback(self._watcher.stop)
         began = time.monotonic()
-        until(lambda: self._since(began, 1.0, lambda sample: sample.all_work) is not None)
+        until(lambda: self._watcher.since(began, 1.0, lambda sample: sample.all_work) is not None)
 
     def lead_all_by_proxy(self) -> None:
         """Let the enqueuing processes come through a proxy, too; before `begin`."""
@@ -213,7 +165,7 @@ class Stage:
         if found:
             query = "SELECT id, token FROM apoq_tasks WHERE state = 'running' AND worker_id = %s"
             held = self._ask(query, found[0][0])
-            self.victims.append(Victim(now, [row[0] for row in held], [row[1] for row in held]))
+            self._watcher.victims.append(Victim(now, [row[0] for row in held], [row[1] for row in held]))
         return now
 
     def replace(self, worker: Worker) -> None:
@@ -224,13 +176,17 @@ class Stage:
         """Wait until the victims' tasks run elsewhere and all is at full speed, and note since when."""
         deadline = time.monotonic() + PATIENCE
         full = all_work = None
-        while full is None or all_work is None or any(victim.seconds is None for victim in self.victims):
+        while (
+            full is None
+            or all_work is None
+            or any(victim.seconds is None for victim in self._watcher.victims)
+        ):
             if time.monotonic() > deadline:
                 self._complain("not so well")
                 break
             time.sleep(0.1)
-            full = self._since(since, STEADY, lambda sample: sample.is_full)
-            all_work = self._since(since, STEADY, lambda sample: sample.all_work)
+            full = self._watcher.since(since, STEADY, lambda sample: sample.is_full)
+            all_work = self._watcher.since(since, STEADY, lambda sample: sample.all_work)
         self.full_speed.append(full)
         self.all_work.append(all_work)
 
@@ -256,7 +212,7 @@ class Stage:
             self._release(number)
         self._end_all()
         found = self._count()
-        elsewhere = [victim.seconds for victim in self.victims]
+        elsewhere = [victim.seconds for victim in self._watcher.victims]
         return {
             **found,
             "elsewhere": None if not elsewhere else _longest(elsewhere),
@@ -329,44 +285,6 @@ class Stage:
     def _ask(self, query: str, *parameters: object) -> list[Any]:
         with self.server.admin(self._name) as admin:
             return admin.execute(query, parameters or None).fetchall()
-
-    def _watch(self) -> None:
-        """Note ten times a second whether all goes well, and what has become of the victims' tasks."""
-        known: list[tuple[float, int]] = []
-        while self._watching:
-            with suppress(psycopg.Error), self.server.admin(self._name) as admin:
-                admin.execute("SET statement_timeout = '2s'; SET enable_seqscan = off")
-                server = self.server
-                while self._watching and self.server is server:
-                    last, completed, workers, age = admin.execute(SAMPLE).fetchone() or (0, 0, 0, 0)
-                    now = time.monotonic()
-                    known = [(when, id_) for when, id_ in known if now - when <= 1] + [(now, last)]
-                    offered = last - known[0][1]
-                    is_flowing = offered > SOME * self.rate and completed >= CLOSE_TO_FULL * offered
-                    is_full = is_flowing and age < 1
-                    self._samples.append(Sample(now, is_full, is_full and workers >= WORKERS))
-                    for victim in self.victims:
-                        if (
-                            victim.seconds is None
-                            and not admin.execute(LEFT, (victim.ids, victim.tokens)).fetchall()
-                        ):
-                            victim.seconds = time.monotonic() - victim.since
-                    time.sleep(0.1)
-            self._samples.append(Sample(time.monotonic(), is_full=False, all_work=False))
-            time.sleep(0.1)
-
-    def _since(self, moment: float, lasting: float, is_so: Callable[[Sample], bool]) -> float | None:
-        """Answer how long after this moment it began to be so, if it has lasted."""
-        began = None
-        for sample in self._samples:
-            if sample.when >= moment:
-                if not is_so(sample):
-                    began = None
-                elif began is None:
-                    began = sample.when
-                elif sample.when - began >= lasting:
-                    return began - moment
-        return None
 
 
 def _longest(seconds: list[float | None]) -> float | None:
