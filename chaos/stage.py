@@ -19,8 +19,9 @@ from apoq import Queue, prepare
 from benchmarks.process import Child
 from chaos.proxy import Proxy
 from chaos.server import Server, until
-from chaos.watcher import OFFERERS, WORKERS, Victim, Watcher
+from chaos.watcher import WORKERS, Victim, Watcher
 
+OFFERERS = 2
 SLOTS = 4 * WORKERS
 PATIENCE = 60.0
 """Seconds for which a recovery is waited for."""
@@ -176,11 +177,7 @@ class Stage:
         """Wait until the victims' tasks run elsewhere and all is at full speed, and note since when."""
         deadline = time.monotonic() + PATIENCE
         full = all_work = None
-        while (
-            full is None
-            or all_work is None
-            or any(victim.seconds is None for victim in self._watcher.victims)
-        ):
+        while full is None or all_work is None or self._watcher.left:
             if time.monotonic() > deadline:
                 self._complain("not so well")
                 break

@@ -13,11 +13,13 @@ import psycopg
 
 from chaos.server import Server
 
-WORKERS, OFFERERS = 3, 2
+WORKERS = 3
+
 CLOSE_TO_FULL = 0.8
 """Of what is offered in a second, which must be a part of the rate: on a busy machine, it isn't all."""
 
 SOME = 0.25
+"""Of the rate: what must be offered at least, for it to say anything."""
 
 SAMPLE = """
     SELECT
@@ -74,6 +76,11 @@ class Watcher:
         self._is_watching = False
         self._thread.join()
 
+    @property
+    def left(self) -> list[Victim]:
+        """Victims of whose tasks some have not begun anew."""
+        return [victim for victim in self.victims if victim.seconds is None]
+
     def since(self, moment: float, lasting: float, is_so: Callable[[Sample], bool]) -> float | None:
         """Answer how long after this moment it began to be so, if it has lasted."""
         began = None
@@ -101,11 +108,8 @@ class Watcher:
                     is_flowing = offered > SOME * self._rate and completed >= CLOSE_TO_FULL * offered
                     is_full = is_flowing and age < 1
                     self._samples.append(Sample(now, is_full, is_full and workers >= WORKERS))
-                    for victim in self.victims:
-                        if (
-                            victim.seconds is None
-                            and not admin.execute(LEFT, (victim.ids, victim.tokens)).fetchall()
-                        ):
+                    for victim in self.left:
+                        if not admin.execute(LEFT, (victim.ids, victim.tokens)).fetchone():
                             victim.seconds = time.monotonic() - victim.since
                     time.sleep(0.1)
             self._samples.append(Sample(time.monotonic(), is_full=False, all_work=False))
