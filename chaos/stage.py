@@ -143,8 +143,7 @@ class Stage:
         query = """
             SELECT number, row_number() OVER (PARTITION BY worker_id ORDER BY number), state FROM (
                 SELECT (data->>'number')::bigint AS number, worker_id, state FROM apoq_tasks
-                WHERE type = 'hold' AND state IN ('pending', 'running')
-            )
+                WHERE type = 'hold' AND state IN ('pending', 'running'    )
         """
         held: list[Any] = []
         while len(held) < WORKERS:
