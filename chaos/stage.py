@@ -143,7 +143,8 @@ class Stage:
         query = """
             SELECT number, row_number() OVER (PARTITION BY worker_id ORDER BY number), state FROM (
                 SELECT (data->>'number')::bigint AS number, worker_id, state FROM apoq_tasks
-                WHERE type = 'hold' AND state IN ('pending', 'running'    )
+                WHERE type = 'hold' AND state IN ('pending', 'running')
+            ) AS holds
         """
         held: list[Any] = []
         while len(held) < WORKERS:
