@@ -23,11 +23,13 @@ class ChildFailed(RuntimeError):
 class Child:
     """``python -m benchmarks.child`` with a role; it ends with the block, in whatever way that is left."""
 
+    program = "benchmarks.child"
+
     def __init__(self, role: str, **task: Any) -> None:
         self.role = role
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.child", role, json.dumps(task)],
+            [sys.executable, "-m", self.program, role, json.dumps(task)],
             cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

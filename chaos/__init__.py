@@ -1,0 +1,1 @@
+"""What apoq must survive: real servers, processes and signals, one fault at a time."""

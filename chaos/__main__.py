@@ -1,0 +1,151 @@
+"""Show what apoq survives: ``python -m chaos --help``. Nothing may be lost, nothing may take effect twice."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.progress import Progress
+from chaos.scenarios import SCENARIOS, Options
+from chaos.server import Place, Server, Skipped
+from chaos.stage import SLOTS
+
+ELSEWHERE, FULL_SPEED = 20.0, 5.0
+"""Seconds until a lost worker's tasks run again, and until all is at full speed when the fault is over."""
+
+GROWTH = 20.0
+"""MB by which a worker's memory may grow in an hour of faults."""
+
+QUICK_SECONDS = 95.0
+"""No scenario begins after so many seconds of --quick."""
+
+COLUMNS = {
+    "scenario": 18,
+    "offered": 8,
+    "maybe": 6,
+    "completed": 10,
+    "lost": 5,
+    "doubled": 8,
+    "effects_lost": 13,
+    "wasted": 7,
+    "claimed_again": 14,
+    "failures": 9,
+    "elsewhere": 10,
+    "full_speed": 11,
+    "all_work": 9,
+    "slots": 6,
+}
+
+
+def arguments(words: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m chaos", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="the short scenarios only: within two minutes")
+    parser.add_argument("--list", action="store_true", help="print the scenarios")
+    parser.add_argument("--only", nargs="+", metavar="SCENARIO", choices=SCENARIOS, help="run these")
+    parser.add_argument("--rate", type=float, help="tasks a second (300; in the hour 500)")
+    parser.add_argument("--minutes", type=float, default=60, help="how long the hour is (60)")
+    parser.add_argument("--seed", type=int, default=1, help="of the hour's faults (1)")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="where results.json and the logs go")
+    return parser.parse_args(words)
+
+
+def main(options: argparse.Namespace) -> int:
+    if options.list:
+        for name, scenario in SCENARIOS.items():
+            print(f"{name:18} {scenario.title}")
+        return 0
+    names = options.only or [
+        name
+        for name, scenario in SCENARIOS.items()
+        if (scenario.is_quick if options.quick else scenario.is_default)
+    ]
+    results: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory(prefix="apoq-chaos-") as temporary:
+        folder = options.output or Path(temporary)
+        with Place() as place:
+            _run(place, names, folder, options, results)
+        if options.output:
+            document = json.dumps(results, indent=1, default=str).replace("Infinity", '"never"')
+            (folder / "results.json").write_text(document + "\n", encoding="utf-8")
+    misses = [f"{name}: {miss}" for name, found in results.items() for miss in judged(found)]
+    print(
+        "\n".join(f"MISSED {miss}" for miss in misses)
+        or "Nothing was lost or doubled, and all targets were met."
+    )
+    return 1 if misses else 0
+
+
+def _run(
+    place: Place,
+    names: list[str],
+    folder: Path,
+    options: argparse.Namespace,
+    results: dict[str, dict[str, Any]],
+) -> None:
+    begun = time.monotonic()
+    server = Server(place, place.folder / "data").create()
+    print(" ".join(f"{name:>{width}}" for name, width in COLUMNS.items()))
+    with Progress(len(names)) as progress:
+        for name in names:
+            if options.quick and time.monotonic() - begun > QUICK_SECONDS:
+                results[name] = {"skipped": "the time was up"}
+                continue
+            progress.step(name)
+            rate = options.rate or (500 if name == "hour" else 300)
+            chosen = Options(rate, options.seed, options.minutes, options.quick)
+            try:
+                results[name] = SCENARIOS[name].run(place, server, folder / name, chosen)
+            except Skipped as reason:
+                results[name] = {"skipped": str(reason)}
+            except Exception as error:  # noqa: BLE001 - the others are still wanted
+                results[name] = {"error": f"{type(error).__name__}: {error}"}
+                if not server.is_running:
+                    server.start()
+            show(name, results[name])
+
+
+def show(name: str, found: dict[str, Any]) -> None:
+    """Print a scenario's row."""
+    if "offered" not in found:
+        print(f"{name:>{COLUMNS['scenario']}} {found}", flush=True)
+        return
+    print(
+        " ".join(f"{_text({'scenario': name, **found}[key]):>{width}}" for key, width in COLUMNS.items()),
+        flush=True,
+    )
+    if found["memory"]:
+        begin, end = found["memory"]
+        print(f"{'':18} a worker's memory: {begin:.1f} MB at first, {end:.1f} MB at last")
+
+
+def judged(found: dict[str, Any]) -> list[str]:
+    """Answer what must not be so."""
+    if "skipped" in found:
+        return []
+    if "error" in found:
+        return [found["error"]]
+    misses = [f"{found[what]} {what}" for what in ("lost", "doubled", "effects_lost") if found[what]]
+    for what, most in (("elsewhere", ELSEWHERE), ("full_speed", FULL_SPEED)):
+        if found[what] is not None and found[what] > most:
+            misses.append(f"{what} (s): {_text(found[what])} instead of {most:.0f}")
+    if found["slots"] < SLOTS:
+        misses.append(f"only {found['slots']} of {SLOTS} slots still work")
+    if found["memory"] and found["memory"][1] > found["memory"][0] + GROWTH:
+        misses.append("the worker's memory has grown")
+    return misses
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return "never" if math.isinf(value) else f"{value:.1f}"
+    return "-" if value is None else str(value)
+
+
+if __name__ == "__main__":
+    sys.exit(main(arguments()))

@@ -1,0 +1,130 @@
+"""One process of the suite: ``python -m chaos.child ROLE TASK``. It ends with its standard input."""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from array import array
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.orm import Session
+
+from apoq import Queue, RunningTask, Worker
+
+TICK = 0.05
+"""Seconds from one transaction of an enqueuing process to the next."""
+
+LEDGER = sa.text("INSERT INTO ledger (number) VALUES (:number)")
+
+
+def noop(_task: RunningTask) -> None:
+    pass
+
+
+def ledger(task: RunningTask) -> None:
+    """Have an effect that must take place once."""
+    task.session.execute(LEDGER, {"number": task.data["number"]})
+
+
+def work(url: str, direct: str | None, folder: str, environment: dict[str, str]) -> None:
+    """Work tasks, as a user's own program would: with nothing set but what the README asks for.
+
+    Which is nothing, except behind PgBouncer: then `direct` leads past it.
+    """
+    if environment and "LD_PRELOAD" not in os.environ:
+        # A library can only be preloaded into a program that begins.
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **environment})  # noqa: S606
+
+    def hold(task: RunningTask) -> None:
+        """Keep a slot until told by a file, then have an effect."""
+        released = Path(folder, f"release-{task.data['number']}")
+        tick = threading.Event()  # under libfaketime, time.sleep fails now and then
+        while not released.exists():
+            tick.wait(0.1)
+        ledger(task)
+
+    if direct:
+        engine = sa.create_engine(url, connect_args={"prepare_threshold": None})
+        worker = Worker(engine, concurrency=4, listen_url=direct)
+    else:
+        engine = sa.create_engine(url)
+        worker = Worker(engine, concurrency=4)
+    for processor in (noop, ledger, hold):
+        worker.use(processor.__name__, processor)
+    threading.Thread(target=_end_with_input, daemon=True).start()
+    worker.run()
+    logging.getLogger(__name__).info("the worker has ended")
+
+
+def offer(url: str, first: int, rate: float, folder: str) -> None:
+    """Add tasks at a rate until told to stop, through whatever happens.
+
+    A number is noted as sure when its commit was confirmed, as unsure when nobody knows. What can't be added
+    is dropped, and not added later: the clients of a website that is down go away, too.
+    """
+    engine, queue = sa.create_engine(url), Queue()
+    sure, unsure = array("q"), array("q")
+    stopped = threading.Event()
+    threading.Thread(target=_stop_by_input, args=(stopped,), daemon=True).start()
+    print(json.dumps({"ready": True}), flush=True)
+    number, due = first, time.monotonic()
+    while not stopped.is_set():
+        due += TICK
+        time.sleep(max(0.0, due - time.monotonic()))
+        until = number + max(1, round(rate * TICK))
+        is_committing = False
+        try:
+            with Session(engine) as session:
+                for type_, chosen in (("ledger", 0), ("noop", 1)):
+                    datas = [{"number": n} for n in range(number, until) if (n % 3 > 0) == chosen]
+                    if datas:
+                        queue.add_many(session, type_, datas)
+                session.flush()
+                is_committing = True
+                session.commit()
+            sure.extend(range(number, until))
+        except Exception as error:  # noqa: BLE001 - of whatever kind: it goes on
+            logging.getLogger(__name__).info("could not add, committing=%s: %s", is_committing, error)
+            if is_committing:
+                unsure.extend(range(number, until))
+            time.sleep(0.1)
+            due = time.monotonic()
+        number = until
+    for name, numbers in (("sure", sure), ("unsure", unsure)):
+        Path(folder, f"{name}-{first}").write_bytes(numbers.tobytes())
+    print(json.dumps({"sure": len(sure), "unsure": len(unsure)}), flush=True)
+
+
+def _end_with_input() -> None:
+    sys.stdin.read()
+    os._exit(1)
+
+
+def _stop_by_input(stopped: threading.Event) -> None:
+    sys.stdin.readline()
+    stopped.set()
+
+
+def main(role: str, log: str, **task: Any) -> None:
+    logging.basicConfig(
+        filename=log,
+        level=logging.INFO,
+        format="%(asctime)s.%(msecs)03d %(levelname)s %(message)s",
+        datefmt="%X",
+    )
+    faulthandler.register(signal.SIGUSR1, Path(f"{log}.stacks").open("w"))  # noqa: SIM115 - open to the end
+    roles: dict[str, Callable[..., None]] = {"work": work, "offer": offer}
+    roles[role](**task)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], **json.loads(sys.argv[2]))

@@ -1,0 +1,370 @@
+"""The scenarios: what befalls the workers or the server, and since when all must be well again."""
+
+from __future__ import annotations
+
+import random
+import signal
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psycopg
+
+from benchmarks.child import memory
+from chaos.server import Place, Server, Skipped, end, fill, free_port
+from chaos.stage import Stage
+
+PGBOUNCER = Path("/usr/sbin/pgbouncer")
+LEASE = 15
+TERMINATE = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'app'"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command says about all scenarios."""
+
+    rate: float = 300
+    seed: int = 1
+    minutes: float = 60
+    is_quick: bool = False
+
+
+Fault = Callable[[Stage, Options], float | None]
+"""Do it; answer since when (by time.monotonic()) the recovery counts: None for its end."""
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One kind of fault."""
+
+    title: str
+    run: Callable[[Place, Server, Path, Options], dict[str, Any]]
+    is_quick: bool = False
+    is_default: bool = True
+
+
+SCENARIOS: dict[str, Scenario] = {}
+
+
+def scenario(*, quick: bool = False, **how: Any) -> Callable[[Fault], Fault]:
+    """Make a scenario of a fault, on the server that all share."""
+
+    def enter(fault: Fault) -> Fault:
+        name = fault.__name__
+
+        def run(_place: Place, server: Server, folder: Path, options: Options) -> dict[str, Any]:
+            with Stage(server, name, folder, options.rate) as stage:
+                return play(stage, fault, options, **how)
+
+        SCENARIOS[name] = Scenario((fault.__doc__ or "").split("\n")[0], run, quick)
+        return fault
+
+    return enter
+
+
+def play(stage: Stage, fault: Fault, options: Options, *, holds: bool = True, **how: Any) -> dict[str, Any]:
+    """Run the load, let the fault happen, wait for the recovery, and count."""
+    stage.begin(**how)
+    if holds:
+        stage.hold_each()
+    strike(stage, fault, options)
+    return stage.finish()
+
+
+def strike(stage: Stage, fault: Fault, options: Options) -> None:
+    """Let the fault happen, and wait for the recovery."""
+    stage.note("the fault begins")
+    over = fault(stage, options)
+    stage.note("the fault is over")
+    stage.await_recovery(time.monotonic() if over is None else over)
+    stage.note("all is well again")
+
+
+@scenario(quick=True)
+def sigkill(stage: Stage, _options: Options) -> float:
+    """One worker is killed, and a new one started."""
+    worker = stage.workers[-1]
+    since = stage.strike(worker, partial(worker.process.send, signal.SIGKILL))
+    stage.replace(worker)
+    return since
+
+
+@scenario()
+def sigkill_repeated(stage: Stage, _options: Options) -> float:
+    """Every three seconds a worker is killed, eight times."""
+    since = 0.0
+    for number in range(8):
+        worker = stage.workers[number % len(stage.workers)]
+        since = stage.strike(worker, partial(worker.process.send, signal.SIGKILL))
+        stage.replace(worker)
+        time.sleep(3)
+    return since
+
+
+@scenario()
+def zombie(stage: Stage, _options: Options) -> None:
+    """A worker is stopped for longer than its lease, and then goes on."""
+    worker = stage.workers[-1]
+    stage.strike(worker, partial(worker.process.send, signal.SIGSTOP))
+    time.sleep(LEASE + 6)
+    worker.process.send(signal.SIGCONT)
+
+
+def _restart(stage: Stage, options: Options, how: int) -> None:
+    stage.server.stop(how)
+    time.sleep(3 if options.is_quick else 5)
+    stage.server.start()
+
+
+@scenario()
+def restart_fast(stage: Stage, options: Options) -> None:
+    """The server is shut down, and started 5 s later."""
+    _restart(stage, options, signal.SIGINT)
+
+
+@scenario(quick=True)
+def restart_immediate(stage: Stage, options: Options) -> None:
+    """The server is shut down as if it crashed, and started 5 s later."""
+    _restart(stage, options, signal.SIGQUIT)
+
+
+@scenario(quick=True)
+def terminate(stage: Stage, options: Options) -> None:
+    """All sessions are ended five times a second, for 10 s."""
+    with stage.server.admin() as admin:
+        for _ in range(15 if options.is_quick else 50):
+            admin.execute(TERMINATE)
+            time.sleep(0.2)
+
+
+@scenario()
+def exhausted(stage: Stage, _options: Options) -> None:
+    """All sessions are ended, and all connections taken by somebody else for 10 s."""
+    taken: list[psycopg.Connection[Any]] = []
+    url = stage.server.url("postgres").replace("+psycopg", "") + "?application_name=taker"
+    query = TERMINATE + " AND application_name <> 'taker'"
+    deadline = time.monotonic() + 10
+    try:
+        with stage.server.admin() as admin:
+            while time.monotonic() < deadline:
+                admin.execute(query)
+                with suppress(psycopg.OperationalError):
+                    while True:
+                        taken.append(psycopg.connect(url))
+                time.sleep(0.1)
+    finally:
+        for connection in taken:
+            connection.close()
+
+
+def _cut(stage: Stage, seconds: float, *, old_stay_dead: bool) -> None:
+    worker = stage.workers[-1]
+    assert worker.proxy is not None
+    if seconds > LEASE:
+        stage.strike(worker, worker.proxy.cut)
+    else:
+        worker.proxy.cut()
+    time.sleep(seconds)
+    worker.proxy.mend(old_stay_dead=old_stay_dead)
+
+
+@scenario(quick=True, proxies=True)
+def cut_short(stage: Stage, _options: Options) -> None:
+    """A worker hears nothing from the server for 6 s; what was on its way then arrives."""
+    _cut(stage, 6, old_stay_dead=False)
+
+
+@scenario(proxies=True)
+def cut_long(stage: Stage, _options: Options) -> None:
+    """A worker hears nothing from the server for 25 s; its connections stay dead, and nobody tells."""
+    _cut(stage, 25, old_stay_dead=True)
+
+
+@scenario(proxies=True)
+def cut_forgotten(stage: Stage, _options: Options) -> None:
+    """A worker's connections die, and nobody tells; new ones work, as behind a new firewall."""
+    _cut(stage, 1, old_stay_dead=True)
+
+
+@scenario(quick=True, holds=False)
+def rolling(stage: Stage, _options: Options) -> float:
+    """One worker after the other is replaced, by SIGTERM."""
+    began = time.monotonic()
+    for worker in stage.workers:
+        old = worker.process
+        old.send(signal.SIGTERM)
+        stage.replace(worker)
+        if code := old.wait(35):
+            raise RuntimeError(f"a worker ended with {code} after SIGTERM")
+        time.sleep(1)
+    return began
+
+
+@scenario()
+def clock(stage: Stage, _options: Options) -> float:
+    """One worker's clock is an hour ahead, one's an hour behind; the former is killed after 10 s."""
+    time.sleep(10)
+    worker = stage.workers[0]
+    since = stage.strike(worker, partial(worker.process.send, signal.SIGKILL))
+    stage.replace(worker)
+    return since
+
+
+def _clocks(_place: Place, server: Server, folder: Path, options: Options) -> dict[str, Any]:
+    libraries = list(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))
+    if not libraries:
+        raise Skipped("no libfaketime here")
+    # The monotonic clock ticks the same on any machine.
+    usual = {"LD_PRELOAD": str(libraries[0]), "FAKETIME_DONT_FAKE_MONOTONIC": "1", "DONT_FAKE_MONOTONIC": "1"}
+    environments: tuple[dict[str, str], ...] = (
+        {**usual, "FAKETIME": "+1h"},
+        {**usual, "FAKETIME": "-1h"},
+        {},
+    )
+    with Stage(server, "clock", folder, options.rate) as stage:
+        return play(stage, clock, options, environments=environments)
+
+
+SCENARIOS["clock"] = Scenario(SCENARIOS["clock"].title, _clocks)
+
+
+def _failover(
+    place: Place, folder: Path, options: Options, fault: Callable[[Server, Stage, Options], None]
+) -> dict[str, Any]:
+    """Do this to a primary, to which all come through proxies, and its synchronous standby."""
+    primary = Server(place, place.folder / folder.name).create()
+    standby = Server(place, place.folder / f"{folder.name}_standby").create_as_standby(primary)
+    try:
+        with Stage(primary, folder.name, folder, options.rate) as stage:
+            stage.lead_all_by_proxy()
+            return play(stage, partial(fault, standby), options, proxies=True)
+    finally:
+        primary.stop()
+        standby.stop()
+
+
+def _lead_to(stage: Stage, server: Server) -> None:
+    stage.server = server
+    for proxy in (stage.way, *(worker.proxy for worker in stage.workers)):
+        assert proxy is not None
+        proxy.lead_to(server.port)
+
+
+def failover(place: Place, _server: Server, folder: Path, options: Options) -> dict[str, Any]:
+    """The primary crashes; its standby is promoted, and all are led there."""
+
+    def fault(standby: Server, stage: Stage, _options: Options) -> None:
+        stage.server.stop(signal.SIGQUIT)
+        time.sleep(2)
+        standby.promote()
+        _lead_to(stage, standby)
+
+    return _failover(place, folder, options, fault)
+
+
+def failover_readonly(place: Place, _server: Server, folder: Path, options: Options) -> dict[str, Any]:
+    """All are led to the standby, which can only be read for 5 s, and then is promoted."""
+
+    def fault(standby: Server, stage: Stage, _options: Options) -> None:
+        primary = stage.server
+        _lead_to(stage, standby)
+        time.sleep(5)
+        primary.stop()
+        standby.promote()
+
+    return _failover(place, folder, options, fault)
+
+
+def pgbouncer(place: Place, server: Server, folder: Path, options: Options) -> dict[str, Any]:
+    """The workers' PgBouncer, in transaction mode, is restarted by SIGTERM, and 5 s later by SIGKILL."""
+    if not PGBOUNCER.exists():
+        raise Skipped("no PgBouncer here")
+    port = free_port()
+    users, settings = place.folder / "users.txt", place.folder / "pgbouncer.ini"
+    users.write_text('"app" ""\n')
+    settings.write_text(
+        f"[databases]\n* = host=127.0.0.1 port={server.port}\n[pgbouncer]\nlisten_addr = 127.0.0.1\n"
+        f"listen_port = {port}\nunix_socket_dir =\nauth_type = trust\nauth_file = {users}\n"
+        "pool_mode = transaction\n"
+    )
+
+    def start() -> Any:
+        return place.start(place.folder / "pgbouncer.log", PGBOUNCER, settings, ends_by=signal.SIGKILL)
+
+    running = start()
+
+    def fault(_stage: Stage, _options: Options) -> None:
+        nonlocal running
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            end(running, number)
+            time.sleep(2)
+            running = start()
+            time.sleep(5 if number == signal.SIGTERM else 0)
+
+    with Stage(server, "pooled", folder, options.rate) as stage:
+        stage.pooler_port = port
+        try:
+            return play(stage, fault, options)
+        finally:
+            end(running, signal.SIGKILL)
+
+
+def disk_full(place: Place, _server: Server, folder: Path, options: Options) -> dict[str, Any]:
+    """The server's disk is full for 6 s; if it ended because of that, it is started when there is room."""
+
+    def fault(stage: Stage, _options: Options) -> None:
+        filler = small / "filler"
+        deadline = time.monotonic() + 6
+        while time.monotonic() < deadline:
+            fill(filler)
+            time.sleep(0.2)
+        filler.unlink()
+        if not stage.server.is_running:
+            stage.server.start()
+
+    with place.small_disk(400) as small:
+        server = Server(place, small / "data").create()
+        try:
+            with Stage(server, "disk_full", folder, options.rate) as stage:
+                return play(stage, fault, options)
+        finally:
+            server.stop()
+
+
+def hour(_place: Place, server: Server, folder: Path, options: Options) -> dict[str, Any]:
+    """One fault after the other, by chance, for --minutes; the first worker is spared."""
+    chance = random.Random(options.seed)  # noqa: S311 - no secret
+    faults: tuple[Fault, ...] = (
+        sigkill,
+        zombie,
+        restart_fast,
+        restart_immediate,
+        terminate,
+        exhausted,
+        cut_short,
+        cut_long,
+    )
+    with Stage(server, "hour", folder, options.rate) as stage:
+        stage.begin(proxies=True)
+        spared = stage.workers[0].process
+        deadline = time.monotonic() + options.minutes * 60
+        time.sleep(min(60, options.minutes * 10))
+        begin = memory(spared.pid)
+        while time.monotonic() < deadline:
+            # Who is last is struck.
+            stage.workers[1:] = chance.sample(stage.workers[1:], 2)
+            fault = chance.choice(faults)
+            stage.note(fault.__name__)
+            strike(stage, fault, options)
+            time.sleep(chance.uniform(2, 15))
+        stage.memory = (begin, memory(spared.pid))
+        return stage.finish()
+
+
+for function in (failover, failover_readonly, pgbouncer, disk_full, hour):
+    assert function.__doc__
+    SCENARIOS[function.__name__] = Scenario(function.__doc__, function, is_default=function is not hour)

@@ -1,0 +1,197 @@
+"""Servers that can be stopped in the middle of things, started again, copied and promoted."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+import psycopg
+
+# How a server is run without being root, and by which programs, is known there already.
+from apoq.embedded import _gets_ready, _last_lines, _new_folder, _server_user, _usable, find_bindir
+
+PATIENCE = 60.0
+SETTINGS = {
+    "listen_addresses": "127.0.0.1",
+    "unix_socket_directories": "",
+    "max_connections": "60",
+}
+"""Few connections, so that they can be used up; otherwise, what PostgreSQL comes with."""
+
+
+class Skipped(Exception):
+    """A scenario can't be run here; the message says why."""
+
+
+class Place:
+    """A folder for servers, PostgreSQL's programs, and the user that may run them; gone with the block."""
+
+    def __init__(self) -> None:
+        self._user = _server_user()
+        self.folder = _new_folder(self._user)
+        self._stack = ExitStack()
+        self._stack.callback(shutil.rmtree, self.folder, ignore_errors=True)
+
+    def __enter__(self) -> Self:
+        try:
+            self.programs = _usable(find_bindir(), self.folder, self._user)
+        except BaseException:
+            self._stack.close()
+            raise
+        self.give(self.folder)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def give(self, path: Path) -> Path:
+        """Let the servers' user own this."""
+        if self._user:
+            os.chown(path, self._user["user"], self._user["group"])
+        return path
+
+    def run(self, *command: str | Path) -> None:
+        """Run a program to its end."""
+        done = subprocess.run(command, check=False, capture_output=True, timeout=PATIENCE, **self._options())
+        if done.returncode:
+            raise RuntimeError(f"{Path(command[0]).name}: {_last_lines(done.stderr)}")
+
+    def start(self, log: Path, *command: str | Path, ends_by: int) -> subprocess.Popen[bytes]:
+        """Start a server of whatever kind, which ends by this signal if this program is killed."""
+        options = self._options()
+        if sys.platform == "linux":
+            options["preexec_fn"] = partial(ctypes.CDLL(None).prctl, 1, ends_by)  # PR_SET_PDEATHSIG
+        with log.open("ab") as output:
+            process = subprocess.Popen(command, stdout=output, stderr=output, **options)
+        self._stack.callback(end, process, ends_by)
+        return process
+
+    def _options(self) -> dict[str, Any]:
+        environment = {"PATH": os.defpath, "LC_ALL": "C", "HOME": str(self.folder)}
+        return {**self._user, "cwd": self.folder, "env": environment, "stdin": subprocess.DEVNULL}
+
+    @contextmanager
+    def small_disk(self, megabytes: int) -> Iterator[Path]:
+        """Mount a file system of so many megabytes."""
+        folder = self.folder / "small"
+        folder.mkdir()
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "chaos", str(folder)]
+        if subprocess.run(mount, check=False, capture_output=True).returncode:
+            raise Skipped("mounting a small file system isn't allowed here")
+        try:
+            yield self.give(folder)
+        finally:
+            subprocess.run(["umount", "--lazy", str(folder)], check=True)  # noqa: S607
+
+
+class Server:
+    """One PostgreSQL server on a port of the loopback interface."""
+
+    def __init__(self, place: Place, folder: Path) -> None:
+        self._place = place
+        self._data = folder
+        self._log = folder.with_suffix(".log")
+        self._process: subprocess.Popen[bytes] | None = None
+        self.port = free_port()
+
+    def create(self) -> Self:
+        """Make its data folder, with a user that is no superuser, as an application's is."""
+        choices = ["-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C", "--no-sync"]
+        self._place.run(self._place.programs / "initdb", "-D", str(self._data), *choices)
+        self.start()
+        with self.admin() as admin:
+            admin.execute("CREATE ROLE app LOGIN")
+        return self
+
+    def create_as_standby(self, primary: Server) -> Self:
+        """Make its data folder a copy of the primary's, and follow it; commits there wait for this one."""
+        synchronous = "SELECT 1 FROM pg_stat_replication WHERE sync_state = 'sync'"
+        source = f"host=127.0.0.1 port={primary.port} user=postgres"
+        choices = ["-d", source, "-D", str(self._data), "-R", "-X", "stream", "-c", "fast", "--no-sync"]
+        self._place.run(self._place.programs / "pg_basebackup", *choices)
+        self.start()
+        with primary.admin() as admin:
+            admin.execute("ALTER SYSTEM SET synchronous_standby_names = '*'")
+            admin.execute("SELECT pg_reload_conf()")
+            until(lambda: bool(admin.execute(synchronous).fetchone()))
+        return self
+
+    @property
+    def is_running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def start(self) -> None:
+        """Start it, and wait until it takes connections."""
+        status = self._data / "postmaster.pid"
+        status.unlink(missing_ok=True)  # a dead one's, which may say that it is ready
+        words = [word for name, value in SETTINGS.items() for word in ("-c", f"{name}={value}")]
+        program = self._place.programs / "postgres"
+        command: list[str | Path] = [program, "-D", self._data, "-p", str(self.port), *words]
+        self._process = self._place.start(self._log, *command, ends_by=signal.SIGINT)
+        if not _gets_ready(self._process, status):
+            raise RuntimeError(f"the server didn't start: {_last_lines(self._log.read_bytes())}")
+
+    def stop(self, how: int = signal.SIGINT) -> None:
+        """Stop it: fast by SIGINT, immediately by SIGQUIT."""
+        assert self._process is not None
+        end(self._process, how)
+
+    def promote(self) -> None:
+        """Make a standby the primary."""
+        with self.admin() as admin:
+            admin.execute("SELECT pg_promote()")
+
+    def url(self, database: str, port: int | None = None) -> str:
+        """Where SQLAlchemy finds a database as the application's user: here, or behind a proxy's port."""
+        return f"postgresql+psycopg://app@127.0.0.1:{port or self.port}/{database}"
+
+    def admin(self, database: str = "postgres") -> psycopg.Connection[Any]:
+        """Connect as the superuser, for whom three connections are set aside."""
+        return psycopg.connect(
+            f"host=127.0.0.1 port={self.port} user=postgres dbname={database} connect_timeout=2",
+            autocommit=True,
+        )
+
+
+def end(process: subprocess.Popen[bytes], how: int) -> None:
+    """End a process by this signal, or by SIGKILL where that doesn't help; nothing where it has ended."""
+    if process.poll() is None:
+        process.send_signal(how)
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def until(condition: Callable[[], bool], seconds: float = PATIENCE) -> None:
+    """Wait until something is so."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError("it didn't come about in time")
+        time.sleep(0.05)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        port: int = found.getsockname()[1]
+    return port
+
+
+def fill(path: Path) -> None:
+    """Write until the disk is full."""
+    with suppress(OSError), path.open("ab", buffering=0) as file:
+        while True:
+            file.write(bytes(65_536))

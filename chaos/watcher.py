@@ -1,0 +1,116 @@
+"""Watches a scenario: whether all goes well, and since when."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import psycopg
+
+from chaos.server import Server
+
+WORKERS = 3
+
+CLOSE_TO_FULL = 0.8
+"""Of what is offered in a second, which must be a part of the rate: on a busy machine, it isn't all."""
+
+SOME = 0.25
+"""Of the rate: what must be offered at least, for it to say anything."""
+
+SAMPLE = """
+    SELECT
+        (SELECT coalesce(max(id), 0) FROM apoq_tasks),
+        (SELECT count(*) FROM apoq_tasks WHERE queue = 'default' AND state = 'completed'
+            AND completed_at > clock_timestamp() - interval '1 s'),
+        (SELECT count(DISTINCT worker_id) FROM apoq_tasks WHERE queue = 'default' AND state = 'completed'
+            AND completed_at > clock_timestamp() - interval '2 s'),
+        (SELECT coalesce(extract(epoch FROM clock_timestamp() - min(process_at)), 0) FROM apoq_tasks
+            WHERE state = 'pending' AND process_at <= clock_timestamp())
+"""
+
+LEFT = """
+    SELECT id FROM apoq_tasks JOIN unnest(%s::bigint[], %s::bigint[]) AS held (id, token) USING (id)
+    WHERE state <> 'completed' AND (state = 'pending' OR apoq_tasks.token = held.token)
+"""
+"""Of what a victim held: what hasn't begun anew, nor been completed."""
+
+
+@dataclass
+class Victim:
+    """Tasks that a worker held when something befell it, and how long it took until they ran anew."""
+
+    since: float
+    ids: list[int]
+    tokens: list[int]
+    seconds: float | None = None
+
+
+class Sample(NamedTuple):
+    """How it stands at a moment."""
+
+    when: float
+    is_full: bool
+    """All that is offered is completed at once."""
+    all_work: bool
+    """And each worker has its share of it."""
+
+
+class Watcher:
+    """Looks ten times a second what is offered and completed, and what becomes of victims' tasks."""
+
+    def __init__(self, database: str, rate: float, server: Callable[[], Server]) -> None:
+        self.victims: list[Victim] = []
+        self._database = database
+        self._rate = rate
+        self._server = server
+        self._samples: list[Sample] = []
+        self._is_watching = True
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._is_watching = False
+        self._thread.join()
+
+    @property
+    def left(self) -> list[Victim]:
+        """Victims of whose tasks some have not begun anew."""
+        return [victim for victim in self.victims if victim.seconds is None]
+
+    def since(self, moment: float, lasting: float, is_so: Callable[[Sample], bool]) -> float | None:
+        """Answer how long after this moment it began to be so, if it has lasted."""
+        began = None
+        for sample in self._samples:
+            if sample.when >= moment:
+                if not is_so(sample):
+                    began = None
+                elif began is None:
+                    began = sample.when
+                elif sample.when - began >= lasting:
+                    return began - moment
+        return None
+
+    def _watch(self) -> None:
+        known: list[tuple[float, int]] = []
+        while self._is_watching:
+            server = self._server()
+            with suppress(psycopg.Error), server.admin(self._database) as admin:
+                admin.execute("SET statement_timeout = '2s'; SET enable_seqscan = off")
+                while self._is_watching and self._server() is server:
+                    last, completed, workers, age = admin.execute(SAMPLE).fetchone() or (0, 0, 0, 0)
+                    now = time.monotonic()
+                    known = [(when, id_) for when, id_ in known if now - when <= 1] + [(now, last)]
+                    offered = last - known[0][1]
+                    is_flowing = offered > SOME * self._rate and completed >= CLOSE_TO_FULL * offered
+                    is_full = is_flowing and age < 1
+                    self._samples.append(Sample(now, is_full, is_full and workers >= WORKERS))
+                    for victim in self.left:
+                        if not admin.execute(LEFT, (victim.ids, victim.tokens)).fetchone():
+                            victim.seconds = time.monotonic() - victim.since
+                    time.sleep(0.1)
+            self._samples.append(Sample(time.monotonic(), is_full=False, all_work=False))
+            time.sleep(0.1)
