@@ -318,7 +318,7 @@ class Tasks(RuleBasedStateMachine):
             self.add(QUEUES[0], type_, options, 2, 0, "commit")
         for place in range(3):
             self.every_row_is_as_the_model_says()
-            self.claim(place, QUEUES[0], 1, place % 2, True, "commit", is_answered or place > 0)
+            self.claim(place, QUEUES[0], 1, not place % 2, True, "commit", is_answered or place > 0)
 
     @precondition(lambda self: len(self.tasks) < 20)
     @rule(
@@ -358,13 +358,13 @@ class Tasks(RuleBasedStateMachine):
         place=places,
         queue=queues,
         at_most=st.integers(1, 4),
-        free=st.integers(-1, 4),
+        ahead=st.booleans(),
         surveys=st.booleans(),
         end=ends,
         is_answered=st.sampled_from([True, True, True, False]),
     )
     def claim(
-        self, place: int, queue: Queue, at_most: int, free: int, surveys: bool, end: End, is_answered: bool
+        self, place: int, queue: Queue, at_most: int, ahead: bool, surveys: bool, end: End, is_answered: bool
     ) -> None:
         hand = self.hands[place]
         if hand.is_doubtful:
@@ -372,19 +372,14 @@ class Tasks(RuleBasedStateMachine):
         if surveys:
             mine = {"from_queue": queue.name, "of_types": hand.types}
             hand.positions[queue].surveyed(execute(self.own, survey(None), mine))
-        front = self._claimable(hand.types, queue, hand.positions[queue])[:at_most]
-        # Those that find a slot, and those that wait for one behind no task that may kill its worker.
-        expected = [
-            task
-            for place, task in enumerate(front)
-            if place < free or not any(earlier.rescue_count for earlier in front[: place + 1])
-        ]
-        ahead = {task.id for task in front[max(free, 0) :]}
+        claimable = self._claimable(hand.types, queue, hand.positions[queue])
+        # Ahead of a slot, none that may kill its worker.
+        front = [task for task in claimable if not (ahead and task.rescue_count)][:at_most]
         parameters = {
             "from_queue": queue.name,
             "of_types": hand.types,
             "at_most": at_most,
-            "free": free,
+            "ahead": ahead,
             "by_worker": hand.id,
             **hand.positions[queue].parameters(),
         }
@@ -395,7 +390,7 @@ class Tasks(RuleBasedStateMachine):
             rows = [tuple(row) for row in connection.execute(claim(None), parameters)]
             connection.execute(PATIENCE)
         rows.sort(key=lambda row: (-row[3], row[5], row[0]))
-        assert [row[0] for row in rows] == [task.id for task in expected]
+        assert [row[0] for row in rows] == [task.id for task in front]
 
         def finish(commit: bool) -> None:
             if end != "commit":
@@ -404,7 +399,7 @@ class Tasks(RuleBasedStateMachine):
             if commit:
                 if is_answered:
                     hand.positions[queue].claimed(rows, is_all=len(rows) < at_most)
-                self._claimed(hand, rows, ahead, is_answered=is_answered)
+                self._claimed(hand, rows, ahead=ahead, is_answered=is_answered)
 
         self._end(Transaction("a claim", {task.id for task in front}, finish), end)
 
@@ -742,7 +737,7 @@ class Tasks(RuleBasedStateMachine):
         ]
         return sorted(found, key=lambda task: (-task.priority, self.process_at[task.id], task.id))
 
-    def _claimed(self, hand: Hand, rows: list[Any], ahead: set[int], *, is_answered: bool) -> None:
+    def _claimed(self, hand: Hand, rows: list[Any], *, ahead: bool, is_answered: bool) -> None:
         hand.is_doubtful = not is_answered
         for row in rows:
             known = self.tasks[row[0]]
@@ -754,7 +749,7 @@ class Tasks(RuleBasedStateMachine):
                 lambda: TaskSession(self.engine),
                 Notice(),
             )
-            known.claimed(hand.id, ahead=task.id in ahead)
+            known.claimed(hand.id, ahead=ahead)
             assert (task.attempt, task.fail_count, task.token) == (
                 known.attempt,
                 known.fail_count,

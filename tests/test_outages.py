@@ -138,6 +138,27 @@ def test_after_a_cut_without_a_word_it_works_on(proxy, far_worker, engine, queue
     assert len([message for message in caplog.messages if "is away" in message]) == 1
 
 
+def test_after_a_cut_without_a_word_it_hears_hints_again(proxy, far, engine, queue):
+    """It listens on a connection that is dead, and looks by itself once an hour."""
+    ran = threading.Semaphore(0)
+    worker = Worker(far, lease=SHORT, poll_interval=timedelta(hours=1))
+    worker.use("t", lambda task: ran.release())
+    worker.start()
+    add(engine, queue)
+    assert ran.acquire(timeout=SOON)
+
+    proxy.cut()
+    until(lambda: not worker.healthy())
+    proxy.heal()
+    until(worker.healthy)
+    began = time.monotonic()
+    for _ in range(3):
+        add(engine, queue)
+        assert ran.acquire(timeout=SOON)
+    assert time.monotonic() - began < 10
+    worker.stop()
+
+
 def test_a_processor_whose_session_is_cut_off_gives_its_slot_free_and_uses_up_no_attempt(
     proxy, far, engine, queue
 ):
@@ -181,7 +202,7 @@ def test_a_lapsed_worker_claims_nothing_and_starts_nothing(engine, queue, make_w
     first = add(engine, queue)
     until(lambda: ran == [first])
     # As if the whole process had been frozen.
-    worker._heartbeat.lease._ends_at = time.monotonic() - 1
+    worker._heartbeat.lease.ends_at = time.monotonic() - 1
     worker._beating.stop()
     may_end.set()
     second = add(engine, queue)

@@ -14,9 +14,11 @@ from sqlalchemy.orm import Session
 
 from apoq import Queue
 from apoq.connections import execute, own_engine
+from apoq.registry import Registry
 from apoq.statements.claim import claim
 from apoq.statements.survey import survey
 from apoq.worker.position import MOST_LEVELS, SLACK, START, Position
+from apoq.worker.scout import Scout
 
 SOON = 10.0
 NOW = 1_800_000_000.25
@@ -62,35 +64,58 @@ class TestPosition:
         position = Position()
         position.claimed([row(9, 0, NOW)], is_all=False)
 
-        assert position.surveyed([(0, NOW - 60, 5, NOW)]) == -60
+        assert position.surveyed([(0, NOW - 60, 5, NOW, False)]) == -60
         assert levels(position) == {0: (NOW - 60, 4)}
 
     def test_a_survey_that_finds_nothing_due_moves_it_past_what_is_of_other_types(self):
         position = Position()
 
-        assert position.surveyed([(0, None, None, NOW), (5, NOW + 60, 8, NOW)]) == 60
+        assert position.surveyed([(0, None, None, NOW, None), (5, NOW + 60, 8, NOW, True)]) == 60
         assert levels(position) == {0: (NOW - SLACK, 0), 5: (NOW - SLACK, 0)}
 
     def test_a_survey_of_an_empty_queue_moves_it_past_what_was_taken(self):
         position = Position()
         position.claimed([row(9, 0, NOW)], is_all=False)
 
-        assert position.surveyed([(None, None, None, NOW + 5)]) == math.inf
+        assert position.surveyed([(None, None, None, NOW + 5, None)]) == math.inf
         assert levels(position) == {0: (NOW + 5 - SLACK, 0)}
 
     def test_a_survey_moves_it_on_where_it_names_other_priorities_only(self):
         position = Position()
         position.claimed([row(9, 0, NOW)], is_all=False)
 
-        position.surveyed([(7, NOW, 3, NOW + 5), (None, None, None, NOW + 5)])
+        position.surveyed([(7, NOW, 3, NOW + 5, False), (None, None, None, NOW + 5, None)])
         assert levels(position) == {7: (NOW, 2), 0: (NOW + 5 - SLACK, 0)}
+
+    def test_it_is_careful_while_what_was_rescued_is_due(self):
+        position = Position()
+        position.surveyed([(0, NOW - 1, 3, NOW, True), (None, None, None, NOW, None)])
+        assert position.is_careful
+
+        position.surveyed([(0, NOW + 1, 3, NOW, True), (None, None, None, NOW, None)])
+        assert not position.is_careful
 
     def test_priorities_that_were_used_up_are_forgotten_in_the_end(self):
         position = Position()
         for priority in range(3 * MOST_LEVELS):
-            position.surveyed([(priority, NOW, 1, NOW)])
+            position.surveyed([(priority, NOW, 1, NOW, False)])
 
         assert len(levels(position)) <= MOST_LEVELS + 1
+
+
+def test_a_survey_that_had_to_wait_for_the_server_once_does_not_silence_the_scout(own, engine):
+    registry = Registry()
+    registry.use("t", print)
+    scout = Scout(own, {Queue(): Position()}, registry, poll_interval=0.1, on_due=lambda: None)
+    scout.survey()
+    with engine.begin() as connection:
+        connection.execute(sa.text("LOCK apoq_tasks"))
+        surveying = threading.Thread(target=scout.survey)
+        surveying.start()
+        time.sleep(0.5)
+    surveying.join(SOON)
+
+    assert scout._rested_at - time.monotonic() < 5
 
 
 @pytest.fixture
@@ -123,7 +148,7 @@ def test_behind_a_survey_a_claim_finds_the_task_whenever_it_was_due(engine, own,
     claimed = execute(
         own,
         claim(None),
-        {**ours, "at_most": 5, "free": 4, "by_worker": uuid.uuid4(), **position.parameters()},
+        {**ours, "at_most": 5, "ahead": True, "by_worker": uuid.uuid4(), **position.parameters()},
     )
     assert len(claimed.fetchall()) == 1
 
@@ -154,7 +179,7 @@ def test_beside_a_held_snapshot_a_claim_walks_through_nothing_that_was_taken(eng
             "from_queue": "default",
             "of_types": ["t"],
             "at_most": 10,
-            "free": 4,
+            "ahead": True,
             "by_worker": uuid.uuid4(),
         }
         with engine.connect() as connection:

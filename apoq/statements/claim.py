@@ -7,6 +7,7 @@ from typing import Any
 
 from sqlalchemy import (
     BigInteger,
+    Boolean,
     Double,
     SmallInteger,
     Text,
@@ -36,9 +37,8 @@ def claim(schema: str | None) -> ReturningUpdate[Any]:
     seconds since 1970, of `behind_times` and the id of `behind_ids`. So a claim walks through nothing that is
     known to be taken, even where a long transaction elsewhere keeps it from being vacuumed away.
 
-    The first `free` of them find a slot at once. Of the others, which wait for one, none has been taken from
-    a dead worker before, and none comes after such a one: a task that kills its worker is to take no task
-    with it that merely waited.
+    `ahead`: they are more than find a slot at once. Then what was taken from a dead worker before is passed
+    over: it may kill this one, too, and is to take no task with it that merely waited.
 
     The attempt is counted here, and not when it ends: one that kills its worker counts as well. Times are
     answered as seconds since 1970, and data as text, for most of them nobody asks Python to read.
@@ -54,11 +54,11 @@ def claim(schema: str | None) -> ReturningUpdate[Any]:
         .render_derived("levels")
     )
     limit = bindparam("at_most", type_=BigInteger)
-    free = bindparam("free", type_=BigInteger)
+    ahead = bindparam("ahead", type_=Boolean)
     # One index scan for each priority: future tasks of a higher priority are not walked through to find
     # due ones of a lower. The outer limit ends the scans early, so no row is locked without being taken.
     due = (
-        select(tasks.c.id, tasks.c.rescue_count)
+        select(tasks.c.id)
         .where(
             tasks.c.queue == bindparam("from_queue", type_=Text),
             tasks.c.state == PENDING,
@@ -66,6 +66,7 @@ def claim(schema: str | None) -> ReturningUpdate[Any]:
             tuple_(tasks.c.process_at, tasks.c.id)
             > tuple_(func.to_timestamp(levels.c.behind_time), levels.c.behind_id),
             tasks.c.process_at <= func.now(),
+            or_(tasks.c.rescue_count == 0, ~ahead),
             tasks.c.type == any_(bindparam("of_types", type_=ARRAY(Text))),
         )
         .order_by(tasks.c.process_at, tasks.c.id)
@@ -74,25 +75,17 @@ def claim(schema: str | None) -> ReturningUpdate[Any]:
         .with_for_update(skip_locked=True)
         .lateral("due")
     )
-    front = select(due).select_from(levels.join(due, true())).limit(limit).cte("front")
-    picked = select(
-        front.c.id,
-        func.row_number().over().label("place"),
-        func.max(front.c.rescue_count).over(rows=(None, 0)).label("rescues"),
-    ).cte("picked")
+    picked = select(due.c.id).select_from(levels.join(due, true())).limit(limit).cte("picked")
     return (
         update(tasks)
-        .where(
-            tasks.c.id == picked.c.id,
-            or_(picked.c.place <= free, picked.c.rescues == 0),
-        )
+        .where(tasks.c.id == picked.c.id)
         .values(
             state=RUNNING,
             token=tasks.c.token + 1,
             attempt=tasks.c.attempt + 1,
             worker_id=bindparam("by_worker", type_=Uuid),
             claimed_at=func.now(),
-            claimed_ahead=picked.c.place > free,
+            claimed_ahead=ahead,
         )
         .returning(
             tasks.c.id,
@@ -108,6 +101,5 @@ def claim(schema: str | None) -> ReturningUpdate[Any]:
             tasks.c.retry_delay,
             # In seconds, for an interval may be longer than Python's.
             func.date_part("epoch", tasks.c.timeout, type_=Double),
-            tasks.c.rescue_count,
         )
     )

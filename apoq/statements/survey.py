@@ -31,13 +31,14 @@ def survey(schema: str | None) -> Select[Any]:
     """Answer the priorities of the pending tasks of `from_queue`, and the first task `of_types` in each.
 
     For each priority, and in the end for none (null): the first task's `process_at` and id (null: there is
-    none of these types), and now, by the database's clock; times in seconds since 1970. Each is found from
-    the beginning of the index, past all that is dead or of other types.
+    none of these types), now by the database's clock, and whether that task was taken from a dead worker;
+    times in seconds since 1970. Each is found from the beginning of the index, past all that is dead or of
+    other types.
     """
     tasks = tasks_table(schema)
     priorities = _priorities(schema)
     first = (
-        select(tasks.c.process_at, tasks.c.id)
+        select(tasks.c.process_at, tasks.c.id, (tasks.c.rescue_count > 0).label("is_rescued"))
         .where(
             tasks.c.queue == bindparam("from_queue", type_=Text),
             tasks.c.state == PENDING,
@@ -53,4 +54,5 @@ def survey(schema: str | None) -> Select[Any]:
         func.date_part("epoch", first.c.process_at, type_=Double).label("process_at"),
         first.c.id,
         func.date_part("epoch", func.clock_timestamp(), type_=Double).label("now"),
+        first.c.is_rescued,
     ).select_from(priorities.outerjoin(first, true()))

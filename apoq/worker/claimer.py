@@ -88,7 +88,6 @@ class Claimer:
         """Whether a slot that is freed is a reason to take a turn."""
         self._lock = threading.Lock()
         self._doubtful = False
-        self._careful = False
         self._hinted = True
         self._breathes_until = 0.0
 
@@ -112,7 +111,8 @@ class Claimer:
             return overdue
         if not self._lease.is_held:
             return LEASE_LOOK
-        in_line = 0 if self._careful else ahead(self._slots.concurrency, self._slots.run_time)
+        is_careful = any(position.is_careful for position in self._positions.values())
+        in_line = 0 if is_careful else ahead(self._slots.concurrency, self._slots.run_time)
         self._slots.low_water = in_line // 2
         room = self._slots.concurrency + in_line - self._slots.load
         free = self._slots.free
@@ -127,9 +127,7 @@ class Claimer:
         claimed = self.claim(wanted, free)
         self._slots.put(self._startable(claimed))
         self._on_claim(len(claimed), wanted)
-        # What was taken from a dead worker begins at once or not at all: it may take this one with it.
-        self._careful = any(task.rescue_count for task in claimed)
-        if len(claimed) == wanted or self._careful:
+        if len(claimed) == wanted:
             self._hinted = True
         else:
             self._breathes_until = began + BREATH
@@ -176,7 +174,7 @@ class Claimer:
             "from_queue": queue.name,
             "of_types": types,
             "at_most": limit,
-            "free": free,
+            "ahead": limit > free,
             "by_worker": self.worker_id,
             **position.parameters(),
         }

@@ -13,13 +13,14 @@ class Lease:
         self._seconds = seconds
         self._grace = grace
         self._renewed_at = -math.inf
-        self._ends_at = -math.inf
+        self.ends_at = -math.inf
+        """By time.monotonic()."""
         self._is_steady_from = math.inf
 
     @property
     def is_held(self) -> bool:
         """Tell whether tasks may begin, and be completed with ``task.session``."""
-        return time.monotonic() < self._ends_at
+        return time.monotonic() < self.ends_at
 
     @property
     def is_steady(self) -> bool:
@@ -29,10 +30,10 @@ class Lease:
     def renew(self, asked_at: float) -> None:
         """Hold it for its whole length from when that was asked for, by time.monotonic()."""
         self._renewed_at = asked_at
-        self._ends_at = asked_at + self._seconds
+        self.ends_at = asked_at + self._seconds
         self._is_steady_from = min(self._is_steady_from, asked_at + self._grace)
 
     def shorten(self) -> None:
         """Note that the connection is gone, and that the server knows: others wait for the grace only."""
-        self._ends_at = min(self._ends_at, self._renewed_at + self._grace)
+        self.ends_at = min(self.ends_at, self._renewed_at + self._grace)
         self._is_steady_from = math.inf

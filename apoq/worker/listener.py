@@ -17,7 +17,7 @@ from sqlalchemy.exc import ArgumentError
 from apoq.connections import ANSWER_TIMEOUT, execute, is_direct, own_engine
 from apoq.databases import database_url
 from apoq.statements.hint import CHANNEL, hint
-from apoq.watch import watch
+from apoq.watch import cut, watch
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +70,7 @@ class Listener:
         self._on_listening = on_listening
         self._stopping = False
         self._has_warned = False
+        self._connection: Any = None
 
     def open(self) -> None:
         """Make ready to listen."""
@@ -82,15 +83,23 @@ class Listener:
         pooled = self._listening.raw_connection()
         try:
             connection: Any = pooled.driver_connection
+            self._connection = connection
             retry = RETRY if is_direct(pooled) else 10 * RETRY
             pooled.detach()
             connection.autocommit = True
             if self._hears(connection):
                 self._listen(connection)
         finally:
+            self._connection = None
             pooled.close()
             connection.close()
         return retry
+
+    def renew(self) -> None:
+        """Listen on another connection: this one may be dead without a word."""
+        connection = self._connection
+        if connection is not None:
+            cut(connection)
 
     def stop(self) -> None:
         """End the turn that is under way."""

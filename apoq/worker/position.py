@@ -29,6 +29,8 @@ class Position:
 
     def __init__(self) -> None:
         self._levels = {0: START}
+        self.is_careful = False
+        """Whether the first task that is due was taken from a dead worker, and so is to begin at once."""
         self._lock = threading.Lock()
 
     def parameters(self) -> dict[str, str]:
@@ -53,13 +55,15 @@ class Position:
         """Take over what a survey has found; answer the seconds until the first task of these is due."""
         found: dict[int, tuple[float, int]] = {}
         due_in = math.inf
-        for priority, time, id_, now in rows:
+        is_careful = False
+        for priority, time, id_, now, is_rescued in rows:
             if priority is None:
                 # Nothing is pending in those which it doesn't name.
                 found = dict.fromkeys(self._levels, (now - SLACK, 0)) | found
                 continue
             if time is not None:
                 due_in = min(due_in, time - now)
+            is_careful |= bool(is_rescued) and time <= now
             if time is None or time > now:
                 found[priority] = (now - SLACK, 0)
             else:
@@ -67,6 +71,7 @@ class Position:
         with self._lock:
             known = self._levels if len(self._levels) <= MOST_LEVELS else {0: START}
             self._levels = known | found
+            self.is_careful = is_careful
         return due_in
 
 

@@ -114,12 +114,6 @@ class _Running(Generic[S]):
         return found
 
     @property
-    def rescue_count(self) -> int:
-        """How often it was taken from a worker that had died."""
-        found: int = self.row[12]
-        return found
-
-    @property
     def policy(self) -> RetryPolicy:
         """How its failures are retried."""
         return self.processor.policy_for(self.row[9], self.row[10])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import threading
 import time
@@ -48,6 +49,7 @@ class Scout:
         self._on_due = on_due
         self._lock = threading.Lock()
         self._rested_at = 0.0
+        self._last_took = math.inf
         self._next_look = 0.0
 
     def look_in(self, seconds: float) -> bool:
@@ -88,5 +90,8 @@ class Scout:
                 ).fetchall()
                 due_in = min(due_in, position.surveyed(rows))
         ended = time.monotonic()
-        self._rested_at = ended + REST * (ended - began)
+        took = ended - began
+        # The shorter of the last two: one that has waited for a server that was away says nothing.
+        self._rested_at = ended + REST * min(took, self._last_took)
+        self._last_took = took
         return due_in

@@ -145,7 +145,7 @@ class Slots:
             task: AnyRunningTask | None = begun
             while isinstance(task, RunningTask):
                 started = time.monotonic()
-                is_held = self._lease.is_held
+                is_held = self._lease.ends_at > started
                 end = run(task, self._completion, self._deadlines) if is_held else released(task)
                 self._ended(end, started)
                 task = self._next()
@@ -156,7 +156,7 @@ class Slots:
         task: AnyRunningTask | None = begun
         while isinstance(task, AsyncRunningTask):
             started = time.monotonic()
-            is_held = self._lease.is_held
+            is_held = self._lease.ends_at > started
             end = await run_coroutine(task, self._completion, self._deadlines) if is_held else released(task)
             self._ended(end, started)
             task = self._next()

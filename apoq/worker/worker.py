@@ -501,6 +501,7 @@ class Worker:
             task.cut_off()
         # Else they would find out one by one.
         watch.cut_all(self._own_engine)
+        self._listener.renew()
         self._sessions.renew()
 
     def _listens(self) -> None:
