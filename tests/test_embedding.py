@@ -227,10 +227,11 @@ class TestFork:
         run("""
             worker.start()
             for round in range(1, 6):
+                add()
+                until(lambda: completed() == 2 * round - 1)
                 if (child := os.fork()) == 0:
                     add()
                     sys.exit()
-                add()
                 await_exit(child)
                 until(lambda: completed() == 2 * round)
             worker.stop()
@@ -339,7 +340,7 @@ class TestThreads:
             queue.add(session, "t")
         worker.start()
         assert entered.wait(SOON)
-        stopper = threading.Thread(target=worker.stop)
+        stopper = threading.Thread(target=worker.stop, args=(10,))  # it would give the task back then
         stopper.start()
         until(lambda: not worker._lock.acquire(blocking=False))
         stopping.set()
