@@ -109,7 +109,8 @@ def containers(inner: st.SearchStrategy[Any], keys: st.SearchStrategy[Any]) -> s
     )
 
 
-sound_texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))
+sound_characters = st.characters(exclude_categories=["Cs"], exclude_characters="\0")
+sound_texts = st.text(sound_characters)
 sound = st.recursive(
     st.one_of(
         st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False, allow_infinity=False), sound_texts
@@ -144,27 +145,37 @@ anything = st.one_of(texts, integers, floats, foreign, st.none(), st.lists(st.in
 offsets = st.timedeltas(
     timedelta(hours=-24) + timedelta.resolution, timedelta(hours=24) - timedelta.resolution
 )
+zones = st.timezones() | st.builds(timezone, offsets)
 times = st.one_of(
-    st.datetimes(timezones=st.none() | st.timezones() | st.builds(timezone, offsets) | st.builds(Odd)),
-    st.datetimes(datetime(9999, 12, 20), timezones=st.builds(timezone, offsets)),  # noqa: DTZ001
-    st.datetimes(max_value=datetime(1, 1, 9), timezones=st.builds(timezone, offsets)),  # noqa: DTZ001
+    st.datetimes(timezones=zones),
+    st.datetimes(timezones=zones),
+    # At the ends of the calendar, or nobody knows when.
+    st.datetimes(datetime(9999, 12, 20), timezones=zones),  # noqa: DTZ001
+    st.datetimes(max_value=datetime(1, 1, 9), timezones=zones),  # noqa: DTZ001
+    st.datetimes(timezones=st.none() | st.builds(Odd)),
 )
+spans = st.timedeltas(timedelta(0), timedelta(days=36_525))
 sound_options: dict[str, st.SearchStrategy[Any]] = {
     "priority": st.integers(-(2**15), 2**15 - 1),
-    "delay": st.timedeltas(timedelta(0), timedelta(days=36_525)),
     "process_at": times,
-    "retry_limit": st.integers(0, 2**31),
-    "retry_delay": st.floats(0, 4e9) | st.timedeltas(timedelta(0), timedelta(days=36_525)),
+    "retry_limit": st.integers(0, 2**31 - 2),
+    "retry_delay": st.floats(0, 3e9) | spans,
+    "timeout": st.floats(1e-6, 3e9) | spans,
 }
+
+
+def mostly(sound: st.SearchStrategy[Any], odd: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    return st.sampled_from([sound, sound, sound, odd]).flatmap(lambda chosen: chosen)
+
+
+types = mostly(st.text(sound_characters, min_size=1, max_size=255), st.text(max_size=300) | anything)
 options = st.builds(
     lambda some, other: {**some, **other},
-    st.fixed_dictionaries(
-        {}, optional={name: sound_options[name] for name in sound_options if name != "delay"}
-    ),
-    st.one_of(
+    st.fixed_dictionaries({}, optional=sound_options),
+    mostly(
         st.just({}),
-        st.fixed_dictionaries({"delay": sound_options["delay"]}),
-        *(st.fixed_dictionaries({name: anything | st.timedeltas()}) for name in sound_options),
+        st.fixed_dictionaries({"delay": spans | st.timedeltas() | anything})
+        | st.one_of(*(st.fixed_dictionaries({name: st.timedeltas() | anything}) for name in sound_options)),
     ),
 )
 
@@ -328,7 +339,7 @@ def test_the_data_of_many_are_refused_or_come_back(engine, transactions, receive
 
 
 @fuzz(250)
-@given(kind=kinds, type_=st.just("t") | st.text(max_size=300) | anything, options=options, many=st.booleans())
+@given(kind=kinds, type_=types, options=options, many=st.booleans())
 def test_types_and_options_are_refused_or_kept(engine, transactions, kind, type_, options, many):
     of_its_own = Queue("options")
     began = datetime.now(UTC)
@@ -350,8 +361,10 @@ def test_types_and_options_are_refused_or_kept(engine, transactions, kind, type_
         assert (task.type, task.data, task.queue) == (type_, None, "options")
         assert task.priority == options.get("priority", 0)
         assert task.retry_limit == options.get("retry_limit")
-        delay = options.get("retry_delay")
-        assert task.retry_delay == (timedelta(seconds=delay) if isinstance(delay, int | float) else delay)
+        for name in ("retry_delay", "timeout"):
+            length = options.get(name)
+            is_number = isinstance(length, int | float)
+            assert getattr(task, name) == (timedelta(seconds=length) if is_number else length)
         if options.get("process_at") is not None:
             assert task.process_at == options["process_at"]
         else:
