@@ -318,7 +318,7 @@ class Tasks(RuleBasedStateMachine):
             self.add(QUEUES[0], type_, options, 2, 0, "commit")
         for place in range(3):
             self.every_row_is_as_the_model_says()
-            self.claim(place, QUEUES[0], 1, not place % 2, True, "commit", is_answered or place > 0)
+            self.claim(place, QUEUES[0], 1, bool(place % 2), True, "commit", is_answered or place > 0)
 
     @precondition(lambda self: len(self.tasks) < 20)
     @rule(
@@ -613,6 +613,10 @@ class Tasks(RuleBasedStateMachine):
             self.cut.add(hand.id)
         self.hands[place] = self._hired(place)
         self.time_passes(GRACE if is_noticed else LEASE, False, sweeps)
+        if sweeps:
+            # What the rescue has left behind is seen best by whoever claims it next.
+            self.every_row_is_as_the_model_says()
+            self.claim(1, QUEUES[0], 4, False, True, "commit", True)
 
     @precondition(lambda self: self.transactions)
     @rule(
@@ -795,9 +799,6 @@ WORTH_REACHING = {
     "a claim left open",
     "a completion left open",
     "a rescue",
-    "a stray given back",
-    "a task pruned",
-    "a task without attempts left",
     "a write",
     "a write to a lost task",
     "an addition left open",
