@@ -289,7 +289,6 @@ class Worker:
             self._coroutines.use(loop)
             self._claimer.hint()
             self._listener.open()
-            PROCESS.watch()
             self._is_started = True
             try:
                 self._enlist(wait=False)
@@ -299,6 +298,7 @@ class Worker:
                 raise
             if self._has_entered:
                 self._start_loops()
+            PROCESS.watch()
         logger.info("%r has started", self)
 
     def healthy(self) -> bool:
