@@ -650,10 +650,10 @@ GUNICORN = "gunicorn --workers 2 --threads {threads} --bind 127.0.0.1:{{port}} {
 
 
 @needs_fork
-@pytest.mark.parametrize("threads", [1, 4], ids=["sync", "gthread"])
 @pytest.mark.parametrize("starts", ["at the import", "at a request", "in a hook"])
 @pytest.mark.parametrize("preload", [False, True], ids=["", "preload"])
-def test_under_gunicorn_tasks_are_worked_once_and_nothing_is_left(engine, serve, preload, starts, threads):
+def test_under_gunicorn_tasks_are_worked_once_and_nothing_is_left(engine, serve, preload, starts):
+    threads = 1 if preload else 4  # its plain kind of worker, and the threaded one
     options = "--preload " * preload + "--config conf.py" * (starts == "in a hook")
     server = serve(GUNICORN.format(threads=threads, options=options), starts)
 
