@@ -141,7 +141,7 @@ class Claimer:
         return None
 
     def claim(self, limit: int, free: int) -> list[AnyRunningTask]:
-        """Claim up to `limit` tasks, of which the first `free` begin at once."""
+        """Claim up to `limit` tasks, where `free` slots have nothing to do."""
         tasks: list[AnyRunningTask] = []
         types = self._registry.types
         if not types:

@@ -112,7 +112,7 @@ class Heartbeat:
         if is_up_for > self._lease:
             for schema in self._schemas:
                 self._beat_and_rescue(schema, self._parameters() | {"grace": self._lease})
-            self.lease.renew(began)
+            self._renewed(began)
         else:
             self.beat()
 
@@ -131,9 +131,12 @@ class Heartbeat:
                     pause = min(pause, max(next_death, SOONEST))
                     continue
             self._execute(beat(schema), parameters)
+        self._renewed(began)
+        return pause
+
+    def _renewed(self, began: float) -> None:
         self.lease.renew(began)
         self.seen_at = datetime.now(UTC)
-        return pause
 
     def _parameters(self) -> dict[str, Any]:
         return {
