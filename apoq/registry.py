@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 from apoq.errors import InvalidProcessor, InvalidTask
 from apoq.payload import check_type
 from apoq.retry import DEFAULT_RETRY_LIMIT, RetryDelay, RetryPolicy, exponential_backoff, time_limit
+
+Around = Callable[[Any], AbstractContextManager[object]]
+"""Answers, for a running task, a context manager in which its processor is called."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +42,10 @@ class Processor:
 class Registry:
     """The processors of one worker."""
 
-    def __init__(self) -> None:
+    def __init__(self, around: Around | None = None) -> None:
+        if around is not None and not callable(around):
+            raise TypeError(f"around answers a context manager for a running task, not {around!r}")
+        self._around = around
         self._processors: dict[str, Processor] = {}
 
     def use(
@@ -72,7 +79,10 @@ class Registry:
             limit = None if timeout is None else time_limit(timeout).total_seconds()
         except (TypeError, ValueError) as error:
             raise InvalidProcessor(f"timeout: {error}") from None
-        processor = Processor(function, policy, _is_coroutine(function), limit)
+        is_coroutine = _is_coroutine(function)
+        if self._around is not None:
+            function = _within(self._around, function, is_coroutine=is_coroutine)
+        processor = Processor(function, policy, is_coroutine, limit)
         # A new dict: the claimer reads it on another thread.
         self._processors = {**self._processors, type_: processor}
 
@@ -83,6 +93,20 @@ class Registry:
     def types(self) -> list[str]:
         """The configured types."""
         return list(self._processors)
+
+
+def _within(around: Around, function: Callable[[Any], Any], *, is_coroutine: bool) -> Callable[[Any], Any]:
+    @wraps(function)
+    def call(task: Any) -> Any:
+        with around(task):
+            return function(task)
+
+    @wraps(function)
+    async def call_coroutine(task: Any) -> Any:
+        with around(task):
+            return await function(task)
+
+    return call_coroutine if is_coroutine else call
 
 
 def _is_coroutine(function: Callable[[Any], Any]) -> bool:

@@ -23,7 +23,7 @@ from apoq.events import Events
 from apoq.migrations.prepare import check
 from apoq.model import Task, detached
 from apoq.queue import Queue
-from apoq.registry import Registry
+from apoq.registry import Around, Registry
 from apoq.retry import DEFAULT_RETRY_LIMIT, RetryDelay, exponential_backoff, seconds
 from apoq.statements.hint import payload
 from apoq.states import COMPLETED, PENDING
@@ -84,6 +84,7 @@ class Worker:
         keep_completed: timedelta | None = timedelta(days=1),
         keep_failed: timedelta | None = timedelta(days=7),
         listen_url: str | URL | None = None,
+        around: Around | None = None,
     ) -> None:
         """Prepare to work these queues (none given: the default one) in the database of `engine`.
 
@@ -94,7 +95,9 @@ class Worker:
         deleted `keep_completed` after their completion, failed and cancelled ones after `keep_failed`; None
         keeps them for ever, and with zero a task is deleted instead of being marked as completed.
         `listen_url` leads to the same database past a pooler in transaction mode, through which no hint could
-        arrive; only the connection that listens is opened there.
+        arrive; only the connection that listens is opened there. `around` answers a context manager for a
+        running task, such as an application's context: its processor is called in it, and the completion is
+        written after it. What the context manager raises fails the attempt.
         """
         if not isinstance(engine, Engine | AsyncEngine):
             # Its type only: a URL holds a password.
@@ -117,7 +120,7 @@ class Worker:
                 raise ValueError(f"{name} is a timedelta, or None for ever, not {keep!r}")
         self.events = Events()
         self._queues = queues or (Queue(),)
-        self._registry = Registry()
+        self._registry = Registry(around)
         self._assemble = partial(
             self._put_together,
             engine,
