@@ -221,7 +221,8 @@ class Queue:
     def _cancel(self, caller: Caller, parameters: dict[str, Any]) -> bool:
         for row in caller.execute(cancel(self.schema), parameters):
             caller.renew(self.task_class, row)
-            caller.hint(was_cancelled(row["id"]))
+            if row["claimed_at"] is not None:
+                caller.hint(was_cancelled(row["id"]))
             return True
         return False
 

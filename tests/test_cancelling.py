@@ -357,7 +357,7 @@ class TestARunningTask:
 
         assert cancel(engine, second) is True
 
-        until(lambda: second not in worker._claimer.held)
+        until(lambda: second not in {row[0] for row in worker._claimer.held.values()})
         go_on.set()
         until(lambda: load(engine, first).state == "completed")
         worker.stop()

@@ -14,6 +14,7 @@ from apoq.sessions import _compiled
 from apoq.statements.arrays import array_text
 from apoq.statements.cancel import cancel
 from apoq.statements.claim import claim
+from apoq.statements.locked import locked
 from apoq.statements.lost import lost
 from apoq.statements.prune import prune_completed, prune_failed
 from apoq.statements.recover import give_back, rescue
@@ -128,6 +129,7 @@ STATEMENTS = [
         id="retry",
     ),
     pytest.param(lost(None), IDS, {"apoq_tasks_pkey"}, id="lost"),
+    pytest.param(locked(None), {"ids": IDS["ids"]}, {"apoq_tasks_pkey"}, id="locked"),
     pytest.param(prune_failed(None), PRUNE, {"apoq_tasks_failed_idx", "apoq_tasks_pkey"}, id="failed"),
 ]
 

@@ -22,7 +22,7 @@ class Recaller:
 
     Nothing depends on it, for whatever they come to is refused by their tokens. Tasks that have been here for
     longer than `interval` are looked up that often; those of which a hint says that they were cancelled, at
-    once.
+    once. They are told each time, for the first time may have been while they were about to begin.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Recaller:
         self._on_lost = on_lost
         self._lock = threading.Lock()
         self._hinted: set[int] = set()
-        self._told: set[tuple[int, int]] = set()
+        self._logged: set[tuple[int, int]] = set()
 
     def hint(self, ids: Iterable[int]) -> bool:
         """Remember that these may have been cancelled; tell whether any is here."""
@@ -54,11 +54,11 @@ class Recaller:
             hinted, self._hinted = self._hinted, set()
         claimed_before = time.monotonic() - self._interval
         held = {(row[ID], row[TOKEN]): row for row in self._held()}
-        self._told &= held.keys()
+        self._logged &= held.keys()
         parts: dict[str | None, dict[tuple[int, int], Claimed]] = {}
         for key, row in held.items():
             batch: Batch = row[-1]
-            if key not in self._told and (batch.claimed_at < claimed_before or row[ID] in hinted):
+            if batch.claimed_at < claimed_before or row[ID] in hinted:
                 parts.setdefault(batch.from_queue.schema, {})[key] = row
         try:
             for schema, rows in parts.items():
@@ -73,11 +73,11 @@ class Recaller:
             "ids": array_text([id_ for id_, _ in rows]),
             "tokens": array_text([token for _, token in rows]),
         }
-        gone = execute(self._engine, lost(schema), parameters).fetchall()
-        if gone:
+        gone: set[tuple[int, int]] = set(execute(self._engine, lost(schema), parameters))
+        if new := gone - self._logged:
             logger.info(
                 "these tasks are this worker's no more, and are told to stop: %s",
-                ", ".join(str(id_) for id_, _ in gone),
+                ", ".join(str(id_) for id_, _ in sorted(new)),
             )
-            self._told.update(gone)
-            self._on_lost([rows[key] for key in gone])
+            self._logged |= new
+        self._on_lost([rows[key] for key in gone])

@@ -54,6 +54,9 @@ AFTERMATH: Final = 0.05
 BUSY: Final = 0.25
 """The same, where there is more: in which a priority that is new and higher is found."""
 
+PATIENCE: Final = 5.0
+"""Seconds in which what has ended is settled, at the end."""
+
 GRACE: Final = timedelta(seconds=25)
 """What `run` gives running tasks to end after a signal: a little less than Kubernetes' 30 s."""
 
@@ -291,7 +294,8 @@ class Worker:
             if task is None:
                 return None
             end = self._run(task)
-            self._settler.settle(end)
+            self._settler.put(end)
+            self._settler.flush(PATIENCE)
             if isinstance(end.outcome, KeyboardInterrupt):
                 raise end.outcome  # meant for the program, not for the task that happened to run
             return self._load(end)
@@ -557,9 +561,9 @@ class Worker:
             self._put_ended(released(task))
 
     def _finish_settling(self) -> None:
-        self._settling.stop(timeout=5)
+        self._settling.stop(timeout=PATIENCE)
         try:
-            self._settler.turn()
+            self._settler.flush(PATIENCE)
         except Exception as error:  # noqa: BLE001
             logger.warning("some tasks could not be settled; others will run them again: %s", error)
 
