@@ -1,4 +1,4 @@
-"""A task that somebody has locked, such as a caller who cancels it and takes long to commit, holds up no other."""
+"""What somebody has locked, such as a caller who cancels a task and is slow to commit, holds up no other."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def add(engine, type_: str = "t") -> int:
 
 def states(engine) -> dict[int, str]:
     with engine.connect() as connection:
-        return {id_: state for id_, state in connection.execute(sa.select(Task.id, Task.state))}
+        return dict(connection.execute(sa.select(Task.id, Task.state)).tuples().all())
 
 
 def until(condition) -> None:
