@@ -19,6 +19,7 @@ from sqlalchemy.orm import Session
 
 from apoq.connections import is_away, own_engine
 from apoq.databases import check_dialect
+from apoq.errors import InvalidProcessor
 from apoq.events import Events
 from apoq.migrations.prepare import check
 from apoq.model import Task, detached
@@ -27,6 +28,7 @@ from apoq.registry import Around, Processor, Registry, make_processor
 from apoq.retry import DEFAULT_RETRY_LIMIT, RetryDelay, exponential_backoff, seconds
 from apoq.statements.hint import payload
 from apoq.states import COMPLETED, PENDING
+from apoq.typed import TypedTask
 from apoq.watch import watch
 from apoq.worker.attempts import Ended, ended, overdue, run, run_coroutine
 from apoq.worker.claimer import Claimer
@@ -252,8 +254,13 @@ class Worker:
         but it goes on, and its slot stays taken until it returns. So let it look at `task.stopping`, or
         give what it waits for a timeout of its own.
 
-        Raises `InvalidProcessor` where the type has a processor already, or an option makes no sense.
+        It is worked so in all queues of this worker. Raises `InvalidProcessor` where the type has a processor
+        already, be it by a typed task of one of them, or where an option makes no sense.
         """
+        if isinstance(processor, TypedTask):
+            raise InvalidProcessor(
+                f"{processor!r} is a typed task, which a worker of its queue knows: Worker(engine, queue)"
+            )
         made = make_processor(
             type, processor, retry_limit=retry_limit, retry_delay=retry_delay, timeout=timeout
         )
