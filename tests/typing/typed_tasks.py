@@ -130,7 +130,7 @@ def options(session: Session) -> None:
     send_welcome.using(delayed=timedelta(hours=1))  # wrong: call-arg reportCallIssue
     send_welcome.using(priority=1).add(session, "7")  # wrong: call-overload reportCallIssue
     queue.task(retries=3)  # wrong: call-overload reportCallIssue
-    queue.task(retry_limit="3")  # wrong: call-overload reportCallIssue
+    queue.task(retry_limit="3")  # wrong: call-overload reportArgumentType
     queue.task("send_welcome")  # wrong: call-overload reportCallIssue
 
 
