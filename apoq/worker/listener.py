@@ -10,13 +10,13 @@ from collections.abc import Callable
 from typing import Any, Final
 from uuid import uuid4
 
-from psycopg import Notify, sql
+from psycopg import sql
 from sqlalchemy import URL, Engine, create_engine
 from sqlalchemy.exc import ArgumentError
 
 from apoq.connections import ANSWER_TIMEOUT, execute, is_direct, own_engine
 from apoq.databases import database_url
-from apoq.statements.hint import CHANNEL, hint
+from apoq.statements.hint import CANCELLED, CHANNEL, Hint, hint
 from apoq.watch import cut, watch
 
 logger = logging.getLogger(__name__)
@@ -61,12 +61,14 @@ class Listener:
         payloads: frozenset[str],
         *,
         on_hint: Callable[[], None],
+        on_cancelled: Callable[[set[int]], None],
         on_listening: Callable[[], None],
     ) -> None:
         self._engine = engine
         self._listening = listening
         self._payloads = payloads
         self._on_hint = on_hint
+        self._on_cancelled = on_cancelled
         self._on_listening = on_listening
         self._stopping = False
         self._has_warned = False
@@ -117,9 +119,9 @@ class Listener:
         # they are to get none of the workers' hints.
         channel = f"{CHANNEL}_{uuid4().hex}"
         _execute(connection, sql.SQL("LISTEN {}").format(sql.Identifier(channel)))
-        execute(self._engine, hint(), {"channel": channel, "payload": ""})
+        execute(self._engine, hint(), Hint(channel, "")._asdict())
         deadline = time.monotonic() + PATIENCE
-        heard: list[Notify] = []
+        heard: list[Hint] = []
         while not heard and not self._stopping and (left := deadline - time.monotonic()) > 0:
             heard = self._wait(connection, left)
         _execute(connection, sql.SQL("UNLISTEN {}").format(sql.Identifier(channel)))
@@ -137,24 +139,39 @@ class Listener:
         return bool(heard)
 
     def _listen(self, connection: Any) -> None:
-        _execute(connection, sql.SQL("LISTEN {}").format(sql.Identifier(CHANNEL)))
+        for channel in (CANCELLED, CHANNEL):
+            _execute(connection, sql.SQL("LISTEN {}").format(sql.Identifier(channel)))
         self._on_listening()
         # What was added before this connection listened has given its hint to nobody.
         self._on_hint()
         while not self._stopping:
             hints = self._wait(connection, CHECK_INTERVAL)
-            if any(heard.payload in self._payloads for heard in hints):
+            if any(hint.channel == CHANNEL and hint.payload in self._payloads for hint in hints):
                 self._on_hint()
-            elif not hints and not self._stopping:
+            if cancelled := {_id(hint.payload) for hint in hints if hint.channel == CANCELLED}:
+                self._on_cancelled(cancelled)
+            if not hints and not self._stopping:
                 _execute(connection, sql.SQL("SELECT 1"))
 
-    def _wait(self, connection: Any, seconds: float) -> list[Notify]:
+    def _wait(self, connection: Any, seconds: float) -> list[Hint]:
         """Wait for notifications, until the time is up or `stop` is called."""
         with selectors.DefaultSelector() as selector:
             selector.register(connection, selectors.EVENT_READ)
             selector.register(self._wake_receiver, selectors.EVENT_READ)
-            ready = {key.fileobj for key, _ in selector.select(seconds)}
-        return list(connection.notifies(timeout=0)) if connection in ready else []
+            selector.select(seconds)
+        # Past Connection.notifies, which takes 0.1 ms to find out what is there already.
+        pgconn = connection.pgconn
+        pgconn.consume_input()
+        heard = []
+        while notify := pgconn.notifies():
+            encoding = connection.info.encoding
+            heard.append(Hint(notify.relname.decode(encoding), notify.extra.decode(encoding)))
+        return heard
+
+
+def _id(payload: str) -> int:
+    # Anybody may notify, of anything: no task has this id.
+    return int(payload) if payload.isdecimal() else 0
 
 
 def _execute(connection: Any, statement: sql.Composable) -> None:
