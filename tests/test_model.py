@@ -710,7 +710,8 @@ class Tasks(RuleBasedStateMachine):
             is_counted = task.state in {RUNNING, COMPLETED, CANCELLED} and not task.waited
             assert task.attempt == task.fail_count + is_counted
             assert task.token >= task.attempt
-            if task.state in {COMPLETED, CANCELLED}:
+            # A rescue may have left it none; then it is claimed to be ended, and may be cancelled instead.
+            if task.state in {COMPLETED, CANCELLED} and not task.rescue_count:
                 assert task.attempt <= task.limit + 1
 
     # The rest is the model's own.
