@@ -309,7 +309,7 @@ class TestWhatIsToBeWorked:
     @pytest.mark.parametrize(
         ("name", "place"),
         [
-            ("app_of_theirs:broken", r"app_of_theirs\.py, line 28\)$"),
+            ("app_of_theirs:broken", r"app_of_theirs\.py, line 27\)$"),
             ("app_without_modules:worker", r"app_without_modules\.py, line 1\)$"),
             ("app_that_is_no_python:worker", r"app_that_is_no_python\.py, line 2\)$"),
         ],
