@@ -407,28 +407,27 @@ class TestTheStatus:
 
 
 class TestTheLog:
-    @pytest.fixture
-    def root(self, monkeypatch) -> logging.Logger:
-        root = logging.getLogger()
-        monkeypatch.setattr(root, "handlers", [])
-        monkeypatch.setattr(root, "level", root.level)
-        return root
-
-    def test_an_applications_own_stays(self, root):
+    def test_an_applications_own_stays(self, monkeypatch):
         theirs = logging.NullHandler()
-        root.addHandler(theirs)
 
-        logs.set_up(None, None)
+        with monkeypatch.context() as patch:
+            patch.setattr(logging.getLogger(), "handlers", [theirs])
+            logs.set_up(None, None)
+            found = list(logging.getLogger().handlers)
 
-        assert root.handlers == [theirs]
+        assert found == [theirs]
 
-    def test_unless_another_is_asked_for(self, root):
-        root.addHandler(logging.NullHandler())
+    def test_unless_another_is_asked_for(self, monkeypatch):
+        root = logging.getLogger()
 
-        logs.set_up("json", "warning")
+        with monkeypatch.context() as patch:
+            patch.setattr(root, "handlers", [logging.NullHandler()])
+            patch.setattr(root, "level", root.level)
+            logs.set_up("json", "warning")
+            ((handler,), level) = root.handlers, root.level
 
-        assert isinstance(root.handlers[0].formatter, logs.JsonFormatter)
-        assert root.level == logging.WARNING
+        assert isinstance(handler.formatter, logs.JsonFormatter)
+        assert level == logging.WARNING
 
     def test_a_record_as_json_has_its_extras_and_its_error(self):
         try:
