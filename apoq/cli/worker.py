@@ -11,7 +11,7 @@ import click
 from click.core import ParameterSource
 
 from apoq.cli.exits import BadUsage
-from apoq.cli.loading import load
+from apoq.cli.loading import load, located
 from apoq.cli.running import run_worker, worker_options
 from apoq.cli.target import Target
 from apoq.queue import Queue
@@ -45,7 +45,7 @@ def command(
         make = partial(_load, name, target, concurrency)
     elif ini is not None and name is None:
         _refuse("database_url", "a Pyramid application has its own")
-        make = partial(import_module("apoq.pyramid").load_worker, ini)
+        make = partial(_load_pyramid, ini)
     else:
         raise BadUsage("what is to be worked? Give module:object, such as myapp.tasks:worker, or --pyramid")
     run_worker(make, concurrency=concurrency, **options)
@@ -60,6 +60,12 @@ def _load(name: str, target: Target, concurrency: int | None) -> Worker:
     worker = load(name, make)
     if not made:
         _refuse("database_url", f"{name} is a Worker, which has its own engine")
+    return worker
+
+
+def _load_pyramid(ini: str) -> Worker:
+    with located(f"{ini} can't be loaded"):
+        worker: Worker = import_module("apoq.pyramid").load_worker(ini)
     return worker
 
 
