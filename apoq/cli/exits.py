@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -75,7 +76,8 @@ def explained(url: URL | None = None) -> Iterator[None]:
 
 
 def _explain(cause: Any, url: URL | None) -> Failure | None:
-    message = " ".join(str(cause).split())
+    # libpq's has several lines.
+    message = " ".join(re.sub(r"(?<=\w)\n", ". ", str(cause)).split())
     if getattr(cause, "sqlstate", None) in _MISSING:
         return NotReady(f"{message}: bring apoq's tables up to date with `apoq migrate`")
     if getattr(cause, "sqlstate", None) == _FORBIDDEN:
