@@ -21,7 +21,7 @@ from apoq.statements.recover import give_back
 from apoq.worker.attempts import Ended, ended
 from apoq.worker.lease import Lease
 from apoq.worker.position import Position
-from apoq.worker.running import AnyRunningTask, Batch, Claimed
+from apoq.worker.running import FAIL_COUNT, ID, AnyRunningTask, Batch, Claimed
 from apoq.worker.slots import Slots, released
 
 logger = logging.getLogger(__name__)
@@ -152,7 +152,7 @@ class Claimer:
 
     def _startable(self, tasks: list[Claimed]) -> Iterator[Claimed]:
         for row in tasks:
-            if row[_FAIL_COUNT]:
+            if row[FAIL_COUNT]:
                 task = self._make(row)
                 if task.fail_count > task.policy.limit:
                     # Rescued from a dead worker, with no attempt left.
@@ -165,8 +165,8 @@ class Claimer:
         held = self.held
         for row in tasks:
             # Not another claim of the same task.
-            if held.get(row[0]) is row:
-                del held[row[0]]
+            if held.get(row[ID]) is row:
+                del held[row[ID]]
 
     def _claim_from(self, queue: Queue, limit: int, free: int) -> list[Claimed]:
         processors = self._registry.of(queue)
@@ -188,7 +188,7 @@ class Claimer:
         position.claimed(rows, is_all=len(rows) < limit)
         batch = Batch(queue, processors, time.monotonic())
         tasks: list[Claimed] = [(*row, batch) for row in rows]
-        self.held.update({row[0]: row for row in tasks})
+        self.held.update({row[ID]: row for row in tasks})
         return tasks
 
     def _rotated(self) -> tuple[Queue, ...]:
@@ -201,7 +201,7 @@ class Claimer:
         """Give back what an earlier claim took, if it committed although its answer was lost."""
         if not self._doubtful:
             return
-        held = array_text(self.held)
+        held = array_text(list(self.held))
         for schema in {queue.schema for queue in self._queues}:
             execute(self._engine, give_back(schema), {"by_worker": self.worker_id, "held": held})
         self._doubtful = False
@@ -214,10 +214,6 @@ class Claimer:
             self._put_ended(released(task))
         # The average speaks of shorter tasks than those that run now.
         self._slots.run_time = max(self._slots.run_time or 0.0, OVERDUE)
-
-
-_FAIL_COUNT: Final = 7
-"""Where it stands in a claimed row."""
 
 
 def _order(row: tuple[Any, ...]) -> tuple[int, float, int]:
