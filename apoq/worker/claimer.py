@@ -155,10 +155,9 @@ class Claimer:
 
     def _startable(self, tasks: list[AnyRunningTask]) -> Iterator[AnyRunningTask]:
         for task in tasks:
-            if not task.fail_count or task.fail_count <= task.policy.limit:
+            if has_attempts(task):
                 yield task
             else:
-                # Rescued from a dead worker, with no attempt left.
                 self._put_ended(ended(task, WorkerDied(WorkerDied.__doc__)))
 
     def settled(self, ends: list[Ended]) -> None:
@@ -211,6 +210,11 @@ class Claimer:
             self._put_ended(released(task))
         # The average speaks of shorter tasks than those that run now.
         self._slots.run_time = max(self._slots.run_time or 0.0, OVERDUE)
+
+
+def has_attempts(task: AnyRunningTask) -> bool:
+    """Tell whether a claimed task may begin: one that was rescued from a dead worker may have used all up."""
+    return not task.fail_count or task.fail_count <= task.policy.limit
 
 
 def _order(row: tuple[Any, ...]) -> tuple[int, float, int]:

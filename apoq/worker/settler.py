@@ -118,18 +118,11 @@ class Settler:
                 return {}
 
     def _execute(self, ends: list[Ended]) -> Rows:
-        schema = ends[0].task.from_queue.schema
-        parameters: dict[str, Any] = {
-            "ids": array_text(end.task.id for end in ends),
-            "tokens": array_text(end.task.token for end in ends),
-        }
         if ends[0].outcome is None:
             is_heard = self._completion.is_heard
-            statement = self._completion.statement(schema, full=is_heard)
         else:
             is_heard = self._events.heard(events.FAILED) or self._events.heard(events.RETRIED)
-            statement = _settlement(schema, is_heard)
-            parameters |= _arrays(ends)
+        statement, parameters = writing(ends, self._completion, full=is_heard)
         if is_heard:
             found = execute(self._engine, statement, parameters, row_factory=dict_row)
             return {row["id"]: row for row in found}
@@ -150,6 +143,18 @@ class Settler:
         if row is not None and self._events.heard(name):
             errors = () if end.outcome is None else (end.outcome,)
             self._events.emit(name, detached(end.task.from_queue.schema, row), *errors)
+
+
+def writing(ends: list[Ended], completion: Completion, *, full: bool) -> tuple[Executable, dict[str, Any]]:
+    """Answer the statement that writes these, which are alike, and its parameters; see `Completion`."""
+    schema = ends[0].task.from_queue.schema
+    parameters: dict[str, Any] = {
+        "ids": array_text(end.task.id for end in ends),
+        "tokens": array_text(end.task.token for end in ends),
+    }
+    if ends[0].outcome is None:
+        return completion.statement(schema, full=full), parameters
+    return _settlement(schema, full), parameters | _arrays(ends)
 
 
 @cache
