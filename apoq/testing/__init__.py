@@ -12,7 +12,8 @@ Nothing here commits, needs a worker that has started, or touches another transa
 """
 
 from apoq.testing.clock import freeze, travel
+from apoq.testing.databases import rolled_back
 from apoq.testing.drain import drain
 from apoq.testing.enqueued import assert_enqueued, enqueued
 
-__all__ = ["assert_enqueued", "drain", "enqueued", "freeze", "travel"]
+__all__ = ["assert_enqueued", "drain", "enqueued", "freeze", "rolled_back", "travel"]

@@ -114,8 +114,8 @@ class _Drain:
     def run(self, limit: int) -> list[Task]:
         """Run up to `limit` attempts."""
         with ExitStack() as stack:
-            connection = connection_of(self._inner)
-            if not connection.get_execution_options().get(CLOCK):
+            self._connection = connection_of(self._inner)
+            if not self._connection.get_execution_options().get(CLOCK):
                 # Else they would read when the transaction began: a worker has transactions of its own.
                 stack.enter_context(travel(self._inner, timedelta()))
             stack.callback(self._close)
@@ -167,12 +167,12 @@ class _Drain:
         return RunningTask(row, queue, processor, now, self._open, self._notice)
 
     def _open(self) -> TaskSession:
-        return TaskSession(connection_of(self._inner), join_transaction_mode="create_savepoint")
+        return TaskSession(self._connection, join_transaction_mode="create_savepoint")
 
     def _open_async(self) -> AsyncTaskSession:
         session = AsyncTaskSession(join_transaction_mode="create_savepoint")
         # Not an AsyncConnection, for the test's may be none: then the coroutine just isn't held up by it.
-        session.sync_session.bind = connection_of(self._inner)
+        session.sync_session.bind = self._connection
         return session
 
     def _attempt(self, crew: Crew, task: AnyRunningTask) -> None:
@@ -180,7 +180,8 @@ class _Drain:
         if has_attempts(task):
             # Where a processor has a session of its own on this connection, it commits into this.
             savepoint = self._inner.begin_nested()
-            within = connection_of(self._inner).get_nested_transaction()
+            self._connection = connection_of(self._inner)
+            within = self._connection.get_nested_transaction()
             end = self._run(crew, task)
             self._leave(savepoint, within)
         else:
@@ -211,14 +212,14 @@ class _Drain:
         if not savepoint.is_active:
             return  # the processor has ended the transaction of the test's own session
         connection = connection_of(self._inner)
-        driver: Any = connection.connection.driver_connection
-        if driver.info.transaction_status == TransactionStatus.INERROR:
-            savepoint.rollback()
-            return
         while (left_open := connection.get_nested_transaction()) not in {None, within}:
             assert left_open is not None
             left_open.rollback()
-        savepoint.commit()
+        driver: Any = connection.connection.driver_connection
+        if driver.info.transaction_status == TransactionStatus.INERROR:
+            savepoint.rollback()
+        else:
+            savepoint.commit()
 
     def _settle(self, crew: Crew, end: Ended) -> None:
         task, queue = end.task, end.task.from_queue
