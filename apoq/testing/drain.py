@@ -26,7 +26,7 @@ from apoq.statements.claim import claim
 from apoq.statements.survey import survey
 from apoq.states import FAILED, PENDING
 from apoq.testing.clock import travel
-from apoq.testing.inline import Crew, InLineDeadlines, crew_of
+from apoq.testing.inline import Crew, InLineDeadlines, crew_of, held
 from apoq.testing.inside import (
     AsyncTestSession,
     Inner,
@@ -40,8 +40,8 @@ from apoq.worker import Worker
 from apoq.worker.attempts import Ended, TaskLost, ended, run, run_coroutine
 from apoq.worker.claimer import has_attempts
 from apoq.worker.position import Position
-from apoq.worker.running import AnyRunningTask, AsyncRunningTask, Notice, RunningTask
-from apoq.worker.settler import writing
+from apoq.worker.running import AnyRunningTask, AsyncRunningTask, Batch, Claimed, Notice, RunningTask
+from apoq.worker.settler import settlement_arrays, write_settlements
 from apoq.worker.task_sessions import AsyncTaskSession, TaskSession
 
 LIMIT: Final = 1_000
@@ -156,15 +156,14 @@ class _Drain:
                 **position.parameters(),
             }
             for row in self._execute(queue, claim(queue.schema), parameters):
-                return crew, self._make(crew, tuple(row), queue)
+                return crew, self._make(crew, (*row, Batch(queue, time.monotonic())))
         return None
 
-    def _make(self, crew: Crew, row: tuple[Any, ...], queue: Queue) -> AnyRunningTask:
+    def _make(self, crew: Crew, row: Claimed) -> AnyRunningTask:
         processor = crew.registry[row[1]]
-        now = time.monotonic()
         if processor.is_coroutine:
-            return AsyncRunningTask(row, queue, processor, now, self._open_async, self._notice)
-        return RunningTask(row, queue, processor, now, self._open, self._notice)
+            return AsyncRunningTask(row, processor, self._open_async, self._notice)
+        return RunningTask(row, processor, self._open, self._notice)
 
     def _open(self) -> TaskSession:
         return TaskSession(self._connection, join_transaction_mode="create_savepoint")
@@ -225,8 +224,11 @@ class _Drain:
         task, queue = end.task, end.task.from_queue
         row = end.row
         if row is None and not isinstance(end.outcome, TaskLost):
-            statement, parameters = writing([end], crew.completion, full=True)
-            row = self._execute(queue, statement, parameters).mappings().first()
+            if end.outcome is None:
+                statement, parameters = crew.completion.statement(queue.schema, full=True), {}
+            else:
+                statement, parameters = write_settlements(queue.schema, full=True), settlement_arrays([end])
+            row = self._execute(queue, statement, parameters | held(task)).mappings().first()
         is_kept = end.outcome is not None or crew.completion.keep
         if row is None:
             # Taken from this attempt by the processor itself, which has cancelled or deleted it.

@@ -53,9 +53,13 @@ class InLineCompletion(Completion):
 
     def write(self, connection: Connection, task: AnyRunningTask) -> Mapping[Any, Any] | None:
         """Complete a task; answer its row, or None where it was lost."""
-        parameters = {"ids": array_text([task.id]), "tokens": array_text([task.token])}
         statement = self.statement(task.from_queue.schema, full=True)
-        return connection.execute(statement, parameters).mappings().first()
+        return connection.execute(statement, held(task)).mappings().first()
+
+
+def held(task: AnyRunningTask) -> dict[str, Any]:
+    """Answer the parameters by which a statement finds a task that is still held."""
+    return {"ids": array_text([task.id]), "tokens": array_text([task.token])}
 
 
 class InLineDeadlines(Deadlines):

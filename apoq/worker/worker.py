@@ -26,7 +26,7 @@ from apoq.queue import Queue
 from apoq.registry import Around, Registry
 from apoq.retry import DEFAULT_RETRY_LIMIT, RetryDelay, exponential_backoff, seconds
 from apoq.statements.hint import payload
-from apoq.states import COMPLETED, PENDING
+from apoq.states import COMPLETED
 from apoq.watch import watch
 from apoq.worker.attempts import Ended, ended, overdue, run, run_coroutine
 from apoq.worker.claimer import Claimer
@@ -39,7 +39,7 @@ from apoq.worker.loop import Loop, Outage
 from apoq.worker.position import Position
 from apoq.worker.process import PROCESS
 from apoq.worker.pruner import Pruner
-from apoq.worker.running import KNOWN, AnyRunningTask, AsyncRunningTask, Notice, RunningTask
+from apoq.worker.running import KNOWN, AnyRunningTask, AsyncRunningTask, Claimed, Notice, RunningTask
 from apoq.worker.scout import Scout
 from apoq.worker.settler import Settler
 from apoq.worker.slots import Slots, released
@@ -167,7 +167,13 @@ class Worker:
         )
         lease_ = self._heartbeat.lease
         self._completion = Completion(self.events, lease_, keep=keep_completed != timedelta())
-        self._settler = Settler(self._own_engine, self.events, self._completion, on_settled=self._settled)
+        self._settler = Settler(
+            self._own_engine,
+            self.events,
+            self._completion,
+            on_settled=self._settled,
+            on_pending=self._look,
+        )
         self._deadlines = Deadlines(self._put_overdue, outage)
         self._slots = Slots(
             concurrency,
@@ -175,6 +181,7 @@ class Worker:
             self._completion,
             lease_,
             self._deadlines,
+            make=self._make,
             on_ended=self._put_ended,
             on_low=self._wake_claimer,
         )
@@ -270,7 +277,7 @@ class Worker:
             if task is None:
                 return None
             end = self._run(task)
-            self._settler.settle([end])
+            self._settler.settle(end)
             if isinstance(end.outcome, KeyboardInterrupt):
                 raise end.outcome  # meant for the program, not for the task that happened to run
             return self._load(end)
@@ -468,15 +475,15 @@ class Worker:
         known = {name: getattr(end.task, name) for name in KNOWN}
         return found or detached(end.task.from_queue.schema, known | {"state": COMPLETED})
 
-    def _make(self, row: tuple[Any, ...], queue: Queue, claimed: float) -> AnyRunningTask:
+    def _make(self, row: Claimed) -> AnyRunningTask:
         processor = self._registry[row[1]]
         if processor.is_coroutine:
-            return AsyncRunningTask(row, queue, processor, claimed, self._sessions.open_async, self._notice)
-        return RunningTask(row, queue, processor, claimed, self._sessions.open, self._notice)
+            return AsyncRunningTask(row, processor, self._sessions.open_async, self._notice)
+        return RunningTask(row, processor, self._sessions.open, self._notice)
 
     def _put_ended(self, end: Ended) -> None:
         if end.row is not None and end.outcome is None and not self._completion.is_heard:
-            self._settled([end])  # it is written already, and nobody is to be told
+            self._claimer.settled([end.task.row])  # it is written already, and nobody is to be told
             return
         self._settler.put(end)
         self._settling.wake()
@@ -486,11 +493,8 @@ class Worker:
         if not self._is_started:
             self._settler.turn()  # nobody else takes turns beside `work`
 
-    def _settled(self, ends: list[Ended]) -> None:
-        self._claimer.settled(ends)
-        for end in ends:
-            if end.settlement is not None and end.settlement.state == PENDING:
-                self._look(end.settlement.delay or 0.0)
+    def _settled(self, tasks: list[Claimed]) -> None:
+        self._claimer.settled(tasks)
 
     def _lapsed(self) -> None:
         logger.warning(
