@@ -143,14 +143,11 @@ class Claimer:
     def claim(self, limit: int, free: int) -> list[Claimed]:
         """Claim up to `limit` tasks, where `free` slots have nothing to do."""
         tasks: list[Claimed] = []
-        types = self._registry.types
-        if not types:
-            return tasks
         with self._lock:
             self._give_back_strays()
             for queue in self._rotated():
                 if len(tasks) < limit:
-                    tasks += self._claim_from(queue, types, limit - len(tasks), free - len(tasks))
+                    tasks += self._claim_from(queue, limit - len(tasks), free - len(tasks))
         return tasks
 
     def _startable(self, tasks: list[Claimed]) -> Iterator[Claimed]:
@@ -170,11 +167,14 @@ class Claimer:
             if held.get(row[0]) is row:
                 del held[row[0]]
 
-    def _claim_from(self, queue: Queue, types: list[str], limit: int, free: int) -> list[Claimed]:
+    def _claim_from(self, queue: Queue, limit: int, free: int) -> list[Claimed]:
+        processors = self._registry.of(queue)
+        if not processors:
+            return []
         position = self._positions[queue]
         parameters = {
             "from_queue": queue.name,
-            "of_types": types,
+            "of_types": list(processors),
             "at_most": limit,
             "ahead": limit > free,
             "by_worker": self.worker_id,
@@ -185,7 +185,7 @@ class Claimer:
         self._doubtful = False
         rows.sort(key=_order)
         position.claimed(rows, is_all=len(rows) < limit)
-        batch = Batch(queue, time.monotonic())
+        batch = Batch(queue, processors, time.monotonic())
         tasks: list[Claimed] = [(*row, batch) for row in rows]
         self.held.update({row[0]: row for row in tasks})
         return tasks

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 from apoq.queue import Queue
 from apoq.reading import read_json, read_time
-from apoq.registry import Processor
+from apoq.registry import Processor, Running
 from apoq.retry import LONGEST_DELAY, RetryPolicy
 from apoq.worker.task_sessions import AsyncTaskSession, TaskSession, cut_off, is_cut_off
 
@@ -22,6 +22,8 @@ class Batch(NamedTuple):
     """Tasks that one statement has claimed."""
 
     from_queue: Queue
+    processors: Mapping[str, Processor]
+    """By type, as they were at the claim."""
     claimed_at: float
     """By time.monotonic()."""
 
@@ -43,9 +45,7 @@ class Notice:
         self.is_given = False
 
 
-class _Running(Generic[S]):
-    """A claimed task, as its processor sees it."""
-
+class _Running(Running, Generic[S]):
     __slots__ = (
         "data",
         "ends_at",
@@ -189,11 +189,15 @@ class RunningTask(_Running[TaskSession]):
 
     __slots__ = ()
 
+    is_async = False
+
 
 class AsyncRunningTask(_Running[AsyncTaskSession]):
     """What a coroutine processor gets: the task, and ``task.session``, an `AsyncSession`."""
 
     __slots__ = ()
+
+    is_async = True
 
 
 AnyRunningTask = RunningTask | AsyncRunningTask

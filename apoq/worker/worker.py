@@ -19,14 +19,16 @@ from sqlalchemy.orm import Session
 
 from apoq.connections import is_away, own_engine
 from apoq.databases import check_dialect
+from apoq.errors import InvalidProcessor
 from apoq.events import Events
 from apoq.migrations.prepare import check
 from apoq.model import Task, detached
 from apoq.queue import Queue
-from apoq.registry import Around, Registry
+from apoq.registry import Around, Registry, make_processor
 from apoq.retry import DEFAULT_RETRY_LIMIT, RetryDelay, exponential_backoff, seconds
 from apoq.statements.hint import payload
 from apoq.states import COMPLETED
+from apoq.typed import TypedTask
 from apoq.watch import watch
 from apoq.worker.attempts import Ended, ended, overdue, run, run_coroutine
 from apoq.worker.claimer import Claimer
@@ -39,7 +41,7 @@ from apoq.worker.loop import Loop, Outage
 from apoq.worker.position import Position
 from apoq.worker.process import PROCESS
 from apoq.worker.pruner import Pruner
-from apoq.worker.running import KNOWN, AnyRunningTask, AsyncRunningTask, Claimed, Notice, RunningTask
+from apoq.worker.running import KNOWN, AnyRunningTask, AsyncRunningTask, Batch, Claimed, Notice, RunningTask
 from apoq.worker.scout import Scout
 from apoq.worker.settler import Settler
 from apoq.worker.slots import Slots, released
@@ -119,8 +121,11 @@ class Worker:
             if keep is not None and (not isinstance(keep, timedelta) or keep < timedelta()):
                 raise ValueError(f"{name} is a timedelta, or None for ever, not {keep!r}")
         self.events = Events()
-        self._queues = queues or (Queue(),)
+        # Two that are equal are one, whose typed tasks were said in two places.
+        self._queues = tuple(dict.fromkeys(queues or (Queue(),)))
         self._registry = Registry(around)
+        for queue in queues:
+            queue.register_in(self._registry)
         self._assemble = partial(
             self._put_together,
             engine,
@@ -256,9 +261,17 @@ class Worker:
         but it goes on, and its slot stays taken until it returns. So let it look at `task.stopping`, or
         give what it waits for a timeout of its own.
 
-        Raises `InvalidProcessor` where the type has a processor already, or an option makes no sense.
+        It is worked so in all queues of this worker. Raises `InvalidProcessor` where the type has a processor
+        already, be it by a typed task of one of them, or where an option makes no sense.
         """
-        self._registry.use(type, processor, retry_limit=retry_limit, retry_delay=retry_delay, timeout=timeout)
+        if isinstance(processor, TypedTask):
+            raise InvalidProcessor(
+                f"{processor!r} is a typed task, which a worker of its queue knows: Worker(engine, queue)"
+            )
+        made = make_processor(
+            type, processor, retry_limit=retry_limit, retry_delay=retry_delay, timeout=timeout
+        )
+        self._registry.use(type, made)
         self._hint()
 
     def work(self) -> Task | None:
@@ -476,7 +489,8 @@ class Worker:
         return found or detached(end.task.from_queue.schema, known | {"state": COMPLETED})
 
     def _make(self, row: Claimed) -> AnyRunningTask:
-        processor = self._registry[row[1]]
+        batch: Batch = row[-1]
+        processor = batch.processors[row[1]]
         if processor.is_coroutine:
             return AsyncRunningTask(row, processor, self._sessions.open_async, self._notice)
         return RunningTask(row, processor, self._sessions.open, self._notice)
