@@ -150,6 +150,8 @@ class _Unsupported(Exception):
 def _signature(function: Callable[..., Any], name: str) -> Signature:
     try:
         return inspect.signature(function)
+    except NameError as error:  # from Python 3.14 on, which evaluates the annotations here
+        raise _unknown(name, error) from None
     except (TypeError, ValueError) as error:
         raise InvalidProcessor(f"the parameters of {name!r} can't be known: {error}") from None
 
@@ -239,7 +241,10 @@ def _plain(value: Any, kept: tuple[type, ...] = ()) -> Any:
 def _convert(value: Any, type_: Any, kept: tuple[type, ...] = ()) -> Any:
     import msgspec  # noqa: PLC0415
 
-    return msgspec.convert(value, type_, str_keys=True, builtin_types=kept, dec_hook=_decode)
+    try:
+        return msgspec.convert(value, type_, str_keys=True, builtin_types=kept, dec_hook=_decode)
+    except msgspec.ValidationError as error:
+        raise ValueError(*error.args) from error.__cause__
 
 
 def _encode(value: Any) -> Any:

@@ -32,6 +32,13 @@ R_co = TypeVar("R_co", covariant=True)
 T = TypeVar("T", bound=Running)
 
 
+class Anything:
+    """What a first parameter takes only where it takes anything.
+
+    It might take a running task, too, for all that a type checker knows; so such a function isn't checked.
+    """
+
+
 class TaskQueue(Protocol):
     """What a typed task knows of its `Queue`."""
 
@@ -177,6 +184,8 @@ class TypedTask(Generic[P, R_co, C]):
 class Decorator(Protocol):
     """What ``queue.task(…)`` answers."""
 
+    @overload
+    def __call__(self, function: Callable[Concatenate[Anything, ...], R], /) -> TypedTask[..., R, ...]: ...
     @overload
     def __call__(self, function: Callable[Concatenate[T, P], R], /) -> TypedTask[P, R, Concatenate[T, P]]: ...
     @overload
