@@ -19,7 +19,7 @@ from sqlalchemy.engine import RootTransaction
 from sqlalchemy.orm import Session
 
 from apoq.connections import execute, own_engine
-from apoq.statements.hint import hint
+from apoq.statements.hint import Hint, hint
 
 logger = logging.getLogger(__name__)
 
@@ -41,35 +41,35 @@ PATIENCE: Final = 1.0
 _KEY: Final = "apoq.hints"
 
 
-def hint_after_session_commit(session: Session, engine: Engine, payload: str) -> None:
+def hint_after_session_commit(session: Session, engine: Engine, hint_: Hint) -> None:
     """Wake a queue's workers once the session's transaction has committed."""
     if _KEY not in session.info:
         session.info[_KEY] = set()
         event.listen(session, "after_commit", _session_committed)
-    session.info[_KEY].add((engine, payload))
+    session.info[_KEY].add((engine, hint_))
 
 
 def _session_committed(session: Session) -> None:
     if session.in_nested_transaction():
         return  # a savepoint was released; the commit is still to come
-    waiting: set[tuple[Engine, str]] = session.info[_KEY]
-    for engine, payload in waiting:
-        _send(engine, payload)
+    waiting: set[tuple[Engine, Hint]] = session.info[_KEY]
+    for engine, hint_ in waiting:
+        _send(engine, hint_)
     waiting.clear()
 
 
-def hint_after_connection_commit(connection: Connection, payload: str) -> None:
+def hint_after_connection_commit(connection: Connection, hint_: Hint) -> None:
     """Wake a queue's workers once the connection's transaction has committed."""
     if connection not in _waiting:
         _waiting[connection] = set()
         event.listen(connection, "commit", _connection_commits)
-    _waiting[connection].add(payload)
+    _waiting[connection].add(hint_)
 
 
 def _connection_commits(connection: Connection) -> None:
     # SQLAlchemy tells before it commits, so the hint watches for the end of the transaction.
-    for payload in _waiting[connection]:
-        _send(connection.engine, payload, connection.get_transaction())
+    for hint_ in _waiting[connection]:
+        _send(connection.engine, hint_, connection.get_transaction())
     _waiting[connection].clear()
 
 
@@ -80,13 +80,13 @@ class Hinter:
         self._engine = own_engine(engine)
         self._lock = threading.Lock()
         self._woken = threading.Event()
-        self._pending: dict[str, RootTransaction | None] = {}
+        self._pending: dict[Hint, RootTransaction | None] = {}
         self._thread: threading.Thread | None = None
 
-    def send(self, payload: str, transaction: RootTransaction | None = None) -> None:
+    def send(self, hint_: Hint, transaction: RootTransaction | None = None) -> None:
         """Send a hint soon: when the transaction is over, if one is given. Never waits."""
         with self._lock:
-            self._pending[payload] = transaction
+            self._pending[hint_] = transaction
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="apoq-hints", daemon=True)
                 self._thread.start()
@@ -109,9 +109,9 @@ class Hinter:
             except Exception as error:  # noqa: BLE001 - workers look by themselves, too
                 logger.debug("a hint could not be sent: %s", error)
             with self._lock:
-                for payload, transaction in hints.items():
-                    if self._pending.get(payload) is transaction:
-                        del self._pending[payload]
+                for hint_, transaction in hints.items():
+                    if self._pending.get(hint_) is transaction:
+                        del self._pending[hint_]
             time.sleep(min(LONGEST_REST, REST * (time.monotonic() - began)))
         self._engine.dispose()
 
@@ -122,25 +122,25 @@ class Hinter:
             self._thread = None
             return True
 
-    def _send(self, hints: dict[str, RootTransaction | None]) -> None:
-        for payload, transaction in hints.items():
+    def _send(self, hints: dict[Hint, RootTransaction | None]) -> None:
+        for hint_, transaction in hints.items():
             deadline = time.monotonic() + PATIENCE
             while transaction is not None and transaction.is_active and time.monotonic() < deadline:
                 time.sleep(WATCH)
-            execute(self._engine, hint(), {"payload": payload})
+            execute(self._engine, hint(), hint_._asdict())
 
 
 _hinters: WeakKeyDictionary[Engine, Hinter] = WeakKeyDictionary()
-_waiting: WeakKeyDictionary[Connection, set[str]] = WeakKeyDictionary()
+_waiting: WeakKeyDictionary[Connection, set[Hint]] = WeakKeyDictionary()
 _inherited: list[object] = []
 
 
-def _send(engine: Engine, payload: str, transaction: RootTransaction | None = None) -> None:
+def _send(engine: Engine, hint_: Hint, transaction: RootTransaction | None = None) -> None:
     try:
         hinter = _hinters.get(engine)
         if hinter is None:
             hinter = _hinters.setdefault(engine, Hinter(engine))
-        hinter.send(payload, transaction)
+        hinter.send(hint_, transaction)
     except Exception:  # the caller has committed, and is not to be told otherwise
         logger.exception("a hint could not be given; the workers find the tasks when they look next")
 

@@ -8,17 +8,21 @@ from types import MappingProxyType
 from typing import Any, Concatenate, TypeVar, Unpack, overload
 from weakref import WeakSet
 
+from sqlalchemy import inspect
 from typing_extensions import ParamSpec
 
 from apoq.errors import InvalidProcessor, InvalidTask, glimpse
 from apoq.model import DEFAULT_QUEUE, Task, detached, task_class
 from apoq.options import HIGHEST_LIMIT, Options, checked, integer
+from apoq.outcomes import Cancel, report
 from apoq.payload import MAX_DATA_SIZE, check_name, check_type, encode
 from apoq.registry import Registry, Running
 from apoq.retry import DEFAULT_RETRY_LIMIT, RetryDelay, exponential_backoff
 from apoq.sessions import AsyncioSession, Caller, Driver, SyncSession, through
+from apoq.statements.cancel import cancel
 from apoq.statements.enqueue import copied_values, copy_lines, copy_many, enqueue, enqueue_many
-from apoq.statements.hint import payload
+from apoq.statements.hint import has_tasks, was_cancelled
+from apoq.statements.retry import retry
 from apoq.typed import Anything, Decorator, TypedTask
 
 P = ParamSpec("P")
@@ -32,6 +36,7 @@ BATCH_SIZE = 4 * 1024 * 1024
 FIRST_COUNT = 1_000
 """Tasks in the first of them: the sooner a COPY begins, the longer the server works beside Python."""
 
+_LOWEST_ID, _HIGHEST_ID = -(2**63), 2**63 - 1
 _LONGEST_SCHEMA = 63
 
 
@@ -163,6 +168,57 @@ class Queue:
             )
         return through(session, lambda caller: self._add_many(caller, parameters, datas))
 
+    @overload
+    def cancel(self, session: SyncSession, task: Task | int, *, reason: str = ...) -> bool: ...
+    @overload
+    def cancel(
+        self, session: AsyncioSession, task: Task | int, *, reason: str = ...
+    ) -> Coroutine[Any, Any, bool]: ...
+    def cancel(
+        self, session: SyncSession | AsyncioSession, task: Task | int, *, reason: str = ""
+    ) -> bool | Coroutine[Any, Any, bool]:
+        """Cancel a task of this queue, or the one with this id, in the transaction of `session`.
+
+        Answers whether it did: not where the task has ended already, or isn't in this queue. With an asyncio
+        session or connection, await the answer. `reason` is kept in `Task.error`.
+
+        A task that waits is not run. One that runs when you commit is told to stop: a coroutine is cancelled,
+        for a plain function `task.stopping` turns true. Whatever it comes to then is refused, and what it
+        wrote to `task.session` undone. Its worker learns of it at once where a hint reaches it, else within
+        its next heartbeats.
+
+        Where the task is just being completed, this waits for that to end, one way or the other.
+        """
+        parameters = {
+            "task_id": self._id_of(task),
+            "from_queue": self.name,
+            "reason": encode(report(Cancel(_reason(reason)))),
+        }
+        return through(session, lambda caller: self._cancel(caller, parameters))
+
+    @overload
+    def retry(self, session: SyncSession, task: Task | int, *, delay: timedelta | None = ...) -> bool: ...
+    @overload
+    def retry(
+        self, session: AsyncioSession, task: Task | int, *, delay: timedelta | None = ...
+    ) -> Coroutine[Any, Any, bool]: ...
+    def retry(
+        self, session: SyncSession | AsyncioSession, task: Task | int, *, delay: timedelta | None = None
+    ) -> bool | Coroutine[Any, Any, bool]:
+        """Run a task of this queue that has ended once more, or the one with this id.
+
+        It is pending when you commit `session`, due at once or after `delay`, whether it had failed, was
+        cancelled or had completed, and has all its attempts again. Its last error stays until the next.
+        Answers whether it did: not where the task has not ended, or isn't in this queue. With an asyncio
+        session or connection, await the answer.
+        """
+        parameters = {
+            "task_id": self._id_of(task),
+            "from_queue": self.name,
+            "task_delay": checked(delay)["task_delay"],
+        }
+        return through(session, lambda caller: self._retry(caller, parameters))
+
     @property
     def tasks(self) -> Mapping[str, TypedTask[..., Any]]:
         """The typed tasks of this queue, by their types and aliases."""
@@ -247,11 +303,35 @@ class Queue:
             for registry in registries:
                 registry.put(self, type_, task.processor)
 
+    def _cancel(self, caller: Caller, parameters: dict[str, Any]) -> bool:
+        for row in caller.execute(cancel(self.schema), parameters):
+            caller.renew(self.task_class, row)
+            caller.hint(was_cancelled(row["id"]))
+            return True
+        return False
+
+    def _retry(self, caller: Caller, parameters: dict[str, Any]) -> bool:
+        for row in caller.execute(retry(self.schema), parameters):
+            caller.renew(self.task_class, row)
+            caller.hint(has_tasks(self.schema, self.name))
+            return True
+        return False
+
+    def _id_of(self, task: Task | int) -> int:
+        if isinstance(task, Task):
+            if not isinstance(task, self.task_class):
+                raise InvalidTask(f"{task!r} is in another schema than {self!r}")
+            found = inspect(task).identity
+            if found is None:
+                raise InvalidTask(f"{task!r} has no id yet: flush the session that it was added to")
+            return int(found[0])
+        return integer("a task's id", task, _LOWEST_ID, _HIGHEST_ID)
+
     def _add(self, caller: Caller, parameters: dict[str, Any]) -> Task:
         (row,) = caller.execute(enqueue(self.schema), parameters)
         task = detached(self.schema, row)
         caller.keep(task)
-        caller.hint(payload(self.schema, self.name))
+        caller.hint(has_tasks(self.schema, self.name))
         return task
 
     def _add_many(self, caller: Caller, parameters: dict[str, Any], datas: Iterable[Any]) -> int:
@@ -267,7 +347,7 @@ class Queue:
                     if driver and self._copy(driver, parameters, documents):
                         count = len(datas)
         if count:
-            caller.hint(payload(self.schema, self.name))
+            caller.hint(has_tasks(self.schema, self.name))
         return count
 
     # False where PostgreSQL would refuse the COPY.
@@ -293,3 +373,9 @@ def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
             batch, size, most = [], 0, BATCH_COUNT
     if batch:
         yield batch
+
+
+def _reason(reason: object) -> str:
+    if not isinstance(reason, str):
+        raise InvalidTask(f"a reason is text, not {glimpse(reason)}")
+    return reason

@@ -19,6 +19,8 @@ from sqlalchemy.engine.interfaces import ExecutionContext
 from sqlalchemy.exc import DBAPIError, UnboundExecutionError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_session
 from sqlalchemy.orm import Session, scoped_session
+from sqlalchemy.orm.attributes import set_committed_value
+from sqlalchemy.orm.util import identity_key
 from sqlalchemy.util import await_only, greenlet_spawn
 from sqlalchemy.util.concurrency import in_greenlet
 
@@ -27,6 +29,7 @@ from apoq.databases import check_dialect
 from apoq.errors import NotPrepared, UnsupportedSession
 from apoq.hints import hint_after_connection_commit, hint_after_session_commit
 from apoq.model import Task
+from apoq.statements.hint import Hint
 
 SyncSession = Session | scoped_session[Session] | Connection | psycopg.Connection[Any]
 AsyncioSession = (
@@ -65,8 +68,11 @@ class Caller(Protocol):
     def keep(self, task: Task) -> None:
         """Put a task that stands in the database into the session, where there is one."""
 
-    def hint(self, payload: str) -> None:
-        """Wake a queue's workers after the commit, where it can be known."""
+    def renew(self, mapped: type[Task], row: Row) -> None:
+        """Let the session, where there is one and it has this task, know what was written to it."""
+
+    def hint(self, hint: Hint) -> None:
+        """Tell workers something after the commit, where it can be known."""
 
 
 def through(
@@ -124,10 +130,17 @@ class _OrmSession:
     def keep(self, task: Task) -> None:
         self._session.add(task)
 
-    def hint(self, payload: str) -> None:
+    def renew(self, mapped: type[Task], row: Row) -> None:
+        known = self._session.identity_map.get(identity_key(mapped, row["id"]))
+        if known is not None:
+            for name, value in row.items():
+                # SQLAlchemy has seen the change, and will undo it with the transaction; here it is read.
+                set_committed_value(known, name, value)
+
+    def hint(self, hint: Hint) -> None:
         # A session on a connection is in somebody else's transaction, often one that a test rolls back.
         if isinstance(self._bind, Engine):
-            hint_after_session_commit(self._session, self._bind, payload)
+            hint_after_session_commit(self._session, self._bind, hint)
 
 
 class _CoreConnection:
@@ -146,8 +159,11 @@ class _CoreConnection:
     def keep(self, task: Task) -> None:
         """Leave the task in no session: there is none."""
 
-    def hint(self, payload: str) -> None:
-        hint_after_connection_commit(self._connection, payload)
+    def renew(self, mapped: type[Task], row: Row) -> None:
+        """Nothing: there is no session."""
+
+    def hint(self, hint: Hint) -> None:
+        hint_after_connection_commit(self._connection, hint)
 
 
 class _PsycopgConnection:
@@ -172,7 +188,10 @@ class _PsycopgConnection:
     def keep(self, task: Task) -> None:
         """Leave the task in no session: there is none."""
 
-    def hint(self, payload: str) -> None:
+    def renew(self, mapped: type[Task], row: Row) -> None:
+        """Nothing: there is no session."""
+
+    def hint(self, hint: Hint) -> None:
         """Give none: psycopg doesn't tell of its commits. Workers find the task when they look next."""
 
 
@@ -217,7 +236,9 @@ def _driver(context: ExecutionContext) -> Iterator[Driver | None]:
 
 
 def _rows(result: Any) -> Sequence[Row]:
-    return cast("Sequence[Row]", result.mappings().all()) if result.returns_rows else ()
+    # What an ORM statement answers always has rows.
+    has_rows = getattr(result, "returns_rows", True)
+    return cast("Sequence[Row]", result.mappings().all()) if has_rows else ()
 
 
 def _compiled(statement: Any, parameters: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -8,10 +8,14 @@
                 └────────────────┘ └── Cancel ──────────────▶ cancelled
                  retry, Snooze,
                  release, rescue
+
+    What callers do: `Queue.cancel` takes a task from pending or running to cancelled, and `Queue.retry`
+    from completed, failed or cancelled back to pending.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Final
 
 PENDING: Final = "pending"
@@ -32,3 +36,12 @@ TRANSITIONS: Final = {
 """Where a worker may take a task from each state; from a state with no exits it never moves a task."""
 
 FINAL: Final = tuple(state for state in STATES if not TRANSITIONS[state])
+"""Where a task has ended: from here a caller may retry it."""
+
+CANCELLABLE: Final = tuple(state for state in STATES if TRANSITIONS[state])
+"""From where a caller may cancel it."""
+
+
+def alternatives(states: Iterable[str]) -> str:
+    """Write states as a list in SQL."""
+    return f"({', '.join(map(repr, states))})"

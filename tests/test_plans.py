@@ -12,9 +12,12 @@ import sqlalchemy as sa
 from apoq.connections import SESSION
 from apoq.sessions import _compiled
 from apoq.statements.arrays import array_text
+from apoq.statements.cancel import cancel
 from apoq.statements.claim import claim
+from apoq.statements.lost import lost
 from apoq.statements.prune import prune_completed, prune_failed
 from apoq.statements.recover import give_back, rescue
+from apoq.statements.retry import retry
 from apoq.statements.settle import complete, remove, settle
 from apoq.statements.survey import survey
 from apoq.worker.position import Position
@@ -112,6 +115,19 @@ STATEMENTS = [
     pytest.param(
         prune_completed(None), PRUNE, {"apoq_tasks_completed_idx", "apoq_tasks_pkey"}, id="completed"
     ),
+    pytest.param(
+        cancel(None),
+        {"task_id": 1, "from_queue": "default", "reason": "{}"},
+        {"apoq_tasks_pkey"},
+        id="cancel",
+    ),
+    pytest.param(
+        retry(None),
+        {"task_id": 1, "from_queue": "default", "task_delay": None},
+        {"apoq_tasks_pkey"},
+        id="retry",
+    ),
+    pytest.param(lost(None), IDS, {"apoq_tasks_pkey"}, id="lost"),
     pytest.param(prune_failed(None), PRUNE, {"apoq_tasks_failed_idx", "apoq_tasks_pkey"}, id="failed"),
 ]
 

@@ -47,7 +47,7 @@ def _held(schema: str | None, rows: TableValuedAlias) -> ColumnElement[bool]:
 
     A worker that has lost a task - to the sweep, to another worker, to a cancellation - finds no row.
     """
-    return _held_as(schema, rows.c.id, rows.c.token)
+    return held_as(schema, rows.c.id, rows.c.token)
 
 
 def _held_last(schema: str | None) -> ColumnElement[bool]:
@@ -55,7 +55,7 @@ def _held_last(schema: str | None) -> ColumnElement[bool]:
 
     By plain values, not by arrays: the server makes the plan once for a connection, and not for each task.
     """
-    held = _held_as(schema, bindparam("task_id", type_=BigInteger), bindparam("held_under", type_=BigInteger))
+    held = held_as(schema, bindparam("task_id", type_=BigInteger), bindparam("held_under", type_=BigInteger))
     # Until the commit, the row is locked: a worker that is frozen before it must not keep it so.
     # Set here, and not by RETURNING, lest there be an answer to read.
     unless_frozen = func.set_config(
@@ -64,9 +64,10 @@ def _held_last(schema: str | None) -> ColumnElement[bool]:
     return and_(held, unless_frozen.is_not(None))
 
 
-def _held_as(
+def held_as(
     schema: str | None, task_id: ColumnElement[int], token: ColumnElement[int]
 ) -> ColumnElement[bool]:
+    """Pick the task of this id, if it is still held under this token."""
     tasks = tasks_table(schema)
     return and_(
         tasks.c.id == task_id,

@@ -68,7 +68,7 @@ async def run_coroutine(task: AsyncRunningTask, completion: Completion, deadline
         task.read()
         limit = task.timeout
         if limit is None:
-            await task.processor.function(task)
+            await task.call()
         else:
             await _await_within(limit, task, deadlines)
         if task.opened is not None:
@@ -120,7 +120,7 @@ async def _await_within(limit: float, task: AsyncRunningTask, deadlines: Deadlin
     deadlines.watch(task, limit, CLEAN_UP)
     try:
         async with asyncio.timeout(limit) as scope:
-            await task.processor.function(task)
+            await task.call()
     except BaseException as raised:  # noqa: BLE001
         error = raised
     if not deadlines.forget(task):

@@ -21,7 +21,7 @@ from apoq.statements.recover import give_back
 from apoq.worker.attempts import Ended, ended
 from apoq.worker.lease import Lease
 from apoq.worker.position import Position
-from apoq.worker.running import AnyRunningTask, Batch, Claimed
+from apoq.worker.running import FAIL_COUNT, ID, AnyRunningTask, Batch, Claimed
 from apoq.worker.slots import Slots, released
 
 logger = logging.getLogger(__name__)
@@ -152,7 +152,7 @@ class Claimer:
 
     def _startable(self, tasks: list[Claimed]) -> Iterator[Claimed]:
         for row in tasks:
-            if row[_FAIL_COUNT]:
+            if row[FAIL_COUNT]:
                 task = self._make(row)
                 if not has_attempts(task):
                     self._put_ended(ended(task, WorkerDied(WorkerDied.__doc__)))
@@ -164,8 +164,8 @@ class Claimer:
         held = self.held
         for row in tasks:
             # Not another claim of the same task.
-            if held.get(row[0]) is row:
-                del held[row[0]]
+            if held.get(row[ID]) is row:
+                del held[row[ID]]
 
     def _claim_from(self, queue: Queue, limit: int, free: int) -> list[Claimed]:
         processors = self._registry.of(queue)
@@ -187,7 +187,7 @@ class Claimer:
         position.claimed(rows, is_all=len(rows) < limit)
         batch = Batch(queue, processors, time.monotonic())
         tasks: list[Claimed] = [(*row, batch) for row in rows]
-        self.held.update({row[0]: row for row in tasks})
+        self.held.update({row[ID]: row for row in tasks})
         return tasks
 
     def _rotated(self) -> tuple[Queue, ...]:
@@ -200,7 +200,7 @@ class Claimer:
         """Give back what an earlier claim took, if it committed although its answer was lost."""
         if not self._doubtful:
             return
-        held = array_text(self.held)
+        held = array_text(list(self.held))
         for schema in {queue.schema for queue in self._queues}:
             execute(self._engine, give_back(schema), {"by_worker": self.worker_id, "held": held})
         self._doubtful = False
@@ -218,10 +218,6 @@ class Claimer:
 def has_attempts(task: AnyRunningTask) -> bool:
     """Tell whether a claimed task may begin: one that was rescued from a dead worker may have used all up."""
     return not task.fail_count or task.fail_count <= task.policy.limit
-
-
-_FAIL_COUNT: Final = 7
-"""Where it stands in a claimed row."""
 
 
 def _order(row: tuple[Any, ...]) -> tuple[int, float, int]:

@@ -16,7 +16,7 @@ from sqlalchemy.exc import ArgumentError
 
 from apoq.connections import ANSWER_TIMEOUT, execute, is_direct, own_engine
 from apoq.databases import database_url
-from apoq.statements.hint import CHANNEL, hint
+from apoq.statements.hint import CANCELLED, CHANNEL, Hint, hint
 from apoq.watch import cut, watch
 
 logger = logging.getLogger(__name__)
@@ -61,12 +61,14 @@ class Listener:
         payloads: frozenset[str],
         *,
         on_hint: Callable[[], None],
+        on_cancelled: Callable[[set[int]], None],
         on_listening: Callable[[], None],
     ) -> None:
         self._engine = engine
         self._listening = listening
         self._payloads = payloads
         self._on_hint = on_hint
+        self._on_cancelled = on_cancelled
         self._on_listening = on_listening
         self._stopping = False
         self._has_warned = False
@@ -117,9 +119,9 @@ class Listener:
         # they are to get none of the workers' hints.
         channel = f"{CHANNEL}_{uuid4().hex}"
         _execute(connection, sql.SQL("LISTEN {}").format(sql.Identifier(channel)))
-        execute(self._engine, hint(), {"channel": channel, "payload": ""})
+        execute(self._engine, hint(), Hint(channel, "")._asdict())
         deadline = time.monotonic() + PATIENCE
-        heard: list[str] = []
+        heard: list[Hint] = []
         while not heard and not self._stopping and (left := deadline - time.monotonic()) > 0:
             heard = self._wait(connection, left)
         _execute(connection, sql.SQL("UNLISTEN {}").format(sql.Identifier(channel)))
@@ -137,19 +139,22 @@ class Listener:
         return bool(heard)
 
     def _listen(self, connection: Any) -> None:
-        _execute(connection, sql.SQL("LISTEN {}").format(sql.Identifier(CHANNEL)))
+        for channel in (CANCELLED, CHANNEL):
+            _execute(connection, sql.SQL("LISTEN {}").format(sql.Identifier(channel)))
         self._on_listening()
         # What was added before this connection listened has given its hint to nobody.
         self._on_hint()
         while not self._stopping:
             hints = self._wait(connection, CHECK_INTERVAL)
-            if not self._payloads.isdisjoint(hints):
+            if any(hint.channel == CHANNEL and hint.payload in self._payloads for hint in hints):
                 self._on_hint()
-            elif not hints and not self._stopping:
+            if cancelled := {_id(hint.payload) for hint in hints if hint.channel == CANCELLED}:
+                self._on_cancelled(cancelled)
+            if not hints and not self._stopping:
                 _execute(connection, sql.SQL("SELECT 1"))
 
-    def _wait(self, connection: Any, seconds: float) -> list[str]:
-        """Wait for notifications, until the time is up or `stop` is called; answer their payloads."""
+    def _wait(self, connection: Any, seconds: float) -> list[Hint]:
+        """Wait for notifications, until the time is up or `stop` is called."""
         with selectors.DefaultSelector() as selector:
             selector.register(connection, selectors.EVENT_READ)
             selector.register(self._wake_receiver, selectors.EVENT_READ)
@@ -159,8 +164,14 @@ class Listener:
         pgconn.consume_input()
         heard = []
         while notify := pgconn.notifies():
-            heard.append(notify.extra.decode(connection.info.encoding))
+            encoding = connection.info.encoding
+            heard.append(Hint(notify.relname.decode(encoding), notify.extra.decode(encoding)))
         return heard
+
+
+def _id(payload: str) -> int:
+    # Anybody may notify, of anything: no task has this id.
+    return int(payload) if payload.isdecimal() else 0
 
 
 def _execute(connection: Any, statement: sql.Composable) -> None:

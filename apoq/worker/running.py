@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from datetime import datetime
 from typing import Any, Final, Generic, NamedTuple, TypeVar
 
@@ -36,13 +38,22 @@ below, they would take a third of a busy worker's time. So these are made when a
 """
 
 
+ID: Final = 0
+FAIL_COUNT: Final = 7
+TOKEN: Final = 8
+"""Where these stand in a claimed row."""
+
+
 class Notice:
     """How a worker tells all the tasks that it has claimed that they are to stop."""
 
     __slots__ = ("is_given",)
 
-    def __init__(self) -> None:
-        self.is_given = False
+    def __init__(self, *, is_given: bool = False) -> None:
+        self.is_given = is_given
+
+
+_RECALLED: Final = Notice(is_given=True)
 
 
 class _Running(Running, Generic[S]):
@@ -144,11 +155,11 @@ class _Running(Running, Generic[S]):
     def stopping(self) -> bool:
         """Whether this attempt should come to an end.
 
-        Its worker is stopping, or has lost its lease (so that others may run the task), or its own `timeout`
-        is over. A processor that runs for long looks at it now and then. At a stop it has what
-        `stop(timeout)` leaves it: save how far it has come and return, or give the task back with
-        ``raise Snooze(0)``, which uses up no attempt. Past its own timeout, the attempt has failed already,
-        and it just has to return.
+        Its worker is stopping, or has lost its lease (so that others may run the task), or the task was
+        cancelled, or its own `timeout` is over. A processor that runs for long looks at it now and then. At
+        a stop it has what `stop(timeout)` leaves it: save how far it has come and return, or give the task
+        back with ``raise Snooze(0)``, which uses up no attempt. Past its own timeout, the attempt has failed
+        already, and it just has to return; so it has where the task was cancelled.
         """
         if self.notice.is_given:
             return True
@@ -169,6 +180,10 @@ class _Running(Running, Generic[S]):
         if self.opened is None:
             self.opened = self.open_session()
         return self.opened
+
+    def recall(self) -> None:
+        """Tell it, from another thread, that the task is this worker's no more."""
+        self.notice = _RECALLED
 
     def cut_off(self) -> None:
         """Undo what its session has written so far, from another thread: the worker's lease has ended."""
@@ -195,9 +210,33 @@ class RunningTask(_Running[TaskSession]):
 class AsyncRunningTask(_Running[AsyncTaskSession]):
     """What a coroutine processor gets: the task, and ``task.session``, an `AsyncSession`."""
 
-    __slots__ = ()
+    __slots__ = ("_awaits", "_is_cancelled")
 
     is_async = True
+
+    async def call(self) -> None:
+        """Await the processor, so that `recall` can cancel it."""
+        self._is_cancelled = False
+        self._awaits = asyncio.current_task()
+        try:
+            await self.processor.function(self)
+        finally:
+            awaits, self._awaits = self._awaits, None
+            if self._is_cancelled and awaits is not None:
+                awaits.uncancel()  # what goes on here isn't meant
+
+    def recall(self) -> None:
+        """Tell it, from another thread, that the task is this worker's no more, and cancel it."""
+        super().recall()
+        awaits: asyncio.Task[Any] | None = getattr(self, "_awaits", None)
+        if awaits is not None:
+            with suppress(RuntimeError):  # the loop was closed meanwhile
+                awaits.get_loop().call_soon_threadsafe(self._cancel)
+
+    def _cancel(self) -> None:
+        # On its own loop: it has ended, or it awaits something.
+        if self._awaits is not None:
+            self._is_cancelled = self._awaits.cancel("the task is this worker's no more")
 
 
 AnyRunningTask = RunningTask | AsyncRunningTask

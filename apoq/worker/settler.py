@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import cache, partial
 from operator import itemgetter
-from typing import Any, Final, TypeVar
+from typing import Any, TypeVar
 
 from psycopg import DatabaseError
 from psycopg.rows import dict_row
@@ -25,7 +25,7 @@ from apoq.statements.arrays import array_text
 from apoq.statements.settle import settle
 from apoq.worker.attempts import Ended, TaskLost
 from apoq.worker.completion import Completion
-from apoq.worker.running import Batch, Claimed
+from apoq.worker.running import ID, TOKEN, Batch, Claimed
 
 logger = logging.getLogger(__name__)
 
@@ -88,12 +88,12 @@ class Settler:
         self.turn()
 
     def _complete(self, schema: str | None, tasks: list[Claimed]) -> None:
-        tasks.sort(key=itemgetter(_ID))
+        tasks.sort(key=itemgetter(ID))
         rows = self._survive(partial(self._execute_completion, schema), tasks)
         for task in tasks:
-            if task[_ID] not in rows:
+            if task[ID] not in rows:
                 _log_lost(task)
-            elif row := rows[task[_ID]]:
+            elif row := rows[task[ID]]:
                 self._events.emit(events.COMPLETED, detached(schema, row))
         self._on_settled(tasks)
 
@@ -158,8 +158,8 @@ class Settler:
         self, statement: Executable, tasks: list[Claimed], arrays: dict[str, Any], *, is_heard: bool
     ) -> Rows:
         parameters = {
-            "ids": array_text([task[_ID] for task in tasks]),
-            "tokens": array_text([task[_TOKEN] for task in tasks]),
+            "ids": array_text([task[ID] for task in tasks]),
+            "tokens": array_text([task[TOKEN] for task in tasks]),
             **arrays,
         }
         if is_heard:
@@ -189,11 +189,6 @@ def write_settlements(schema: str | None, *, full: bool) -> Executable:
     """Write the settlements of `settlement_arrays` to the tasks of `ids`; answer their ids, or whole rows."""
     tasks = tasks_table(schema)
     return settle(schema).returning(*(tasks.c if full else [tasks.c.id]))
-
-
-_ID: Final = 0
-_TOKEN: Final = 8
-"""Where they stand in a claimed row."""
 
 
 def _schema_of(row: Claimed) -> str | None:

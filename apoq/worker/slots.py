@@ -97,6 +97,19 @@ class Slots:
             taken.append(task)
         return taken
 
+    def recall(self, tasks: list[Claimed]) -> list[Claimed]:
+        """Tell those that run to stop: they run in vain. Forget and answer those that have not begun."""
+        waiting = []
+        for row in tasks:
+            with suppress(ValueError):  # it has begun
+                self._line.remove(row)
+                waiting.append(row)
+        recalled = {id(row) for row in tasks}
+        for task in self.running():
+            if id(task.row) in recalled:
+                task.recall()
+        return waiting
+
     def running(self) -> list[AnyRunningTask]:
         """Answer those that run now."""
         return list(self._running)

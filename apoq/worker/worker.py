@@ -35,12 +35,13 @@ from apoq.worker.claimer import Claimer
 from apoq.worker.completion import Completion
 from apoq.worker.coroutines import Coroutines
 from apoq.worker.deadlines import Deadlines
-from apoq.worker.heartbeat import Heartbeat
+from apoq.worker.heartbeat import BEATS, Heartbeat
 from apoq.worker.listener import Listener, listen_engine
 from apoq.worker.loop import Loop, Outage
 from apoq.worker.position import Position
 from apoq.worker.process import PROCESS
 from apoq.worker.pruner import Pruner
+from apoq.worker.recaller import Recaller
 from apoq.worker.running import KNOWN, AnyRunningTask, AsyncRunningTask, Batch, Claimed, Notice, RunningTask
 from apoq.worker.scout import Scout
 from apoq.worker.settler import Settler
@@ -158,6 +159,7 @@ class Worker:
         self._enlisted = 0
         self._is_started = False
         self._has_entered = False
+        self._beside: set[AnyRunningTask] = set()  # what `work` runs
         self._notice = Notice()
         outage = Outage()
         self._coroutines = Coroutines()
@@ -211,7 +213,18 @@ class Worker:
         )
         payloads = frozenset(payload(queue.schema, queue.name) for queue in self._queues)
         self._listener = Listener(
-            self._own_engine, listening, payloads, on_hint=self._hint, on_listening=self._listens
+            self._own_engine,
+            listening,
+            payloads,
+            on_hint=self._hint,
+            on_cancelled=self._cancelled,
+            on_listening=self._listens,
+        )
+        self._recaller = Recaller(
+            self._own_engine,
+            lambda: list(self._claimer.held.values()),
+            interval=lease.total_seconds() / BEATS,
+            on_lost=self._lost,
         )
         self._pruner = Pruner(
             self._own_engine, self._queues, keep_completed=keep_completed, keep_failed=keep_failed
@@ -220,6 +233,7 @@ class Worker:
         self._claiming = Loop("apoq-claimer", self._claimer.turn, outage, on_failure=self._claimer.doubt)
         self._scouting = Loop("apoq-scout", self._scout.turn, outage)
         self._beating = Loop("apoq-heartbeat", self._beat, outage)
+        self._recalling = Loop("apoq-recaller", self._recaller.turn, outage)
         self._listening = Loop("apoq-listener", self._listener.turn, outage)
         self._pruning = Loop("apoq-pruner", self._pruner.turn, outage)
         self._loops = (self._settling, self._listening, self._scouting, self._claiming, self._pruning)
@@ -330,7 +344,7 @@ class Worker:
         What a health check asks. It is false while the database is away for longer than a few seconds, and
         true again by itself when that is over.
         """
-        loops = (self._beating, *self._loops)
+        loops = (self._beating, self._recalling, *self._loops)
         return self._is_started and self._heartbeat.lease.is_held and all(loop.is_alive for loop in loops)
 
     @property
@@ -437,6 +451,7 @@ class Worker:
                         self._own_engine.dispose()
                         raise
                 self._beating.start()
+                self._recalling.start()
             self._enlisted += 1
 
     def _beat(self) -> float | None:
@@ -463,6 +478,7 @@ class Worker:
             self._enlisted -= 1
             if self._enlisted == 0:
                 self._deadlines.stop()
+                self._recalling.stop()
                 self._beating.stop()
                 try:
                     if self._has_entered:
@@ -475,10 +491,14 @@ class Worker:
                 self._own_engine.dispose()
 
     def _run(self, task: AnyRunningTask) -> Ended:
-        if isinstance(task, AsyncRunningTask):
-            end: Ended = self._coroutines.run(run_coroutine(task, self._completion, self._deadlines))
-            return end
-        return run(task, self._completion, self._deadlines)
+        self._beside.add(task)
+        try:
+            if isinstance(task, AsyncRunningTask):
+                end: Ended = self._coroutines.run(run_coroutine(task, self._completion, self._deadlines))
+                return end
+            return run(task, self._completion, self._deadlines)
+        finally:
+            self._beside.discard(task)
 
     def _load(self, end: Ended) -> Task:
         mapped = end.task.from_queue.task_class
@@ -524,6 +544,16 @@ class Worker:
         watch.cut_all(self._own_engine)
         self._listener.renew()
         self._sessions.renew()
+
+    def _cancelled(self, ids: set[int]) -> None:
+        if self._recaller.hint(ids):
+            self._recalling.wake()
+
+    def _lost(self, tasks: list[Claimed]) -> None:
+        self._claimer.settled(self._slots.recall(tasks))
+        for task in list(self._beside):
+            if any(task.row is row for row in tasks):
+                task.recall()
 
     def _listens(self) -> None:
         self._listening.recovered()
