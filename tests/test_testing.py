@@ -517,6 +517,43 @@ def test_a_connection_is_drained(shared_engine, queue, worker):
         connection.rollback()
 
 
+def test_a_cancelled_task_does_not_run(session, queue, worker):
+    worker.use("greet", note)
+    task = queue.add(session, "greet")
+    queue.cancel(session, task)
+
+    assert drain(session, worker) == []
+    assert task.state == "cancelled"
+
+
+def test_a_task_that_is_cancelled_while_it_runs_stays_cancelled(session, queue, worker):
+    worker.use("greet", lambda task: queue.cancel(session, task.id))
+    queue.add(session, "greet")
+
+    (task,) = drain(session, worker)
+
+    assert task.state == "cancelled"
+
+
+def test_a_failed_task_that_is_to_be_retried_runs_anew(session, queue, worker):
+    at = datetime(2026, 1, 1, 9, tzinfo=UTC)
+    errors = [OSError("away")]
+
+    def greet(task):
+        for error in errors:
+            raise error
+
+    worker.use("greet", greet, retry_limit=0)
+    with freeze(session, at):
+        queue.add(session, "greet")
+        (task,) = drain(session, worker, errors="record")
+        errors.clear()
+        queue.retry(session, task)
+        drain(session, worker)
+
+    assert (task.state, task.completed_at) == ("completed", at)
+
+
 def test_keyboard_interrupts_and_pytest_s_own_are_raised_whatever_was_asked_for(session, queue, worker):
     worker.use("skip", lambda task: pytest.skip("not here"))
     queue.add(session, "skip")
