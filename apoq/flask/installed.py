@@ -7,10 +7,12 @@ import math
 import os
 import threading
 import time
+from functools import partial
 from typing import Any, Final, Protocol
 
 from flask import Flask
 
+from apoq.flask.contexts import context_for
 from apoq.flask.database import Database
 from apoq.flask.settings import Settings
 from apoq.queue import Queue
@@ -66,7 +68,7 @@ class Installed:
                     keep_completed=settings.keep_completed,
                     keep_failed=settings.keep_failed,
                     listen_url=settings.listen_url,
-                    around=lambda _task: self.app.app_context(),
+                    around=partial(context_for, self.app),
                 )
                 self.owner.equip(worker)
                 self._worker = worker
