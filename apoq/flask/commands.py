@@ -28,6 +28,8 @@ def _aim(ctx: click.Context) -> None:
     with explained():
         found = _installed()
         engine = found.database.engine
+    if "migrate" in current_app.extensions:  # Flask-Migrate's
+        ctx.default_map = {"revision": {"directory": current_app.extensions["migrate"].directory}}
     ctx.obj = Target(
         engine=sync_twin(engine) if isinstance(engine, AsyncEngine) else engine, schema=found.queue.schema
     )
