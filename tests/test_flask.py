@@ -449,6 +449,24 @@ class TestTypedTasks:
 
 
 class TestApplications:
+    def test_one_may_work_several_queues(self, extension, engine, url):
+        emails = Queue("emails")
+        app, apoq = Flask("shop"), Apoq(queues=[emails])
+        extension.configure(app, url)
+        extension.db.init_app(app)
+        apoq.init_app(app)
+        apoq.use("t", lambda task: None)
+
+        with app.app_context():
+            apoq.add("t")
+            emails.add(extension.db.session, "t")
+            extension.db.session.commit()
+            apoq.worker.work()
+            apoq.worker.work()
+            extension.db.engine.dispose()
+
+        assert tasks(engine) == [("t", "completed")] * 2
+
     def test_several_have_settings_of_their_own(self, make_app, apoq, db, engine, empty_url):
         other_engine = sa.create_engine(empty_url)
         with other_engine.begin() as connection:
@@ -680,8 +698,10 @@ class TestSettings:
             self.read(Apoq(queue=emails), APOQ_QUEUE="other")
 
     def test_a_queue_is_a_queue(self):
-        with pytest.raises(TypeError, match=r"queue is a Queue, such as Queue\('emails'\), not 'emails'"):
+        with pytest.raises(TypeError, match=r"a queue is a Queue, such as Queue\('emails'\), not 'emails'"):
             Apoq(queue="emails")
+        with pytest.raises(TypeError, match="not 'e'"):
+            Apoq(queues="emails")
 
 
 class TestItsTests:

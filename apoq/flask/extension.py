@@ -51,16 +51,19 @@ class Apoq:
         app: Flask | None = None,
         queue: Queue | None = None,
         *,
+        queues: Iterable[Queue] = (),
         session: Callable[[], AnySession] | None = None,
     ) -> None:
         """Make the extension, for `app` or for those that `init_app` is called with.
 
-        `queue` is what tasks are added to, unless APOQ_QUEUE and APOQ_SCHEMA name it. `session` is a
-        `scoped_session`, or a function that answers the current request's session; by default it is that of
-        Flask-SQLAlchemy or Flask-SQLAlchemy-Lite.
+        `queue` is what tasks are added to, unless APOQ_QUEUE and APOQ_SCHEMA name it; the worker works it,
+        and `queues` as well. `session` is a `scoped_session`, or a function that answers the current
+        request's session; by default it is that of Flask-SQLAlchemy or Flask-SQLAlchemy-Lite.
         """
-        if queue is not None and not isinstance(queue, Queue):
-            raise TypeError(f"queue is a Queue, such as Queue('emails'), not {glimpse(queue)}")
+        self._others = tuple(queues)
+        for given in (*self._others, *filter(None, [queue])):
+            if not isinstance(given, Queue):
+                raise TypeError(f"a queue is a Queue, such as Queue('emails'), not {glimpse(given)}")
         makes = isinstance(session, sessionmaker | async_sessionmaker)
         if session is not None and (makes or not callable(session)):
             raise TypeError(
@@ -84,7 +87,7 @@ class Apoq:
         settings = Settings.read(app.config)
         queue = settings.make_queue(self._queue)
         database = Database(app, bind=settings.bind, session=self._session, mapped=queue.task_class)
-        app.extensions[KEY] = Installed(app, settings, queue, database, self)
+        app.extensions[KEY] = Installed(app, settings, (queue, *self._others), database, self)
         app.cli.add_command(group())
         if settings.embedded_worker:
             request_started.connect(serve, app)
