@@ -154,6 +154,25 @@ def test_it_is_healthy_once_it_works_and_leaves_when_the_server_ends(serve, url,
     assert one(engine, WORKERS) == 0
 
 
+CONFIGURATION = """
+    def post_worker_init(process):
+        process.wsgi.extensions["apoq"].worker.start()
+
+    def worker_exit(server, process):
+        process.wsgi.extensions["apoq"].worker.stop(timeout=20)
+"""
+
+
+def test_the_servers_hooks_may_start_and_stop_it(serve, url, engine, tmp_path):
+    (tmp_path / "gunicorn.conf.py").write_text(textwrap.dedent(CONFIGURATION))
+    server = serve(url, *GUNICORN, FLASK_APOQ_EMBEDDED_WORKER="false")
+
+    until(lambda: one(engine, WORKERS) == 2, what="both work", alive=server.process)
+    server.end()
+
+    assert one(engine, WORKERS) == 0
+
+
 def test_where_it_cannot_start_the_server_serves_and_says_so(serve, empty_url):
     server = serve(empty_url, *FLASK)
 
