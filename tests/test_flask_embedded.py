@@ -15,6 +15,7 @@ from applications.harness import Process, free_port, until
 from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
 
+from apoq import prepare
 from apoq.flask import Apoq
 
 PROGRAM = """
@@ -210,6 +211,25 @@ class TestInThisProcess:
         app.test_client().get("/")
 
         until(app.extensions["apoq"].healthy, what="it is healthy")
+
+    def test_one_that_could_not_start_is_tried_again(self, db, empty_url, monkeypatch, caplog):
+        monkeypatch.setattr("apoq.flask.installed.PATIENCE", 0)
+        app = Flask("shop")
+        app.config.update(SQLALCHEMY_DATABASE_URI=empty_url, APOQ_EMBEDDED_WORKER=True)
+        db.init_app(app)
+        Apoq(app)
+        installed = app.extensions["apoq"]
+        client = app.test_client()
+
+        client.get("/")
+        until(lambda: "CRITICAL" in caplog.text, what="it says that it can't")
+        with app.app_context():
+            prepare(db.engine)
+        until(lambda: client.get("/") and installed.healthy(), what="it is healthy")
+
+        installed.worker.stop()
+        with app.app_context():
+            db.engine.dispose()
 
     def test_no_request_starts_it_again_once_it_was_stopped(self, app, apoq):
         app.test_client().get("/")

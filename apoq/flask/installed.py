@@ -58,11 +58,12 @@ class Installed:
     @property
     def worker(self) -> Worker:
         """The application's worker, made when it is first asked for. It is `start`ed by whoever wants it."""
+        engine = self.database.engine
         with self._lock:
             if self._worker is None:
                 settings = self.settings
                 worker = Worker(
-                    self.database.engine,
+                    engine,
                     *self._queues,
                     concurrency=settings.concurrency,
                     poll_interval=settings.poll_interval,
