@@ -128,8 +128,8 @@ EFFECTS = "SELECT count(*) - count(DISTINCT task_id) FROM ledger"
 
 @pytest.mark.parametrize(
     "command",
-    [GUNICORN, (*GUNICORN, "--preload"), (*GUNICORN, "--worker-class", "gthread"), (*FLASK, "--debug")],
-    ids=["gunicorn", "preloaded", "with threads", "with the reloader"],
+    [(*GUNICORN, "--preload"), (*GUNICORN, "--worker-class", "gthread"), (*FLASK, "--debug")],
+    ids=["preloaded", "with threads", "with the reloader"],
 )
 def test_what_serves_works_each_task_once(serve, url, engine, command):
     server = serve(url, *command)
