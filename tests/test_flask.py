@@ -31,6 +31,7 @@ from apoq import (
 )
 from apoq.flask import Apoq
 from apoq.flask.tasks import AppTask
+from apoq.testing import assert_enqueued, drain
 
 
 class Base(DeclarativeBase):
@@ -801,9 +802,15 @@ class TestItsTests:
 
         @app.post("/")
         def post() -> str:
-            apoq.add("t")
+            note.add(7)
             db.session.commit()
             return str(db.session.scalar(sa.select(sa.func.count(Task.id))))
+
+        @apoq.task
+        def note(task: RunningTask, number: int) -> None:
+            task.session.add(Row(task_id=number))
+            db.session.add(Row(task_id=number + 1))
+            db.session.commit()
 
         with app.app_context():
             own = db.engine
@@ -811,12 +818,15 @@ class TestItsTests:
             transaction = connection.begin()
             db.engines[None] = connection  # as its documentation advises
             assert app.test_client().post("/").text == "1"
+            assert_enqueued(db.session, note, number=7)
+            drain(db.session, apoq.worker)
+            assert set(db.session.scalars(sa.select(Row.task_id))) == {7, 8}
             transaction.rollback()
             connection.close()
             db.engines[None] = own
             own.dispose()
 
-        assert tasks(engine) == []
+        assert (tasks(engine), ledger(engine)) == ([], [])
 
     @pytest.mark.skipif(
         not sa.__version__.startswith("2.0."), reason="Lite 0.2.1's own isolation recurses on SQLAlchemy 2.1"
