@@ -770,7 +770,9 @@ class TestCommands:
         assert result.exit_code == 1
         assert "apoq works on PostgreSQL" in result.output
 
-    def test_an_unmigrated_database_is_named_with_the_cure(self, make_app, empty_url):
+    def test_an_unmigrated_database_is_named_with_the_cure(self, make_app, apoq, empty_url):
+        apoq.use("t", print)
+
         result = self.run(make_app(url=empty_url), "worker")
 
         assert result.exit_code == 4
