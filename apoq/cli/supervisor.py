@@ -3,8 +3,8 @@
 Each child is this same command line once more, and a socket joins the two. The child tells through it how it
 comes along, and the supervisor when it is to stop: not by a signal, for systemd and the like send one to the
 children as well, and two of them end a worker at once. When the supervisor is gone, however it ended, the
-child finds the other end closed, and stops. It is in a process group of its own, so that the terminal's Ctrl-C
-reaches the supervisor alone.
+child finds the other end closed, and stops. It is in a process group of its own, so that Ctrl-C reaches the
+supervisor alone.
 """
 
 from __future__ import annotations
