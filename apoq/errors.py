@@ -10,7 +10,7 @@
     ├── UnsupportedDatabase    (TypeError)    not PostgreSQL, or not through psycopg 3
     ├── UnsupportedSession     (TypeError)    not something that a task can be added through
     ├── NotPrepared                           apoq's tables are missing, or at another version
-    └── SessionMisused                        `task.session` was committed by the processor
+    └── SessionMisused                        `task.session` was committed, or changed its task
 """
 
 from __future__ import annotations
@@ -66,4 +66,4 @@ class NotPrepared(ApoqError):
 
 
 class SessionMisused(ApoqError):
-    """A processor committed ``task.session``, which the worker commits together with the completion."""
+    """A processor committed ``task.session``, as only the worker does, or changed its own task there."""
