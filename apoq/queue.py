@@ -19,7 +19,7 @@ from apoq.retry import DEFAULT_RETRY_LIMIT, RetryDelay, exponential_backoff
 from apoq.sessions import AsyncioSession, Caller, Driver, SyncSession, through
 from apoq.statements.enqueue import copied_values, copy_lines, copy_many, enqueue, enqueue_many
 from apoq.statements.hint import payload
-from apoq.typed import Decorator, TypedTask
+from apoq.typed import Anything, Decorator, TypedTask
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -168,6 +168,8 @@ class Queue:
         """The typed tasks of this queue, by their types and aliases."""
         return MappingProxyType(self._tasks)
 
+    @overload
+    def task(self, function: Callable[Concatenate[Anything, ...], R], /) -> TypedTask[..., R, ...]: ...
     @overload
     def task(self, function: Callable[Concatenate[T, P], R], /) -> TypedTask[P, R, Concatenate[T, P]]: ...
     @overload

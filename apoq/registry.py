@@ -51,7 +51,7 @@ class Processor:
 
 def make_processor(
     type_: str,
-    function: Callable[[Any], Any],
+    function: Callable[..., Any],
     *,
     retry_limit: int = DEFAULT_RETRY_LIMIT,
     retry_delay: RetryDelay = exponential_backoff,

@@ -32,6 +32,13 @@ R_co = TypeVar("R_co", covariant=True)
 T = TypeVar("T", bound=Running)
 
 
+class Anything:
+    """What a first parameter takes only where it takes anything.
+
+    It might take a running task, too, for all that a type checker knows; so such a function isn't checked.
+    """
+
+
 class TaskQueue(Protocol):
     """What a typed task knows of its `Queue`."""
 
@@ -178,6 +185,8 @@ class Decorator(Protocol):
     """What ``queue.task(…)`` answers."""
 
     @overload
+    def __call__(self, function: Callable[Concatenate[Anything, ...], R], /) -> TypedTask[..., R, ...]: ...
+    @overload
     def __call__(self, function: Callable[Concatenate[T, P], R], /) -> TypedTask[P, R, Concatenate[T, P]]: ...
     @overload
     def __call__(self, function: Callable[P, R], /) -> TypedTask[P, R, P]: ...
@@ -186,7 +195,7 @@ class Decorator(Protocol):
 def name_of(function: Callable[..., Any]) -> str:
     """Answer the dotted path of a function, by which its tasks are known."""
     module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
-    if not module or not name or name.endswith("<lambda>"):
+    if not name or name.endswith("<lambda>"):
         raise InvalidProcessor(f"{function!r} has no name of its own: give one, `queue.task(type=…)`")
     if module == "__main__":
         # Of a program, what others call it when they import it.
@@ -194,4 +203,4 @@ def name_of(function: Callable[..., Any]) -> str:
         file = getattr(main, "__file__", None)
         spec = getattr(main, "__spec__", None)
         module = spec.name if spec else Path(file).stem if file else module
-    return f"{module}.{name}"
+    return f"{module}.{name}" if module else name

@@ -9,6 +9,7 @@ from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import Enum
+from functools import partial
 from typing import Any, assert_type
 
 import psycopg
@@ -59,6 +60,14 @@ async def charge_later(task: AsyncRunningTask, amount: int) -> bool:
     return task.attempt > amount
 
 
+@queue.task
+def anything(payload: Any, *, to: str | None = None) -> int:
+    return len(payload)
+
+
+greet = queue.task(type="greet")(partial(send_welcome, locale="de"))
+
+
 def adding(
     session: Session,
     scoped: scoped_session[Session],
@@ -76,6 +85,9 @@ def adding(
     tidy.add(session)
     charge.add(session, amount=7)
     charge_later.add(session, 7)
+    anything.add(session, [1, 2], to="you")
+    anything.add(session, payload=None)
+    greet.add(session, 7)
 
     send_welcome.add(session)  # wrong: call-overload reportCallIssue
     send_welcome.add(session, "7")  # wrong: call-overload reportCallIssue
