@@ -18,10 +18,11 @@ from pyramid.registry import Registry
 
 from apoq.pyramid.application import Application
 from apoq.pyramid.requests import RequestTasks
+from apoq.pyramid.settings import Misconfigured
 from apoq.pyramid.tasks import add_apoq_task, apoq_task
 from apoq.worker import Worker
 
-__all__ = ["apoq_task", "includeme", "make_worker", "worker_from_ini"]
+__all__ = ["Misconfigured", "apoq_task", "includeme", "load_worker", "make_worker"]
 
 
 def includeme(config: Any) -> None:
@@ -40,26 +41,29 @@ def _request_tasks(request: Any) -> RequestTasks:
     return RequestTasks(request, application.settings, application.embedded)
 
 
-def make_worker(registry: Registry, **settings: Any) -> Worker:
-    """Make a worker with an application's processors, by its settings, or these (`concurrency=8`).
+def make_worker(registry: Registry) -> Worker:
+    """Make a worker with an application's processors, as its settings say.
 
-    Each task is processed with a request of its own. Raises `ConfigurationError` where the application
-    doesn't include ``apoq.pyramid``, has no session, or a setting makes no sense.
+    Each task is processed with a request of its own. Raises `Misconfigured` where the application doesn't
+    include ``apoq.pyramid``, or has no session.
     """
-    return Application.of(registry).make_worker(**settings)
+    return Application.of(registry).make_worker()
 
 
-def worker_from_ini(config_uri: str, **settings: Any) -> Worker:
+def load_worker(config_uri: str) -> Worker:
     """Make the worker of the application in an ini file (``development.ini``, or ``…#section``).
 
-    Logging is set up as the file says. Raises what `make_worker` raises, and whatever the application does.
+    Logging is set up as the file says. Raises `Misconfigured` where the file can't be used, and whatever the
+    application raises while it is made.
     """
     try:
         setup_logging(config_uri)
         get_app(config_uri, options={"__script__": "apoq"})
-    except (OSError, LookupError, PlasterError) as error:
+        # Not the app's own: in the file, it may be wrapped into filters.
+        return make_worker(global_registries.last)
+    except Misconfigured:
+        raise
+    except (ConfigurationError, OSError, LookupError, PlasterError) as error:
         if isinstance(error, KeyError | IndexError):
             raise  # the application's own
-        raise ConfigurationError(f"{config_uri}: {error}") from error
-    # Not the app's own: in the file, it may be wrapped into filters.
-    return make_worker(global_registries.last, **settings)
+        raise Misconfigured(f"{config_uri}: {error}") from error

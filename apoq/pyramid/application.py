@@ -8,11 +8,10 @@ import threading
 from collections.abc import Callable
 from typing import Any, Final
 
-from pyramid.exceptions import ConfigurationError
 from pyramid.registry import Registry
 
 from apoq.pyramid.requests import Requests
-from apoq.pyramid.settings import PREFIX, Settings
+from apoq.pyramid.settings import Misconfigured, Settings
 from apoq.queue import Queue
 from apoq.worker import Worker
 
@@ -37,11 +36,11 @@ class Application:
 
     @classmethod
     def of(cls, registry: Registry) -> Application:
-        """Answer a registry's application; `ConfigurationError` where it doesn't include apoq."""
+        """Answer a registry's application; `Misconfigured` where it doesn't include apoq."""
         try:
             found: Application = registry[_KEY]
         except KeyError:
-            raise ConfigurationError(
+            raise Misconfigured(
                 'this application has nothing of apoq\'s: call config.include("apoq.pyramid"), or write '
                 "`pyramid.includes = apoq.pyramid` into its section of the ini file"
             ) from None
@@ -51,10 +50,9 @@ class Application:
         """Let the registry know."""
         self._registry[_KEY] = self
 
-    def make_worker(self, **options: Any) -> Worker:
-        """Make a worker with the application's processors; `options` go before its settings."""
-        given = {PREFIX + name: value for name, value in options.items()}
-        settings = Settings.read({**self._registry.settings, **given})
+    def make_worker(self) -> Worker:
+        """Make a worker with the application's processors, as its settings say."""
+        settings = self.settings
         requests = Requests(self._registry, settings)
         queues = {queue: queue for queue in self.queues}
         if settings.queues or not queues:

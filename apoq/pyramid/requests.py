@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Unpack
 
-from pyramid.exceptions import ConfigurationError
 from pyramid.interfaces import IRequestFactory
 from pyramid.registry import Registry
 from pyramid.request import Request, apply_request_extensions
@@ -16,7 +15,7 @@ from sqlalchemy import Engine
 from sqlalchemy.orm import Session, scoped_session
 
 from apoq.model import Task
-from apoq.pyramid.settings import Settings
+from apoq.pyramid.settings import Misconfigured, Settings
 from apoq.queue import Options
 from apoq.sessions import COMMITS_WITH
 from apoq.worker import RunningTask, Worker
@@ -145,11 +144,11 @@ def _transaction(request: Any, session_name: str) -> Iterator[None]:
 
 
 def session_of(request: Any, name: str) -> Session | scoped_session[Session]:
-    """Answer a request's session; `ConfigurationError` where it has none."""
+    """Answer a request's session; `Misconfigured` where it has none."""
     try:
         session: Session | scoped_session[Session] = getattr(request, name)
     except AttributeError as error:
-        raise ConfigurationError(
+        raise Misconfigured(
             f"this application's requests have no `{name}`: add one that answers a SQLAlchemy session, as "
             "Pyramid's cookiecutter does, or name the attribute that does in the setting apoq.session"
         ) from error

@@ -21,6 +21,11 @@ PREFIX: Final = "apoq."
 
 T = TypeVar("T")
 
+
+class Misconfigured(ApoqError, ConfigurationError):
+    """An application, a setting or a processor that can't be used; the message says how to mend it."""
+
+
 _FALSY: Final = {"f", "false", "n", "no", "off", "0", ""}
 _UNITS: Final = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 _DURATION: Final = re.compile(r"(\d+(?:\.\d+)?)\s*(?:(s|m|h|d|w)|(second|minute|hour|day|week)s?)?")
@@ -45,13 +50,13 @@ class Settings:
 
     @classmethod
     def read(cls, settings: Mapping[str, Any]) -> Settings:
-        """Read an application's settings; `ConfigurationError` where one is unknown or makes no sense."""
+        """Read an application's settings; `Misconfigured` where one is unknown or makes no sense."""
         given = {
             name.removeprefix(PREFIX): value for name, value in settings.items() if name.startswith(PREFIX)
         }
         known = {name: _read(name, given.pop(name), read) for name, read in READERS.items() if name in given}
         if given:
-            raise ConfigurationError(
+            raise Misconfigured(
                 f"{PREFIX}{min(given)} is no setting of apoq's, which are "
                 f"{', '.join(PREFIX + name for name in READERS)}"
             )
@@ -75,7 +80,7 @@ def _read(name: str, value: Any, read: Callable[[Any], T]) -> T:
         return read(value)
     # None of the values, for one of them may hold a password: what is to be there says enough.
     except (ApoqError, ArgumentError, TypeError, ValueError) as error:
-        raise ConfigurationError(f"{PREFIX}{name} {error}") from None
+        raise Misconfigured(f"{PREFIX}{name} {error}") from None
 
 
 def _text(value: Any) -> str:

@@ -9,11 +9,11 @@ from functools import wraps
 from typing import Any, Final, TypedDict, TypeVar, Unpack
 
 import venusian
-from pyramid.exceptions import ConfigurationError
 from pyramid.threadlocal import get_current_request
 
 from apoq.errors import InvalidProcessor
 from apoq.pyramid.application import Application
+from apoq.pyramid.settings import Misconfigured
 from apoq.registry import Registry
 from apoq.retry import RetryDelay
 
@@ -45,7 +45,7 @@ def add_apoq_task(
     try:
         Registry().use(type, processor, **options)
     except InvalidProcessor as error:
-        raise ConfigurationError(str(error)) from None
+        raise Misconfigured(str(error)) from None
     introspectable = config.introspectable(CATEGORY, type, f"{type}: {name}", "apoq task")
     introspectable.update({"type": type, "function": found, **options})
 
@@ -63,7 +63,7 @@ class apoq_task:  # noqa: N801 - as view_config is
 
     def __init__(self, type: str | None = None, **options: Unpack[TaskOptions]) -> None:
         if callable(type):
-            raise ConfigurationError("write the decorator with parentheses: @apoq_task()")
+            raise Misconfigured("write the decorator with parentheses: @apoq_task()")
         self._type = type
         self._options = options
 
@@ -73,7 +73,7 @@ class apoq_task:  # noqa: N801 - as view_config is
         def found(context: Any, _name: str, function: F) -> None:
             config = context.config.with_package(info.module)
             if not hasattr(config, "add_apoq_task"):
-                raise ConfigurationError('config.include("apoq.pyramid") comes before config.scan()')
+                raise Misconfigured('config.include("apoq.pyramid") comes before config.scan()')
             config.add_apoq_task(function, self._type, _info=info.codeinfo, **self._options)
 
         info = venusian.attach(function, found, category="pyramid")
@@ -82,13 +82,13 @@ class apoq_task:  # noqa: N801 - as view_config is
 
 def _processor(function: Callable[..., Any], name: str) -> Callable[[Any], Any]:
     if inspect.iscoroutinefunction(function):
-        raise ConfigurationError(
+        raise Misconfigured(
             f"{name} is a coroutine function, and Pyramid's requests belong to a thread: make it a plain one"
         )
     try:
         inspect.signature(function).bind("task", "request")
     except TypeError:
-        raise ConfigurationError(
+        raise Misconfigured(
             f"{name} is called with the running task and a request, as a view is with its context and a "
             f"request: `def {function.__name__}(task, request)`"
         ) from None
