@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import os
-import time
 
 import sqlalchemy as sa
 import zope.sqlalchemy
 from pyramid.config import Configurator
 from pyramid.httpexceptions import HTTPBadRequest
 from pyramid.response import Response
+from pyramid.threadlocal import get_current_request
 from sqlalchemy.orm import DeclarativeBase, Mapped, configure_mappers, mapped_column, sessionmaker
 from transaction.interfaces import TransientError
 
-from apoq import Snooze
+from apoq import Snooze, Task
 from apoq.pyramid import apoq_task
 
 
@@ -82,6 +82,27 @@ def note_and_raise(task, request):
     raise ValueError("after it was noted")
 
 
+@apoq_task("note twice", retry_limit=0)
+def note_twice(task, request):
+    """Write what the database refuses, and only when it is flushed at the end."""
+    request.dbsession.add_all([Note(id=1, text="once"), Note(id=1, text="twice")])
+
+
+@apoq_task("commit and raise", retry_limit=0)
+def commit_and_raise(task, request):
+    note(task, request)
+    request.tm.commit()
+    request.tm.begin()
+    raise ValueError("after it was committed")
+
+
+@apoq_task("be lost", retry_limit=0)
+def be_lost(task, request):
+    note(task, request)
+    with request.registry["dbsession_factory"].begin() as session:
+        session.delete(session.get_one(Task, task.id))
+
+
 @apoq_task("note and snooze")
 def note_and_snooze(task, request):
     note(task, request)
@@ -100,20 +121,23 @@ def note_and_add(task, request):
     request.apoq.add("note", {"text": "by another task"})
 
 
-@apoq_task("note the address", retry_limit=0)
-def note_the_address(task, request):
+@apoq_task("note the request", retry_limit=0)
+def note_the_request(task, request):
+    assert (get_current_request(), request.context) == (request, task)
     request.dbsession.add(Note(text=request.route_url("add")))
+    request.add_finished_callback(lambda _request: FINISHED.append(task.id))
 
 
-@apoq_task("wait", retry_limit=0)
-def wait(task, request):
-    note(task, request)
-    while not task.stopping:
-        time.sleep(0.01)
+FINISHED: list[int] = []
+
+
+@apoq_task("look at the pool", retry_limit=0)
+def look_at_the_pool(task, request):
+    assert request.registry["dbsession_factory"].kw["bind"].pool.checkedout() == 0
 
 
 def add_session(config):
-    """What the cookiecutter's `models/__init__.py` does."""
+    """Do what the cookiecutter's `models/__init__.py` does."""
     config.include("pyramid_tm")
     config.include("pyramid_retry")
     engine = sa.create_engine(config.registry.settings["sqlalchemy.url"])

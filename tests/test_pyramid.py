@@ -2,20 +2,42 @@
 
 from __future__ import annotations
 
+import threading
+
 import pyramid_site
 import pytest
 import sqlalchemy as sa
+from pyramid.config import Configurator
+from pyramid.exceptions import ConfigurationConflictError
 from pyramid_site import Base, Note
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from webtest import TestApp
 
-from apoq import Task, Worker
-from apoq.pyramid import make_worker
+from apoq import Queue, Task, Worker
+from apoq.pyramid import Misconfigured, apoq_task, make_worker
+
+
+@pytest.fixture(scope="module")
+def database(template, create_database, drop_database):
+    """A database for all of these tests, which leave nothing in it."""
+    url = create_database(template.database)
+    engine = sa.create_engine(url)
+    Base.metadata.create_all(engine)
+    yield engine
+    engine.dispose()
+    drop_database(url)
+
+
+@pytest.fixture
+def engine(database):
+    yield database
+    with database.begin() as connection:
+        connection.execute(sa.delete(Note))
+        connection.execute(sa.delete(Task))
 
 
 @pytest.fixture
 def settings(engine):
-    Base.metadata.create_all(engine)
     return {"sqlalchemy.url": engine.url.render_as_string(hide_password=False)}
 
 
@@ -95,23 +117,300 @@ class TestAdding:
 
 
 class TestProcessing:
-    def test_what_its_session_writes_commits(self, browser, worker, tasks, notes):
-        browser.get("/add", {"text": "hello"})
+    @pytest.fixture
+    def process(self, browser, worker, tasks, notes):
+        """Add a task of this type by a request, and work it; answer its state and the notes."""
 
-        assert worker.work() is not None
+        def process(type: str):
+            browser.get("/add", {"type": type, "text": "noted"})
+            assert worker.work() is not None
+            return tasks()[0][1], notes()
 
-        assert (tasks(), notes()) == ([("note", "completed")], ["hello"])
+        return process
 
-    def test_where_it_raises_nothing_does(self, browser, worker, tasks, notes):
-        browser.get("/add", {"type": "note and raise"})
+    def test_what_its_session_writes_commits(self, process):
+        assert process("note") == ("completed", ["noted"])
+
+    def test_where_it_raises_nothing_does(self, process):
+        assert process("note and raise") == ("failed", [])
+
+    def test_where_it_gives_the_task_back_nothing_does(self, process):
+        assert process("note and snooze") == ("pending", [])
+
+    def test_where_it_dooms_its_transaction_nothing_does(self, process):
+        assert process("note and doom") == ("completed", [])
+
+    def test_where_the_database_refuses_a_flush_at_its_end_nothing_does(self, process, engine):
+        assert process("note twice") == ("failed", [])
+
+        with Session(engine) as session:
+            assert session.scalars(sa.select(Task)).one().error["class"] == "IntegrityError"
+
+    def test_what_it_commits_half_way_does_with_the_completion_only(self, process):
+        assert process("commit and raise") == ("failed", [])
+
+    def test_where_the_task_was_taken_from_the_worker_nothing_does(self, browser, worker, notes):
+        browser.get("/add", {"type": "be lost", "text": "noted"})
 
         worker.work()
 
-        assert (tasks(), notes()) == ([("note and raise", "failed")], [])
+        assert notes() == []
 
-    def test_where_it_dooms_its_transaction_nothing_does(self, browser, worker, tasks, notes):
-        browser.get("/add", {"type": "note and doom"})
+    def test_a_task_that_it_adds_is_there_with_the_completion(self, process, tasks):
+        assert process("note and add") == ("completed", ["noted"])
+        assert tasks() == [("note and add", "completed"), ("note", "pending")]
 
-        worker.work()
+    def test_one_that_does_not_use_the_session_holds_no_connection(self, process):
+        assert process("look at the pool") == ("completed", [])
 
-        assert (tasks(), notes()) == ([("note and doom", "completed")], [])
+    def test_its_request_is_the_current_one_and_is_finished(self, process, engine):
+        assert process("note the request") == ("completed", ["http://localhost/add"])
+
+        with Session(engine) as session:
+            assert [session.scalars(sa.select(Task.id)).one()] == pyramid_site.FINISHED
+
+    def test_its_request_makes_the_urls_of_the_site(self, make_site, notes):
+        site = make_site(**{"apoq.base_url": "https://example.com/shop/"})
+        TestApp(site).get("/add", {"type": "note the request"})
+
+        make_worker(site.registry).work()
+
+        assert notes() == ["https://example.com/shop/add"]
+
+    def test_the_transaction_manager_may_be_the_threads_own(self, make_site, notes):
+        site = make_site(**{"tm.manager_hook": None})
+        TestApp(site).get("/add", {"text": "noted"})
+
+        make_worker(site.registry).work()
+
+        assert notes() == ["noted"]
+
+    def test_a_task_that_a_processor_adds_wakes_the_workers(self, make_site, browser, notes):
+        site = make_site(**{"apoq.poll_interval": "1 h"})
+        worker, ended = make_worker(site.registry), threading.Semaphore(0)
+        worker.events.on("task.completed", lambda task: ended.release())
+        worker.start()
+        try:
+            TestApp(site).get("/add", {"type": "note and add", "text": "one"})
+            for _ in range(2):
+                assert ended.acquire(timeout=10)
+        finally:
+            worker.stop()
+
+        assert notes() == ["one", "by another task"]
+
+
+class Mailer:
+    """A data manager such as pyramid_mailer's: its mail is sent when the transaction has been voted for."""
+
+    def __init__(self, sent: list[str], transaction_manager) -> None:
+        self.sent = sent
+        self.transaction_manager = transaction_manager
+        self.said: list[str] = []
+
+    def sortKey(self):  # noqa: N802
+        return "mailer"
+
+    def _note(self, *_):
+        pass
+
+    abort = tpc_begin = commit = tpc_vote = tpc_abort = _note
+
+    def tpc_finish(self, _transaction):
+        self.sent.append("a mail")
+
+
+class TestOtherResources:
+    @pytest.fixture
+    def work(self, settings, engine):
+        """Process a task which has a mail sent, and answer those that were."""
+
+        def work(finish) -> list[str]:
+            sent: list[str] = []
+
+            def send(task, request):
+                request.tm.get().join(Mailer(sent, request.tm))
+                request.dbsession.add(Note(text="noted"))
+                finish(request)
+
+            with Configurator(
+                settings=settings | {"tm.manager_hook": "pyramid_tm.explicit_manager"}
+            ) as config:
+                pyramid_site.add_session(config)
+                config.include("apoq.pyramid")
+                config.add_apoq_task(send, "send", retry_limit=0)
+            with Session(engine) as session, session.begin():
+                Queue().add(session, "send")
+            make_worker(config.registry).work()
+            config.registry["dbsession_factory"].kw["bind"].dispose()
+            return sent
+
+        return work
+
+    def test_what_joins_the_transaction_takes_place_with_it(self, work, notes):
+        assert work(lambda request: None) == ["a mail"]
+        assert notes() == ["noted"]
+
+    def test_and_does_not_where_the_processor_raises(self, work, notes):
+        assert work(lambda request: 1 / 0) == []
+        assert notes() == []
+
+    def test_nor_where_the_database_refuses_a_flush_at_its_end(self, work, notes):
+        twice = [Note(id=1, text="once"), Note(id=1, text="twice")]
+
+        assert work(lambda request: request.dbsession.add_all(twice)) == []
+        assert notes() == []
+
+
+class TestOtherSessions:
+    """Applications that differ from the cookiecutter's."""
+
+    @pytest.fixture
+    def work(self, settings, engine):
+        def work(include, **more) -> str:
+            with Configurator(settings=settings | more) as config:
+                config.include(include)
+                config.include("apoq.pyramid")
+                config.scan(pyramid_site)
+            with Session(engine) as session, session.begin():
+                Queue().add(session, "note", {"text": "noted"})
+            return make_worker(config.registry).work().state
+
+        return work
+
+    def test_a_session_without_a_transaction_manager(self, work, engine, notes):
+        def include(config):
+            config.add_request_method(lambda request: Session(engine), "dbsession", reify=True)
+
+        assert (work(include), notes()) == ("completed", ["noted"])
+
+    def test_a_scoped_session_is_removed(self, work, engine, notes):
+        scoped = scoped_session(sessionmaker(engine))
+
+        def include(config):
+            config.add_request_method(lambda request: scoped, "dbsession", reify=True)
+
+        assert (work(include), notes()) == ("completed", ["noted"])
+        assert not scoped.registry.has()
+
+    def test_a_session_of_several_binds(self, work, engine, notes):
+        def include(config):
+            binds = {Note: engine, Task: engine}
+            config.add_request_method(lambda request: Session(binds=binds), "dbsession", reify=True)
+
+        assert (work(include), notes()) == ("completed", ["noted"])
+
+    def test_an_attribute_of_another_name(self, work, engine, notes):
+        def include(config):
+            config.add_request_method(lambda request: Session(engine), "db", reify=True)
+            config.add_request_method(lambda request: request.db, "dbsession", property=True)
+
+        assert (work(include, **{"apoq.session": "db"}), notes()) == ("completed", ["noted"])
+
+    def test_none(self, work):
+        with pytest.raises(Misconfigured, match="have no `dbsession`: add one that answers a SQLAlchemy"):
+            work(lambda config: None)
+
+    def test_one_that_does_not_know_apoqs_tables(self, work, engine):
+        def include(config):
+            config.add_request_method(lambda request: Session(binds={Note: engine}), "dbsession", reify=True)
+
+        with pytest.raises(Misconfigured, match="has no engine for apoq's tables"):
+            work(include)
+
+
+def process(task, request):
+    """Process nothing."""
+
+
+def another(task, request):
+    """Process nothing, either."""
+
+
+async def coroutine(task, request):
+    pass
+
+
+def generator(task, request):
+    yield
+
+
+def introspected(config):
+    found = config.introspector.get_category("apoq tasks")
+    return {each["introspectable"].discriminator: each["introspectable"] for each in found}
+
+
+class TestConfiguration:
+    @pytest.fixture
+    def config(self):
+        config = Configurator()
+        config.include("apoq.pyramid")
+        return config
+
+    def test_two_processors_of_a_type_are_a_conflict_that_names_both_places(self, config):
+        config.add_apoq_task(process, "t")
+        config.add_apoq_task(another, "t")
+
+        with pytest.raises(ConfigurationConflictError) as raised:
+            config.commit()
+        assert str(raised.value).count("test_pyramid.py") == 2
+        assert "('apoq tasks', 't')" in str(raised.value)
+
+    def test_a_decorated_one_is_named_by_its_place(self, config):
+        config.scan(pyramid_site)
+        config.add_apoq_task(process, "note")
+
+        with pytest.raises(ConfigurationConflictError, match=r"(?s)pyramid_site.py.*test_pyramid.py"):
+            config.commit()
+
+    def test_an_applications_own_processor_is_used_instead_of_an_included_one(self, config):
+        config.include(lambda config: config.add_apoq_task(another, "t"))
+        config.add_apoq_task(process, "t")
+        config.commit()
+
+        assert introspected(config)["t"]["function"] is process
+
+    def test_a_processor_can_be_introspected(self, config):
+        config.add_apoq_task(process, "t", retry_limit=3)
+        config.commit()
+
+        assert introspected(config)["t"] == {"type": "t", "function": process, "retry_limit": 3}
+        assert introspected(config)["t"].title == f"t: {__name__}.process"
+
+    def test_its_default_type_is_its_dotted_name(self, config):
+        config.add_apoq_task("pyramid_site.note")
+        config.commit()
+
+        assert list(introspected(config)) == ["pyramid_site.note"]
+
+    @pytest.mark.parametrize(
+        ("function", "says"),
+        [
+            (lambda task: None, r"`def <lambda>\(task, request\)`"),
+            (coroutine, "is a coroutine function, and Pyramid's requests belong to a thread"),
+            (generator, "is a generator function, of which a call runs nothing"),
+        ],
+    )
+    def test_a_function_that_can_not_process(self, config, function, says):
+        with pytest.raises(Misconfigured, match=says):
+            config.add_apoq_task(function, "t")
+
+    @pytest.mark.parametrize(
+        ("options", "says"),
+        [({"retry_limit": -1}, "retry_limit"), ({"timeout": "soon"}, "timeout"), ({"type": "a\0b"}, "type")],
+    )
+    def test_options_that_make_no_sense(self, config, options, says):
+        with pytest.raises(Misconfigured, match=says):
+            config.add_apoq_task(process, **options)
+
+    def test_a_decorator_without_its_parentheses(self):
+        with pytest.raises(Misconfigured, match=r"with parentheses: @apoq_task\(\)"):
+            apoq_task(process)
+
+    def test_a_scan_before_the_include(self):
+        with pytest.raises(Misconfigured, match=r"comes before config\.scan"):
+            Configurator().scan(pyramid_site)
+
+    def test_an_application_without_apoq(self):
+        with pytest.raises(Misconfigured, match=r'call config.include\("apoq.pyramid"\)'):
+            make_worker(Configurator().registry)

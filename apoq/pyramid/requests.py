@@ -12,6 +12,7 @@ from pyramid.registry import Registry
 from pyramid.request import Request, apply_request_extensions
 from pyramid.threadlocal import RequestContext
 from sqlalchemy import Engine
+from sqlalchemy.exc import UnboundExecutionError
 from sqlalchemy.orm import Session, scoped_session
 
 from apoq.model import Task
@@ -60,8 +61,14 @@ class Requests:
         self._base_url = settings.base_url
         with self._request() as request:
             session = session_of(request, settings.session)
-            self.engine: Engine = session.get_bind(Task).engine
-            """What the application's sessions are bound to."""
+            try:
+                self.engine: Engine = session.get_bind(Task).engine
+                """What the application's sessions are bound to."""
+            except UnboundExecutionError as error:
+                raise Misconfigured(
+                    f"`request.{settings.session}` has no engine for apoq's tables: "
+                    "add `apoq.Task` to its binds"
+                ) from error
             _release(session)
 
     @contextmanager

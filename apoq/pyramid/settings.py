@@ -22,7 +22,7 @@ PREFIX: Final = "apoq."
 T = TypeVar("T")
 
 
-class Misconfigured(ApoqError, ConfigurationError):
+class Misconfigured(ApoqError, ConfigurationError):  # type: ignore[misc]  # Pyramid has no types
     """An application, a setting or a processor that can't be used; the message says how to mend it."""
 
 

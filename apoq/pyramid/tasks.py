@@ -43,7 +43,7 @@ def add_apoq_task(
     type = type or name
     processor = _processor(found, name)
     try:
-        Registry().use(type, processor, **options)
+        Registry().use(type, found, **options)
     except InvalidProcessor as error:
         raise Misconfigured(str(error)) from None
     introspectable = config.introspectable(CATEGORY, type, f"{type}: {name}", "apoq task")
