@@ -39,7 +39,7 @@ def load(name: str, make: Callable[[Queue], Worker]) -> Worker:
         case Queue():
             return make(found)
         case _:
-            raise BadUsage(f"{name} is a {type(found).__qualname__}, and not {WANTED}")
+            raise BadUsage(f"{name} is of type {type(found).__qualname__}, and not {WANTED}")
 
 
 def _import(name: str) -> ModuleType:
@@ -75,15 +75,14 @@ def _located(what: str) -> Iterator[None]:
         raise
     except Exception as error:
         (*_, last) = traceback.format_exception_only(error)
-        raise BadUsage(f"{what}: {last.strip()} ({_where(error)})") from error
+        raise BadUsage(f"{what}: {last.strip()}{_where(error)}") from error
 
 
 def _where(error: BaseException) -> str:
     if isinstance(error, SyntaxError):
-        return f"{error.filename}, line {error.lineno}"
-    frames = traceback.extract_tb(error.__traceback__)
-    # The innermost of the user's own: that of a library says little.
+        return f" ({error.filename}, line {error.lineno})"
+    # The innermost place of the user's own: that of a library says little.
     libraries = (*(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")), "<", _OURS)
+    frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if not frame.filename.startswith(libraries)]
-    frame = (own or frames)[-1]
-    return f"{frame.filename}, line {frame.lineno}"
+    return f" ({own[-1].filename}, line {own[-1].lineno})" if own else ""
