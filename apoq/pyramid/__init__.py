@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import configparser
 from typing import Any
 
 from plaster import PlasterError
@@ -63,7 +64,7 @@ def load_worker(config_uri: str) -> Worker:
         return make_worker(global_registries.last)
     except Misconfigured:
         raise
-    except (ConfigurationError, OSError, LookupError, PlasterError) as error:
+    except (configparser.Error, ConfigurationError, OSError, LookupError, PlasterError) as error:
         if isinstance(error, KeyError | IndexError):
             raise  # the application's own
         raise Misconfigured(f"{config_uri}: {error}") from error

@@ -6,8 +6,8 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
+from difflib import get_close_matches
 from typing import Any, Final, TypeVar
-from urllib.parse import urlsplit
 
 from pyramid.exceptions import ConfigurationError
 from pyramid.settings import aslist, truthy
@@ -28,7 +28,7 @@ class Misconfigured(ApoqError, ConfigurationError):  # type: ignore[misc]  # Pyr
 
 _FALSY: Final = {"f", "false", "n", "no", "off", "0", ""}
 _UNITS: Final = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
-_DURATION: Final = re.compile(r"(\d+(?:\.\d+)?)\s*(?:(s|m|h|d|w)|(second|minute|hour|day|week)s?)?")
+_DURATION: Final = re.compile(r"(\d{1,9}(?:\.\d{1,6})?)\s*(?:(s|m|h|d|w)|(second|minute|hour|day|week)s?)?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,11 +55,8 @@ class Settings:
             name.removeprefix(PREFIX): value for name, value in settings.items() if name.startswith(PREFIX)
         }
         known = {name: _read(name, given.pop(name), read) for name, read in READERS.items() if name in given}
-        if given:
-            raise Misconfigured(
-                f"{PREFIX}{min(given)} is no setting of apoq's, which are "
-                f"{', '.join(PREFIX + name for name in READERS)}"
-            )
+        for unknown in given:
+            raise Misconfigured(f"{PREFIX}{unknown} is no setting of apoq's{_suggestion(unknown)}")
         own = {name.name for name in fields(cls)}
         return cls(
             **{name: value for name, value in known.items() if name in own},
@@ -75,11 +72,18 @@ class Settings:
         return [Queue(name, schema=self.schema) for name in self.queues or [self.queue]]
 
 
+def _suggestion(unknown: str) -> str:
+    for name in get_close_matches(unknown, READERS, 1):
+        return f": is it {PREFIX}{name}?"
+    return f", which are {', '.join(PREFIX + name for name in READERS)}"
+
+
 def _read(name: str, value: Any, read: Callable[[Any], T]) -> T:
     try:
         return read(value)
-    # None of the values, for one of them may hold a password: what is to be there says enough.
-    except (ApoqError, ArgumentError, TypeError, ValueError) as error:
+    except ApoqError as error:
+        raise Misconfigured(f"{PREFIX}{name}: {error}") from None
+    except ValueError as error:
         raise Misconfigured(f"{PREFIX}{name} {error}") from None
 
 
@@ -97,6 +101,8 @@ def _attribute(value: Any) -> str:
 
 def _names(value: Any) -> tuple[str, ...]:
     names = aslist(value)
+    if not names:
+        raise ValueError("names no queue: leave it out, or say which the worker is to work")
     for name in names:
         Queue(name)
     return tuple(names)
@@ -125,6 +131,8 @@ def _concurrency(value: Any) -> int:
 
 def _duration(value: Any) -> timedelta:
     if isinstance(value, timedelta):
+        if value < timedelta():
+            raise ValueError(f"is not negative, as {value!r} is")
         return value
     found = _DURATION.fullmatch(str(value).strip().lower())
     if found is None:
@@ -147,8 +155,7 @@ def _retention(value: Any) -> timedelta | None:
 
 
 def _base_url(value: Any) -> str:
-    parts = urlsplit(_text(value))
-    if parts.scheme not in {"http", "https"} or not parts.netloc:
+    if not re.fullmatch(r"https?://[^/?#\s]+(/[^?#\s]*)?", _text(value)):
         raise ValueError("is the start of your site's URLs, such as https://example.com")
     return _text(value).rstrip("/")
 
@@ -157,6 +164,7 @@ def _database_url(value: Any) -> str:
     try:
         return database_url(_text(value)).render_as_string(hide_password=False)
     except (ApoqError, ArgumentError, ValueError):
+        # Not what was there, for it holds a password.
         raise ValueError("is a PostgreSQL URL, such as postgresql://user@host/database") from None
 
 
