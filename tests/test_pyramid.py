@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import re
 import threading
+from pathlib import Path
 
 import pyramid_site
 import pytest
 import sqlalchemy as sa
+from pyramid import testing
 from pyramid.config import Configurator
-from pyramid.exceptions import ConfigurationConflictError
+from pyramid.exceptions import ConfigurationConflictError, ConfigurationError
+from pyramid.request import apply_request_extensions
+from pyramid.response import Response
+from pyramid.scripting import prepare
+from pyramid.threadlocal import get_current_request
 from pyramid_site import Base, Note
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
+from transaction import TransactionManager
 from webtest import TestApp
+from zope.sqlalchemy import register
 
 from apoq import Queue, Task, Worker
 from apoq.pyramid import Misconfigured, apoq_task, make_worker
@@ -340,13 +349,14 @@ def introspected(config):
     return {each["introspectable"].discriminator: each["introspectable"] for each in found}
 
 
-class TestConfiguration:
-    @pytest.fixture
-    def config(self):
-        config = Configurator()
-        config.include("apoq.pyramid")
-        return config
+@pytest.fixture
+def config():
+    config = Configurator()
+    config.include("apoq.pyramid")
+    return config
 
+
+class TestConfiguration:
     def test_two_processors_of_a_type_are_a_conflict_that_names_both_places(self, config):
         config.add_apoq_task(process, "t")
         config.add_apoq_task(another, "t")
@@ -414,3 +424,123 @@ class TestConfiguration:
     def test_an_application_without_apoq(self):
         with pytest.raises(Misconfigured, match=r'call config.include\("apoq.pyramid"\)'):
             make_worker(Configurator().registry)
+
+
+emails = Queue("emails")
+
+
+@emails.task(retry_limit=0)
+def note_typed(text: str):
+    get_current_request().dbsession.add(Note(text=text))
+
+
+class TestTypedTasks:
+    def test_are_added_in_the_requests_transaction_and_processed_with_a_request(self, settings, notes, tasks):
+        with Configurator(settings=settings | {"apoq.queues": "default emails"}) as config:
+            pyramid_site.add_session(config)
+            config.include("apoq.pyramid")
+            config.add_apoq_queue(emails)
+            config.add_route("add", "/")
+            config.add_view(
+                lambda request: Response(str(note_typed.add(request.dbsession, text="typed").id)),
+                route_name="add",
+            )
+        TestApp(config.make_wsgi_app()).get("/")
+
+        make_worker(config.registry).work()
+
+        assert (notes(), tasks()) == (["typed"], [(f"{__name__}.note_typed", "completed")])
+        config.registry["dbsession_factory"].kw["bind"].dispose()
+
+    def test_can_be_introspected(self, config):
+        config.add_apoq_queue(emails)
+        config.commit()
+
+        (found,) = introspected(config).values()
+        assert found == {"type": note_typed.type, "function": note_typed.function, "queue": emails}
+
+    def test_their_queue_is_given_and_not_they(self, config):
+        with pytest.raises(Misconfigured, match=r"config\.add_apoq_queue\(queue\)"):
+            config.add_apoq_task(note_typed)
+        with pytest.raises(Misconfigured, match="takes a Queue, such as"):
+            config.add_apoq_queue(note_typed)
+
+    def test_of_coroutines_can_not_be_processed(self, config):
+        queue = Queue()
+        queue.task(type="t")(coroutine)
+        config.add_apoq_queue(queue)
+
+        with pytest.raises(ConfigurationError, match="t is a coroutine function"):
+            config.commit()
+
+    def test_one_of_a_type_that_has_a_processor_is_refused(self, settings):
+        queue = Queue()
+        queue.task(type="note")(note_typed.function)
+        with Configurator(settings=settings) as config:
+            pyramid_site.add_session(config)
+            config.include("apoq.pyramid")
+            config.add_apoq_queue(queue)
+            config.scan(pyramid_site)
+
+        with pytest.raises(Misconfigured, match="the type 'note' has a processor already"):
+            make_worker(config.registry)
+
+
+class TestInTests:
+    """What Pyramid's own documentation does, and the cookiecutter's `conftest.py`."""
+
+    def test_an_application_in_a_transaction_that_is_rolled_back(self, site, engine, tasks):
+        manager = TransactionManager(explicit=True)
+        manager.begin()
+        manager.doom()
+        with Session(engine) as session:
+            register(session, transaction_manager=manager)
+            environ = {"tm.active": True, "tm.manager": manager, "app.dbsession": session}
+
+            TestApp(site, extra_environ=environ).get("/add")
+
+            assert session.scalars(sa.select(Task.type)).all() == ["note"]
+            manager.abort()
+        assert tasks() == []
+
+    def test_a_view_with_a_dummy_request(self, session):
+        request = testing.DummyRequest(params={"text": "noted"}, dbsession=session)
+        with testing.testConfig(request=request) as config:
+            config.include("apoq.pyramid")
+            apply_request_extensions(request)
+
+            pyramid_site.add(request)
+
+        assert session.scalars(sa.select(Task.data)).all() == [{"text": "noted"}]
+
+    def test_a_view_with_a_prepared_request(self, site, session):
+        with prepare(registry=site.registry) as env:
+            env["request"].dbsession = session
+
+            env["request"].apoq.add("note")
+
+        assert session.scalars(sa.select(Task.type)).all() == ["note"]
+
+    def test_a_processor_with_a_dummy_request(self, session):
+        task = Queue().add(session, "note", {"text": "noted"})
+
+        pyramid_site.note(task, testing.DummyRequest(dbsession=session))
+
+        assert [each.text for each in session.new] == ["noted"]
+
+
+PAGE = Path(__file__).parent.parent / "docs" / "pyramid.md"
+
+
+def test_what_the_documentation_shows_runs(engine, capsys):
+    code = "\n".join(re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL))
+    namespace = {"engine": engine, "__name__": "__main__"}
+
+    exec(compile(code, PAGE, "exec"), namespace)
+    TestApp(namespace["app"]).get("/sign-up", {"name": "Ada"})
+    task = namespace["worker"].work()
+
+    assert task.state == "completed"
+    assert capsys.readouterr().out == (
+        "send_welcome: __main__.send_welcome\n📧 Welcome, Ada! http://localhost/sign-up\n"
+    )

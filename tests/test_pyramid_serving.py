@@ -12,10 +12,13 @@ import pyramid_site
 import pytest
 import sqlalchemy as sa
 from applications.harness import Process, free_port, until
+from click.testing import CliRunner
 from pyramid_site import Base, Note
 from sqlalchemy.orm import Session
 from webtest import TestApp
 
+from apoq import Queue
+from apoq.cli import main
 from apoq.pyramid import Misconfigured, load_worker
 from apoq.pyramid.application import Application
 
@@ -82,7 +85,7 @@ def start(tmp_path) -> Iterator[Callable[..., Process]]:
 
     yield start
     for process in started:
-        process.end()
+        process.kill()
 
 
 @pytest.fixture
@@ -117,12 +120,11 @@ def notes(engine) -> Callable[[], list[str]]:
 
 
 class TestTheWorkerOfAnIniFile:
-    def test_works_what_requests_have_added(self, write_ini, start, serve, notes):
-        ini = write_ini()
-        browser = serve("pserve", ini, "http_port={port}")
-        worker = start("python", "-m", "apoq", "worker", "--pyramid", ini)
+    def test_works_its_tasks(self, write_ini, start, notes, engine):
+        worker = start("python", "-m", "apoq", "worker", "--pyramid", write_ini())
 
-        browser.get("/add", params={"text": "noted"})
+        with Session(engine) as session, session.begin():
+            Queue().add(session, "note", {"text": "noted"})
 
         until(notes, what="the task is worked", alive=worker)
         assert notes() == ["noted"]
@@ -156,16 +158,14 @@ class TestTheWorkerOfAnIniFile:
         with pytest.raises(Misconfigured, match=says):
             load_worker(str(ini))
 
-    def test_the_command_says_so_in_one_line(self, start, tmp_path):
-        (tmp_path / "development.ini").write_text("[app:main]\nuse = call:test_pyramid_serving:bare")
+    def test_the_command_says_so_in_one_line(self, tmp_path):
+        ini = tmp_path / "development.ini"
+        ini.write_text("[app:main]\nuse = call:test_pyramid_serving:bare")
 
-        worker = start("python", "-m", "apoq", "worker", "--pyramid", "development.ini")
+        result = CliRunner().invoke(main, ["worker", "--pyramid", str(ini)])
 
-        assert worker.wait() == 1
-        assert (
-            'this application has nothing of apoq\'s: call config.include("apoq.pyramid")' in worker.output()
-        )
-        assert "Traceback" not in worker.output()
+        assert (result.exit_code, result.stdout) == (1, "")
+        assert result.stderr.startswith("Error: this application has nothing of apoq's: call config.include")
 
 
 def bare(_global_config, **settings):
@@ -216,18 +216,12 @@ class TestAnEmbeddedWorker:
         (said,) = [record for record in caplog.records if record.levelname == "CRITICAL"]
         assert said.getMessage().startswith("the embedded worker has not started: apoq's tables are missing")
 
-    def test_works_in_pserve_and_ends_with_it(self, write_ini, start, serve, notes, engine):
-        browser = serve("pserve", write_ini(embedded_worker="true"), "http_port={port}")
-
-        browser.get("/add", params={"text": "noted"})
-
-        until(notes, what="the task is worked")
-
     def test_one_in_each_process_of_gunicorn_runs_each_task_once(self, write_ini, serve, notes, engine):
         ini = write_ini(embedded_worker="true")
         command = ["gunicorn", "--paste", ini, "--preload", "--workers", "2", "--bind", "127.0.0.1:{port}"]
         browser = serve(*command)
-        until(lambda: workers(engine) == 2 or not browser.get("/health").text, what="both have started")
+        # Begun by the first request that each of them serves.
+        until(lambda: browser.get("/health").text == "healthy" and workers(engine) == 2, what="both work")
 
         for number in range(20):
             browser.get("/add", params={"text": f"{number:02}"})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 from pyramid.config import Configurator
@@ -107,8 +108,6 @@ def test_it_is_said_when_the_application_is_made():
 
 
 def test_all_of_them_are_documented():
-    from pathlib import Path
-
     page = (Path(__file__).parent.parent / "docs" / "pyramid.md").read_text(encoding="utf-8")
 
     assert [name for name in READERS if f"`apoq.{name}`" not in page] == []

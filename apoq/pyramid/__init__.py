@@ -20,7 +20,7 @@ from pyramid.registry import Registry
 from apoq.pyramid.application import Application
 from apoq.pyramid.requests import RequestTasks
 from apoq.pyramid.settings import Misconfigured
-from apoq.pyramid.tasks import add_apoq_task, apoq_task
+from apoq.pyramid.tasks import add_apoq_queue, add_apoq_task, apoq_task
 from apoq.worker import Worker
 
 __all__ = ["Misconfigured", "apoq_task", "includeme", "load_worker", "make_worker"]
@@ -31,6 +31,7 @@ def includeme(config: Any) -> None:
     application = Application(config.registry)
     application.enter()
     config.add_directive("add_apoq_task", add_apoq_task)
+    config.add_directive("add_apoq_queue", add_apoq_queue)
     config.add_request_method(_request_tasks, "apoq", reify=True)
     if application.settings.embedded_worker:
         config.add_subscriber(application.embed, ApplicationCreated)

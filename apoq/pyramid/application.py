@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from pyramid.registry import Registry
 
+from apoq.errors import InvalidProcessor
 from apoq.pyramid.requests import Requests
 from apoq.pyramid.settings import Misconfigured, Settings
 from apoq.queue import Queue
@@ -54,14 +55,14 @@ class Application:
         """Make a worker with the application's processors, as its settings say."""
         settings = self.settings
         requests = Requests(self._registry, settings)
-        queues = {queue: queue for queue in self.queues}
-        if settings.queues or not queues:
-            queues = {queue: queues.get(queue, queue) for queue in settings.make_queues()}
-        else:
-            queues.setdefault(settings.make_queue(), settings.make_queue())
-        worker = Worker(requests.engine, *queues.values(), around=requests.around, **settings.worker)
-        for type_, (processor, chosen) in self.processors.items():
-            worker.use(type_, processor, **chosen)
+        named = settings.make_queues()
+        typed = [queue for queue in self.queues if not settings.queues or queue in named]
+        try:
+            worker = Worker(requests.engine, *typed, *named, around=requests.around, **settings.worker)
+            for type_, (processor, options) in self.processors.items():
+                worker.use(type_, processor, **options)
+        except InvalidProcessor as error:  # one by add_apoq_task, and one by @queue.task
+            raise Misconfigured(str(error)) from error
         return worker
 
     def embed(self, _event: object) -> None:

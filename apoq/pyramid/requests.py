@@ -16,8 +16,8 @@ from sqlalchemy.exc import UnboundExecutionError
 from sqlalchemy.orm import Session, scoped_session
 
 from apoq.model import Task
+from apoq.options import Options
 from apoq.pyramid.settings import Misconfigured, Settings
-from apoq.queue import Options
 from apoq.sessions import COMMITS_WITH
 from apoq.worker import RunningTask, Worker
 

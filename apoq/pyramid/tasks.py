@@ -11,15 +11,21 @@ from typing import Any, Final, TypedDict, TypeVar, Unpack
 import venusian
 from pyramid.threadlocal import get_current_request
 
-from apoq.errors import InvalidProcessor
+from apoq.errors import InvalidProcessor, glimpse
 from apoq.pyramid.application import Application
 from apoq.pyramid.settings import Misconfigured
-from apoq.registry import Registry
+from apoq.queue import Queue
+from apoq.registry import is_coroutine_function, make_processor
 from apoq.retry import RetryDelay
+from apoq.typed import TypedTask
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 CATEGORY: Final = "apoq tasks"
+
+_NO_COROUTINE: Final = (
+    "is a coroutine function, and Pyramid's requests belong to a thread: make it a plain function"
+)
 
 
 class TaskOptions(TypedDict, total=False):
@@ -38,12 +44,14 @@ def add_apoq_task(
     The default type is the function's own dotted name. The options are those of `Worker.use`. Two functions
     for one type are a conflict, as two views for one URL are.
     """
-    found: Callable[..., Any] = config.maybe_dotted(function)
+    found: Any = config.maybe_dotted(function)
+    if isinstance(found, TypedTask):
+        raise Misconfigured(f"{found!r} is no function of a task and a request: config.add_apoq_queue(queue)")
     name = f"{found.__module__}.{found.__qualname__}"
     type = type or name
     processor = _processor(found, name)
     try:
-        Registry().use(type, found, **options)
+        make_processor(type, found, **options)
     except InvalidProcessor as error:
         raise Misconfigured(str(error)) from None
     introspectable = config.introspectable(CATEGORY, type, f"{type}: {name}", "apoq task")
@@ -53,6 +61,30 @@ def add_apoq_task(
         Application.of(config.registry).processors[type] = (processor, dict(options))
 
     config.action((CATEGORY, type), register, introspectables=(introspectable,))
+
+
+def add_apoq_queue(config: Any, queue: Queue | str) -> None:
+    """Work a queue of typed tasks, too, or what a dotted name leads to.
+
+    Each is processed with a request that is the current one, `pyramid.threadlocal.get_current_request()`.
+    """
+    found = config.maybe_dotted(queue)
+    if not isinstance(found, Queue):
+        raise Misconfigured(f"add_apoq_queue takes a Queue, such as Queue('emails'), not {glimpse(found)}")
+
+    def register() -> None:
+        Application.of(config.registry).queues.append(found)
+        # Only now, for a scan may just have imported them.
+        for type_, task in found.tasks.items():
+            if task.processor.is_coroutine:
+                raise Misconfigured(f"{type_} {_NO_COROUTINE}")
+            introspectable = config.introspectable(
+                CATEGORY, (found, type_), f"{type_}: {task!r}", "apoq task"
+            )
+            introspectable.update({"type": type_, "function": task.function, "queue": found})
+            config.action(None, introspectables=(introspectable,))
+
+    config.action((CATEGORY, found), register)
 
 
 class apoq_task:  # noqa: N801 - as view_config is
@@ -81,10 +113,8 @@ class apoq_task:  # noqa: N801 - as view_config is
 
 
 def _processor(function: Callable[..., Any], name: str) -> Callable[[Any], Any]:
-    if inspect.iscoroutinefunction(function):
-        raise Misconfigured(
-            f"{name} is a coroutine function, and Pyramid's requests belong to a thread: make it a plain one"
-        )
+    if is_coroutine_function(function):
+        raise Misconfigured(f"{name} {_NO_COROUTINE}")
     try:
         inspect.signature(function).bind("task", "request")
     except TypeError:
