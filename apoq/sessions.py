@@ -28,10 +28,8 @@ from apoq.errors import NotPrepared, UnsupportedSession
 from apoq.hints import hint_after_connection_commit, hint_after_session_commit
 from apoq.model import Task
 
-SyncSession = Session | scoped_session[Session] | Connection | psycopg.Connection[Any]
-AsyncioSession = (
-    AsyncSession | async_scoped_session[AsyncSession] | AsyncConnection | psycopg.AsyncConnection[Any]
-)
+SyncSession = Session | scoped_session[Any] | Connection | psycopg.Connection[Any]
+AsyncioSession = AsyncSession | async_scoped_session[Any] | AsyncConnection | psycopg.AsyncConnection[Any]
 
 Row = Mapping[Any, Any]
 T = TypeVar("T")
@@ -85,7 +83,8 @@ def through(
         case AsyncSession():
             return session.run_sync(lambda sync: operation(_OrmSession(sync)))
         case async_scoped_session():
-            return session().run_sync(lambda sync: operation(_OrmSession(sync)))
+            current: AsyncSession = session()
+            return current.run_sync(lambda sync: operation(_OrmSession(sync)))
         case AsyncConnection():
             return session.run_sync(lambda sync: operation(_CoreConnection(sync)))
         case psycopg.AsyncConnection():

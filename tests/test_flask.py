@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import flask
@@ -20,6 +22,7 @@ from apoq import (
     ApoqError,
     AsyncRunningTask,
     InvalidProcessor,
+    InvalidTask,
     Queue,
     RunningTask,
     Task,
@@ -27,6 +30,7 @@ from apoq import (
     prepare,
 )
 from apoq.flask import Apoq
+from apoq.flask.tasks import AppTask
 
 
 class Base(DeclarativeBase):
@@ -39,6 +43,33 @@ class Row(Base):
     __tablename__ = "ledger"
 
     task_id: Mapped[int] = mapped_column(sa.BigInteger, primary_key=True)
+
+
+@pytest.fixture(scope="module")
+def databases(create_database, drop_database, template) -> Iterator[list[sa.URL]]:
+    """Two, for all of these tests: to clone one takes longer than most of them."""
+    urls = [create_database(template.database) for _ in range(2)]
+    yield urls
+    for url in urls:
+        drop_database(url)
+
+
+def emptied(url: sa.URL) -> Iterator[sa.Engine]:
+    engine = sa.create_engine(url)
+    yield engine
+    with engine.begin() as connection:
+        connection.exec_driver_sql("TRUNCATE apoq_tasks, apoq_workers, ledger")
+    engine.dispose()
+
+
+@pytest.fixture
+def url(databases) -> sa.URL:
+    return databases[0]
+
+
+@pytest.fixture
+def engine(url) -> Iterator[sa.Engine]:
+    yield from emptied(url)
 
 
 class Classic:
@@ -84,7 +115,7 @@ def apoq() -> Apoq:
 
 
 @pytest.fixture
-def make_app(extension, apoq, url) -> Iterator[Callable[..., Flask]]:
+def make_app(extension, apoq, url, engine) -> Iterator[Callable[..., Flask]]:
     """Make applications, each with the settings that are given."""
     made = []
 
@@ -101,8 +132,8 @@ def make_app(extension, apoq, url) -> Iterator[Callable[..., Flask]]:
     for app in made:
         with app.app_context():
             apoq.worker.stop(timeout=5)
-            for engine in extension.db.engines.values():
-                engine.dispose()
+            for own in extension.db.engines.values():
+                own.dispose()
 
 
 @pytest.fixture
@@ -322,7 +353,122 @@ class TestProcessing:
             apoq.use("t", repr)
 
 
+class TestTypedTasks:
+    @pytest.fixture
+    def welcome(self, apoq, db) -> AppTask:
+        @apoq.task(type="welcome", aliases=["greet"], retry_limit=0)
+        def welcome(task: RunningTask, number: int, *, twice: bool = False) -> None:
+            assert current_app
+            task.session.add(Row(task_id=number * 2 if twice else number))
+
+        return welcome
+
+    def test_a_call_is_added_in_the_current_session(self, context, db, engine, welcome):
+        task = welcome.add(3, twice=True)
+        assert db.session.get(Task, task.id) is task
+        db.session.rollback()
+        welcome.add(number=5)
+        db.session.commit()
+
+        with engine.connect() as connection:
+            assert connection.scalars(sa.select(Task.data)).all() == [{"number": 5}]
+
+    def test_or_in_a_session_that_is_given(self, context, db, engine, welcome):
+        with Session(db.engine) as session, session.begin():
+            welcome.add(session, 3)
+            welcome.add_many(session, [welcome.call(4)])
+        welcome.add(db.session, number=5)
+        welcome.using(priority=1).add(6)
+        welcome.add_many([welcome.call(7), welcome.call(8)])
+        db.session.commit()
+
+        assert tasks(engine) == [("welcome", "pending")] * 6
+
+    def test_it_runs_in_a_context(self, context, apoq, db, engine, welcome):
+        welcome.add(3, twice=True)
+        apoq.add("greet", {"number": 7})
+        db.session.commit()
+        apoq.worker.work()
+        apoq.worker.work()
+
+        assert tasks(engine) == [("welcome", "completed"), ("greet", "completed")]
+        assert ledger(engine) == [6, 7]
+
+    def test_one_may_come_after_the_worker(self, context, apoq, db, engine):
+        worker = apoq.worker
+
+        @apoq.task
+        async def late(task: AsyncRunningTask, number: int) -> None:
+            task.session.add(Row(task_id=number))
+
+        late.add(7)
+        db.session.commit()
+        worker.work()
+
+        assert ledger(engine) == [7]
+
+    def test_the_tasks_of_a_queue_that_was_given_run_too(self, extension, engine, url):
+        queue = Queue("emails")
+        app, apoq = Flask("shop"), Apoq(queue=queue)
+        extension.configure(app, url)
+        extension.db.init_app(app)
+        apoq.init_app(app)
+
+        @queue.task
+        def send(task: RunningTask, number: int) -> None:
+            task.session.add(Row(task_id=number + len(current_app.name)))
+
+        with app.app_context():
+            send.add(extension.db.session, 3)
+            extension.db.session.commit()
+            apoq.worker.work()
+            extension.db.engine.dispose()
+
+        assert ledger(engine) == [7]
+
+    def test_wrong_arguments_are_refused_at_the_call(self, context, welcome):
+        with pytest.raises(InvalidTask, match="missing a required argument: 'number'"):
+            welcome.add(numer=3)
+
+    def test_a_session_on_another_database_is_refused(self, context, welcome, databases):
+        other = sa.create_engine(databases[1])
+        with Session(other) as session, pytest.raises(UnsupportedSession, match="APOQ_BIND"):
+            welcome.add(session, 3)
+        other.dispose()
+
+    def test_a_type_has_one_processor(self, apoq, welcome):
+        with pytest.raises(InvalidProcessor, match="the type 'greet' has a processor already"):
+            apoq.use("greet", print)
+
+    def test_it_is_still_a_function(self, context, apoq):
+        @apoq.task
+        def double(number: int) -> int:
+            return 2 * number
+
+        assert double(4) == 8
+        assert double.type == f"{__name__}.{double.__qualname__}"
+        assert (double.queue.name, double.queue.schema) == ("default", None)
+
+
 class TestApplications:
+    def test_one_may_work_several_queues(self, extension, engine, url):
+        emails = Queue("emails")
+        app, apoq = Flask("shop"), Apoq(queues=[emails])
+        extension.configure(app, url)
+        extension.db.init_app(app)
+        apoq.init_app(app)
+        apoq.use("t", lambda task: None)
+
+        with app.app_context():
+            apoq.add("t")
+            emails.add(extension.db.session, "t")
+            extension.db.session.commit()
+            apoq.worker.work()
+            apoq.worker.work()
+            extension.db.engine.dispose()
+
+        assert tasks(engine) == [("t", "completed")] * 2
+
     def test_several_have_settings_of_their_own(self, make_app, apoq, db, engine, empty_url):
         other_engine = sa.create_engine(empty_url)
         with other_engine.begin() as connection:
@@ -365,16 +511,12 @@ class TestDatabases:
     """With binds, a task has to be where the workers look for it."""
 
     @pytest.fixture
-    def other_url(self, create_database, drop_database, template) -> Iterator[sa.URL]:
-        url = create_database(template.database)
-        yield url
-        drop_database(url)
+    def other_url(self, databases) -> sa.URL:
+        return databases[1]
 
     @pytest.fixture
     def other(self, other_url) -> Iterator[sa.Engine]:
-        engine = sa.create_engine(other_url)
-        yield engine
-        engine.dispose()
+        yield from emptied(other_url)
 
     def test_a_session_on_another_bind_is_refused(self, make_app, extension, apoq, other_url):
         app = make_app(binds={"other": other_url})
@@ -558,8 +700,23 @@ class TestSettings:
             self.read(Apoq(queue=emails), APOQ_QUEUE="other")
 
     def test_a_queue_is_a_queue(self):
-        with pytest.raises(TypeError, match=r"queue is a Queue, such as Queue\('emails'\), not 'emails'"):
+        with pytest.raises(TypeError, match=r"a queue is a Queue, such as Queue\('emails'\), not 'emails'"):
             Apoq(queue="emails")
+        with pytest.raises(TypeError, match="not 'e'"):
+            Apoq(queues="emails")
+
+
+def test_its_documentation_runs(empty_url, monkeypatch, capsys):
+    page = Path(__file__).parent.parent / "docs" / "flask.md"
+    code = "\n".join(re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL))
+    monkeypatch.setenv("DATABASE_URL", empty_url.render_as_string(hide_password=False))
+
+    namespace: dict[str, Any] = {"__name__": "app"}
+    exec(compile(code, "docs/flask.md", "exec", dont_inherit=True), namespace)
+
+    assert capsys.readouterr().out == "📧 welcome, ada@example.org\n"
+    with namespace["app"].app_context():
+        namespace["db"].engine.dispose()
 
 
 class TestItsTests:

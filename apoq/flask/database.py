@@ -17,7 +17,7 @@ from apoq.errors import ApoqError, UnsupportedSession
 from apoq.model import Task
 from apoq.sessions import AsyncioSession, SyncSession
 
-AnySession = Session | AsyncSession | scoped_session[Session] | async_scoped_session[AsyncSession]
+AnySession = Session | AsyncSession | scoped_session[Any] | async_scoped_session[Any]
 
 
 class Database:

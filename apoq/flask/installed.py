@@ -38,11 +38,13 @@ class Installed:
     """apoq in one application: its settings, its queue, its database, and its worker in this process."""
 
     def __init__(
-        self, app: Flask, settings: Settings, queue: Queue, database: Database, owner: Owner
+        self, app: Flask, settings: Settings, queues: tuple[Queue, ...], database: Database, owner: Owner
     ) -> None:
         self.app = app
         self.settings = settings
-        self.queue = queue
+        self.queue = queues[0]
+        """What tasks are added to."""
+        self._queues = queues
         self.database = database
         self.owner = owner
         self._lock = threading.Lock()
@@ -61,7 +63,7 @@ class Installed:
                 settings = self.settings
                 worker = Worker(
                     self.database.engine,
-                    self.queue,
+                    *self._queues,
                     concurrency=settings.concurrency,
                     poll_interval=settings.poll_interval,
                     lease=settings.lease,
