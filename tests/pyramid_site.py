@@ -51,6 +51,15 @@ def add_and_refuse(request):
     raise HTTPBadRequest
 
 
+def add_in_savepoint(request):
+    """Add two, of which one is undone."""
+    add(request)
+    savepoint = request.tm.savepoint()
+    add(request)
+    savepoint.rollback()
+    return Response("added")
+
+
 def add_on_the_third_attempt(request):
     add(request)
     if request.environ["retry.attempt"] < 2:
@@ -67,7 +76,16 @@ def process_id(_request):
     return Response(str(os.getpid()))
 
 
-VIEWS = [add, add_many, add_and_raise, add_and_refuse, add_on_the_third_attempt, health, process_id]
+VIEWS = [
+    add,
+    add_many,
+    add_in_savepoint,
+    add_and_raise,
+    add_and_refuse,
+    add_on_the_third_attempt,
+    health,
+    process_id,
+]
 
 
 @apoq_task("note", retry_limit=0)

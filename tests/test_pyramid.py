@@ -119,6 +119,11 @@ class TestAdding:
 
         assert tasks() == []
 
+    def test_what_is_undone_to_a_savepoint_is_not_there(self, browser, tasks):
+        browser.get("/add_in_savepoint")
+
+        assert tasks() == [("note", "pending")]
+
     def test_a_request_that_is_tried_again_leaves_one(self, browser, tasks):
         browser.get("/add_on_the_third_attempt")
 
@@ -396,7 +401,8 @@ class TestConfiguration:
     @pytest.mark.parametrize(
         ("function", "says"),
         [
-            (lambda task: None, r"`def <lambda>\(task, request\)`"),
+            (lambda task: None, r"let it take them, `\(task, request\)`"),
+            ("pyramid_site", "takes a function of a task and a request, not <module"),
             (coroutine, "is a coroutine function, and Pyramid's requests belong to a thread"),
             (generator, "is a generator function, of which a call runs nothing"),
         ],
@@ -464,6 +470,31 @@ class TestTypedTasks:
             config.add_apoq_task(note_typed)
         with pytest.raises(Misconfigured, match="takes a Queue, such as"):
             config.add_apoq_queue(note_typed)
+
+    def test_their_queue_may_be_given_twice_and_be_said_in_two_places(self, config):
+        another = Queue("emails")
+        another.task(type="another")(note_typed.function)
+        for queue in (emails, another, emails):
+            config.add_apoq_queue(queue)
+        config.commit()
+
+        assert len(introspected(config)) == 2
+
+    @pytest.mark.parametrize(
+        ("setting", "works"),
+        [
+            ({}, "Queue('emails', schema='jobs'), Queue('default')"),
+            ({"apoq.queues": "emails"}, "Queue('emails', schema='jobs')"),
+            ({"apoq.queues": "reports"}, "Queue('reports')"),
+        ],
+    )
+    def test_their_queue_is_worked_unless_others_are_named(self, settings, setting, works):
+        with Configurator(settings=settings | setting) as config:
+            pyramid_site.add_session(config)
+            config.include("apoq.pyramid")
+            config.add_apoq_queue(Queue("emails", schema="jobs"))
+
+        assert repr(make_worker(config.registry)) == f"<Worker of {works} concurrency=4>"
 
     def test_of_coroutines_can_not_be_processed(self, config):
         queue = Queue()

@@ -55,8 +55,11 @@ class Application:
         """Make a worker with the application's processors, as its settings say."""
         settings = self.settings
         requests = Requests(self._registry, settings)
+        typed = [queue for queue in self.queues if not settings.queues or queue.name in settings.queues]
         named = settings.make_queues()
-        typed = [queue for queue in self.queues if not settings.queues or queue in named]
+        if settings.queues:
+            # Which may be in a schema of its own.
+            named = [queue for queue in named if queue.name not in {queue.name for queue in typed}]
         try:
             worker = Worker(requests.engine, *typed, *named, around=requests.around, **settings.worker)
             for type_, (processor, options) in self.processors.items():

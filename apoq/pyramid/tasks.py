@@ -47,13 +47,15 @@ def add_apoq_task(
     found: Any = config.maybe_dotted(function)
     if isinstance(found, TypedTask):
         raise Misconfigured(f"{found!r} is no function of a task and a request: config.add_apoq_queue(queue)")
-    name = f"{found.__module__}.{found.__qualname__}"
+    if not callable(found):
+        raise Misconfigured(f"add_apoq_task takes a function of a task and a request, not {glimpse(found)}")
+    name = _name_of(found)
     type = type or name
-    processor = _processor(found, name)
     try:
         make_processor(type, found, **options)
     except InvalidProcessor as error:
         raise Misconfigured(str(error)) from None
+    processor = _processor(found, name)
     introspectable = config.introspectable(CATEGORY, type, f"{type}: {name}", "apoq task")
     introspectable.update({"type": type, "function": found, **options})
 
@@ -73,7 +75,10 @@ def add_apoq_queue(config: Any, queue: Queue | str) -> None:
         raise Misconfigured(f"add_apoq_queue takes a Queue, such as Queue('emails'), not {glimpse(found)}")
 
     def register() -> None:
-        Application.of(config.registry).queues.append(found)
+        queues = Application.of(config.registry).queues
+        if any(queue is found for queue in queues):
+            return
+        queues.append(found)
         # Only now, for a scan may just have imported them.
         for type_, task in found.tasks.items():
             if task.processor.is_coroutine:
@@ -84,7 +89,7 @@ def add_apoq_queue(config: Any, queue: Queue | str) -> None:
             introspectable.update({"type": type_, "function": task.function, "queue": found})
             config.action(None, introspectables=(introspectable,))
 
-    config.action((CATEGORY, found), register)
+    config.action(None, register)
 
 
 class apoq_task:  # noqa: N801 - as view_config is
@@ -112,15 +117,20 @@ class apoq_task:  # noqa: N801 - as view_config is
         return function
 
 
+def _name_of(function: Callable[..., Any]) -> str:
+    name = getattr(function, "__qualname__", None) or type(function).__qualname__
+    return f"{function.__module__}.{name}"
+
+
 def _processor(function: Callable[..., Any], name: str) -> Callable[[Any], Any]:
     if is_coroutine_function(function):
         raise Misconfigured(f"{name} {_NO_COROUTINE}")
     try:
         inspect.signature(function).bind("task", "request")
-    except TypeError:
+    except (TypeError, ValueError):
         raise Misconfigured(
             f"{name} is called with the running task and a request, as a view is with its context and a "
-            f"request: `def {function.__name__}(task, request)`"
+            "request: let it take them, `(task, request)`"
         ) from None
 
     @wraps(function)
