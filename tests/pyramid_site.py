@@ -60,6 +60,14 @@ def add_in_savepoint(request):
     return Response("added")
 
 
+def cancel(request):
+    return Response(str(request.apoq.cancel(int(request.params["id"]), reason="not wanted")))
+
+
+def retry(request):
+    return Response(str(request.apoq.retry(int(request.params["id"]))))
+
+
 def add_on_the_third_attempt(request):
     add(request)
     if request.environ["retry.attempt"] < 2:
@@ -83,6 +91,8 @@ VIEWS = [
     add_and_raise,
     add_and_refuse,
     add_on_the_third_attempt,
+    cancel,
+    retry,
     health,
     process_id,
 ]

@@ -124,6 +124,15 @@ class TestAdding:
 
         assert tasks() == [("note", "pending")]
 
+    def test_what_is_cancelled_or_run_once_more_is_so_with_the_commit(self, browser, tasks):
+        task_id = browser.get("/add").text
+
+        assert browser.get("/cancel", {"id": task_id}).text == "True"
+        assert tasks() == [("note", "cancelled")]
+        assert browser.get("/retry", {"id": task_id}).text == "True"
+        assert tasks() == [("note", "pending")]
+        assert browser.get("/retry", {"id": "0"}).text == "False"
+
     def test_a_request_that_is_tried_again_leaves_one(self, browser, tasks):
         browser.get("/add_on_the_third_attempt")
 

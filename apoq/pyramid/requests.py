@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, Unpack
 
 from pyramid.interfaces import IRequestFactory
@@ -25,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 class RequestTasks:
-    """Adds tasks in a request's transaction: ``request.apoq``."""
+    """Adds tasks, cancels them and runs them once more, in a request's transaction: ``request.apoq``."""
 
     def __init__(self, request: Any, settings: Settings, worker: Worker | None) -> None:
         self._request = request
@@ -46,6 +47,14 @@ class RequestTasks:
     def add_many(self, type: str, datas: Iterable[Any], **options: Unpack[Options]) -> int:
         """Add a task for each of `datas`, and answer how many there were; see `Queue.add_many`."""
         return self.queue.add_many(self.session, type, datas, **options)
+
+    def cancel(self, task: Task | int, *, reason: str = "") -> bool:
+        """Cancel a task, or the one with this id, and answer whether it did; see `Queue.cancel`."""
+        return self.queue.cancel(self.session, task, reason=reason)
+
+    def retry(self, task: Task | int, *, delay: timedelta | None = None) -> bool:
+        """Run a task once more that has ended, and answer whether it will be; see `Queue.retry`."""
+        return self.queue.retry(self.session, task, delay=delay)
 
 
 class Requests:
