@@ -43,6 +43,9 @@ CLOCK: Final = "apoq_clock"
 LINES = 50
 """That a COPY sends at once: one by one, they would take longer."""
 
+COMMITS_WITH = "apoq.commits_with"
+"""In the `info` of a session on a connection: the session that commits what this one has written."""
+
 
 class Driver(Protocol):
     """The psycopg connection of a caller's transaction."""
@@ -140,6 +143,8 @@ class _OrmSession:
         # A session on a connection is in somebody else's transaction, often one that a test rolls back.
         if isinstance(self._bind, Engine):
             hint_after_session_commit(self._session, self._bind, hint)
+        elif COMMITS_WITH in self._session.info:
+            hint_after_session_commit(self._session.info[COMMITS_WITH], self._bind.engine, hint)
 
 
 class _CoreConnection:
