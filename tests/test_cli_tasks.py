@@ -537,3 +537,10 @@ def test_a_schema_of_its_own_does_as_well(run, module_engine):
     assert "pending" in said[5].output
     assert len(run("list", "--json", "--schema", "jobs").stdout.splitlines()) == 2
     assert run("list").output == "No tasks.\n"
+
+
+@pytest.mark.parametrize("command", ["add", "retry", "cancel", "prune"])
+def test_an_example_in_a_help_stands_on_lines_of_its_own(run, command):
+    lines = run(command, "--help").output.splitlines()
+
+    assert [line for line in lines if line.startswith(f"      apoq {command} ")]

@@ -28,14 +28,14 @@ from apoq.queue import Queue
 def command(
     target: Target, /, *, task_type: str, data: Any, queue: str, as_json: bool, **options: Any
 ) -> None:
-    r"""Add a task.
+    """Add a task.
 
     TYPE says what is to be done. DATA is JSON as it stands, @PATH for a file that holds it, or - for stdin.
 
     \b
         apoq add send_welcome '{"user_id": 7}' --delay 1h
         echo '{"user_id": 7}' | apoq add send_welcome -
-    """
+    """  # noqa: D301 - click's sign
     with target.begin() as connection:
         task = Queue(queue, schema=target.schema).add(connection, task_type, data, **options)
     if as_json:

@@ -24,7 +24,7 @@ _STATES: Final = (PENDING, RUNNING)
 @yes_option
 @click.pass_obj
 def command(target: Target, /, *, ids: tuple[int, ...], state: str | None, yes: bool, **wanted: Any) -> None:
-    r"""Cancel tasks that are pending or running.
+    """Cancel tasks that are pending or running.
 
     Those with these IDs, or all that the options let through. A coroutine that runs is cancelled; a plain
     function that runs is told by `task.stopping`, and what it still writes in `task.session` is undone.
@@ -32,7 +32,7 @@ def command(target: Target, /, *, ids: tuple[int, ...], state: str | None, yes: 
     \b
         apoq cancel 7
         apoq cancel --type send_newsletter
-    """
+    """  # noqa: D301 - click's sign
     chosen = select(target, ids, (state,) if state else _STATES, {"state": state, **wanted})
     act(target, chosen, _cancel, _WORDS, ids=ids, yes=yes)
 

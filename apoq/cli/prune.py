@@ -46,14 +46,14 @@ def command(
     yes: bool,
     as_json: bool,
 ) -> None:
-    r"""Delete tasks that ended long ago.
+    """Delete tasks that ended long ago.
 
     Workers do so by themselves, a day after a completion and a week after a failure unless they are told
     otherwise. What has not ended is never deleted. Many small transactions, so that no worker waits for it.
 
     \b
         apoq prune --completed-before 1h --failed-before 30d
-    """
+    """  # noqa: D301 - click's sign
     if completed_before is None and failed_before is None:
         raise click.UsageError("what is to be deleted? Give --completed-before, --failed-before, or both.")
     kinds = [

@@ -23,7 +23,7 @@ _WORDS: Final = Words("retry", "Retried", "only a task that has ended can be ret
 @yes_option
 @click.pass_obj
 def command(target: Target, /, *, ids: tuple[int, ...], state: str | None, yes: bool, **wanted: Any) -> None:
-    r"""Run tasks again that have ended.
+    """Run tasks again that have ended.
 
     Those with these IDs, or all that the options let through. They are due at once, with all their attempts
     before them.
@@ -31,7 +31,7 @@ def command(target: Target, /, *, ids: tuple[int, ...], state: str | None, yes: 
     \b
         apoq retry 7
         apoq retry --state failed --type send_welcome --since 1h
-    """
+    """  # noqa: D301 - click's sign
     chosen = select(target, ids, (state or FAILED,), {"state": state, **wanted})
     act(target, chosen, _retry, _WORDS, ids=ids, yes=yes)
 
