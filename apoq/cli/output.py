@@ -19,19 +19,30 @@ _UNLIMITED: Final = 10_000
 def console() -> Console:
     """Answer a console on stdout, as it is now."""
     width = None if sys.stdout.isatty() else _UNLIMITED
-    return Console(highlight=False, soft_wrap=width is not None, width=width)
+    # No markup, and no emoji by name: what is shown has words of the users in it.
+    return Console(highlight=False, markup=False, emoji=False, soft_wrap=width is not None, width=width)
 
 
-def table(*columns: str, right: Iterable[str] = ()) -> Table:
-    """Begin a table with these headings, those in `right` over numbers; ``add_row`` takes strings."""
-    made = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
+def table(*columns: str, right: Iterable[str] = (), widest: int | None = None) -> Table:
+    """Begin a table with these headings, those in `right` over numbers; ``add_row`` takes strings.
+
+    `widest` is how many columns of a terminal a string may take; what is longer is cut.
+    """
+    made = Table(
+        box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold"
+    )
     numbers = set(right)
     for column in columns:
         if column in numbers:
             made.add_column(column, justify="right", no_wrap=True)
         else:
-            made.add_column(column, overflow="ellipsis", no_wrap=True)
+            made.add_column(column, overflow="ellipsis", no_wrap=True, max_width=widest)
     return made
+
+
+def widest(columns: int) -> int | None:
+    """Answer this where the output is a terminal; a program or a file wants whole values."""
+    return columns if sys.stdout.isatty() else None
 
 
 def show(shown: RenderableType) -> None:
@@ -42,6 +53,12 @@ def show(shown: RenderableType) -> None:
 def show_json(value: Any) -> None:
     """Print one JSON document; times in ISO 8601, durations in seconds."""
     click.echo(json.dumps(value, default=_plain, ensure_ascii=False, indent=2))
+
+
+def show_json_lines(values: Iterable[Any]) -> None:
+    """Print a line of JSON for each value."""
+    for value in values:
+        click.echo(json.dumps(value, default=_plain, ensure_ascii=False))
 
 
 def json_option(function: Callable[..., Any]) -> Callable[..., Any]:
