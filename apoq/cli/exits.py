@@ -68,7 +68,7 @@ def explained(url: URL | None = None) -> Iterator[None]:
 def _explain(cause: Any, url: URL | None) -> Failure | None:
     message = " ".join(str(cause).split())
     if getattr(cause, "sqlstate", None) in _MISSING:
-        return NotReady(f"{message}: bring apoq's tables up to date with `{migrate()}`")
+        return NotReady(f"{message}: bring apoq's tables up to date with `apoq migrate`")
     if getattr(cause, "sqlstate", None) == _FORBIDDEN:
         return Failure(f"{message}: use a role that may do that")
     if is_away(cause):
@@ -81,13 +81,6 @@ def shown(url: URL) -> str:
     """Show where a URL leads, and no password."""
     query = {name: value for name, value in url.query.items() if name in {"host", "port", "service"}}
     return url.set(query=query, drivername="postgresql").render_as_string(hide_password=True)
-
-
-def migrate() -> str:
-    """Answer the command that brings the tables up to date, as it is called here."""
-    context = click.get_current_context(silent=True)
-    path = "apoq" if context is None or context.parent is None else context.parent.command_path
-    return f"{path} migrate"
 
 
 def warn(message: str) -> None:

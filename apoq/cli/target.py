@@ -10,12 +10,11 @@ import sqlalchemy as sa
 import sqlalchemy.exc
 from sqlalchemy import URL
 
-from apoq.cli.exits import BadUsage, NotReady, explained, migrate
+from apoq.cli.exits import BadUsage, explained
 from apoq.connections import prepare_where_kept
 from apoq.databases import database_url
 from apoq.errors import UnsupportedDatabase
-from apoq.migrations import LATEST, current
-from apoq.migrations.steps import newer
+from apoq.migrations import check
 
 CONNECT_TIMEOUT: Final = 10
 """Seconds after which a server that doesn't answer is unreachable, unless the URL says otherwise."""
@@ -68,22 +67,8 @@ class Target:
         """
         with explained(self.url), self.engine.begin() as connection:
             if prepared:
-                self.check(connection)
+                check(connection, self.schema)
             yield connection
-
-    def check(self, connection: sa.Connection) -> None:
-        """Fail, and name the command that mends it, unless the tables are at this library's version."""
-        version = current(connection, self.schema)
-        if version > LATEST:
-            raise NotReady(newer(version))
-        if version < LATEST:
-            where = "" if self.schema is None else f" in the schema {self.schema!r}"
-            what = f"are at version {version}" if version else "are missing"
-            schema = "" if self.schema is None else f" --schema {self.schema}"
-            raise NotReady(
-                f"apoq's tables{where} {what}, and this library wants version {LATEST}: run "
-                f"`{migrate()}{schema}`, or `alembic upgrade head` where your migrations include apoq's"
-            )
 
 
 def _read(url: str | None) -> URL:

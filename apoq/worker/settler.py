@@ -24,6 +24,7 @@ from apoq.statements.arrays import array_text
 from apoq.statements.settle import settle
 from apoq.worker.attempts import Ended, TaskLost
 from apoq.worker.completion import Completion
+from apoq.worker.tally import Counter
 
 logger = logging.getLogger(__name__)
 
@@ -43,11 +44,13 @@ class Settler:
         engine: Engine,
         events_: Events,
         completion: Completion,
+        counter: Counter,
         *,
         on_settled: Callable[[list[Ended]], None],
     ) -> None:
         self._engine = engine
         self._completion = completion
+        self._counter = counter
         self._events = events_
         self._on_settled = on_settled
         self._ended: deque[Ended] = deque()
@@ -93,6 +96,7 @@ class Settler:
                 )
             elif end.outcome is not None or rows[end.task.id] is not None:
                 self._tell(end, rows[end.task.id])
+        self._counter.count(end for end in ends if end.task.id in rows)
         self._on_settled(ends)
 
     def _write(self, ends: list[Ended]) -> Rows:
