@@ -27,6 +27,7 @@ from apoq.databases import check_dialect
 from apoq.errors import NotPrepared, UnsupportedSession
 from apoq.hints import hint_after_connection_commit, hint_after_session_commit
 from apoq.model import Task
+from apoq.reading import read_anything
 
 SyncSession = Session | scoped_session[Session] | Connection | psycopg.Connection[Any]
 AsyncioSession = (
@@ -93,7 +94,7 @@ def through(
         f"{type(session).__qualname__}: "
         "`with Session(engine) as session, session.begin(): queue.add(session, …)`. It may be SQLAlchemy's "
         "Session, scoped_session, AsyncSession, Connection or AsyncConnection, or psycopg 3's Connection or "
-        "AsyncConnection"
+        "AsyncConnection. In Django that is `connection.connection`, inside `transaction.atomic()`"
     )
 
 
@@ -148,11 +149,15 @@ class _CoreConnection:
 
 
 class _PsycopgConnection:
+    # With cursors of a kind that we know, whatever the connection makes: Django's answer jsonb as text, and
+    # a RawCursor takes no named parameters.
+
     def __init__(self, connection: psycopg.Connection[Any]) -> None:
         self._connection = connection
 
     def execute(self, statement: Executable, parameters: dict[str, Any]) -> Sequence[Row]:
-        with _clear_errors(statement), self._connection.cursor(row_factory=dict_row) as cursor:
+        with _clear_errors(statement), psycopg.Cursor(self._connection, row_factory=dict_row) as cursor:
+            read_anything(cursor)
             cursor.execute(*_compiled(statement, parameters))
             return cursor.fetchall() if cursor.description else ()
 
@@ -162,7 +167,7 @@ class _PsycopgConnection:
         yield self if self._connection.pgconn.pipeline_status == PipelineStatus.OFF else None
 
     def copy(self, statement: Composed, lines: Iterator[str]) -> None:
-        with self._connection.cursor() as cursor, cursor.copy(statement) as copy:
+        with psycopg.Cursor(self._connection) as cursor, cursor.copy(statement) as copy:
             while chunk := "".join(islice(lines, LINES)):
                 copy.write(chunk)
 
@@ -182,7 +187,8 @@ class _AsyncPsycopgConnection(_PsycopgConnection):
 
     async def _execute(self, statement: Executable, parameters: dict[str, Any]) -> Sequence[Row]:
         with _clear_errors(statement):
-            async with self._connection.cursor(row_factory=dict_row) as cursor:
+            async with psycopg.AsyncCursor(self._connection, row_factory=dict_row) as cursor:
+                read_anything(cursor)
                 await cursor.execute(*_compiled(statement, parameters))
                 return await cursor.fetchall() if cursor.description else ()
 
@@ -190,7 +196,7 @@ class _AsyncPsycopgConnection(_PsycopgConnection):
         await_only(self._copy(statement, lines))
 
     async def _copy(self, statement: Composed, lines: Iterator[str]) -> None:
-        async with self._connection.cursor() as cursor, cursor.copy(statement) as copy:
+        async with psycopg.AsyncCursor(self._connection) as cursor, cursor.copy(statement) as copy:
             while chunk := "".join(islice(lines, LINES)):
                 await copy.write(chunk)
 
