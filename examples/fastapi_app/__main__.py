@@ -1,0 +1,26 @@
+"""Starts everything: a database and a mail server where none are given, and the web server, which works too."""
+
+import logging
+import os
+from contextlib import ExitStack
+from pathlib import Path
+
+import alembic.command
+import uvicorn
+from aiosmtpd.controller import Controller
+from aiosmtpd.handlers import Debugging
+from alembic.config import Config
+
+from apoq.embedded import database
+
+logging.basicConfig(level=logging.INFO, format="%(message)s")
+
+with ExitStack() as stack:
+    os.environ["DATABASE_URL"] = stack.enter_context(database())
+    if "SMTP_PORT" not in os.environ:
+        mail_server = Controller(Debugging(), hostname="127.0.0.1", port=8025)  # prints what it gets
+        mail_server.start()
+        stack.callback(mail_server.stop)
+        os.environ.update(SMTP_HOST=mail_server.hostname, SMTP_PORT=str(mail_server.port))
+    alembic.command.upgrade(Config(Path(__file__).parent / "alembic.ini"), "head")
+    uvicorn.run("app:app", port=int(os.environ.get("PORT", "8000")))
