@@ -6,6 +6,7 @@
     ├── InvalidTask            (ValueError)   a type, data or an option that no task can have
     │   └── InvalidData                       data that jsonb can't hold; `path` says where
     ├── InvalidProcessor       (ValueError)   a processor, or its retry options, that can't be used
+    ├── MismatchedData         (ValueError)   a typed task's data that doesn't fit its function
     ├── UnsupportedDatabase    (TypeError)    not PostgreSQL, or not through psycopg 3
     ├── UnsupportedSession     (TypeError)    not something that a task can be added through
     ├── NotPrepared                           apoq's tables are missing, or at another version
@@ -46,6 +47,10 @@ class InvalidData(InvalidTask):
 
 class InvalidProcessor(ApoqError, ValueError):
     """A processor that can't be configured: its type has one already, or its options make no sense."""
+
+
+class MismatchedData(ApoqError, ValueError):
+    """A typed task's data that doesn't fit the parameters of its function (any more); this attempt fails."""
 
 
 class UnsupportedDatabase(ApoqError, TypeError):

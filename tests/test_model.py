@@ -41,7 +41,7 @@ from apoq.connections import execute, own_engine
 from apoq.events import Events
 from apoq.outcomes import Release, Settlement, WorkerDied
 from apoq.payload import encode
-from apoq.registry import Registry
+from apoq.registry import make_processor
 from apoq.statements.arrays import array_text
 from apoq.statements.claim import claim
 from apoq.statements.heartbeat import beat, forget, leave
@@ -107,9 +107,10 @@ def delay_after(fail_count: int) -> int:
     return HOUR * (fail_count - 1)
 
 
-registry = Registry()
-for type_, limit in LIMITS.items():
-    registry.use(type_, print, retry_limit=limit, retry_delay=delay_after)
+PROCESSORS = {
+    type_: make_processor(type_, print, retry_limit=limit, retry_delay=delay_after)
+    for type_, limit in LIMITS.items()
+}
 
 
 @dataclass
@@ -748,7 +749,7 @@ class Tasks(RuleBasedStateMachine):
             task = RunningTask(
                 row,
                 Queue(known.queue),
-                registry[row[1]],
+                PROCESSORS[row[1]],
                 time.monotonic(),
                 lambda: TaskSession(self.engine),
                 Notice(),

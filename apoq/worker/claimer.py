@@ -14,7 +14,7 @@ from sqlalchemy import Engine
 from apoq.connections import execute
 from apoq.outcomes import WorkerDied
 from apoq.queue import Queue
-from apoq.registry import Registry
+from apoq.registry import Processor, Registry
 from apoq.statements.arrays import array_text
 from apoq.statements.claim import claim
 from apoq.statements.recover import give_back
@@ -69,7 +69,7 @@ class Claimer:
         positions: dict[Queue, Position],
         lease: Lease,
         on_claim: Callable[[int, int], None],
-        make: Callable[[tuple[Any, ...], Queue, float], AnyRunningTask],
+        make: Callable[[tuple[Any, ...], Queue, Processor, float], AnyRunningTask],
         put_ended: Callable[[Ended], None],
     ) -> None:
         self._engine = engine
@@ -143,14 +143,11 @@ class Claimer:
     def claim(self, limit: int, free: int) -> list[AnyRunningTask]:
         """Claim up to `limit` tasks, where `free` slots have nothing to do."""
         tasks: list[AnyRunningTask] = []
-        types = self._registry.types
-        if not types:
-            return tasks
         with self._lock:
             self._give_back_strays()
             for queue in self._rotated():
                 if len(tasks) < limit:
-                    tasks += self._claim_from(queue, types, limit - len(tasks), free - len(tasks))
+                    tasks += self._claim_from(queue, limit - len(tasks), free - len(tasks))
         return tasks
 
     def _startable(self, tasks: list[AnyRunningTask]) -> Iterator[AnyRunningTask]:
@@ -168,11 +165,14 @@ class Claimer:
             if held.get(task.id) is task:
                 del held[task.id]
 
-    def _claim_from(self, queue: Queue, types: list[str], limit: int, free: int) -> list[AnyRunningTask]:
+    def _claim_from(self, queue: Queue, limit: int, free: int) -> list[AnyRunningTask]:
+        processors = self._registry.of(queue)
+        if not processors:
+            return []
         position = self._positions[queue]
         parameters = {
             "from_queue": queue.name,
-            "of_types": types,
+            "of_types": list(processors),
             "at_most": limit,
             "ahead": limit > free,
             "by_worker": self.worker_id,
@@ -184,7 +184,7 @@ class Claimer:
         rows.sort(key=_order)
         position.claimed(rows, is_all=len(rows) < limit)
         now = time.monotonic()
-        tasks = [self._make(row, queue, now) for row in rows]
+        tasks = [self._make(row, queue, processors[row[1]], now) for row in rows]
         self.held.update({task.id: task for task in tasks})
         return tasks
 

@@ -9,7 +9,7 @@ from typing import Any, Final, Generic, TypeVar
 
 from apoq.queue import Queue
 from apoq.reading import read_json, read_time
-from apoq.registry import Processor
+from apoq.registry import Processor, Running
 from apoq.retry import LONGEST_DELAY, RetryPolicy
 from apoq.worker.task_sessions import AsyncTaskSession, TaskSession, cut_off, is_cut_off
 
@@ -27,9 +27,7 @@ class Notice:
         self.is_given = False
 
 
-class _Running(Generic[S]):
-    """A claimed task, as its processor sees it."""
-
+class _Running(Running, Generic[S]):
     __slots__ = (
         "claimed_at",
         "data",
@@ -174,11 +172,15 @@ class RunningTask(_Running[TaskSession]):
 
     __slots__ = ()
 
+    is_async = False
+
 
 class AsyncRunningTask(_Running[AsyncTaskSession]):
     """What a coroutine processor gets: the task, and ``task.session``, an `AsyncSession`."""
 
     __slots__ = ()
+
+    is_async = True
 
 
 AnyRunningTask = RunningTask | AsyncRunningTask

@@ -23,7 +23,7 @@ from apoq.events import Events
 from apoq.migrations.prepare import check
 from apoq.model import Task, detached
 from apoq.queue import Queue
-from apoq.registry import Around, Registry
+from apoq.registry import Around, Processor, Registry, make_processor
 from apoq.retry import DEFAULT_RETRY_LIMIT, RetryDelay, exponential_backoff, seconds
 from apoq.statements.hint import payload
 from apoq.states import COMPLETED, PENDING
@@ -117,8 +117,11 @@ class Worker:
             if keep is not None and (not isinstance(keep, timedelta) or keep < timedelta()):
                 raise ValueError(f"{name} is a timedelta, or None for ever, not {keep!r}")
         self.events = Events()
-        self._queues = queues or (Queue(),)
+        # Two that are equal are one, whose typed tasks were said in two places.
+        self._queues = tuple(dict.fromkeys(queues or (Queue(),)))
         self._registry = Registry(around)
+        for queue in queues:
+            queue.register_in(self._registry)
         self._assemble = partial(
             self._put_together,
             engine,
@@ -271,7 +274,10 @@ class Worker:
 
         Raises `InvalidProcessor` where the type has a processor already, or an option makes no sense.
         """
-        self._registry.use(type, processor, retry_limit=retry_limit, retry_delay=retry_delay, timeout=timeout)
+        made = make_processor(
+            type, processor, retry_limit=retry_limit, retry_delay=retry_delay, timeout=timeout
+        )
+        self._registry.use(type, made)
         self._hint()
 
     def work(self) -> Task | None:
@@ -496,8 +502,9 @@ class Worker:
         known = {name: getattr(end.task, name) for name in KNOWN}
         return found or detached(end.task.from_queue.schema, known | {"state": COMPLETED})
 
-    def _make(self, row: tuple[Any, ...], queue: Queue, claimed: float) -> AnyRunningTask:
-        processor = self._registry[row[1]]
+    def _make(
+        self, row: tuple[Any, ...], queue: Queue, processor: Processor, claimed: float
+    ) -> AnyRunningTask:
         if processor.is_coroutine:
             return AsyncRunningTask(row, queue, processor, claimed, self._sessions.open_async, self._notice)
         return RunningTask(row, queue, processor, claimed, self._sessions.open, self._notice)
