@@ -1,4 +1,4 @@
-"""Starts everything: a database and a mail server where none are given, and the web server, which works too."""
+"""Starts everything: a database and a mail server where none are given, and a web server that works, too."""
 
 import logging
 import os
@@ -16,7 +16,7 @@ from apoq.embedded import database
 logging.basicConfig(level=logging.INFO, format="%(message)s")
 
 with ExitStack() as stack:
-    os.environ["DATABASE_URL"] = stack.enter_context(database())
+    os.environ.update(DATABASE_URL=stack.enter_context(database()), EMBEDDED_WORKER="1")
     if "SMTP_PORT" not in os.environ:
         mail_server = Controller(Debugging(), hostname="127.0.0.1", port=8025)  # prints what it gets
         mail_server.start()

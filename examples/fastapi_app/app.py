@@ -4,7 +4,7 @@ import asyncio
 import os
 import smtplib
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from email.message import EmailMessage
 from pathlib import Path
 from typing import Annotated
@@ -44,13 +44,28 @@ class Mail(Base):
     user: Mapped[User] = relationship()
 
 
+@queue.task
+async def send_welcome(task: AsyncRunningTask, user_id: int) -> None:
+    user = await task.session.get_one(User, user_id)
+    message = EmailMessage()
+    message["From"], message["To"] = "hello@example.org", user.email
+    message["Subject"] = f"Welcome, {user.name}"
+    message.set_content("It's good to have you here.")
+    await asyncio.to_thread(send, message)
+    task.session.add(Mail(user=user))  # commits together with the task's completion
+
+
+def send(message: EmailMessage) -> None:
+    host, port = os.environ.get("SMTP_HOST", "localhost"), int(os.environ.get("SMTP_PORT", "25"))
+    with smtplib.SMTP(host, port) as smtp:
+        smtp.send_message(message)
+
+
 @asynccontextmanager
 async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-    if os.environ.get("EMBEDDED_WORKER", "1") == "1":
-        async with apoq.fastapi.lifespan(worker):
-            yield
-    else:
-        yield  # `apoq worker app:worker` is what works
+    works = os.environ.get("EMBEDDED_WORKER") == "1"  # or else `apoq worker app:worker` does
+    async with apoq.fastapi.lifespan(worker) if works else nullcontext():
+        yield
     await engine.dispose()
 
 
@@ -75,7 +90,7 @@ async def sign_up(
     user = User(name=name, email=email)
     session.add(user)
     await session.flush()  # for its id
-    await queue.add(session, "send_welcome", {"user_id": user.id})
+    await send_welcome.add(session, user_id=user.id)
     if fail:
         raise RuntimeError("neither the user nor the task is there now")
     return RedirectResponse("/", 303)  # both are, before this is sent
@@ -84,22 +99,3 @@ async def sign_up(
 @app.get("/health")
 async def health() -> JSONResponse:
     return JSONResponse({"worker": worker.healthy()}, 200 if worker.healthy() else 503)
-
-
-async def send_welcome(task: AsyncRunningTask) -> None:
-    user = await task.session.get_one(User, task.data["user_id"])
-    message = EmailMessage()
-    message["From"], message["To"] = "hello@example.org", user.email
-    message["Subject"] = f"Welcome, {user.name}"
-    message.set_content("It's good to have you here.")
-    await asyncio.to_thread(send, message)
-    task.session.add(Mail(user=user))  # commits together with the task's completion
-
-
-def send(message: EmailMessage) -> None:
-    host, port = os.environ.get("SMTP_HOST", "localhost"), int(os.environ.get("SMTP_PORT", "25"))
-    with smtplib.SMTP(host, port) as smtp:
-        smtp.send_message(message)
-
-
-worker.use("send_welcome", send_welcome)
