@@ -14,6 +14,7 @@ from alembic.config import Config
 from apoq.embedded import database
 
 logging.basicConfig(level=logging.INFO, format="%(message)s")
+logging.getLogger("mail.log").setLevel(logging.WARNING)
 
 with ExitStack() as stack:
     os.environ.update(DATABASE_URL=stack.enter_context(database()), EMBEDDED_WORKER="1")

@@ -1,0 +1,28 @@
+"""Starts everything: a database and a mail server where none are given, the worker, and the web server."""
+
+import logging
+import os
+from contextlib import ExitStack
+
+from aiosmtpd.controller import Controller
+from aiosmtpd.handlers import Debugging
+from django.core.management import call_command
+
+from apoq.embedded import database
+
+logging.basicConfig(level=logging.INFO, format="%(message)s")
+logging.getLogger("mail.log").setLevel(logging.WARNING)
+
+with ExitStack() as stack:
+    os.environ.update(DATABASE_URL=stack.enter_context(database()), DEBUG="1")
+    if "SMTP_PORT" not in os.environ:
+        mail_server = Controller(Debugging(), hostname="127.0.0.1", port=8025)  # prints what it gets
+        mail_server.start()
+        stack.callback(mail_server.stop)
+        os.environ.update(SMTP_HOST=mail_server.hostname, SMTP_PORT=str(mail_server.port))
+    from mysite.worker import worker  # reads these settings
+
+    call_command("migrate")
+    worker.start()
+    stack.callback(worker.stop)
+    call_command("runserver", f"127.0.0.1:{os.environ.get('PORT', '8000')}", use_reloader=False)
