@@ -6,7 +6,7 @@ Operations are written once, against `Caller`; the asyncio kinds are derived fro
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
 from typing import Any, Protocol, TypeVar, cast
 
@@ -158,13 +158,14 @@ class _PsycopgConnection:
     def execute(self, statement: Executable, parameters: dict[str, Any]) -> Sequence[Row]:
         with _clear_errors(statement), psycopg.Cursor(self._connection, row_factory=dict_row) as cursor:
             read_anything(cursor)
-            cursor.execute(*_compiled(statement, parameters))
+            # In a pipeline, another one around it waits for the answer.
+            with self._connection.pipeline() if self._is_in_pipeline() else nullcontext():
+                cursor.execute(*_compiled(statement, parameters))
             return cursor.fetchall() if cursor.description else ()
 
     @contextmanager
     def driver(self) -> Iterator[Driver | None]:
-        # COPY isn't possible in a pipeline.
-        yield self if self._connection.pgconn.pipeline_status == PipelineStatus.OFF else None
+        yield None if self._is_in_pipeline() else self  # in a pipeline there can be no COPY
 
     def copy(self, statement: Composed, lines: Iterator[str]) -> None:
         with psycopg.Cursor(self._connection) as cursor, cursor.copy(statement) as copy:
@@ -176,6 +177,9 @@ class _PsycopgConnection:
 
     def hint(self, payload: str) -> None:
         """Give none: psycopg doesn't tell of its commits. Workers find the task when they look next."""
+
+    def _is_in_pipeline(self) -> bool:
+        return self._connection.pgconn.pipeline_status != PipelineStatus.OFF
 
 
 class _AsyncPsycopgConnection(_PsycopgConnection):
@@ -189,7 +193,8 @@ class _AsyncPsycopgConnection(_PsycopgConnection):
         with _clear_errors(statement):
             async with psycopg.AsyncCursor(self._connection, row_factory=dict_row) as cursor:
                 read_anything(cursor)
-                await cursor.execute(*_compiled(statement, parameters))
+                async with self._connection.pipeline() if self._is_in_pipeline() else nullcontext():
+                    await cursor.execute(*_compiled(statement, parameters))
                 return await cursor.fetchall() if cursor.description else ()
 
     def copy(self, statement: Composed, lines: Iterator[str]) -> None:
