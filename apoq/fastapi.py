@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, suppress
 from datetime import timedelta
 from typing import Any, Final
 
@@ -67,11 +67,14 @@ class lifespan(AbstractAsyncContextManager[None]):  # noqa: N801 - called as if 
     async def __aenter__(self) -> None:
         """Start the worker."""
         loop = asyncio.get_running_loop()
+        # On a thread, for it connects to the database, and waits a few seconds for one that is away.
+        starting = asyncio.ensure_future(asyncio.to_thread(self._worker.start, loop=loop))
         try:
-            # On a thread, for it waits for the database, or for three seconds.
-            await asyncio.to_thread(self._worker.start, loop=loop)
-        except BaseException:
-            await self._stop()  # cancelled, while the thread went on
+            await asyncio.shield(starting)
+        except asyncio.CancelledError:
+            with suppress(Exception):
+                await starting  # for nothing cancels the thread
+            await self._stop()
             raise
 
     async def __aexit__(self, *_: object) -> None:
