@@ -241,7 +241,7 @@ def _clear_errors(statement: Any) -> Iterator[None]:
             schema = "" if statement.table.schema is None else f", schema={statement.table.schema!r}"
             raise NotPrepared(
                 f"{cause.diag.message_primary}: are apoq's tables missing, or at another version? "
-                f"Run `apoq.prepare(engine{schema})`, or `alembic upgrade head` where your migrations "
-                "include apoq's"
+                f"Run `apoq migrate`, `apoq.prepare(engine{schema})`, or `alembic upgrade head` where your "
+                "migrations include apoq's"
             ) from error
         raise

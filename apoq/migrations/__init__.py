@@ -6,6 +6,7 @@ and `upgrade` in a revision of your own project's history.
 
 from __future__ import annotations
 
+from apoq.migrations.differences import differences
 from apoq.migrations.prepare import check, prepare
 from apoq.migrations.steps import (
     LATEST,
@@ -24,6 +25,7 @@ __all__ = [
     "adopt",
     "check",
     "current",
+    "differences",
     "downgrade",
     "include_object",
     "lock",

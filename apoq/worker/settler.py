@@ -26,6 +26,7 @@ from apoq.statements.settle import settle
 from apoq.worker.attempts import Ended, TaskLost
 from apoq.worker.completion import Completion
 from apoq.worker.running import Batch, Claimed
+from apoq.worker.tally import Counter
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ class Settler:
         engine: Engine,
         events_: Events,
         completion: Completion,
+        counter: Counter,
         *,
         on_settled: Callable[[list[Claimed]], None],
         on_pending: Callable[[float], None],
@@ -53,6 +55,7 @@ class Settler:
         """`on_pending` is called with the seconds until a task that was settled is due again."""
         self._engine = engine
         self._completion = completion
+        self._counter = counter
         self._events = events_
         self._on_settled = on_settled
         self._on_pending = on_pending
@@ -90,6 +93,7 @@ class Settler:
     def _complete(self, schema: str | None, tasks: list[Claimed]) -> None:
         tasks.sort(key=itemgetter(_ID))
         rows = self._survive(partial(self._execute_completion, schema), tasks)
+        self._counter.count(None, len(rows))
         for task in tasks:
             if task[_ID] not in rows:
                 _log_lost(task)
@@ -108,6 +112,7 @@ class Settler:
                 _log_lost(end.task.row)
             else:
                 self._tell(end, rows[end.task.id])
+                self._counter.count(end.settlement)
         self._on_settled([end.task.row for end in ends])
         for end in ends:
             if end.settlement is not None and end.settlement.state == states.PENDING:

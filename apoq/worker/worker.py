@@ -6,7 +6,7 @@ import asyncio
 import logging
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import datetime, timedelta
 from functools import partial
 from queue import SimpleQueue
@@ -45,6 +45,7 @@ from apoq.worker.running import KNOWN, AnyRunningTask, AsyncRunningTask, Batch, 
 from apoq.worker.scout import Scout
 from apoq.worker.settler import Settler
 from apoq.worker.slots import Slots, released
+from apoq.worker.tally import Counter, Tally
 from apoq.worker.task_sessions import TaskSessions
 
 logger = logging.getLogger(__name__)
@@ -110,10 +111,7 @@ class Worker:
                 raise TypeError(
                     f"a worker takes queues after its engine, such as Queue('emails'), not {queue!r}"
                 )
-        if isinstance(concurrency, bool) or not isinstance(concurrency, int) or concurrency < 1:
-            raise ValueError(
-                f"concurrency is the number of tasks that run at once, 1 or more, not {concurrency!r}"
-            )
+        _check_concurrency(concurrency)
         for name, value in (("poll_interval", poll_interval), ("lease", lease)):
             if not isinstance(value, timedelta) or value <= timedelta():
                 raise ValueError(f"{name} is a timedelta longer than nothing, not {value!r}")
@@ -172,10 +170,12 @@ class Worker:
         )
         lease_ = self._heartbeat.lease
         self._completion = Completion(self.events, lease_, keep=keep_completed != timedelta())
+        self._counter = Counter()
         self._settler = Settler(
             self._own_engine,
             self.events,
             self._completion,
+            self._counter,
             on_settled=self._settled,
             on_pending=self._look,
         )
@@ -237,6 +237,25 @@ class Worker:
 
     def __repr__(self) -> str:
         return f"<Worker of {', '.join(map(repr, self._queues))} concurrency={self._slots.concurrency}>"
+
+    def adjust(self, *, queues: Iterable[str] | None = None, concurrency: int | None = None) -> None:
+        """Change what it was made for, before it starts: what the command line's options do.
+
+        It works only those of its queues that have one of these names, or another number of tasks at once.
+        """
+        if self._enlisted:
+            raise RuntimeError("adjust a worker before it starts")
+        if queues is not None:
+            names, known = set(queues), [queue.name for queue in self._queues]
+            if not names or not names.issubset(known):
+                raise ValueError(
+                    f"this worker's queues are {', '.join(known)}, not {', '.join(names - {*known})}"
+                )
+            self._queues = tuple(queue for queue in self._queues if queue.name in names)
+        if concurrency is not None:
+            _check_concurrency(concurrency)
+            self._assemble = partial(self._assemble, concurrency=concurrency)
+        self._assemble()
 
     def use(
         self,
@@ -333,6 +352,10 @@ class Worker:
         loops = (self._beating, *self._loops)
         return self._is_started and self._heartbeat.lease.is_held and all(loop.is_alive for loop in loops)
 
+    def tally(self) -> Tally:
+        """Answer how many tasks run now, and what became of those that have ended since it was made."""
+        return self._counter.tally(len(self._slots.running()))
+
     @property
     def seen_at(self) -> datetime | None:
         """When the database last answered the worker's heartbeat, by this machine's clock."""
@@ -379,10 +402,12 @@ class Worker:
             self._discharge()
         logger.info("%r has stopped", self)
 
-    def run(self, *, timeout: float | timedelta = GRACE) -> None:
+    def run(
+        self, *, timeout: float | timedelta = GRACE, on_start: Callable[[], object] | None = None
+    ) -> None:
         """Start, wait for SIGINT or SIGTERM, and stop; from the main thread of a program of its own.
 
-        A second signal ends the program at once.
+        A second signal ends the program at once. `on_start` is called when it has started.
         """
         if threading.current_thread() is not threading.main_thread():
             raise RuntimeError(
@@ -405,6 +430,8 @@ class Worker:
             signal.signal(number, first)
         try:
             self.start()
+            if on_start is not None:
+                on_start()
             signalled.get()
         finally:
             restore()
@@ -497,6 +524,7 @@ class Worker:
 
     def _put_ended(self, end: Ended) -> None:
         if end.row is not None and end.outcome is None and not self._completion.is_heard:
+            self._counter.count(None)
             self._claimer.settled([end.task.row])  # it is written already, and nobody is to be told
             return
         self._settler.put(end)
@@ -554,3 +582,8 @@ class Worker:
     def _wake_claimer(self) -> None:
         if self._claimer.waits_for_room:
             self._claiming.wake()
+
+
+def _check_concurrency(value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"concurrency is the number of tasks that run at once, 1 or more, not {value!r}")
