@@ -154,8 +154,7 @@ class Claimer:
         for row in tasks:
             if row[_FAIL_COUNT]:
                 task = self._make(row)
-                if task.fail_count > task.policy.limit:
-                    # Rescued from a dead worker, with no attempt left.
+                if not has_attempts(task):
                     self._put_ended(ended(task, WorkerDied(WorkerDied.__doc__)))
                     continue
             yield row
@@ -214,6 +213,11 @@ class Claimer:
             self._put_ended(released(task))
         # The average speaks of shorter tasks than those that run now.
         self._slots.run_time = max(self._slots.run_time or 0.0, OVERDUE)
+
+
+def has_attempts(task: AnyRunningTask) -> bool:
+    """Tell whether a claimed task may begin: one that was rescued from a dead worker may have used all up."""
+    return not task.fail_count or task.fail_count <= task.policy.limit
 
 
 _FAIL_COUNT: Final = 7

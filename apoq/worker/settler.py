@@ -153,7 +153,10 @@ class Settler:
     def _execute_settlement(self, schema: str | None, ends: list[Ended]) -> Rows:
         is_heard = self._events.heard(events.FAILED) or self._events.heard(events.RETRIED)
         return self._execute(
-            _settlement(schema, is_heard), [end.task.row for end in ends], _arrays(ends), is_heard=is_heard
+            write_settlements(schema, full=is_heard),
+            [end.task.row for end in ends],
+            settlement_arrays(ends),
+            is_heard=is_heard,
         )
 
     def _execute(
@@ -187,7 +190,8 @@ class Settler:
 
 
 @cache
-def _settlement(schema: str | None, full: bool) -> Executable:
+def write_settlements(schema: str | None, *, full: bool) -> Executable:
+    """Write the settlements of `settlement_arrays` to the tasks of `ids`; answer their ids, or whole rows."""
     tasks = tasks_table(schema)
     return settle(schema).returning(*(tasks.c if full else [tasks.c.id]))
 
@@ -225,7 +229,8 @@ def _log_lost(row: Claimed) -> None:
     )
 
 
-def _arrays(ends: list[Ended]) -> dict[str, list[Any]]:
+def settlement_arrays(ends: list[Ended]) -> dict[str, list[Any]]:
+    """Answer the settlements as parameters."""
     settlements = [end.settlement for end in ends if end.settlement is not None]
     return {
         "states": [settlement.state for settlement in settlements],
