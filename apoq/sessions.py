@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import islice
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Final, Protocol, TypeVar, cast
 
 import psycopg
 from psycopg.pq import PipelineStatus
@@ -33,6 +33,9 @@ AsyncioSession = AsyncSession | async_scoped_session[Any] | AsyncConnection | ps
 
 Row = Mapping[Any, Any]
 T = TypeVar("T")
+
+CLOCK: Final = "apoq_clock"
+"""The option of a connection on which a test has set the clock: see `apoq.testing`."""
 
 LINES = 50
 """That a COPY sends at once: one by one, they would take longer."""
@@ -200,8 +203,9 @@ def _driver(context: ExecutionContext) -> Iterator[Driver | None]:
     connection: Any = context.root_connection.connection.driver_connection
     dialect = context.dialect
     kind = _AsyncPsycopgConnection if dialect.is_async else _PsycopgConnection
-    if context.execution_options.get("schema_translate_map"):
-        yield None  # such a map renames the schema in SQLAlchemy's own statements
+    options = context.execution_options
+    if options.get("schema_translate_map") or options.get(CLOCK):
+        yield None  # these change SQLAlchemy's own statements only
         return
     try:
         with kind(connection).driver() as driver:

@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from apoq.cli.exits import BadUsage, Failure
+from apoq.errors import ApoqError
 from apoq.queue import Queue
 from apoq.worker import Worker
 
@@ -30,8 +31,10 @@ def load(name: str, make: Callable[[Queue], Worker]) -> Worker:
     if not (module_name and colon and path):
         raise BadUsage(f"{name!r} names no object: write it as module:object, such as myapp.tasks:worker")
     found = _find(_import(module_name), path, name)
+    if isinstance(getattr(found, "queue", None), Queue):
+        raise BadUsage(f"{name} is a task of {found.queue!r}: give the queue instead")
     if callable(found) and not isinstance(found, Worker | Queue):
-        with _located(f"{name} failed"):
+        with located(f"{name} failed"):
             found = found()
     match found:
         case Worker():
@@ -46,7 +49,7 @@ def _import(name: str) -> ModuleType:
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, here)
     try:
-        with _located(f"{name} can't be imported"):
+        with located(f"{name} can't be imported"):
             return import_module(name)
     except Failure as failure:
         missing = failure.__cause__
@@ -67,12 +70,12 @@ def _find(module: ModuleType, path: str, name: str) -> Any:
 
 
 @contextmanager
-def _located(what: str) -> Iterator[None]:
+def located(what: str) -> Iterator[None]:
     """Say what was raised in the user's code, and where."""
     try:
         yield
-    except Failure:
-        raise
+    except (Failure, ApoqError):
+        raise  # it says what is wrong
     except Exception as error:
         (*_, last) = traceback.format_exception_only(error)
         raise BadUsage(f"{what}: {last.strip()}{_where(error)}") from error

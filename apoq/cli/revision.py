@@ -19,6 +19,10 @@ if TYPE_CHECKING:  # Alembic takes 0.2 s to import
     from alembic.config import Config
     from alembic.script import ScriptDirectory
 
+INI: Final = Path("alembic.ini")
+TOML: Final = Path("pyproject.toml")
+FLASK_FOLDER: Final = Path("migrations")
+
 _CALL: Final = re.compile(r"\bupgrade\(\s*op\b(?:[^)]*?\bversion\s*=\s*(\d+))?")
 """The call in a revision; what names no version is taken for the first, which it is at least."""
 
@@ -66,28 +70,32 @@ def _config(config_file: Path | None, directory: Path | None) -> tuple[Config, s
             raise BadUsage(f"{directory} is no Flask-Migrate folder: there is no env.py in it")
         config = Config(directory / "alembic.ini")
         config.set_main_option("script_location", str(directory).replace("%", "%%"))
-        return config, "flask db" + ("" if str(directory) == "migrations" else f" -d {directory}")
+        return config, "flask db" + ("" if directory == FLASK_FOLDER else f" -d {directory}")
     assert config_file is not None
+    program = "alembic" if config_file in {INI, TOML} else f"alembic -c {config_file}"
+    # As Alembic itself: a project may have half of its settings in each of the two.
     if config_file.suffix == ".toml":
-        return Config(toml_file=config_file), "alembic"
-    option = "" if str(config_file) == "alembic.ini" else f" -c {config_file}"
-    return Config(config_file), f"alembic{option}"
+        return Config(INI if INI.exists() else None, toml_file=config_file), program
+    return Config(config_file, toml_file=TOML if _is_alembics(TOML) else None), program
 
 
 def _found() -> tuple[Path | None, Path | None]:
-    if (given := os.environ.get("ALEMBIC_CONFIG")) and Path(given).exists():
-        return Path(given), None
-    if Path("alembic.ini").exists():
-        return Path("alembic.ini"), None
-    if Path("migrations/env.py").exists() and Path("migrations/alembic.ini").exists():
-        return None, Path("migrations")
-    project = Path("pyproject.toml")
-    if project.exists() and "[tool.alembic" in project.read_text(encoding="utf-8"):
-        return project, None
+    given = os.environ.get("ALEMBIC_CONFIG")
+    for config_file in (Path(given) if given else INI, INI):
+        if config_file.exists():
+            return config_file, None
+    if (FLASK_FOLDER / "alembic.ini").exists():
+        return None, FLASK_FOLDER
+    if _is_alembics(TOML):
+        return TOML, None
     raise BadUsage(
         "there is no alembic.ini here: give yours with -c, or your Flask-Migrate folder with -d. "
         "A project without Alembic needs no revision: `apoq migrate` makes the tables"
     )
+
+
+def _is_alembics(project: Path) -> bool:
+    return project.exists() and "[tool.alembic" in project.read_text(encoding="utf-8")
 
 
 def _write(config: Config, program: str, schema: str | None) -> None:
