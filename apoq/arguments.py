@@ -1,8 +1,12 @@
-"""A function's arguments as JSON, by their names, and back, by its annotations."""
+"""A function's arguments as JSON, by their names, and back, by its annotations.
+
+msgspec converts them. It is imported when the first typed task is made, for those who have none.
+"""
 
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable, Mapping
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
@@ -11,8 +15,6 @@ from inspect import Parameter, Signature
 from typing import Any, Final, get_type_hints
 from uuid import UUID
 
-import msgspec
-
 from apoq.errors import InvalidData, InvalidProcessor, InvalidTask, MismatchedData, glimpse
 from apoq.registry import Running
 
@@ -20,32 +22,45 @@ _RICH: Final = (bytes, bytearray, datetime, date, time, timedelta, UUID, Decimal
 """What JSON has no values for, and is compared with the annotations before it becomes text."""
 
 
+class UnknownAnnotation(InvalidProcessor):
+    """An annotation names what isn't there; the module may well define it further down."""
+
+
 class Arguments:
     """How the arguments of a function travel."""
 
+    follow_task = False
+    """Whether the function gets the running task before them."""
+
     def __init__(self, function: Callable[..., Any], name: str, *, is_coroutine: bool) -> None:
         """Look at a task's function; `InvalidProcessor` where an argument of it couldn't travel."""
-        self._function = function
         self._name = name
-        self._is_coroutine = is_coroutine
-        self._is_read = False
-        self._signature = _signature(function, name)
-        for parameter in [*self._signature.parameters.values()][1:]:
+        signature = _signature(function, name)
+        parameters = list(signature.parameters.values())
+        for parameter in parameters[1:]:
             _check_kind(parameter, name)
-        try:
-            self._read_annotations()
-        except NameError:
-            """Of something that the module defines further down: read when they are first needed."""
-
-    @property
-    def follow_task(self) -> bool:
-        """Whether the function gets the running task before them."""
-        self._know()
-        return self._follow_task
+        annotations = _annotations(function, name)
+        if parameters and _is_running(annotations.get(parameters[0].name)):
+            self.follow_task = True
+            _check_running(annotations[parameters.pop(0).name], name, is_coroutine=is_coroutine)
+        self._types: dict[str, Any] = {}
+        self._required: list[str] = []
+        self._rest = ""
+        self._rest_type: Any = None
+        for parameter in parameters:
+            _check_kind(parameter, name)
+            type_ = annotations.get(parameter.name, Any)
+            _check_type(type_, parameter.name, name)
+            if parameter.kind is Parameter.VAR_KEYWORD:
+                self._rest, self._rest_type = parameter.name, type_
+                continue
+            self._types[parameter.name] = type_
+            if parameter.default is Parameter.empty:
+                self._required.append(parameter.name)
+        self._signature = Signature([_shown(parameter, annotations) for parameter in parameters])
 
     def write(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Answer the given arguments of a call as JSON; `InvalidTask` where they don't fit."""
-        self._know()
         try:
             given = self._signature.bind(*args, **kwargs).arguments
         except TypeError as error:
@@ -55,7 +70,6 @@ class Arguments:
 
     def read(self, data: Any) -> dict[str, Any]:
         """Answer the arguments that a task's data holds; `MismatchedData` where they don't fit."""
-        self._know()
         if not isinstance(data, dict):
             raise MismatchedData(
                 f"the data of {self._name!r} is an object of its arguments, such as "
@@ -116,59 +130,6 @@ class Arguments:
     def _type(self, name: str) -> Any:
         return self._types.get(name, self._rest_type)
 
-    def _know(self) -> None:
-        if self._is_read:
-            return
-        try:
-            self._read_annotations()
-        except NameError as error:
-            raise InvalidProcessor(
-                f"the annotations of {self._name!r}, by which its arguments are converted, can't be read: "
-                f"{error}: import or define it at the top level of its module, not under TYPE_CHECKING alone"
-            ) from None
-
-    def _read_annotations(self) -> None:
-        annotations = _annotations(self._function, self._name)
-        parameters = list(self._signature.parameters.values())
-        self._follow_task = bool(parameters) and _is_running(annotations.get(parameters[0].name))
-        if self._follow_task:
-            self._check_running(annotations[parameters.pop(0).name])
-        self._types: dict[str, Any] = {}
-        self._rest = ""
-        self._rest_type: Any = None
-        for parameter in parameters:
-            _check_kind(parameter, self._name)
-            type_ = annotations.get(parameter.name, Any)
-            if type_ is object:
-                type_ = Any
-            if _is_running(type_):
-                raise InvalidProcessor(f"the running task is the first parameter of {self._name!r}")
-            if type_ is not Any:
-                _check_type(type_, parameter.name, self._name)
-            if parameter.kind is Parameter.VAR_KEYWORD:
-                self._rest, self._rest_type = parameter.name, type_
-            else:
-                self._types[parameter.name] = type_
-        parameters = [
-            parameter.replace(annotation=annotations.get(parameter.name, Parameter.empty))
-            for parameter in parameters
-        ]
-        self._required = [
-            parameter.name
-            for parameter in parameters
-            if parameter.default is Parameter.empty and parameter.kind is not Parameter.VAR_KEYWORD
-        ]
-        self._signature = self._signature.replace(parameters=parameters, return_annotation=Signature.empty)
-        self._is_read = True
-
-    def _check_running(self, type_: type[Running]) -> None:
-        if type_.is_async != self._is_coroutine:
-            kind = "AsyncRunningTask" if self._is_coroutine else "RunningTask"
-            function = "a coroutine function" if self._is_coroutine else "a plain function"
-            raise InvalidProcessor(
-                f"{self._name!r} is {function}, so its first parameter is annotated {kind}"
-            )
-
 
 _JSON = (type(None), bool, int, float, str, list, tuple, dict)
 
@@ -191,9 +152,19 @@ def _annotations(function: Callable[..., Any], name: str) -> Mapping[str, Any]:
     if not inspect.isroutine(function):
         function = type(function).__call__
     try:
-        return get_type_hints(function, include_extras=True)
+        hints = get_type_hints(function, include_extras=True)
+        return {of: Any if type_ is object else type_ for of, type_ in hints.items()}
+    except NameError as error:
+        raise UnknownAnnotation(
+            f"the annotations of {name!r}, by which its arguments are converted, can't be read: {error}: "
+            "import or define it at the top level of its module, not under TYPE_CHECKING alone"
+        ) from None
     except (AttributeError, SyntaxError, TypeError) as error:
         raise InvalidProcessor(f"the annotations of {name!r} can't be read: {error}") from None
+
+
+def _shown(parameter: Parameter, annotations: Mapping[str, Any]) -> Parameter:
+    return parameter.replace(annotation=annotations.get(parameter.name, Parameter.empty))
 
 
 def _check_kind(parameter: Parameter, name: str) -> None:
@@ -215,12 +186,22 @@ def _check_kind(parameter: Parameter, name: str) -> None:
         )
 
 
+def _check_running(type_: type[Running], name: str, *, is_coroutine: bool) -> None:
+    if type_.is_async != is_coroutine:
+        kind, function = ("AsyncRunningTask", "coroutine") if is_coroutine else ("RunningTask", "plain")
+        raise InvalidProcessor(
+            f"{name!r} is a {function} function, so the task that it gets is annotated {kind}"
+        )
+
+
 def _check_type(type_: Any, parameter: str, name: str) -> None:
+    if _is_running(type_):
+        raise InvalidProcessor(f"{name!r} gets the running task as its first parameter, not as {parameter!r}")
+    import msgspec  # noqa: PLC0415
+
     # A schema is made of all that the type consists of.
     try:
         msgspec.json.schema_components([type_], schema_hook=_schema)
-    except NameError:
-        raise
     except Exception as error:  # noqa: BLE001 - whatever it is, the type can't be converted
         raise InvalidProcessor(
             f"the parameter {parameter!r} of {name!r} can't travel as JSON: {error}: give what stands for "
@@ -235,10 +216,14 @@ def _schema(type_: type) -> dict[str, Any]:
 
 
 def _plain(value: Any, kept: tuple[type, ...] = ()) -> Any:
+    import msgspec  # noqa: PLC0415
+
     return msgspec.to_builtins(value, str_keys=True, builtin_types=kept, enc_hook=_encode)
 
 
 def _convert(value: Any, type_: Any, kept: tuple[type, ...] = ()) -> Any:
+    import msgspec  # noqa: PLC0415
+
     return msgspec.convert(value, type_, str_keys=True, builtin_types=kept, dec_hook=_decode)
 
 
@@ -255,7 +240,7 @@ def _decode(type_: Any, value: Any) -> Any:
         return value
     if _is_model(type_):
         # From text, as its strict fields want it.
-        return type_.model_validate_json(msgspec.json.encode(value))
+        return type_.model_validate_json(json.dumps(value))
     raise _Unsupported(f"there is no conversion for {type_.__qualname__}")
 
 

@@ -53,7 +53,7 @@ class Queue:
         if self.schema is not None and len(self.schema.encode()) > _LONGEST_SCHEMA:
             raise InvalidTask(f"a schema's name has at most {_LONGEST_SCHEMA} bytes, not {schema!r}")
         self.max_data_size = integer("max_data_size", max_data_size, 1, HIGHEST_LIMIT)
-        self._tasks: dict[str, TypedTask[..., Any, ...]] = {}
+        self._tasks: dict[str, TypedTask[..., Any]] = {}
         self._registries: WeakSet[Registry] = WeakSet()
 
     def __repr__(self) -> str:
@@ -164,7 +164,7 @@ class Queue:
         return through(session, lambda caller: self._add_many(caller, parameters, datas))
 
     @property
-    def tasks(self) -> Mapping[str, TypedTask[..., Any, ...]]:
+    def tasks(self) -> Mapping[str, TypedTask[..., Any]]:
         """The typed tasks of this queue, by their types and aliases."""
         return MappingProxyType(self._tasks)
 
@@ -208,8 +208,8 @@ class Queue:
         JSON, or an option makes no sense.
         """
 
-        def decorate(function: Callable[..., Any]) -> TypedTask[..., Any, ...]:
-            task: TypedTask[..., Any, ...] = TypedTask(
+        def decorate(function: Callable[..., Any]) -> TypedTask[..., Any]:
+            task: TypedTask[..., Any] = TypedTask(
                 self,
                 function,
                 type=type,
@@ -229,20 +229,20 @@ class Queue:
             registry.put(self, type_, task.processor)
         self._registries.add(registry)
 
-    def _register(self, task: TypedTask[..., Any, ...]) -> None:
-        types = (task.type, *task.aliases)
+    def _register(self, task: TypedTask[..., Any]) -> None:
+        types, registries = dict.fromkeys((task.type, *task.aliases)), tuple(self._registries)
         for type_ in types:
             if type_ in self._tasks:
                 raise InvalidProcessor(
                     f"the type {type_!r} has a processor already, {self._tasks[type_].function!r}: "
                     f"name another by {self!r}.task(type=…)"
                 )
-        for registry in self._registries:
+        for registry in registries:
             for type_ in types:
                 registry.check_free(self, type_)
         for type_ in types:
             self._tasks[type_] = task
-            for registry in self._registries:
+            for registry in registries:
                 registry.put(self, type_, task.processor)
 
     def _add(self, caller: Caller, parameters: dict[str, Any]) -> Task:

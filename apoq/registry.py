@@ -58,10 +58,7 @@ def make_processor(
     timeout: float | timedelta | None = None,
 ) -> Processor:
     """Make the processor of a type; `InvalidProcessor` where it can't be one."""
-    try:
-        check_type(type_)
-    except InvalidTask as error:
-        raise InvalidProcessor(str(error)) from None
+    check_processed(type_)
     if not callable(function):
         raise InvalidProcessor(f"the processor of {type_!r} is a function of the task, not {function!r}")
     if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
@@ -75,6 +72,14 @@ def make_processor(
     except (TypeError, ValueError) as error:
         raise InvalidProcessor(f"timeout: {error}") from None
     return Processor(function, policy, is_coroutine_function(function), limit)
+
+
+def check_processed(type_: str) -> None:
+    """Raise `InvalidProcessor` where no task can have this type."""
+    try:
+        check_type(type_)
+    except InvalidTask as error:
+        raise InvalidProcessor(str(error)) from None
 
 
 class Registry:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Final, Protocol, TypeVar, cast
 
 import psycopg
 from psycopg.pq import PipelineStatus
@@ -29,13 +29,14 @@ from apoq.hints import hint_after_connection_commit, hint_after_session_commit
 from apoq.model import Task
 from apoq.reading import read_anything
 
-SyncSession = Session | scoped_session[Session] | Connection | psycopg.Connection[Any]
-AsyncioSession = (
-    AsyncSession | async_scoped_session[AsyncSession] | AsyncConnection | psycopg.AsyncConnection[Any]
-)
+SyncSession = Session | scoped_session[Any] | Connection | psycopg.Connection[Any]
+AsyncioSession = AsyncSession | async_scoped_session[Any] | AsyncConnection | psycopg.AsyncConnection[Any]
 
 Row = Mapping[Any, Any]
 T = TypeVar("T")
+
+CLOCK: Final = "apoq_clock"
+"""The option of a connection on which a test has set the clock: see `apoq.testing`."""
 
 LINES = 50
 """That a COPY sends at once: one by one, they would take longer."""
@@ -83,7 +84,8 @@ def through(
         case AsyncSession():
             return session.run_sync(lambda sync: operation(_OrmSession(sync)))
         case async_scoped_session():
-            return session().run_sync(lambda sync: operation(_OrmSession(sync)))
+            current: AsyncSession = session()
+            return current.run_sync(lambda sync: operation(_OrmSession(sync)))
         case AsyncConnection():
             return session.run_sync(lambda sync: operation(_CoreConnection(sync)))
         case psycopg.AsyncConnection():
@@ -212,8 +214,9 @@ def _driver(context: ExecutionContext) -> Iterator[Driver | None]:
     connection: Any = context.root_connection.connection.driver_connection
     dialect = context.dialect
     kind = _AsyncPsycopgConnection if dialect.is_async else _PsycopgConnection
-    if context.execution_options.get("schema_translate_map"):
-        yield None  # such a map renames the schema in SQLAlchemy's own statements
+    options = context.execution_options
+    if options.get("schema_translate_map") or options.get(CLOCK):
+        yield None  # these change SQLAlchemy's own statements only
         return
     try:
         with kind(connection).driver() as driver:

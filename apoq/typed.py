@@ -5,19 +5,21 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Coroutine, Iterable, Iterator
+from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from functools import update_wrapper
+from functools import cached_property, update_wrapper
 from pathlib import Path
 from typing import Any, Concatenate, Generic, Protocol, TypeVar, Unpack, overload
 
 from typing_extensions import ParamSpec
 
+from apoq.arguments import Arguments, UnknownAnnotation
 from apoq.errors import InvalidProcessor, InvalidTask, glimpse
 from apoq.model import Task
 from apoq.options import Options, checked
-from apoq.registry import Running, make_processor
+from apoq.registry import Running, check_processed, make_processor
 from apoq.retry import DEFAULT_RETRY_LIMIT, RetryDelay, exponential_backoff
 from apoq.sessions import AsyncioSession, SyncSession
 
@@ -26,19 +28,15 @@ P = ParamSpec("P")
 C = ParamSpec("C", default=P)
 """The parameters of the function itself, of which the first may be the running task."""
 R = TypeVar("R")
+R_co = TypeVar("R_co", covariant=True)
 T = TypeVar("T", bound=Running)
 
 
 class TaskQueue(Protocol):
     """What a typed task knows of its `Queue`."""
 
-    @property
-    def name(self) -> str:
-        """Its name."""
-
-    @property
-    def schema(self) -> str | None:
-        """Where its tables are."""
+    name: str
+    schema: str | None
 
     def add(self, session: Any, type: str, data: Any, **options: Unpack[Options]) -> Any:
         """Add a task."""
@@ -56,7 +54,7 @@ class Call(Generic[P]):
     """Its arguments, as they travel."""
 
 
-class TypedTask(Generic[P, R, C]):
+class TypedTask(Generic[P, R_co, C]):
     """A function whose calls can be added to a queue, where its workers run them.
 
     Made by ``@queue.task``. Calling it calls the function, here and now.
@@ -65,7 +63,7 @@ class TypedTask(Generic[P, R, C]):
     def __init__(
         self,
         queue: TaskQueue,
-        function: Callable[C, R],
+        function: Callable[C, R_co],
         *,
         type: str | None = None,
         aliases: Iterable[str] = (),
@@ -74,30 +72,33 @@ class TypedTask(Generic[P, R, C]):
         timeout: float | timedelta | None = None,
     ) -> None:
         """Use `Queue.task` instead, which also tells the workers."""
-        # Only here, for those who have no typed tasks.
-        from apoq.arguments import Arguments  # noqa: PLC0415
-
         if isinstance(function, TypedTask):
             function = function.function  # which is a task of another queue, too
+        if isinstance(function, staticmethod):
+            function = function.__func__
         if not callable(function) or inspect.isclass(function):
             raise InvalidProcessor(f"a task is a function, not {glimpse(function)}: `@queue.task(type=…)`")
         if isinstance(aliases, str):
             raise InvalidProcessor(f"aliases are several types, such as [{aliases!r}], not {aliases!r}")
         self.queue = queue
-        self.function: Callable[C, R] = function
+        self.function: Callable[C, R_co] = function
         self.type = name_of(function) if type is None else type
         self.aliases = tuple(aliases)
-        self.processor, *_ = (
-            make_processor(name, function, retry_limit=retry_limit, retry_delay=retry_delay, timeout=timeout)
-            for name in (self.type, *self.aliases)
+        for alias in self.aliases:
+            check_processed(alias)
+        processor = make_processor(
+            self.type, function, retry_limit=retry_limit, retry_delay=retry_delay, timeout=timeout
         )
-        self._arguments = Arguments(function, self.type, is_coroutine=self.processor.is_coroutine)
-        self.processor = replace(self.processor, function=self._process())
+        process = self._process_async if processor.is_coroutine else self._process
+        self.processor = replace(processor, function=process)
         self._options = Options()
+        # Of what the module defines further down: read when they are first needed.
+        with suppress(UnknownAnnotation):
+            self._arguments  # noqa: B018
         # Not its __dict__, which may hold anything.
         update_wrapper(self, function, updated=())
 
-    def __call__(self, *args: C.args, **kwargs: C.kwargs) -> R:
+    def __call__(self, *args: C.args, **kwargs: C.kwargs) -> R_co:
         """Call the function."""
         return self.function(*args, **kwargs)
 
@@ -136,7 +137,7 @@ class TypedTask(Generic[P, R, C]):
         """Make a call for `add_many`; raises what `add` does where the arguments don't fit."""
         return Call(self.type, self._arguments.write(args, kwargs))
 
-    def using(self, **options: Unpack[Options]) -> TypedTask[P, R, C]:
+    def using(self, **options: Unpack[Options]) -> TypedTask[P, R_co, C]:
         """Answer a copy that adds its tasks with these options, those of `Queue.add`; this one is unchanged.
 
         Options of `using` on a copy are added to those that it has.
@@ -160,18 +161,17 @@ class TypedTask(Generic[P, R, C]):
                 )
             yield call.data
 
-    def _process(self) -> Callable[[Running], Any]:
-        """Make what a worker calls with the running task."""
-        arguments, function = self._arguments, self.function
+    @cached_property
+    def _arguments(self) -> Arguments:
+        return Arguments(self.function, self.type, is_coroutine=self.processor.is_coroutine)
 
-        def process(task: Running) -> Any:
-            first = (task,) if arguments.follow_task else ()
-            return function(*first, **arguments.read(task.data))
+    def _process(self, task: Running) -> Any:
+        first = (task,) if self._arguments.follow_task else ()
+        function: Any = self.function
+        return function(*first, **self._arguments.read(task.data))
 
-        async def process_async(task: Running) -> Any:
-            return await process(task)
-
-        return process_async if self.processor.is_coroutine else process
+    async def _process_async(self, task: Running) -> Any:
+        return await self._process(task)
 
 
 class Decorator(Protocol):
@@ -192,5 +192,6 @@ def name_of(function: Callable[..., Any]) -> str:
         # Of a program, what others call it when they import it.
         main = sys.modules["__main__"]
         file = getattr(main, "__file__", None)
-        module = main.__spec__.name if main.__spec__ else Path(file).stem if file else module
+        spec = getattr(main, "__spec__", None)
+        module = spec.name if spec else Path(file).stem if file else module
     return f"{module}.{name}"

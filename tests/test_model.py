@@ -53,7 +53,7 @@ from apoq.worker.attempts import Ended, TaskLost, ended
 from apoq.worker.completion import Completion
 from apoq.worker.lease import Lease
 from apoq.worker.position import Position
-from apoq.worker.running import Notice
+from apoq.worker.running import Batch, Claimed, Notice
 from apoq.worker.settler import Settler
 from apoq.worker.task_sessions import TaskSession
 
@@ -302,7 +302,9 @@ class Tasks(RuleBasedStateMachine):
         lease.renew(time.monotonic())
         self.completions = {keeps: Completion(Events(), lease, keep=keeps) for keeps in (True, False)}
         self.settlers = {
-            keeps: Settler(own, Events(), completion, on_settled=self._forget_attempts)
+            keeps: Settler(
+                own, Events(), completion, on_settled=self._forget_attempts, on_pending=lambda _: None
+            )
             for keeps, completion in self.completions.items()
         }
 
@@ -432,7 +434,9 @@ class Tasks(RuleBasedStateMachine):
                 if attempt.hand.keeps == keeps
             ]
             written = [end for end in batch if self._may_write(end)]
-            settler.settle(batch)
+            for end in batch:
+                settler.put(end)
+            settler.turn()
             for end in written:
                 if isinstance(end.outcome, TaskLost):
                     continue
@@ -457,7 +461,7 @@ class Tasks(RuleBasedStateMachine):
                 session.commit_completion()
                 self._complete(attempt.task.id, attempt.hand.keeps)
                 self.effects.append(attempt.task.id)
-                self._forget_attempts([ended(attempt.task, None)])
+                self._forget_attempts([attempt.task.row])
                 self.reached["an effect"] += 1
             session.close()
 
@@ -747,10 +751,8 @@ class Tasks(RuleBasedStateMachine):
         for row in rows:
             known = self.tasks[row[0]]
             task = RunningTask(
-                row,
-                Queue(known.queue),
+                (*row, Batch(Queue(known.queue), PROCESSORS, time.monotonic())),
                 PROCESSORS[row[1]],
-                time.monotonic(),
                 lambda: TaskSession(self.engine),
                 Notice(),
             )
@@ -782,11 +784,11 @@ class Tasks(RuleBasedStateMachine):
         else:
             del self.tasks[id_]
 
-    def _forget_attempts(self, ends: Iterable[Ended]) -> None:
-        for end in ends:
+    def _forget_attempts(self, rows: Iterable[Claimed]) -> None:
+        for row in rows:
             for attempt in self.attempts:
-                if attempt.task is end.task and attempt.hand.held.get(end.task.id) is attempt:
-                    del attempt.hand.held[end.task.id]
+                if attempt.task.row is row and attempt.hand.held.get(row[0]) is attempt:
+                    del attempt.hand.held[row[0]]
 
     def _end(self, transaction: Transaction, end: End) -> None:
         if end == "wait":

@@ -80,7 +80,9 @@ def _explain(cause: Any, url: URL | None) -> Failure | None:
 def shown(url: URL) -> str:
     """Show where a URL leads, and no password."""
     query = {name: value for name, value in url.query.items() if name in {"host", "port", "service"}}
-    return url.set(query=query, drivername="postgresql").render_as_string(hide_password=True)
+    return (
+        url.set(query=query, drivername="postgresql").render_as_string(hide_password=True).replace("%2F", "/")
+    )
 
 
 def warn(message: str) -> None:

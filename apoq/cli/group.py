@@ -79,6 +79,7 @@ def _options(variables: Sequence[str] = ()) -> list[click.Parameter]:
         if value is not None:
             given[option.name] = value
         ctx.obj = Target(given.get("database_url"), schema=given.get("schema"))
+        ctx.call_on_close(ctx.obj.close)
 
     return [
         click.Option(

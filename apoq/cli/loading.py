@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from apoq.cli.exits import BadUsage, Failure
+from apoq.errors import ApoqError
 from apoq.queue import Queue
 from apoq.worker import Worker
 
@@ -30,8 +31,10 @@ def load(name: str, make: Callable[[Queue], Worker]) -> Worker:
     if not (module_name and colon and path):
         raise BadUsage(f"{name!r} names no object: write it as module:object, such as myapp.tasks:worker")
     found = _find(_import(module_name), path, name)
+    if isinstance(getattr(found, "queue", None), Queue):
+        raise BadUsage(f"{name} is a task of {found.queue!r}: give the queue instead")
     if callable(found) and not isinstance(found, Worker | Queue):
-        with _located(f"{name} failed"):
+        with located(f"{name} failed"):
             found = found()
     match found:
         case Worker():
@@ -39,14 +42,14 @@ def load(name: str, make: Callable[[Queue], Worker]) -> Worker:
         case Queue():
             return make(found)
         case _:
-            raise BadUsage(f"{name} is a {type(found).__qualname__}, and not {WANTED}")
+            raise BadUsage(f"{name} is of type {type(found).__qualname__}, and not {WANTED}")
 
 
 def _import(name: str) -> ModuleType:
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, here)
     try:
-        with _located(f"{name} can't be imported"):
+        with located(f"{name} can't be imported"):
             return import_module(name)
     except Failure as failure:
         missing = failure.__cause__
@@ -67,23 +70,22 @@ def _find(module: ModuleType, path: str, name: str) -> Any:
 
 
 @contextmanager
-def _located(what: str) -> Iterator[None]:
+def located(what: str) -> Iterator[None]:
     """Say what was raised in the user's code, and where."""
     try:
         yield
-    except Failure:
-        raise
+    except (Failure, ApoqError):
+        raise  # it says what is wrong
     except Exception as error:
         (*_, last) = traceback.format_exception_only(error)
-        raise BadUsage(f"{what}: {last.strip()} ({_where(error)})") from error
+        raise BadUsage(f"{what}: {last.strip()}{_where(error)}") from error
 
 
 def _where(error: BaseException) -> str:
     if isinstance(error, SyntaxError):
-        return f"{error.filename}, line {error.lineno}"
-    frames = traceback.extract_tb(error.__traceback__)
-    # The innermost of the user's own: that of a library says little.
+        return f" ({error.filename}, line {error.lineno})"
+    # The innermost place of the user's own: that of a library says little.
     libraries = (*(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")), "<", _OURS)
+    frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if not frame.filename.startswith(libraries)]
-    frame = (own or frames)[-1]
-    return f"{frame.filename}, line {frame.lineno}"
+    return f" ({own[-1].filename}, line {own[-1].lineno})" if own else ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Callable
-from functools import partial, reduce
+from functools import reduce
 from typing import Any
 
 import click
@@ -73,15 +73,14 @@ def run_worker(
         raise BadUsage(str(error)) from error
     # What a second Ctrl-C does, for `Worker.run` catches the first.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    worker.run(timeout=timeout, on_start=partial(_started, worker, lifeline))
-
-
-def _started(worker: Worker, lifeline: Any) -> None:
     if lifeline is not None:
-        hold(lifeline, worker)
+        worker.run(timeout=timeout, on_start=lambda: hold(lifeline, worker))
     elif is_wanted():
         status = Status()
-        every(PERIOD, lambda: status.say(worker.tally()))
+        worker.run(timeout=timeout, on_start=lambda: every(PERIOD, lambda: status.say(worker.tally())))
+        status.say(worker.tally())
+    else:
+        worker.run(timeout=timeout)
 
 
 def _names(queues: str) -> list[str]:

@@ -7,6 +7,7 @@ when the supervisor is gone, however it ended, the child finds the other end clo
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import selectors
@@ -167,14 +168,19 @@ class Supervisor:
             return self._stopping(self._stops_at)
         if self._children[0].is_ready:
             self._start_due()
-        if is_wanted() and time.monotonic() - self._said_at > PERIOD:
-            self._said_at = time.monotonic()
+        if time.monotonic() - self._said_at > PERIOD:
+            self._say()
+        return None
+
+    def _say(self) -> None:
+        self._said_at = time.monotonic()
+        if is_wanted():
             tallies = [child.tally for child in self._children]
             self._status.say(Tally(*map(sum, zip(*tallies, strict=True))))
-        return None
 
     def _stopping(self, stops_at: float) -> int | None:
         if all(child.process is None for child in self._children):
+            self._say()
             return 0
         if time.monotonic() < stops_at:
             return None
@@ -246,5 +252,6 @@ def hold(lifeline: socket.socket, worker: Worker) -> None:
             lifeline.sendall(b"%d %d %d %d %d\n" % worker.tally())
 
     report()
+    atexit.register(report)  # the last word
     threading.Thread(target=wait, name="apoq-lifeline", daemon=True).start()
     every(REPORT_PERIOD, report)

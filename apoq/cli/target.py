@@ -35,6 +35,7 @@ class Target:
     ) -> None:
         self._url = url
         self._engine = engine
+        self._is_own = engine is None
         self.schema = schema
 
     @property
@@ -58,6 +59,11 @@ class Target:
         engine = sa.create_engine(url, connect_args=arguments, **options)
         prepare_where_kept(engine)
         return engine
+
+    def close(self) -> None:
+        """Close its connections, if the engine was made here."""
+        if self._is_own and self._engine is not None:
+            self._engine.dispose()
 
     @contextmanager
     def begin(self, *, prepared: bool = True) -> Iterator[sa.Connection]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 from flask import current_app
 from flask.cli import with_appcontext
@@ -9,6 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from apoq.cli.exits import explained
 from apoq.cli.group import Commands
+from apoq.cli.running import run_worker, worker_options
 from apoq.cli.target import Target
 from apoq.databases import sync_twin
 from apoq.flask.installed import KEY, Installed
@@ -16,28 +19,34 @@ from apoq.flask.installed import KEY, Installed
 
 def group() -> click.Group:
     """Make the group ``apoq`` of an application's command line."""
-    return Commands(
-        "apoq", callback=_aim, commands=[worker], help="Work and look after the background tasks."
-    )
+    return Commands("apoq", callback=_aim, commands=[_worker], help="Work and look after background tasks.")
 
 
 @with_appcontext
 @click.pass_context
 def _aim(ctx: click.Context) -> None:
-    found = _installed()
-    engine = found.database.engine
+    with explained():
+        found = _installed()
+        engine = found.database.engine
+    if "migrate" in current_app.extensions:  # Flask-Migrate's
+        ctx.default_map = {"revision": {"directory": current_app.extensions["migrate"].directory}}
     ctx.obj = Target(
         engine=sync_twin(engine) if isinstance(engine, AsyncEngine) else engine, schema=found.queue.schema
     )
 
 
+@click.command("worker")
+@worker_options
+def _worker(concurrency: int | None, **options: Any) -> None:
+    """Work tasks: run the application's worker until it is told to stop.
+
+    SIGINT (Ctrl-C) or SIGTERM stops it: it claims no more, and waits for what runs. A second one ends it at
+    once.
+    """
+    found = _installed()
+    run_worker(lambda: found.worker, concurrency=concurrency, **options)
+
+
 def _installed() -> Installed:
     found: Installed = current_app.extensions[KEY]
     return found
-
-
-@click.command("worker")
-def worker() -> None:
-    """Work tasks until told to stop."""
-    with explained():
-        _installed().worker.run()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cached_property
 from typing import Any
 
-from flask import Flask
+from flask import Flask, current_app, has_app_context
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import UnboundExecutionError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_scoped_session
@@ -16,7 +17,7 @@ from apoq.errors import ApoqError, UnsupportedSession
 from apoq.model import Task
 from apoq.sessions import AsyncioSession, SyncSession
 
-AnySession = Session | AsyncSession | scoped_session[Session] | async_scoped_session[AsyncSession]
+AnySession = Session | AsyncSession | scoped_session[Any] | async_scoped_session[Any]
 
 
 class Database:
@@ -41,7 +42,10 @@ class Database:
     @cached_property
     def engine(self) -> Engine | AsyncEngine:
         """The engine that workers and commands use."""
-        with self._app.app_context():
+        # In the current context, if it is this application's: to leave another one would end what a
+        # scoped session of the thread's has begun.
+        is_current = has_app_context() and current_app == self._app
+        with nullcontext() if is_current else self._app.app_context():
             engine = self._target().engine
         return AsyncEngine(engine) if engine.dialect.is_async else engine
 

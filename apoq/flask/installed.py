@@ -7,10 +7,12 @@ import math
 import os
 import threading
 import time
+from functools import partial
 from typing import Any, Final, Protocol
 
 from flask import Flask
 
+from apoq.flask.contexts import context_for
 from apoq.flask.database import Database
 from apoq.flask.settings import Settings
 from apoq.queue import Queue
@@ -36,11 +38,13 @@ class Installed:
     """apoq in one application: its settings, its queue, its database, and its worker in this process."""
 
     def __init__(
-        self, app: Flask, settings: Settings, queue: Queue, database: Database, owner: Owner
+        self, app: Flask, settings: Settings, queues: tuple[Queue, ...], database: Database, owner: Owner
     ) -> None:
         self.app = app
         self.settings = settings
-        self.queue = queue
+        self.queue = queues[0]
+        """What tasks are added to."""
+        self._queues = queues
         self.database = database
         self.owner = owner
         self._lock = threading.Lock()
@@ -54,19 +58,20 @@ class Installed:
     @property
     def worker(self) -> Worker:
         """The application's worker, made when it is first asked for. It is `start`ed by whoever wants it."""
+        engine = self.database.engine
         with self._lock:
             if self._worker is None:
                 settings = self.settings
                 worker = Worker(
-                    self.database.engine,
-                    self.queue,
+                    engine,
+                    *self._queues,
                     concurrency=settings.concurrency,
                     poll_interval=settings.poll_interval,
                     lease=settings.lease,
                     keep_completed=settings.keep_completed,
                     keep_failed=settings.keep_failed,
                     listen_url=settings.listen_url,
-                    around=lambda _task: self.app.app_context(),
+                    around=partial(context_for, self.app),
                 )
                 self.owner.equip(worker)
                 self._worker = worker

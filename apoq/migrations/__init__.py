@@ -6,6 +6,7 @@ Four ways lead to the same tables: ``alembic upgrade head`` in apoq's own reposi
 
 from __future__ import annotations
 
+from apoq.migrations.differences import differences
 from apoq.migrations.prepare import check, prepare
 from apoq.migrations.sql import downgrade_sql, upgrade_sql
 from apoq.migrations.steps import (
@@ -25,6 +26,7 @@ __all__ = [
     "adopt",
     "check",
     "current",
+    "differences",
     "downgrade",
     "downgrade_sql",
     "include_object",

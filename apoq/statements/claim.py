@@ -26,7 +26,7 @@ from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.sql.dml import ReturningUpdate
 
 from apoq.model import tasks_table
-from apoq.statements.literals import PENDING, RUNNING
+from apoq.statements.literals import EPOCH, ONE, PENDING, RUNNING, ZERO
 
 
 @cache
@@ -66,7 +66,7 @@ def claim(schema: str | None) -> ReturningUpdate[Any]:
             tuple_(tasks.c.process_at, tasks.c.id)
             > tuple_(func.to_timestamp(levels.c.behind_time), levels.c.behind_id),
             tasks.c.process_at <= func.now(),
-            or_(tasks.c.rescue_count == 0, ~ahead),
+            or_(tasks.c.rescue_count == ZERO, ~ahead),
             tasks.c.type == any_(bindparam("of_types", type_=ARRAY(Text))),
         )
         .order_by(tasks.c.process_at, tasks.c.id)
@@ -78,11 +78,12 @@ def claim(schema: str | None) -> ReturningUpdate[Any]:
     picked = select(due.c.id).select_from(levels.join(due, true())).limit(limit).cte("picked")
     return (
         update(tasks)
-        .where(tasks.c.id == picked.c.id)
+        # An array, for the server takes a tenth longer to join.
+        .where(tasks.c.id == any_(func.array(select(picked.c.id).scalar_subquery())))
         .values(
             state=RUNNING,
-            token=tasks.c.token + 1,
-            attempt=tasks.c.attempt + 1,
+            token=tasks.c.token + ONE,
+            attempt=tasks.c.attempt + ONE,
             worker_id=bindparam("by_worker", type_=Uuid),
             claimed_at=func.now(),
             claimed_ahead=ahead,
@@ -92,14 +93,14 @@ def claim(schema: str | None) -> ReturningUpdate[Any]:
             tasks.c.type,
             cast(tasks.c.data, Text),
             tasks.c.priority,
-            func.date_part("epoch", tasks.c.created_at, type_=Double),
-            func.date_part("epoch", tasks.c.process_at, type_=Double),
+            func.date_part(EPOCH, tasks.c.created_at, type_=Double),
+            func.date_part(EPOCH, tasks.c.process_at, type_=Double),
             tasks.c.attempt,
             tasks.c.fail_count,
             tasks.c.token,
             tasks.c.retry_limit,
             tasks.c.retry_delay,
             # In seconds, for an interval may be longer than Python's.
-            func.date_part("epoch", tasks.c.timeout, type_=Double),
+            func.date_part(EPOCH, tasks.c.timeout, type_=Double),
         )
     )

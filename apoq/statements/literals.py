@@ -1,16 +1,21 @@
-"""States as literals.
+"""What is always the same, as literals.
 
-Not as parameters: only then can the planner be sure that a partial index serves.
+States are, for only then can the planner be sure that a partial index serves; the others, for each parameter
+costs the driver time.
 """
 
 from __future__ import annotations
 
 from typing import Final
 
-from sqlalchemy import Text, literal_column
+from sqlalchemy import Integer, Text, literal_column
 from sqlalchemy.sql.elements import ColumnElement
 
 from apoq import states
 
 PENDING: Final[ColumnElement[str]] = literal_column(f"'{states.PENDING}'", Text)
 RUNNING: Final[ColumnElement[str]] = literal_column(f"'{states.RUNNING}'", Text)
+
+EPOCH: Final[ColumnElement[str]] = literal_column("'epoch'", Text)
+ZERO: Final[ColumnElement[int]] = literal_column("0", Integer)
+ONE: Final[ColumnElement[int]] = literal_column("1", Integer)

@@ -14,14 +14,14 @@ from sqlalchemy import Engine
 from apoq.connections import execute
 from apoq.outcomes import WorkerDied
 from apoq.queue import Queue
-from apoq.registry import Processor, Registry
+from apoq.registry import Registry
 from apoq.statements.arrays import array_text
 from apoq.statements.claim import claim
 from apoq.statements.recover import give_back
 from apoq.worker.attempts import Ended, ended
 from apoq.worker.lease import Lease
 from apoq.worker.position import Position
-from apoq.worker.running import AnyRunningTask
+from apoq.worker.running import AnyRunningTask, Batch, Claimed
 from apoq.worker.slots import Slots, released
 
 logger = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ class Claimer:
         positions: dict[Queue, Position],
         lease: Lease,
         on_claim: Callable[[int, int], None],
-        make: Callable[[tuple[Any, ...], Queue, Processor, float], AnyRunningTask],
+        make: Callable[[Claimed], AnyRunningTask],
         put_ended: Callable[[Ended], None],
     ) -> None:
         self._engine = engine
@@ -82,7 +82,7 @@ class Claimer:
         self._make = make
         self._put_ended = put_ended
         self.worker_id = UUID(int=0)
-        self.held: dict[int, AnyRunningTask] = {}
+        self.held: dict[int, Claimed] = {}
         """Every task that was claimed and isn't settled yet."""
         self.waits_for_room = True
         """Whether a slot that is freed is a reason to take a turn."""
@@ -137,12 +137,12 @@ class Claimer:
         """Claim a single task, for the caller to run."""
         while claimed := self.claim(1, 1):
             for task in self._startable(claimed):
-                return task
+                return self._make(task)
         return None
 
-    def claim(self, limit: int, free: int) -> list[AnyRunningTask]:
+    def claim(self, limit: int, free: int) -> list[Claimed]:
         """Claim up to `limit` tasks, where `free` slots have nothing to do."""
-        tasks: list[AnyRunningTask] = []
+        tasks: list[Claimed] = []
         with self._lock:
             self._give_back_strays()
             for queue in self._rotated():
@@ -150,22 +150,24 @@ class Claimer:
                     tasks += self._claim_from(queue, limit - len(tasks), free - len(tasks))
         return tasks
 
-    def _startable(self, tasks: list[AnyRunningTask]) -> Iterator[AnyRunningTask]:
-        for task in tasks:
-            if not task.fail_count or task.fail_count <= task.policy.limit:
-                yield task
-            else:
-                # Rescued from a dead worker, with no attempt left.
-                self._put_ended(ended(task, WorkerDied(WorkerDied.__doc__)))
+    def _startable(self, tasks: list[Claimed]) -> Iterator[Claimed]:
+        for row in tasks:
+            if row[_FAIL_COUNT]:
+                task = self._make(row)
+                if not has_attempts(task):
+                    self._put_ended(ended(task, WorkerDied(WorkerDied.__doc__)))
+                    continue
+            yield row
 
-    def settled(self, ends: list[Ended]) -> None:
+    def settled(self, tasks: list[Claimed]) -> None:
         """Forget tasks that have been written."""
         held = self.held
-        for task, *_ in ends:
-            if held.get(task.id) is task:
-                del held[task.id]
+        for row in tasks:
+            # Not another claim of the same task.
+            if held.get(row[0]) is row:
+                del held[row[0]]
 
-    def _claim_from(self, queue: Queue, limit: int, free: int) -> list[AnyRunningTask]:
+    def _claim_from(self, queue: Queue, limit: int, free: int) -> list[Claimed]:
         processors = self._registry.of(queue)
         if not processors:
             return []
@@ -183,9 +185,9 @@ class Claimer:
         self._doubtful = False
         rows.sort(key=_order)
         position.claimed(rows, is_all=len(rows) < limit)
-        now = time.monotonic()
-        tasks = [self._make(row, queue, processors[row[1]], now) for row in rows]
-        self.held.update({task.id: task for task in tasks})
+        batch = Batch(queue, processors, time.monotonic())
+        tasks: list[Claimed] = [(*row, batch) for row in rows]
+        self.held.update({row[0]: row for row in tasks})
         return tasks
 
     def _rotated(self) -> tuple[Queue, ...]:
@@ -211,6 +213,15 @@ class Claimer:
             self._put_ended(released(task))
         # The average speaks of shorter tasks than those that run now.
         self._slots.run_time = max(self._slots.run_time or 0.0, OVERDUE)
+
+
+def has_attempts(task: AnyRunningTask) -> bool:
+    """Tell whether a claimed task may begin: one that was rescued from a dead worker may have used all up."""
+    return not task.fail_count or task.fail_count <= task.policy.limit
+
+
+_FAIL_COUNT: Final = 7
+"""Where it stands in a claimed row."""
 
 
 def _order(row: tuple[Any, ...]) -> tuple[int, float, int]:

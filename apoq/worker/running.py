@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from datetime import datetime
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 from apoq.queue import Queue
 from apoq.reading import read_json, read_time
@@ -16,6 +16,24 @@ from apoq.worker.task_sessions import AsyncTaskSession, TaskSession, cut_off, is
 S = TypeVar("S", bound=TaskSession | AsyncTaskSession)
 
 _LONGEST: Final = LONGEST_DELAY.total_seconds()
+
+
+class Batch(NamedTuple):
+    """Tasks that one statement has claimed."""
+
+    from_queue: Queue
+    processors: Mapping[str, Processor]
+    """By type, as they were at the claim."""
+    claimed_at: float
+    """By time.monotonic()."""
+
+
+Claimed = tuple[Any, ...]
+"""A claimed task until it begins: its row, as `claim` answers it, and its `Batch`.
+
+A thousand wait at once, and the garbage collector looks at each object again and again: as objects like those
+below, they would take a third of a busy worker's time. So these are made when a slot takes the task.
+"""
 
 
 class Notice:
@@ -29,10 +47,8 @@ class Notice:
 
 class _Running(Running, Generic[S]):
     __slots__ = (
-        "claimed_at",
         "data",
         "ends_at",
-        "from_queue",
         "notice",
         "open_session",
         "opened",
@@ -42,18 +58,13 @@ class _Running(Running, Generic[S]):
 
     def __init__(
         self,
-        row: Sequence[Any],
-        from_queue: Queue,
+        row: Claimed,
         processor: Processor,
-        claimed_at: float,
         open_session: Callable[[], S],
         notice: Notice,
     ) -> None:
-        # Hundreds of these are made at once, and most of what they know is never asked for.
-        self.row = row  # as `claim` answers it
-        self.from_queue = from_queue
+        self.row = row
         self.processor = processor
-        self.claimed_at = claimed_at  # by time.monotonic()
         self.open_session = open_session
         self.notice = notice
         self.ends_at: float | None = None  # by time.monotonic(), once it runs with a limit
@@ -71,6 +82,12 @@ class _Running(Running, Generic[S]):
         """What kind of work it is."""
         found: str = self.row[1]
         return found
+
+    @property
+    def from_queue(self) -> Queue:
+        """The queue that it came from."""
+        batch: Batch = self.row[-1]
+        return batch.from_queue
 
     @property
     def queue(self) -> str:

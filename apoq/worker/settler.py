@@ -6,11 +6,12 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
-from enum import Enum, auto
-from functools import cache
-from typing import Any
+from contextlib import suppress
+from functools import cache, partial
+from operator import itemgetter
+from typing import Any, Final, TypeVar
 
-from psycopg import DatabaseError, DataError
+from psycopg import DatabaseError
 from psycopg.rows import dict_row
 from sqlalchemy import Engine, Executable
 
@@ -24,10 +25,12 @@ from apoq.statements.arrays import array_text
 from apoq.statements.settle import settle
 from apoq.worker.attempts import Ended, TaskLost
 from apoq.worker.completion import Completion
+from apoq.worker.running import Batch, Claimed
 from apoq.worker.tally import Counter
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 
 Rows = dict[int, Mapping[Any, Any] | None]
 """The tasks that were written, by their id; with their rows, where somebody wants to hear of them."""
@@ -46,98 +49,128 @@ class Settler:
         completion: Completion,
         counter: Counter,
         *,
-        on_settled: Callable[[list[Ended]], None],
+        on_settled: Callable[[list[Claimed]], None],
+        on_pending: Callable[[float], None],
     ) -> None:
+        """`on_pending` is called with the seconds until a task that was settled is due again."""
         self._engine = engine
         self._completion = completion
         self._counter = counter
         self._events = events_
         self._on_settled = on_settled
+        self._on_pending = on_pending
+        # Most attempts complete, and nothing more is to be known of them.
+        self._completed: deque[Claimed] = deque()
         self._ended: deque[Ended] = deque()
-        self._unsettled: list[list[Ended]] = []
+        self._unsettled: deque[Callable[[], None]] = deque()
         self._lock = threading.Lock()
 
     def put(self, end: Ended) -> None:
         """Settle this soon; the caller wakes whoever takes the turns."""
-        self._ended.append(end)
+        if end.outcome is None and end.row is None:
+            self._completed.append(end.task.row)
+        else:
+            self._ended.append(end)
 
     def turn(self) -> float | None:
         """Settle all that have ended."""
         with self._lock:
-            batch = []
-            while self._ended:
-                batch.append(self._ended.popleft())
-            self._unsettled += _alike(batch)
+            for schema, rows in _by_schema(_taken(self._completed), _schema_of).items():
+                self._unsettled.append(partial(self._complete, schema, rows))
+            for schema, ends in _by_schema(_taken(self._ended), lambda end: _schema_of(end.task.row)).items():
+                self._unsettled.append(partial(self._settle, schema, ends))
             while self._unsettled:
-                self._settle(self._unsettled[0])
+                self._unsettled[0]()
                 # Only now, so that it is still there when the database is not.
                 del self._unsettled[0]
-        return 0.0 if self._ended else None
+        return 0.0 if self._completed or self._ended else None
 
-    def settle(self, batch: list[Ended]) -> None:
-        """Write these, then tell who listens."""
-        for ends in _alike(batch):
-            self._settle(ends)
+    def settle(self, end: Ended) -> None:
+        """Write this, and what else has ended, now."""
+        self.put(end)
+        self.turn()
 
-    def _settle(self, ends: list[Ended]) -> None:
-        match _kind(ends[0]):
-            case _Kind.LOST:
-                rows: Rows = {}
-            case _Kind.COMMITTED:
-                rows = {end.task.id: end.row for end in ends}
-            case _:
-                rows = self._write(ends)
+    def _complete(self, schema: str | None, tasks: list[Claimed]) -> None:
+        tasks.sort(key=itemgetter(_ID))
+        rows = self._survive(partial(self._execute_completion, schema), tasks)
+        self._counter.count(None, len(rows))
+        for task in tasks:
+            if task[_ID] not in rows:
+                _log_lost(task)
+            elif row := rows[task[_ID]]:
+                self._events.emit(events.COMPLETED, detached(schema, row))
+        self._on_settled(tasks)
+
+    def _settle(self, schema: str | None, ends: list[Ended]) -> None:
+        ends.sort(key=lambda end: end.task.id)
+        rows: Rows = {end.task.id: end.row for end in ends if end.row is not None}
+        unwritten = [end for end in ends if end.row is None and not isinstance(end.outcome, TaskLost)]
+        if unwritten:
+            rows |= self._survive(partial(self._execute_settlement, schema), unwritten)
         for end in ends:
-            if end.task.id not in rows:
-                logger.info(
-                    "task %d (%s) was taken from this worker before it ended here; nothing was written to it",
-                    end.task.id,
-                    end.task.type,
-                )
-            elif end.outcome is not None or rows[end.task.id] is not None:
+            if isinstance(end.outcome, TaskLost) or end.task.id not in rows:
+                _log_lost(end.task.row)
+            else:
                 self._tell(end, rows[end.task.id])
-        self._counter.count(end for end in ends if end.task.id in rows)
-        self._on_settled(ends)
+                self._counter.count(end.settlement)
+        self._on_settled([end.task.row for end in ends])
+        for end in ends:
+            if end.settlement is not None and end.settlement.state == states.PENDING:
+                self._on_pending(end.settlement.delay or 0.0)
 
-    def _write(self, ends: list[Ended]) -> Rows:
+    def _survive(self, write: Callable[[list[T]], Rows], batch: list[T]) -> Rows:
+        """Write a batch, and where it can't be written each by itself: a batch survives its worst member."""
         try:
-            return self._execute(ends)
+            return write(batch)
         except DatabaseError as error:
             if is_away(error):
                 raise  # not the batch's trouble: tried again
-            if len(ends) > 1:
-                # A batch survives its worst member.
-                return {id_: row for end in ends for id_, row in self._write([end]).items()}
-            (end,) = ends
-            logger.exception("task %d could not be settled; its error is left out", end.task.id)
-            if end.settlement is not None:
-                without = {"class": type(end.outcome).__name__, "message": "", "traceback": ""}
-                end = end._replace(settlement=end.settlement._replace(error=without))
-            try:
-                return self._execute([end])
-            except DataError:
-                logger.exception(
-                    "task %d can't be settled; it is run again when this worker stops", end.task.id
-                )
-                return {}
+            if len(batch) > 1:
+                return {id_: row for one in batch for id_, row in self._survive(write, [one]).items()}
+            logger.exception("what became of a task could not be written")
+            return self._write_last(batch[0])
 
-    def _execute(self, ends: list[Ended]) -> Rows:
-        schema = ends[0].task.from_queue.schema
-        parameters: dict[str, Any] = {
-            "ids": array_text(end.task.id for end in ends),
-            "tokens": array_text(end.task.token for end in ends),
+    def _write_last(self, one: object) -> Rows:
+        """Write what can't be written as it is, without its error's text."""
+        match one:
+            case Ended(task, outcome, Settlement() as settlement):
+                without = {"class": type(outcome).__name__, "message": "", "traceback": ""}
+                end = Ended(task, outcome, settlement._replace(error=without))
+                try:
+                    return self._execute_settlement(task.from_queue.schema, [end])
+                except DatabaseError as error:
+                    if is_away(error):
+                        raise
+                    logger.exception(
+                        "nor without its error; task %d is run again when this worker stops", task.id
+                    )
+        return {}
+
+    def _execute_completion(self, schema: str | None, tasks: list[Claimed]) -> Rows:
+        is_heard = self._completion.is_heard
+        return self._execute(self._completion.statement(schema, full=is_heard), tasks, {}, is_heard=is_heard)
+
+    def _execute_settlement(self, schema: str | None, ends: list[Ended]) -> Rows:
+        is_heard = self._events.heard(events.FAILED) or self._events.heard(events.RETRIED)
+        return self._execute(
+            write_settlements(schema, full=is_heard),
+            [end.task.row for end in ends],
+            settlement_arrays(ends),
+            is_heard=is_heard,
+        )
+
+    def _execute(
+        self, statement: Executable, tasks: list[Claimed], arrays: dict[str, Any], *, is_heard: bool
+    ) -> Rows:
+        parameters = {
+            "ids": array_text([task[_ID] for task in tasks]),
+            "tokens": array_text([task[_TOKEN] for task in tasks]),
+            **arrays,
         }
-        if ends[0].outcome is None:
-            is_heard = self._completion.is_heard
-            statement = self._completion.statement(schema, full=is_heard)
-        else:
-            is_heard = self._events.heard(events.FAILED) or self._events.heard(events.RETRIED)
-            statement = _settlement(schema, is_heard)
-            parameters |= _arrays(ends)
         if is_heard:
             found = execute(self._engine, statement, parameters, row_factory=dict_row)
             return {row["id"]: row for row in found}
-        return {id_: None for (id_,) in execute(self._engine, statement, parameters)}
+        return dict.fromkeys(id_ for (id_,) in execute(self._engine, statement, parameters).fetchall())
 
     def _tell(self, end: Ended, row: Mapping[Any, Any] | None) -> None:
         if end.outcome is not None:
@@ -157,36 +190,47 @@ class Settler:
 
 
 @cache
-def _settlement(schema: str | None, full: bool) -> Executable:
+def write_settlements(schema: str | None, *, full: bool) -> Executable:
+    """Write the settlements of `settlement_arrays` to the tasks of `ids`; answer their ids, or whole rows."""
     tasks = tasks_table(schema)
     return settle(schema).returning(*(tasks.c if full else [tasks.c.id]))
 
 
-class _Kind(Enum):
-    """How the end of an attempt is written."""
-
-    LOST = auto()
-    COMMITTED = auto()
-    COMPLETED = auto()
-    OTHER = auto()
+_ID: Final = 0
+_TOKEN: Final = 8
+"""Where they stand in a claimed row."""
 
 
-def _kind(end: Ended) -> _Kind:
-    if end.outcome is None:
-        return _Kind.COMPLETED if end.row is None else _Kind.COMMITTED
-    return _Kind.LOST if isinstance(end.outcome, TaskLost) else _Kind.OTHER
+def _schema_of(row: Claimed) -> str | None:
+    batch: Batch = row[-1]
+    return batch.from_queue.schema
 
 
-def _alike(batch: list[Ended]) -> list[list[Ended]]:
-    """Part what ended into lists, each of which one statement can write."""
-    alike: dict[tuple[str | None, _Kind], list[Ended]] = {}
-    # By id, for whoever else locks several tasks does it in this order too.
-    for end in sorted(batch, key=lambda end: end.task.id):
-        alike.setdefault((end.task.from_queue.schema, _kind(end)), []).append(end)
-    return list(alike.values())
+def _taken(ended: deque[T]) -> list[T]:
+    """Empty this, while others add to it."""
+    taken = []
+    with suppress(IndexError):
+        while True:
+            taken.append(ended.popleft())
+    return taken
 
 
-def _arrays(ends: list[Ended]) -> dict[str, list[Any]]:
+def _by_schema(batch: list[T], schema_of: Callable[[T], str | None]) -> dict[str | None, list[T]]:
+    """Part what ended into lists that one statement can write."""
+    parts: dict[str | None, list[T]] = {}
+    for one in batch:
+        parts.setdefault(schema_of(one), []).append(one)
+    return parts
+
+
+def _log_lost(row: Claimed) -> None:
+    logger.info(
+        "task %d (%s) was taken from this worker before it ended here; nothing was written to it", *row[:2]
+    )
+
+
+def settlement_arrays(ends: list[Ended]) -> dict[str, list[Any]]:
+    """Answer the settlements as parameters."""
     settlements = [end.settlement for end in ends if end.settlement is not None]
     return {
         "states": [settlement.state for settlement in settlements],

@@ -15,7 +15,7 @@ from apoq.worker.completion import Completion
 from apoq.worker.coroutines import Coroutines
 from apoq.worker.deadlines import Deadlines
 from apoq.worker.lease import Lease
-from apoq.worker.running import AnyRunningTask, AsyncRunningTask, RunningTask
+from apoq.worker.running import AnyRunningTask, AsyncRunningTask, Batch, Claimed, RunningTask
 
 
 class Slots:
@@ -33,6 +33,7 @@ class Slots:
         lease: Lease,
         deadlines: Deadlines,
         *,
+        make: Callable[[Claimed], AnyRunningTask],
         on_ended: Callable[[Ended], None],
         on_low: Callable[[], None],
     ) -> None:
@@ -45,9 +46,10 @@ class Slots:
         self._completion = completion
         self._lease = lease
         self._deadlines = deadlines
+        self._make = make
         self._on_ended = on_ended
         self._on_low = on_low
-        self._line: deque[AnyRunningTask] = deque()
+        self._line: deque[Claimed] = deque()
         self._free = concurrency
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
@@ -70,15 +72,16 @@ class Slots:
     def waiting_since(self) -> float | None:
         """When the first in line was claimed, by time.monotonic()."""
         try:
-            return self._line[0].claimed_at
+            batch: Batch = self._line[0][-1]
         except IndexError:
             return None
+        return batch.claimed_at
 
     def is_current(self) -> bool:
         """Tell whether the caller is on one of these threads."""
         return threading.current_thread() in self._threads
 
-    def put(self, tasks: Iterable[AnyRunningTask]) -> None:
+    def put(self, tasks: Iterable[Claimed]) -> None:
         """Run these as slots are free."""
         with self._lock:
             self._line.extend(tasks)
@@ -121,9 +124,10 @@ class Slots:
 
     def _pop(self) -> AnyRunningTask | None:
         try:
-            return self._line.popleft()
+            row = self._line.popleft()
         except IndexError:
             return None
+        return self._make(row)
 
     def _begin(self, task: AnyRunningTask) -> None:
         if isinstance(task, AsyncRunningTask):

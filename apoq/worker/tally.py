@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
 from typing import NamedTuple
 
-from apoq.states import CANCELLED, FAILED, PENDING
-from apoq.worker.attempts import Ended
+from apoq import states
+from apoq.outcomes import Settlement
 
 
 class Tally(NamedTuple):
@@ -27,30 +26,25 @@ class Counter:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._counts = Tally()
+        self._counts = dict.fromkeys(Tally._fields, 0)
 
-    def count(self, ends: Iterable[Ended]) -> None:
-        """Count these."""
-        completed = retried = failed = cancelled = 0
-        for end in ends:
-            if end.settlement is None:
-                completed += 1
-            elif end.settlement.state == FAILED:
-                failed += 1
-            elif end.settlement.state == CANCELLED:
-                cancelled += 1
-            elif end.settlement.state == PENDING and end.settlement.error is not None:
-                retried += 1
+    def count(self, settlement: Settlement | None, number: int = 1) -> None:
+        """Count attempts that ended so; None is a completion."""
+        match settlement:
+            case None:
+                name = "completed"
+            case Settlement(state=states.FAILED):
+                name = "failed"
+            case Settlement(state=states.CANCELLED):
+                name = "cancelled"
+            case Settlement(state=states.PENDING, error=dict()):
+                name = "retried"
+            case _:
+                return
         with self._lock:
-            counts = self._counts
-            self._counts = Tally(
-                0,
-                counts.completed + completed,
-                counts.retried + retried,
-                counts.failed + failed,
-                counts.cancelled + cancelled,
-            )
+            self._counts[name] += number
 
     def tally(self, running: int) -> Tally:
         """Answer the counts until now."""
-        return self._counts._replace(running=running)
+        with self._lock:
+            return Tally(**self._counts | {"running": running})

@@ -19,14 +19,16 @@ from sqlalchemy.orm import Session
 
 from apoq.connections import is_away, own_engine
 from apoq.databases import check_dialect
+from apoq.errors import InvalidProcessor
 from apoq.events import Events
 from apoq.migrations.prepare import check
 from apoq.model import Task, detached
 from apoq.queue import Queue
-from apoq.registry import Around, Processor, Registry, make_processor
+from apoq.registry import Around, Registry, make_processor
 from apoq.retry import DEFAULT_RETRY_LIMIT, RetryDelay, exponential_backoff, seconds
 from apoq.statements.hint import payload
-from apoq.states import COMPLETED, PENDING
+from apoq.states import COMPLETED
+from apoq.typed import TypedTask
 from apoq.watch import watch
 from apoq.worker.attempts import Ended, ended, overdue, run, run_coroutine
 from apoq.worker.claimer import Claimer
@@ -39,7 +41,7 @@ from apoq.worker.loop import Loop, Outage
 from apoq.worker.position import Position
 from apoq.worker.process import PROCESS
 from apoq.worker.pruner import Pruner
-from apoq.worker.running import KNOWN, AnyRunningTask, AsyncRunningTask, Notice, RunningTask
+from apoq.worker.running import KNOWN, AnyRunningTask, AsyncRunningTask, Batch, Claimed, Notice, RunningTask
 from apoq.worker.scout import Scout
 from apoq.worker.settler import Settler
 from apoq.worker.slots import Slots, released
@@ -170,7 +172,12 @@ class Worker:
         self._completion = Completion(self.events, lease_, keep=keep_completed != timedelta())
         self._counter = Counter()
         self._settler = Settler(
-            self._own_engine, self.events, self._completion, self._counter, on_settled=self._settled
+            self._own_engine,
+            self.events,
+            self._completion,
+            self._counter,
+            on_settled=self._settled,
+            on_pending=self._look,
         )
         self._deadlines = Deadlines(self._put_overdue, outage)
         self._slots = Slots(
@@ -179,6 +186,7 @@ class Worker:
             self._completion,
             lease_,
             self._deadlines,
+            make=self._make,
             on_ended=self._put_ended,
             on_low=self._wake_claimer,
         )
@@ -272,8 +280,13 @@ class Worker:
         but it goes on, and its slot stays taken until it returns. So let it look at `task.stopping`, or
         give what it waits for a timeout of its own.
 
-        Raises `InvalidProcessor` where the type has a processor already, or an option makes no sense.
+        It is worked so in all queues of this worker. Raises `InvalidProcessor` where the type has a processor
+        already, be it by a typed task of one of them, or where an option makes no sense.
         """
+        if isinstance(processor, TypedTask):
+            raise InvalidProcessor(
+                f"{processor!r} is a typed task, which a worker of its queue knows: Worker(engine, queue)"
+            )
         made = make_processor(
             type, processor, retry_limit=retry_limit, retry_delay=retry_delay, timeout=timeout
         )
@@ -296,7 +309,7 @@ class Worker:
             if task is None:
                 return None
             end = self._run(task)
-            self._settler.settle([end])
+            self._settler.settle(end)
             if isinstance(end.outcome, KeyboardInterrupt):
                 raise end.outcome  # meant for the program, not for the task that happened to run
             return self._load(end)
@@ -502,17 +515,17 @@ class Worker:
         known = {name: getattr(end.task, name) for name in KNOWN}
         return found or detached(end.task.from_queue.schema, known | {"state": COMPLETED})
 
-    def _make(
-        self, row: tuple[Any, ...], queue: Queue, processor: Processor, claimed: float
-    ) -> AnyRunningTask:
+    def _make(self, row: Claimed) -> AnyRunningTask:
+        batch: Batch = row[-1]
+        processor = batch.processors[row[1]]
         if processor.is_coroutine:
-            return AsyncRunningTask(row, queue, processor, claimed, self._sessions.open_async, self._notice)
-        return RunningTask(row, queue, processor, claimed, self._sessions.open, self._notice)
+            return AsyncRunningTask(row, processor, self._sessions.open_async, self._notice)
+        return RunningTask(row, processor, self._sessions.open, self._notice)
 
     def _put_ended(self, end: Ended) -> None:
         if end.row is not None and end.outcome is None and not self._completion.is_heard:
-            self._counter.count([end])
-            self._settled([end])  # it is written already, and nobody is to be told
+            self._counter.count(None)
+            self._claimer.settled([end.task.row])  # it is written already, and nobody is to be told
             return
         self._settler.put(end)
         self._settling.wake()
@@ -522,11 +535,8 @@ class Worker:
         if not self._is_started:
             self._settler.turn()  # nobody else takes turns beside `work`
 
-    def _settled(self, ends: list[Ended]) -> None:
-        self._claimer.settled(ends)
-        for end in ends:
-            if end.settlement is not None and end.settlement.state == PENDING:
-                self._look(end.settlement.delay or 0.0)
+    def _settled(self, tasks: list[Claimed]) -> None:
+        self._claimer.settled(tasks)
 
     def _lapsed(self) -> None:
         logger.warning(

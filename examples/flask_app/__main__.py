@@ -12,6 +12,7 @@ from flask_migrate import upgrade
 from apoq.embedded import database
 
 logging.basicConfig(level=logging.INFO, format="%(message)s")
+logging.getLogger("mail.log").setLevel(logging.WARNING)
 
 with ExitStack() as stack:
     os.environ["DATABASE_URL"] = stack.enter_context(database())

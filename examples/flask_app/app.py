@@ -67,16 +67,16 @@ def sign_up():
     user = User(name=request.form["name"], email=request.form["email"])
     db.session.add(user)
     db.session.flush()  # for its id
-    apoq.add("send_welcome", {"user_id": user.id})
+    send_welcome.add(user_id=user.id)
     if "fail" in request.form:
         raise RuntimeError("neither the user nor the task is there now")
     db.session.commit()  # both are
     return redirect(url_for("site.index"), 303)
 
 
-@apoq.processor("send_welcome")
-def send_welcome(task: RunningTask) -> None:
-    user = task.session.get_one(User, task.data["user_id"])
+@apoq.task
+def send_welcome(task: RunningTask, user_id: int) -> None:
+    user = task.session.get_one(User, user_id)
     message = EmailMessage()
     message["From"], message["To"] = "hello@example.org", user.email
     message["Subject"] = f"Welcome, {user.name}"
