@@ -178,26 +178,19 @@ class TestTheLifespan:
 class TestItsEnd:
     def test_a_running_coroutine_ends_on_a_loop_that_goes_on(self, url):
         async def main(engine: AsyncEngine) -> None:
-            runs, goes_on = asyncio.Event(), asyncio.Event()
+            runs = asyncio.Event()
 
             async def process(task: AsyncRunningTask) -> None:
                 runs.set()
-                await goes_on.wait()
-                assert task.stopping
+                while not task.stopping:
+                    await asyncio.sleep(0.001)
+                await task.session.execute(sa.text("SELECT 1"))
 
             worker = Worker(engine, queue)
             worker.use("t", process)
-            running = lifespan(worker)
-            await running.__aenter__()
-            await add(engine)
-            await runs.wait()
-
-            end = asyncio.ensure_future(running.__aexit__())
-            for _ in range(100):
-                await asyncio.sleep(0)
-            assert not end.done()
-            goes_on.set()
-            await end
+            async with lifespan(worker):
+                await add(engine)
+                await runs.wait()
 
             assert await found(engine) == [("t", "completed", 0)]
 
