@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -22,7 +24,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
-from apoq import AsyncRunningTask, NotPrepared, Queue, RunningTask, Task, Worker
+from apoq import AsyncRunningTask, NotPrepared, Queue, RunningTask, Task, Worker, prepare
 from apoq.fastapi import lifespan, transaction
 
 queue = Queue()
@@ -182,7 +184,7 @@ class TestItsEnd:
 
             async def process(task: AsyncRunningTask) -> None:
                 runs.set()
-                while not task.stopping:
+                while not task.stopping:  # noqa: ASYNC110 - it is what a processor does
                     await asyncio.sleep(0.001)
                 await task.session.execute(sa.text("SELECT 1"))
 
@@ -442,6 +444,42 @@ def _site(path: str, engine: sa.Engine, async_engine: AsyncEngine) -> Site:
     if path.endswith("-plain"):
         return Site(engine, transaction(sessionmaker(engine)))
     return Site(async_engine, transaction(async_sessionmaker(async_engine)))
+
+
+def test_its_documentation_runs(empty_url, monkeypatch, capsys):
+    page = Path(__file__).parent.parent / "docs" / "fastapi.md"
+    code = "\n".join(re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL))
+    monkeypatch.setenv("DATABASE_URL", empty_url.render_as_string(hide_password=False))
+    main: dict[str, Any] = {"__name__": "main"}
+    exec(compile(code, "docs/fastapi.md", "exec", dont_inherit=True), main)
+
+    async def run() -> None:
+        done = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        main["worker"].events.on("task.completed", lambda _: loop.call_soon_threadsafe(done.set))
+        async with main["engine"].begin() as connection:
+            await connection.run_sync(main["Base"].metadata.create_all)
+        await prepare(main["engine"])
+        await main["test_a_new_user_is_welcomed"]()
+        async with alive(main["app"]) as client:
+            assert (await client.get("/health")).json() == {"worker": True}
+            for path in ("/sign-up", "/users"):
+                assert (await client.post(path, json={"email": f"bob@{path}"})).is_success
+                await done.wait()
+                done.clear()
+        async with alive(main["starlette"]) as client:
+            assert (await client.post("/sign-up", json={"email": "bob@starlette"})).status_code == 201
+            await done.wait()
+
+    asyncio.run(asyncio.wait_for(run(), 30))
+
+    said = capsys.readouterr().out.split("📧 welcome, ")
+    assert [line.strip() for line in said[1:]] == [
+        "ada@example.org",
+        "bob@/sign-up",
+        "bob@/users",
+        "bob@starlette",
+    ]
 
 
 def test_neither_fastapi_nor_starlette_is_imported():
