@@ -141,7 +141,7 @@ class _Drain:
         for crew in self._crews:
             for queue in crew.queues:
                 position = Position()
-                looked_for = {"from_queue": queue.name, "of_types": crew.registry.types}
+                looked_for = {"from_queue": queue.name, "of_types": list(crew.processors(queue))}
                 if position.surveyed(self._execute(queue, survey(queue.schema), looked_for)) <= 0:
                     yield crew, queue, position
 
@@ -149,7 +149,7 @@ class _Drain:
         for crew, queue, position in self._due():
             parameters = {
                 "from_queue": queue.name,
-                "of_types": crew.registry.types,
+                "of_types": list(crew.processors(queue)),
                 "at_most": 1,
                 "ahead": False,
                 "by_worker": self._worker_id,
@@ -160,7 +160,8 @@ class _Drain:
         return None
 
     def _make(self, crew: Crew, row: Claimed) -> AnyRunningTask:
-        processor = crew.registry[row[1]]
+        batch: Batch = row[-1]
+        processor = crew.processors(batch.from_queue)[row[1]]
         if processor.is_coroutine:
             return AsyncRunningTask(row, processor, self._open_async, self._notice)
         return RunningTask(row, processor, self._open, self._notice)
@@ -262,7 +263,7 @@ class _Drain:
         known: dict[Queue, set[str]] = {}
         for crew in self._crews:
             for queue in crew.queues:
-                known.setdefault(queue, set()).update(crew.registry.types)
+                known.setdefault(queue, set()).update(crew.processors(queue))
         for queue, types in known.items():
             tasks = tasks_table(queue.schema)
             left = (

@@ -12,7 +12,7 @@ from sqlalchemy import Connection
 
 from apoq.events import Events
 from apoq.queue import Queue
-from apoq.registry import Registry
+from apoq.registry import Processor, Registry
 from apoq.statements.arrays import array_text
 from apoq.worker import Worker
 from apoq.worker.attempts import overdue
@@ -31,10 +31,15 @@ class Crew:
     registry: Registry
     completion: Completion
 
+    def processors(self, _queue: Queue) -> Mapping[str, Processor]:
+        """Answer the processors of a queue's types."""
+        return {type_: self.registry[type_] for type_ in self.registry.types}
+
     @property
     def has_coroutines(self) -> bool:
         """Tell whether any of its processors needs an event loop."""
-        return any(self.registry[type_].is_coroutine for type_ in self.registry.types)
+        found = [processor for queue in self.queues for processor in self.processors(queue).values()]
+        return any(processor.is_coroutine for processor in found)
 
 
 def crew_of(worker: Worker | Queue) -> Crew:
