@@ -35,8 +35,13 @@ T = TypeVar("T", bound=Running)
 class TaskQueue(Protocol):
     """What a typed task knows of its `Queue`."""
 
-    name: str
-    schema: str | None
+    @property
+    def name(self) -> str:
+        """Its name."""
+
+    @property
+    def schema(self) -> str | None:
+        """Where its tables are."""
 
     def add(self, session: Any, type: str, data: Any, **options: Unpack[Options]) -> Any:
         """Add a task."""
