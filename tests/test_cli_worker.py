@@ -43,6 +43,10 @@ def hold(task):
     print("holding", task.id, flush=True)
     threading.Event().wait()
 
+@queue.task
+def typed(word: str) -> None:
+    print("working", word, flush=True)
+
 worker.use("say", say)
 worker.use("hold", hold)
 
@@ -168,6 +172,16 @@ class TestOneProcess:
         assert program.end() == 0
         assert "has stopped" in program.output
 
+    def test_it_works_the_typed_tasks_of_a_queue(self, start, engine):
+        with Session(engine) as session, session.begin():
+            Queue().add(session, "app.typed", {"word": "💖"})
+        program = start("app:queue")
+
+        program.wait_for("working 💖")
+        program.signal(signal.SIGINT)
+
+        assert program.end() == 0
+
     def test_a_second_signal_ends_it_at_once(self, start, add):
         add("hold")
         program = start("app:worker")
@@ -203,7 +217,7 @@ class TestOneProcess:
         assert (row.queues, row.concurrency) == (["emails"], 7)
         assert f"working {left}" not in program.output
         records = [json.loads(line) for line in program.output.splitlines() if line.startswith("{")]
-        assert [record["level"] for record in records] == ["info", "info"]
+        assert [record["level"] for record in records] == ["info", "info", "info"]
 
     def test_missing_tables_are_said_with_the_command_that_makes_them(self, start, engine):
         with engine.begin() as connection:
@@ -309,13 +323,19 @@ class TestWhatIsToBeWorked:
     @pytest.mark.parametrize(
         ("name", "place"),
         [
-            ("app_of_theirs:broken", r"app_of_theirs\.py, line 27\)$"),
+            ("app_of_theirs:broken", r"app_of_theirs\.py, line 31\)$"),
             ("app_without_modules:worker", r"app_without_modules\.py, line 1\)$"),
             ("app_that_is_no_python:worker", r"app_that_is_no_python\.py, line 2\)$"),
         ],
     )
     def test_and_where(self, said, name, place):
         assert re.search(place, said(name))
+
+    def test_a_task_is_not_its_queue(self, said):
+        assert said("app_of_theirs:typed").endswith("is a task of Queue('default'): give the queue instead")
+
+    def test_a_queue_without_tasks(self, said):
+        assert "nothing to work" in said("app_of_theirs:emails")
 
     def test_nothing_to_work_is_a_usage_error(self, said):
         assert "Give module:object" in said()

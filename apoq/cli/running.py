@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
 from collections.abc import Callable
@@ -16,6 +17,8 @@ from apoq.cli.status import PERIOD, Status, every, is_wanted
 from apoq.cli.supervisor import Supervisor, again, check_platform, hold, take_lifeline
 from apoq.worker import Worker
 from apoq.worker.worker import GRACE
+
+logger = logging.getLogger(__name__)
 
 _OPTIONS = (
     click.option(
@@ -71,6 +74,12 @@ def run_worker(
         worker.adjust(queues=None if queues is None else _names(queues), concurrency=concurrency)
     except ValueError as error:
         raise BadUsage(str(error)) from error
+    if not worker.types:
+        raise BadUsage(
+            "this worker has nothing to work: no task of its queues has been defined (@queue.task), and no "
+            "processor given (worker.use), in what was imported"
+        )
+    logger.info("working %s", ", ".join(worker.types))
     # What a second Ctrl-C does, for `Worker.run` catches the first.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     if lifeline is not None:

@@ -352,6 +352,11 @@ class Worker:
         loops = (self._beating, *self._loops)
         return self._is_started and self._heartbeat.lease.is_held and all(loop.is_alive for loop in loops)
 
+    @property
+    def types(self) -> list[str]:
+        """The types of tasks that it works."""
+        return sorted({type_ for queue in self._queues for type_ in self._registry.of(queue)})
+
     def tally(self) -> Tally:
         """Answer how many tasks run now, and what became of those that have ended since it was made."""
         return self._counter.tally(len(self._slots.running()))
