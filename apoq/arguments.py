@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from functools import partial
-from inspect import Parameter, Signature
+from inspect import BoundArguments, Parameter, Signature
 from typing import Any, Final, get_type_hints
 from uuid import UUID
 
@@ -61,8 +61,17 @@ class Arguments:
 
     def write(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Answer the given arguments of a call as JSON; `InvalidTask` where they don't fit."""
+        return self._write_bound(self._signature.bind, args, kwargs)
+
+    def write_some(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Answer some of a call's arguments as JSON, to look for the call by them; raises as `write` does."""
+        return self._write_bound(self._signature.bind_partial, (), kwargs)
+
+    def _write_bound(
+        self, bind: Callable[..., BoundArguments], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
         try:
-            given = self._signature.bind(*args, **kwargs).arguments
+            given = bind(*args, **kwargs).arguments
         except TypeError as error:
             raise InvalidTask(f"{self._name}() {error}: its parameters are {self._signature}") from None
         given |= given.pop(self._rest, {})

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
 
 import pytest
 import sqlalchemy as sa
@@ -13,8 +14,12 @@ from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from sqlalchemy.pool import NullPool
 
 from apoq import (
+    AsyncRunningTask,
     Cancel,
+    InvalidData,
     InvalidProcessor,
+    InvalidTask,
+    MismatchedData,
     NotPrepared,
     Queue,
     Retry,
@@ -24,6 +29,7 @@ from apoq import (
     UnsupportedDatabase,
     UnsupportedSession,
     Worker,
+    prepare,
 )
 from apoq.testing import assert_enqueued, drain, enqueued, freeze, travel
 
@@ -730,3 +736,102 @@ def test_keywords_need_data_that_has_keys(session):
 def test_something_else_than_a_task_is_refused(session):
     with pytest.raises(TypeError, match=r"@queue.task"):
         enqueued(session, note)
+
+
+# Typed tasks.
+
+
+@pytest.fixture
+def typed():
+    queue = Queue("typed")
+
+    @queue.task(type="greet", retry_limit=1)
+    def greet(user_id: int, at: datetime | None = None) -> None:
+        seen.append((user_id, at))
+
+    @queue.task(type="note")
+    async def note(task: AsyncRunningTask, text: str) -> None:
+        await task.session.execute(sa.insert(LEDGER).values(task_id=task.id))
+
+    seen: list[object] = []
+    return SimpleNamespace(queue=queue, greet=greet, note=note, seen=seen)
+
+
+def test_a_typed_task_is_found_by_its_arguments(session, typed):
+    at = datetime(2026, 1, 1, 9, tzinfo=UTC)
+    task = typed.greet.add(session, 7, at=at)
+
+    assert enqueued(session, typed.greet, at=at) == [task]
+    assert assert_enqueued(session, typed.greet, user_id=7) is task
+    assert not enqueued(session, typed.greet, user_id=8)
+
+
+def test_it_is_looked_for_in_its_own_queue(session, typed):
+    Queue().add(session, "greet", {"user_id": 7})
+
+    assert not enqueued(session, typed.greet)
+    assert enqueued(session, typed.greet, queue="default")
+
+
+def test_an_argument_that_it_does_not_have_is_refused(session, typed):
+    with pytest.raises(InvalidTask, match=r"'usr_id'.*its parameters are"):
+        enqueued(session, typed.greet, usr_id=7)
+
+
+def test_an_argument_of_another_type_is_refused(session, typed):
+    with pytest.raises(InvalidData, match="user_id"):
+        enqueued(session, typed.greet, user_id="7")
+
+
+def test_a_queue_s_typed_tasks_run_without_a_worker(session, typed):
+    typed.greet.add(session, user_id=7)
+    note = typed.note.add(session, text="hello")
+
+    ran = drain(session, typed.queue)
+
+    assert [task.state for task in ran] == ["completed"] * 2
+    assert typed.seen == [(7, None)]
+    assert ledger(session) == [note.id]
+
+
+def test_a_worker_of_the_queue_runs_them_too(session, typed, shared_engine):
+    worker = Worker(shared_engine, typed.queue)
+    worker.use("plain", note)
+    typed.greet.add(session, user_id=7)
+    typed.queue.add(session, "plain")
+
+    assert [task.type for task in drain(session, worker)] == ["greet", "plain"]
+
+
+def test_data_that_does_not_fit_is_raised(session, typed):
+    typed.queue.add(session, "greet", {"user": 7})
+
+    with pytest.raises(MismatchedData, match="no parameter for the argument 'user'"):
+        drain(session, typed.queue)
+
+
+def test_a_queue_without_typed_tasks_is_refused(session, queue):
+    with pytest.raises(InvalidProcessor, match="has no typed tasks"):
+        drain(session, queue)
+
+
+# Schemas.
+
+
+def test_a_queue_in_a_schema_of_its_own(engine):
+    with engine.begin() as connection:
+        connection.exec_driver_sql("CREATE SCHEMA jobs")
+    prepare(engine, schema="jobs")
+    queue = Queue(schema="jobs")
+    worker = Worker(engine, queue)
+    worker.use("greet", lambda task: None)
+    at = datetime(2026, 1, 1, 9, tzinfo=UTC)
+
+    with Session(engine) as session, freeze(session, at):
+        queue.add(session, "greet", {"user_id": 7}, delay=HOUR)
+        assert_enqueued(session, "greet", queue=queue, user_id=7)
+        with travel(session, HOUR):
+            (task,) = drain(session, worker)
+        assert (task.state, task.completed_at) == ("completed", at + HOUR)
+        assert task in session
+        session.rollback()

@@ -156,12 +156,12 @@ class _Drain:
                 **position.parameters(),
             }
             for row in self._execute(queue, claim(queue.schema), parameters):
-                return crew, self._make(crew, (*row, Batch(queue, time.monotonic())))
+                return crew, self._make((*row, Batch(queue, crew.processors(queue), time.monotonic())))
         return None
 
-    def _make(self, crew: Crew, row: Claimed) -> AnyRunningTask:
+    def _make(self, row: Claimed) -> AnyRunningTask:
         batch: Batch = row[-1]
-        processor = crew.processors(batch.from_queue)[row[1]]
+        processor = batch.processors[row[1]]
         if processor.is_coroutine:
             return AsyncRunningTask(row, processor, self._open_async, self._notice)
         return RunningTask(row, processor, self._open, self._notice)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Coroutine, Mapping
-from typing import Any, Final, Protocol, overload
+from typing import Any, Final, overload
 
 import msgspec.json
 from sqlalchemy import Connection, select
@@ -22,21 +22,12 @@ from apoq.testing.inside import (
     connection_of,
     inside,
 )
+from apoq.typed import TypedTask
+
+AnyTypedTask = TypedTask[..., Any, ...]
 
 SHOWN: Final = 20
 """Tasks that are listed where the right one isn't there."""
-
-
-class TypedTask(Protocol):
-    """A task made by ``@queue.task``."""
-
-    @property
-    def type(self) -> str:
-        """Its type."""
-
-    @property
-    def queue(self) -> Queue:
-        """Where it is added."""
 
 
 class Enqueued(list[Task]):
@@ -55,7 +46,7 @@ class Enqueued(list[Task]):
 @overload
 def enqueued(
     session: TestSession,
-    task: str | TypedTask | None = ...,
+    task: str | AnyTypedTask | None = ...,
     data: Any = ...,
     /,
     *,
@@ -65,7 +56,7 @@ def enqueued(
 @overload
 def enqueued(
     session: AsyncTestSession,
-    task: str | TypedTask | None = ...,
+    task: str | AnyTypedTask | None = ...,
     data: Any = ...,
     /,
     *,
@@ -74,7 +65,7 @@ def enqueued(
 ) -> Coroutine[Any, Any, list[Task]]: ...
 def enqueued(
     session: TestSession | AsyncTestSession,
-    task: str | TypedTask | None = None,
+    task: str | AnyTypedTask | None = None,
     data: Any = None,
     /,
     *,
@@ -95,7 +86,7 @@ def enqueued(
 @overload
 def assert_enqueued(
     session: TestSession,
-    task: str | TypedTask,
+    task: str | AnyTypedTask,
     data: Any = ...,
     /,
     *,
@@ -105,7 +96,7 @@ def assert_enqueued(
 @overload
 def assert_enqueued(
     session: AsyncTestSession,
-    task: str | TypedTask,
+    task: str | AnyTypedTask,
     data: Any = ...,
     /,
     *,
@@ -114,7 +105,7 @@ def assert_enqueued(
 ) -> Coroutine[Any, Any, Task]: ...
 def assert_enqueued(
     session: TestSession | AsyncTestSession,
-    task: str | TypedTask,
+    task: str | AnyTypedTask,
     data: Any = None,
     /,
     *,
@@ -131,26 +122,28 @@ class _Wanted:
 
     def __init__(
         self,
-        task: str | TypedTask | None,
+        task: str | AnyTypedTask | None,
         data: Any,
         queue: Queue | str | None,
         arguments: Mapping[str, Any],
     ) -> None:
-        if task is None or isinstance(task, str):
-            self.type = task
-        else:
-            try:
-                self.type, own = task.type, task.queue
-            except AttributeError:
-                raise TypeError(
-                    "give the type of a task, or a function that was made a task by @queue.task, not "
-                    f"{glimpse(task)}"
-                ) from None
-            queue = own if queue is None else queue
         if arguments:
             if not isinstance(data, dict | None):
                 raise TypeError(f"keywords are keys of a task's data, which is no dict here: {glimpse(data)}")
             data = {**(data or {}), **arguments}
+        if isinstance(task, TypedTask):
+            self.type: str | None = task.type
+            if queue is None:
+                queue = Queue(task.queue.name, schema=task.queue.schema)
+            if isinstance(data, dict):
+                data = task._arguments.write_some(data)  # noqa: SLF001 - as its `add` does
+        elif task is None or isinstance(task, str):
+            self.type = task
+        else:
+            raise TypeError(
+                "give the type of a task, or a function that was made a task by @queue.task, not "
+                f"{glimpse(task)}"
+            )
         self.data = data
         self.schema = queue.schema if isinstance(queue, Queue) else None
         self.queue = queue.name if isinstance(queue, Queue) else queue

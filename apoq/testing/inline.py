@@ -10,6 +10,7 @@ from typing import Any
 
 from sqlalchemy import Connection
 
+from apoq.errors import InvalidProcessor
 from apoq.events import Events
 from apoq.queue import Queue
 from apoq.registry import Processor, Registry
@@ -31,9 +32,9 @@ class Crew:
     registry: Registry
     completion: Completion
 
-    def processors(self, _queue: Queue) -> Mapping[str, Processor]:
+    def processors(self, queue: Queue) -> Mapping[str, Processor]:
         """Answer the processors of a queue's types."""
-        return {type_: self.registry[type_] for type_ in self.registry.types}
+        return self.registry.of(queue)
 
     @property
     def has_coroutines(self) -> bool:
@@ -43,7 +44,15 @@ class Crew:
 
 
 def crew_of(worker: Worker | Queue) -> Crew:
-    """Answer what a worker works, and with which processors; it needn't have started."""
+    """Answer what a worker works, which needn't have started, or one would that is given just a queue."""
+    if isinstance(worker, Queue):
+        if not worker.tasks:
+            raise InvalidProcessor(
+                f"{worker!r} has no typed tasks: give the queue that has them by @queue.task, or a worker"
+            )
+        registry = Registry()
+        worker.register_in(registry)
+        return Crew((worker,), registry, InLineCompletion(keep=True))
     if not isinstance(worker, Worker):
         raise TypeError(f"drain takes workers or queues after its session, not {worker!r}")
     keep = worker._completion.keep  # noqa: SLF001 - a worker tells nobody else
