@@ -164,6 +164,25 @@ class TestAdding:
 
         assert types() == []
 
+    def test_an_error_that_is_caught_around_a_savepoint_leaves_the_rest(self, types):
+        nowhere = Queue(schema="nowhere")
+        with transaction.atomic():
+            queue.add(connection.connection, "kept")
+            with pytest.raises(NotPrepared), transaction.atomic():
+                nowhere.add(connection.connection, "lost")
+
+        assert types() == ["kept"]
+
+    def test_an_error_that_is_caught_without_one_takes_all_of_it(self, types):
+        """PostgreSQL's way, of which Django hears nothing: the docs warn of it."""
+        nowhere = Queue(schema="nowhere")
+        with transaction.atomic():
+            queue.add(connection.connection, "lost")
+            with pytest.raises(NotPrepared):
+                nowhere.add(connection.connection, "lost")
+
+        assert types() == []
+
     def test_outside_of_a_block_it_stands_at_once(self, types):
         connection.ensure_connection()
 

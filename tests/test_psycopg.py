@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import psycopg
 import pytest
@@ -14,7 +16,7 @@ from psycopg.rows import class_row, dict_row, namedtuple_row, scalar_row
 from psycopg.types.json import set_json_loads
 from psycopg.types.string import TextLoader
 
-from apoq import Queue, Task
+from apoq import NotPrepared, Queue, Task
 
 DATA = {"colour": "100 % 💖", "sizes": [1, 2.5, None]}
 
@@ -151,6 +153,16 @@ def test_in_an_asyncio_pipeline_too(engine, dsn, queue):
     assert count(engine) == 3
 
 
+def test_in_a_pipeline_what_is_missing_is_said(empty_url, queue):
+    dsn = empty_url.set(drivername="postgresql").render_as_string(hide_password=False)
+    with (
+        psycopg.connect(dsn) as connection,
+        pytest.raises(NotPrepared, match="apoq_tasks"),
+        connection.pipeline(),
+    ):
+        queue.add(connection, "t")
+
+
 def test_a_typed_task_is_added_on_it(dsn):
     queue = Queue()
 
@@ -171,3 +183,16 @@ def test_a_worker_finds_it_without_a_hint(engine, dsn, queue, make_worker):
         task = queue.add(connection, "t")
 
     assert worker.work().id == task.id
+
+
+def test_its_documentation_runs(engine, dsn, monkeypatch, capsys):
+    page = Path(__file__).parent.parent / "docs" / "django.md"
+    code = "\n".join(re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL))
+    monkeypatch.setenv("DATABASE_URL", dsn)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("CREATE TABLE users (email text)")
+
+    exec(compile(code, "docs/django.md", "exec", dont_inherit=True), {"__name__": "program"})
+
+    assert capsys.readouterr().out == "task 10003 is pending\n"
+    assert count(engine) == 10_003
