@@ -11,7 +11,8 @@ from django.core.management import call_command
 from apoq.embedded import database
 
 logging.basicConfig(level=logging.INFO, format="%(message)s")
-logging.getLogger("mail.log").setLevel(logging.WARNING)
+for name in ("mail.log", "alembic"):
+    logging.getLogger(name).setLevel(logging.WARNING)
 
 with ExitStack() as stack:
     os.environ.update(DATABASE_URL=stack.enter_context(database()), DEBUG="1")
