@@ -164,12 +164,16 @@ def _annotations(function: Callable[..., Any], name: str) -> Mapping[str, Any]:
         hints = get_type_hints(function, include_extras=True)
         return {of: Any if type_ is object else type_ for of, type_ in hints.items()}
     except NameError as error:
-        raise UnknownAnnotation(
-            f"the annotations of {name!r}, by which its arguments are converted, can't be read: {error}: "
-            "import or define it at the top level of its module, not under TYPE_CHECKING alone"
-        ) from None
+        raise _unknown(name, error) from None
     except (AttributeError, SyntaxError, TypeError) as error:
         raise InvalidProcessor(f"the annotations of {name!r} can't be read: {error}") from None
+
+
+def _unknown(name: str, error: NameError) -> UnknownAnnotation:
+    return UnknownAnnotation(
+        f"the annotations of {name!r}, by which its arguments are converted, can't be read: {error}: "
+        "import or define it at the top level of its module, not under TYPE_CHECKING alone"
+    )
 
 
 def _shown(parameter: Parameter, annotations: Mapping[str, Any]) -> Parameter:
@@ -211,6 +215,8 @@ def _check_type(type_: Any, parameter: str, name: str) -> None:
     # A schema is made of all that the type consists of.
     try:
         msgspec.json.schema_components([type_], schema_hook=_schema)
+    except NameError as error:
+        raise _unknown(name, error) from None
     except Exception as error:  # noqa: BLE001 - whatever it is, the type can't be converted
         raise InvalidProcessor(
             f"the parameter {parameter!r} of {name!r} can't travel as JSON: {error}: give what stands for "

@@ -191,7 +191,7 @@ class Decorator(Protocol):
 def name_of(function: Callable[..., Any]) -> str:
     """Answer the dotted path of a function, by which its tasks are known."""
     module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
-    if not module or not name or name.endswith("<lambda>"):
+    if not name or name.endswith("<lambda>"):
         raise InvalidProcessor(f"{function!r} has no name of its own: give one, `queue.task(type=…)`")
     if module == "__main__":
         # Of a program, what others call it when they import it.
@@ -199,4 +199,4 @@ def name_of(function: Callable[..., Any]) -> str:
         file = getattr(main, "__file__", None)
         spec = getattr(main, "__spec__", None)
         module = spec.name if spec else Path(file).stem if file else module
-    return f"{module}.{name}"
+    return f"{module}.{name}" if module else name

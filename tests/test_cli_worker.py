@@ -162,16 +162,6 @@ def is_alive(pid: int) -> bool:
 
 
 class TestOneProcess:
-    def test_it_works_tasks_until_it_is_told_to_stop(self, start, add):
-        id_ = add("say")
-        program = start("app:make")
-        program.wait_for(f"working {id_}")
-
-        program.signal(signal.SIGINT)
-
-        assert program.end() == 0
-        assert "has stopped" in program.output
-
     def test_it_works_the_typed_tasks_of_a_queue(self, start, engine):
         with Session(engine) as session, session.begin():
             Queue().add(session, "app.typed", {"word": "💖"})
@@ -184,7 +174,7 @@ class TestOneProcess:
 
     def test_a_second_signal_ends_it_at_once(self, start, add):
         add("hold")
-        program = start("app:worker")
+        program = start("app:make")
         program.wait_for("holding")
 
         program.signal(signal.SIGINT)
@@ -244,6 +234,21 @@ class TestSeveralProcesses:
 
         assert program.end() == 0
         assert processes(engine) <= {victim}
+
+    def test_a_signal_that_reaches_all_of_them_is_one_signal(self, start, engine, add):
+        """As systemd sends it."""
+        id_ = add("hold")
+        program = start("app:worker", "--processes", "1", "--timeout", "0.5")
+        program.wait_for("holding")
+        (child,) = processes(engine)
+
+        program.signal(signal.SIGTERM)
+        program.wait_for("stopping 1 worker")
+        os.kill(child, signal.SIGTERM)
+
+        assert program.end() == 0
+        with Session(engine) as session:
+            assert (session.get(Task, id_).state, session.get(Task, id_).attempt) == ("pending", 0)
 
     def test_a_second_signal_ends_them_all_at_once(self, start, engine, add):
         add("hold")

@@ -31,6 +31,7 @@ from apoq import (
 )
 from apoq.flask import Apoq
 from apoq.flask.tasks import AppTask
+from apoq.testing import assert_enqueued, drain
 
 
 class Base(DeclarativeBase):
@@ -706,6 +707,78 @@ class TestSettings:
             Apoq(queues="emails")
 
 
+class TestCommands:
+    """``flask apoq``, in the application's command line."""
+
+    def run(self, app: Flask, *arguments: str) -> Any:
+        return app.test_cli_runner().invoke(args=["apoq", *arguments])
+
+    def test_they_are_those_of_apoq(self, app):
+        result = self.run(app, "--help")
+
+        assert result.exit_code == 0
+        assert {"worker", "migrate", "revision", "check"} <= set(result.output.split())
+
+    def test_they_work_on_the_applications_database_and_in_its_schema(self, make_app, empty_url):
+        engine = sa.create_engine(empty_url)
+        with engine.begin() as connection:
+            connection.exec_driver_sql("CREATE SCHEMA jobs")
+        app = make_app(url=empty_url, APOQ_SCHEMA="jobs")
+
+        result = self.run(app, "migrate")
+
+        assert result.exit_code == 0, result.output
+        assert sa.inspect(engine).has_table("apoq_tasks", schema="jobs")
+        engine.dispose()
+
+    def test_they_work_on_the_bind_of_the_tasks(self, make_app, url, empty_url):
+        app = make_app(binds={"jobs": empty_url}, APOQ_BIND="jobs")
+
+        assert self.run(app, "check").exit_code == 4
+        assert self.run(app, "migrate").exit_code == 0
+        assert self.run(app, "check").exit_code == 0
+
+    def test_an_application_with_asyncio_engines_only_has_them(self, url):
+        db = flask_sqlalchemy_lite.SQLAlchemy()
+        app = Flask("shop")
+        app.config["SQLALCHEMY_ASYNC_ENGINES"] = {"default": url}
+        db.init_app(app)
+        Apoq(app)
+
+        result = self.run(app, "check")
+
+        assert result.exit_code == 0, result.output
+
+    def test_without_a_database_they_say_what_to_do(self):
+        app = Flask("shop")
+        Apoq(app)
+
+        result = self.run(app, "check")
+
+        assert result.exit_code == 1
+        assert "call init_app of Flask-SQLAlchemy" in result.output
+
+    @pytest.mark.parametrize("command", ["check", "worker"])
+    def test_on_another_database_than_postgresql_they_say_so(self, command):
+        app = Flask("shop")
+        app.config["SQLALCHEMY_ENGINES"] = {"default": "sqlite://"}
+        flask_sqlalchemy_lite.SQLAlchemy(app)
+        Apoq(app)
+
+        result = self.run(app, command)
+
+        assert result.exit_code == 1
+        assert "apoq works on PostgreSQL" in result.output
+
+    def test_an_unmigrated_database_is_named_with_the_cure(self, make_app, apoq, empty_url):
+        apoq.use("t", print)
+
+        result = self.run(make_app(url=empty_url), "worker")
+
+        assert result.exit_code == 4
+        assert "apoq's tables are missing" in result.output
+
+
 def test_its_documentation_runs(empty_url, monkeypatch, capsys):
     page = Path(__file__).parent.parent / "docs" / "flask.md"
     code = "\n".join(re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL))
@@ -731,9 +804,15 @@ class TestItsTests:
 
         @app.post("/")
         def post() -> str:
-            apoq.add("t")
+            note.add(7)
             db.session.commit()
             return str(db.session.scalar(sa.select(sa.func.count(Task.id))))
+
+        @apoq.task
+        def note(task: RunningTask, number: int) -> None:
+            task.session.add(Row(task_id=number))
+            db.session.add(Row(task_id=number + 1))
+            db.session.commit()
 
         with app.app_context():
             own = db.engine
@@ -741,12 +820,15 @@ class TestItsTests:
             transaction = connection.begin()
             db.engines[None] = connection  # as its documentation advises
             assert app.test_client().post("/").text == "1"
+            assert_enqueued(db.session, note, number=7)
+            drain(db.session, apoq.worker)
+            assert set(db.session.scalars(sa.select(Row.task_id))) == {7, 8}
             transaction.rollback()
             connection.close()
             db.engines[None] = own
             own.dispose()
 
-        assert tasks(engine) == []
+        assert (tasks(engine), ledger(engine)) == ([], [])
 
     @pytest.mark.skipif(
         not sa.__version__.startswith("2.0."), reason="Lite 0.2.1's own isolation recurses on SQLAlchemy 2.1"

@@ -31,7 +31,7 @@ from apoq import (
     Worker,
     prepare,
 )
-from apoq.testing import assert_enqueued, drain, enqueued, freeze, travel
+from apoq.testing import assert_enqueued, drain, enqueued, freeze, rolled_back, travel
 
 HOUR = timedelta(hours=1)
 LEDGER = sa.table("ledger", sa.column("task_id"))
@@ -664,6 +664,32 @@ def test_an_engine_is_no_session(shared_engine, worker):
             call()
 
 
+def test_a_connection_of_psycopg_s_is_told_from_sqlalchemy_s(shared_engine, worker):
+    connection = shared_engine.raw_connection()
+
+    with pytest.raises(UnsupportedSession, match=r"not psycopg\.Connection"):
+        drain(connection.driver_connection, worker)
+
+    connection.close()
+
+
+def test_only_an_engine_can_be_rolled_back(session):
+    with pytest.raises(TypeError, match="an Engine or an AsyncEngine, not Session"):
+        rolled_back(session)
+
+
+def test_a_session_that_is_rolled_back_may_commit_and_roll_back(shared_engine, queue):
+    with rolled_back(shared_engine) as session:
+        kept = queue.add(session, "kept")
+        session.commit()
+        queue.add(session, "undone")
+        session.rollback()
+        assert enqueued(session) == [kept]
+
+    with Session(shared_engine) as other:
+        assert not enqueued(other)
+
+
 def test_a_type_without_a_processor_is_named(session, queue, worker):
     worker.use("greet", note)
     greet = queue.add(session, "greet")
@@ -695,7 +721,7 @@ def test_a_database_without_the_tables_says_what_to_do(empty_url, worker):
 def test_a_session_that_can_not_roll_back_is_refused(shared_engine, worker):
     engine = shared_engine.execution_options(isolation_level="AUTOCOMMIT")
 
-    with Session(engine) as session, pytest.raises(SessionMisused, match="AUTOCOMMIT"):
+    with Session(engine) as session, pytest.raises(UnsupportedSession, match="AUTOCOMMIT"):
         drain(session, worker)
 
 

@@ -145,3 +145,13 @@ def test_nothing_is_committed(shop, worker, shared_engine):
     with Session(shared_engine) as other:
         assert not other.scalars(sa.select(User)).all()
         assert not other.scalars(sa.select(Task)).all()
+
+
+def test_the_worker_of_the_extension_is_drained(shop):
+    extension = pytest.importorskip("apoq.flask").Apoq(shop.app)
+    extension.use("send_welcome", send_welcome)
+    user = sign_up(shop)
+
+    drain(shop.db.session, extension.worker)
+
+    assert user.is_welcome

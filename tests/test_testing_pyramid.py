@@ -52,7 +52,7 @@ def ping(request):
     return {}
 
 
-def make_app(engine):
+def make_app(engine, processor=None):
     from pyramid.config import Configurator
 
     with Configurator(settings={"tm.manager_hook": "pyramid_tm.explicit_manager"}) as config:
@@ -69,6 +69,9 @@ def make_app(engine):
         config.add_view(sign_up, route_name="sign_up", renderer="json")
         config.add_route("ping", "/ping")
         config.add_view(ping, route_name="ping", renderer="json")
+        if processor is not None:
+            config.include("apoq.pyramid")
+            config.add_apoq_task(processor, "send_welcome")
         return config.make_wsgi_app()
 
 
@@ -80,14 +83,19 @@ def app(shared_engine):
 
 
 @pytest.fixture
-def site(app) -> Iterator[SimpleNamespace]:
+def tm() -> Iterator[transaction.TransactionManager]:
     tm = transaction.TransactionManager(explicit=True)
     tm.begin()
     tm.doom()
+    yield tm
+    tm.abort()
+
+
+@pytest.fixture
+def site(app, tm) -> SimpleNamespace:
     dbsession = get_tm_session(app.registry["dbsession_factory"], tm)
     environ = {"tm.active": True, "tm.manager": tm, "app.dbsession": dbsession}
-    yield SimpleNamespace(testapp=TestApp(app, extra_environ=environ), dbsession=dbsession)
-    tm.abort()
+    return SimpleNamespace(testapp=TestApp(app, extra_environ=environ), dbsession=dbsession)
 
 
 @pytest.fixture
@@ -131,3 +139,19 @@ def test_nothing_is_committed(site, worker, shared_engine):
     with Session(shared_engine) as other:
         assert not other.scalars(sa.select(User)).all()
         assert not other.scalars(sa.select(Task)).all()
+
+
+def test_a_task_with_a_request_of_its_own_runs_in_the_test_s_transaction(shared_engine, app, tm):
+    apoq_pyramid = pytest.importorskip("apoq.pyramid")
+
+    def send_welcome(task, request):
+        request.dbsession.get(User, task.data["user_id"]).is_welcome = True
+
+    app = make_app(shared_engine, send_welcome)
+    dbsession = get_tm_session(app.registry["dbsession_factory"], tm)
+    environ = {"tm.active": True, "tm.manager": tm, "app.dbsession": dbsession}
+    user_id = TestApp(app, extra_environ=environ).post("/sign-up", {"email": "ann@example.com"}).json["id"]
+
+    drain(dbsession, apoq_pyramid.make_worker(app.registry))
+
+    assert dbsession.get(User, user_id).is_welcome

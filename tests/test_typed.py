@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import re
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial, wraps
-from types import SimpleNamespace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import psycopg
 import pytest
@@ -32,8 +34,17 @@ from apoq import (
 LATER = datetime(2031, 5, 4, tzinfo=UTC)
 
 
+@dataclass
+class Parcel:
+    mail: Mail
+
+
 @Queue().task
 def deliver(mail: Mail) -> None: ...
+
+
+@Queue().task
+def pack(parcel: Parcel) -> None: ...
 
 
 @dataclass
@@ -626,6 +637,7 @@ class TestFunctions:
 
     def test_annotations_may_name_what_is_defined_further_down(self, session):
         assert deliver.add(session, Mail("you")).data == {"mail": {"to": "you"}}
+        assert pack.add(session, Parcel(Mail("you"))).data == {"parcel": {"mail": {"to": "you"}}}
 
     def test_annotations_may_not_name_what_is_nowhere_to_be_found(self, session, queue):
         @dataclass
@@ -654,3 +666,17 @@ class TestFunctions:
 
         monkeypatch.setitem(sys.modules, "__main__", SimpleNamespace())
         assert Queue().task(main).type == "__main__.main"
+
+
+def test_the_page_about_them_says_what_is_so(engine, monkeypatch):
+    page = (Path(__file__).parent.parent / "docs" / "typed-tasks.md").read_text(encoding="utf-8")
+    code = "\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL))
+    module = ModuleType("shop")
+    monkeypatch.setitem(sys.modules, "shop", module)
+    vars(module)["engine"] = engine
+
+    exec(compile(code, "typed-tasks.md", "exec", dont_inherit=True), vars(module))
+
+    with Session(engine) as session:
+        by_state = sa.select(Task.state, sa.func.count()).group_by(Task.state)
+        assert dict(session.execute(by_state).all()) == {"completed": 1, "pending": 1_002}

@@ -31,4 +31,4 @@ def command(target: Target, /, as_json: bool) -> None:
             "(`apoq migrate` does nothing where the version is right.)"
         )
     if not as_json:
-        click.echo(f"✓ apoq's tables in {shown(target.url)} are at version {LATEST}, and as they should be.")
+        click.echo(f"✓ apoq's tables are at version {LATEST}, and as they should be.\n  {shown(target.url)}")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import IO, Any, Final
 
 import click
 import psycopg
@@ -25,6 +27,14 @@ class Failure(click.ClickException):
     """Ends the command with one message on stderr: the answer is no, or it didn't work."""
 
     exit_code = 1
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        """Write it, on a terminal with its lines broken between words."""
+        file = file or sys.stderr
+        text = f"Error: {self.format_message()}"
+        if file.isatty():
+            text = click.wrap_text(text, shutil.get_terminal_size().columns)
+        click.echo(text, file=file)
 
 
 class BadUsage(Failure):
@@ -66,7 +76,8 @@ def explained(url: URL | None = None) -> Iterator[None]:
 
 
 def _explain(cause: Any, url: URL | None) -> Failure | None:
-    message = " ".join(str(cause).split())
+    # libpq's has several lines.
+    message = " ".join(re.sub(r"(?<=\w)\n", ". ", str(cause)).split())
     if getattr(cause, "sqlstate", None) in _MISSING:
         return NotReady(f"{message}: bring apoq's tables up to date with `apoq migrate`")
     if getattr(cause, "sqlstate", None) == _FORBIDDEN:

@@ -83,10 +83,10 @@ def run_worker(
     # What a second Ctrl-C does, for `Worker.run` catches the first.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     if lifeline is not None:
-        worker.run(timeout=timeout, on_start=lambda: hold(lifeline, worker))
+        worker.run(timeout=timeout, on_start=lambda stop: hold(lifeline, worker, stop))
     elif is_wanted():
         status = Status()
-        worker.run(timeout=timeout, on_start=lambda: every(PERIOD, lambda: status.say(worker.tally())))
+        worker.run(timeout=timeout, on_start=lambda _: every(PERIOD, lambda: status.say(worker.tally())))
         status.say(worker.tally())
     else:
         worker.run(timeout=timeout)

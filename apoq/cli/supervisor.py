@@ -1,8 +1,10 @@
 """Several worker processes, and one that watches over them.
 
-Each child is this same command line once more, in a process group of its own, so that the terminal's Ctrl-C
-reaches the supervisor alone. A socket joins the two: the child tells through it how it comes along, and
-when the supervisor is gone, however it ended, the child finds the other end closed and stops.
+Each child is this same command line once more, and a socket joins the two. The child tells through it how it
+comes along, and the supervisor when it is to stop: not by a signal, for systemd and the like send one to the
+children as well, and two of them end a worker at once. When the supervisor is gone, however it ended, the
+child finds the other end closed, and stops. It is in a process group of its own, so that Ctrl-C reaches the
+supervisor alone.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Final
 
@@ -70,6 +73,12 @@ class Child:
         self._socket.setblocking(False)
         selector.register(self._socket, selectors.EVENT_READ, self)
         self.starts_at, self._started_at, self._rest = None, time.monotonic(), b""
+
+    def stop(self) -> None:
+        """Tell it to stop."""
+        if self._socket is not None:
+            with suppress(ConnectionError):
+                self._socket.send(b"stop")
 
     def hear(self, selector: selectors.BaseSelector) -> None:
         """Read what it has reported."""
@@ -203,8 +212,7 @@ class Supervisor:
             self._stops_at = time.monotonic() + self._timeout + MARGIN
             logger.info("stopping %d worker processes", len(self._children))
             for child in self._children:
-                if child.process is not None:
-                    child.process.terminate()
+                child.stop()
 
     def _kill(self) -> None:
         for child in self._children:
@@ -238,18 +246,20 @@ def take_lifeline() -> socket.socket | None:
     return lifeline
 
 
-def hold(lifeline: socket.socket, worker: Worker) -> None:
-    """Report how a worker comes along, and stop this process when the supervisor is gone."""
+def hold(lifeline: socket.socket, worker: Worker, stop: Callable[[], None]) -> None:
+    """Report how a worker comes along, and stop it when the supervisor says so, or is gone."""
 
     def wait() -> None:
+        told = b""
         with suppress(ConnectionError):
-            lifeline.recv(1)  # nothing is ever sent
-        logger.warning("the supervisor is gone: this worker stops, too")
-        os.kill(os.getpid(), signal.SIGTERM)
+            told = lifeline.recv(64)
+        if not told:
+            logger.warning("the supervisor is gone: this worker stops, too")
+        stop()
 
     def report() -> None:
-        with suppress(ConnectionError):
-            lifeline.sendall(b"%d %d %d %d %d\n" % worker.tally())
+        with suppress(OSError):  # nobody reads
+            lifeline.send(b"%d %d %d %d %d\n" % worker.tally(), socket.MSG_DONTWAIT)
 
     report()
     atexit.register(report)  # the last word

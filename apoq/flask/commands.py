@@ -13,7 +13,7 @@ from apoq.cli.exits import explained
 from apoq.cli.group import Commands
 from apoq.cli.running import run_worker, worker_options
 from apoq.cli.target import Target
-from apoq.databases import sync_twin
+from apoq.databases import check_dialect, sync_twin
 from apoq.flask.installed import KEY, Installed
 
 
@@ -28,11 +28,13 @@ def _aim(ctx: click.Context) -> None:
     with explained():
         found = _installed()
         engine = found.database.engine
+        check_dialect(engine.dialect)
     if "migrate" in current_app.extensions:  # Flask-Migrate's
         ctx.default_map = {"revision": {"directory": current_app.extensions["migrate"].directory}}
-    ctx.obj = Target(
-        engine=sync_twin(engine) if isinstance(engine, AsyncEngine) else engine, schema=found.queue.schema
-    )
+    if isinstance(engine, AsyncEngine):
+        engine = sync_twin(engine)
+        ctx.call_on_close(engine.dispose)
+    ctx.obj = Target(engine=engine, schema=found.queue.schema)
 
 
 @click.command("worker")

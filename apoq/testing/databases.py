@@ -65,11 +65,12 @@ def rolled_back(
     An `AsyncSession`, in an ``async with`` block, where the engine is asyncio's. The options are those of
     the session. Other sessions on ``session.connection()`` join its transaction.
     """
-    return (
-        _rolled_back_async(engine, options)
-        if isinstance(engine, AsyncEngine)
-        else _rolled_back(engine, options)
-    )
+    match engine:
+        case Engine():
+            return _rolled_back(engine, options)
+        case AsyncEngine():
+            return _rolled_back_async(engine, options)
+    raise TypeError(f"rolled_back takes an Engine or an AsyncEngine, not {type(engine).__qualname__}")
 
 
 @contextmanager

@@ -113,6 +113,7 @@ def assert_enqueued(
     **arguments: Any,
 ) -> Task | Coroutine[Any, Any, Task]:
     """Answer the one task that `enqueued` finds; AssertionError, with what there is, if it isn't one."""
+    __tracebackhide__ = True  # what has failed is the test, by pytest's lights
     wanted = _Wanted(task, data, queue, arguments)
     return inside(session, wanted.find_one)
 
@@ -180,6 +181,7 @@ class _Wanted:
 
     def find_one(self, inner: Inner) -> Task:
         """Answer the one that matches."""
+        __tracebackhide__ = True
         found = self.find(inner)
         if len(found) == 1:
             return found[0]

@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session, scoped_session
 from sqlalchemy.util.concurrency import in_greenlet
 
 from apoq.databases import check_dialect
-from apoq.errors import NotPrepared, SessionMisused, UnsupportedSession
+from apoq.errors import NotPrepared, UnsupportedSession
 from apoq.migrations.prepare import missing
 from apoq.model import Task, detached
 
@@ -28,6 +28,7 @@ def inside(
     session: TestSession | AsyncTestSession, operation: Callable[[Inner], T]
 ) -> T | Coroutine[Any, Any, T]:
     """Do something in a session: at once, or in an awaitable where it is asyncio's."""
+    __tracebackhide__ = True
     match session:
         case scoped_session():
             return operation(session())
@@ -40,7 +41,8 @@ def inside(
     raise UnsupportedSession(
         "give the session or the connection of your test, which is SQLAlchemy's Session, scoped_session, "
         # Its type only: a URL holds a password.
-        f"Connection, AsyncSession or AsyncConnection, not {type(session).__qualname__}"
+        "Connection, AsyncSession or AsyncConnection, not "
+        f"{type(session).__module__}.{type(session).__qualname__}"
     )
 
 
@@ -64,7 +66,7 @@ def connection_of(inner: Inner) -> Connection:
         )
     driver: Any = connection.connection.driver_connection
     if driver.autocommit:
-        raise SessionMisused(
+        raise UnsupportedSession(
             "this session is in autocommit, so that what a test does would stay: let it begin a transaction, "
             "which the test rolls back (leave out isolation_level='AUTOCOMMIT')"
         )

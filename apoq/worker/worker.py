@@ -408,11 +408,15 @@ class Worker:
         logger.info("%r has stopped", self)
 
     def run(
-        self, *, timeout: float | timedelta = GRACE, on_start: Callable[[], object] | None = None
+        self,
+        *,
+        timeout: float | timedelta = GRACE,
+        on_start: Callable[[Callable[[], None]], object] | None = None,
     ) -> None:
         """Start, wait for SIGINT or SIGTERM, and stop; from the main thread of a program of its own.
 
-        A second signal ends the program at once. `on_start` is called when it has started.
+        A second signal ends the program at once. `on_start` is called when it has started, with a function
+        that stops it, from any thread; a signal after that is the first one still.
         """
         if threading.current_thread() is not threading.main_thread():
             raise RuntimeError(
@@ -436,11 +440,13 @@ class Worker:
         try:
             self.start()
             if on_start is not None:
-                on_start()
+                on_start(lambda: signalled.put(0))
             signalled.get()
         finally:
-            restore()
-            self.stop(timeout)
+            try:
+                self.stop(timeout)
+            finally:
+                restore()
 
     def _refuse_to_wait_for_itself(self) -> None:
         if self._coroutines.is_current():
