@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -19,7 +20,9 @@ logging.getLogger("mail.log").setLevel(logging.WARNING)
 with ExitStack() as stack:
     os.environ.update(DATABASE_URL=stack.enter_context(database()), EMBEDDED_WORKER="1")
     if "SMTP_PORT" not in os.environ:
-        mail_server = Controller(Debugging(), hostname="127.0.0.1", port=8025)  # prints what it gets
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        mail_server = Controller(Debugging(), hostname="127.0.0.1", port=port)  # prints what it gets
         mail_server.start()
         stack.callback(mail_server.stop)
         os.environ.update(SMTP_HOST=mail_server.hostname, SMTP_PORT=str(mail_server.port))
