@@ -6,6 +6,7 @@ from apoq.errors import (
     InvalidData,
     InvalidProcessor,
     InvalidTask,
+    MismatchedData,
     NotPrepared,
     SessionMisused,
     UnsupportedDatabase,
@@ -16,6 +17,7 @@ from apoq.model import Task
 from apoq.outcomes import Cancel, Retry, Snooze
 from apoq.queue import Queue
 from apoq.retry import exponential_backoff
+from apoq.typed import TypedTask
 from apoq.worker import AsyncRunningTask, RunningTask, Worker
 
 __all__ = [
@@ -25,6 +27,7 @@ __all__ = [
     "InvalidData",
     "InvalidProcessor",
     "InvalidTask",
+    "MismatchedData",
     "NotPrepared",
     "Queue",
     "Retry",
@@ -32,6 +35,7 @@ __all__ = [
     "SessionMisused",
     "Snooze",
     "Task",
+    "TypedTask",
     "UnsupportedDatabase",
     "UnsupportedSession",
     "Worker",

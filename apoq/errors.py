@@ -6,10 +6,11 @@
     ├── InvalidTask            (ValueError)   a type, data or an option that no task can have
     │   └── InvalidData                       data that jsonb can't hold; `path` says where
     ├── InvalidProcessor       (ValueError)   a processor, or its retry options, that can't be used
+    ├── MismatchedData         (ValueError)   a typed task's data that doesn't fit its function
     ├── UnsupportedDatabase    (TypeError)    not PostgreSQL, or not through psycopg 3
     ├── UnsupportedSession     (TypeError)    not something that a task can be added through
     ├── NotPrepared                           apoq's tables are missing, or at another version
-    └── SessionMisused                        `task.session` was committed by the processor
+    └── SessionMisused                        `task.session` was committed, or changed its task
 """
 
 from __future__ import annotations
@@ -48,6 +49,10 @@ class InvalidProcessor(ApoqError, ValueError):
     """A processor that can't be configured: its type has one already, or its options make no sense."""
 
 
+class MismatchedData(ApoqError, ValueError):
+    """A typed task's data that doesn't fit the parameters of its function (any more); this attempt fails."""
+
+
 class UnsupportedDatabase(ApoqError, TypeError):
     """A database other than PostgreSQL, or a driver other than psycopg 3."""
 
@@ -61,4 +66,4 @@ class NotPrepared(ApoqError):
 
 
 class SessionMisused(ApoqError):
-    """A processor committed ``task.session``, which the worker commits together with the completion."""
+    """A processor committed ``task.session``, as only the worker does, or changed its own task there."""

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Coroutine, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from datetime import datetime, timedelta
-from typing import Any, TypedDict, Unpack, overload
+from types import MappingProxyType
+from typing import Any, Concatenate, TypeVar, Unpack, overload
+from weakref import WeakSet
 
 from sqlalchemy import inspect
+from typing_extensions import ParamSpec
 
-from apoq.errors import InvalidTask, glimpse
+from apoq.errors import InvalidProcessor, InvalidTask, glimpse
 from apoq.model import DEFAULT_QUEUE, Task, detached, task_class
+from apoq.options import HIGHEST_LIMIT, Options, checked, integer
 from apoq.outcomes import Cancel, report
-from apoq.payload import MAX_DATA_SIZE, check_name, check_time, check_type, encode
-from apoq.retry import LONGEST_DELAY, seconds, time_limit
+from apoq.payload import MAX_DATA_SIZE, check_name, check_type, encode
+from apoq.registry import Registry, Running
+from apoq.retry import DEFAULT_RETRY_LIMIT, RetryDelay, exponential_backoff
 from apoq.sessions import AsyncioSession, Caller, Driver, SyncSession, through
 from apoq.statements.cancel import cancel
 from apoq.statements.enqueue import copied_values, copy_lines, copy_many, enqueue, enqueue_many
 from apoq.statements.hint import has_tasks, was_cancelled
 from apoq.statements.retry import retry
+from apoq.typed import Anything, Decorator, TypedTask
+
+P = ParamSpec("P")
+R = TypeVar("R")
+T = TypeVar("T", bound=Running)
 
 BATCH_COUNT = 5_000
 BATCH_SIZE = 4 * 1024 * 1024
@@ -26,21 +36,8 @@ BATCH_SIZE = 4 * 1024 * 1024
 FIRST_COUNT = 1_000
 """Tasks in the first of them: the sooner a COPY begins, the longer the server works beside Python."""
 
-_LOWEST_PRIORITY, _HIGHEST_PRIORITY = -(2**15), 2**15 - 1
-_HIGHEST_LIMIT = 2**31 - 2
 _LOWEST_ID, _HIGHEST_ID = -(2**63), 2**63 - 1
 _LONGEST_SCHEMA = 63
-
-
-class Options(TypedDict, total=False):
-    """What may be said of a task when it is added, beside its type and data."""
-
-    delay: timedelta | None
-    process_at: datetime | None
-    priority: int
-    retry_limit: int | None
-    retry_delay: float | timedelta | None
-    timeout: float | timedelta | None
 
 
 class Queue:
@@ -60,7 +57,9 @@ class Queue:
         self.schema = None if schema is None else check_name(schema, "a schema's name")
         if self.schema is not None and len(self.schema.encode()) > _LONGEST_SCHEMA:
             raise InvalidTask(f"a schema's name has at most {_LONGEST_SCHEMA} bytes, not {schema!r}")
-        self.max_data_size = _integer("max_data_size", max_data_size, 1, _HIGHEST_LIMIT)
+        self.max_data_size = integer("max_data_size", max_data_size, 1, HIGHEST_LIMIT)
+        self._tasks: dict[str, TypedTask[..., Any]] = {}
+        self._registries: WeakSet[Registry] = WeakSet()
 
     def __repr__(self) -> str:
         schema = "" if self.schema is None else f", schema={self.schema!r}"
@@ -118,7 +117,8 @@ class Queue:
 
         Raises `InvalidTask` before anything is sent, and `NotPrepared` where the tables are missing.
         """
-        parameters = self._parameters(type, delay, process_at, priority, retry_limit, retry_delay, timeout)
+        options = checked(delay, process_at, priority, retry_limit, retry_delay, timeout)
+        parameters = {"task_queue": self.name, "task_type": check_type(type), **options}
         parameters["task_data"] = encode(data, self.max_data_size)
         return through(session, lambda caller: self._add(caller, parameters))
 
@@ -160,7 +160,8 @@ class Queue:
         transaction, so let the error roll back, all or to a savepoint. On a psycopg connection in
         autocommit, each batch is committed by itself.
         """
-        parameters = self._parameters(type, delay, process_at, priority, retry_limit, retry_delay, timeout)
+        options = checked(delay, process_at, priority, retry_limit, retry_delay, timeout)
+        parameters = {"task_queue": self.name, "task_type": check_type(type), **options}
         if isinstance(datas, str | bytes | dict) or not isinstance(datas, Iterable):
             raise InvalidTask(
                 f"add_many takes the data of many tasks, such as a list of dicts, not one {glimpse(datas)}"
@@ -214,9 +215,93 @@ class Queue:
         parameters = {
             "task_id": self._id_of(task),
             "from_queue": self.name,
-            "task_delay": _when(delay, None)["task_delay"],
+            "task_delay": checked(delay)["task_delay"],
         }
         return through(session, lambda caller: self._retry(caller, parameters))
+
+    @property
+    def tasks(self) -> Mapping[str, TypedTask[..., Any]]:
+        """The typed tasks of this queue, by their types and aliases."""
+        return MappingProxyType(self._tasks)
+
+    @overload
+    def task(self, function: Callable[Concatenate[Anything, ...], R], /) -> TypedTask[..., R, ...]: ...
+    @overload
+    def task(self, function: Callable[Concatenate[T, P], R], /) -> TypedTask[P, R, Concatenate[T, P]]: ...
+    @overload
+    def task(self, function: Callable[P, R], /) -> TypedTask[P, R, P]: ...
+    @overload
+    def task(
+        self,
+        function: None = None,
+        /,
+        *,
+        type: str | None = ...,
+        aliases: Iterable[str] = ...,
+        retry_limit: int = ...,
+        retry_delay: RetryDelay = ...,
+        timeout: float | timedelta | None = ...,
+    ) -> Decorator: ...
+    def task(
+        self,
+        function: Any = None,
+        /,
+        *,
+        type: str | None = None,
+        aliases: Iterable[str] = (),
+        retry_limit: int = DEFAULT_RETRY_LIMIT,
+        retry_delay: RetryDelay = exponential_backoff,
+        timeout: float | timedelta | None = None,
+    ) -> Any:
+        """Make a function's calls tasks of this queue: ``@queue.task``, or ``@queue.task(retry_limit=3)``.
+
+        What it answers still calls the function, and adds tasks by ``.add(session, …)`` with the function's
+        own arguments. A worker that is given this queue runs them. A first parameter that is annotated with
+        `RunningTask`, or `AsyncRunningTask` for a coroutine function, gets the running task.
+
+        `type` is the function's dotted path unless it is named here, and `aliases` are types that it had
+        before and are still worked. The other options are as in `Worker.use`.
+
+        Raises `InvalidProcessor` where the type has a processor already, an argument could not travel as
+        JSON, or an option makes no sense.
+        """
+
+        def decorate(function: Callable[..., Any]) -> TypedTask[..., Any]:
+            task: TypedTask[..., Any] = TypedTask(
+                self,
+                function,
+                type=type,
+                aliases=aliases,
+                retry_limit=retry_limit,
+                retry_delay=retry_delay,
+                timeout=timeout,
+            )
+            self._register(task)
+            return task
+
+        return decorate if function is None else decorate(function)
+
+    def register_in(self, registry: Registry) -> None:
+        """Tell a worker's registry the typed tasks of this queue: those of now, and those to come."""
+        for type_, task in self._tasks.items():
+            registry.put(self, type_, task.processor)
+        self._registries.add(registry)
+
+    def _register(self, task: TypedTask[..., Any]) -> None:
+        types, registries = dict.fromkeys((task.type, *task.aliases)), tuple(self._registries)
+        for type_ in types:
+            if type_ in self._tasks:
+                raise InvalidProcessor(
+                    f"the type {type_!r} has a processor already, {self._tasks[type_].function!r}: "
+                    f"name another by {self!r}.task(type=…)"
+                )
+        for registry in registries:
+            for type_ in types:
+                registry.check_free(self, type_)
+        for type_ in types:
+            self._tasks[type_] = task
+            for registry in registries:
+                registry.put(self, type_, task.processor)
 
     def _cancel(self, caller: Caller, parameters: dict[str, Any]) -> bool:
         for row in caller.execute(cancel(self.schema), parameters):
@@ -241,7 +326,7 @@ class Queue:
             if found is None:
                 raise InvalidTask(f"{task!r} has no id yet: flush the session that it was added to")
             return int(found[0])
-        return _integer("a task's id", task, _LOWEST_ID, _HIGHEST_ID)
+        return integer("a task's id", task, _LOWEST_ID, _HIGHEST_ID)
 
     def _add(self, caller: Caller, parameters: dict[str, Any]) -> Task:
         (row,) = caller.execute(enqueue(self.schema), parameters)
@@ -277,28 +362,6 @@ class Queue:
         for index, data in enumerate(datas):
             yield encode(data, self.max_data_size, f"datas[{index}]")
 
-    def _parameters(
-        self,
-        type_: str,
-        delay: timedelta | None,
-        process_at: datetime | None,
-        priority: int,
-        retry_limit: int | None,
-        retry_delay: float | timedelta | None,
-        timeout: float | timedelta | None,
-    ) -> dict[str, Any]:
-        return {
-            "task_queue": self.name,
-            "task_type": check_type(type_),
-            **_when(delay, process_at),
-            "task_priority": _integer("priority", priority, _LOWEST_PRIORITY, _HIGHEST_PRIORITY),
-            "task_retry_limit": (
-                None if retry_limit is None else _integer("retry_limit", retry_limit, 0, _HIGHEST_LIMIT)
-            ),
-            "task_retry_delay": None if retry_delay is None else _retry_delay(retry_delay),
-            "task_timeout": None if timeout is None else _timeout(timeout),
-        }
-
 
 def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
     batch: list[str] = []
@@ -313,40 +376,7 @@ def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def _when(delay: timedelta | None, process_at: datetime | None) -> dict[str, Any]:
-    if delay is not None and process_at is not None:
-        raise InvalidTask("give a delay or process_at, not both")
-    if delay is not None:
-        if not isinstance(delay, timedelta):
-            raise InvalidTask(f"delay is a timedelta, such as timedelta(seconds=30), not {glimpse(delay)}")
-        if not timedelta() <= delay <= LONGEST_DELAY:
-            raise InvalidTask(f"a delay is between zero and a century, not {delay}")
-    if process_at is not None:
-        check_time(process_at)
-    return {"task_delay": delay, "task_process_at": process_at}
-
-
-def _integer(name: str, value: object, lowest: int, highest: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not lowest <= value <= highest:
-        raise InvalidTask(f"{name} is a whole number from {lowest} to {highest}, not {glimpse(value)}")
-    return value
-
-
 def _reason(reason: object) -> str:
     if not isinstance(reason, str):
         raise InvalidTask(f"a reason is text, not {glimpse(reason)}")
     return reason
-
-
-def _retry_delay(value: float | timedelta) -> timedelta:
-    try:
-        return timedelta(seconds=seconds(value))
-    except (TypeError, ValueError) as error:
-        raise InvalidTask(f"retry_delay: {error}") from None
-
-
-def _timeout(value: float | timedelta) -> timedelta:
-    try:
-        return time_limit(value)
-    except (TypeError, ValueError) as error:
-        raise InvalidTask(f"timeout: {error}") from None

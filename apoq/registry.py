@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial, wraps
-from typing import Any
+from typing import Any, ClassVar
 
 from apoq.errors import InvalidProcessor, InvalidTask
 from apoq.payload import check_type
@@ -16,6 +16,16 @@ from apoq.retry import DEFAULT_RETRY_LIMIT, RetryDelay, RetryPolicy, exponential
 
 Around = Callable[[Any], AbstractContextManager[object]]
 """Answers, for a running task, a context manager in which its processor is called."""
+
+
+class Running:
+    """A claimed task, as its processor sees it."""
+
+    __slots__ = ()
+
+    data: Any
+    is_async: ClassVar[bool]
+    """Whether it is for a coroutine function."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,60 +49,83 @@ class Processor:
         )
 
 
+def make_processor(
+    type_: str,
+    function: Callable[..., Any],
+    *,
+    retry_limit: int = DEFAULT_RETRY_LIMIT,
+    retry_delay: RetryDelay = exponential_backoff,
+    timeout: float | timedelta | None = None,
+) -> Processor:
+    """Make the processor of a type; `InvalidProcessor` where it can't be one."""
+    check_processed(type_)
+    if not callable(function):
+        raise InvalidProcessor(f"the processor of {type_!r} is a function of the task, not {function!r}")
+    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+        raise InvalidProcessor(
+            f"the processor of {type_!r} is a generator function, of which a call runs nothing: "
+            "leave out its `yield`"
+        )
+    policy = RetryPolicy(retry_limit, retry_delay)
+    try:
+        limit = None if timeout is None else time_limit(timeout).total_seconds()
+    except (TypeError, ValueError) as error:
+        raise InvalidProcessor(f"timeout: {error}") from None
+    return Processor(function, policy, is_coroutine_function(function), limit)
+
+
+def check_processed(type_: str) -> None:
+    """Raise `InvalidProcessor` where no task can have this type."""
+    try:
+        check_type(type_)
+    except InvalidTask as error:
+        raise InvalidProcessor(str(error)) from None
+
+
 class Registry:
-    """The processors of one worker."""
+    """The processors of one worker: by type, in all of its queues or in one of them."""
 
     def __init__(self, around: Around | None = None) -> None:
         if around is not None and not callable(around):
             raise TypeError(f"around answers a context manager for a running task, not {around!r}")
         self._around = around
-        self._processors: dict[str, Processor] = {}
+        self._everywhere: dict[str, Processor] = {}
+        self._by_queue: dict[Hashable, dict[str, Processor]] = {}
 
-    def use(
-        self,
-        type_: str,
-        function: Callable[[Any], Any],
-        *,
-        retry_limit: int = DEFAULT_RETRY_LIMIT,
-        retry_delay: RetryDelay = exponential_backoff,
-        timeout: float | timedelta | None = None,
-    ) -> None:
-        """Configure the processor of a type; `InvalidProcessor` where it can't be, or has one already."""
-        try:
-            check_type(type_)
-        except InvalidTask as error:
-            raise InvalidProcessor(str(error)) from None
-        if not callable(function):
-            raise InvalidProcessor(f"the processor of {type_!r} is a function of the task, not {function!r}")
-        if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+    def of(self, queue: Hashable) -> Mapping[str, Processor]:
+        """Answer the processors of a queue's types."""
+        return self._by_queue.get(queue, self._everywhere)
+
+    def use(self, type_: str, processor: Processor) -> None:
+        """Work a type in all queues; `InvalidProcessor` where it has a processor already, in any of them."""
+        for queue in (None, *self._by_queue):
+            self.check_free(queue, type_)
+        processor = self._within_around(processor)
+        # New dicts: the claimer reads them on another thread.
+        self._everywhere = {**self._everywhere, type_: processor}
+        self._by_queue = {
+            queue: {**processors, type_: processor} for queue, processors in self._by_queue.items()
+        }
+
+    def put(self, queue: Hashable, type_: str, processor: Processor) -> None:
+        """Work a type in one queue; `InvalidProcessor` where it has a processor there already."""
+        self.check_free(queue, type_)
+        processors = {**self.of(queue), type_: self._within_around(processor)}
+        self._by_queue = {**self._by_queue, queue: processors}
+
+    def check_free(self, queue: Hashable, type_: str) -> None:
+        """Raise `InvalidProcessor` where a type has a processor already."""
+        if found := self.of(queue).get(type_):
             raise InvalidProcessor(
-                f"the processor of {type_!r} is a generator function, of which a call runs nothing: "
-                "leave out its `yield`"
+                f"the type {type_!r} has a processor already, {found.function!r}: a type has one, by one "
+                "`use` or one `@queue.task`"
             )
-        if type_ in self._processors:
-            raise InvalidProcessor(
-                f"the type {type_!r} has a processor already, {self._processors[type_].function!r}: "
-                "call `use` once for each type"
-            )
-        policy = RetryPolicy(retry_limit, retry_delay)
-        try:
-            limit = None if timeout is None else time_limit(timeout).total_seconds()
-        except (TypeError, ValueError) as error:
-            raise InvalidProcessor(f"timeout: {error}") from None
-        is_coroutine = _is_coroutine(function)
-        if self._around is not None:
-            function = _within(self._around, function, is_coroutine=is_coroutine)
-        processor = Processor(function, policy, is_coroutine, limit)
-        # A new dict: the claimer reads it on another thread.
-        self._processors = {**self._processors, type_: processor}
 
-    def __getitem__(self, type_: str) -> Processor:
-        return self._processors[type_]
-
-    @property
-    def types(self) -> list[str]:
-        """The configured types."""
-        return list(self._processors)
+    def _within_around(self, processor: Processor) -> Processor:
+        if self._around is None:
+            return processor
+        function = _within(self._around, processor.function, is_coroutine=processor.is_coroutine)
+        return replace(processor, function=function)
 
 
 def _within(around: Around, function: Callable[[Any], Any], *, is_coroutine: bool) -> Callable[[Any], Any]:
@@ -109,7 +142,8 @@ def _within(around: Around, function: Callable[[Any], Any], *, is_coroutine: boo
     return call_coroutine if is_coroutine else call
 
 
-def _is_coroutine(function: Callable[[Any], Any]) -> bool:
+def is_coroutine_function(function: Callable[..., Any]) -> bool:
+    """Tell whether calling it answers a coroutine."""
     while isinstance(function, partial):
         function = function.func
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(

@@ -6,9 +6,9 @@ Operations are written once, against `Caller`; the asyncio kinds are derived fro
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Final, Protocol, TypeVar, cast
 
 import psycopg
 from psycopg.pq import PipelineStatus
@@ -29,18 +29,23 @@ from apoq.databases import check_dialect
 from apoq.errors import NotPrepared, UnsupportedSession
 from apoq.hints import hint_after_connection_commit, hint_after_session_commit
 from apoq.model import Task
+from apoq.reading import read_anything
 from apoq.statements.hint import Hint
 
-SyncSession = Session | scoped_session[Session] | Connection | psycopg.Connection[Any]
-AsyncioSession = (
-    AsyncSession | async_scoped_session[AsyncSession] | AsyncConnection | psycopg.AsyncConnection[Any]
-)
+SyncSession = Session | scoped_session[Any] | Connection | psycopg.Connection[Any]
+AsyncioSession = AsyncSession | async_scoped_session[Any] | AsyncConnection | psycopg.AsyncConnection[Any]
 
 Row = Mapping[Any, Any]
 T = TypeVar("T")
 
+CLOCK: Final = "apoq_clock"
+"""The option of a connection on which a test has set the clock: see `apoq.testing`."""
+
 LINES = 50
 """That a COPY sends at once: one by one, they would take longer."""
+
+COMMITS_WITH = "apoq.commits_with"
+"""In the `info` of a session on a connection: the session that commits what this one has written."""
 
 
 class Driver(Protocol):
@@ -88,7 +93,8 @@ def through(
         case AsyncSession():
             return session.run_sync(lambda sync: operation(_OrmSession(sync)))
         case async_scoped_session():
-            return session().run_sync(lambda sync: operation(_OrmSession(sync)))
+            current: AsyncSession = session()
+            return current.run_sync(lambda sync: operation(_OrmSession(sync)))
         case AsyncConnection():
             return session.run_sync(lambda sync: operation(_CoreConnection(sync)))
         case psycopg.AsyncConnection():
@@ -99,7 +105,7 @@ def through(
         f"{type(session).__qualname__}: "
         "`with Session(engine) as session, session.begin(): queue.add(session, …)`. It may be SQLAlchemy's "
         "Session, scoped_session, AsyncSession, Connection or AsyncConnection, or psycopg 3's Connection or "
-        "AsyncConnection"
+        "AsyncConnection. In Django that is `connection.connection`, inside `transaction.atomic()`"
     )
 
 
@@ -138,6 +144,8 @@ class _OrmSession:
         # A session on a connection is in somebody else's transaction, often one that a test rolls back.
         if isinstance(self._bind, Engine):
             hint_after_session_commit(self._session, self._bind, hint)
+        elif COMMITS_WITH in self._session.info:
+            hint_after_session_commit(self._session.info[COMMITS_WITH], self._bind.engine, hint)
 
 
 class _CoreConnection:
@@ -164,21 +172,26 @@ class _CoreConnection:
 
 
 class _PsycopgConnection:
+    # With cursors of a kind that we know, whatever the connection makes: Django's answer jsonb as text, and
+    # a RawCursor takes no named parameters.
+
     def __init__(self, connection: psycopg.Connection[Any]) -> None:
         self._connection = connection
 
     def execute(self, statement: Executable, parameters: dict[str, Any]) -> Sequence[Row]:
-        with _clear_errors(statement), self._connection.cursor(row_factory=dict_row) as cursor:
-            cursor.execute(*_compiled(statement, parameters))
+        with _clear_errors(statement), psycopg.Cursor(self._connection, row_factory=dict_row) as cursor:
+            read_anything(cursor)
+            # In a pipeline, another one around it waits for the answer.
+            with self._connection.pipeline() if self._is_in_pipeline() else nullcontext():
+                cursor.execute(*_compiled(statement, parameters))
             return cursor.fetchall() if cursor.description else ()
 
     @contextmanager
     def driver(self) -> Iterator[Driver | None]:
-        # COPY isn't possible in a pipeline.
-        yield self if self._connection.pgconn.pipeline_status == PipelineStatus.OFF else None
+        yield None if self._is_in_pipeline() else self  # in a pipeline there can be no COPY
 
     def copy(self, statement: Composed, lines: Iterator[str]) -> None:
-        with self._connection.cursor() as cursor, cursor.copy(statement) as copy:
+        with psycopg.Cursor(self._connection) as cursor, cursor.copy(statement) as copy:
             while chunk := "".join(islice(lines, LINES)):
                 copy.write(chunk)
 
@@ -191,6 +204,9 @@ class _PsycopgConnection:
     def hint(self, hint: Hint) -> None:
         """Give none: psycopg doesn't tell of its commits. Workers find the task when they look next."""
 
+    def _is_in_pipeline(self) -> bool:
+        return self._connection.pgconn.pipeline_status != PipelineStatus.OFF
+
 
 class _AsyncPsycopgConnection(_PsycopgConnection):
     def __init__(self, connection: psycopg.AsyncConnection[Any]) -> None:
@@ -201,15 +217,17 @@ class _AsyncPsycopgConnection(_PsycopgConnection):
 
     async def _execute(self, statement: Executable, parameters: dict[str, Any]) -> Sequence[Row]:
         with _clear_errors(statement):
-            async with self._connection.cursor(row_factory=dict_row) as cursor:
-                await cursor.execute(*_compiled(statement, parameters))
+            async with psycopg.AsyncCursor(self._connection, row_factory=dict_row) as cursor:
+                read_anything(cursor)
+                async with self._connection.pipeline() if self._is_in_pipeline() else nullcontext():
+                    await cursor.execute(*_compiled(statement, parameters))
                 return await cursor.fetchall() if cursor.description else ()
 
     def copy(self, statement: Composed, lines: Iterator[str]) -> None:
         await_only(self._copy(statement, lines))
 
     async def _copy(self, statement: Composed, lines: Iterator[str]) -> None:
-        async with self._connection.cursor() as cursor, cursor.copy(statement) as copy:
+        async with psycopg.AsyncCursor(self._connection) as cursor, cursor.copy(statement) as copy:
             while chunk := "".join(islice(lines, LINES)):
                 await copy.write(chunk)
 
@@ -220,8 +238,9 @@ def _driver(context: ExecutionContext) -> Iterator[Driver | None]:
     connection: Any = context.root_connection.connection.driver_connection
     dialect = context.dialect
     kind = _AsyncPsycopgConnection if dialect.is_async else _PsycopgConnection
-    if context.execution_options.get("schema_translate_map"):
-        yield None  # such a map renames the schema in SQLAlchemy's own statements
+    options = context.execution_options
+    if options.get("schema_translate_map") or options.get(CLOCK):
+        yield None  # these change SQLAlchemy's own statements only
         return
     try:
         with kind(connection).driver() as driver:
@@ -262,7 +281,7 @@ def _clear_errors(statement: Any) -> Iterator[None]:
             schema = "" if statement.table.schema is None else f", schema={statement.table.schema!r}"
             raise NotPrepared(
                 f"{cause.diag.message_primary}: are apoq's tables missing, or at another version? "
-                f"Run `apoq.prepare(engine{schema})`, or `alembic upgrade head` where your migrations "
-                "include apoq's"
+                f"Run `apoq migrate`, `apoq.prepare(engine{schema})`, or `alembic upgrade head` where your "
+                "migrations include apoq's"
             ) from error
         raise

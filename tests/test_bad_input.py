@@ -535,7 +535,7 @@ class TestProcessors:
         worker.use("t", nothing)
 
         with pytest.raises(
-            InvalidProcessor, match=r"'t' has a processor already.*call `use` once for each type"
+            InvalidProcessor, match=r"'t' has a processor already.*one `use` or one `@queue.task`"
         ):
             worker.use("t", print)
 

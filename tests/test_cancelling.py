@@ -405,6 +405,19 @@ class TestARunningTask:
         assert (task.state, task.attempt, len(attempts)) == ("completed", 1, 2)
 
 
+def test_a_processor_that_cancels_its_own_task_in_its_session_is_told_what_to_do_instead(engine, make_worker):
+    worker = make_worker()
+    worker.use("t", lambda task: Queue().cancel(task.session, task.id))
+    task_id = add(engine)
+
+    worker.work()
+
+    task = load(engine, task_id)
+    assert (task.state, task.fail_count) == ("pending", 1)
+    assert task.error is not None
+    assert "raise Cancel" in task.error["message"]
+
+
 def test_a_retried_task_is_run_at_once(engine, make_worker):
     ran = threading.Event()
     worker = make_worker(poll_interval=timedelta(seconds=LONG))

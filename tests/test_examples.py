@@ -16,6 +16,7 @@ SAYS = {
     "quickstart.py": r"100 tasks completed in [\d.]+ s: [\d,]+ a second",
     "transaction.py": r"in the database: \[\('a kettle', 'completed'\)\]",
     "exactly_once.py": r"2,000 payments to 2,000 people, in [\d.]+ s: none lost, none doubled",
+    "typed_tasks.py": r"(?s)refused: .* unexpected keyword .*over 19\.90 € \(fr\).*over 19\.90 € \(en\)",
     "async_app.py": r"10 tasks of 0.1 s each in 0\.[1-9]\d s",
 }
 

@@ -41,7 +41,7 @@ from apoq.connections import execute, own_engine
 from apoq.events import Events
 from apoq.outcomes import Release, Settlement, WorkerDied
 from apoq.payload import encode
-from apoq.registry import Registry
+from apoq.registry import make_processor
 from apoq.statements.arrays import array_text
 from apoq.statements.claim import claim
 from apoq.statements.heartbeat import beat, forget, leave
@@ -107,9 +107,10 @@ def delay_after(fail_count: int) -> int:
     return HOUR * (fail_count - 1)
 
 
-registry = Registry()
-for type_, limit in LIMITS.items():
-    registry.use(type_, print, retry_limit=limit, retry_delay=delay_after)
+PROCESSORS = {
+    type_: make_processor(type_, print, retry_limit=limit, retry_delay=delay_after)
+    for type_, limit in LIMITS.items()
+}
 
 
 @dataclass
@@ -132,6 +133,8 @@ class Known:
     error: str | None = None
     has_failed: bool = False
     ended: int | None = None
+    waited: bool = False
+    """Whether it was cancelled before it was claimed, and so its last attempt was never begun."""
 
     def is_held_under(self, token: int) -> bool:
         return self.state == RUNNING and self.token == token
@@ -172,6 +175,15 @@ class Known:
             self.error = settlement.error["class"]
         if settlement.state != PENDING:
             self.ended = now
+
+    def cancelled(self, now: int) -> None:
+        self.waited = self.state == PENDING
+        self.state, self.error, self.ended = CANCELLED, Cancel.__name__, now
+
+    def retried(self, due: int) -> None:
+        self.state, self.due, self.ended, self.waited = PENDING, due, None, False
+        self.attempt = self.fail_count = self.rescue_count = 0
+        self.has_failed = False
 
     def row(self) -> dict[str, Any]:
         """Answer what is read of it, but for the times."""
@@ -353,6 +365,51 @@ class Tasks(RuleBasedStateMachine):
             session.close()
 
         self._end(Transaction("an addition", set(), finish), end)
+
+    @precondition(lambda self: self._changeable())
+    @rule(task=st.runner().flatmap(lambda self: st.sampled_from(self._changeable())), end=ends)
+    def cancel(self, task: Known, end: End) -> None:
+        state = task.state
+        is_possible = state in {PENDING, RUNNING}
+        session = Session(self.engine)
+        assert Queue(task.queue).cancel(session, task.id) is is_possible
+
+        def change() -> None:
+            task.cancelled(self.now)
+            self.reached[f"a task cancelled that was {state}"] += 1
+
+        self._change(session, task, is_possible, change, end)
+
+    @precondition(lambda self: self._changeable())
+    @rule(task=st.runner().flatmap(lambda self: st.sampled_from(self._changeable())), delay=hours, end=ends)
+    def retry(self, task: Known, delay: int, end: End) -> None:
+        state = task.state
+        is_possible = state in {COMPLETED, FAILED, CANCELLED}
+        due = self.now + delay
+        session = Session(self.engine)
+        assert Queue(task.queue).retry(session, task.id, delay=timedelta(hours=delay)) is is_possible
+
+        def change() -> None:
+            task.retried(due)
+            self.reached[f"a task retried that was {state}"] += 1
+
+        self._change(session, task, is_possible, change, end)
+
+    def _change(
+        self, session: Session, task: Known, is_possible: bool, change: Callable[[], None], end: End
+    ) -> None:
+        session.execute(PATIENCE)
+
+        def finish(commit: bool) -> None:
+            (session.commit if commit else session.rollback)()
+            session.close()
+            if commit and is_possible:
+                change()
+
+        self._end(Transaction("a change", {task.id} if is_possible else set(), finish), end)
+
+    def _changeable(self) -> list[Known]:
+        return [task for task in self._by_id() if task.id not in self._locked()]
 
     # What a worker does with tasks.
 
@@ -651,10 +708,11 @@ class Tasks(RuleBasedStateMachine):
     @invariant()
     def attempts_add_up(self) -> None:
         for task in self.tasks.values():
-            is_counted = task.state in {RUNNING, COMPLETED, CANCELLED}
+            is_counted = task.state in {RUNNING, COMPLETED, CANCELLED} and not task.waited
             assert task.attempt == task.fail_count + is_counted
             assert task.token >= task.attempt
-            if task.state in {COMPLETED, CANCELLED}:
+            # A rescue may have left it none; then it is claimed to be ended, and may be cancelled instead.
+            if task.state in {COMPLETED, CANCELLED} and not task.rescue_count:
                 assert task.attempt <= task.limit + 1
 
     # The rest is the model's own.
@@ -750,8 +808,8 @@ class Tasks(RuleBasedStateMachine):
         for row in rows:
             known = self.tasks[row[0]]
             task = RunningTask(
-                (*row, Batch(Queue(known.queue), time.monotonic())),
-                registry[row[1]],
+                (*row, Batch(Queue(known.queue), PROCESSORS, time.monotonic())),
+                PROCESSORS[row[1]],
                 lambda: TaskSession(self.engine),
                 Notice(),
             )
@@ -800,7 +858,13 @@ class Tasks(RuleBasedStateMachine):
 WORTH_REACHING = {
     "a claim left open",
     "a completion left open",
+    "a change left open",
     "a rescue",
+    "a task cancelled that was pending",
+    "a task cancelled that was running",
+    "a task retried that was cancelled",
+    "a task retried that was completed",
+    "a task retried that was failed",
     "a write",
     "a write to a lost task",
     "an addition left open",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import json
 import logging
 import os
 import re
@@ -21,10 +22,12 @@ from functools import partial
 
 import pytest
 import sqlalchemy as sa
+from click.testing import CliRunner
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 
 from apoq import AsyncRunningTask, Queue, RunningTask, Task, Worker, prepare
+from apoq.cli import main
 from apoq.connections import SESSION, execute, own_engine
 from apoq.embedded import _new_folder, _server_user
 from apoq.statements.hint import CHANNEL
@@ -404,3 +407,16 @@ def test_an_asyncio_session_adds_through_it_and_its_hint_arrives(pgbouncer, pool
         await engine.dispose()
 
     asyncio.run(main())
+
+
+def test_the_doctor_and_its_colleagues_work_there_and_notice_it(pooled):
+    told = []
+    for command in ("stats", "list", "doctor"):
+        url = pooled.url.render_as_string(hide_password=False)
+        told.append(CliRunner().invoke(main, [command, "--json", "--database-url", url]))
+    findings = {finding["subject"]: finding for finding in json.loads(told[-1].stdout)}
+
+    assert [done.exit_code for done in told] == [0, 0, 0]
+    assert (findings["pooler"]["level"], findings["hints"]["level"]) == ("warning", "warning")
+    assert "prepare_threshold" in findings["pooler"]["cure"]
+    assert "listen_url" in findings["hints"]["cure"]

@@ -9,14 +9,22 @@ from datetime import timedelta
 import pytest
 import sqlalchemy as sa
 
+from apoq.cli.looking import SETTINGS
 from apoq.connections import SESSION
 from apoq.sessions import _compiled
 from apoq.statements.arrays import array_text
 from apoq.statements.cancel import cancel
 from apoq.statements.claim import claim
+from apoq.statements.count import COUNTED, count, count_running, count_types, queues, table_size
+from apoq.statements.find import details, find, find_ids, find_queues, horizon
 from apoq.statements.locked import locked
 from apoq.statements.lost import lost
-from apoq.statements.prune import prune_completed, prune_failed
+from apoq.statements.prune import (
+    count_prunable_completed,
+    count_prunable_failed,
+    prune_completed,
+    prune_failed,
+)
 from apoq.statements.recover import give_back, rescue
 from apoq.statements.retry import retry
 from apoq.statements.settle import complete, remove, settle
@@ -133,6 +141,50 @@ STATEMENTS = [
     pytest.param(prune_failed(None), PRUNE, {"apoq_tasks_failed_idx", "apoq_tasks_pkey"}, id="failed"),
 ]
 
+FIND = {
+    "before_id": 2**63 - 1,
+    "in_queue": None,
+    "of_type": "ours",
+    "since": None,
+    "at_most": 20,
+    "excerpt": 200,
+}
+ENDED = {"apoq_tasks_completed_idx", "apoq_tasks_failed_idx"}
+
+LOOKS = [
+    pytest.param(find(None, None), FIND, {"apoq_tasks_pkey"}, id="find any"),
+    pytest.param(
+        find(None, "running"), FIND | {"at_most": 1_000}, {"apoq_tasks_running_idx"}, id="find a rare state"
+    ),
+    pytest.param(
+        find(None, "failed"),
+        FIND | {"in_queue": "none"},
+        {"apoq_tasks_failed_idx"},
+        id="find in an empty queue",
+    ),
+    pytest.param(horizon(None, None), FIND, {"apoq_tasks_pkey"}, id="horizon"),
+    pytest.param(find_ids(None, "failed"), FIND | {"at_most": 100_000}, {"apoq_tasks_failed_idx"}, id="ids"),
+    pytest.param(find_queues(None), {"ids": "{1,7}"}, {"apoq_tasks_pkey"}, id="find queues"),
+    pytest.param(details(None), {"task_id": 7}, {"apoq_tasks_pkey"}, id="details"),
+    pytest.param(
+        queues(None),
+        {"at_most": 100},
+        {"apoq_tasks_pending_idx", "apoq_tasks_running_idx"} | ENDED,
+        id="queues",
+    ),
+    pytest.param(count(None), {"from_queue": "default"}, {"apoq_tasks_pending_idx"} | ENDED, id="count"),
+    pytest.param(
+        count_types(None), {"from_queue": "default"}, {"apoq_tasks_pending_idx"} | ENDED, id="count types"
+    ),
+    pytest.param(count_running(None), {}, {"apoq_tasks_running_idx"}, id="count running"),
+    pytest.param(table_size(None), {}, set(), id="table size"),
+    pytest.param(
+        count_prunable_completed(None), PRUNE, {"apoq_tasks_completed_idx"}, id="count prunable completed"
+    ),
+    pytest.param(count_prunable_failed(None), PRUNE, {"apoq_tasks_failed_idx"}, id="count prunable failed"),
+]
+"""What people look with: planned for their parameters, each time."""
+
 
 @pytest.mark.parametrize(("statement", "parameters", "indexes"), STATEMENTS)
 def test_it_reads_by_its_indexes_only(million, statement, parameters, indexes):
@@ -177,3 +229,28 @@ def test_a_claim_reads_few_pages_however_many_rows_are_in_front(million):
     assert updated["Actual Rows"] == 500
     # Some dozen for each row that is taken: its row, its indexes, its new version.
     assert plan["Shared Hit Blocks"] + plan["Shared Read Blocks"] < 500 * 20
+
+
+@pytest.mark.parametrize(("statement", "parameters", "indexes"), LOOKS)
+def test_so_does_what_people_look_with(million, statement, parameters, indexes):
+    plan = look(million, statement, parameters)
+    used = {node["Index Name"] for node in nodes(plan) if node.get("Relation Name") == "apoq_tasks"}
+
+    assert used == indexes
+
+
+def look(engine: sa.Engine, statement: sa.Select, parameters: dict, options: str = "") -> dict:
+    """Explain a statement as the command line sends it."""
+    sql, values = _compiled(statement, parameters)
+    with engine.execution_options(isolation_level="READ COMMITTED").begin() as connection:
+        connection.exec_driver_sql(SETTINGS)
+        explained = connection.exec_driver_sql(f"EXPLAIN (FORMAT JSON{options}) {sql}", values)
+        return explained.scalar()[0]["Plan"]
+
+
+def test_counting_reads_few_pages_however_many_rows_there_are(million):
+    plan = look(million, count(None), {"from_queue": "other"}, ", ANALYZE, BUFFERS")
+    rows = [node["Actual Rows"] * node["Actual Loops"] for node in nodes(plan) if "Index Name" in node]
+
+    assert max(rows) <= COUNTED + 1
+    assert plan["Shared Hit Blocks"] + plan["Shared Read Blocks"] < 6 * COUNTED

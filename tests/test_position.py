@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 
 from apoq import Queue
 from apoq.connections import execute, own_engine
-from apoq.registry import Registry
+from apoq.registry import Registry, make_processor
 from apoq.statements.claim import claim
 from apoq.statements.survey import survey
 from apoq.worker.position import MOST_LEVELS, SLACK, START, Position
@@ -105,7 +105,7 @@ class TestPosition:
 
 def test_a_survey_that_had_to_wait_for_the_server_once_does_not_silence_the_scout(own, engine):
     registry = Registry()
-    registry.use("t", print)
+    registry.use("t", make_processor("t", print))
     scout = Scout(own, {Queue(): Position()}, registry, poll_interval=0.1, on_due=lambda: None)
     scout.survey()
     with engine.begin() as connection:

@@ -92,10 +92,12 @@ def missing(schema: str | None, version: int = 0) -> str:
     """Say that the tables are not there, or too old, and how to mend it."""
     where = "" if schema is None else f" in the schema {schema!r}"
     what = f"are at version {version}" if version else "are missing"
+    option = "" if schema is None else f" --schema {schema}"
     arguments = "engine" if schema is None else f"engine, schema={schema!r}"
     return (
         f"apoq's tables{where} {what}, and this library wants version {LATEST}: run "
-        f"`apoq.prepare({arguments})`, or `alembic upgrade head` where your migrations include apoq's"
+        f"`apoq migrate{option}`, `apoq.prepare({arguments})`, or `alembic upgrade head` where your "
+        "migrations include apoq's"
     )
 
 

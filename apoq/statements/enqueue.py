@@ -43,7 +43,7 @@ def enqueue(schema: str | None) -> Insert:
     data = cast(bindparam("task_data", type_=Text), JSONB)
     return (
         insert(task_class(schema))
-        .values(**_values(), data=data)
+        .values(**_values(), created_at=func.now(), data=data)
         .returning(*tasks_table(schema).c)
         .execution_options(dml_strategy="raw")
     )
@@ -56,7 +56,7 @@ def enqueue_many(schema: str | None) -> Insert:
     # JSON writes as \\n in its strings: PostgreSQL takes them apart faster than the elements of an array.
     lines = func.string_to_table(bindparam("task_data", type_=Text), "\n")
     documents = lines.table_valued(column("document", Text)).render_derived("documents")
-    values = _values()
+    values = {**_values(), "created_at": func.now()}
     return (
         insert(task_class(schema))
         .from_select([*values, "data"], select(*values.values(), cast(documents.c.document, JSONB)))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
-from sqlalchemy import ColumnElement, Delete, Text, bindparam, delete, func, literal_column, select
+from sqlalchemy import ColumnElement, Delete, Select, Text, bindparam, delete, func, literal_column, select
 from sqlalchemy.dialects.postgresql import INTERVAL
 from sqlalchemy.types import Integer
 
@@ -15,22 +16,44 @@ from apoq.states import CANCELLED, COMPLETED, FAILED
 @cache
 def prune_completed(schema: str | None) -> Delete:
     """Delete up to `at_most` tasks of `from_queue` that completed longer than `keep` ago."""
-    tasks = tasks_table(schema)
-    return _prune(schema, literal_column(f"state = '{COMPLETED}'"), tasks.c.completed_at)
+    return _prune(schema, _old_completed(schema))
 
 
 @cache
 def prune_failed(schema: str | None) -> Delete:
     """Delete up to `at_most` tasks of `from_queue` that failed, or were cancelled, longer than `keep` ago."""
+    return _prune(schema, _old_failed(schema))
+
+
+@cache
+def count_prunable_completed(schema: str | None) -> Select[*tuple[Any, ...]]:
+    """Answer how many tasks `prune_completed` would delete, `at_most`."""
+    return _count(_old_completed(schema))
+
+
+@cache
+def count_prunable_failed(schema: str | None) -> Select[*tuple[Any, ...]]:
+    """Answer how many tasks `prune_failed` would delete, `at_most`."""
+    return _count(_old_failed(schema))
+
+
+def _old_completed(schema: str | None) -> Select[*tuple[Any, ...]]:
+    tasks = tasks_table(schema)
+    return _old(schema, literal_column(f"state = '{COMPLETED}'"), tasks.c.completed_at)
+
+
+def _old_failed(schema: str | None) -> Select[*tuple[Any, ...]]:
     tasks = tasks_table(schema)
     # The Node.js original doesn't say when a task failed: then it was due about that time.
     ended_at = func.coalesce(tasks.c.cancelled_at, tasks.c.failed_at, tasks.c.process_at)
-    return _prune(schema, literal_column(f"state IN ('{FAILED}', '{CANCELLED}')"), ended_at)
+    return _old(schema, literal_column(f"state IN ('{FAILED}', '{CANCELLED}')"), ended_at)
 
 
-def _prune(schema: str | None, ended: ColumnElement[bool], ended_at: ColumnElement[object]) -> Delete:
+def _old(
+    schema: str | None, ended: ColumnElement[bool], ended_at: ColumnElement[object]
+) -> Select[*tuple[Any, ...]]:
     tasks = tasks_table(schema)
-    old = (
+    return (
         select(tasks.c.id)
         .where(
             ended,
@@ -39,8 +62,15 @@ def _prune(schema: str | None, ended: ColumnElement[bool], ended_at: ColumnEleme
         )
         .order_by(ended_at)
         .limit(bindparam("at_most", type_=Integer))
-        # Several workers prune, and somebody may be retrying one of these.
-        .with_for_update(skip_locked=True)
-        .cte("old")
     )
-    return delete(tasks).where(tasks.c.id == old.c.id)
+
+
+def _prune(schema: str | None, old: Select[*tuple[Any, ...]]) -> Delete:
+    tasks = tasks_table(schema)
+    # Several workers prune, and somebody may be retrying one of these.
+    taken = old.with_for_update(skip_locked=True).cte("old")
+    return delete(tasks).where(tasks.c.id == taken.c.id)
+
+
+def _count(old: Select[*tuple[Any, ...]]) -> Select[*tuple[Any, ...]]:
+    return select(func.count()).select_from(old.subquery("old"))

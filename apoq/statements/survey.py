@@ -12,7 +12,7 @@ from apoq.model import tasks_table
 from apoq.statements.literals import PENDING
 
 
-def _priorities(schema: str | None) -> CTE:
+def pending_priorities(schema: str | None) -> CTE:
     """Find the priorities that pending tasks of the queue have, the highest first.
 
     A loose index scan: one look into the index for each priority, however many tasks have it.
@@ -36,7 +36,7 @@ def survey(schema: str | None) -> Select[Any]:
     other types.
     """
     tasks = tasks_table(schema)
-    priorities = _priorities(schema)
+    priorities = pending_priorities(schema)
     first = (
         select(tasks.c.process_at, tasks.c.id, (tasks.c.rescue_count > 0).label("is_rescued"))
         .where(

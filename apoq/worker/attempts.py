@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from sqlalchemy.orm import Session
 
-from apoq.errors import InvalidProcessor
+from apoq.errors import InvalidProcessor, SessionMisused
 from apoq.outcomes import Release, Settlement, settle
 from apoq.worker.completion import Completion
 from apoq.worker.coroutines import CLEAN_UP
@@ -140,7 +140,11 @@ def _complete_in(session: TaskSession, task: AnyRunningTask, completion: Complet
     row = completion.write(session.connection(), task)
     if row is None:
         session.rollback()
-        raise TaskLost
+        # Settled like any failure: where the task was lost, as it is nearly always, nothing is written.
+        raise SessionMisused(
+            "task.session has changed the task itself, so that it could not be completed, and all that was "
+            "written there is undone: to end the task otherwise, raise Cancel, Retry or Snooze"
+        )
     session.commit_completion()
     return row
 

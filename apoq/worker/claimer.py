@@ -146,22 +146,18 @@ class Claimer:
     def claim(self, limit: int, free: int) -> list[Claimed]:
         """Claim up to `limit` tasks, where `free` slots have nothing to do."""
         tasks: list[Claimed] = []
-        types = self._registry.types
-        if not types:
-            return tasks
         with self._lock:
             self._give_back_strays()
             for queue in self._rotated():
                 if len(tasks) < limit:
-                    tasks += self._claim_from(queue, types, limit - len(tasks), free - len(tasks))
+                    tasks += self._claim_from(queue, limit - len(tasks), free - len(tasks))
         return tasks
 
     def _startable(self, tasks: list[Claimed]) -> Iterator[Claimed]:
         for row in tasks:
             if row[FAIL_COUNT]:
                 task = self._make(row)
-                if task.fail_count > task.policy.limit:
-                    # Rescued from a dead worker, with no attempt left.
+                if not has_attempts(task):
                     self._put_ended(ended(task, WorkerDied(WorkerDied.__doc__)))
                     continue
             yield row
@@ -172,11 +168,14 @@ class Claimer:
         for row in tasks:
             held.pop(id(row), None)
 
-    def _claim_from(self, queue: Queue, types: list[str], limit: int, free: int) -> list[Claimed]:
+    def _claim_from(self, queue: Queue, limit: int, free: int) -> list[Claimed]:
+        processors = self._registry.of(queue)
+        if not processors:
+            return []
         position = self._positions[queue]
         parameters = {
             "from_queue": queue.name,
-            "of_types": types,
+            "of_types": list(processors),
             "at_most": limit,
             "ahead": limit > free,
             "by_worker": self.worker_id,
@@ -187,7 +186,7 @@ class Claimer:
         self._doubtful = False
         rows.sort(key=_order)
         position.claimed(rows, is_all=len(rows) < limit)
-        batch = Batch(queue, time.monotonic())
+        batch = Batch(queue, processors, time.monotonic())
         tasks: list[Claimed] = [(*row, batch) for row in rows]
         self.held.update({id(row): row for row in tasks})
         return tasks
@@ -218,6 +217,11 @@ class Claimer:
             self._put_ended(released(task))
         # The average speaks of shorter tasks than those that run now.
         self._slots.run_time = max(self._slots.run_time or 0.0, OVERDUE)
+
+
+def has_attempts(task: AnyRunningTask) -> bool:
+    """Tell whether a claimed task may begin: one that was rescued from a dead worker may have used all up."""
+    return not task.fail_count or task.fail_count <= task.policy.limit
 
 
 def _order(row: tuple[Any, ...]) -> tuple[int, float, int]:

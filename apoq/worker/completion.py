@@ -25,7 +25,7 @@ class Completion:
     def __init__(self, events: Events, lease: Lease, *, keep: bool) -> None:
         self._events = events
         self._lease = lease
-        self._keep = keep
+        self.keep = keep
 
     @property
     def is_heard(self) -> bool:
@@ -34,7 +34,7 @@ class Completion:
 
     def statement(self, schema: str | None, *, full: bool) -> Executable:
         """Complete the tasks of `ids`; answer their ids, or their whole rows."""
-        return _returning(complete(schema) if self._keep else remove(schema), schema, full=full)
+        return _returning(complete(schema) if self.keep else remove(schema), schema, full=full)
 
     def write(self, connection: Connection, task: AnyRunningTask) -> Mapping[Any, Any] | None:
         """Complete a task in a transaction that is about to be committed; answer None where it was lost.
@@ -46,7 +46,7 @@ class Completion:
             raise Release
         schema = task.from_queue.schema
         parameters = {"task_id": task.id, "held_under": task.token}
-        statement = complete_last(schema) if self._keep else remove_last(schema)
+        statement = complete_last(schema) if self.keep else remove_last(schema)
         if self.is_heard:
             return connection.execute(_returning(statement, schema, full=True), parameters).mappings().first()
         # Each task has one of these, and nothing is read back: as text, it takes half of SQLAlchemy's time.

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import datetime
 from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 from apoq.queue import Queue
 from apoq.reading import read_json, read_time
-from apoq.registry import Processor
+from apoq.registry import Processor, Running
 from apoq.retry import LONGEST_DELAY, RetryPolicy
 from apoq.worker.task_sessions import AsyncTaskSession, TaskSession, cut_off, is_cut_off
 
@@ -24,6 +24,8 @@ class Batch(NamedTuple):
     """Tasks that one statement has claimed."""
 
     from_queue: Queue
+    processors: Mapping[str, Processor]
+    """By type, as they were at the claim."""
     claimed_at: float
     """By time.monotonic()."""
 
@@ -55,9 +57,7 @@ RECALLED: Final = Notice(is_given=True)
 """What a task has instead, once it is known that it runs in vain."""
 
 
-class _Running(Generic[S]):
-    """A claimed task, as its processor sees it."""
-
+class _Running(Running, Generic[S]):
     __slots__ = (
         "data",
         "ends_at",
@@ -205,6 +205,8 @@ class RunningTask(_Running[TaskSession]):
 
     __slots__ = ()
 
+    is_async = False
+
 
 _IN_VAIN: Final = "the task is this worker's no more"
 
@@ -213,6 +215,8 @@ class AsyncRunningTask(_Running[AsyncTaskSession]):
     """What a coroutine processor gets: the task, and ``task.session``, an `AsyncSession`."""
 
     __slots__ = ("_awaits", "_is_cancelled")
+
+    is_async = True
 
     async def call(self) -> None:
         """Await the processor, so that `recall` can cancel it."""

@@ -81,9 +81,8 @@ class Scout:
         """Survey the queues now; answer in how many seconds the next task is due."""
         began = time.monotonic()
         due_in = float("inf")
-        types = self._registry.types
-        if types:
-            for queue, position in self._positions.items():
+        for queue, position in self._positions.items():
+            if types := list(self._registry.of(queue)):
                 parameters = {"from_queue": queue.name, "of_types": types}
                 rows = execute(
                     self._engine, survey(queue.schema), parameters, timeout=SURVEY_TIMEOUT

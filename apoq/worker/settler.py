@@ -29,6 +29,7 @@ from apoq.statements.settle import settle
 from apoq.worker.attempts import Ended, TaskLost
 from apoq.worker.completion import Completion
 from apoq.worker.running import ID, TOKEN, Batch, Claimed
+from apoq.worker.tally import Counter
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +65,7 @@ class Settler:
         engine: Engine,
         events_: Events,
         completion: Completion,
+        counter: Counter,
         *,
         on_settled: Callable[[list[Claimed]], None],
         on_pending: Callable[[float], None],
@@ -71,6 +73,7 @@ class Settler:
         """`on_pending` is called with the seconds until a task that was settled is due again."""
         self._engine = engine
         self._completion = completion
+        self._counter = counter
         self._events = events_
         self._on_settled = on_settled
         self._on_pending = on_pending
@@ -137,6 +140,7 @@ class Settler:
     def _complete(self, schema: str | None, tasks: list[Claimed]) -> None:
         tasks.sort(key=itemgetter(ID))
         rows = self._survive(partial(self._execute_completion, schema), tasks)
+        self._counter.count(None, len(rows))
         for task in tasks:
             if task[ID] not in rows:
                 _log_lost(task)
@@ -155,6 +159,7 @@ class Settler:
                 _log_lost(end.task.row)
             else:
                 self._tell(end, rows[end.task.id])
+                self._counter.count(end.settlement)
         self._on_settled([end.task.row for end in ends])
         for end in ends:
             if end.settlement is not None and end.settlement.state == states.PENDING:
@@ -195,7 +200,10 @@ class Settler:
     def _execute_settlement(self, schema: str | None, ends: list[Ended]) -> Rows:
         is_heard = self._events.heard(events.FAILED) or self._events.heard(events.RETRIED)
         return self._execute(
-            _settlement(schema, is_heard), [end.task.row for end in ends], _arrays(ends), is_heard=is_heard
+            write_settlements(schema, full=is_heard),
+            [end.task.row for end in ends],
+            settlement_arrays(ends),
+            is_heard=is_heard,
         )
 
     def _execute(
@@ -229,7 +237,8 @@ class Settler:
 
 
 @cache
-def _settlement(schema: str | None, full: bool) -> Executable:
+def write_settlements(schema: str | None, *, full: bool) -> Executable:
+    """Write the settlements of `settlement_arrays` to the tasks of `ids`; answer their ids, or whole rows."""
     tasks = tasks_table(schema)
     return settle(schema).returning(*(tasks.c if full else [tasks.c.id]))
 
@@ -266,7 +275,8 @@ def _log_lost(row: Claimed) -> None:
     )
 
 
-def _arrays(ends: list[Ended]) -> dict[str, list[Any]]:
+def settlement_arrays(ends: list[Ended]) -> dict[str, list[Any]]:
+    """Answer the settlements as parameters."""
     settlements = [end.settlement for end in ends if end.settlement is not None]
     return {
         "states": [settlement.state for settlement in settlements],

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import datetime, timedelta
 from functools import partial
 from queue import SimpleQueue
@@ -19,14 +19,16 @@ from sqlalchemy.orm import Session
 
 from apoq.connections import is_away, own_engine
 from apoq.databases import check_dialect
+from apoq.errors import InvalidProcessor
 from apoq.events import Events
 from apoq.migrations.prepare import check
 from apoq.model import Task, detached
 from apoq.queue import Queue
-from apoq.registry import Around, Registry
+from apoq.registry import Around, Registry, make_processor
 from apoq.retry import DEFAULT_RETRY_LIMIT, RetryDelay, exponential_backoff, seconds
 from apoq.statements.hint import payload
 from apoq.states import COMPLETED
+from apoq.typed import TypedTask
 from apoq.watch import watch
 from apoq.worker.attempts import Ended, ended, overdue, run, run_coroutine
 from apoq.worker.claimer import Claimer
@@ -40,10 +42,11 @@ from apoq.worker.position import Position
 from apoq.worker.process import PROCESS
 from apoq.worker.pruner import Pruner
 from apoq.worker.recaller import Recaller
-from apoq.worker.running import KNOWN, AnyRunningTask, AsyncRunningTask, Claimed, Notice, RunningTask
+from apoq.worker.running import KNOWN, AnyRunningTask, AsyncRunningTask, Batch, Claimed, Notice, RunningTask
 from apoq.worker.scout import Scout
 from apoq.worker.settler import Settler
 from apoq.worker.slots import Slots, released
+from apoq.worker.tally import Counter, Tally
 from apoq.worker.task_sessions import TaskSessions
 
 logger = logging.getLogger(__name__)
@@ -112,10 +115,7 @@ class Worker:
                 raise TypeError(
                     f"a worker takes queues after its engine, such as Queue('emails'), not {queue!r}"
                 )
-        if isinstance(concurrency, bool) or not isinstance(concurrency, int) or concurrency < 1:
-            raise ValueError(
-                f"concurrency is the number of tasks that run at once, 1 or more, not {concurrency!r}"
-            )
+        _check_concurrency(concurrency)
         for name, value in (("poll_interval", poll_interval), ("lease", lease)):
             if not isinstance(value, timedelta) or value <= timedelta():
                 raise ValueError(f"{name} is a timedelta longer than nothing, not {value!r}")
@@ -123,8 +123,11 @@ class Worker:
             if keep is not None and (not isinstance(keep, timedelta) or keep < timedelta()):
                 raise ValueError(f"{name} is a timedelta, or None for ever, not {keep!r}")
         self.events = Events()
-        self._queues = queues or (Queue(),)
+        # Two that are equal are one, whose typed tasks were said in two places.
+        self._queues = tuple(dict.fromkeys(queues or (Queue(),)))
         self._registry = Registry(around)
+        for queue in queues:
+            queue.register_in(self._registry)
         self._assemble = partial(
             self._put_together,
             engine,
@@ -172,10 +175,12 @@ class Worker:
         )
         lease_ = self._heartbeat.lease
         self._completion = Completion(self.events, lease_, keep=keep_completed != timedelta())
+        self._counter = Counter()
         self._settler = Settler(
             self._own_engine,
             self.events,
             self._completion,
+            self._counter,
             on_settled=self._settled,
             on_pending=self._look,
         )
@@ -250,6 +255,25 @@ class Worker:
     def __repr__(self) -> str:
         return f"<Worker of {', '.join(map(repr, self._queues))} concurrency={self._slots.concurrency}>"
 
+    def adjust(self, *, queues: Iterable[str] | None = None, concurrency: int | None = None) -> None:
+        """Change what it was made for, before it starts: what the command line's options do.
+
+        It works only those of its queues that have one of these names, or another number of tasks at once.
+        """
+        if self._enlisted:
+            raise RuntimeError("adjust a worker before it starts")
+        if queues is not None:
+            names, known = set(queues), [queue.name for queue in self._queues]
+            if not names or not names.issubset(known):
+                raise ValueError(
+                    f"this worker's queues are {', '.join(known)}, not {', '.join(names - {*known})}"
+                )
+            self._queues = tuple(queue for queue in self._queues if queue.name in names)
+        if concurrency is not None:
+            _check_concurrency(concurrency)
+            self._assemble = partial(self._assemble, concurrency=concurrency)
+        self._assemble()
+
     def use(
         self,
         type: str,
@@ -273,9 +297,17 @@ class Worker:
         but it goes on, and its slot stays taken until it returns. So let it look at `task.stopping`, or
         give what it waits for a timeout of its own.
 
-        Raises `InvalidProcessor` where the type has a processor already, or an option makes no sense.
+        It is worked so in all queues of this worker. Raises `InvalidProcessor` where the type has a processor
+        already, be it by a typed task of one of them, or where an option makes no sense.
         """
-        self._registry.use(type, processor, retry_limit=retry_limit, retry_delay=retry_delay, timeout=timeout)
+        if isinstance(processor, TypedTask):
+            raise InvalidProcessor(
+                f"{processor!r} is a typed task, which a worker of its queue knows: Worker(engine, queue)"
+            )
+        made = make_processor(
+            type, processor, retry_limit=retry_limit, retry_delay=retry_delay, timeout=timeout
+        )
+        self._registry.use(type, made)
         self._hint()
 
     def work(self) -> Task | None:
@@ -339,6 +371,15 @@ class Worker:
         return self._is_started and self._heartbeat.lease.is_held and all(loop.is_alive for loop in loops)
 
     @property
+    def types(self) -> list[str]:
+        """The types of tasks that it works."""
+        return sorted({type_ for queue in self._queues for type_ in self._registry.of(queue)})
+
+    def tally(self) -> Tally:
+        """Answer how many tasks run now, and what became of those that have ended since it was made."""
+        return self._counter.tally(len(self._slots.running()))
+
+    @property
     def seen_at(self) -> datetime | None:
         """When the database last answered the worker's heartbeat, by this machine's clock."""
         return self._heartbeat.seen_at
@@ -384,10 +425,16 @@ class Worker:
             self._discharge()
         logger.info("%r has stopped", self)
 
-    def run(self, *, timeout: float | timedelta = GRACE) -> None:
+    def run(
+        self,
+        *,
+        timeout: float | timedelta = GRACE,
+        on_start: Callable[[Callable[[], None]], object] | None = None,
+    ) -> None:
         """Start, wait for SIGINT or SIGTERM, and stop; from the main thread of a program of its own.
 
-        A second signal ends the program at once.
+        A second signal ends the program at once. `on_start` is called when it has started, with a function
+        that stops it, from any thread; a signal after that is the first one still.
         """
         if threading.current_thread() is not threading.main_thread():
             raise RuntimeError(
@@ -410,10 +457,14 @@ class Worker:
             signal.signal(number, first)
         try:
             self.start()
+            if on_start is not None:
+                on_start(lambda: signalled.put(0))
             signalled.get()
         finally:
-            restore()
-            self.stop(timeout)
+            try:
+                self.stop(timeout)
+            finally:
+                restore()
 
     def _refuse_to_wait_for_itself(self) -> None:
         if self._coroutines.is_current():
@@ -500,13 +551,15 @@ class Worker:
         return found or detached(end.task.from_queue.schema, known | {"state": COMPLETED})
 
     def _make(self, row: Claimed) -> AnyRunningTask:
-        processor = self._registry[row[1]]
+        batch: Batch = row[-1]
+        processor = batch.processors[row[1]]
         if processor.is_coroutine:
             return AsyncRunningTask(row, processor, self._sessions.open_async, self._notice)
         return RunningTask(row, processor, self._sessions.open, self._notice)
 
     def _put_ended(self, end: Ended) -> None:
         if end.row is not None and end.outcome is None and not self._completion.is_heard:
+            self._counter.count(None)
             self._claimer.settled([end.task.row])  # it is written already, and nobody is to be told
             return
         self._settler.put(end)
@@ -574,3 +627,8 @@ class Worker:
     def _wake_claimer(self) -> None:
         if self._claimer.waits_for_room:
             self._claiming.wake()
+
+
+def _check_concurrency(value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"concurrency is the number of tasks that run at once, 1 or more, not {value!r}")

@@ -1,0 +1,46 @@
+"""``apoq add``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from apoq.cli.output import json_option, show_json
+from apoq.cli.target import Target
+from apoq.cli.values import duration, json_value, time
+from apoq.model import DEFAULT_QUEUE
+from apoq.queue import Queue
+
+
+@click.command("add")
+@click.argument("task_type", metavar="TYPE")
+@click.argument("data", type=json_value, metavar="[DATA]", default="{}")
+@click.option("--queue", default=DEFAULT_QUEUE, metavar="NAME", show_default=True, help="Its queue.")
+@click.option("--delay", type=duration, help="How long from now it is due, such as 15m.")
+@click.option("--at", "process_at", type=time, help="When it is due, such as 2031-05-04T12:00Z.")
+@click.option("--priority", type=int, default=0, help="Of the due tasks, the highest comes first.")
+@click.option("--retry-limit", type=int, metavar="N", help="How often it is tried again, at most.")
+@click.option("--retry-delay", type=duration, help="How long after a failure it is tried again.")
+@click.option("--timeout", type=duration, help="How long an attempt may take.")
+@json_option
+@click.pass_obj
+def command(
+    target: Target, /, *, task_type: str, data: Any, queue: str, as_json: bool, **options: Any
+) -> None:
+    """Add a task.
+
+    TYPE says what is to be done. DATA is JSON as it stands, @PATH for a file that holds it, or - for stdin.
+
+    \b
+        apoq add send_welcome '{"user_id": 7}' --delay 1h
+        echo '{"user_id": 7}' | apoq add send_welcome -
+    """  # noqa: D301 - click's sign
+    with target.begin() as connection:
+        task = Queue(queue, schema=target.schema).add(connection, task_type, data, **options)
+    if as_json:
+        show_json({name: getattr(task, name) for name in ("id", "type", "queue", "state", "process_at")})
+    elif options["delay"] or options["process_at"]:
+        click.echo(f"Added task {task.id}, due at {task.process_at.isoformat(' ', 'seconds')}.")
+    else:
+        click.echo(f"Added task {task.id}.")

@@ -1,0 +1,161 @@
+"""``apoq demo``."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, Final
+
+import click
+import sqlalchemy as sa
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from sqlalchemy.orm import Session
+
+from apoq.cli.exits import Failure
+from apoq.cli.output import console
+from apoq.embedded import EmbeddedUnavailable, PostgreSQL
+from apoq.migrations import prepare
+from apoq.model import Task
+from apoq.queue import Queue
+from apoq.states import COMPLETED
+from apoq.worker import RunningTask, Worker
+
+WORKERS: Final = 3
+LEASE: Final = timedelta(seconds=3)
+"""Short, so that nobody has to wait for the tasks of the worker that is killed."""
+
+PAUSE: Final = 0.01
+"""Seconds that a payment takes, or else there would be nothing to see."""
+
+PATIENCE: Final = 60.0
+"""Seconds without a payment after which the demo gives up."""
+
+_SETTINGS: Final = {"fsync": "off", "synchronous_commit": "off"}
+"""Of the server: nothing in it is to outlive it."""
+
+_URL: Final = "APOQ_DEMO_URL"
+_PAYMENTS: Final = sa.Table("payments", sa.MetaData(), sa.Column("person", sa.BigInteger, nullable=False))
+"""No constraint keeps two payments to a person apart: that there is one for each is apoq's doing."""
+
+
+@click.command("demo")
+@click.option("--tasks", "count", type=click.IntRange(10, 100_000), default=2_000, show_default=True)
+def command(count: int) -> None:
+    """Show what apoq does, on a private PostgreSQL.
+
+    Adds tasks, works them with several workers, kills one of these half-way, and counts what came of it.
+    Afterwards the server is gone; no other database is touched. It needs pip install "apoq[embedded]".
+    """
+    try:
+        server = PostgreSQL(settings=_SETTINGS).start()
+    except EmbeddedUnavailable as error:
+        raise Failure(f"the demo wants a PostgreSQL of its own. {error}") from None
+    with server:
+        engine = sa.create_engine(server.url)
+        try:
+            _demonstrate(engine, server.url, count)
+        finally:
+            engine.dispose()
+
+
+def _demonstrate(engine: sa.Engine, url: str, count: int) -> None:
+    columns = TextColumn("💸 paying"), BarColumn(), MofNCompleteColumn()
+    out = console()
+    prepare(engine)
+    _PAYMENTS.create(engine)
+    out.print("🐘 A private PostgreSQL, with apoq's tables in it")
+
+    queue = Queue()
+    people = [{"person": number} for number in range(count)]
+    with Session(engine) as session:
+        queue.add_many(session, "pay", people)
+        session.rollback()
+    out.print(f"📥 {count:,} tasks added and rolled back:  {_count(engine, Task.id):,} are there")
+    with Session(engine) as session, session.begin():
+        queue.add_many(session, "pay", people)
+    out.print(f"📥 {count:,} tasks added and committed:    {_count(engine, Task.id):,} are there")
+
+    out.print(f"👷 {WORKERS} workers, each a process of its own; each task is to pay a person")
+    began = time.monotonic()
+    with _workers(url) as workers, Progress(*columns, console=out, disable=not out.is_terminal) as bar:
+        shown = bar.add_task("", total=count)
+        victim = workers[0]
+        for done in _progress(engine, count):
+            bar.update(shown, completed=done)
+            if done >= count // 2 and victim.poll() is None:
+                victim.kill()
+                victim.wait()
+                out.print(f"💀 Worker {victim.pid} is killed, with {done:,} people paid and others half paid")
+    took = time.monotonic() - began
+
+    again = _count(engine, Task.id, Task.rescue_count > 0)
+    payments, paid = _count(engine, _PAYMENTS.c.person), _count(engine, _PAYMENTS.c.person.distinct())
+    out.print(f"🔁 {again:,} tasks that it held were taken over by the others")
+    if not payments == paid == count:
+        raise Failure(f"{payments:,} payments to {paid:,} of {count:,} people: please report that")
+    out.print(f"✨ {payments:,} payments to {paid:,} people in {took:.1f} s: none lost, none doubled")
+    out.print(
+        "\nA payment is written through task.session, and so commits together with the\n"
+        "task's completion, or not at all. Next: set DATABASE_URL, and `apoq doctor`."
+    )
+
+
+def _progress(engine: sa.Engine, count: int) -> Iterator[int]:
+    """Answer again and again how many tasks have completed, until all have."""
+    done, moved_at = -1, time.monotonic()
+    while done < count:
+        before, done = done, _count(engine, Task.id, Task.state == COMPLETED)
+        if done != before:
+            moved_at = time.monotonic()
+        elif time.monotonic() - moved_at > PATIENCE:
+            raise Failure(f"nothing has happened for {PATIENCE:.0f} s, with {done:,} people paid")
+        yield done
+        time.sleep(0.03)
+
+
+def _count(engine: sa.Engine, column: Any, *where: Any) -> int:
+    with engine.begin() as connection:
+        return connection.execute(sa.select(sa.func.count(column)).where(*where)).scalar_one()
+
+
+@contextmanager
+def _workers(url: str) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """Start the workers; they end when their standard input does, however this process ends."""
+    workers = [
+        subprocess.Popen(  # noqa: S603 - this very file
+            [sys.executable, "-m", __name__],
+            env=os.environ | {_URL: url},
+            stdin=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,  # that a worker has died is no news here
+            start_new_session=True,  # Ctrl-C is for this process, which ends them
+        )
+        for _ in range(WORKERS)
+    ]
+    try:
+        yield workers
+    finally:
+        for worker in workers:
+            worker.communicate()
+
+
+def _pay(task: RunningTask) -> None:
+    task.session.execute(_PAYMENTS.insert(), {"person": task.data["person"]})
+    time.sleep(PAUSE)
+
+
+def _work() -> None:
+    """Be one of the workers."""
+    worker = Worker(sa.create_engine(os.environ[_URL]), lease=LEASE)
+    worker.use("pay", _pay)
+    worker.start()
+    sys.stdin.read()
+    worker.stop(timeout=1)
+
+
+if __name__ == "__main__":
+    _work()

@@ -1,0 +1,125 @@
+"""``apoq doctor``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Final
+
+import click
+import psycopg
+import sqlalchemy as sa
+import sqlalchemy.exc
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from apoq.cli.exits import Failure, Unreachable, explained
+from apoq.cli.figures import figures
+from apoq.cli.finding import BAD, OK, WARNING, Finding
+from apoq.cli.output import json_option, show, show_json
+from apoq.cli.server_checks import check_clock, check_connections, check_server, check_way
+from apoq.cli.table_checks import check_horizon, check_queues, check_vacuum, check_version, check_workers
+from apoq.cli.target import Target
+
+_MARKS: Final = {OK: Text("✓", "green"), WARNING: Text("!", "yellow"), BAD: Text("✗", "red bold")}
+
+
+@click.command("doctor")
+@json_option
+@click.pass_context
+def command(context: click.Context, *, as_json: bool) -> None:
+    """Examine server, tables and workers, and say what to mend.
+
+    ✓ is well, ! is worth a look, and ✗ must be mended: then the exit code is 1.
+    """
+    target: Target = context.obj
+    found = list(examine(target))
+    if as_json:
+        show_json([finding._asdict() for finding in found])
+    else:
+        show(report(found))
+    if any(finding.level == BAD for finding in found):
+        context.exit(Unreachable.exit_code if found[-1].subject == "connection" else 1)
+
+
+def examine(target: Target) -> Iterator[Finding]:
+    """Examine everything, as far as that is possible."""
+    url = target.url  # one that can't be read ends the command here
+    try:
+        with explained(url), target.engine.connect():
+            pass
+    except Failure as error:
+        cure = "is the server up, does the URL lead there, and are user, password and database right?"
+        yield Finding(BAD, "connection", error.message, cure)
+        return
+    except AssertionError as error:  # SQLAlchemy's, where it can't read the version
+        yield Finding(BAD, "server", f"this is not PostgreSQL: {error}", "use PostgreSQL 15 or later")
+        return
+    for subject, check in (
+        ("server", check_server),
+        ("clock", check_clock),
+        ("connections", check_connections),
+    ):
+        yield from _examined(target, subject, check)
+    yield from _tried("hints", partial(check_way, target.engine))
+    tables = list(_examined(target, "tables", partial(check_version, schema=target.schema)))
+    yield from tables
+    if any(finding.level != OK for finding in tables):
+        return  # there is nothing to look at
+    yield from _examined(target, "vacuum", partial(check_vacuum, schema=target.schema))
+    yield from _examined(target, "transactions", check_horizon)
+    yield from _tried("workers", partial(_check_figures, target))
+
+
+def _check_figures(target: Target) -> Iterator[Finding]:
+    found = figures(target)
+    yield from check_workers(found)
+    yield from check_queues(found)
+
+
+def _examined(
+    target: Target, subject: str, check: Callable[[sa.Connection], Iterable[Finding]]
+) -> Iterator[Finding]:
+    def examined() -> Iterator[Finding]:
+        with target.engine.begin() as connection:
+            yield from check(connection)
+
+    return _tried(subject, examined)
+
+
+def _tried(subject: str, check: Callable[[], Iterable[Finding]]) -> Iterator[Finding]:
+    """Examine one thing; where that can't be, such as for want of a privilege, go on with the others."""
+    try:
+        yield from check()
+    except (sqlalchemy.exc.DBAPIError, psycopg.Error) as error:
+        message = " ".join(str(getattr(error, "orig", None) or error).split())
+        yield Finding(WARNING, subject, f"couldn't be examined: {message}", "ask as a role that may look")
+
+
+def report(found: list[Finding]) -> RenderableType:
+    """Make a table of the findings, and a line that sums them up."""
+    made = Table.grid(padding=(0, 1))
+    made.add_column()
+    made.add_column(style="bold", no_wrap=True)
+    made.add_column(overflow="fold")
+    for finding in found:
+        text = Text(finding.text)
+        if finding.cure:
+            text.append(f"\n→ {finding.cure}", "cyan")
+        made.add_row(_MARKS[finding.level], finding.subject, text)
+    return Group(made, "", _summary(found))
+
+
+def _summary(found: list[Finding]) -> Text:
+    bad, warnings = (sum(finding.level == level for finding in found) for level in (BAD, WARNING))
+    if bad:
+        return Text(
+            f"To be mended: {bad}" + (f"; worth a look: {warnings}." if warnings else "."), "red bold"
+        )
+    if warnings:
+        return Text(
+            f"It works, and {warnings} {'thing is' if warnings == 1 else 'things are'} worth a look.",
+            "yellow",
+        )
+    return Text("All is well.", "green")

@@ -1,0 +1,120 @@
+"""The group of commands, each of which is imported when it is called."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import copy
+from importlib import import_module
+from typing import Any, Final
+
+import click
+
+from apoq.cli.exits import EXITS, explained
+from apoq.cli.target import VARIABLES, Target
+
+COMMANDS: Final = {
+    "worker": "Work tasks: run a worker until it is told to stop.",
+    "migrate": "Bring apoq's tables up to date.",
+    "revision": "Write a revision for apoq's tables into your own Alembic history.",
+    "check": "Tell whether database, library and model agree.",
+    "doctor": "Examine server, tables and workers, and say what to mend.",
+    "add": "Add a task.",
+    "list": "List tasks, the newest first.",
+    "show": "Show all that is known of a task.",
+    "retry": "Run tasks again that have ended.",
+    "cancel": "Cancel tasks that are pending or running.",
+    "prune": "Delete tasks that ended long ago.",
+    "stats": "Show queues and workers: how much waits, runs and has ended.",
+    "demo": "Show what apoq does, on a private PostgreSQL.",
+}
+"""What each command does, in the order of the help. The module ``apoq.cli.<name>`` has it as `command`."""
+
+
+class Commands(click.Group):
+    """apoq's commands, for a group of any name: what is added to it by hand comes before ours.
+
+    Its callback sets ``ctx.obj`` to the `Target`, so a framework offers the same commands on its own engine:
+
+    .. code-block:: python
+
+        @click.group(cls=Commands)
+        @click.pass_context
+        def apoq(ctx):
+            ctx.obj = Target(engine=db.engine)
+    """
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Answer the names, in the order of `COMMANDS`."""
+        return [*COMMANDS, *(name for name in super().list_commands(ctx) if name not in COMMANDS)]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import a command."""
+        found = super().get_command(ctx, cmd_name)
+        if found is None and cmd_name in COMMANDS:
+            found = import_module(f"apoq.cli.{cmd_name}").command
+        return found
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the help without importing them all."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, self._line(ctx, name)) for name in self.list_commands(ctx)])
+
+    def _line(self, ctx: click.Context, name: str) -> str:
+        added = self.commands.get(name)
+        return COMMANDS[name] if added is None else added.get_short_help_str(ctx.max_content_width or 80)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command; what goes wrong outside of the program ends it in one line."""
+        with explained():
+            return super().invoke(ctx)
+
+
+class _Main(Commands):
+    """The program `apoq`: which database it is may be said before the command's name, and after it."""
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        found = super().get_command(ctx, cmd_name)
+        if found is not None:
+            found = copy(found)
+            found.params = [*found.params, *_options()]
+        return found
+
+
+def _options(variables: Sequence[str] = ()) -> list[click.Parameter]:
+    def use(ctx: click.Context, option: click.Parameter, value: str | None) -> None:
+        given = ctx.meta.setdefault(
+            "apoq.target", {}
+        )  # the contexts of the group and of its command share it
+        if value is not None:
+            given[option.name] = value
+        ctx.obj = Target(given.get("database_url"), schema=given.get("schema"))
+        ctx.call_on_close(ctx.obj.close)
+
+    return [
+        click.Option(
+            ["--database-url"],
+            metavar="URL",
+            envvar=variables,
+            expose_value=False,
+            callback=use,
+            help=f"The database, postgresql://…; else what {' or '.join(VARIABLES)} says.",
+        ),
+        click.Option(
+            ["--schema"],
+            metavar="NAME",
+            expose_value=False,
+            callback=use,
+            help="Where apoq's tables are, if not where the search_path leads.",
+        ),
+    ]
+
+
+@click.group(
+    cls=_Main,
+    params=_options(VARIABLES),
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=EXITS,
+)
+@click.version_option(package_name="apoq")
+def main() -> None:
+    """apoq, a PostgreSQL queue for background tasks."""

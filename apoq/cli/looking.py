@@ -1,0 +1,57 @@
+"""Looking at tasks: a transaction that reads, and not for long."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+import psycopg
+import sqlalchemy as sa
+import sqlalchemy.exc
+
+from apoq.cli.exits import Failure
+from apoq.cli.target import Target
+from apoq.reading import read_anything
+
+PATIENCE: Final = 15
+"""Seconds after which the server ends a statement that only looks: it would keep it from its work."""
+
+SETTINGS: Final = f"""
+    SET TRANSACTION READ ONLY;
+    SET LOCAL statement_timeout = '{PATIENCE}s';
+    SET LOCAL enable_seqscan = off;
+    SET LOCAL enable_bitmapscan = off
+"""
+# By index only: else the planner, for a bounded number of rows, walks through a table to find them.
+
+
+@contextmanager
+def looking(target: Target) -> Iterator[sa.Connection]:
+    """Open a transaction that reads, whatever other programs may have written into the tables."""
+    with target.begin() as connection:
+        read_anything(connection.connection.driver_connection)  # type: ignore[arg-type]
+        connection.exec_driver_sql(SETTINGS)
+        try:
+            yield connection
+        except sqlalchemy.exc.OperationalError as error:
+            if isinstance(error.orig, psycopg.errors.QueryCanceled):
+                raise Failure(
+                    f"that took longer than {PATIENCE} s, and was given up: ask for less, such as one --queue"
+                ) from error
+            raise
+
+
+def task_json(row: sa.RowMapping) -> dict[str, Any]:
+    """Make what programs get of a task of its row, in which data is text."""
+    known = {name: value for name, value in row.items() if name != "now"}
+    try:
+        return known | {"data": json.loads(row["data"])}
+    except (ValueError, RecursionError):
+        return known  # what Python can't read stays text
+
+
+def missing(task_id: int) -> str:
+    """Say that there is no such task."""
+    return f"there is no task {task_id}: it was never added here, or it has ended and was pruned"

@@ -1,0 +1,88 @@
+"""What commands print: tables for people, JSON for programs, and a question before much is deleted."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any, Final
+
+import click
+from rich import box
+from rich.console import Console, RenderableType
+from rich.table import Table
+
+_UNLIMITED: Final = 10_000
+"""Columns where the output is no terminal: a program or a file wants whole values."""
+
+
+def console() -> Console:
+    """Answer a console on stdout, as it is now."""
+    width = None if sys.stdout.isatty() else _UNLIMITED
+    # No markup, and no emoji by name: what is shown has words of the users in it.
+    return Console(highlight=False, markup=False, emoji=False, soft_wrap=width is not None, width=width)
+
+
+def table(*columns: str, right: Iterable[str] = (), widest: int | None = None) -> Table:
+    """Begin a table with these headings, those in `right` over numbers; ``add_row`` takes strings.
+
+    `widest` is how many columns of a terminal a string may take; what is longer is cut.
+    """
+    made = Table(
+        box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold"
+    )
+    numbers = set(right)
+    for column in columns:
+        if column in numbers:
+            made.add_column(column, justify="right", no_wrap=True)
+        else:
+            made.add_column(column, overflow="ellipsis", no_wrap=True, max_width=widest)
+    return made
+
+
+def widest(columns: int) -> int | None:
+    """Answer this where the output is a terminal; a program or a file wants whole values."""
+    return columns if sys.stdout.isatty() else None
+
+
+def show(shown: RenderableType) -> None:
+    """Print a table, or whatever else rich can."""
+    console().print(shown)
+
+
+def show_json(value: Any) -> None:
+    """Print one JSON document; times in ISO 8601, durations in seconds."""
+    click.echo(json.dumps(value, default=_plain, ensure_ascii=False, indent=2))
+
+
+def show_json_lines(values: Iterable[Any]) -> None:
+    """Print a line of JSON for each value."""
+    for value in values:
+        click.echo(json.dumps(value, default=_plain, ensure_ascii=False))
+
+
+def json_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a command take ``--json``, as `as_json`."""
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")(function)
+
+
+def yes_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a command take ``--yes``, as `yes`."""
+    return click.option("--yes", "-y", is_flag=True, help="Don't ask.")(function)
+
+
+def confirm(question: str, *, yes: bool) -> None:
+    """End the command unless somebody agrees; where nobody can be asked, only ``--yes`` agrees."""
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise click.UsageError(f"{question} Nobody is here to ask: say --yes.")
+    click.confirm(question, abort=True, err=True)
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "isoformat"):
+        return value.isoformat()
+    if hasattr(value, "total_seconds"):
+        return value.total_seconds()
+    return str(value)

@@ -1,0 +1,96 @@
+"""Run a worker as a program of its own: in this process, or in several that are watched over."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+from collections.abc import Callable
+from functools import reduce
+from typing import Any
+
+import click
+
+from apoq.cli import logs
+from apoq.cli.exits import BadUsage
+from apoq.cli.status import PERIOD, Status, every, is_wanted
+from apoq.cli.supervisor import Supervisor, again, check_platform, hold, take_lifeline
+from apoq.worker import Worker
+from apoq.worker.worker import GRACE
+
+logger = logging.getLogger(__name__)
+
+_OPTIONS = (
+    click.option(
+        "--concurrency", type=click.IntRange(min=1), metavar="N", help="Tasks at once, in each process."
+    ),
+    click.option("--queues", metavar="A,B", help="Work only those of its queues that have these names."),
+    click.option(
+        "--processes",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="Run N processes, and replace those that die.",
+    ),
+    click.option(
+        "--timeout",
+        type=click.FloatRange(min=0),
+        default=GRACE.total_seconds(),
+        show_default=True,
+        metavar="SECONDS",
+        help="What running tasks get to end in when it is stopped; then they are given back.",
+    ),
+    click.option("--log-format", type=click.Choice(logs.FORMATS), help="Default: text."),
+    click.option("--log-level", type=click.Choice(logs.LEVELS), help="Default: info."),
+)
+
+
+def worker_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a command take the options of `run_worker`."""
+    return reduce(lambda decorated, option: option(decorated), reversed(_OPTIONS), function)
+
+
+def run_worker(
+    make: Callable[[], Worker],
+    *,
+    concurrency: int | None,
+    queues: str | None,
+    processes: int | None,
+    timeout: float,
+    log_format: str | None,
+    log_level: str | None,
+) -> None:
+    """Run the worker that `make` answers until SIGINT or SIGTERM; a second one ends the program at once.
+
+    With `processes`, this one starts its own command line that many times, and calls `make` in none but them.
+    """
+    lifeline = take_lifeline()
+    if processes is not None and lifeline is None:
+        check_platform()
+        logs.set_up(log_format, log_level)
+        sys.exit(Supervisor(again(), processes, timeout=timeout).run())
+    worker = make()
+    logs.set_up(log_format, log_level)
+    try:
+        worker.adjust(queues=None if queues is None else _names(queues), concurrency=concurrency)
+    except ValueError as error:
+        raise BadUsage(str(error)) from error
+    if not worker.types:
+        raise BadUsage(
+            "this worker has nothing to work: no task of its queues has been defined (@queue.task), and no "
+            "processor given (worker.use), in what was imported"
+        )
+    logger.info("working %s", ", ".join(worker.types))
+    # What a second Ctrl-C does, for `Worker.run` catches the first.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if lifeline is not None:
+        worker.run(timeout=timeout, on_start=lambda stop: hold(lifeline, worker, stop))
+    elif is_wanted():
+        status = Status()
+        worker.run(timeout=timeout, on_start=lambda _: every(PERIOD, lambda: status.say(worker.tally())))
+        status.say(worker.tally())
+    else:
+        worker.run(timeout=timeout)
+
+
+def _names(queues: str) -> list[str]:
+    return [name.strip() for name in queues.split(",") if name.strip()]

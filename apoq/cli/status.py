@@ -1,0 +1,59 @@
+"""How a worker comes along: one line now and then."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Final
+
+import click
+
+from apoq.worker.tally import Tally
+
+PERIOD: Final = 5.0
+"""Seconds between two lines."""
+
+
+class Status:
+    """Writes a line to a terminal when there is something new to say."""
+
+    def __init__(self) -> None:
+        self._last = Tally()
+        self._last_at = time.monotonic()
+
+    def say(self, tally: Tally) -> None:
+        """Write a line, unless nothing has changed."""
+        now = time.monotonic()
+        if tally != self._last:
+            rate = (tally.completed - self._last.completed) / max(now - self._last_at, 0.001)
+            click.secho(line(tally, rate), err=True, dim=True)
+        self._last, self._last_at = tally, now
+
+
+def line(tally: Tally, rate: float) -> str:
+    """Say it in a line that fits a terminal."""
+    parts = [f"{tally.running:,} running", f"{tally.completed:,} done ({rate:,.0f}/s)"]
+    parts += [
+        f"{count:,} {name}"
+        for name, count in zip(Tally._fields[2:], tally[2:], strict=True)
+        if count or name == "failed"
+    ]
+    return "         " + ", ".join(parts)
+
+
+def is_wanted() -> bool:
+    """Tell whether somebody looks."""
+    return sys.stderr.isatty()
+
+
+def every(period: float, call: Callable[[], None]) -> None:
+    """Call this now and then, on a thread that ends with the program."""
+
+    def turns() -> None:
+        while True:
+            time.sleep(period)
+            call()
+
+    threading.Thread(target=turns, name="apoq-status", daemon=True).start()

@@ -1,0 +1,267 @@
+"""Several worker processes, and one that watches over them.
+
+Each child is this same command line once more, and a socket joins the two. The child tells through it how it
+comes along, and the supervisor when it is to stop: not by a signal, for systemd and the like send one to the
+children as well, and two of them end a worker at once. When the supervisor is gone, however it ended, the
+child finds the other end closed, and stops. It is in a process group of its own, so that Ctrl-C reaches the
+supervisor alone.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Final
+
+from apoq.cli.exits import BadUsage
+from apoq.cli.status import PERIOD, Status, every, is_wanted
+from apoq.worker import Worker
+from apoq.worker.tally import Tally
+
+logger = logging.getLogger(__name__)
+
+VARIABLE: Final = "APOQ_SUPERVISOR_FD"
+"""In the environment of a child: its end of the socket."""
+
+FIRST_BACKOFF: Final = 1.0
+LONGEST_BACKOFF: Final = 30.0
+LONG_LIFE: Final = 60.0
+"""Seconds after which the death of a child is no longer taken for one of a series."""
+
+REPORT_PERIOD: Final = 1.0
+MARGIN: Final = 5.0
+"""Seconds that a child has beside its own time-out to stop, before it is killed."""
+
+
+class Child:
+    """One place among the processes, and who holds it now."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.starts_at: float | None = None
+        """When another one is to be started here."""
+        self.tally = Tally()
+        self.is_ready = False
+        self.process: subprocess.Popen[bytes] | None = None
+        self._socket: socket.socket | None = None
+        self._rest = b""
+        self._before = Tally()
+        self._started_at = 0.0
+        self._deaths = 0
+
+    def start(self, command: list[str], selector: selectors.BaseSelector) -> None:
+        """Start a process."""
+        self._socket, theirs = socket.socketpair()
+        with theirs:
+            self.process = subprocess.Popen(  # noqa: S603 - it is the user's own command
+                command,
+                env={**os.environ, VARIABLE: str(theirs.fileno())},
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                process_group=0,
+            )
+        self._socket.setblocking(False)
+        selector.register(self._socket, selectors.EVENT_READ, self)
+        self.starts_at, self._started_at, self._rest = None, time.monotonic(), b""
+
+    def stop(self) -> None:
+        """Tell it to stop."""
+        if self._socket is not None:
+            with suppress(ConnectionError):
+                self._socket.send(b"stop")
+
+    def hear(self, selector: selectors.BaseSelector) -> None:
+        """Read what it has reported."""
+        assert self._socket is not None
+        try:
+            read = self._socket.recv(65536)
+        except BlockingIOError:
+            return
+        except ConnectionError:
+            read = b""
+        if not read:
+            self._close(selector)
+            return
+        *lines, self._rest = (self._rest + read).split(b"\n")
+        if lines:
+            self.is_ready = True
+            running, *counts = map(int, lines[-1].split())
+            added = (count + more for count, more in zip(self._before[1:], counts, strict=True))
+            self.tally = Tally(running, *added)
+
+    def bury(self, selector: selectors.BaseSelector) -> int | None:
+        """Answer how it ended, if it has; it is then gone, and what it did stays counted."""
+        if self.process is None or self.process.poll() is None:
+            return None
+        if self._socket is not None:
+            self.hear(selector)
+        self._close(selector)
+        code = self.process.returncode
+        self.process = None
+        self._before = self.tally = self.tally._replace(running=0)
+        return code
+
+    def _close(self, selector: selectors.BaseSelector) -> None:
+        if self._socket is not None:
+            selector.unregister(self._socket)
+            self._socket.close()
+            self._socket = None
+
+    def backoff(self) -> float:
+        """Answer the seconds until another one is to take its place, which grow with each death in a row."""
+        self._deaths = 0 if time.monotonic() - self._started_at > LONG_LIFE else self._deaths
+        pause = min(FIRST_BACKOFF * 2.0**self._deaths, LONGEST_BACKOFF)
+        self._deaths += 1
+        self.starts_at = time.monotonic() + pause
+        return pause
+
+
+class Supervisor:
+    """Keeps a number of child processes at work until it is told to stop."""
+
+    def __init__(self, command: list[str], count: int, *, timeout: float) -> None:
+        self._command = command
+        self._children = [Child(number) for number in range(1, count + 1)]
+        self._timeout = timeout
+        self._selector = selectors.DefaultSelector()
+        self._signals: list[int] = []
+        self._stops_at: float | None = None
+        self._status = Status()
+        self._said_at = time.monotonic()
+
+    def run(self) -> int:
+        """Start the children, replace those that die, stop them at a signal; answer an exit code."""
+        awake, asleep = socket.socketpair()
+        awake.setblocking(False)
+        asleep.setblocking(False)
+        self._selector.register(asleep, selectors.EVENT_READ)
+        signal.set_wakeup_fd(awake.fileno())
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda number, _frame: self._signals.append(number))
+        # One at first: where the command makes no sense, it says so, once, and that is all.
+        self._children[0].start(self._command, self._selector)
+        try:
+            while (code := self._turn()) is None:
+                for key, _ in self._selector.select(0.5):
+                    if key.data is None:
+                        asleep.recv(4096)
+                    else:
+                        key.data.hear(self._selector)
+            return code
+        finally:
+            self._kill()
+
+    def _turn(self) -> int | None:
+        """Do what is to be done now; answer an exit code when that was the last of it."""
+        self._obey()
+        for child in self._children:
+            code = child.bury(self._selector)
+            if code is None or self._stops_at is not None:
+                continue
+            if not self._children[0].is_ready:
+                return code if code >= 0 else 128 - code
+            logger.error(
+                "worker process %d %s; another one starts in %g s", child.number, _end(code), child.backoff()
+            )
+        if self._stops_at is not None:
+            return self._stopping(self._stops_at)
+        if self._children[0].is_ready:
+            self._start_due()
+        if time.monotonic() - self._said_at > PERIOD:
+            self._say()
+        return None
+
+    def _say(self) -> None:
+        self._said_at = time.monotonic()
+        if is_wanted():
+            tallies = [child.tally for child in self._children]
+            self._status.say(Tally(*map(sum, zip(*tallies, strict=True))))
+
+    def _stopping(self, stops_at: float) -> int | None:
+        if all(child.process is None for child in self._children):
+            self._say()
+            return 0
+        if time.monotonic() < stops_at:
+            return None
+        logger.error("some worker processes didn't stop in time, and are killed")
+        return 1
+
+    def _start_due(self) -> None:
+        for child in self._children:
+            if child.process is None and (child.starts_at or 0.0) <= time.monotonic():
+                child.start(self._command, self._selector)
+
+    def _obey(self) -> None:
+        while self._signals:
+            number = self._signals.pop(0)
+            if self._stops_at is not None:
+                # The second one: at once, and as if nobody had caught it.
+                self._kill()
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            self._stops_at = time.monotonic() + self._timeout + MARGIN
+            logger.info("stopping %d worker processes", len(self._children))
+            for child in self._children:
+                child.stop()
+
+    def _kill(self) -> None:
+        for child in self._children:
+            if child.process is not None:
+                child.process.kill()
+                child.process.wait()
+
+
+def _end(code: int) -> str:
+    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+
+
+def again() -> list[str]:
+    """Answer the command line that started this program."""
+    return [sys.executable, *sys.orig_argv[1:]]
+
+
+def check_platform() -> None:
+    """Refuse where processes can't be supervised."""
+    if os.name != "posix":
+        raise BadUsage("--processes needs a POSIX system; elsewhere, start several workers yourself")
+
+
+def take_lifeline() -> socket.socket | None:
+    """Answer this child's end of the socket, if it is a supervisor's child; once."""
+    fd = os.environ.pop(VARIABLE, None)
+    if fd is None:
+        return None
+    lifeline = socket.socket(fileno=int(fd))
+    lifeline.set_inheritable(False)
+    return lifeline
+
+
+def hold(lifeline: socket.socket, worker: Worker, stop: Callable[[], None]) -> None:
+    """Report how a worker comes along, and stop it when the supervisor says so, or is gone."""
+
+    def wait() -> None:
+        told = b""
+        with suppress(ConnectionError):
+            told = lifeline.recv(64)
+        if not told:
+            logger.warning("the supervisor is gone: this worker stops, too")
+        stop()
+
+    def report() -> None:
+        with suppress(OSError):  # nobody reads
+            lifeline.send(b"%d %d %d %d %d\n" % worker.tally(), socket.MSG_DONTWAIT)
+
+    report()
+    atexit.register(report)  # the last word
+    threading.Thread(target=wait, name="apoq-lifeline", daemon=True).start()
+    every(REPORT_PERIOD, report)

@@ -1,0 +1,92 @@
+"""The database that a command works on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+import sqlalchemy as sa
+import sqlalchemy.exc
+from sqlalchemy import URL
+
+from apoq.cli.exits import BadUsage, explained
+from apoq.connections import prepare_where_kept
+from apoq.databases import database_url
+from apoq.errors import UnsupportedDatabase
+from apoq.migrations import check
+
+CONNECT_TIMEOUT: Final = 10
+"""Seconds after which a server that doesn't answer is unreachable, unless the URL says otherwise."""
+
+VARIABLES: Final = ("APOQ_DATABASE_URL", "DATABASE_URL")
+"""What names the database where ``--database-url`` doesn't; the first that is set counts."""
+
+
+class Target:
+    """Which database, schema and engine a command works on; it connects when it is first asked to.
+
+    Commands get it as ``ctx.obj`` (``@click.pass_obj``). Made of a URL by ``apoq`` itself, or of an engine by
+    a framework's own command line.
+    """
+
+    def __init__(
+        self, url: str | None = None, *, schema: str | None = None, engine: sa.Engine | None = None
+    ) -> None:
+        self._url = url
+        self._engine = engine
+        self._is_own = engine is None
+        self.schema = schema
+
+    @property
+    def url(self) -> URL:
+        """The database's URL, for psycopg 3. Fails where there is none, or none that can be read."""
+        return _read(self._url) if self._engine is None else self._engine.url
+
+    @property
+    def engine(self) -> sa.Engine:
+        """An engine to it, the same each time."""
+        if self._engine is None:
+            self._engine = self.create_engine()
+        return self._engine
+
+    def create_engine(self, **options: Any) -> sa.Engine:
+        """Make an engine to it with options of one's own."""
+        url = self.url
+        arguments: dict[str, Any] = {"fallback_application_name": "apoq"}
+        if "connect_timeout" not in url.query:
+            arguments["connect_timeout"] = CONNECT_TIMEOUT
+        engine = sa.create_engine(url, connect_args=arguments, **options)
+        prepare_where_kept(engine)
+        return engine
+
+    def close(self) -> None:
+        """Close its connections, if the engine was made here."""
+        if self._is_own and self._engine is not None:
+            self._engine.dispose()
+
+    @contextmanager
+    def begin(self, *, prepared: bool = True) -> Iterator[sa.Connection]:
+        """Open a transaction that commits at the end; what goes wrong ends the command in one clear line.
+
+        Ends it, too, where the tables are not at this library's version, unless `prepared` is False.
+        """
+        with explained(self.url), self.engine.begin() as connection:
+            if prepared:
+                check(connection, self.schema)
+            yield connection
+
+
+def _read(url: str | None) -> URL:
+    if not url:
+        raise BadUsage(f"which database? Give --database-url, or set {' or '.join(VARIABLES)}")
+    try:
+        return database_url(url)
+    except UnsupportedDatabase as error:
+        raise BadUsage(str(error)) from None
+    except (sqlalchemy.exc.ArgumentError, ValueError):
+        # What they say has parts of the URL in it, and one of them is the password.
+        raise BadUsage(
+            "the database's URL can't be read: it has the form postgresql://user:password@host:5432/name. "
+            "Special characters in a password are written with per cent signs, such as %40 for @ or %2F for /"
+        ) from None

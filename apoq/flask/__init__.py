@@ -1,0 +1,21 @@
+"""apoq in a Flask application: tasks join its session, processors run in its context, ``flask apoq`` works.
+
+.. code-block:: python
+
+    db = SQLAlchemy()
+    apoq = Apoq()
+
+    @apoq.processor("send_welcome")
+    def send_welcome(task): ...
+
+    def create_app():
+        app = Flask(__name__)
+        app.config["SQLALCHEMY_DATABASE_URI"] = database_url(os.environ["DATABASE_URL"])
+        db.init_app(app)
+        apoq.init_app(app)
+        return app
+"""
+
+from apoq.flask.extension import Apoq
+
+__all__ = ["Apoq"]

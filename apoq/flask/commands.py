@@ -1,0 +1,54 @@
+"""``flask apoq``: the commands of ``apoq``, on the application's database."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+from flask import current_app
+from flask.cli import with_appcontext
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from apoq.cli.exits import explained
+from apoq.cli.group import Commands
+from apoq.cli.running import run_worker, worker_options
+from apoq.cli.target import Target
+from apoq.databases import check_dialect, sync_twin
+from apoq.flask.installed import KEY, Installed
+
+
+def group() -> click.Group:
+    """Make the group ``apoq`` of an application's command line."""
+    return Commands("apoq", callback=_aim, commands=[_worker], help="Work and look after background tasks.")
+
+
+@with_appcontext
+@click.pass_context
+def _aim(ctx: click.Context) -> None:
+    with explained():
+        found = _installed()
+        engine = found.database.engine
+        check_dialect(engine.dialect)
+    if "migrate" in current_app.extensions:  # Flask-Migrate's
+        ctx.default_map = {"revision": {"directory": current_app.extensions["migrate"].directory}}
+    if isinstance(engine, AsyncEngine):
+        engine = sync_twin(engine)
+        ctx.call_on_close(engine.dispose)
+    ctx.obj = Target(engine=engine, schema=found.queue.schema)
+
+
+@click.command("worker")
+@worker_options
+def _worker(concurrency: int | None, **options: Any) -> None:
+    """Work tasks: run the application's worker until it is told to stop.
+
+    SIGINT (Ctrl-C) or SIGTERM stops it: it claims no more, and waits for what runs. A second one ends it at
+    once.
+    """
+    found = _installed()
+    run_worker(lambda: found.worker, concurrency=concurrency, **options)
+
+
+def _installed() -> Installed:
+    found: Installed = current_app.extensions[KEY]
+    return found

@@ -1,0 +1,185 @@
+"""What an application's ini file says about its tasks."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from datetime import timedelta
+from difflib import get_close_matches
+from typing import Any, Final, TypeVar
+
+from pyramid.exceptions import ConfigurationError
+from pyramid.settings import aslist, truthy
+from sqlalchemy.exc import ArgumentError
+
+from apoq.databases import database_url
+from apoq.errors import ApoqError
+from apoq.queue import Queue
+
+PREFIX: Final = "apoq."
+
+T = TypeVar("T")
+
+
+class Misconfigured(ApoqError, ConfigurationError):  # type: ignore[misc]  # Pyramid has no types
+    """An application, a setting or a processor that can't be used; the message says how to mend it."""
+
+
+_FALSY: Final = {"f", "false", "n", "no", "off", "0", ""}
+_UNITS: Final = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
+_DURATION: Final = re.compile(r"(\d{1,9}(?:\.\d{1,6})?)\s*(?:(s|m|h|d|w)|(second|minute|hour|day|week)s?)?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The settings whose names begin with ``apoq.``, checked."""
+
+    session: str = "dbsession"
+    """The request's attribute with the SQLAlchemy session."""
+    queue: str = "default"
+    """The queue that `request.apoq.add` adds to."""
+    queues: tuple[str, ...] = ()
+    """Those that the worker works; none: the one above."""
+    schema: str | None = None
+    base_url: str | None = None
+    """What `request.route_url` begins with in a processor."""
+    embedded_worker: bool = False
+    worker: Mapping[str, Any] = field(default_factory=dict)
+    """What else a `Worker` is told."""
+
+    @classmethod
+    def read(cls, settings: Mapping[str, Any]) -> Settings:
+        """Read an application's settings; `Misconfigured` where one is unknown or makes no sense."""
+        given = {
+            name.removeprefix(PREFIX): value for name, value in settings.items() if name.startswith(PREFIX)
+        }
+        known = {name: _read(name, given.pop(name), read) for name, read in READERS.items() if name in given}
+        for unknown in given:
+            raise Misconfigured(f"{PREFIX}{unknown} is no setting of apoq's{_suggestion(unknown)}")
+        own = {name.name for name in fields(cls)}
+        return cls(
+            **{name: value for name, value in known.items() if name in own},
+            worker={name: value for name, value in known.items() if name not in own},
+        )
+
+    def make_queue(self) -> Queue:
+        """Make the queue that requests add to."""
+        return Queue(self.queue, schema=self.schema)
+
+    def make_queues(self) -> list[Queue]:
+        """Make the queues that a worker works."""
+        return [Queue(name, schema=self.schema) for name in self.queues or [self.queue]]
+
+
+def _suggestion(unknown: str) -> str:
+    for name in get_close_matches(unknown, READERS, 1):
+        return f": is it {PREFIX}{name}?"
+    return f", which are {', '.join(PREFIX + name for name in READERS)}"
+
+
+def _read(name: str, value: Any, read: Callable[[Any], T]) -> T:
+    try:
+        return read(value)
+    except ApoqError as error:
+        raise Misconfigured(f"{PREFIX}{name}: {error}") from None
+    except ValueError as error:
+        raise Misconfigured(f"{PREFIX}{name} {error}") from None
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError("is empty: leave it out, or say what it is")
+    return value.strip()
+
+
+def _attribute(value: Any) -> str:
+    if not (isinstance(value, str) and value.isidentifier()):
+        raise ValueError(f"is the name of a request's attribute, such as dbsession, not {value!r}")
+    return value
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    names = aslist(value)
+    if not names:
+        raise ValueError("names no queue: leave it out, or say which the worker is to work")
+    for name in names:
+        Queue(name)
+    return tuple(names)
+
+
+def _queue(value: Any) -> str:
+    return Queue(_text(value)).name
+
+
+def _schema(value: Any) -> str | None:
+    return Queue(schema=_text(value)).schema
+
+
+def _boolean(value: Any) -> bool:
+    text = str(value).strip().lower()
+    if text not in truthy and text not in _FALSY:
+        raise ValueError(f"is true or false, not {value!r}")
+    return text in truthy
+
+
+def _concurrency(value: Any) -> int:
+    if isinstance(value, bool) or not re.fullmatch(r"\s*[1-9]\d{0,5}\s*", str(value)):
+        raise ValueError(f"is the number of tasks that run at once, 1 or more, not {value!r}")
+    return int(value)
+
+
+def _duration(value: Any) -> timedelta:
+    if isinstance(value, timedelta):
+        if value < timedelta():
+            raise ValueError(f"is not negative, as {value!r} is")
+        return value
+    found = _DURATION.fullmatch(str(value).strip().lower())
+    if found is None:
+        raise ValueError(f"is a time such as 30 s, 10 minutes, 12 h or 7 days, not {value!r}")
+    number, letter, word = found.groups()
+    return timedelta(**{_UNITS[letter or (word or "s")[0]]: float(number)})
+
+
+def _interval(value: Any) -> timedelta:
+    duration = _duration(value)
+    if duration <= timedelta():
+        raise ValueError(f"is longer than nothing, not {value!r}")
+    return duration
+
+
+def _retention(value: Any) -> timedelta | None:
+    if value is None or str(value).strip().lower() == "forever":
+        return None
+    return _duration(value)
+
+
+def _base_url(value: Any) -> str:
+    if not re.fullmatch(r"https?://[^/?#\s]+(/[^?#\s]*)?", _text(value)):
+        raise ValueError("is the start of your site's URLs, such as https://example.com")
+    return _text(value).rstrip("/")
+
+
+def _database_url(value: Any) -> str:
+    try:
+        return database_url(_text(value)).render_as_string(hide_password=False)
+    except (ApoqError, ArgumentError, ValueError):
+        # Not what was there, for it holds a password.
+        raise ValueError("is a PostgreSQL URL, such as postgresql://user@host/database") from None
+
+
+READERS: Final[dict[str, Callable[[Any], Any]]] = {
+    "session": _attribute,
+    "queue": _queue,
+    "queues": _names,
+    "schema": _schema,
+    "base_url": _base_url,
+    "embedded_worker": _boolean,
+    "concurrency": _concurrency,
+    "poll_interval": _interval,
+    "lease": _interval,
+    "keep_completed": _retention,
+    "keep_failed": _retention,
+    "listen_url": _database_url,
+}
+"""How each setting is read, by its name."""

@@ -1,0 +1,141 @@
+"""The clock that apoq's statements read, set for the transaction of one test.
+
+Neither Python's clock is touched nor the server's: where a statement about apoq's tables reads the time, it
+reads another one on this connection.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from typing import Any, Self
+
+from sqlalchemy import Connection, event, func
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_session
+from sqlalchemy.orm import Session
+
+from apoq.errors import glimpse
+from apoq.model import Task
+from apoq.sessions import CLOCK
+from apoq.testing.inside import AsyncTestSession, Inner, TestSession, connection_of, inside
+
+_READS = re.compile(r"\b(?:now|clock_timestamp)\(\)")
+_OURS = re.compile(r"\bapoq_\w+")
+
+
+@dataclass(frozen=True, slots=True)
+class Clock:
+    """Stands still `at` a time, or goes `ahead` of the database's."""
+
+    at: datetime | None = None
+    ahead: timedelta = timedelta()
+
+    @property
+    def sql(self) -> str:
+        """What to read instead of the database's clock."""
+        if self.at is not None:
+            return f"'{(self.at + self.ahead).isoformat()}'::timestamptz"
+        return f"(clock_timestamp() + '{self.ahead.total_seconds():.6f} seconds'::interval)"
+
+
+class ClockSet:
+    """Sets the clock of a session from its beginning to its end: in a `with`, or an `async with`."""
+
+    def __init__(self, session: TestSession | AsyncTestSession, change: Callable[[Clock], Clock]) -> None:
+        self._session = session
+        self._change = change
+        self._inner: Inner | None = None
+        self._clock = Clock()
+        self._before: dict[Connection, Clock | None] = {}
+
+    def __enter__(self) -> Self:
+        if isinstance(self._session, AsyncSession | async_scoped_session | AsyncConnection):
+            raise TypeError("an asyncio session's clock is set by `async with`")
+        inside(self._session, self._set)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._unset()
+
+    async def __aenter__(self) -> Self:
+        if not isinstance(self._session, AsyncSession | async_scoped_session | AsyncConnection):
+            raise TypeError("this session isn't asyncio's: its clock is set by a plain `with`")
+        setting: Any = inside(self._session, self._set)
+        await setting
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._unset()
+
+    def _set(self, inner: Inner) -> None:
+        connection = connection_of(inner)
+        self._clock = self._change(_of(connection) or Clock())
+        self._set_on(connection)
+        self._inner = inner
+        if isinstance(inner, Session):
+            # Where a test's session is on an engine, each of its transactions may have another connection.
+            event.listen(inner, "after_begin", self._has_begun)
+
+    def _has_begun(self, _session: Session, _transaction: object, connection: Connection) -> None:
+        if connection not in self._before:
+            self._set_on(connection)
+
+    def _set_on(self, connection: Connection) -> None:
+        self._before[connection] = _of(connection)
+        connection.execution_options(**{CLOCK: self._clock})
+        if not event.contains(connection, "before_cursor_execute", _read_another):
+            event.listen(connection, "before_cursor_execute", _read_another, retval=True)
+
+    def _unset(self) -> None:
+        if isinstance(self._inner, Session):
+            event.remove(self._inner, "after_begin", self._has_begun)
+        for connection, before in self._before.items():
+            connection.execution_options(**{CLOCK: before})
+            if before is None:
+                event.remove(connection, "before_cursor_execute", _read_another)
+        self._before.clear()
+
+
+def freeze(session: TestSession | AsyncTestSession, at: datetime) -> ClockSet:
+    """Let apoq's clock stand still at a time, in a test's transaction, for the length of a ``with`` block.
+
+    What is added then is created at that time and due at once, or `delay` later; `drain` runs what is due by
+    then. With an asyncio session, it is an ``async with`` block.
+    """
+    if not isinstance(at, datetime) or at.utcoffset() is None:
+        raise TypeError(f"freeze takes a datetime with a time zone, not {glimpse(at)}")
+    return ClockSet(session, lambda _clock: Clock(at))
+
+
+def travel(session: TestSession | AsyncTestSession, by: timedelta) -> ClockSet:
+    """Let apoq's clock go ahead by some time, in a test's transaction, for the length of a ``with`` block.
+
+    A clock that is frozen goes on standing still there. With an asyncio session, it is an ``async with``.
+    """
+    if not isinstance(by, timedelta):
+        raise TypeError(f"travel takes a timedelta, such as timedelta(hours=1), not {glimpse(by)}")
+    return ClockSet(session, lambda clock: replace(clock, ahead=clock.ahead + by))
+
+
+def _of(connection: Connection) -> Clock | None:
+    found: Clock | None = connection.get_execution_options().get(CLOCK)
+    return found
+
+
+def _read_another(
+    connection: Connection, _cursor: object, statement: str, parameters: Any, *_: object
+) -> tuple[str, Any]:
+    if (clock := _of(connection)) and _OURS.search(statement):
+        statement = _READS.sub(lambda _: clock.sql, statement)
+    return statement, parameters
+
+
+@event.listens_for(Task, "before_insert", propagate=True)
+def _say_when(_mapper: object, connection: Connection, task: Any) -> None:
+    """Write by the statement what is the column's default otherwise, which reads the server's clock."""
+    if _of(connection):
+        for name in ("created_at", "process_at"):
+            if task.__dict__.get(name) is None:
+                setattr(task, name, func.now())

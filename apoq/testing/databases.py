@@ -1,0 +1,100 @@
+"""A database for the tests, and sessions on it that leave nothing behind."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from contextlib import (
+    AbstractAsyncContextManager,
+    AbstractContextManager,
+    asynccontextmanager,
+    contextmanager,
+)
+from typing import Any, Final, overload
+from uuid import uuid4
+
+from sqlalchemy import URL, Engine, create_engine
+from sqlalchemy.exc import ProgrammingError
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+from sqlalchemy.orm import Session
+from sqlalchemy.pool import NullPool
+
+from apoq.databases import database_url
+from apoq.embedded import database
+from apoq.errors import ApoqError
+from apoq.migrations import prepare
+
+_FAST: Final = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
+"""Of a server of the tests' own: nothing in it is to outlive them."""
+
+_COMMITS: Final[dict[str, Any]] = {"join_transaction_mode": "create_savepoint"}
+"""So that a commit is one to a savepoint, and a rollback doesn't undo what came before the session."""
+
+
+@contextmanager
+def private_database() -> Iterator[URL]:
+    """Create a database with apoq's tables, and drop it in the end."""
+    with database(settings=_FAST) as server:
+        url = database_url(server)
+        admin = create_engine(url, isolation_level="AUTOCOMMIT", poolclass=NullPool)
+        name = f"apoq_test_{uuid4().hex[:12]}"
+        try:
+            _execute(admin, f"CREATE DATABASE {name} TEMPLATE template0 ENCODING 'UTF8'")
+        except ProgrammingError as error:
+            raise ApoqError(
+                f"no database for the tests could be created by DATABASE_URL: {error.orig}. Give it a role "
+                "that may, or leave it out for a private server, or define a fixture apoq_engine of your own"
+            ) from None
+        try:
+            url = url.set(database=name)
+            engine = create_engine(url, poolclass=NullPool)
+            prepare(engine)
+            yield url
+        finally:
+            _execute(admin, f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
+
+
+@overload
+def rolled_back(engine: Engine, **options: Any) -> AbstractContextManager[Session]: ...
+@overload
+def rolled_back(engine: AsyncEngine, **options: Any) -> AbstractAsyncContextManager[AsyncSession]: ...
+def rolled_back(
+    engine: Engine | AsyncEngine, **options: Any
+) -> AbstractContextManager[Session] | AbstractAsyncContextManager[AsyncSession]:
+    """Give a session that may be committed, and whose every trace is gone after the ``with`` block.
+
+    An `AsyncSession`, in an ``async with`` block, where the engine is asyncio's. The options are those of
+    the session. Other sessions on ``session.connection()`` join its transaction.
+    """
+    match engine:
+        case Engine():
+            return _rolled_back(engine, options)
+        case AsyncEngine():
+            return _rolled_back_async(engine, options)
+    raise TypeError(f"rolled_back takes an Engine or an AsyncEngine, not {type(engine).__qualname__}")
+
+
+@contextmanager
+def _rolled_back(engine: Engine, options: dict[str, Any]) -> Iterator[Session]:
+    with engine.connect() as connection, connection.begin() as transaction:
+        try:
+            with Session(connection, **{**_COMMITS, **options}) as session:
+                yield session
+        finally:
+            transaction.rollback()
+
+
+@asynccontextmanager
+async def _rolled_back_async(engine: AsyncEngine, options: dict[str, Any]) -> AsyncIterator[AsyncSession]:
+    # An attribute that a commit has expired can't be read without an await.
+    defaults = {**_COMMITS, "expire_on_commit": False}
+    async with engine.connect() as connection, connection.begin() as transaction:
+        try:
+            async with AsyncSession(connection, **{**defaults, **options}) as session:
+                yield session
+        finally:
+            await transaction.rollback()
+
+
+def _execute(engine: Engine, statement: str) -> None:
+    with engine.connect() as connection:
+        connection.exec_driver_sql(statement)

@@ -1,0 +1,221 @@
+"""What has been added, and waits to be run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Coroutine, Mapping
+from typing import Any, Final, overload
+
+import msgspec.json
+from sqlalchemy import Connection, select
+
+from apoq.errors import glimpse
+from apoq.model import DEFAULT_QUEUE, Task, detached, tasks_table
+from apoq.queue import Queue
+from apoq.states import PENDING
+from apoq.testing.inside import (
+    AsyncTestSession,
+    Inner,
+    TestSession,
+    answered,
+    clear_errors,
+    connection_of,
+    inside,
+)
+from apoq.typed import TypedTask
+
+AnyTypedTask = TypedTask[..., Any, ...]
+
+SHOWN: Final = 20
+"""Tasks that are listed where the right one isn't there."""
+
+
+class Enqueued(list[Task]):
+    """The tasks that were found; where there are none, its text says what there is instead."""
+
+    def __init__(self, tasks: list[Task], others: list[Task]) -> None:
+        super().__init__(tasks)
+        self.others = others
+
+    def __repr__(self) -> str:
+        if self or not self.others:
+            return super().__repr__()
+        return f"[] (there is: {'; '.join(map(_shown, self.others))})"
+
+
+@overload
+def enqueued(
+    session: TestSession,
+    task: str | AnyTypedTask | None = ...,
+    data: Any = ...,
+    /,
+    *,
+    queue: Queue | str | None = ...,
+    **arguments: Any,
+) -> list[Task]: ...
+@overload
+def enqueued(
+    session: AsyncTestSession,
+    task: str | AnyTypedTask | None = ...,
+    data: Any = ...,
+    /,
+    *,
+    queue: Queue | str | None = ...,
+    **arguments: Any,
+) -> Coroutine[Any, Any, list[Task]]: ...
+def enqueued(
+    session: TestSession | AsyncTestSession,
+    task: str | AnyTypedTask | None = None,
+    data: Any = None,
+    /,
+    *,
+    queue: Queue | str | None = None,
+    **arguments: Any,
+) -> list[Task] | Coroutine[Any, Any, list[Task]]:
+    """Answer the pending tasks that the transaction of `session` sees: of this type, and with this data.
+
+    `task` is a type or a typed task; None: any. Where `data`, or the keywords, name some keys of a task's
+    data, it may have others; data that is no dict is the task's whole. `queue` is a `Queue`, which has a
+    schema, or the name of one; by default a typed task's own, and else any. With an asyncio session, await
+    the answer.
+    """
+    wanted = _Wanted(task, data, queue, arguments)
+    return inside(session, wanted.find)
+
+
+@overload
+def assert_enqueued(
+    session: TestSession,
+    task: str | AnyTypedTask,
+    data: Any = ...,
+    /,
+    *,
+    queue: Queue | str | None = ...,
+    **arguments: Any,
+) -> Task: ...
+@overload
+def assert_enqueued(
+    session: AsyncTestSession,
+    task: str | AnyTypedTask,
+    data: Any = ...,
+    /,
+    *,
+    queue: Queue | str | None = ...,
+    **arguments: Any,
+) -> Coroutine[Any, Any, Task]: ...
+def assert_enqueued(
+    session: TestSession | AsyncTestSession,
+    task: str | AnyTypedTask,
+    data: Any = None,
+    /,
+    *,
+    queue: Queue | str | None = None,
+    **arguments: Any,
+) -> Task | Coroutine[Any, Any, Task]:
+    """Answer the one task that `enqueued` finds; AssertionError, with what there is, if it isn't one."""
+    __tracebackhide__ = True  # what has failed is the test, by pytest's lights
+    wanted = _Wanted(task, data, queue, arguments)
+    return inside(session, wanted.find_one)
+
+
+class _Wanted:
+    """What a test looks for."""
+
+    def __init__(
+        self,
+        task: str | AnyTypedTask | None,
+        data: Any,
+        queue: Queue | str | None,
+        arguments: Mapping[str, Any],
+    ) -> None:
+        if arguments:
+            if not isinstance(data, dict | None):
+                raise TypeError(f"keywords are keys of a task's data, which is no dict here: {glimpse(data)}")
+            data = {**(data or {}), **arguments}
+        if isinstance(task, TypedTask):
+            self.type: str | None = task.type
+            if queue is None:
+                queue = Queue(task.queue.name, schema=task.queue.schema)
+            if isinstance(data, dict):
+                data = task._arguments.write_some(data)  # noqa: SLF001 - as its `add` does
+        elif task is None or isinstance(task, str):
+            self.type = task
+        else:
+            raise TypeError(
+                "give the type of a task, or a function that was made a task by @queue.task, not "
+                f"{glimpse(task)}"
+            )
+        self.data = data
+        self.schema = queue.schema if isinstance(queue, Queue) else None
+        self.queue = queue.name if isinstance(queue, Queue) else queue
+
+    def __str__(self) -> str:
+        words = ["task" if self.type is None else repr(self.type)]
+        if self.queue not in {None, DEFAULT_QUEUE}:
+            words.append(f"in the queue {self.queue!r}")
+        if isinstance(self.data, dict):
+            words.append("with " + ", ".join(f"{key}={glimpse(value)}" for key, value in self.data.items()))
+        elif self.data is not None:
+            words.append(f"with the data {glimpse(self.data)}")
+        return " ".join(words)
+
+    def find(self, inner: Inner) -> Enqueued:
+        """Answer those that match."""
+        tasks = tasks_table(self.schema)
+        conditions = [tasks.c.state == PENDING]
+        if self.type is not None:
+            conditions.append(tasks.c.type == self.type)
+        if self.queue is not None:
+            conditions.append(tasks.c.queue == self.queue)
+        if not isinstance(inner, Connection):
+            inner.flush()
+        connection = connection_of(inner)
+        with clear_errors(self.schema):
+            rows = connection.execute(select(*tasks.c).where(*conditions).order_by(tasks.c.id)).mappings()
+            found = [row for row in rows if self._matches(row["data"])]
+            if found:
+                return Enqueued([answered(inner, self.schema, row) for row in found], [])
+            last = select(*tasks.c).order_by(tasks.c.id.desc()).limit(SHOWN)
+            others = [detached(self.schema, row) for row in connection.execute(last).mappings()]
+        return Enqueued([], others[::-1])
+
+    def find_one(self, inner: Inner) -> Task:
+        """Answer the one that matches."""
+        __tracebackhide__ = True
+        found = self.find(inner)
+        if len(found) == 1:
+            return found[0]
+        if found:
+            what, listed = f"{len(found)} tasks, and not one, are pending: {self}", found[:SHOWN]
+        else:
+            what, listed = f"no {self} is pending", found.others
+        lines = [f"  {_shown(task)}" for task in listed] or ["  nothing"]
+        raise AssertionError("\n".join([f"{what}. In this transaction there is:", *lines]))
+
+    def _matches(self, data: Any) -> bool:
+        if self.data is None:
+            return True
+        if not isinstance(self.data, dict):
+            return _equal(data, self.data)
+        return isinstance(data, dict) and all(
+            key in data and _equal(data[key], value) for key, value in self.data.items()
+        )
+
+
+def _equal(stored: Any, wanted: Any) -> bool:
+    """Compare as JSON, for that is what was stored of a tuple or a UUID."""
+    if stored == wanted:
+        return True
+    try:
+        return bool(stored == msgspec.json.decode(msgspec.json.encode(wanted)))
+    except (TypeError, ValueError):
+        return False
+
+
+def _shown(task: Task) -> str:
+    words = [task.type, json.dumps(task.data, ensure_ascii=False)]
+    if task.queue != DEFAULT_QUEUE:
+        words.append(f"in the queue {task.queue!r}")
+    if task.state != PENDING:
+        words.append(f"({task.state})")
+    return " ".join(words)

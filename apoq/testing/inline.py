@@ -1,0 +1,96 @@
+"""What of a worker is another where all happens on one thread, and in one transaction."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Connection
+
+from apoq.errors import InvalidProcessor
+from apoq.events import Events
+from apoq.queue import Queue
+from apoq.registry import Processor, Registry
+from apoq.statements.arrays import array_text
+from apoq.worker import Worker
+from apoq.worker.attempts import overdue
+from apoq.worker.completion import Completion
+from apoq.worker.deadlines import Deadlines
+from apoq.worker.lease import Lease
+from apoq.worker.loop import Outage
+from apoq.worker.running import AnyRunningTask
+
+
+@dataclass(frozen=True)
+class Crew:
+    """Whose tasks run, and how they are completed."""
+
+    queues: tuple[Queue, ...]
+    registry: Registry
+    completion: Completion
+
+    def processors(self, queue: Queue) -> Mapping[str, Processor]:
+        """Answer the processors of a queue's types."""
+        return self.registry.of(queue)
+
+    @property
+    def has_coroutines(self) -> bool:
+        """Tell whether any of its processors needs an event loop."""
+        found = [processor for queue in self.queues for processor in self.processors(queue).values()]
+        return any(processor.is_coroutine for processor in found)
+
+
+def crew_of(worker: Worker | Queue) -> Crew:
+    """Answer what a worker works, which needn't have started, or one would that is given just a queue."""
+    if isinstance(worker, Queue):
+        if not worker.tasks:
+            raise InvalidProcessor(
+                f"{worker!r} has no typed tasks: give the queue that has them by @queue.task, or a worker"
+            )
+        registry = Registry()
+        worker.register_in(registry)
+        return Crew((worker,), registry, InLineCompletion(keep=True))
+    if not isinstance(worker, Worker):
+        raise TypeError(f"drain takes workers or queues after its session, not {worker!r}")
+    keep = worker._completion.keep  # noqa: SLF001 - a worker tells nobody else
+    return Crew(worker._queues, worker._registry, InLineCompletion(keep=keep))  # noqa: SLF001
+
+
+class InLineCompletion(Completion):
+    """Completes a task in a transaction that goes on."""
+
+    def __init__(self, *, keep: bool) -> None:
+        super().__init__(Events(), Lease(math.inf, math.inf), keep=keep)
+
+    def write(self, connection: Connection, task: AnyRunningTask) -> Mapping[Any, Any] | None:
+        """Complete a task; answer its row, or None where it was lost."""
+        statement = self.statement(task.from_queue.schema, full=True)
+        return connection.execute(statement, held(task)).mappings().first()
+
+
+def held(task: AnyRunningTask) -> dict[str, Any]:
+    """Answer the parameters by which a statement finds a task that is still held."""
+    return {"ids": array_text([task.id]), "tokens": array_text([task.token])}
+
+
+class InLineDeadlines(Deadlines):
+    """Lets an attempt that took too long fail when it has ended: there is nobody to do it before."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda _task, _thread_id: None, Outage())
+        self._ends_at: dict[AnyRunningTask, tuple[float, float]] = {}
+
+    def watch(self, task: AnyRunningTask, limit: float, grace: float = 0.0) -> None:
+        """Let a task stop in `limit` seconds."""
+        task.ends_at = time.monotonic() + limit
+        self._ends_at[task] = task.ends_at + grace, limit
+
+    def forget(self, task: AnyRunningTask) -> bool:
+        """Raise TimeoutError where its time was over before it ended."""
+        ends_at, limit = self._ends_at.pop(task)
+        if time.monotonic() >= ends_at:
+            raise overdue(limit)
+        return True

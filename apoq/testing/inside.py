@@ -1,0 +1,91 @@
+"""One way to do something in the transaction of a test, whatever kind of session it has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from sqlalchemy import Connection
+from sqlalchemy.exc import DBAPIError, UnboundExecutionError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_session
+from sqlalchemy.orm import Session, scoped_session
+from sqlalchemy.util.concurrency import in_greenlet
+
+from apoq.databases import check_dialect
+from apoq.errors import NotPrepared, UnsupportedSession
+from apoq.migrations.prepare import missing
+from apoq.model import Task, detached
+
+TestSession = Session | scoped_session[Session] | Connection
+AsyncTestSession = AsyncSession | async_scoped_session[AsyncSession] | AsyncConnection
+
+Inner = Session | Connection
+T = TypeVar("T")
+
+
+def inside(
+    session: TestSession | AsyncTestSession, operation: Callable[[Inner], T]
+) -> T | Coroutine[Any, Any, T]:
+    """Do something in a session: at once, or in an awaitable where it is asyncio's."""
+    __tracebackhide__ = True
+    match session:
+        case scoped_session():
+            return operation(session())
+        case Session() | Connection():
+            return operation(session)
+        case async_scoped_session():
+            return session().run_sync(operation)
+        case AsyncSession() | AsyncConnection():
+            return session.run_sync(operation)
+    raise UnsupportedSession(
+        "give the session or the connection of your test, which is SQLAlchemy's Session, scoped_session, "
+        # Its type only: a URL holds a password.
+        "Connection, AsyncSession or AsyncConnection, not "
+        f"{type(session).__module__}.{type(session).__qualname__}"
+    )
+
+
+def connection_of(inner: Inner) -> Connection:
+    """Answer the connection on which apoq's statements are executed, in a transaction."""
+    if isinstance(inner, Session):
+        try:
+            connection = inner.connection(bind_arguments={"mapper": Task})
+        except UnboundExecutionError as error:
+            raise UnsupportedSession(
+                "this session has no engine for apoq's tables: add `Task` to its binds, "
+                "as in Session(binds={apoq.Task: engine, …})"
+            ) from error
+    else:
+        connection = inner
+    check_dialect(connection.dialect)
+    if connection.dialect.is_async and not in_greenlet():
+        raise UnsupportedSession(
+            "this is the synchronous side of an asyncio session: give the AsyncSession or AsyncConnection "
+            "itself, and await the answer"
+        )
+    driver: Any = connection.connection.driver_connection
+    if driver.autocommit:
+        raise UnsupportedSession(
+            "this session is in autocommit, so that what a test does would stay: let it begin a transaction, "
+            "which the test rolls back (leave out isolation_level='AUTOCOMMIT')"
+        )
+    return connection
+
+
+def answered(inner: Inner, schema: str | None, row: Mapping[Any, Any]) -> Task:
+    """Make a `Task` of a row that has just been read: the session's own, where there is a session."""
+    task = detached(schema, row)
+    return inner.merge(task, load=False) if isinstance(inner, Session) else task
+
+
+@contextmanager
+def clear_errors(schema: str | None) -> Iterator[None]:
+    """Say what to do where the tables are missing."""
+    try:
+        yield
+    except DBAPIError as error:
+        # undefined_table, undefined_column, invalid_schema_name
+        if getattr(error.orig, "sqlstate", None) in {"42P01", "42703", "3F000"}:
+            raise NotPrepared(missing(schema)) from error
+        raise

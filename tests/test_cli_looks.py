@@ -1,0 +1,446 @@
+"""The command line's half that looks on: stats, doctor, demo."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from importlib.metadata import version
+
+import pytest
+import sqlalchemy as sa
+from click.testing import CliRunner, Result
+from rich.console import Console
+from sqlalchemy.orm import Session
+from sqlalchemy.pool import NullPool
+
+from apoq import Queue
+from apoq.cli import figures, main, server_checks, table_checks
+from apoq.cli.finding import BAD, OK, WARNING
+from apoq.cli.stats import WIDEST, shown
+from apoq.cli.target import Target
+from apoq.model import WorkerRow
+from apoq.statements import count
+
+SECRET = "s3cr3t"
+
+
+@pytest.fixture
+def run(engine, monkeypatch) -> Callable[..., Result]:
+    """Call the command line on the test's database."""
+    monkeypatch.setenv("APOQ_DATABASE_URL", engine.url.render_as_string(hide_password=False))
+
+    def call(*arguments: str) -> Result:
+        return CliRunner().invoke(main, arguments)
+
+    return call
+
+
+@pytest.fixture
+def add(engine) -> Callable[..., int]:
+    def call(type_: str = "t", *, queue: str = "default", **columns: object) -> int:
+        with Session(engine) as session, session.begin():
+            task = Queue(queue).add(session, type_)
+            session.flush()
+            for name, value in columns.items():
+                setattr(task, name, value)
+            return task.id
+
+    return call
+
+
+@pytest.fixture
+def enlist(engine) -> Callable[..., object]:
+    """Enter a worker that was seen some time ago."""
+
+    def call(*queues: str, seen: timedelta = timedelta(), **columns: object) -> object:
+        values = {"host": "web1", "pid": 7, "version": version("apoq"), "concurrency": 4, **columns}
+        with engine.begin() as connection:
+            statement = sa.insert(WorkerRow).values(
+                id=sa.func.gen_random_uuid(),
+                queues=list(queues or ["default"]),
+                seen_at=sa.func.clock_timestamp() - seen,
+                **values,
+            )
+            return connection.scalar(statement.returning(WorkerRow.id))
+
+    return call
+
+
+def ago(**length: float) -> datetime:
+    return datetime.now(UTC) - timedelta(**length)
+
+
+class TestStats:
+    def figures(self, run, *options: str) -> dict:
+        return json.loads(run("stats", "--json", *options).stdout)
+
+    def test_each_queue_is_counted_by_state(self, run, add, enlist):
+        (
+            add(process_at=ago(minutes=5)),
+            add(priority=9),
+            add(process_at=ago(hours=-1)),
+            add(process_at=ago(hours=-2)),
+        )
+        add(state="running", worker_id=enlist(), claimed_at=ago(seconds=1))
+        (
+            add(state="completed", completed_at=ago(seconds=10)),
+            add(state="completed", completed_at=ago(minutes=10)),
+        )
+        add(state="completed", completed_at=ago(hours=10))
+        add(state="failed", failed_at=ago(hours=1)), add(state="cancelled", cancelled_at=ago(hours=1))
+        add(queue="mails")
+
+        default, mails = self.figures(run)["queues"]
+
+        assert 299 < default.pop("lag") < 330
+        assert default == {
+            "name": "default",
+            "due": 2,
+            "later": 2,
+            "running": 1,
+            "completed": 3,
+            "failed": 1,
+            "cancelled": 1,
+            "per_minute": 1,
+            "last_hour": 2,
+        }
+        assert (mails["name"], mails["due"], mails["completed"]) == ("mails", 1, 0)
+
+    @pytest.mark.parametrize("state", ["pending", "running", "completed", "failed"])
+    def test_a_queue_is_known_by_its_tasks_in_any_state(self, run, add, state):
+        add(queue="a", state=state), add(queue="b", state=state)
+
+        assert [queue["name"] for queue in self.figures(run)["queues"]] == ["a", "b"]
+
+    def test_a_queue_is_known_by_its_workers(self, run, enlist):
+        enlist("mails", "reports")
+
+        assert [queue["name"] for queue in self.figures(run)["queues"]] == ["mails", "reports"]
+
+    def test_counts_are_bounded(self, run, engine, monkeypatch):
+        with engine.begin() as connection:
+            Queue().add_many(connection, "t", [{}] * (count.COUNTED + 500))
+
+        assert self.figures(run)["queues"][0]["due"] == count.COUNTED + 1
+        assert "10,000+" in run("stats").output
+
+    def test_of_what_can_not_be_counted_the_rate_is_told(self, run, engine):
+        with engine.begin() as connection:
+            connection.exec_driver_sql(
+                "INSERT INTO apoq_tasks (type, state, completed_at) SELECT 't', 'completed', "
+                "now() - interval '1 ms' * n FROM generate_series(1, 20000) AS n"
+            )
+
+        rate = self.figures(run)["queues"][0]["per_minute"]
+
+        # A thousand a second, counted for ten seconds and for as long as this test took until then.
+        assert count.COUNTED < rate < 61_000
+
+    def test_types_are_counted_where_asked_for(self, run, add):
+        add("a"), add("a", state="failed"), add("b", state="running"), add("b", state="completed")
+
+        counted = {each["type"]: each["counts"] for each in self.figures(run, "--types")["types"]}
+
+        assert counted == {"a": {"pending": 1, "failed": 1}, "b": {"running": 1, "completed": 1}}
+        assert self.figures(run)["types"] == []
+
+    def test_a_worker_that_was_not_seen_for_its_lease_is_not_alive(self, run, add, enlist):
+        alive, dead = enlist(host="web1"), enlist(host="web2", seen=timedelta(minutes=20))
+        add(state="running", worker_id=alive), add(state="running", worker_id=dead)
+
+        told = self.figures(run)
+
+        assert [(each["host"], each["is_alive"], each["running"]) for each in told["workers"]] == [
+            ("web1", True, 1),
+            ("web2", False, 1),
+        ]
+        assert told["orphans"] == 1
+
+    def test_a_worker_at_work_is_seen(self, run, make_worker):
+        worker = make_worker(Queue("mails"), concurrency=3)
+        worker.start()
+
+        (told,) = self.figures(run)["workers"]
+
+        assert (told["queues"], told["concurrency"], told["is_alive"]) == (["mails"], 3, True)
+
+    def test_people_get_it_in_80_columns(self, engine, add, enlist):
+        add("a" * 200, queue="q" * 200, process_at=ago(days=9999))
+        enlist("q" * 200, "r" * 200, host="h" * 200, seen=timedelta(days=9999))
+        console = Console(width=80, record=True, file=io.StringIO())
+        console.print(shown(figures.figures(Target(engine=engine), by_type=True), WIDEST))
+
+        lines = console.export_text().splitlines()
+        assert max(map(len, lines)) <= 80
+        assert "done" in lines[0]
+
+    def test_of_an_empty_database_there_is_nothing_to_tell(self, run):
+        shown = run("stats").output
+
+        assert "no workers are alive" in shown
+
+    def test_watching_is_for_people(self, run):
+        assert run("stats", "--watch", "--json").exit_code == 2
+
+    def test_it_watches_until_it_is_told_to_stop(self, engine, add):
+        add(queue="mails")
+        url = engine.url.render_as_string(hide_password=False)
+        leader, follower = pty.openpty()
+        command = [sys.executable, "-m", "apoq", "stats", "--watch", "--every", "0.05", "--database-url", url]
+        watching = subprocess.Popen(command, stdin=follower, stdout=follower, stderr=follower)
+        os.close(follower)
+        try:
+            seen = ""
+            while seen.count("mails") < 3:
+                seen += os.read(leader, 10_000).decode(errors="replace")
+            watching.send_signal(signal.SIGINT)
+            while watching.poll() is None:
+                try:
+                    seen += os.read(leader, 10_000).decode(errors="replace")
+                except OSError:
+                    break
+        finally:
+            os.close(leader)
+            watching.kill()
+
+        assert watching.wait() in (0, -signal.SIGKILL)
+        assert "Traceback" not in seen
+
+
+class TestDoctor:
+    def findings(self, run, *options: str) -> dict[str, dict]:
+        told = json.loads(run("doctor", "--json", *options).stdout)
+        return {finding["subject"]: finding for finding in reversed(told)}
+
+    def test_all_is_well_where_a_worker_is_at_work(self, run, make_worker):
+        make_worker().start()
+
+        done = run("doctor")
+
+        assert done.exit_code == 0
+        assert "All is well." in done.output
+        for subject in (
+            "server",
+            "encoding",
+            "pooler",
+            "hints",
+            "clock",
+            "tables",
+            "vacuum",
+            "workers",
+            "queues",
+        ):
+            assert f"✓ {subject}" in done.output
+
+    def test_without_a_worker_it_works_and_that_is_worth_a_look(self, run):
+        done = run("doctor")
+
+        assert (done.exit_code, "1 thing is worth a look" in done.output) == (0, True)
+        assert "→ apoq worker" in done.output
+
+    def test_missing_tables_are_to_be_mended(self, run, empty_url):
+        done = run("doctor", "--database-url", empty_url.render_as_string(hide_password=False))
+
+        assert done.exit_code == 1
+        assert "✗ tables" in done.output
+        assert "→ apoq migrate" in done.output
+
+    def test_those_of_a_schema_too(self, run):
+        done = run("doctor", "--schema", "jobs")
+
+        assert done.exit_code == 1
+        assert "there are none in the schema 'jobs'" in done.output
+        assert "→ apoq migrate --schema jobs" in done.output
+
+    def test_a_later_library_is_named(self, run, engine):
+        with engine.begin() as connection:
+            connection.exec_driver_sql("UPDATE apoq_migrations SET version_num = '0099'")
+
+        assert self.findings(run)["tables"]["cure"] == "pip install --upgrade apoq"
+
+    def test_tasks_that_nobody_works_are_to_be_mended(self, run, add, enlist):
+        enlist("default")
+        add(queue="mails", process_at=ago(minutes=5))
+
+        finding = self.findings(run)["queues"]
+
+        assert finding["level"] == BAD
+        assert finding["text"] == "'mails' has had a task due for 5 min, and no live worker"
+        assert run("doctor").exit_code == 1
+
+    def test_tasks_that_wait_for_long_are_worth_a_look(self, run, add, enlist):
+        enlist("default")
+        add(process_at=ago(minutes=5))
+
+        assert self.findings(run)["queues"]["level"] == WARNING
+
+    def test_a_task_whose_worker_is_gone_is_to_be_mended_where_nobody_is_alive(self, run, add, enlist):
+        dead = enlist(seen=timedelta(minutes=20))
+        add(state="running", worker_id=dead)
+
+        assert self.findings(run)["running"]["level"] == BAD
+        assert "was last seen 20 min ago" in run("doctor").output
+
+        enlist()
+        assert self.findings(run)["running"]["level"] == WARNING
+
+    def test_a_worker_of_another_version_is_worth_a_look(self, run, enlist):
+        enlist(version="0.0.9")
+
+        assert "some with apoq 0.0.9" in self.findings(run)["workers"]["text"]
+
+    def test_a_transaction_that_holds_up_vacuum_is_named(self, run, engine, monkeypatch):
+        monkeypatch.setattr(table_checks, "LONG", timedelta())
+        holder = sa.create_engine(
+            engine.url, connect_args={"application_name": "forgetful"}, poolclass=NullPool
+        )
+        with holder.begin() as connection:
+            pid = connection.scalar(sa.text("SELECT pg_backend_pid() FROM txid_current()"))
+
+            finding = self.findings(run)["transactions"]
+
+        assert finding["level"] == WARNING
+        assert "forgetful has been in a transaction for" in finding["text"]
+        assert "idle in transaction" in finding["text"]
+        assert f"pg_terminate_backend({pid})" in finding["cure"]
+
+    def test_autovacuum_that_is_off_is_to_be_mended(self, run, engine):
+        with engine.begin() as connection:
+            connection.exec_driver_sql("ALTER TABLE apoq_tasks SET (autovacuum_enabled = false)")
+
+        finding = self.findings(run)["vacuum"]
+
+        assert (finding["level"], "RESET (autovacuum_enabled)" in finding["cure"]) == (BAD, True)
+
+    @pytest.mark.parametrize("name", ["statement_timeout", "idle_in_transaction_session_timeout"])
+    def test_a_short_timeout_is_worth_a_look(self, run, engine, name):
+        with engine.begin() as connection:
+            connection.exec_driver_sql(f"ALTER DATABASE {engine.url.database} SET {name} = '10s'")
+
+        finding = self.findings(run)["timeouts"]
+
+        assert (finding["level"], f"{name} is 10 s" in finding["text"]) == (WARNING, True)
+
+    def test_another_encoding_is_to_be_mended(self, run, admin, engine):
+        url = engine.url.set(database=f"{engine.url.database}_latin1")
+        create = "CREATE DATABASE {} TEMPLATE template0 ENCODING 'LATIN1' LOCALE 'C'"
+        with admin.connect() as connection:
+            connection.exec_driver_sql(create.format(url.database))
+        try:
+            told = self.findings(run, "--database-url", url.render_as_string(hide_password=False))
+        finally:
+            with admin.connect() as connection:
+                connection.exec_driver_sql(f"DROP DATABASE {url.database} WITH (FORCE)")
+
+        assert (told["encoding"]["level"], told["tables"]["level"]) == (BAD, BAD)
+
+    def test_clocks_that_differ_are_worth_a_look(self, run, monkeypatch):
+        import time
+
+        here = time.time
+        monkeypatch.setattr(server_checks.time, "time", lambda: here() - 90)
+
+        finding = self.findings(run)["clock"]
+
+        assert (finding["level"], finding["text"]) == (
+            WARNING,
+            "the server's is 90 s ahead of this machine's",
+        )
+
+    def test_connections_that_run_out_are_told_of(self, run, monkeypatch):
+        monkeypatch.setattr(server_checks, "CROWDED", 0.0)
+        assert self.findings(run)["connections"]["level"] == WARNING
+
+        monkeypatch.setattr(server_checks, "FULL", 0.0)
+        assert self.findings(run)["connections"]["level"] == BAD
+
+    def test_hints_that_do_not_arrive_are_worth_a_look(self, run, monkeypatch):
+        monkeypatch.setattr(server_checks, "_hint", lambda own: None)
+
+        finding = self.findings(run)["hints"]
+
+        assert (finding["level"], "listen_url" in finding["cure"]) == (WARNING, True)
+
+    @pytest.mark.parametrize(
+        ("told", "host", "level", "named"),
+        [
+            ("PostgreSQL 15.0 on x86_64", "db", OK, "PostgreSQL 15.0"),
+            ("CockroachDB CCL v25.2.1", "db", BAD, "CockroachDB"),
+            ("PostgreSQL 15.2-YB-2025.1.0.0-b0 on x86_64", "db", BAD, "YugabyteDB"),
+            ("PostgreSQL 16", "xy.dsql.us-east-1.on.aws", BAD, "Aurora DSQL"),
+            ("PostgreSQL 8.0.2 on i686, Redshift 1.0", "db", BAD, "Amazon Redshift"),
+        ],
+    )
+    def test_who_only_speaks_like_postgresql_is_known(self, told, host, level, named):
+        row = {"version": told, "server_version": "15.0", "server_version_num": "150000"}
+
+        finding = server_checks._flavour(row, host)
+
+        assert (finding.level, named in finding.text) == (level, True)
+
+    def test_an_old_server_is_to_be_mended(self):
+        row = {"version": "PostgreSQL 14.9", "server_version": "14.9", "server_version_num": "140009"}
+
+        assert server_checks._flavour(row, "db").level == BAD
+
+    def test_an_unreachable_database_is_a_finding_too(self, run):
+        url = f"postgresql://app:{SECRET}@127.0.0.1:1/app"
+
+        done = run("doctor", "--database-url", url)
+
+        assert done.exit_code == 3
+        assert "✗ connection" in done.output
+        assert "app:***@127.0.0.1:1" in done.output
+        assert SECRET not in done.output
+
+    @pytest.mark.parametrize(
+        "malformed", [f"postgresql://app:{SECRET}@host:port/app", f"mysql://app:{SECRET}@host/app"]
+    )
+    def test_a_malformed_url_is_a_usage_error(self, run, malformed):
+        done = run("doctor", "--database-url", malformed)
+
+        assert (done.exit_code, SECRET in done.output) == (2, False)
+
+    def test_what_this_role_may_not_see_stops_nothing_else(self, run, admin, engine):
+        role = f"{engine.url.database}_app"
+        with admin.connect() as connection:
+            connection.exec_driver_sql(f"CREATE ROLE {role} LOGIN PASSWORD '{SECRET}'")
+        try:
+            url = engine.url.set(username=role, password=SECRET).render_as_string(hide_password=False)
+            told = self.findings(run, "--database-url", url)
+        finally:
+            with admin.connect() as connection:
+                connection.exec_driver_sql(f"DROP ROLE {role}")
+
+        assert "couldn't be examined: permission denied" in told["tables"]["text"]
+        assert told["hints"]["level"] == OK
+
+
+class TestDemo:
+    def demo(self, **environment: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "apoq", "demo", "--tasks", "200"]
+        return subprocess.run(
+            command, env=os.environ | environment, capture_output=True, text=True, timeout=60, check=False
+        )
+
+    def test_it_shows_exactly_once_and_ends_by_itself(self):
+        done = self.demo(DATABASE_URL="postgresql://nobody@nowhere/nothing")
+
+        assert done.returncode == 0, done.stderr
+        assert "200 tasks added and rolled back:  0 are there" in done.stdout
+        assert "is killed" in done.stdout
+        assert "200 payments to 200 people" in done.stdout
+
+    def test_without_the_package_it_says_what_to_install(self, tmp_path):
+        done = self.demo(APOQ_PG_BINDIR=str(tmp_path))
+
+        assert done.returncode == 1
+        assert "the demo wants a PostgreSQL of its own" in done.stderr
+        assert "Traceback" not in done.stderr

@@ -1,0 +1,405 @@
+"""``apoq revision``, in projects that ``alembic init`` and Flask-Migrate have made."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from io import StringIO
+from pathlib import Path
+from types import SimpleNamespace
+
+import flask_migrate
+import pytest
+import sqlalchemy as sa
+from alembic import command
+from alembic.config import Config
+from alembic.script import ScriptDirectory
+from click.testing import CliRunner, Result
+from flask import Flask
+from flask_sqlalchemy import SQLAlchemy
+
+import apoq.cli.revision
+from apoq.cli import main
+from apoq.migrations import LATEST, differences, prepare, steps
+
+INCLUDE = "include_object=apoq.migrations.include_object"
+
+
+def execute(url: sa.URL, script: str) -> None:
+    engine = sa.create_engine(url, poolclass=sa.pool.NullPool)
+    with engine.begin() as connection:
+        connection.exec_driver_sql(script)
+
+
+def tables(url: sa.URL) -> set[str]:
+    return set(sa.inspect(sa.create_engine(url, poolclass=sa.pool.NullPool)).get_table_names())
+
+
+def agree(url: sa.URL, schema: str | None = None) -> bool:
+    with sa.create_engine(url, poolclass=sa.pool.NullPool).connect() as connection:
+        return differences(connection, schema) == []
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch, tmp_path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    # An env.py sets up a log, and silences all others, in this process too.
+    monkeypatch.setattr("logging.config.fileConfig", lambda *_, **__: None)
+
+
+def revision(*arguments: str) -> Result:
+    return CliRunner().invoke(main, ["revision", *arguments])
+
+
+class Project:
+    """What `alembic init` makes, with a model and a database."""
+
+    def __init__(self, url: sa.URL, template: str = "generic") -> None:
+        self.url = url
+        self._template = template
+        command.init(self.config(), "migrations", template=template)
+        ini, env = Path("alembic.ini"), Path("migrations/env.py")
+        address = url.render_as_string(hide_password=False).replace("%", "%%")
+        ini.write_text(
+            re.sub(
+                "^sqlalchemy.url = .*$", f"sqlalchemy.url = {address}", ini.read_text(), flags=re.MULTILINE
+            )
+        )
+        Path("models_of_theirs.py").write_text(
+            "import sqlalchemy as sa\nmetadata = sa.MetaData()\n"
+            "sa.Table('users', metadata, sa.Column('id', sa.Integer, primary_key=True))\n"
+        )
+        text = env.read_text()
+        text = text.replace(
+            "target_metadata = None", "from models_of_theirs import metadata as target_metadata"
+        )
+        env.write_text(text)
+        sys.path.insert(0, str(Path.cwd()))
+
+    def include_object(self) -> None:
+        """Do as the documentation says."""
+        env = Path("migrations/env.py")
+        text = env.read_text().replace(
+            "target_metadata=target_metadata", f"target_metadata=target_metadata, {INCLUDE}"
+        )
+        env.write_text(f"import apoq.migrations\n{text}")
+
+    def config(self) -> Config:
+        toml = {"toml_file": "pyproject.toml"} if self._template == "pyproject" else {}
+        return Config("alembic.ini", stdout=StringIO(), output_buffer=StringIO(), **toml)
+
+    def begin_history(self) -> None:
+        """Write two revisions of their own, and run them."""
+        command.revision(self.config(), "users", autogenerate=True)
+        command.upgrade(self.config(), "head")
+        command.revision(self.config(), "nothing")
+
+    @property
+    def heads(self) -> list[str]:
+        return ScriptDirectory.from_config(self.config()).get_heads()
+
+    def files(self) -> set[Path]:
+        return set(Path("migrations/versions").glob("*.py"))
+
+
+@pytest.fixture
+def project(empty_url) -> Project:
+    project = Project(empty_url)
+    yield project
+    sys.modules.pop("models_of_theirs", None)
+
+
+class TestAHistoryOfTheirs:
+    @pytest.mark.parametrize("template", ["generic", "async", "pyproject"])
+    def test_it_adopts_apoq_by_one_revision(self, empty_url, template):
+        project = Project(empty_url, template)
+        project.include_object()
+        project.begin_history()
+        before, (head,) = project.files(), project.heads
+
+        done = revision()
+
+        assert done.exit_code == 0, done.output
+        (new,) = project.files() - before
+        assert str(new) in done.output
+        (script,) = map(ScriptDirectory.from_config(project.config()).get_revision, project.heads)
+        assert script.down_revision == head
+        command.upgrade(project.config(), "head")
+        assert agree(empty_url)
+        command.check(project.config())
+
+    def test_a_fresh_one_begins_with_it(self, project):
+        assert revision().exit_code == 0
+
+        command.upgrade(project.config(), "head")
+        assert agree(project.url)
+        assert len(project.heads) == 1
+
+    def test_the_script_that_it_prints_makes_the_tables(self, project):
+        revision()
+        config = project.config()
+
+        command.upgrade(config, "head", sql=True)
+
+        execute(project.url, config.output_buffer.getvalue())
+        assert agree(project.url)
+
+    def test_down_it_leaves_what_is_theirs(self, project):
+        project.begin_history()
+        revision()
+        command.upgrade(project.config(), "head")
+
+        command.downgrade(project.config(), "-1")
+
+        assert tables(project.url) == {"users", "alembic_version"}
+
+    def test_what_prepare_has_made_is_passed_over(self, project):
+        engine = sa.create_engine(project.url, poolclass=sa.pool.NullPool)
+        prepare(engine)
+        revision()
+
+        command.upgrade(project.config(), "head")
+
+        assert agree(project.url)
+
+    def test_a_schema_is_theirs_to_choose(self, project):
+        revision("--schema", "jobs")
+
+        command.upgrade(project.config(), "head")
+
+        assert agree(project.url, "jobs")
+        assert tables(project.url) == {"alembic_version"}
+
+    def test_once_is_enough(self, project):
+        revision()
+        before = project.files()
+
+        done = revision()
+
+        assert done.exit_code == 0
+        assert "at version 1 already: nothing to write" in done.output
+        assert project.files() == before
+
+    @pytest.mark.parametrize("call", ["upgrade(op, version=1)", "migrations.upgrade(op)"])
+    def test_what_they_have_written_themselves_counts(self, project, call):
+        script = command.revision(project.config(), "ours")
+        path = Path(script.path)
+        path.write_text(path.read_text().replace("pass", f"import apoq.migrations; apoq.{call}", 1))
+
+        assert "nothing to write" in revision().output
+
+    def test_several_heads_are_refused_with_the_command_that_merges_them(self, project):
+        first = command.revision(project.config(), "first")
+        command.revision(project.config(), "second", head=first.revision)
+        command.revision(project.config(), "third", head=first.revision, splice=True)
+        before = project.files()
+
+        done = revision()
+
+        assert done.exit_code == 1
+        assert "several heads" in done.output
+        assert "`alembic merge heads`" in done.output
+        assert project.files() == before
+
+    def test_a_template_without_a_place_for_it_is_refused(self, project):
+        template = Path("migrations/script.py.mako")
+        template.write_text(template.read_text().replace('${upgrades if upgrades else "pass"}', "pass"))
+
+        done = revision()
+
+        assert done.exit_code == 1
+        assert "script.py.mako" in done.output
+        assert project.files() == set()
+
+    def test_what_is_next_is_said(self, project):
+        output = revision().output
+
+        assert output.index(INCLUDE) < output.index("`alembic upgrade head`")
+
+    def test_but_not_what_is_done(self, project):
+        project.include_object()
+
+        assert INCLUDE not in revision().output
+
+    def test_a_project_without_alembic_is_told_what_to_do(self):
+        done = revision()
+
+        assert done.exit_code == 2
+        assert "there is no alembic.ini here" in done.output
+
+    def test_another_folder_is_found_by_its_ini(self, project, tmp_path_factory, monkeypatch):
+        there = Path.cwd()
+        monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+
+        done = revision("-c", str(there / "alembic.ini"))
+
+        assert f"`alembic -c {there}/alembic.ini upgrade head`" in done.output
+        assert len(list((there / "migrations" / "versions").glob("*.py"))) == 1
+
+    def test_an_ini_that_names_no_scripts_is_said(self):
+        Path("alembic.ini").write_text("[alembic]\n")
+
+        done = revision()
+
+        assert done.exit_code == 1
+        assert "script_location" in done.output
+
+    def test_all_of_it_from_a_shell(self, project):
+        for command_line in (["apoq", "revision"], ["alembic", "upgrade", "head"]):
+            subprocess.run([sys.executable, "-m", *command_line], check=True, capture_output=True)
+
+        assert agree(project.url)
+
+
+class TestALaterVersion:
+    """Of the tables, which is made up here."""
+
+    @pytest.fixture(autouse=True)
+    def version_2(self, monkeypatch, request) -> None:
+        def release() -> None:
+            table = sa.table("apoq_tasks")
+            step = SimpleNamespace(
+                upgrade=lambda op, schema: op.add_column(table.name, sa.Column("tenant", sa.Text)),
+                downgrade=lambda op, schema: op.drop_column(table.name, "tenant"),
+            )
+            monkeypatch.setitem(steps.STEPS, LATEST + 1, step)
+            monkeypatch.setattr(steps, "LATEST", LATEST + 1)
+            monkeypatch.setattr(apoq.cli.revision, "LATEST", LATEST + 1)
+
+        self.release = release
+
+    def columns(self, url: sa.URL) -> set[str]:
+        inspector = sa.inspect(sa.create_engine(url, poolclass=sa.pool.NullPool))
+        return {column["name"] for column in inspector.get_columns("apoq_tasks")}
+
+    def test_it_is_one_more_revision(self, project):
+        revision()
+        (first,) = project.heads
+        command.upgrade(project.config(), "head")
+
+        self.release()
+        revision()
+        command.upgrade(project.config(), "head")
+
+        (script,) = map(ScriptDirectory.from_config(project.config()).get_revision, project.heads)
+        assert script.down_revision == first
+        assert "tenant" in self.columns(project.url)
+
+    def test_down_it_is_the_version_before(self, project):
+        revision()
+        self.release()
+        revision()
+        command.upgrade(project.config(), "head")
+
+        command.downgrade(project.config(), "-1")
+
+        assert "tenant" not in self.columns(project.url)
+        assert "apoq_tasks" in tables(project.url)
+
+    @pytest.mark.parametrize("offline", [False, True])
+    def test_who_adopts_apoq_with_it_has_all_in_one_revision(self, project, offline):
+        self.release()
+        revision()
+
+        config = project.config()
+        command.upgrade(config, "head", sql=offline)
+        if offline:
+            execute(project.url, config.output_buffer.getvalue())
+
+        assert len(project.files()) == 1
+        assert "tenant" in self.columns(project.url)
+
+    def test_a_library_that_is_older_than_the_history_is_told_so(self, project, monkeypatch):
+        self.release()
+        revision()
+        monkeypatch.setattr(apoq.cli.revision, "LATEST", LATEST)
+
+        done = revision()
+
+        assert done.exit_code == 1
+        assert "pip install --upgrade apoq" in done.output
+
+
+@pytest.mark.filterwarnings("ignore:'get_engine' is deprecated")  # by the env.py that Flask-Migrate makes
+class TestFlaskMigrate:
+    @pytest.fixture
+    def make(self, empty_url) -> Callable[..., Flask]:
+        """Make an application of theirs, with its migrations folder."""
+
+        def make(*, multidb: bool = False) -> Flask:
+            app = Flask("app_of_theirs")
+            app.config["SQLALCHEMY_DATABASE_URI"] = empty_url
+            if multidb:
+                app.config["SQLALCHEMY_BINDS"] = {"other": empty_url}
+            db = SQLAlchemy(app)
+
+            class User(db.Model):
+                id = sa.Column(sa.Integer, primary_key=True)
+
+            flask_migrate.Migrate(app, db, include_object=apoq.migrations.include_object)
+            context = app.app_context()
+            context.push()
+            contexts.append((db, context))
+            flask_migrate.init("migrations", multidb=multidb)
+            return app
+
+        contexts = []
+        yield make
+        for db, context in contexts:
+            for engine in db.engines.values():
+                engine.dispose()
+            context.pop()
+
+    def test_it_adopts_apoq_by_one_revision(self, make, empty_url):
+        make()
+        flask_migrate.migrate(message="users")
+        flask_migrate.upgrade()
+
+        done = revision()
+
+        assert done.exit_code == 0, done.output
+        flask_migrate.upgrade()
+        assert agree(empty_url)
+        assert tables(empty_url) >= {"user", "apoq_tasks"}
+        flask_migrate.migrate(message="nothing")
+        assert len(list(Path("migrations/versions").glob("*.py"))) == 2
+
+    def test_its_script_makes_the_tables(self, make, empty_url, capsys):
+        make()
+        revision()
+        capsys.readouterr()
+
+        flask_migrate.upgrade(sql=True)
+
+        execute(empty_url, capsys.readouterr().out)
+        assert agree(empty_url)
+
+    def test_with_several_binds_they_are_in_the_default_one(self, make):
+        make(multidb=True)
+
+        done = revision()
+
+        assert done.exit_code == 0, done.output
+        (written,) = Path("migrations/versions").glob("*.py")
+        default, other = written.read_text().split("def upgrade_other")
+        assert "apoq.migrations.upgrade(op, version=1)" in default
+        assert "apoq.migrations.upgrade" not in other
+
+    def test_what_is_next_is_said_in_its_words(self, make):
+        make()
+
+        output = revision().output
+
+        assert f"Migrate(app, db, {INCLUDE})" in output
+        assert "Run `flask db upgrade`." in output
+
+    def test_a_folder_of_another_name_is_said(self):
+        Path("database").mkdir()
+
+        done = revision("-d", "database")
+
+        assert done.exit_code == 2
+        assert "no env.py" in done.output

@@ -1,0 +1,546 @@
+"""The command line's half that is about tasks: add, list, show, retry, cancel, prune."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+
+import pytest
+import sqlalchemy as sa
+from click.testing import CliRunner, Result
+from sqlalchemy.orm import Session
+
+from apoq import Queue, Task, prepare
+from apoq.cli import list as listing
+from apoq.cli import main, prune, selection
+from apoq.statements import find
+
+SECRET = "s3cr3t"
+
+
+@pytest.fixture(scope="module")
+def module_engine(template, create_database, drop_database) -> Iterator[sa.Engine]:
+    url = create_database(template.database)
+    engine = sa.create_engine(url)
+    yield engine
+    engine.dispose()
+    drop_database(url)
+
+
+@pytest.fixture
+def engine(module_engine) -> sa.Engine:
+    """A database that is the test's alone while it runs, and emptied before."""
+    with module_engine.begin() as connection:
+        connection.exec_driver_sql("TRUNCATE apoq_tasks, apoq_workers RESTART IDENTITY")
+    return module_engine
+
+
+@pytest.fixture
+def run(engine, monkeypatch) -> Callable[..., Result]:
+    """Call the command line on the test's database."""
+    monkeypatch.setenv("APOQ_DATABASE_URL", engine.url.render_as_string(hide_password=False))
+
+    def call(*arguments: str, stdin: str = "") -> Result:
+        return CliRunner().invoke(main, arguments, input=stdin)
+
+    return call
+
+
+@pytest.fixture
+def add(engine) -> Callable[..., int]:
+    """Add a task in a state, with these columns."""
+
+    def call(type_: str = "t", data: object = None, *, queue: str = "default", **columns: object) -> int:
+        with Session(engine) as session, session.begin():
+            task = Queue(queue).add(session, type_, {} if data is None else data)
+            session.flush()
+            for name, value in columns.items():
+                setattr(task, name, value)
+            return task.id
+
+    return call
+
+
+def task(engine: sa.Engine, task_id: int) -> Task | None:
+    with Session(engine) as session:
+        return session.get(Task, task_id)
+
+
+def ago(**length: float) -> datetime:
+    return datetime.now(UTC) - timedelta(**length)
+
+
+FAILED = {"state": "failed", "failed_at": ago(minutes=3), "fail_count": 1, "attempt": 1}
+
+
+class TestAdd:
+    def test_a_task_is_added(self, run, engine):
+        done = run("add", "send", '{"user_id": 7}')
+
+        added = task(engine, 1)
+        assert done.output == "Added task 1.\n"
+        assert (added.type, added.data, added.queue, added.state) == (
+            "send",
+            {"user_id": 7},
+            "default",
+            "pending",
+        )
+
+    def test_its_options_are_those_of_the_library(self, run, engine):
+        options = "--queue mails --priority 5 --retry-limit 2 --retry-delay 90 --timeout 1h30m"
+
+        done = run("add", "send", *options.split(), "--at", "2031-05-04T12:00Z")
+
+        added = task(engine, 1)
+        assert "due at 2031-05-04 12:00:00" in done.output
+        assert (added.queue, added.priority, added.retry_limit) == ("mails", 5, 2)
+        assert (added.retry_delay, added.timeout) == (timedelta(seconds=90), timedelta(hours=1.5))
+        assert added.process_at == datetime(2031, 5, 4, 12, tzinfo=UTC)
+
+    def test_a_delay_counts_from_now(self, run, engine):
+        run("add", "send", "--delay", "1d")
+
+        added = task(engine, 1)
+        assert timedelta(hours=23) < added.process_at - added.created_at < timedelta(hours=25)
+
+    def test_data_may_come_from_a_file_and_from_stdin(self, run, engine, tmp_path):
+        (tmp_path / "data.json").write_text('{"from": "füle"}', "utf-8")
+
+        run("add", "send", f"@{tmp_path / 'data.json'}")
+        run("add", "send", "-", stdin='["stdin"]')
+
+        assert [task(engine, n).data for n in (1, 2)] == [{"from": "füle"}, ["stdin"]]
+
+    def test_programs_get_json(self, run):
+        told = json.loads(run("add", "send", "--json").output)
+
+        assert (told["id"], told["type"], told["queue"], told["state"]) == (1, "send", "default", "pending")
+
+    @pytest.mark.parametrize(
+        ("data", "said"),
+        [
+            ('{"a": 1,}', "line 1, column 9"),
+            ("{a}", "line 1, column 2: Expecting property name"),
+            ('{"a":\n  nope}', "line 2, column 3"),
+            ("", "this is empty, and no JSON"),
+            ("@/nowhere/data.json", "'@/nowhere/data.json' can't be read: [Errno 2]"),
+            ("[" * 100_000, "can't be read"),
+        ],
+    )
+    def test_data_that_is_no_json_is_a_usage_error_that_says_where(self, run, engine, data, said):
+        done = run("add", "send", data)
+
+        assert (done.exit_code, said in done.output) == (2, True), done.output
+        assert task(engine, 1) is None
+
+    def test_a_mark_shows_the_place(self, run):
+        shown = run("add", "send", '{"user_id": seven}').output.splitlines()
+
+        assert shown[-2].index("seven") == shown[-1].index("^")
+
+    @pytest.mark.parametrize(
+        ("arguments", "code", "said"),
+        [
+            (["t", '"\\u0000"'], 1, "jsonb can't hold U+0000"),
+            (["t", "NaN"], 1, "JSON has no nan"),
+            (["", "{}"], 1, "a task's type can't be empty"),
+            (["t", "--priority", "99999"], 1, "priority is a whole number"),
+            (["t", "--delay", "1h", "--at", "2031-05-04T12:00Z"], 1, "not both"),
+            (["t", "--delay", "soon"], 2, "'soon' is no duration: write 90s, 15m"),
+            (["t", "--delay", "1h-5m"], 2, "is no duration"),
+            (["t", "--delay", "9" * 30 + "w"], 2, "longer than the calendar"),
+            (["t", "--at", "tomorrow"], 2, "'tomorrow' is no time: write it as 2031-05-04T12:00Z"),
+            (["t", "--at", "2031-05-04T12:00"], 2, "has no time zone"),
+        ],
+    )
+    def test_what_no_task_can_have_is_refused(self, run, engine, arguments, code, said):
+        done = run("add", *arguments)
+
+        assert (done.exit_code, said in done.output) == (code, True), done.output
+        assert "Traceback" not in done.output
+        assert task(engine, 1) is None
+
+
+class TestList:
+    def rows(self, run, *options: str) -> list[dict]:
+        return [json.loads(line) for line in run("list", "--json", *options).stdout.splitlines()]
+
+    def ids(self, run, *options: str) -> list[int]:
+        return [row["id"] for row in self.rows(run, *options)]
+
+    def test_the_newest_come_first_and_a_page_ends_with_where_the_next_begins(self, run, add):
+        ids = [add() for _ in range(5)]
+
+        assert self.ids(run, "--limit", "3") == ids[:1:-1]
+        assert f"--before {ids[2]}" in run("list", "--limit", "3").stderr
+        assert self.ids(run, "--before", str(ids[2])) == ids[1::-1]
+
+    def test_it_filters(self, run, add):
+        old = add("a", created_at=ago(hours=2))
+        failed = add("a", **FAILED)
+        mail = add("b", queue="mails")
+
+        assert self.ids(run, "--type", "a") == [failed, old]
+        assert self.ids(run, "--state", "failed") == [failed]
+        assert self.ids(run, "--queue", "mails") == [mail]
+        assert self.ids(run, "--since", "1h") == [mail, failed]
+        assert self.ids(run, "--since", ago(hours=3).isoformat()) == [mail, failed, old]
+        assert self.ids(run, "--state", "pending", "--queue", "mails", "--type", "b", "--since", "1h") == [
+            mail
+        ]
+
+    @pytest.mark.parametrize("state", ["pending", "running", "completed", "failed", "cancelled"])
+    def test_it_finds_each_state(self, run, add, state):
+        for each in ("pending", "running", "completed", "failed", "cancelled"):
+            add(state=each)
+
+        assert [row["state"] for row in self.rows(run, "--state", state)] == [state]
+
+    def test_people_see_what_a_task_is_about(self, run, add):
+        add("send", {"user_id": 7}, process_at=ago(minutes=5))
+        add("later", process_at=ago(hours=-3))
+        add("ran", state="completed", completed_at=ago(seconds=30))
+        add("runs", state="running", claimed_at=ago(seconds=10))
+        add("broke", **FAILED, error={"class": "KeyError", "message": "'locale'", "traceback": "…"})
+
+        lines = {line.split()[1]: line for line in run("list").stdout.splitlines()[2:]}
+
+        assert '{"user_id": 7}' in lines["send"]
+        assert "due 5 min ago" in lines["send"]
+        assert "in 3 h" in lines["later"]
+        assert "30 s ago" in lines["ran"]
+        assert "for 1" in lines["runs"]
+        assert "KeyError: 'locale'" in lines["broke"]
+
+    def test_programs_get_data_whole(self, run, add):
+        add("send", {"text": "x" * 1_000})
+
+        (row,) = self.rows(run)
+
+        assert row["data"] == {"text": "x" * 1_000}
+        assert row["created_at"].startswith("20")
+
+    def test_nothing_is_said_of_nothing(self, run):
+        assert run("list").output == "No tasks.\n"
+        assert run("list", "--json").output == ""
+
+    def test_a_search_ends_somewhere_and_says_how_to_go_on(self, run, add, monkeypatch):
+        wanted = add("rare")
+        for _ in range(5):
+            add("common")
+        monkeypatch.setattr(find, "LOOKED_AT", 3)
+        monkeypatch.setattr(listing, "LOOKED_AT", 3)
+        find.find.cache_clear(), find.horizon.cache_clear()
+
+        first = run("list", "--type", "rare", "--json")
+        second = run("list", "--type", "rare", "--json", "--before", "4")
+        find.find.cache_clear(), find.horizon.cache_clear()
+
+        assert (first.stdout, "Looked at 3 tasks: --before 4 looks further" in first.stderr) == ("", True)
+        assert json.loads(second.stdout)["id"] == wanted
+
+    def test_what_a_terminal_would_obey_is_not_sent_to_it(self, run, add):
+        add("evil\x1b[2J[red]:smile:", **FAILED, error={"class": "E", "message": "\x1b]0;title\x07"})
+
+        shown = run("list").output
+
+        assert "\x1b" not in shown
+        assert "[red]:smile:" in shown
+
+    def test_rows_that_python_has_no_value_for_are_listed(self, run, engine):
+        deep = "[" * 3_000 + "]" * 3_000
+        with engine.begin() as connection:
+            connection.execute(
+                sa.text("INSERT INTO apoq_tasks (type, data, process_at) VALUES ('t', :data, 'infinity')"),
+                {"data": deep},
+            )
+
+        assert self.rows(run)[0]["data"] == deep
+        assert "in " in run("list").output
+        assert run("show", "1").exit_code == 0
+
+    @pytest.mark.parametrize(
+        "options",
+        [["--limit", "0"], ["--limit", "x"], ["--state", "lost"], ["--since", "then"], ["--before", "x"]],
+    )
+    def test_nonsense_is_a_usage_error(self, run, options):
+        assert run("list", *options).exit_code == 2
+
+
+class TestShow:
+    def test_people_see_all_that_is_known(self, run, add):
+        task_id = add(
+            "send",
+            {"user_id": 7},
+            **FAILED,
+            priority=3,
+            timeout=timedelta(seconds=30),
+            error={"class": "KeyError", "message": "'locale'", "traceback": "Traceback …\n  File x, line 1"},
+        )
+
+        shown = run("show", str(task_id)).output
+
+        for part in (
+            "send",
+            "failed",
+            '"user_id": 7',
+            "(3 min ago)",
+            "30 s",
+            "1, 1 failed",
+            "KeyError: 'locale'",
+        ):
+            assert part in shown
+        assert "  File x, line 1" in shown
+
+    def test_long_data_is_cut_unless_asked_for_whole(self, run, add):
+        task_id = add("send", list(range(1_000)))
+
+        cut, whole = run("show", str(task_id)).output, run("show", "--full", str(task_id)).output
+
+        assert "more lines: --full shows them" in cut
+        assert "999" not in cut
+        assert "999" in whole
+
+    def test_programs_get_json(self, run, add):
+        told = json.loads(run("show", str(add("send", {"a": [1]})), "--json").output)
+
+        assert (told["type"], told["data"], told["completed_at"]) == ("send", {"a": [1]}, None)
+
+    def test_what_does_not_exist_is_said_to_with_an_exit_code(self, run):
+        done = run("show", "99")
+
+        assert (done.exit_code, done.stdout) == (1, "")
+        assert "there is no task 99" in done.stderr
+
+    @pytest.mark.parametrize("task_id", ["seven", str(2**64)])
+    def test_what_is_no_id_is_a_usage_error(self, run, task_id):
+        assert run("show", task_id).exit_code == 2
+
+
+class TestPrune:
+    @pytest.fixture
+    def ended(self, add) -> dict[str, int]:
+        return {
+            "old": add(state="completed", completed_at=ago(days=2)),
+            "young": add(state="completed", completed_at=ago(minutes=1)),
+            "failed": add(state="failed", failed_at=ago(days=8)),
+            "cancelled": add(queue="mails", state="cancelled", cancelled_at=ago(days=8)),
+            "pending": add(created_at=ago(days=99)),
+        }
+
+    def left(self, engine, ended) -> set[str]:
+        return {name for name, task_id in ended.items() if task(engine, task_id)}
+
+    def test_it_deletes_what_completed_long_ago(self, run, engine, ended):
+        done = run("prune", "--completed-before", "1d")
+
+        assert (done.exit_code, done.output) == (0, "Deleted 1 task.\n")
+        assert self.left(engine, ended) == set(ended) - {"old"}
+
+    def test_it_asks_before_it_deletes_more_than_one(self, run, engine, ended):
+        refused = run("prune", "--completed-before", "1d", "--failed-before", "7d")
+
+        assert refused.exit_code == 2
+        assert "Delete 3 tasks for good?" in refused.output
+        assert self.left(engine, ended) == set(ended)
+
+        assert run("prune", "--completed-before", "1d", "--failed-before", "7d", "--yes").exit_code == 0
+        assert self.left(engine, ended) == {"young", "pending"}
+
+    def test_one_queue_may_be_chosen(self, run, engine, ended):
+        told = run("prune", "--failed-before", "7d", "--queue", "mails", "--json")
+
+        assert json.loads(told.output) == {"deleted": 1}
+        assert self.left(engine, ended) == set(ended) - {"cancelled"}
+
+    def test_it_works_in_bounded_batches(self, run, engine, add, monkeypatch):
+        monkeypatch.setattr(prune, "BATCH", 2)
+        ids = [add(state="completed", completed_at=ago(days=2)) for _ in range(5)]
+
+        done = run("prune", "--completed-before", "1d", "--yes")
+
+        assert done.output == "Deleted 5 tasks.\n"
+        assert not any(task(engine, each) for each in ids)
+
+    def test_where_nothing_is_old_nothing_is_deleted(self, run, ended):
+        assert run("prune", "--completed-before", "5w").output == "Nothing ended that long ago.\n"
+
+    @pytest.mark.parametrize(
+        ("options", "code", "said"),
+        [
+            ([], 2, "what is to be deleted?"),
+            (["--completed-before", "yesterday"], 2, "is no duration"),
+            (["--completed-before", "1d", "--queue", "nowhere"], 1, "there is no queue 'nowhere'"),
+        ],
+    )
+    def test_nonsense_is_refused(self, run, ended, options, code, said):
+        done = run("prune", *options)
+
+        assert (done.exit_code, said in done.output) == (code, True), done.output
+
+
+class TestRetry:
+    def test_a_failed_task_is_pending_again(self, run, engine, add):
+        task_id = add(**FAILED)
+
+        done = run("retry", str(task_id))
+
+        assert (done.exit_code, done.output) == (0, "Retried 1 task.\n")
+        assert (task(engine, task_id).state, task(engine, task_id).fail_count) == ("pending", 0)
+
+    def test_it_asks_before_it_touches_more_than_one(self, run, engine, add):
+        ids = [add(**FAILED), add(**FAILED)]
+
+        refused = run("retry", *map(str, ids))
+
+        assert refused.exit_code == 2
+        assert "Retry 2 tasks?" in refused.output
+        assert [task(engine, each).state for each in ids] == ["failed", "failed"]
+
+        assert run("retry", *map(str, ids), "--yes").output == "Retried 2 tasks.\n"
+        assert [task(engine, each).state for each in ids] == ["pending", "pending"]
+
+    def test_options_choose_in_any_queue(self, run, engine, add):
+        ids = {
+            "wanted": add("send", **FAILED),
+            "elsewhere": add("send", queue="mails", **FAILED),
+            "other type": add("count", **FAILED),
+            "cancelled": add("send", state="cancelled"),
+            "pending": add("send"),
+        }
+
+        run("retry", "--type", "send", "--yes")
+
+        assert {name: task(engine, each).state for name, each in ids.items()} == {
+            "wanted": "pending",
+            "elsewhere": "pending",
+            "other type": "failed",
+            "cancelled": "cancelled",
+            "pending": "pending",
+        }
+
+    def test_another_state_may_be_chosen(self, run, engine, add):
+        failed, cancelled = add(**FAILED), add(state="cancelled")
+
+        run("retry", "--state", "cancelled")
+
+        assert [task(engine, each).state for each in (failed, cancelled)] == ["failed", "pending"]
+
+    def test_many_go_in_several_transactions(self, run, engine, add, monkeypatch):
+        monkeypatch.setattr(selection, "BATCH", 2)
+        ids = [add(**FAILED) for _ in range(5)]
+
+        done = run("retry", "--state", "failed", "--yes")
+
+        assert done.output == "Retried 5 tasks.\n"
+        assert {task(engine, each).state for each in ids} == {"pending"}
+
+    def test_where_none_is_chosen_none_is_retried(self, run):
+        assert run("retry", "--state", "failed").output == "Retried 0 tasks.\n"
+
+
+class TestCancel:
+    def test_a_pending_task_is_cancelled(self, run, engine, add):
+        task_id = add(queue="mails")
+
+        done = run("cancel", str(task_id))
+
+        assert (done.exit_code, done.output) == (0, "Cancelled 1 task.\n")
+        assert task(engine, task_id).state == "cancelled"
+
+    def test_options_choose_what_is_pending_or_running(self, run, engine, add):
+        ids = [add("send"), add("send", state="running"), add("send", state="completed"), add("other")]
+
+        run("cancel", "--type", "send", "--yes")
+
+        assert [task(engine, each).state for each in ids] == [
+            "cancelled",
+            "cancelled",
+            "completed",
+            "pending",
+        ]
+
+
+@pytest.mark.parametrize("name", ["retry", "cancel"])
+class TestRetryAndCancel:
+    def test_what_does_not_exist_is_said_with_an_exit_code(self, run, name):
+        done = run(name, "99")
+
+        assert (done.exit_code, done.stdout) == (1, "")
+        assert "there is no task 99" in done.stderr
+
+    def test_what_can_not_be_changed_is_said_to_and_the_others_are(self, run, engine, add, name):
+        ids = {"pending": add(), "failed": add(**FAILED)}
+        changed, left = ("failed", "pending") if name == "retry" else ("pending", "failed")
+
+        done = run(name, *map(str, ids.values()), "99", "--yes")
+
+        assert done.exit_code == 1
+        assert done.stdout.endswith("ed 1 task.\n")
+        assert f"task {ids[left]} is {left}, and only a task that" in done.stderr
+        assert "there is no task 99" in done.stderr
+        assert task(engine, ids[changed]).state != changed
+
+    @pytest.mark.parametrize(
+        ("arguments", "said"),
+        [
+            ([], "which tasks?"),
+            (["7", "--type", "send"], "not both"),
+            (["seven"], "not a valid integer"),
+            ([str(2**64)], "is not in the range"),
+            (["--state", "lost"], "is not one of"),
+        ],
+    )
+    def test_nonsense_is_a_usage_error(self, run, name, arguments, said):
+        done = run(name, *arguments)
+
+        assert (done.exit_code, said in done.output) == (2, True), done.output
+
+
+COMMANDS = ["add t", "list", "show 7", "retry 7", "cancel 7", "prune --failed-before 1d", "stats"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+class TestTheDatabase:
+    def test_one_without_the_tables_is_said_with_the_cure(self, run, engine, command):
+        done = run(*command.split(), "--schema", "nowhere")
+
+        assert done.exit_code == 4
+        assert "in the schema 'nowhere' are missing" in done.stderr
+        assert "apoq migrate" in done.stderr
+
+    def test_one_that_is_away_is_said_without_the_password(self, run, command):
+        done = run(*command.split(), "--database-url", f"postgresql://app:{SECRET}@127.0.0.1:1/app")
+
+        assert done.exit_code == 3
+        assert "can't be reached" in done.stderr
+        assert (SECRET in done.output, "Traceback" in done.output) == (False, False)
+
+    @pytest.mark.parametrize("url", [f"postgresql://app:{SECRET}@host:port/app", f"mysql://app:{SECRET}@h/a"])
+    def test_a_malformed_url_is_a_usage_error_without_the_password(self, run, command, url):
+        done = run(*command.split(), "--database-url", url)
+
+        assert done.exit_code == 2
+        assert (SECRET in done.output, "Traceback" in done.output) == (False, False)
+
+
+def test_a_schema_of_its_own_does_as_well(run, module_engine):
+    prepare(module_engine, schema="jobs")
+
+    said = [
+        run(*command.split(), "--schema", "jobs")
+        for command in ("add t", "add t", "list", "cancel 1", "retry 1", "show 1", "stats", "doctor")
+    ]
+
+    assert [(done.exit_code, done.exception) for done in said] == [(0, None)] * len(said)
+    assert "pending" in said[5].output
+    assert len(run("list", "--json", "--schema", "jobs").stdout.splitlines()) == 2
+    assert run("list").output == "No tasks.\n"
+
+
+@pytest.mark.parametrize("command", ["add", "retry", "cancel", "prune"])
+def test_an_example_in_a_help_stands_on_lines_of_its_own(run, command):
+    lines = run(command, "--help").output.splitlines()
+
+    assert [line for line in lines if line.startswith(f"      apoq {command} ")]

@@ -1,0 +1,470 @@
+"""``apoq worker``, as a program of its own."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from queue import Queue as Line
+
+import pytest
+import sqlalchemy as sa
+from click.testing import CliRunner
+from sqlalchemy.orm import Session
+
+from apoq import Queue, Task
+from apoq.cli import logs, main
+from apoq.cli.status import line
+from apoq.model import WorkerRow
+from apoq.worker.tally import Tally
+
+APP = """
+import os, sqlalchemy, threading, time
+from apoq import Queue, Worker, database_url
+
+queue = Queue()
+emails = Queue("emails")
+worker = Worker(sqlalchemy.create_engine(database_url(os.environ["DATABASE_URL"])), queue, emails)
+here = set()
+
+def say(task):
+    print("working", task.id, flush=True)
+
+def hold(task):
+    print("holding", task.id, flush=True)
+    threading.Event().wait()
+
+@queue.task
+def typed(word: str) -> None:
+    print("working", word, flush=True)
+
+worker.use("say", say)
+worker.use("hold", hold)
+
+def make():
+    return worker
+
+def number():
+    return 5
+
+def broken():
+    return {}["color"]
+
+def arguments(of, its, own):
+    pass
+"""
+PATIENCE = 30
+
+
+class Program:
+    """A command line that runs, and what it has printed."""
+
+    def __init__(self, *arguments: str, cwd: Path, url: sa.URL) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "apoq", "worker", *arguments],
+            cwd=cwd,
+            env={**os.environ, "DATABASE_URL": url.render_as_string(hide_password=False)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self._lines: Line[str] = Line()
+        self.output = ""
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        for printed in self._process.stdout:
+            self.output += printed
+            self._lines.put(printed)
+        self._lines.put("")
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def wait_for(self, pattern: str) -> str:
+        """Wait until it prints a line in which this is found."""
+        deadline = time.monotonic() + PATIENCE
+        while printed := self._lines.get(timeout=max(0.0, deadline - time.monotonic())):
+            if re.search(pattern, printed):
+                return printed
+        raise AssertionError(f"it has ended without {pattern}:\n{self.output}")
+
+    def signal(self, number: int) -> None:
+        self._process.send_signal(number)
+
+    def end(self) -> int:
+        """Wait for its end; answer the exit code."""
+        return self._process.wait(PATIENCE)
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._reader.join(PATIENCE)  # its children have the same output, and end by themselves
+        self._process.stdout.close()
+
+
+@pytest.fixture
+def start(url, tmp_path) -> Iterator[Callable[..., Program]]:
+    """Start the program, in a folder with an application in it."""
+    (tmp_path / "app.py").write_text(APP)
+    started = []
+
+    def begin(*arguments: str) -> Program:
+        started.append(Program(*arguments, cwd=tmp_path, url=url))
+        return started[-1]
+
+    yield begin
+    for program in started:
+        program.kill()
+
+
+@pytest.fixture
+def add(engine) -> Callable[..., int]:
+    def commit(type_: str, queue: str = "default") -> int:
+        with Session(engine) as session, session.begin():
+            return Queue(queue).add(session, type_).id
+
+    return commit
+
+
+def processes(engine: sa.Engine) -> set[int]:
+    """The workers that have shown themselves."""
+    with engine.connect() as connection:
+        return set(connection.scalars(sa.select(WorkerRow.pid)))
+
+
+def wait_until(is_so: Callable[[], object]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    # A child of ours, or of whoever has adopted it, that nobody has waited for is dead, too.
+    status = Path(f"/proc/{pid}/stat")
+    return not (status.exists() and status.read_text().rpartition(")")[2].split()[0] == "Z")
+
+
+class TestOneProcess:
+    def test_it_works_the_typed_tasks_of_a_queue(self, start, engine):
+        with Session(engine) as session, session.begin():
+            Queue().add(session, "app.typed", {"word": "💖"})
+        program = start("app:queue")
+
+        program.wait_for("working 💖")
+        program.signal(signal.SIGINT)
+
+        assert program.end() == 0
+
+    def test_a_second_signal_ends_it_at_once(self, start, add):
+        add("hold")
+        program = start("app:make")
+        program.wait_for("holding")
+
+        program.signal(signal.SIGINT)
+        wait_until(lambda: program.signal(signal.SIGINT) or program._process.poll() is not None)
+
+        assert program.end() == -signal.SIGINT
+        assert "Traceback" not in program.output
+
+    def test_what_still_runs_after_the_timeout_is_given_back(self, start, add, engine):
+        id_ = add("hold")
+        program = start("app:worker", "--timeout", "0.1")
+        program.wait_for("holding")
+
+        program.signal(signal.SIGTERM)
+
+        assert program.end() == 0
+        with Session(engine) as session:
+            assert (session.get(Task, id_).state, session.get(Task, id_).attempt) == ("pending", 0)
+
+    def test_its_options_adjust_the_worker_and_its_log(self, start, add, engine):
+        left, id_ = add("say"), add("say", "emails")
+        program = start("app:worker", "--queues", "emails", "--concurrency", "7", "--log-format", "json")
+        program.wait_for(f"working {id_}")
+        with Session(engine) as session:
+            row = session.scalars(sa.select(WorkerRow)).one()
+
+        program.signal(signal.SIGTERM)
+        program.end()
+
+        assert (row.queues, row.concurrency) == (["emails"], 7)
+        assert f"working {left}" not in program.output
+        records = [json.loads(line) for line in program.output.splitlines() if line.startswith("{")]
+        assert [record["level"] for record in records] == ["info", "info", "info"]
+
+    def test_missing_tables_are_said_with_the_command_that_makes_them(self, start, engine):
+        with engine.begin() as connection:
+            connection.exec_driver_sql("DROP TABLE apoq_tasks, apoq_workers, apoq_migrations")
+
+        program = start("app:worker")
+
+        assert program.end() == 4
+        program.wait_for("run `apoq migrate`")
+
+
+class TestSeveralProcesses:
+    def test_one_that_dies_is_replaced_and_a_signal_stops_them_all(self, start, engine):
+        program = start("app:worker", "--processes", "2")
+        wait_until(lambda: len(processes(engine)) == 2)
+        victim = min(processes(engine))
+
+        os.kill(victim, signal.SIGKILL)
+
+        program.wait_for(r"worker process \d was killed by SIGKILL; another one starts in 1 s")
+        wait_until(lambda: len(processes(engine) - {victim}) == 2)
+
+        program.signal(signal.SIGTERM)
+
+        assert program.end() == 0
+        assert processes(engine) <= {victim}
+
+    def test_a_signal_that_reaches_all_of_them_is_one_signal(self, start, engine, add):
+        """As systemd sends it."""
+        id_ = add("hold")
+        program = start("app:worker", "--processes", "1", "--timeout", "0.5")
+        program.wait_for("holding")
+        (child,) = processes(engine)
+
+        program.signal(signal.SIGTERM)
+        program.wait_for("stopping 1 worker")
+        os.kill(child, signal.SIGTERM)
+
+        assert program.end() == 0
+        with Session(engine) as session:
+            assert (session.get(Task, id_).state, session.get(Task, id_).attempt) == ("pending", 0)
+
+    def test_a_second_signal_ends_them_all_at_once(self, start, engine, add):
+        add("hold")
+        program = start("app:worker", "--processes", "2")
+        program.wait_for("holding")
+        wait_until(lambda: len(processes(engine)) == 2)
+        children = processes(engine)
+
+        program.signal(signal.SIGTERM)
+        program.wait_for("stopping 2 worker processes")
+        program.signal(signal.SIGTERM)
+
+        assert program.end() == -signal.SIGTERM
+        assert not any(map(is_alive, children))
+
+    def test_they_stop_when_the_supervisor_is_gone(self, start, engine):
+        program = start("app:worker", "--processes", "2")
+        wait_until(lambda: len(processes(engine)) == 2)
+        children = processes(engine)
+
+        program.signal(signal.SIGKILL)
+        program.end()
+
+        wait_until(lambda: not any(map(is_alive, children)))
+        assert processes(engine) == set()
+
+    def test_what_can_not_start_is_said_once(self, start):
+        program = start("app:wroker", "--processes", "4")
+
+        assert program.end() == 2
+        program.wait_for("no 'wroker'; there is queue, emails, worker")
+        assert program.output.count("Error") == 1
+
+
+class TestWhatIsToBeWorked:
+    """What `apoq worker` says where it can't."""
+
+    @pytest.fixture
+    def said(self, tmp_path, monkeypatch, url) -> Callable[..., str]:
+        (tmp_path / "app_of_theirs.py").write_text(APP)
+        (tmp_path / "app_without_color.py").write_text("import app_of_theirs\napp_of_theirs.broken()\n")
+        (tmp_path / "app_without_modules.py").write_text("import no_such_module_of_theirs\n")
+        (tmp_path / "app_that_is_no_python.py").write_text("x = 1\ndef :\n")
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "path", list(sys.path))
+        monkeypatch.setenv("DATABASE_URL", url.render_as_string(hide_password=False))
+
+        def run(*arguments: str) -> str:
+            done = CliRunner().invoke(main, ["worker", *arguments])
+            assert done.exit_code == 2, done.output
+            assert "Traceback" not in done.output
+            return done.output.removeprefix("Error: ").rstrip()
+
+        yield run
+        for name in [name for name in sys.modules if name.startswith("app_")]:
+            del sys.modules[name]
+
+    @pytest.mark.parametrize(
+        ("name", "message"),
+        [
+            ("app_of_theirs", "names no object: write it as module:object"),
+            ("app_of_theirs:", "names no object: write it as module:object"),
+            ("no_such_module:worker", "there is no module 'no_such_module', neither in "),
+            ("app_of_theirs:wroker", "has no 'wroker'; there is queue, emails, worker"),
+            ("app_of_theirs:number", "is of type int, and not a Worker, a Queue, or a function"),
+            ("app_of_theirs:APP.x", "has no 'APP.x'"),
+            ("app_of_theirs:broken", "failed: KeyError: 'color' ("),
+            ("app_of_theirs:arguments", "missing 3 required positional arguments"),
+            ("app_without_color:worker", "can't be imported: KeyError: 'color' ("),
+            ("app_without_modules:worker", "No module named 'no_such_module_of_theirs' ("),
+            ("app_that_is_no_python:worker", "SyntaxError: invalid syntax ("),
+        ],
+    )
+    def test_what_is_wrong_is_said_in_a_line(self, said, name, message):
+        assert message in said(name)
+
+    @pytest.mark.parametrize(
+        ("name", "place"),
+        [
+            ("app_of_theirs:broken", r"app_of_theirs\.py, line 31\)$"),
+            ("app_without_modules:worker", r"app_without_modules\.py, line 1\)$"),
+            ("app_that_is_no_python:worker", r"app_that_is_no_python\.py, line 2\)$"),
+        ],
+    )
+    def test_and_where(self, said, name, place):
+        assert re.search(place, said(name))
+
+    def test_a_task_is_not_its_queue(self, said):
+        assert said("app_of_theirs:typed").endswith("is a task of Queue('default'): give the queue instead")
+
+    def test_a_queue_without_tasks(self, said):
+        assert "nothing to work" in said("app_of_theirs:emails")
+
+    def test_nothing_to_work_is_a_usage_error(self, said):
+        assert "Give module:object" in said()
+
+    def test_a_queue_that_the_worker_has_not(self, said):
+        assert said("app_of_theirs:worker", "--queues", "emials") == (
+            "this worker's queues are default, emails, not emials"
+        )
+
+    @pytest.mark.parametrize("option", ["--concurrency", "--processes"])
+    def test_less_than_one_is_no_number_of_things(self, said, option):
+        assert "not in the range x>=1" in said("app_of_theirs:worker", option, "0")
+
+    def test_a_database_for_a_worker_that_has_one(self, said):
+        assert "app_of_theirs:worker is a Worker, which has its own engine" in said(
+            "app_of_theirs:worker", "--database-url", "postgresql://localhost/other"
+        )
+
+    def test_a_schema_for_a_queue_that_knows_its_own(self, said):
+        assert "Queue(schema=…)" in said("app_of_theirs:queue", "--schema", "jobs")
+
+
+class TestAdjust:
+    def test_an_unknown_queue_is_refused(self, worker):
+        with pytest.raises(ValueError, match="queues are default, not emails"):
+            worker.adjust(queues=["emails"])
+
+    def test_no_queue_is_refused(self, worker):
+        with pytest.raises(ValueError, match="queues are default"):
+            worker.adjust(queues=[])
+
+    def test_it_is_refused_while_the_worker_runs(self, worker):
+        worker.start()
+
+        with pytest.raises(RuntimeError, match="before it starts"):
+            worker.adjust(concurrency=2)
+
+    def test_it_works_only_these_queues(self, make_worker, engine):
+        worker = make_worker(Queue("a"), Queue("b"))
+        worker.use("say", print)
+        with Session(engine) as session, session.begin():
+            Queue("a").add(session, "say")
+            id_ = Queue("b").add(session, "say").id
+
+        worker.adjust(queues=["b"])
+
+        assert worker.work().id == id_
+        assert worker.work() is None
+
+
+class TestTheStatus:
+    def test_a_worker_counts_what_it_did(self, worker, engine):
+        queue = Queue()
+        worker.use("say", lambda task: None)
+        worker.use("write", lambda task: task.session.execute(sa.text("SELECT 1")))
+        worker.use("fail", lambda task: 1 / 0, retry_limit=0)
+        worker.use("retry", lambda task: 1 / 0, retry_delay=lambda _: timedelta(hours=1))
+        with Session(engine) as session, session.begin():
+            for type_ in ("say", "write", "fail", "retry"):
+                queue.add(session, type_)
+
+        while worker.work():
+            pass
+
+        assert worker.tally() == Tally(running=0, completed=2, retried=1, failed=1, cancelled=0)
+
+    def test_and_what_runs_just_now(self, worker, engine):
+        running, end = threading.Event(), threading.Event()
+        worker.use("hold", lambda task: (running.set(), end.wait()))
+        with Session(engine) as session, session.begin():
+            Queue().add(session, "hold")
+
+        worker.start()
+        running.wait(PATIENCE)
+        tally = worker.tally()
+        end.set()
+
+        assert tally == Tally(running=1)
+
+    def test_it_is_a_line_that_fits(self):
+        said = line(Tally(64, 12_345_678, 1_234, 567, 89), 12_345)
+
+        assert said.strip() == (
+            "64 running, 12,345,678 done (12,345/s), 1,234 retried, 567 failed, 89 cancelled"
+        )
+
+    def test_it_leaves_out_what_has_not_happened(self):
+        assert line(Tally(0, 3), 1.4).strip() == "0 running, 3 done (1/s), 0 failed"
+
+
+class TestTheLog:
+    def test_an_applications_own_stays(self, monkeypatch):
+        theirs = logging.NullHandler()
+
+        with monkeypatch.context() as patch:
+            patch.setattr(logging.getLogger(), "handlers", [theirs])
+            logs.set_up(None, None)
+            found = list(logging.getLogger().handlers)
+
+        assert found == [theirs]
+
+    def test_unless_another_is_asked_for(self, monkeypatch):
+        root = logging.getLogger()
+
+        with monkeypatch.context() as patch:
+            patch.setattr(root, "handlers", [logging.NullHandler()])
+            patch.setattr(root, "level", root.level)
+            logs.set_up("json", "warning")
+            ((handler,), level) = root.handlers, root.level
+
+        assert isinstance(handler.formatter, logs.JsonFormatter)
+        assert level == logging.WARNING
+
+    def test_a_record_as_json_has_its_extras_and_its_error(self):
+        try:
+            1 / 0  # noqa: B018
+        except ZeroDivisionError:
+            record = logging.makeLogRecord(
+                {"msg": "a\nb %s", "args": ("💖",), "apoq_task_id": 7, "exc_info": sys.exc_info()}
+            )
+
+        written = logs.JsonFormatter().format(record)
+
+        assert "\n" not in written
+        read = json.loads(written)
+        assert (read["message"], read["apoq_task_id"]) == ("a\nb 💖", 7)
+        assert read["error"].endswith("ZeroDivisionError: division by zero")

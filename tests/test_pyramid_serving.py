@@ -1,0 +1,249 @@
+"""Pyramid applications from ini files: served by real servers, and worked by `apoq worker --pyramid`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pyramid_site
+import pytest
+import sqlalchemy as sa
+from applications.harness import Process, free_port, until
+from click.testing import CliRunner
+from pyramid_site import Base, Note
+from sqlalchemy.orm import Session
+from webtest import TestApp
+
+from apoq import Queue
+from apoq.cli import main
+from apoq.pyramid import Misconfigured, load_worker
+from apoq.pyramid.application import Application
+
+BIN = Path(sys.executable).parent
+
+INI = """
+[app:main]
+use = call:pyramid_site:main
+sqlalchemy.url = {url}
+{settings}
+
+[server:main]
+use = egg:waitress#main
+listen = 127.0.0.1:%(http_port)s
+
+[loggers]
+keys = root
+[handlers]
+keys = console
+[formatters]
+keys = plain
+[logger_root]
+level = INFO
+handlers = console
+[handler_console]
+class = StreamHandler
+args = (sys.stderr,)
+formatter = plain
+[formatter_plain]
+format = as the ini says: %(message)s
+"""
+
+
+@pytest.fixture
+def write_ini(engine, tmp_path) -> Callable[..., Path]:
+    Base.metadata.create_all(engine)
+
+    def write(**settings: str) -> Path:
+        ini = tmp_path / "development.ini"
+        lines = "\n".join(f"apoq.{name} = {value}" for name, value in settings.items())
+        ini.write_text(
+            INI.format(
+                url=engine.url.render_as_string(hide_password=False).replace("%", "%%"), settings=lines
+            )
+        )
+        return ini
+
+    return write
+
+
+@pytest.fixture
+def start(tmp_path) -> Iterator[Callable[..., Process]]:
+    started: list[Process] = []
+
+    def start(*command: object) -> Process:
+        process = Process(
+            [str(BIN / str(command[0])), *map(str, command[1:])],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parent), "PYTHONUNBUFFERED": "1"},
+            log=tmp_path / f"output-{len(started)}.log",
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+
+
+@pytest.fixture
+def serve(start) -> Iterator[Callable[..., httpx.Client]]:
+    """Start a web server by its command, in which ``{port}`` is its port; answer a browser."""
+    with httpx.Client(timeout=30, trust_env=False) as client:
+
+        def serve(*command: object) -> httpx.Client:
+            port = free_port()
+            server = start(*(str(part).format(port=port) for part in command))
+            client.base_url = httpx.URL(f"http://127.0.0.1:{port}")
+            until(lambda: answers(client), what="the server answers", alive=server)
+            return client
+
+        yield serve
+
+
+def answers(client: httpx.Client) -> bool:
+    try:
+        return client.get("/process_id").is_success
+    except httpx.TransportError:
+        return False
+
+
+@pytest.fixture
+def notes(engine) -> Callable[[], list[str]]:
+    def read() -> list[str]:
+        with Session(engine) as session:
+            return sorted(session.scalars(sa.select(Note.text)))
+
+    return read
+
+
+class TestTheWorkerOfAnIniFile:
+    def test_works_its_tasks(self, write_ini, start, notes, engine):
+        worker = start("python", "-m", "apoq", "worker", "--pyramid", write_ini())
+
+        with Session(engine) as session, session.begin():
+            Queue().add(session, "note", {"text": "noted"})
+
+        until(notes, what="the task is worked", alive=worker)
+        assert notes() == ["noted"]
+        assert "as the ini says: <Worker of Queue('default') concurrency=4> has started" in worker.output()
+        worker.interrupt()
+        assert worker.wait() == 0
+
+    def test_is_as_its_settings_say(self, write_ini):
+        ini = write_ini(concurrency="2", queues="emails reports", schema="jobs")
+
+        assert repr(load_worker(str(ini))) == (
+            "<Worker of Queue('emails', schema='jobs'), Queue('reports', schema='jobs') concurrency=2>"
+        )
+
+    @pytest.mark.parametrize(
+        ("text", "says"),
+        [
+            (None, "development.ini: .*No such file or directory"),
+            ("", "development.ini: No section 'main'"),
+            ("[app:main", "development.ini: File contains no section headers"),
+            ("[app:main]\nuse = call:test_pyramid_serving:bare", r"call config.include\(\"apoq.pyramid\"\)"),
+            ("[app:main]\nuse = call:test_pyramid_serving:bare\napoq.concurrency = 2", "call config.include"),
+            ("[app:main]\nuse = call:test_pyramid_serving:conflicting", "Conflicting configuration actions"),
+        ],
+    )
+    def test_a_file_that_can_not_be_used(self, tmp_path, text, says):
+        ini = tmp_path / "development.ini"
+        if text is not None:
+            ini.write_text(text)
+
+        with pytest.raises(Misconfigured, match=says):
+            load_worker(str(ini))
+
+    def test_the_command_says_so_in_one_line(self, tmp_path):
+        ini = tmp_path / "development.ini"
+        ini.write_text("[app:main]\nuse = call:test_pyramid_serving:bare")
+
+        result = CliRunner().invoke(main, ["worker", "--pyramid", str(ini)])
+
+        assert (result.exit_code, result.stdout) == (1, "")
+        assert result.stderr.startswith("Error: this application has nothing of apoq's: call config.include")
+
+
+def bare(_global_config, **settings):
+    from pyramid.config import Configurator
+
+    return Configurator(settings=settings).make_wsgi_app()
+
+
+def conflicting(_global_config, **settings):
+    from pyramid.config import Configurator
+
+    config = Configurator(settings=settings)
+    config.include("apoq.pyramid")
+    config.add_apoq_task(pyramid_site.note, "t")
+    config.add_apoq_task(pyramid_site.note_and_doom, "t")
+    return config.make_wsgi_app()
+
+
+class TestAnEmbeddedWorker:
+    @pytest.fixture
+    def site(self, engine):
+        """An application with an embedded worker, in this process."""
+        Base.metadata.create_all(engine)
+        url = engine.url.render_as_string(hide_password=False)
+        settings = {"sqlalchemy.url": url, "apoq.embedded_worker": "true"}
+        site = pyramid_site.main({}, **settings)
+        yield site
+        Application.of(site.registry).embedded.stop()
+        site.registry["dbsession_factory"].kw["bind"].dispose()
+
+    def test_starts_with_the_first_request(self, site):
+        assert not Application.of(site.registry).embedded.healthy()
+
+        assert TestApp(site).get("/health").text == "healthy"
+
+    def test_there_is_none_unless_asked_for(self, engine):
+        url = engine.url.render_as_string(hide_password=False)
+        site = pyramid_site.main({}, **{"sqlalchemy.url": url})
+
+        assert TestApp(site).get("/health").text == "no worker"
+
+    def test_that_can_not_start_says_so_and_harms_no_request(self, site, engine, caplog):
+        with engine.begin() as connection:
+            connection.exec_driver_sql("DROP TABLE apoq_tasks, apoq_workers, apoq_migrations")
+
+        assert TestApp(site).get("/health").text == "no worker"
+
+        (said,) = [record for record in caplog.records if record.levelname == "CRITICAL"]
+        assert said.getMessage().startswith("the embedded worker has not started: apoq's tables are missing")
+
+    def test_one_in_each_process_of_gunicorn_runs_each_task_once(self, write_ini, serve, notes, engine):
+        ini = write_ini(embedded_worker="true")
+        command = ["gunicorn", "--paste", ini, "--preload", "--workers", "2", "--bind", "127.0.0.1:{port}"]
+        browser = serve(*command)
+        # Begun by the first request that each of them serves.
+        until(lambda: browser.get("/health").text == "healthy" and workers(engine) == 2, what="both work")
+
+        for number in range(20):
+            browser.get("/add", params={"text": f"{number:02}"})
+
+        until(lambda: len(notes()) >= 20, what="all tasks are worked")
+        assert notes() == [f"{number:02}" for number in range(20)]
+
+    def test_a_reload_does_it_no_harm(self, write_ini, serve, notes):
+        ini = write_ini(embedded_worker="true")
+        browser = serve("pserve", "--reload", ini, "http_port={port}")
+        first = browser.get("/process_id").text
+        browser.get("/add", params={"text": "before"})
+        until(lambda: notes() == ["before"], what="the task is worked")
+
+        ini.write_text(ini.read_text() + "\n")
+
+        until(lambda: answers(browser) and browser.get("/process_id").text != first, what="a new process")
+        browser.get("/add", params={"text": "between"})
+        until(lambda: "between" in notes(), what="the task is worked")
+        assert notes() == ["before", "between"]
+
+
+def workers(engine) -> int:
+    with engine.connect() as connection:
+        return connection.exec_driver_sql("SELECT count(*) FROM apoq_workers").scalar_one()

@@ -1,0 +1,113 @@
+"""What an ini file may say to `apoq.pyramid`, and what it is told where it may not."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from pyramid.config import Configurator
+
+from apoq import Queue
+from apoq.pyramid import Misconfigured
+from apoq.pyramid.settings import READERS, Settings
+
+
+def read(**settings) -> Settings:
+    return Settings.read({f"apoq.{name}": value for name, value in settings.items()})
+
+
+def test_none_are_needed():
+    settings = Settings.read({"sqlalchemy.url": "…", "pyramid.includes": "apoq.pyramid"})
+
+    assert (settings, settings.make_queue()) == (Settings(), Queue())
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("concurrency", " 8 ", 8),
+        ("poll_interval", "500 s", timedelta(seconds=500)),
+        ("poll_interval", "0.5", timedelta(seconds=0.5)),
+        ("lease", "1 minute", timedelta(minutes=1)),
+        ("keep_completed", "12h", timedelta(hours=12)),
+        ("keep_completed", "0", timedelta()),
+        ("keep_failed", "7 days", timedelta(days=7)),
+        ("keep_failed", "2 weeks", timedelta(days=14)),
+        ("keep_failed", "forever", None),
+        ("keep_failed", timedelta(days=3), timedelta(days=3)),
+        ("listen_url", "postgres://user:secret@host/db", "postgresql+psycopg://user:secret@host/db"),
+    ],
+)
+def test_the_workers(name, text, value):
+    assert read(**{name: text}).worker == {name: value}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("session", "db", "db"),
+        ("queue", "emails", "emails"),
+        ("queues", "emails reports", ("emails", "reports")),
+        ("queues", "\nemails\nreports", ("emails", "reports")),
+        ("schema", "jobs", "jobs"),
+        ("base_url", "https://example.com/shop/", "https://example.com/shop"),
+        ("embedded_worker", "true", True),
+        ("embedded_worker", "off", False),
+        ("embedded_worker", True, True),
+    ],
+)
+def test_the_others(name, text, value):
+    assert getattr(read(**{name: text}), name) == value
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("concurrency", "many", "is the number of tasks that run at once, 1 or more, not 'many'"),
+        ("concurrency", "0", "1 or more, not '0'"),
+        ("concurrency", True, "1 or more, not True"),
+        ("poll_interval", "soon", "is a time such as 30 s, 10 minutes, 12 h or 7 days, not 'soon'"),
+        ("poll_interval", "5 fortnights", "is a time such as"),
+        ("poll_interval", "0 s", "is longer than nothing, not '0 s'"),
+        ("lease", "-1", "is a time such as"),
+        ("lease", "9" * 30 + " days", "is a time such as"),
+        ("keep_failed", "", "is a time such as"),
+        ("keep_failed", timedelta(-1), "is not negative"),
+        ("embedded_worker", "perhaps", "is true or false, not 'perhaps'"),
+        ("session", "request.dbsession", "is the name of a request's attribute, such as dbsession"),
+        ("session", "", "is the name of a request's attribute"),
+        ("queue", "", "is empty: leave it out, or say what it is"),
+        ("queue", "a\0b", "a queue's name"),
+        ("queues", "", "names no queue: leave it out"),
+        ("queues", "x" * 1000, "a queue's name"),
+        ("schema", "x" * 64, "a schema's name has at most 63 bytes"),
+        ("base_url", "example.com", "is the start of your site's URLs, such as https://example.com"),
+        ("base_url", "//[", "is the start of your site's URLs"),
+        ("listen_url", "postgresql://user:secret@host:port/db", "is a PostgreSQL URL, such as postgresql://"),
+        ("listen_url", "mysql://user:secret@host/db", "is a PostgreSQL URL"),
+        ("listen_url", "user:secret@host", "is a PostgreSQL URL"),
+        ("concurency", "8", "is no setting of apoq's: is it apoq.concurrency?"),
+        ("sqlalchemy.url", "postgresql://", "is no setting of apoq's, which are apoq.session, apoq.queue"),
+    ],
+)
+def test_one_that_makes_no_sense(name, value, says):
+    with pytest.raises(Misconfigured) as raised:
+        read(**{name: value})
+
+    assert str(raised.value).startswith(f"apoq.{name}")
+    assert says in str(raised.value)
+    assert "secret" not in str(raised.value)
+
+
+def test_it_is_said_when_the_application_is_made():
+    config = Configurator(settings={"apoq.concurrency": "many"})
+
+    with pytest.raises(Misconfigured, match=r"apoq\.concurrency is the number of tasks"):
+        config.include("apoq.pyramid")
+
+
+def test_all_of_them_are_documented():
+    page = (Path(__file__).parent.parent / "docs" / "pyramid.md").read_text(encoding="utf-8")
+
+    assert [name for name in READERS if f"`apoq.{name}`" not in page] == []
