@@ -23,7 +23,7 @@ def add(engine, type_: str = "t") -> int:
 
 def states(engine) -> dict[int, str]:
     with engine.connect() as connection:
-        return dict(connection.execute(sa.select(Task.id, Task.state)).tuples().all())
+        return {task.id: task.state for task in connection.execute(sa.select(Task.id, Task.state))}
 
 
 def until(condition) -> None:
