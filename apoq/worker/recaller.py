@@ -39,7 +39,7 @@ class Recaller:
         self._on_lost = on_lost
         self._lock = threading.Lock()
         self._hinted: set[int] = set()
-        self._logged: set[tuple[int, int]] = set()
+        self._logged: set[tuple[str | None, int, int]] = set()
 
     def hint(self, ids: Iterable[int]) -> bool:
         """Remember that these may have been cancelled; tell whether any is here."""
@@ -53,13 +53,13 @@ class Recaller:
         with self._lock:
             hinted, self._hinted = self._hinted, set()
         claimed_before = time.monotonic() - self._interval
-        held = {(row[ID], row[TOKEN]): row for row in self._held()}
-        self._logged &= held.keys()
+        held = self._held()
+        self._logged &= {_key(row) for row in held}
         parts: dict[str | None, dict[tuple[int, int], Claimed]] = {}
-        for key, row in held.items():
+        for row in held:
             batch: Batch = row[-1]
             if batch.claimed_at < claimed_before or row[ID] in hinted:
-                parts.setdefault(batch.from_queue.schema, {})[key] = row
+                parts.setdefault(batch.from_queue.schema, {})[row[ID], row[TOKEN]] = row
         try:
             for schema, rows in parts.items():
                 self._look(schema, rows)
@@ -73,11 +73,16 @@ class Recaller:
             "ids": array_text([id_ for id_, _ in rows]),
             "tokens": array_text([token for _, token in rows]),
         }
-        gone: set[tuple[int, int]] = set(execute(self._engine, lost(schema), parameters))
-        if new := gone - self._logged:
+        gone = [rows[key] for key in execute(self._engine, lost(schema), parameters)]
+        if new := [row for row in gone if _key(row) not in self._logged]:
             logger.info(
                 "these tasks are this worker's no more, and are told to stop: %s",
-                ", ".join(str(id_) for id_, _ in sorted(new)),
+                ", ".join(str(id_) for id_ in sorted(row[ID] for row in new)),
             )
-            self._logged |= new
-        self._on_lost([rows[key] for key in gone])
+            self._logged.update(map(_key, new))
+        self._on_lost(gone)
+
+
+def _key(row: Claimed) -> tuple[str | None, int, int]:
+    batch: Batch = row[-1]
+    return batch.from_queue.schema, row[ID], row[TOKEN]
