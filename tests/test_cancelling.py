@@ -14,6 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 
 from apoq import AsyncRunningTask, InvalidTask, Queue, RunningTask, Task
+from apoq.states import CANCELLED, FINAL, STATES, TRANSITIONS
 
 SOON = 10.0
 """Seconds within which what a test waits for has long happened."""
@@ -77,21 +78,24 @@ class TestInTheCallersTransaction:
     def test_what_does_not_exist_is_not_changed(self, session, queue, change):
         assert getattr(queue, change)(session, 404) is False
 
-    def test_what_has_ended_is_not_cancelled(self, session, queue):
-        task = Task(type="t", state="completed")
-        session.add(task)
-        session.flush()
-
-        assert queue.cancel(session, task) is False
-        assert task.state == "completed"
-
-    @pytest.mark.parametrize("state", ["pending", "running"])
-    def test_what_has_not_ended_is_not_retried(self, session, queue, state):
+    @pytest.mark.parametrize("state", STATES)
+    def test_it_is_cancelled_from_where_the_table_of_states_says(self, session, queue, state):
         task = Task(type="t", state=state)
         session.add(task)
         session.flush()
 
-        assert queue.retry(session, task) is False
+        is_possible = CANCELLED in TRANSITIONS[state]
+        assert queue.cancel(session, task) is is_possible
+        assert task.state == ("cancelled" if is_possible else state)
+
+    @pytest.mark.parametrize("state", STATES)
+    def test_it_is_retried_where_it_has_ended(self, session, queue, state):
+        task = Task(type="t", state=state)
+        session.add(task)
+        session.flush()
+
+        assert queue.retry(session, task) is (state in FINAL)
+        assert task.state == ("pending" if state in FINAL else state)
 
     @pytest.mark.parametrize("state", ["completed", "failed", "cancelled"])
     def test_what_has_ended_is_retried_with_all_its_attempts(self, session, queue, state):
@@ -205,6 +209,8 @@ class TestEveryKindOfSession:
             assert task.state == "cancelled"
             with pytest.raises(InvalidTask, match="another schema"):
                 queue.cancel(session, Task(type="t"))
+            with pytest.raises(InvalidTask, match="another schema"):
+                Queue().retry(session, task)
 
 
 @pytest.mark.parametrize("task", [None, "7", True, 2**63, 1.0], ids=repr)
