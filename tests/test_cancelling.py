@@ -10,8 +10,10 @@ from typing import Any
 import psycopg
 import pytest
 import sqlalchemy as sa
+import transaction
+import zope.sqlalchemy
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, sessionmaker
 
 from apoq import AsyncRunningTask, InvalidTask, Queue, RunningTask, Task
 from apoq.states import CANCELLED, FINAL, STATES, TRANSITIONS
@@ -129,6 +131,35 @@ class TestInTheCallersTransaction:
 
         assert getattr(Queue(), change)(session, task) is False
         assert getattr(Queue("emails"), change)(session, task) is True
+
+    @pytest.mark.parametrize("change", ["cancel", "retry"])
+    def test_it_is_one_statement_and_nothing_else(self, engine, change):
+        task_id = add(engine)
+        if change == "retry":
+            cancel(engine, task_id)
+        sent: list[str] = []
+        with engine.connect() as connection:
+            sa.event.listen(engine, "before_cursor_execute", lambda *args: sent.append(args[2]))
+            sa.event.listen(engine, "savepoint", lambda *args: sent.append("SAVEPOINT"))
+            sa.event.listen(engine, "commit", lambda *args: sent.append("COMMIT"))
+            assert getattr(Queue(), change)(connection, task_id) is True
+
+        (statement,) = sent
+        assert statement.startswith("UPDATE apoq_tasks")
+        assert "notify" not in statement
+
+    @pytest.mark.parametrize("change", ["cancel", "retry"])
+    def test_a_session_that_zope_commits_is_committed_though_it_does_nothing_else(self, engine, change):
+        task_id = add(engine)
+        if change == "retry":
+            cancel(engine, task_id)
+        session = sessionmaker(engine)()
+        zope.sqlalchemy.register(session)
+
+        with transaction.manager:
+            getattr(Queue(), change)(session, task_id)
+
+        assert load(engine, task_id).state == ("cancelled" if change == "cancel" else "pending")
 
 
 class TestTheTaskInTheSession:
