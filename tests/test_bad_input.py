@@ -571,7 +571,11 @@ class TestProcessors:
         with pytest.raises(InvalidProcessor, match="retry_limit is a number of retries, 0 or more, not "):
             worker.use("t", nothing, retry_limit=retry_limit)
 
-    @pytest.mark.parametrize("retry_delay", [30, timedelta(seconds=30), "30", None, asyncio.sleep], ids=repr)
+    @pytest.mark.parametrize(
+        "retry_delay",
+        [30, timedelta(seconds=30), "30", None, asyncio.sleep],
+        ids=lambda value: getattr(value, "__name__", repr(value)),
+    )
     def test_a_retry_delay_is_a_function(self, worker, retry_delay):
         with pytest.raises(InvalidProcessor, match="give `lambda fail_count: 30`"):
             worker.use("t", nothing, retry_delay=retry_delay)
