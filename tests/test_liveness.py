@@ -7,6 +7,7 @@ import sys
 import textwrap
 import threading
 import time
+from collections.abc import Iterator
 from datetime import timedelta
 
 import pytest
@@ -26,9 +27,9 @@ def until(condition, timeout: float = SOON) -> None:
         time.sleep(0.02)
 
 
-def add(engine, data=None) -> int:
+def add(engine, type_: str = "t") -> int:
     with Session(engine) as session, session.begin():
-        return Queue().add(session, "t", data).id
+        return Queue().add(session, type_).id
 
 
 def load(engine) -> Task:
@@ -100,6 +101,40 @@ class TestTheHeartbeat:
         stopping.join(SOON)
 
         assert load(engine).state == "completed"
+
+
+class TestAnEndedLease:
+    """Others may have the tasks; here it has not begun, which is the same."""
+
+    @pytest.fixture
+    def ran(self, worker) -> Iterator[list[int]]:
+        ran: list[int] = []
+
+        async def coroutine(task: AsyncRunningTask) -> None:
+            ran.append(task.id)
+
+        worker.use("t", lambda task: ran.append(task.id))
+        worker.use("coroutine", coroutine)
+        yield ran
+        worker._coroutines.stop()
+        worker._slots.stop()
+        worker._own_engine.dispose()
+
+    def test_claims_nothing(self, engine, worker, ran):
+        add(engine)
+
+        worker._claimer.turn()
+
+        assert load(engine).token == 0
+
+    @pytest.mark.parametrize("type_", ["t", "coroutine"])
+    def test_begins_nothing_and_what_was_claimed_is_given_back(self, engine, worker, ran, type_):
+        add(engine, type_=type_)
+
+        worker._slots.put(worker._claimer.claim(1, 1))
+        until(lambda: worker._settler.turn() or load(engine).state == "pending")
+
+        assert (load(engine).token, load(engine).attempt, ran) == (1, 0, [])
 
 
 def test_a_worker_whose_lease_has_ended_completes_nothing(engine, worker):
