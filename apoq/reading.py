@@ -10,7 +10,8 @@ import json
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from psycopg import Connection, DataError
+from psycopg import DataError
+from psycopg.abc import AdaptContext
 from psycopg.types.datetime import TimestamptzLoader
 from psycopg.types.json import set_json_loads
 
@@ -24,10 +25,10 @@ class UnreadableData(ValueError):
     """A task's data is nested too deep for Python, or has a number of too many digits."""
 
 
-def read_anything(connection: Connection[Any]) -> None:
-    """Let a connection read any row that PostgreSQL can hold."""
-    connection.adapters.register_loader("timestamptz", _AnyTime)
-    set_json_loads(_load_json, connection)
+def read_anything(reader: AdaptContext) -> None:
+    """Let a connection, or a cursor, read any row that PostgreSQL can hold."""
+    reader.adapters.register_loader("timestamptz", _AnyTime)
+    set_json_loads(_load_json, reader)
 
 
 def read_json(text: str) -> Any:

@@ -6,7 +6,7 @@ Operations are written once, against `Caller`; the asyncio kinds are derived fro
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
 from typing import Any, Final, Protocol, TypeVar, cast
 
@@ -29,6 +29,7 @@ from apoq.databases import check_dialect
 from apoq.errors import NotPrepared, UnsupportedSession
 from apoq.hints import hint_after_connection_commit, hint_after_session_commit
 from apoq.model import Task
+from apoq.reading import read_anything
 from apoq.statements.hint import Hint
 
 SyncSession = Session | scoped_session[Any] | Connection | psycopg.Connection[Any]
@@ -104,7 +105,7 @@ def through(
         f"{type(session).__qualname__}: "
         "`with Session(engine) as session, session.begin(): queue.add(session, …)`. It may be SQLAlchemy's "
         "Session, scoped_session, AsyncSession, Connection or AsyncConnection, or psycopg 3's Connection or "
-        "AsyncConnection"
+        "AsyncConnection. In Django that is `connection.connection`, inside `transaction.atomic()`"
     )
 
 
@@ -171,21 +172,26 @@ class _CoreConnection:
 
 
 class _PsycopgConnection:
+    # With cursors of a kind that we know, whatever the connection makes: Django's answer jsonb as text, and
+    # a RawCursor takes no named parameters.
+
     def __init__(self, connection: psycopg.Connection[Any]) -> None:
         self._connection = connection
 
     def execute(self, statement: Executable, parameters: dict[str, Any]) -> Sequence[Row]:
-        with _clear_errors(statement), self._connection.cursor(row_factory=dict_row) as cursor:
-            cursor.execute(*_compiled(statement, parameters))
+        with _clear_errors(statement), psycopg.Cursor(self._connection, row_factory=dict_row) as cursor:
+            read_anything(cursor)
+            # In a pipeline, another one around it waits for the answer.
+            with self._connection.pipeline() if self._is_in_pipeline() else nullcontext():
+                cursor.execute(*_compiled(statement, parameters))
             return cursor.fetchall() if cursor.description else ()
 
     @contextmanager
     def driver(self) -> Iterator[Driver | None]:
-        # COPY isn't possible in a pipeline.
-        yield self if self._connection.pgconn.pipeline_status == PipelineStatus.OFF else None
+        yield None if self._is_in_pipeline() else self  # in a pipeline there can be no COPY
 
     def copy(self, statement: Composed, lines: Iterator[str]) -> None:
-        with self._connection.cursor() as cursor, cursor.copy(statement) as copy:
+        with psycopg.Cursor(self._connection) as cursor, cursor.copy(statement) as copy:
             while chunk := "".join(islice(lines, LINES)):
                 copy.write(chunk)
 
@@ -198,6 +204,9 @@ class _PsycopgConnection:
     def hint(self, hint: Hint) -> None:
         """Give none: psycopg doesn't tell of its commits. Workers find the task when they look next."""
 
+    def _is_in_pipeline(self) -> bool:
+        return self._connection.pgconn.pipeline_status != PipelineStatus.OFF
+
 
 class _AsyncPsycopgConnection(_PsycopgConnection):
     def __init__(self, connection: psycopg.AsyncConnection[Any]) -> None:
@@ -208,15 +217,17 @@ class _AsyncPsycopgConnection(_PsycopgConnection):
 
     async def _execute(self, statement: Executable, parameters: dict[str, Any]) -> Sequence[Row]:
         with _clear_errors(statement):
-            async with self._connection.cursor(row_factory=dict_row) as cursor:
-                await cursor.execute(*_compiled(statement, parameters))
+            async with psycopg.AsyncCursor(self._connection, row_factory=dict_row) as cursor:
+                read_anything(cursor)
+                async with self._connection.pipeline() if self._is_in_pipeline() else nullcontext():
+                    await cursor.execute(*_compiled(statement, parameters))
                 return await cursor.fetchall() if cursor.description else ()
 
     def copy(self, statement: Composed, lines: Iterator[str]) -> None:
         await_only(self._copy(statement, lines))
 
     async def _copy(self, statement: Composed, lines: Iterator[str]) -> None:
-        async with self._connection.cursor() as cursor, cursor.copy(statement) as copy:
+        async with psycopg.AsyncCursor(self._connection) as cursor, cursor.copy(statement) as copy:
             while chunk := "".join(islice(lines, LINES)):
                 await copy.write(chunk)
 

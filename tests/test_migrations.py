@@ -992,3 +992,29 @@ class TestTheWheel:
         succeed(installed, "-I", "-c", program, cwd=tmp_path, DATABASE_URL=dsn(empty_url))
 
         assert everything(empty_url) == prepared
+
+
+class TestSQL:
+    """For histories that aren't Alembic's."""
+
+    def test_version_by_version_it_makes_what_prepare_makes(self, empty_url, prepared):
+        for number in range(1, LATEST + 1):
+            execute(empty_url, apoq.migrations.upgrade_sql(version=number))
+
+        assert everything(empty_url) == prepared
+
+    def test_it_takes_down_what_it_made(self, empty_url):
+        execute(empty_url, apoq.migrations.upgrade_sql(version=1))
+
+        execute(empty_url, apoq.migrations.downgrade_sql(version=0))
+
+        assert tables(empty_url) == set()
+
+    def test_it_makes_them_in_a_schema(self, empty_url):
+        execute(empty_url, apoq.migrations.upgrade_sql(version=1, schema="jobs"))
+
+        assert tables(empty_url, "jobs") == TABLES
+
+    def test_a_version_that_this_library_does_not_know_is_refused(self):
+        with pytest.raises(NotPrepared, match="install the apoq that does"):
+            apoq.migrations.upgrade_sql(version=LATEST + 1)

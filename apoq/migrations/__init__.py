@@ -1,13 +1,14 @@
 """Versions of apoq's tables, applied through Alembic's `Operations`.
 
-Three ways lead to the same tables: ``alembic upgrade head`` in apoq's own repository, `prepare` in a program,
-and `upgrade` in a revision of your own project's history.
+Four ways lead to the same tables: ``alembic upgrade head`` in apoq's own repository, `prepare` in a program,
+`upgrade` in a revision of your own project's history, and `upgrade_sql` where that isn't Alembic's.
 """
 
 from __future__ import annotations
 
 from apoq.migrations.differences import differences
 from apoq.migrations.prepare import check, prepare
+from apoq.migrations.sql import downgrade_sql, upgrade_sql
 from apoq.migrations.steps import (
     LATEST,
     VERSION_TABLE,
@@ -27,8 +28,10 @@ __all__ = [
     "current",
     "differences",
     "downgrade",
+    "downgrade_sql",
     "include_object",
     "lock",
     "prepare",
     "upgrade",
+    "upgrade_sql",
 ]

@@ -57,7 +57,7 @@ def wheel(tmp_path_factory) -> Path:
     return next(folder.glob("*.whl"))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # else the mails of another application would be in it
 def mailbox() -> Iterator[Mailbox]:
     mailbox = Mailbox()
     mailbox.start()

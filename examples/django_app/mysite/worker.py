@@ -1,0 +1,40 @@
+"""What `apoq worker mysite.worker:worker` runs."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import django
+from sqlalchemy import URL, create_engine
+
+os.environ.setdefault("DJANGO_SETTINGS_MODULE", "mysite.settings")
+django.setup()
+
+# Only now, for these import models.
+from django.conf import settings  # noqa: E402
+from django.db import close_old_connections  # noqa: E402
+from signup.tasks import queue  # noqa: E402
+
+from apoq import RunningTask, Worker  # noqa: E402
+
+
+@contextmanager
+def fresh_connections(_task: RunningTask) -> Iterator[None]:
+    """Do around each task what Django does around a request."""
+    close_old_connections()
+    try:
+        yield
+    finally:
+        close_old_connections()
+
+
+database = settings.DATABASES["default"]
+url = URL.create(
+    "postgresql+psycopg",
+    username=database["USER"] or None,
+    password=database["PASSWORD"] or None,
+    host=database["HOST"] or None,
+    port=database["PORT"] or None,
+    database=database["NAME"],
+)
+worker = Worker(create_engine(url), queue, around=fresh_connections)
