@@ -949,6 +949,8 @@ ODD_ROWS = {
     "timeout below zero": "(timeout) VALUES ('-1 hour')",
     "endless timeout": "(timeout) VALUES ('178000000 years')",
     "no type": "(type) VALUES ('')",
+    "attempts beyond counting": "(attempt) VALUES (2147483647)",
+    "failures beyond counting": "(fail_count) VALUES (2147483647)",
     "due never": "(process_at) VALUES ('infinity')",
     "due after Python's last year": "(process_at) VALUES ('20000-01-01')",
 }

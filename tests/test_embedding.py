@@ -702,3 +702,19 @@ def test_under_flasks_reloader_two_workers_run_and_change_places(engine, serve, 
     assert outcomes(engine) == {("completed", 1, 0)}
     assert ledger(engine)[0] == ledger(engine)[1] == rows(engine, "SELECT count(*) FROM apoq_tasks")[0][0]
     assert "Traceback" not in server.said
+
+
+def test_it_works_where_no_process_can_fork():
+    """As on Windows."""
+    told = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import os; del os.fork, os.register_at_fork; import apoq; print(apoq.Worker.__name__)",
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert (told.stdout, told.stderr) == ("Worker\n", "")
