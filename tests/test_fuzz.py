@@ -245,9 +245,9 @@ def received(engine) -> Iterator[Callable[[], dict[int, Any]]]:
             pass
         return dict(found)
 
-    worker._enlist()  # so that each of the tasks doesn't find new connections and a heartbeat of its own
+    worker._life.enlist()  # so that each of the tasks doesn't find new connections and a heartbeat of its own
     yield work
-    worker._discharge()
+    worker._life.discharge()
 
 
 @pytest.fixture(scope="module")
