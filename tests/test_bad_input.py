@@ -646,7 +646,7 @@ class TestWorkers:
         with pytest.raises(NotPrepared):
             getattr(worker, act)()
 
-        assert worker._own_engine.pool.checkedin() == 0
+        assert worker._life.parts.engine.pool.checkedin() == 0
         engine.dispose()
 
     def test_it_starts_once_the_tables_are_there(self, empty_url, queue):

@@ -186,7 +186,7 @@ class TestFork:
             assert entered.wait(30)
             stopping = threading.Thread(target=worker.stop)
             stopping.start()
-            until(lambda: not worker._lock.acquire(blocking=False))
+            until(lambda: not worker._life._lock.acquire(blocking=False))
             if (child := os.fork()) == 0:
                 worker.stop()
                 add()
@@ -342,7 +342,7 @@ class TestThreads:
         assert entered.wait(SOON)
         stopper = threading.Thread(target=worker.stop, args=(10,))  # it would give the task back then
         stopper.start()
-        until(lambda: not worker._lock.acquire(blocking=False))
+        until(lambda: not worker._life._lock.acquire(blocking=False))
         stopping.set()
         stopper.join(SOON)
 

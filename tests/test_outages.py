@@ -202,8 +202,8 @@ def test_a_lapsed_worker_claims_nothing_and_starts_nothing(engine, queue, make_w
     first = add(engine, queue)
     until(lambda: ran == [first])
     # As if the whole process had been frozen.
-    worker._heartbeat.lease.ends_at = time.monotonic() - 1
-    worker._beating.stop()
+    worker._life.parts.heartbeat.lease.ends_at = time.monotonic() - 1
+    worker._life._beating.stop()
     may_end.set()
     second = add(engine, queue)
     time.sleep(0.5)
@@ -211,7 +211,7 @@ def test_a_lapsed_worker_claims_nothing_and_starts_nothing(engine, queue, make_w
     assert ran == [first]
     assert not worker.healthy()
 
-    worker._heartbeat.turn()
+    worker._life.parts.heartbeat.turn()
     until(lambda: ran == [first, second])
 
 
@@ -270,12 +270,12 @@ def test_a_migration_that_locks_the_tasks_does_not_cost_the_worker_its_lease(eng
     worker = make_worker(lease=timedelta(seconds=3))
     worker.use("t", lambda task: None)
     worker.start()
-    until(lambda: worker._heartbeat.lease.is_steady)
+    until(lambda: worker._life.parts.heartbeat.lease.is_steady)
     with engine.begin() as connection:
         connection.execute(sa.text("LOCK apoq_tasks"))
         deadline = time.monotonic() + 5
         while time.monotonic() < deadline:
-            assert worker._heartbeat.lease.is_held
+            assert worker._life.parts.heartbeat.lease.is_held
             time.sleep(0.05)
 
 
