@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import flask
@@ -781,13 +779,10 @@ class TestCommands:
         assert "apoq's tables are missing" in result.output
 
 
-def test_its_documentation_runs(empty_url, monkeypatch, capsys):
-    page = Path(__file__).parent.parent / "docs" / "flask.md"
-    code = "\n".join(re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL))
+def test_its_documentation_runs(empty_url, monkeypatch, capsys, run_page):
     monkeypatch.setenv("DATABASE_URL", empty_url.render_as_string(hide_password=False))
 
-    namespace: dict[str, Any] = {"__name__": "app"}
-    exec(compile(code, "docs/flask.md", "exec", dont_inherit=True), namespace)
+    namespace = run_page("flask.md", "app")
 
     assert capsys.readouterr().out == "📧 welcome, ada@example.org\n"
     with namespace["app"].app_context():
