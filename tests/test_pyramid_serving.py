@@ -97,17 +97,18 @@ def serve(start) -> Iterator[Callable[..., httpx.Client]]:
             port = free_port()
             server = start(*(str(part).format(port=port) for part in command))
             client.base_url = httpx.URL(f"http://127.0.0.1:{port}")
-            until(lambda: answers(client), what="the server answers", alive=server)
+            until(lambda: process_id(client), what="the server answers", alive=server)
             return client
 
         yield serve
 
 
-def answers(client: httpx.Client) -> bool:
+def process_id(client: httpx.Client) -> str | None:
+    """Answer which process serves; None while none does."""
     try:
-        return client.get("/process_id").is_success
-    except httpx.TransportError:
-        return False
+        return client.get("/process_id").raise_for_status().text
+    except httpx.HTTPError:
+        return None
 
 
 @pytest.fixture
@@ -244,7 +245,7 @@ class TestAnEmbeddedWorker:
 
         ini.write_text(ini.read_text() + "\n")
 
-        until(lambda: answers(browser) and browser.get("/process_id").text != first, what="a new process")
+        until(lambda: process_id(browser) not in (None, first), what="a new process")
         browser.get("/add", params={"text": "between"})
         until(lambda: "between" in notes(), what="the task is worked")
         assert notes() == ["before", "between"]
