@@ -201,7 +201,7 @@ class TestList:
     def test_people_see_what_a_task_is_about(self, run, add):
         add("send", {"user_id": 7}, process_at=ago(minutes=5))
         add("later", process_at=ago(hours=-3))
-        add("ran", state="completed", completed_at=ago(seconds=30))
+        add("ran", state="completed", completed_at=ago(minutes=30))
         add("runs", state="running", claimed_at=ago(seconds=10))
         add("broke", **has_failed(), error={"class": "KeyError", "message": "'locale'", "traceback": "…"})
 
@@ -210,7 +210,7 @@ class TestList:
         assert '{"user_id": 7}' in lines["send"]
         assert "due 5 min ago" in lines["send"]
         assert "in 3 h" in lines["later"]
-        assert "30 s ago" in lines["ran"]
+        assert "30 min ago" in lines["ran"]
         assert "for 1" in lines["runs"]
         assert "KeyError: 'locale'" in lines["broke"]
 
