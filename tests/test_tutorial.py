@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pages
+import pytest
 import sqlalchemy as sa
 
 from apoq import Task
@@ -21,6 +22,7 @@ BEFORE = re.compile(r"python3 -m venv|pip install|export DATABASE_URL|python -c 
 """What the tests have done already."""
 
 
+@pytest.mark.slow
 def test_it_leads_where_it_says(empty_url, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DATABASE_URL", empty_url.render_as_string(hide_password=False))
