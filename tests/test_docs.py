@@ -25,6 +25,7 @@ ELSEWHERE = {
     "flask.md": "test_flask.py",
     "pyramid.md": "test_pyramid.py",
     "testing.md": "test_testing_docs.py",
+    "tutorial.md": "test_tutorial.py",
     "typed-tasks.md": "test_typed.py",
 }
 """Pages that want more than `engine` and the like, or after which something is to be looked at."""
@@ -82,7 +83,7 @@ def test_it_links_to_nothing_outside_of_the_docs(page):
 
 def test_the_reference_has_all_that_is_public():
     text = (DOCS / "reference.md").read_text(encoding="utf-8")
-    shown = set(re.findall(r"^::: apoq\.(\w+)$", text, re.MULTILINE))
+    shown = set(re.findall(r"^::: apoq\.(?:.+\.)?(\w+)$", text, re.MULTILINE))
 
     assert set(apoq.__all__) <= shown
 
