@@ -19,13 +19,11 @@ NAMES: Final = (COMPLETED, FAILED, RETRIED)
 class Events:
     """The events of one worker, and who listens to them.
 
-    ============== ================ ============================================================
-    event          listener gets    emitted
-    ============== ================ ============================================================
-    task.completed ``task``         after the completion has committed
-    task.failed    ``task, error``  after a final failure has committed
-    task.retried   ``task, error``  after a failure that will be tried again has committed
-    ============== ================ ============================================================
+    | event            | the listener gets | when                                             |
+    |------------------|-------------------|--------------------------------------------------|
+    | `task.completed` | `task`            | the completion has committed                     |
+    | `task.failed`    | `task`, `error`   | a final failure has committed                    |
+    | `task.retried`   | `task`, `error`   | a failure that will be tried again has committed |
 
     `task` is a `Task` as it stands in the database, in no session. Listeners run on the worker's
     threads, one after the other: keep them short. One that raises is logged and hurts nothing.

@@ -37,8 +37,6 @@ class lifespan(AbstractAsyncContextManager[None]):  # noqa: N801 - called as if 
 
     Either all of the application's lifespan, or a part of it:
 
-    .. code-block:: python
-
         app = FastAPI(lifespan=apoq.fastapi.lifespan(worker))
 
         @asynccontextmanager
@@ -88,8 +86,6 @@ class lifespan(AbstractAsyncContextManager[None]):  # noqa: N801 - called as if 
 
 def transaction(make_session: async_sessionmaker[Any] | sessionmaker[Any]) -> Any:
     """Make the dependency that gives a FastAPI route a session, in a transaction of the request's own.
-
-    .. code-block:: python
 
         SessionDep = Annotated[AsyncSession, transaction(async_sessionmaker(engine))]
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import uuid
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
 
+import pages
 import pytest
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
@@ -126,6 +130,21 @@ def session(shared_engine) -> Iterator[Session]:
     with Session(shared_engine) as session:
         yield session
         session.rollback()
+
+
+@pytest.fixture
+def run_page(monkeypatch) -> Callable[..., dict[str, Any]]:
+    """Run the code of a page of `docs/` as a module that has what is given; answer the module's namespace."""
+
+    def run(page: str, module_name: str = "page", **given: Any) -> dict[str, Any]:
+        module = ModuleType(module_name)
+        vars(module).update(given)
+        # Where dataclasses and the like look for it.
+        monkeypatch.setitem(sys.modules, module_name, module)
+        pages.run(pages.DOCS / page, module)
+        return vars(module)
+
+    return run
 
 
 @pytest.fixture

@@ -331,8 +331,8 @@ class TestARunningTask:
         with Session(engine) as session:
             Queue().cancel(session, task_id)
             session.rollback()
-        looked = worker._recaller._look
-        worker._recaller._look = lambda *args: (looked(*args), go_on.set())
+        looked = worker._life.parts.recaller._look
+        worker._life.parts.recaller._look = lambda *args: (looked(*args), go_on.set())
 
         until(lambda: load(engine, task_id).state == "completed")
         assert told == [False]
@@ -386,7 +386,7 @@ class TestARunningTask:
 
         worker = make_worker(concurrency=1, lease=timedelta(seconds=LONG))
         worker.use("t", process)
-        worker._slots.run_time = 0.001  # so that it claims ahead
+        worker._life.parts.slots.run_time = 0.001  # so that it claims ahead
         first, second = add(engine), add(engine)
         worker.start()
         assert begun.wait(SOON)
@@ -394,7 +394,7 @@ class TestARunningTask:
 
         assert cancel(engine, second) is True
 
-        until(lambda: second not in {row[0] for row in worker._claimer.held.values()})
+        until(lambda: second not in {row[0] for row in worker._life.parts.claimer.held.values()})
         go_on.set()
         until(lambda: load(engine, first).state == "completed")
         worker.stop()

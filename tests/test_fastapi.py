@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
-import re
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -446,12 +444,9 @@ def _site(path: str, engine: sa.Engine, async_engine: AsyncEngine) -> Site:
     return Site(async_engine, transaction(async_sessionmaker(async_engine)))
 
 
-def test_its_documentation_runs(empty_url, monkeypatch, capsys):
-    page = Path(__file__).parent.parent / "docs" / "fastapi.md"
-    code = "\n".join(re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL))
+def test_its_documentation_runs(empty_url, monkeypatch, capsys, run_page):
     monkeypatch.setenv("DATABASE_URL", empty_url.render_as_string(hide_password=False))
-    main: dict[str, Any] = {"__name__": "main"}
-    exec(compile(code, "docs/fastapi.md", "exec", dont_inherit=True), main)
+    main = run_page("fastapi.md", "main")
 
     async def run() -> None:
         done = asyncio.Event()

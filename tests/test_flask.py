@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import flask
@@ -670,9 +668,11 @@ class TestSettings:
     def test_durations_may_be_in_seconds(self):
         settings = self.read(APOQ_LEASE=3, APOQ_KEEP_FAILED=None, APOQ_KEEP_COMPLETED=timedelta(1)).settings
 
-        assert settings.lease == timedelta(seconds=3)
-        assert settings.keep_failed is None
-        assert settings.keep_completed == timedelta(days=1)
+        assert settings.worker == {
+            "lease": timedelta(seconds=3),
+            "keep_failed": None,
+            "keep_completed": timedelta(days=1),
+        }
 
     def test_the_environment_may_say_them(self, monkeypatch):
         monkeypatch.setenv("FLASK_APOQ_CONCURRENCY", "8")
@@ -682,7 +682,7 @@ class TestSettings:
         Apoq(app)
 
         settings = app.extensions["apoq"].settings
-        assert (settings.concurrency, settings.embedded_worker) == (8, True)
+        assert (settings.worker, settings.embedded_worker) == ({"concurrency": 8}, True)
 
     def test_what_is_no_duration_is_named(self):
         with pytest.raises(TypeError, match="APOQ_LEASE is a number of seconds or a timedelta, not '3 s'"):
@@ -779,13 +779,10 @@ class TestCommands:
         assert "apoq's tables are missing" in result.output
 
 
-def test_its_documentation_runs(empty_url, monkeypatch, capsys):
-    page = Path(__file__).parent.parent / "docs" / "flask.md"
-    code = "\n".join(re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL))
+def test_its_documentation_runs(empty_url, monkeypatch, capsys, run_page):
     monkeypatch.setenv("DATABASE_URL", empty_url.render_as_string(hide_password=False))
 
-    namespace: dict[str, Any] = {"__name__": "app"}
-    exec(compile(code, "docs/flask.md", "exec", dont_inherit=True), namespace)
+    namespace = run_page("flask.md", "app")
 
     assert capsys.readouterr().out == "📧 welcome, ada@example.org\n"
     with namespace["app"].app_context():

@@ -103,9 +103,9 @@ def test_who_cancels_two_that_are_being_settled_is_never_told_of_a_deadlock(engi
 def test_a_worker_that_stops_meanwhile_settles_the_others_and_says_what_it_leaves(
     engine, queue, running, caplog, monkeypatch
 ):
-    from apoq.worker import worker as module
+    from apoq.worker import parts
 
-    monkeypatch.setattr(module, "PATIENCE", 0.5)
+    monkeypatch.setattr(parts, "PATIENCE", 0.5)
     worker, task_ids, go_on = running
     with Session(engine) as session:
         queue.cancel(session, task_ids[0])
@@ -128,7 +128,7 @@ def test_work_waits_for_it(engine, queue, worker):
         add(engine)
 
         def roll_back() -> None:
-            until(lambda: worker._settler._put_off)
+            until(lambda: worker._life.parts.settler._put_off)
             session.rollback()
 
         thread = threading.Thread(target=roll_back)

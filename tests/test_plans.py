@@ -8,8 +8,8 @@ from datetime import timedelta
 
 import pytest
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql
 
+from apoq import Task
 from apoq.cli.looking import SETTINGS
 from apoq.connections import SESSION
 from apoq.sessions import _compiled
@@ -217,6 +217,13 @@ def test_so_does_a_plan_that_was_made_for_any_parameters(million, statement, par
     assert "Seq Scan" not in {node["Node Type"] for node in nodes(plan) if "apoq_tasks" in node.values()}
 
 
+def test_each_index_is_needed():
+    """By something that the workers do again and again, or it would not be worth its writes."""
+    needed = set().union(*(parameter.values[2] for parameter in STATEMENTS))
+
+    assert needed == {"apoq_tasks_pkey", *(index.name for index in Task.__table__.indexes)}
+
+
 def test_a_claim_reads_few_pages_however_many_rows_are_in_front(million):
     """Those in the future and of a higher priority cost one look into the index."""
     sql, values = _compiled(claim(None), {**CLAIM, **Position().parameters()})
@@ -255,17 +262,3 @@ def test_counting_reads_few_pages_however_many_rows_there_are(million):
 
     assert max(rows) <= COUNTED + 1
     assert plan["Shared Hit Blocks"] + plan["Shared Read Blocks"] < 6 * COUNTED
-
-
-@pytest.mark.parametrize(
-    "name", ["claim", "survey", "complete", "remove", "settle", "rescue", "give_back", "lost"]
-)
-def test_a_worker_tells_the_database_no_time_of_day(name):
-    """Its clock may be wrong: it sends durations, and the database's own times."""
-    (statement,) = (param.values[0] for param in STATEMENTS if param.id == name)
-
-    bound = statement.compile(dialect=postgresql.dialect()).binds.values()
-
-    assert not [
-        parameter for parameter in bound if isinstance(parameter.type, sa.DateTime | sa.Date | sa.Time)
-    ]

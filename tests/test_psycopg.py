@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import re
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
 import psycopg
 import pytest
@@ -185,14 +183,12 @@ def test_a_worker_finds_it_without_a_hint(engine, dsn, queue, make_worker):
     assert worker.work().id == task.id
 
 
-def test_its_documentation_runs(engine, dsn, monkeypatch, capsys):
-    page = Path(__file__).parent.parent / "docs" / "django.md"
-    code = "\n".join(re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL))
+def test_its_documentation_runs(engine, dsn, monkeypatch, capsys, run_page):
     monkeypatch.setenv("DATABASE_URL", dsn)
     with engine.begin() as connection:
         connection.exec_driver_sql("CREATE TABLE users (email text)")
 
-    exec(compile(code, "docs/django.md", "exec", dont_inherit=True), {"__name__": "program"})
+    run_page("django.md")
 
     assert capsys.readouterr().out == "task 10003 is pending\n"
     assert count(engine) == 10_003

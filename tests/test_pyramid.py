@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 import threading
-from pathlib import Path
 
 import pyramid_site
 import pytest
@@ -569,18 +567,13 @@ class TestInTests:
         assert [each.text for each in session.new] == ["noted"]
 
 
-PAGE = Path(__file__).parent.parent / "docs" / "pyramid.md"
+def test_what_the_documentation_shows_runs(engine, capsys, run_page):
+    namespace = run_page("pyramid.md", "pyramid_page", engine=engine)
 
-
-def test_what_the_documentation_shows_runs(engine, capsys):
-    code = "\n".join(re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL))
-    namespace = {"engine": engine, "__name__": "__main__"}
-
-    exec(compile(code, PAGE, "exec"), namespace)
     TestApp(namespace["app"]).get("/sign-up", {"name": "Ada"})
     task = namespace["worker"].work()
 
     assert task.state == "completed"
     assert capsys.readouterr().out == (
-        "send_welcome: __main__.send_welcome\n📧 Welcome, Ada! http://localhost/sign-up\n"
+        "send_welcome: pyramid_page.send_welcome\n📧 Welcome, Ada! http://localhost/sign-up\n"
     )

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import re
 import threading
-from pathlib import Path
 
 import sqlalchemy as sa
 
 from apoq import Task, Worker
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 
-
-def test_its_python_runs(empty_url, monkeypatch):
+def test_its_python_runs(empty_url, monkeypatch, run_page):
     monkeypatch.setenv(
         "DATABASE_URL", empty_url.set(drivername="postgresql").render_as_string(hide_password=False)
     )
-    code = "\n".join(re.findall(r"```python\n(.*?)```", README, re.DOTALL))
     done = threading.Semaphore(0)
     started = []
 
@@ -29,9 +24,8 @@ def test_its_python_runs(empty_url, monkeypatch):
 
     monkeypatch.setattr("apoq.Worker", Watched)
 
-    namespace: dict[str, object] = {}
-    exec(compile(code, "README.md", "exec"), namespace)
-    for _ in range(100):
+    namespace = run_page("../README.md", "app")
+    for _ in range(101):
         assert done.acquire(timeout=10)
     engine = namespace["engine"]
     with engine.connect() as connection:
@@ -40,4 +34,4 @@ def test_its_python_runs(empty_url, monkeypatch):
     started[0].stop()
     engine.dispose()
 
-    assert found == [("remind", "pending", 10_005), ("send_message", "completed", 100)]
+    assert found == [("app.book", "completed", 1), ("app.send_welcome", "completed", 100)]

@@ -63,13 +63,13 @@ class TestCoroutines:
         add(engine, "block")
         assert blocking.wait(SOON)
         task_id = add(engine)
-        until(lambda: task_id in {task.id for task in worker._slots.running()})
+        until(lambda: task_id in {task.id for task in worker._life.parts.slots.running()})
 
         cancel(engine, task_id)
 
-        until(lambda: all(task.stopping for task in worker._slots.running() if task.id == task_id))
+        until(lambda: all(task.stopping for task in worker._life.parts.slots.running() if task.id == task_id))
         go_on.set()
-        until(lambda: worker._slots.load == 0)
+        until(lambda: worker._life.parts.slots.load == 0)
         assert ran == []
 
     def test_one_that_waits_for_the_database_is_undone_and_leaves_no_connection_behind(
@@ -90,7 +90,7 @@ class TestCoroutines:
 
         cancel(engine, task_id)
 
-        until(lambda: worker._slots.load == 0)
+        until(lambda: worker._life.parts.slots.load == 0)
         sleeping = sa.text("SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'SELECT pg_sleep%'")
         with engine.connect() as connection:
             assert connection.scalar(sa.text("SELECT count(*) FROM ledger")) == 0
@@ -142,15 +142,15 @@ class TestCoroutines:
         worker.start()
         task_id = add(engine)
         assert begun.wait(SOON)
-        tell = worker._recaller._on_lost
-        worker._recaller._on_lost = lambda tasks: (tell(tasks), looked.release(len(tasks) or 1))
+        tell = worker._life.parts.recaller._on_lost
+        worker._life.parts.recaller._on_lost = lambda tasks: (tell(tasks), looked.release(len(tasks) or 1))
 
         cancel(engine, task_id)
 
         for _ in range(5):
             assert looked.acquire(timeout=SOON)
         go_on.set()
-        until(lambda: worker._slots.load == 0)
+        until(lambda: worker._life.parts.slots.load == 0)
         assert cancellations == ["the task is this worker's no more"]
         assert load(engine, task_id).state == "cancelled"
         with engine.connect() as connection:
@@ -259,7 +259,7 @@ def test_the_log_has_a_line_when_it_is_told_and_one_when_it_has_ended(engine, ma
 
     cancel(engine, task_id)
 
-    until(lambda: worker._claimer.held == {})
+    until(lambda: worker._life.parts.claimer.held == {})
     assert [record.getMessage() for record in caplog.records if record.name != "apoq.worker.worker"] == [
         f"these tasks are this worker's no more, and are told to stop: {task_id}",
         f"task {task_id} (t) was taken from this worker before it ended here; nothing was written to it",

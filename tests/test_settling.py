@@ -1,135 +1,145 @@
-"""How what has ended is written, many at once: a batch survives its worst member."""
+"""What became of tasks is written many at a time, and none is in the others' way."""
 
 from __future__ import annotations
 
 import threading
-from collections import deque
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from functools import partial
+from operator import itemgetter
 
 import pytest
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
-from apoq import Queue, RunningTask, Task
+from apoq import Retry, Task
+from apoq.statements.recover import rescue
+from apoq.worker.attempts import ended
+from apoq.worker.running import ID
 
 SOON = 30.0
 
+REFUSE = """
+    CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'not so'; END $$;
+    CREATE TRIGGER refuse BEFORE UPDATE ON apoq_tasks
+        FOR EACH ROW WHEN ({condition}) EXECUTE FUNCTION refuse()
+"""
+"""What somebody has added to the table, and what can't be written because of it."""
 
-def add(engine, type_: str) -> int:
-    with Session(engine) as session, session.begin():
-        return Queue().add(session, type_).id
+
+def until(condition, timeout: float = SOON) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, "it didn't come about in time"
+        time.sleep(0.01)
 
 
-def load(engine) -> dict[str, Task]:
+def refuse(engine: sa.Engine, condition: str) -> None:
+    with engine.begin() as connection:
+        connection.exec_driver_sql(REFUSE.format(condition=condition))
+
+
+def tasks(engine: sa.Engine) -> list[Task]:
     with Session(engine) as session:
-        return {task.type: task for task in session.scalars(sa.select(Task))}
-
-
-def until(condition) -> None:
-    pause = threading.Event()
-    for _ in range(int(SOON / 0.02)):
-        if condition():
-            return
-        pause.wait(0.02)
-    raise AssertionError("it hasn't come to pass")
+        return list(session.scalars(sa.select(Task).order_by(Task.id)))
 
 
 @pytest.fixture
-def batch(engine, make_worker, monkeypatch):
-    """A worker with tasks that run, and will be settled in one batch when they are let go."""
-    begun, go_on = threading.Semaphore(0), threading.Event()
+def end(engine, queue, make_worker) -> Iterator[Callable[..., Callable[[], object]]]:
+    """Let tasks end so, the last one first; answer what writes that, all in one batch."""
+    worker = make_worker()
+    worker.use("t", lambda task: None)
 
-    def process(task: RunningTask) -> None:
-        begun.release()
-        go_on.wait(SOON)
-        if task.type.startswith("fails"):
-            raise ValueError(task.type)
+    def end(*outcomes: BaseException | None) -> Callable[[], object]:
+        with Session(engine) as session, session.begin():
+            queue.add_many(session, "t", range(len(outcomes)))
+        rows = sorted(worker._life.parts.claimer.claim(len(outcomes), len(outcomes)), key=itemgetter(ID))
+        for row, outcome in reversed(list(zip(rows, outcomes, strict=True))):
+            worker._life.parts._put_ended(ended(worker._life.parts._make(row), outcome))
+        return partial(worker._life.parts.settler.flush, SOON)
 
-    def start(*types: str):
-        worker = make_worker(concurrency=len(types))
-        for type_ in types:
-            worker.use(type_, process, retry_limit=0)
-            add(engine, type_)
+    yield end
+    worker._life.parts.engine.dispose()
+
+
+@pytest.mark.parametrize(
+    ("outcome", "state"), [(None, "completed"), (Retry(delay=60), "pending")], ids=["completions", "failures"]
+)
+class TestABatch:
+    def test_of_which_one_can_not_be_written_is_written_but_for_that_one(self, engine, end, outcome, state):
+        refuse(engine, f"NEW.state = '{state}' AND NEW.data = '1'")
+
+        end(outcome, outcome, outcome)()
+
+        assert [task.state for task in tasks(engine)] == [state, "running", state]
+
+    def test_is_written_in_the_order_of_the_ids(self, engine, end, outcome, state):
+        """So that it and whoever else keeps to that order never wait for each other."""
+        write = end(outcome, outcome, outcome)
+        ids = [task.id for task in tasks(engine)]
+        lock = sa.select(Task.id).with_for_update(nowait=True)
+        waiting = sa.text(
+            "SELECT count(*) FROM pg_stat_activity "
+            "WHERE datname = current_database() AND wait_event_type = 'Lock'"
+        )
+        writing = threading.Thread(target=write)
+        with engine.connect() as caller, engine.connect() as looking:
+            caller.execute(lock.where(Task.id == ids[0]))
+            writing.start()
+            until(lambda: looking.scalar(waiting) == 1 or looking.rollback())
+
+            assert caller.scalars(lock.where(Task.id > ids[0])).all() == ids[1:]
+            caller.rollback()
+        writing.join()
+
+        assert [task.state for task in tasks(engine)] == [state] * 3
+
+
+def test_an_error_that_can_not_be_stored_is_left_out_and_its_task_settled(engine, end):
+    refuse(engine, "NEW.error->>'message' = 'the secret'")
+
+    end(ValueError("the secret"), ValueError("another"))()
+
+    first, second = tasks(engine)
+    assert (first.state, first.fail_count, first.error["class"]) == ("pending", 1, "ValueError")
+    assert (first.error["message"], second.error["message"]) == ("", "another")
+
+
+class TestTheSweep:
+    """Running tasks whose workers are gone."""
+
+    @pytest.fixture(autouse=True)
+    def _orphans(self, engine, queue) -> None:
+        with engine.begin() as connection:
+            queue.add_many(connection, "t", range(5))
+            connection.exec_driver_sql(
+                "UPDATE apoq_tasks SET state = 'running', attempt = 1, worker_id = gen_random_uuid()"
+            )
+
+    def test_rescues_all_but_what_can_not_be_written_and_its_worker_lives(self, engine, make_worker):
+        refuse(engine, "OLD.state = 'running' AND NEW.state = 'pending' AND NEW.data IN ('0', '2')")
+        worker = make_worker(lease=timedelta(seconds=1))
+        worker.use("t", lambda task: None, retry_delay=lambda fail_count: 0)
         worker.start()
-        for _ in types:
-            assert begun.acquire(timeout=SOON)
-        worker._settling.stop()
 
-        def end():
-            go_on.set()
-            until(lambda: worker._slots.load == 0)
-            return worker._settler
+        until(lambda: [task.state for task in tasks(engine)].count("completed") == 3)
+        first = worker.seen_at
+        until(lambda: worker.seen_at - first > timedelta(seconds=1.5))
+        assert worker.healthy()
+        assert [task.state for task in tasks(engine)] == ["running", "completed"] * 2 + ["completed"]
 
-        return end
+    def test_passes_over_what_somebody_holds(self, engine):
+        sweep = {
+            "lease": timedelta(15),
+            "grace": timedelta(5),
+            "at_most": 10,
+            "reason": "{}",
+            "by_worker": None,
+        }
+        lock = sa.select(Task.id).where(sa.text("data = '2'")).with_for_update()
+        with engine.connect() as holding, engine.begin() as connection:
+            holding.execute(lock)
+            connection.exec_driver_sql("SET LOCAL lock_timeout = '2s'")
 
-    yield start
-    go_on.set()
-
-
-def test_a_completion_that_the_database_refuses_does_not_keep_the_others_from_being_written(
-    engine, batch, caplog
-):
-    end = batch("good", "bad", "another")
-    with engine.begin() as connection:
-        connection.exec_driver_sql(
-            "ALTER TABLE apoq_tasks ADD CONSTRAINT refused CHECK (type <> 'bad' OR state <> 'completed')"
-        )
-
-    end().turn()
-
-    assert {type_: task.state for type_, task in load(engine).items()} == {
-        "good": "completed",
-        "bad": "running",
-        "another": "completed",
-    }
-    assert "what became of a task could not be written" in caplog.text
-
-
-def test_an_error_that_the_database_refuses_is_left_out_and_the_task_has_ended(engine, batch):
-    end = batch("fails", "fails.badly", "good")
-    with engine.begin() as connection:
-        connection.exec_driver_sql(
-            "ALTER TABLE apoq_tasks ADD CONSTRAINT refused CHECK (error->>'message' <> 'fails.badly')"
-        )
-
-    end().turn()
-
-    tasks = load(engine)
-    assert [tasks[type_].state for type_ in ("fails", "fails.badly", "good")] == [
-        "failed",
-        "failed",
-        "completed",
-    ]
-    assert tasks["fails"].error["message"] == "fails"
-    assert tasks["fails.badly"].error == {"class": "ValueError", "message": "", "traceback": ""}
-
-
-def test_rows_are_locked_in_the_order_of_their_ids(engine, batch):
-    """Two that lock the same rows in one order wait for each other, and never both."""
-    settler = batch("a", "b", "c")()
-    rows = sorted(settler._completed, reverse=True)
-    settler._completed = deque(rows)
-    looking = engine.execution_options(isolation_level="AUTOCOMMIT")
-    look = sa.text(
-        "SELECT (SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'), "
-        "array(SELECT id FROM apoq_tasks ORDER BY id FOR UPDATE SKIP LOCKED)"
-    )
-    first, *others = sorted(row[0] for row in rows)
-    free: list[list[int]] = []
-
-    with engine.connect() as connection:
-        connection.execute(sa.select(Task.id).where(Task.id == first).with_for_update())
-        thread = threading.Thread(target=settler.turn)
-        thread.start()
-        with looking.connect() as observer:
-            while thread.is_alive():
-                is_waiting, lockable = observer.execute(look).one()
-                if is_waiting:
-                    free.append(lockable)
-        connection.rollback()
-    thread.join()
-
-    # While it waits for the first, it holds none of the others.
-    assert free
-    assert all(lockable == others for lockable in free)
-    settler.flush(SOON)
-    assert {task.state for task in load(engine).values()} == {"completed"}
+            assert connection.execute(rescue(None), sweep).rowcount == 4

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import re
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial, wraps
-from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import psycopg
 import pytest
@@ -668,14 +666,8 @@ class TestFunctions:
         assert Queue().task(main).type == "__main__.main"
 
 
-def test_the_page_about_them_says_what_is_so(engine, monkeypatch):
-    page = (Path(__file__).parent.parent / "docs" / "typed-tasks.md").read_text(encoding="utf-8")
-    code = "\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL))
-    module = ModuleType("shop")
-    monkeypatch.setitem(sys.modules, "shop", module)
-    vars(module)["engine"] = engine
-
-    exec(compile(code, "typed-tasks.md", "exec", dont_inherit=True), vars(module))
+def test_the_page_about_them_says_what_is_so(engine, run_page):
+    run_page("typed-tasks.md", "shop", engine=engine)
 
     with Session(engine) as session:
         by_state = sa.select(Task.state, sa.func.count()).group_by(Task.state)

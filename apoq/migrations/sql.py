@@ -14,8 +14,6 @@ def upgrade_sql(*, version: int, schema: str | None = None) -> str:
 
     They belong in one transaction. In a migration of Django's:
 
-    .. code-block:: python
-
         operations = [
             migrations.RunSQL(
                 apoq.migrations.upgrade_sql(version=1), apoq.migrations.downgrade_sql(version=0)

@@ -28,8 +28,6 @@ LOCK_KEY: Final = 97112111113
 def upgrade(op: Operations | ModuleType, *, version: int = LATEST, schema: str | None = None) -> None:
     """Bring apoq's tables to a version, from a revision of your own.
 
-    .. code-block:: python
-
         from alembic import op
         import apoq.migrations
 

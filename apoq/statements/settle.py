@@ -28,7 +28,7 @@ from apoq.model import tasks_table
 from apoq.statements.arrays import bigints
 from apoq.states import CANCELLED, COMPLETED, RUNNING
 
-LOCK_TIMEOUT: Final = "200ms"
+LOCK_TIMEOUT: Final = "500ms"
 """What a batch waits for a locked row: less than PostgreSQL's `deadlock_timeout`, of a second."""
 
 

@@ -12,7 +12,7 @@ from sqlalchemy import Engine
 from apoq.connections import execute
 from apoq.statements.arrays import array_text
 from apoq.statements.lost import lost
-from apoq.worker.running import ID, TOKEN, Batch, Claimed
+from apoq.worker.running import BATCH, ID, TOKEN, Batch, Claimed
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class Recaller:
         self._logged &= {_key(row) for row in held}
         parts: dict[str | None, dict[tuple[int, int], Claimed]] = {}
         for row in held:
-            batch: Batch = row[-1]
+            batch: Batch = row[BATCH]
             if batch.claimed_at < claimed_before or row[ID] in hinted:
                 parts.setdefault(batch.from_queue.schema, {})[row[ID], row[TOKEN]] = row
         try:
@@ -84,5 +84,5 @@ class Recaller:
 
 
 def _key(row: Claimed) -> tuple[str | None, int, int]:
-    batch: Batch = row[-1]
+    batch: Batch = row[BATCH]
     return batch.from_queue.schema, row[ID], row[TOKEN]
