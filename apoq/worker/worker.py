@@ -137,6 +137,7 @@ class Worker:
         )
         self._given_engine = engine.sync_engine if isinstance(engine, AsyncEngine) else engine
         self._assemble()
+        self._on_death: Callable[[], None] = lambda: None
         PROCESS.enter(self, Worker._begin_anew)
 
     def _put_together(
@@ -229,13 +230,14 @@ class Worker:
         self._pruner = Pruner(
             self._own_engine, self._queues, keep_completed=keep_completed, keep_failed=keep_failed
         )
-        self._settling = Loop("apoq-settler", self._settler.turn, outage)
-        self._claiming = Loop("apoq-claimer", self._claimer.turn, outage, on_failure=self._claimer.doubt)
-        self._scouting = Loop("apoq-scout", self._scout.turn, outage)
-        self._beating = Loop("apoq-heartbeat", self._beat, outage)
-        self._recalling = Loop("apoq-recaller", self._recaller.turn, outage)
-        self._listening = Loop("apoq-listener", self._listener.turn, outage)
-        self._pruning = Loop("apoq-pruner", self._pruner.turn, outage)
+        loop = partial(Loop, outage=outage, on_death=self._maimed)
+        self._settling = loop("apoq-settler", self._settler.turn)
+        self._claiming = loop("apoq-claimer", self._claimer.turn, on_failure=self._claimer.doubt)
+        self._scouting = loop("apoq-scout", self._scout.turn)
+        self._beating = loop("apoq-heartbeat", self._beat)
+        self._recalling = loop("apoq-recaller", self._recaller.turn)
+        self._listening = loop("apoq-listener", self._listener.turn)
+        self._pruning = loop("apoq-pruner", self._pruner.turn)
         self._loops = (self._settling, self._listening, self._scouting, self._claiming, self._pruning)
 
     def _begin_anew(self) -> None:
@@ -429,8 +431,10 @@ class Worker:
     ) -> None:
         """Start, wait for SIGINT or SIGTERM, and stop; from the main thread of a program of its own.
 
-        A second signal ends the program at once. `on_start` is called when it has started, with a function
-        that stops it, from any thread; a signal after that is the first one still.
+        A second signal ends the program at once. Should one of the worker's threads end, it stops as well,
+        and this raises, so that whoever watches over the program starts another. `on_start` is called when it
+        has started, with a function that stops it, from any thread; a signal after that is the first one
+        still.
         """
         if threading.current_thread() is not threading.main_thread():
             raise RuntimeError(
@@ -439,11 +443,16 @@ class Worker:
         timeout = seconds(timeout, "a timeout")
         # Not an Event: a handler that sets it while the main thread begins to wait for it blocks for ever.
         signalled: SimpleQueue[int] = SimpleQueue()
+        is_maimed = threading.Event()
         before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
         def restore() -> None:
             for number, handler in before.items():
                 signal.signal(number, handler or signal.SIG_DFL)
+
+        def die() -> None:
+            is_maimed.set()
+            signalled.put(0)
 
         def first(number: int, _frame: object) -> None:
             restore()  # here, so that the second one does what it did before, even while this worker starts
@@ -451,6 +460,7 @@ class Worker:
 
         for number in before:
             signal.signal(number, first)
+        self._on_death = die
         try:
             self.start()
             if on_start is not None:
@@ -461,6 +471,11 @@ class Worker:
                 self.stop(timeout)
             finally:
                 restore()
+        if is_maimed.is_set():
+            raise RuntimeError("a thread of this worker has ended, as the log says, and so has the worker")
+
+    def _maimed(self) -> None:
+        self._on_death()
 
     def _refuse_to_wait_for_itself(self) -> None:
         if self._coroutines.is_current():
