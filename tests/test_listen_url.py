@@ -46,13 +46,13 @@ def test_where_it_goes_silent_the_worker_listens_again(engine, url, make_worker,
     worker.use("t", lambda task: ran.release())
     worker.start()
     deadline = time.monotonic() + SOON
-    while (before := worker._listener._connection) is None:
+    while (before := worker._life.parts.listener._connection) is None:
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
     proxy.cut()
     proxy.heal()
-    while worker._listener._connection in (None, before):
+    while worker._life.parts.listener._connection in (None, before):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     for _ in range(3):

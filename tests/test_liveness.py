@@ -116,14 +116,14 @@ class TestAnEndedLease:
         worker.use("t", lambda task: ran.append(task.id))
         worker.use("coroutine", coroutine)
         yield ran
-        worker._coroutines.stop()
-        worker._slots.stop()
+        worker._life.parts.coroutines.stop()
+        worker._life.parts.slots.stop()
         worker._own_engine.dispose()
 
     def test_claims_nothing(self, engine, worker, ran):
         add(engine)
 
-        worker._claimer.turn()
+        worker._life.parts.claimer.turn()
 
         assert load(engine).token == 0
 
@@ -131,8 +131,8 @@ class TestAnEndedLease:
     def test_begins_nothing_and_what_was_claimed_is_given_back(self, engine, worker, ran, type_):
         add(engine, type_=type_)
 
-        worker._slots.put(worker._claimer.claim(1, 1))
-        until(lambda: worker._settler.turn() or load(engine).state == "pending")
+        worker._life.parts.slots.put(worker._life.parts.claimer.claim(1, 1))
+        until(lambda: worker._life.parts.settler.turn() or load(engine).state == "pending")
 
         assert (load(engine).token, load(engine).attempt, ran) == (1, 0, [])
 
@@ -140,7 +140,7 @@ class TestAnEndedLease:
 def test_a_worker_whose_lease_has_ended_completes_nothing(engine, worker):
     def process(task: RunningTask) -> None:
         task.session.execute(sa.text("INSERT INTO ledger VALUES (:id)"), {"id": task.id})
-        worker._heartbeat.lease.ends_at = time.monotonic()  # as if it had been frozen just here
+        worker._life.parts.heartbeat.lease.ends_at = time.monotonic()  # as if it had been frozen just here
 
     worker.use("t", process)
     add(engine)

@@ -53,10 +53,10 @@ def end(engine, queue, make_worker) -> Iterator[Callable[..., Callable[[], objec
     def end(*outcomes: BaseException | None) -> Callable[[], object]:
         with Session(engine) as session, session.begin():
             queue.add_many(session, "t", range(len(outcomes)))
-        rows = sorted(worker._claimer.claim(len(outcomes), len(outcomes)), key=itemgetter(ID))
+        rows = sorted(worker._life.parts.claimer.claim(len(outcomes), len(outcomes)), key=itemgetter(ID))
         for row, outcome in reversed(list(zip(rows, outcomes, strict=True))):
             worker._put_ended(ended(worker._make(row), outcome))
-        return worker._settler.turn
+        return worker._life.parts.settler.turn
 
     yield end
     worker._own_engine.dispose()

@@ -135,7 +135,7 @@ def test_where_nothing_hints_it_is_found_within_the_poll_interval(engine, url, q
     worker.use("t", lambda task: ran.set())
     worker.start()
     # It has looked, and sleeps.
-    until(lambda: worker._scout._next_look > time.monotonic() + 0.5)
+    until(lambda: worker._life.parts.scout._next_look > time.monotonic() + 0.5)
 
     with psycopg.connect(
         url.set(drivername="postgresql").render_as_string(hide_password=False)
