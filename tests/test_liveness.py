@@ -95,7 +95,7 @@ class TestTheHeartbeat:
 
         stopping = threading.Thread(target=worker.stop)
         stopping.start()
-        until(lambda: worker._notice.is_given)
+        until(lambda: worker._life.parts._notice.is_given)
         seen_past_its_lease(engine, load(engine).worker_id)
         may_end.set()
         stopping.join(SOON)
@@ -118,7 +118,7 @@ class TestAnEndedLease:
         yield ran
         worker._life.parts.coroutines.stop()
         worker._life.parts.slots.stop()
-        worker._own_engine.dispose()
+        worker._life.parts.engine.dispose()
 
     def test_claims_nothing(self, engine, worker, ran):
         add(engine)

@@ -55,11 +55,11 @@ def end(engine, queue, make_worker) -> Iterator[Callable[..., Callable[[], objec
             queue.add_many(session, "t", range(len(outcomes)))
         rows = sorted(worker._life.parts.claimer.claim(len(outcomes), len(outcomes)), key=itemgetter(ID))
         for row, outcome in reversed(list(zip(rows, outcomes, strict=True))):
-            worker._put_ended(ended(worker._make(row), outcome))
+            worker._life.parts._put_ended(ended(worker._life.parts._make(row), outcome))
         return worker._life.parts.settler.turn
 
     yield end
-    worker._own_engine.dispose()
+    worker._life.parts.engine.dispose()
 
 
 @pytest.mark.parametrize(
