@@ -527,12 +527,14 @@ def test_a_thread_that_ends_is_not_missed_in_silence(run):
             "WHERE datname = current_database() AND pid <> pg_backend_pid()"
         )
         until(lambda: "apoq-scout" not in [thread.name for thread in threading.enumerate()])
+        print("healthy:", worker.healthy())
         exits.clear()
         worker.stop()
     """)
 
     assert "CRITICAL:apoq.worker.loop:apoq-scout has ended" in told
     assert "SystemExit: enough" in told
+    assert "healthy: False" in told
 
 
 APP = """
@@ -702,6 +704,27 @@ def test_under_flasks_reloader_two_workers_run_and_change_places(engine, serve, 
     assert outcomes(engine) == {("completed", 1, 0)}
     assert ledger(engine)[0] == ledger(engine)[1] == rows(engine, "SELECT count(*) FROM apoq_tasks")[0][0]
     assert "Traceback" not in server.said
+
+
+def test_a_program_whose_worker_has_lost_a_thread_ends_with_an_error(run):
+    told = run("""
+        import logging
+        logging.disable()
+
+        def end():
+            worker._life.parts.claiming._turn = lambda: sys.exit("enough")
+            worker._life.parts.hint()
+
+        try:
+            worker.run(on_start=lambda stop: end())
+        except RuntimeError as error:
+            print(error, worker.healthy(), one("SELECT count(*) FROM apoq_workers"))
+    """)
+
+    assert (
+        told.splitlines()[-1]
+        == "a thread of this worker has ended, as the log says, and so has the worker False 0"
+    )
 
 
 def test_it_works_where_no_process_can_fork():

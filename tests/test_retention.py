@@ -128,6 +128,27 @@ def test_what_somebody_holds_is_passed_over(engine, ended):
         assert left(engine) == [held]
 
 
+def test_what_a_row_of_the_applications_points_at_stays_and_nothing_else_with_it(engine, ended, caplog):
+    with engine.begin() as connection:
+        connection.exec_driver_sql("CREATE TABLE mails (task_id bigint REFERENCES apoq_tasks)")
+    ids = [ended("completed", timedelta(days=2)) for _ in range(20)]
+    with engine.begin() as connection:
+        connection.execute(sa.text("INSERT INTO mails VALUES (:a), (:b)"), {"a": ids[0], "b": ids[7]})
+    own = own_engine(engine)
+    pruner = Pruner(own, (Queue(),), keep_completed=DAY, keep_failed=DAY)
+
+    for _ in range(2):  # and again, a minute later
+        turns = 0
+        while pruner.prune():
+            turns += 1
+            assert turns < 100
+        assert left(engine) == [ids[0], ids[7]]
+
+    own.dispose()
+    (warning,) = caplog.messages
+    assert "can't be deleted, and stays" in warning
+
+
 def test_a_started_worker_prunes(engine, ended, make_worker):
     ended("completed", timedelta(days=2))
     gone = threading.Event()

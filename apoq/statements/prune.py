@@ -15,7 +15,10 @@ from apoq.states import CANCELLED, COMPLETED, FAILED
 
 @cache
 def prune_completed(schema: str | None) -> Delete:
-    """Delete up to `at_most` tasks of `from_queue` that completed longer than `keep` ago."""
+    """Delete up to `at_most` tasks of `from_queue` that completed longer than `keep` ago.
+
+    The oldest first, but for the first few that are `passed_over`: none, unless told otherwise.
+    """
     return _prune(schema, _old_completed(schema))
 
 
@@ -68,7 +71,8 @@ def _old(
 def _prune(schema: str | None, old: Select[*tuple[Any, ...]]) -> Delete:
     tasks = tasks_table(schema)
     # Several workers prune, and somebody may be retrying one of these.
-    taken = old.with_for_update(skip_locked=True).cte("old")
+    passed_over = bindparam("passed_over", 0, type_=Integer)
+    taken = old.offset(passed_over).with_for_update(skip_locked=True).cte("old")
     return delete(tasks).where(tasks.c.id == taken.c.id)
 
 

@@ -19,7 +19,6 @@ from apoq.queue import Queue
 from apoq.registry import Registry
 from apoq.states import COMPLETED
 from apoq.worker.attempts import Ended
-from apoq.worker.loop import Loop
 from apoq.worker.options import WorkerOptions
 from apoq.worker.parts import PATIENCE, Parts
 from apoq.worker.running import KNOWN
@@ -45,7 +44,7 @@ class Life:
         self._enlisted = 0
         self._is_started = False
         self._has_entered = False
-        self._beating = Loop("apoq-heartbeat", self._beat, self.parts.outage)
+        self._beating = self.parts.loop("apoq-heartbeat", self._beat)
 
     @property
     def is_enlisted(self) -> bool:

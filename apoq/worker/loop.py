@@ -52,7 +52,8 @@ class Loop:
     A turn answers the seconds to sleep before the next one, None for "until woken". A turn that raises is
     taken again after a pause that grows with each failure, for ever. The log has one line when that begins
     and one when it is over; of an `Outage`, that one tells. What isn't an `Exception` ends the thread, which
-    is logged as critical. Starting or stopping twice is harmless, and so is stopping before starting.
+    is logged as critical, and `on_death` is called. Starting or stopping twice is harmless, and so is
+    stopping before starting.
     """
 
     def __init__(
@@ -62,11 +63,13 @@ class Loop:
         outage: Outage,
         *,
         on_failure: Callable[[], None] = lambda: None,
+        on_death: Callable[[], None] = lambda: None,
     ) -> None:
         self._name = name
         self._outage = outage
         self._turn = turn
         self._on_failure = on_failure
+        self._on_death = on_death
         self._woken = threading.Event()
         self._stopping = False
         self._failures = 0
@@ -112,6 +115,7 @@ class Loop:
             self._take_turns()
         except BaseException:  # SystemExit would end it without a word
             logger.critical("%s has ended, and its worker is maimed: restart it", self._name, exc_info=True)
+            self._on_death()
 
     def _take_turns(self) -> None:
         while not self._stopping:

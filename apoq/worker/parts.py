@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Final
 
 from sqlalchemy import Engine
@@ -148,14 +149,22 @@ class Parts:
         pruner = Pruner(
             self.engine, queues, keep_completed=options.keep_completed, keep_failed=options.keep_failed
         )
-        self.settling = Loop("apoq-settler", self.settler.turn, self.outage)
-        self.claiming = Loop("apoq-claimer", self.claimer.turn, self.outage, on_failure=self.claimer.doubt)
-        self.scouting = Loop("apoq-scout", self.scout.turn, self.outage)
-        self.recalling = Loop("apoq-recaller", self.recaller.turn, self.outage)
-        self.listening = Loop("apoq-listener", self.listener.turn, self.outage)
-        self.pruning = Loop("apoq-pruner", pruner.turn, self.outage)
+        self.on_death: Callable[[], None] = lambda: None
+        """Called when a thread of the worker's has ended that shouldn't."""
+        self.settling = self.loop("apoq-settler", self.settler.turn)
+        self.claiming = self.loop("apoq-claimer", self.claimer.turn, on_failure=self.claimer.doubt)
+        self.scouting = self.loop("apoq-scout", self.scout.turn)
+        self.recalling = self.loop("apoq-recaller", self.recaller.turn)
+        self.listening = self.loop("apoq-listener", self.listener.turn)
+        self.pruning = self.loop("apoq-pruner", pruner.turn)
         self.loops = (self.settling, self.listening, self.scouting, self.claiming, self.pruning)
         """Those that run from a start to a stop."""
+
+    def loop(
+        self, name: str, turn: Callable[[], float | None], on_failure: Callable[[], None] = lambda: None
+    ) -> Loop:
+        """Make a loop of this worker's."""
+        return Loop(name, turn, self.outage, on_failure=on_failure, on_death=self._died)
 
     def start(self) -> None:
         """Claim, run and settle from now on, each on its thread."""
@@ -207,6 +216,9 @@ class Parts:
         self.coroutines.stop()
         self.heartbeat.dispose()
         self.engine.dispose()
+
+    def _died(self) -> None:
+        self.on_death()
 
     def _make(self, row: Claimed) -> AnyRunningTask:
         batch: Batch = row[BATCH]

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import time
 from datetime import timedelta
 from typing import Final
 
-from sqlalchemy import Engine
+from psycopg import DatabaseError
+from sqlalchemy import Delete, Engine
 
-from apoq.connections import execute
+from apoq.connections import execute, is_away
 from apoq.queue import Queue
 from apoq.statements.prune import prune_completed, prune_failed
+
+logger = logging.getLogger(__name__)
 
 BATCH: Final = 1_000
 """Rows that one statement deletes at most."""
@@ -26,6 +30,43 @@ INTERVAL: Final = 60.0
 """Seconds after which it looks again."""
 
 
+class Rule:
+    """Which of a queue's tasks are deleted, and how many at once."""
+
+    def __init__(self, statement: Delete, queue: Queue, keep: timedelta) -> None:
+        self._statement = statement
+        self._parameters = {"from_queue": queue.name, "keep": keep}
+        self._at_most = BATCH
+        self._passed_over = 0
+        self._has_told = False
+
+    def prune(self, engine: Engine) -> bool:
+        """Delete a batch; tell whether there may be more."""
+        batch = {"at_most": self._at_most, "passed_over": self._passed_over}
+        try:
+            found = execute(engine, self._statement, self._parameters | batch, timeout=TIMEOUT)
+        except DatabaseError as error:
+            if is_away(error):
+                raise
+            self._pass_over(error)
+            return True
+        more = found.rowcount == self._at_most
+        if not more:
+            self._passed_over = 0
+        self._at_most = min(BATCH, self._at_most * 2)
+        return more
+
+    def _pass_over(self, error: DatabaseError) -> None:
+        """Find by halves what can't be deleted, such as a task to which a row of the application's points."""
+        if self._at_most > 1:
+            self._at_most //= 2
+            return
+        self._passed_over += 1
+        if not self._has_told:
+            self._has_told = True
+            logger.warning("a task that ended long ago can't be deleted, and stays: %s", error)
+
+
 class Pruner:
     """Deletes the ended tasks of a worker's queues when their time is over, in small bites."""
 
@@ -38,9 +79,9 @@ class Pruner:
         keep_failed: timedelta | None,
     ) -> None:
         self._engine = engine
-        self._queues = queues
         self._rules = [
-            (prune, keep)
+            Rule(prune(queue.schema), queue, keep)
+            for queue in queues
             for prune, keep in ((prune_completed, keep_completed), (prune_failed, keep_failed))
             if keep is not None
         ]
@@ -55,10 +96,6 @@ class Pruner:
     def prune(self) -> bool:
         """Delete a batch of each kind; tell whether there may be more."""
         more = False
-        for queue in self._queues:
-            for prune, keep in self._rules:
-                parameters = {"from_queue": queue.name, "keep": keep, "at_most": BATCH}
-                more |= (
-                    execute(self._engine, prune(queue.schema), parameters, timeout=TIMEOUT).rowcount == BATCH
-                )
+        for rule in self._rules:
+            more |= rule.prune(self._engine)
         return more

@@ -218,15 +218,24 @@ class Worker:
     ) -> None:
         """Start, wait for SIGINT or SIGTERM, and stop; from the main thread of a program of its own.
 
-        A second signal ends the program at once. `on_start` is called when it has started, with a function
-        that stops it, from any thread; a signal after that is the first one still.
+        A second signal ends the program at once. Should one of the worker's threads end, it stops as well,
+        and this raises, so that whoever watches over the program starts another. `on_start` is called when it
+        has started, with a function that stops it, from any thread; a signal after that is the first one
+        still.
         """
         if threading.current_thread() is not threading.main_thread():
             raise RuntimeError(
                 "run handles signals, which only the main thread can: elsewhere, call start and stop"
             )
         timeout = seconds(timeout, "a timeout")
+        is_maimed = threading.Event()
         with caught() as signals:
+
+            def die() -> None:
+                is_maimed.set()
+                signals.put(0)
+
+            self._life.parts.on_death = die
             try:
                 self.start()
                 if on_start is not None:
@@ -234,6 +243,8 @@ class Worker:
                 signals.get()
             finally:
                 self.stop(timeout)
+        if is_maimed.is_set():
+            raise RuntimeError("a thread of this worker has ended, as the log says, and so has the worker")
 
     def healthy(self) -> bool:
         """Tell whether the worker is at work: started, with all its threads, and heard by the database.
