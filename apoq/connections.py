@@ -48,6 +48,9 @@ ANSWER_TIMEOUT: Final = 10.0
 _UNPREPARED: Final = {"26000", "42P05", "08P01"}
 """SQLSTATEs of a named prepared statement that is not there, is there already, or is somebody else's."""
 
+_MISSING: Final = {"42P01", "42703", "3F000"}
+"""SQLSTATEs of a table, a column or a schema that is not there."""
+
 _READ_ONLY: Final = "25006"
 """SQLSTATE of a server that is no longer the primary, or not yet: after a failover, another one is."""
 
@@ -229,6 +232,12 @@ def is_away(error: BaseException) -> bool:
     if isinstance(error, psycopg.OperationalError | psycopg.InterfaceError | OSError):
         return True
     return isinstance(error, psycopg.Error) and error.sqlstate == _READ_ONLY
+
+
+def is_missing(error: BaseException) -> bool:
+    """Tell whether an error speaks of a table, a column or a schema that is not there."""
+    cause = getattr(error, "orig", None) or error
+    return getattr(cause, "sqlstate", None) in _MISSING
 
 
 def _limit(_dialect: object, _record: object, _arguments: object, options: dict[str, Any]) -> None:

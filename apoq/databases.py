@@ -38,6 +38,11 @@ def check_dialect(dialect: Dialect) -> None:
         )
 
 
+def sync_side(engine: Engine | AsyncEngine) -> Engine:
+    """Answer the engine itself, or the one within an asyncio engine, which has its pool and its events."""
+    return engine.sync_engine if isinstance(engine, AsyncEngine) else engine
+
+
 def sync_twin(engine: AsyncEngine) -> Engine:
     """Make an `Engine` to the same database, by its URL."""
     return create_engine(database_url(engine.url))

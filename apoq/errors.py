@@ -10,7 +10,12 @@
     ├── UnsupportedDatabase    (TypeError)    not PostgreSQL, or not through psycopg 3
     ├── UnsupportedSession     (TypeError)    not something that a task can be added through
     ├── NotPrepared                           apoq's tables are missing, or at another version
-    └── SessionMisused                        `task.session` was committed, or changed its task
+    ├── SessionMisused                        `task.session` was committed, or changed its task
+    └── apoq.pyramid.Misconfigured (ConfigurationError)
+                                              a setting or a processor that an application can't have
+
+A call that makes no sense by itself is a TypeError or a ValueError, as anywhere in Python.
+`apoq.embedded.EmbeddedUnavailable` stands apart: its module needs the standard library alone.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Adds tasks, in the caller's transaction."""
+"""A queue: adds tasks, cancels them and runs them once more, in the caller's transaction."""
 
 from __future__ import annotations
 
@@ -12,29 +12,19 @@ from sqlalchemy import inspect
 from typing_extensions import ParamSpec
 
 from apoq.errors import InvalidProcessor, InvalidTask, glimpse
-from apoq.model import DEFAULT_QUEUE, Task, detached, task_class
+from apoq.model import DEFAULT_QUEUE, Task, task_class
+from apoq.operations import add, add_many, cancel, retry
 from apoq.options import HIGHEST_LIMIT, Options, checked, integer
 from apoq.outcomes import Cancel, report
 from apoq.payload import MAX_DATA_SIZE, check_name, check_type, encode
 from apoq.registry import Registry, Running
 from apoq.retry import DEFAULT_RETRY_LIMIT, RetryDelay, exponential_backoff
-from apoq.sessions import AsyncioSession, Caller, Driver, SyncSession, through
-from apoq.statements.cancel import cancel
-from apoq.statements.enqueue import copied_values, copy_lines, copy_many, enqueue, enqueue_many
-from apoq.statements.hint import has_tasks, was_cancelled
-from apoq.statements.retry import retry
+from apoq.sessions import AsyncioSession, SyncSession, through
 from apoq.typed import Anything, Decorator, TypedTask
 
 P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T", bound=Running)
-
-BATCH_COUNT = 5_000
-BATCH_SIZE = 4 * 1024 * 1024
-"""Tasks, and characters of their data, that `add_many` sends in one statement."""
-
-FIRST_COUNT = 1_000
-"""Tasks in the first of them: the sooner a COPY begins, the longer the server works beside Python."""
 
 _LOWEST_ID, _HIGHEST_ID = -(2**63), 2**63 - 1
 _LONGEST_SCHEMA = 63
@@ -120,7 +110,7 @@ class Queue:
         options = checked(delay, process_at, priority, retry_limit, retry_delay, timeout)
         parameters = {"task_queue": self.name, "task_type": check_type(type), **options}
         parameters["task_data"] = encode(data, self.max_data_size)
-        return through(session, lambda caller: self._add(caller, parameters))
+        return through(session, lambda caller: add(caller, self.schema, parameters))
 
     @overload
     def add_many(
@@ -166,7 +156,11 @@ class Queue:
             raise InvalidTask(
                 f"add_many takes the data of many tasks, such as a list of dicts, not one {glimpse(datas)}"
             )
-        return through(session, lambda caller: self._add_many(caller, parameters, datas))
+        total = len(datas) if isinstance(datas, list | tuple) else None
+        return through(
+            session,
+            lambda caller: add_many(caller, self.schema, parameters, self._documents(datas), total),
+        )
 
     @overload
     def cancel(self, session: SyncSession, task: Task | int, *, reason: str = ...) -> bool: ...
@@ -194,7 +188,7 @@ class Queue:
             "from_queue": self.name,
             "reason": encode(report(Cancel(_reason(reason)))),
         }
-        return through(session, lambda caller: self._cancel(caller, parameters))
+        return through(session, lambda caller: cancel(caller, self.schema, parameters))
 
     @overload
     def retry(self, session: SyncSession, task: Task | int, *, delay: timedelta | None = ...) -> bool: ...
@@ -217,7 +211,7 @@ class Queue:
             "from_queue": self.name,
             "task_delay": checked(delay)["task_delay"],
         }
-        return through(session, lambda caller: self._retry(caller, parameters))
+        return through(session, lambda caller: retry(caller, self.schema, parameters))
 
     @property
     def tasks(self) -> Mapping[str, TypedTask[..., Any]]:
@@ -303,19 +297,9 @@ class Queue:
             for registry in registries:
                 registry.put(self, type_, task.processor)
 
-    def _cancel(self, caller: Caller, parameters: dict[str, Any]) -> bool:
-        for row in caller.execute(cancel(self.schema), parameters):
-            caller.renew(self.task_class, row)
-            caller.hint(was_cancelled(row["id"]))
-            return True
-        return False
-
-    def _retry(self, caller: Caller, parameters: dict[str, Any]) -> bool:
-        for row in caller.execute(retry(self.schema), parameters):
-            caller.renew(self.task_class, row)
-            caller.hint(has_tasks(self.schema, self.name))
-            return True
-        return False
+    def _documents(self, datas: Iterable[Any]) -> Iterator[str]:
+        for index, data in enumerate(datas):
+            yield encode(data, self.max_data_size, f"datas[{index}]")
 
     def _id_of(self, task: Task | int) -> int:
         if isinstance(task, Task):
@@ -326,53 +310,6 @@ class Queue:
                 raise InvalidTask(f"{task!r} has no id yet: flush the session that it was added to")
             return int(found[0])
         return integer("a task's id", task, _LOWEST_ID, _HIGHEST_ID)
-
-    def _add(self, caller: Caller, parameters: dict[str, Any]) -> Task:
-        (row,) = caller.execute(enqueue(self.schema), parameters)
-        task = detached(self.schema, row)
-        caller.keep(task)
-        caller.hint(has_tasks(self.schema, self.name))
-        return task
-
-    def _add_many(self, caller: Caller, parameters: dict[str, Any], datas: Iterable[Any]) -> int:
-        statement = enqueue_many(self.schema)
-        documents = self._documents(datas)
-        count = 0
-        for batch in _batches(documents):
-            caller.execute(statement, {**parameters, "task_data": "\n".join(batch)})
-            count += len(batch)
-            # A connection can do nothing else during a COPY, and an iterator may well read from it.
-            if isinstance(datas, list | tuple) and count < len(datas):
-                with caller.driver() as driver:
-                    if driver and self._copy(driver, parameters, documents):
-                        count = len(datas)
-        if count:
-            caller.hint(has_tasks(self.schema, self.name))
-        return count
-
-    # False where PostgreSQL would refuse the COPY.
-    def _copy(self, driver: Driver, parameters: dict[str, Any], documents: Iterator[str]) -> bool:
-        for values in driver.execute(copied_values(self.schema), parameters):
-            driver.copy(copy_many(self.schema), copy_lines(values, documents))
-            return True
-        return False
-
-    def _documents(self, datas: Iterable[Any]) -> Iterator[str]:
-        for index, data in enumerate(datas):
-            yield encode(data, self.max_data_size, f"datas[{index}]")
-
-
-def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    size, most = 0, FIRST_COUNT
-    for document in documents:
-        batch.append(document)
-        size += len(document)
-        if len(batch) >= most or size >= BATCH_SIZE:
-            yield batch
-            batch, size, most = [], 0, BATCH_COUNT
-    if batch:
-        yield batch
 
 
 def _reason(reason: object) -> str:

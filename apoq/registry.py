@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial, wraps
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypedDict
 
 from apoq.errors import InvalidProcessor, InvalidTask
 from apoq.payload import check_type
@@ -16,6 +16,14 @@ from apoq.retry import DEFAULT_RETRY_LIMIT, RetryDelay, RetryPolicy, exponential
 
 Around = Callable[[Any], AbstractContextManager[object]]
 """Answers, for a running task, a context manager in which its processor is called."""
+
+
+class ProcessorOptions(TypedDict, total=False):
+    """What may be said of a processor; see `Worker.use`."""
+
+    retry_limit: int
+    retry_delay: RetryDelay
+    timeout: float | timedelta | None
 
 
 class Running:

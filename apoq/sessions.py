@@ -24,7 +24,7 @@ from sqlalchemy.orm.util import identity_key
 from sqlalchemy.util import await_only, greenlet_spawn
 from sqlalchemy.util.concurrency import in_greenlet
 
-from apoq.connections import compiled
+from apoq.connections import compiled, is_missing
 from apoq.databases import check_dialect
 from apoq.errors import NotPrepared, UnsupportedSession
 from apoq.hints import hint_after_connection_commit, hint_after_session_commit
@@ -40,6 +40,11 @@ T = TypeVar("T")
 
 CLOCK: Final = "apoq_clock"
 """The option of a connection on which a test has set the clock: see `apoq.testing`."""
+
+NO_ENGINE: Final = (
+    "this session has no engine for apoq's tables: add `Task` to its binds, "
+    "as in Session(binds={apoq.Task: engine, …})"
+)
 
 LINES = 50
 """That a COPY sends at once: one by one, they would take longer."""
@@ -115,10 +120,7 @@ class _OrmSession:
         try:
             self._bind = session.get_bind(Task)
         except UnboundExecutionError as error:
-            raise UnsupportedSession(
-                "this session has no engine for apoq's tables: add `Task` to its binds, "
-                "as in Session(binds={apoq.Task: engine, …})"
-            ) from error
+            raise UnsupportedSession(NO_ENGINE) from error
         _check_dialect(self._bind.dialect)
 
     def execute(self, statement: Executable, parameters: dict[str, Any]) -> Sequence[Row]:
@@ -276,8 +278,7 @@ def _clear_errors(statement: Any) -> Iterator[None]:
         yield
     except (DBAPIError, psycopg.Error) as error:
         cause: Any = getattr(error, "orig", error)
-        # undefined_table, undefined_column, invalid_schema_name
-        if getattr(cause, "sqlstate", None) in {"42P01", "42703", "3F000"}:
+        if is_missing(error):
             schema = "" if statement.table.schema is None else f", schema={statement.table.schema!r}"
             raise NotPrepared(
                 f"{cause.diag.message_primary}: are apoq's tables missing, or at another version? "

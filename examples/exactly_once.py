@@ -69,8 +69,8 @@ def main(url: str, count: int) -> bool:
     began = time.perf_counter()
     command = [sys.executable, __file__, "--work", url]
     workers = [subprocess.Popen(command) for _ in range(WORKERS)]  # noqa: S603
+    victim, *others = workers
     try:
-        victim, others = workers[0], workers[1:]
         while completed() < count // 2:
             time.sleep(0.01)
         victim.kill()

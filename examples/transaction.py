@@ -69,7 +69,7 @@ def main(url: str) -> None:
         pass
 
     with Session(engine) as session:
-        orders = [(order.item, order.receipt.state) for order in session.scalars(select(Order))]
+        orders = session.execute(select(Order.item, Task.state).join(Order.receipt)).all()
     print(f"📦 in the database: {orders}")
     engine.dispose()
 

@@ -16,7 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session, async_ses
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from apoq import InvalidData, Queue, Task, prepare
-from apoq.queue import BATCH_COUNT
+from apoq.operations import BATCH_COUNT
 from apoq.statements.enqueue import enqueue, enqueue_many
 
 
@@ -346,8 +346,8 @@ class TestAddMany:
 @pytest.fixture
 def small_batches(monkeypatch):
     """Let a COPY begin after the second task."""
-    monkeypatch.setattr("apoq.queue.FIRST_COUNT", 2)
-    monkeypatch.setattr("apoq.queue.BATCH_COUNT", 2)
+    monkeypatch.setattr("apoq.operations.FIRST_COUNT", 2)
+    monkeypatch.setattr("apoq.operations.BATCH_COUNT", 2)
 
 
 @contextmanager

@@ -294,8 +294,8 @@ class TestARunningTask:
         with Session(engine) as session:
             Queue().cancel(session, task_id)
             session.rollback()
-        looked = worker._recaller._look
-        worker._recaller._look = lambda *args: (looked(*args), go_on.set())
+        looked = worker._life.parts.recaller._look
+        worker._life.parts.recaller._look = lambda *args: (looked(*args), go_on.set())
 
         until(lambda: load(engine, task_id).state == "completed")
         assert told == [False]
@@ -349,7 +349,7 @@ class TestARunningTask:
 
         worker = make_worker(concurrency=1, lease=timedelta(seconds=LONG))
         worker.use("t", process)
-        worker._slots.run_time = 0.001  # so that it claims ahead
+        worker._life.parts.slots.run_time = 0.001  # so that it claims ahead
         first, second = add(engine), add(engine)
         worker.start()
         assert begun.wait(SOON)
@@ -357,7 +357,7 @@ class TestARunningTask:
 
         assert cancel(engine, second) is True
 
-        until(lambda: second not in worker._claimer.held)
+        until(lambda: second not in worker._life.parts.claimer.held)
         go_on.set()
         until(lambda: load(engine, first).state == "completed")
         worker.stop()

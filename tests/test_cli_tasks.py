@@ -71,7 +71,8 @@ def ago(**length: float) -> datetime:
     return datetime.now(UTC) - timedelta(**length)
 
 
-FAILED = {"state": "failed", "failed_at": ago(minutes=3), "fail_count": 1, "attempt": 1}
+def has_failed() -> dict[str, object]:
+    return {"state": "failed", "failed_at": ago(minutes=3), "fail_count": 1, "attempt": 1}
 
 
 class TestAdd:
@@ -178,7 +179,7 @@ class TestList:
 
     def test_it_filters(self, run, add):
         old = add("a", created_at=ago(hours=2))
-        failed = add("a", **FAILED)
+        failed = add("a", **has_failed())
         mail = add("b", queue="mails")
 
         assert self.ids(run, "--type", "a") == [failed, old]
@@ -200,16 +201,16 @@ class TestList:
     def test_people_see_what_a_task_is_about(self, run, add):
         add("send", {"user_id": 7}, process_at=ago(minutes=5))
         add("later", process_at=ago(hours=-3))
-        add("ran", state="completed", completed_at=ago(seconds=30))
+        add("ran", state="completed", completed_at=ago(minutes=30))
         add("runs", state="running", claimed_at=ago(seconds=10))
-        add("broke", **FAILED, error={"class": "KeyError", "message": "'locale'", "traceback": "…"})
+        add("broke", **has_failed(), error={"class": "KeyError", "message": "'locale'", "traceback": "…"})
 
         lines = {line.split()[1]: line for line in run("list").stdout.splitlines()[2:]}
 
         assert '{"user_id": 7}' in lines["send"]
         assert "due 5 min ago" in lines["send"]
         assert "in 3 h" in lines["later"]
-        assert "30 s ago" in lines["ran"]
+        assert "30 min ago" in lines["ran"]
         assert "for 1" in lines["runs"]
         assert "KeyError: 'locale'" in lines["broke"]
 
@@ -241,7 +242,7 @@ class TestList:
         assert json.loads(second.stdout)["id"] == wanted
 
     def test_what_a_terminal_would_obey_is_not_sent_to_it(self, run, add):
-        add("evil\x1b[2J[red]:smile:", **FAILED, error={"class": "E", "message": "\x1b]0;title\x07"})
+        add("evil\x1b[2J[red]:smile:", **has_failed(), error={"class": "E", "message": "\x1b]0;title\x07"})
 
         shown = run("list").output
 
@@ -273,7 +274,7 @@ class TestShow:
         task_id = add(
             "send",
             {"user_id": 7},
-            **FAILED,
+            **has_failed(),
             priority=3,
             timeout=timedelta(seconds=30),
             error={"class": "KeyError", "message": "'locale'", "traceback": "Traceback …\n  File x, line 1"},
@@ -382,7 +383,7 @@ class TestPrune:
 
 class TestRetry:
     def test_a_failed_task_is_pending_again(self, run, engine, add):
-        task_id = add(**FAILED)
+        task_id = add(**has_failed())
 
         done = run("retry", str(task_id))
 
@@ -390,7 +391,7 @@ class TestRetry:
         assert (task(engine, task_id).state, task(engine, task_id).fail_count) == ("pending", 0)
 
     def test_it_asks_before_it_touches_more_than_one(self, run, engine, add):
-        ids = [add(**FAILED), add(**FAILED)]
+        ids = [add(**has_failed()), add(**has_failed())]
 
         refused = run("retry", *map(str, ids))
 
@@ -403,9 +404,9 @@ class TestRetry:
 
     def test_options_choose_in_any_queue(self, run, engine, add):
         ids = {
-            "wanted": add("send", **FAILED),
-            "elsewhere": add("send", queue="mails", **FAILED),
-            "other type": add("count", **FAILED),
+            "wanted": add("send", **has_failed()),
+            "elsewhere": add("send", queue="mails", **has_failed()),
+            "other type": add("count", **has_failed()),
             "cancelled": add("send", state="cancelled"),
             "pending": add("send"),
         }
@@ -421,7 +422,7 @@ class TestRetry:
         }
 
     def test_another_state_may_be_chosen(self, run, engine, add):
-        failed, cancelled = add(**FAILED), add(state="cancelled")
+        failed, cancelled = add(**has_failed()), add(state="cancelled")
 
         run("retry", "--state", "cancelled")
 
@@ -429,7 +430,7 @@ class TestRetry:
 
     def test_many_go_in_several_transactions(self, run, engine, add, monkeypatch):
         monkeypatch.setattr(selection, "BATCH", 2)
-        ids = [add(**FAILED) for _ in range(5)]
+        ids = [add(**has_failed()) for _ in range(5)]
 
         done = run("retry", "--state", "failed", "--yes")
 
@@ -471,7 +472,7 @@ class TestRetryAndCancel:
         assert "there is no task 99" in done.stderr
 
     def test_what_can_not_be_changed_is_said_to_and_the_others_are(self, run, engine, add, name):
-        ids = {"pending": add(), "failed": add(**FAILED)}
+        ids = {"pending": add(), "failed": add(**has_failed())}
         changed, left = ("failed", "pending") if name == "retry" else ("pending", "failed")
 
         done = run(name, *map(str, ids.values()), "99", "--yes")

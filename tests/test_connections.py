@@ -84,6 +84,20 @@ def test_a_statement_that_fails_leaves_no_broken_connection_behind(own):
     assert own.pool.checkedout() == 0
 
 
+def test_where_one_of_its_connections_has_died_none_of_the_others_is_used_again(engine, own):
+    with contextlib.closing(own.raw_connection()), contextlib.closing(own.raw_connection()):
+        pass  # now there are two
+    with engine.connect() as connection:
+        connection.exec_driver_sql(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+            "WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        )
+
+    with pytest.raises(psycopg.OperationalError):
+        ask(own, "SELECT 1")
+    assert ask(own, "SELECT 1") == 1
+
+
 def test_it_is_at_read_committed_whatever_the_database_says(url, own):
     with sa.create_engine(url, isolation_level="AUTOCOMMIT", poolclass=sa.NullPool).connect() as connection:
         name = sa.make_url(url).database

@@ -186,7 +186,7 @@ class TestFork:
             assert entered.wait(30)
             stopping = threading.Thread(target=worker.stop)
             stopping.start()
-            until(lambda: not worker._lock.acquire(blocking=False))
+            until(lambda: not worker._life._lock.acquire(blocking=False))
             if (child := os.fork()) == 0:
                 worker.stop()
                 add()
@@ -342,7 +342,7 @@ class TestThreads:
         assert entered.wait(SOON)
         stopper = threading.Thread(target=worker.stop, args=(10,))  # it would give the task back then
         stopper.start()
-        until(lambda: not worker._lock.acquire(blocking=False))
+        until(lambda: not worker._life._lock.acquire(blocking=False))
         stopping.set()
         stopper.join(SOON)
 
@@ -702,3 +702,19 @@ def test_under_flasks_reloader_two_workers_run_and_change_places(engine, serve, 
     assert outcomes(engine) == {("completed", 1, 0)}
     assert ledger(engine)[0] == ledger(engine)[1] == rows(engine, "SELECT count(*) FROM apoq_tasks")[0][0]
     assert "Traceback" not in server.said
+
+
+def test_it_works_where_no_process_can_fork():
+    """As on Windows."""
+    told = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import os; del os.fork, os.register_at_fork; import apoq; print(apoq.Worker.__name__)",
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert (told.stdout, told.stderr) == ("Worker\n", "")

@@ -668,9 +668,11 @@ class TestSettings:
     def test_durations_may_be_in_seconds(self):
         settings = self.read(APOQ_LEASE=3, APOQ_KEEP_FAILED=None, APOQ_KEEP_COMPLETED=timedelta(1)).settings
 
-        assert settings.lease == timedelta(seconds=3)
-        assert settings.keep_failed is None
-        assert settings.keep_completed == timedelta(days=1)
+        assert settings.worker == {
+            "lease": timedelta(seconds=3),
+            "keep_failed": None,
+            "keep_completed": timedelta(days=1),
+        }
 
     def test_the_environment_may_say_them(self, monkeypatch):
         monkeypatch.setenv("FLASK_APOQ_CONCURRENCY", "8")
@@ -680,7 +682,7 @@ class TestSettings:
         Apoq(app)
 
         settings = app.extensions["apoq"].settings
-        assert (settings.concurrency, settings.embedded_worker) == (8, True)
+        assert (settings.worker, settings.embedded_worker) == ({"concurrency": 8}, True)
 
     def test_what_is_no_duration_is_named(self):
         with pytest.raises(TypeError, match="APOQ_LEASE is a number of seconds or a timedelta, not '3 s'"):

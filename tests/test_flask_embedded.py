@@ -213,7 +213,7 @@ class TestInThisProcess:
         until(app.extensions["apoq"].healthy, what="it is healthy")
 
     def test_one_that_could_not_start_is_tried_again(self, db, empty_url, monkeypatch, caplog):
-        monkeypatch.setattr("apoq.flask.installed.PATIENCE", 0)
+        monkeypatch.setattr("apoq.worker.embedded.PATIENCE", 0)
         app = Flask("shop")
         app.config.update(SQLALCHEMY_DATABASE_URI=empty_url, APOQ_EMBEDDED_WORKER=True)
         db.init_app(app)
@@ -245,10 +245,10 @@ class TestInThisProcess:
 
         app.test_client().get("/")
 
-        assert app.extensions["apoq"]._began_in == 0
+        assert app.extensions["apoq"]._embedded._began_in == 0
 
     def test_commands_start_none(self, app):
         result = app.test_cli_runner().invoke(args=["apoq", "check"])
 
         assert result.exit_code == 0, result.output
-        assert app.extensions["apoq"]._began_in == 0
+        assert app.extensions["apoq"]._embedded._began_in == 0

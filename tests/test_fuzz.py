@@ -245,9 +245,9 @@ def received(engine) -> Iterator[Callable[[], dict[int, Any]]]:
             pass
         return dict(found)
 
-    worker._enlist()  # so that each of the tasks doesn't find new connections and a heartbeat of its own
+    worker._life.enlist()  # so that each of the tasks doesn't find new connections and a heartbeat of its own
     yield work
-    worker._discharge()
+    worker._life.discharge()
 
 
 @pytest.fixture(scope="module")
@@ -266,8 +266,8 @@ def transactions(engine) -> Iterator[dict[str, Callable[[], Any]]]:
 def small_batches() -> Iterator[None]:
     """Let a COPY begin after the second task."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("apoq.queue.FIRST_COUNT", 2)
-        patch.setattr("apoq.queue.BATCH_COUNT", 2)
+        patch.setattr("apoq.operations.FIRST_COUNT", 2)
+        patch.setattr("apoq.operations.BATCH_COUNT", 2)
         yield
 
 

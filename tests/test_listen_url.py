@@ -9,6 +9,7 @@ from datetime import timedelta
 
 import pytest
 import sqlalchemy as sa
+from proxy import Proxy
 from sqlalchemy.orm import Session
 
 from apoq import Queue, UnsupportedDatabase, Worker
@@ -33,6 +34,33 @@ def test_hints_arrive_by_it(engine, listen_url, make_worker):
         with Session(engine) as session, session.begin():
             Queue().add(session, "t")
         assert ran.acquire(timeout=SOON)
+
+
+def test_where_it_goes_silent_the_worker_listens_again(engine, url, make_worker, monkeypatch):
+    """Nothing tells of that but a question, for the heartbeat goes another way."""
+    monkeypatch.setattr(listener, "CHECK_INTERVAL", 0.1)
+    monkeypatch.setattr(listener, "ANSWER_TIMEOUT", 0.5)
+    proxy = Proxy(url)
+    ran = threading.Semaphore(0)
+    worker = make_worker(poll_interval=LONG, listen_url=proxy.url)
+    worker.use("t", lambda task: ran.release())
+    worker.start()
+    deadline = time.monotonic() + SOON
+    while (before := worker._listener._connection) is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+    proxy.cut()
+    proxy.heal()
+    while worker._listener._connection in (None, before):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    for _ in range(3):
+        with Session(engine) as session, session.begin():
+            Queue().add(session, "t")
+        assert ran.acquire(timeout=SOON)
+    worker.stop()
+    proxy.close()
 
 
 def test_that_it_leads_elsewhere_is_said_and_tasks_are_found_by_looking(

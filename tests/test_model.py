@@ -535,7 +535,7 @@ class Tasks(RuleBasedStateMachine):
 
         found = self.worker.work()
 
-        id_ = self.worker._claimer.worker_id
+        id_ = self.worker._life.parts.claimer.worker_id
         while due and due[0].fail_count > due[0].limit:
             self.reached["a task without attempts left"] += 1
             doomed = due.pop(0)

@@ -202,8 +202,8 @@ def test_a_lapsed_worker_claims_nothing_and_starts_nothing(engine, queue, make_w
     first = add(engine, queue)
     until(lambda: ran == [first])
     # As if the whole process had been frozen.
-    worker._heartbeat.lease.ends_at = time.monotonic() - 1
-    worker._beating.stop()
+    worker._life.parts.heartbeat.lease.ends_at = time.monotonic() - 1
+    worker._life._beating.stop()
     may_end.set()
     second = add(engine, queue)
     time.sleep(0.5)
@@ -211,7 +211,7 @@ def test_a_lapsed_worker_claims_nothing_and_starts_nothing(engine, queue, make_w
     assert ran == [first]
     assert not worker.healthy()
 
-    worker._heartbeat.turn()
+    worker._life.parts.heartbeat.turn()
     until(lambda: ran == [first, second])
 
 
@@ -242,16 +242,40 @@ def test_a_server_that_turns_read_only_for_a_while_is_an_outage_like_any_other(
         assert ran.acquire(timeout=SOON)
 
 
+def test_what_ends_while_the_server_is_read_only_is_written_when_it_is_so_no_more(
+    engine, url, queue, make_worker
+):
+    begun, may_end = threading.Event(), threading.Event()
+    worker = make_worker(lease=timedelta(seconds=30))
+    worker.use("t", lambda task: begun.set() or may_end.wait(SOON))
+    worker.start()
+    add(engine, queue)
+    assert begun.wait(SOON)
+
+    quiet = sa.create_engine(url, poolclass=sa.NullPool, isolation_level="AUTOCOMMIT")
+    with quiet.connect() as connection:
+        connection.exec_driver_sql(f"ALTER DATABASE {url.database} SET default_transaction_read_only = on")
+        connection.exec_driver_sql(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+            "WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        )
+        may_end.set()
+        # The first time, its connection has ended; and then the server is read-only.
+        until(lambda: worker._settling._failures > 2)
+        connection.exec_driver_sql(f"ALTER DATABASE {url.database} SET default_transaction_read_only = off")
+        until(lambda: count(quiet, Task.state == "completed", Task.attempt == 1) == 1)
+
+
 def test_a_migration_that_locks_the_tasks_does_not_cost_the_worker_its_lease(engine, queue, make_worker):
     worker = make_worker(lease=timedelta(seconds=3))
     worker.use("t", lambda task: None)
     worker.start()
-    until(lambda: worker._heartbeat.lease.is_steady)
+    until(lambda: worker._life.parts.heartbeat.lease.is_steady)
     with engine.begin() as connection:
         connection.execute(sa.text("LOCK apoq_tasks"))
         deadline = time.monotonic() + 5
         while time.monotonic() < deadline:
-            assert worker._heartbeat.lease.is_held
+            assert worker._life.parts.heartbeat.lease.is_held
             time.sleep(0.05)
 
 

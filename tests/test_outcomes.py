@@ -336,7 +336,11 @@ class TestRetryPolicy:
         with pytest.raises(InvalidProcessor, match=r"retry_limit is a number of retries, 0 or more, not "):
             RetryPolicy(limit=limit)
 
-    @pytest.mark.parametrize("delay", [30, timedelta(seconds=30), None, "30", asyncio.sleep], ids=repr)
+    @pytest.mark.parametrize(
+        "delay",
+        [30, timedelta(seconds=30), None, "30", asyncio.sleep],
+        ids=lambda value: getattr(value, "__name__", repr(value)),
+    )
     def test_a_delay_that_is_no_plain_function_is_refused_with_what_to_give(self, delay):
         with pytest.raises(InvalidProcessor, match=r"plain function .* give `lambda fail_count: 30`"):
             RetryPolicy(delay=delay)

@@ -9,6 +9,7 @@ from datetime import timedelta
 import pytest
 import sqlalchemy as sa
 
+from apoq import Task
 from apoq.cli.looking import SETTINGS
 from apoq.connections import SESSION
 from apoq.sessions import _compiled
@@ -212,6 +213,13 @@ def test_so_does_a_plan_that_was_made_for_any_parameters(million, statement, par
 
     assert {name for name in used if name.startswith("apoq_tasks")} == indexes
     assert "Seq Scan" not in {node["Node Type"] for node in nodes(plan) if "apoq_tasks" in node.values()}
+
+
+def test_each_index_is_needed():
+    """By something that the workers do again and again, or it would not be worth its writes."""
+    needed = set().union(*(parameter.values[2] for parameter in STATEMENTS))
+
+    assert needed == {"apoq_tasks_pkey", *(index.name for index in Task.__table__.indexes)}
 
 
 def test_a_claim_reads_few_pages_however_many_rows_are_in_front(million):

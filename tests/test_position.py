@@ -184,7 +184,9 @@ def test_beside_a_held_snapshot_a_claim_walks_through_nothing_that_was_taken(eng
         }
         with engine.connect() as connection:
             from_the_start = pages(connection, {**asked, **Position().parameters()})
-            from_here = pages(connection, {**asked, **worker._claimer._positions[queue].parameters()})
+            from_here = pages(
+                connection, {**asked, **worker._life.parts.claimer._positions[queue].parameters()}
+            )
 
     assert 3 * from_here < from_the_start
 
@@ -268,4 +270,4 @@ def test_every_queue_has_a_position_of_its_own(engine, make_worker):
             queue.add(session, "t")
         assert ran.acquire(timeout=SOON)
 
-    assert all(levels(worker._claimer._positions[queue])[0] > START for queue in (first, second))
+    assert all(levels(worker._life.parts.claimer._positions[queue])[0] > START for queue in (first, second))

@@ -234,7 +234,11 @@ def test_the_tasks_of_a_live_worker_are_not_rescued(engine, queue, worker):
     with engine.begin() as connection:
         queue.add(connection, "t")
         connection.execute(
-            sa.text("UPDATE apoq_tasks SET state = 'running', worker_id = (SELECT id FROM apoq_workers)")
+            # For however long.
+            sa.text(
+                "UPDATE apoq_tasks SET state = 'running', worker_id = (SELECT id FROM apoq_workers), "
+                "claimed_at = now() - interval '1 year'"
+            )
         )
         sweep = {
             "lease": timedelta(seconds=15),

@@ -24,8 +24,8 @@ def test_its_python_runs(empty_url, monkeypatch, run_page):
 
     monkeypatch.setattr("apoq.Worker", Watched)
 
-    namespace = run_page("../README.md")
-    for _ in range(100):
+    namespace = run_page("../README.md", "app")
+    for _ in range(101):
         assert done.acquire(timeout=10)
     engine = namespace["engine"]
     with engine.connect() as connection:
@@ -34,4 +34,4 @@ def test_its_python_runs(empty_url, monkeypatch, run_page):
     started[0].stop()
     engine.dispose()
 
-    assert found == [("remind", "pending", 10_005), ("send_message", "completed", 100)]
+    assert found == [("app.book", "completed", 1), ("app.send_welcome", "completed", 100)]

@@ -81,7 +81,7 @@ def test_what_was_claimed_while_the_connection_broke_is_given_back(engine, queue
                 "worker_id = (SELECT id FROM apoq_workers)"
             )
         )
-        worker._hint()
+        worker._life.parts.hint()
         until(lambda: kill(engine, "%picked%"))  # the claim, which waits for the lock
 
     assert ran.wait(SOON)

@@ -169,7 +169,7 @@ class TestLapse:
         far_worker.start()
         assert begun.wait(SOON)
         proxy.cut()
-        until(lambda: far_worker._slots.free == 4)
+        until(lambda: far_worker._life.parts.slots.free == 4)
         proxy.heal()
         until(lambda: load(engine, task_id).state == "completed", 30)
         far_worker.stop()
@@ -260,12 +260,12 @@ class TestStop:
         worker.start()
         assert begun.wait(SOON)
         task_id = add(engine)
-        until(lambda: worker._slots.free == 2)
+        until(lambda: worker._life.parts.slots.free == 2)
 
         threading.Timer(0.5, may_end.set).start()
         worker.stop(timeout=0)
 
-        until(lambda: worker._slots.free == 4)
+        until(lambda: worker._life.parts.slots.free == 4)
         task = load(engine, task_id)
         assert (task.state, task.attempt, task.fail_count) == ("pending", 0, 0)
 
@@ -282,7 +282,7 @@ class TestStop:
         worker.start()
         assert begun.wait(SOON)
 
-        loop = worker._coroutines._thread
+        loop = worker._life.parts.coroutines._thread
         began = time.monotonic()
         worker.stop(timeout=0)
 

@@ -87,7 +87,7 @@ class TestCoroutines:
 
         assert worker.work().state == "completed"
         assert ledger(engine) == [task_id]
-        assert not worker._deadlines._until
+        assert not worker._life.parts.deadlines._until
 
     def test_a_timeout_of_its_own_is_its_own(self, engine, worker):
         async def process(_task: AsyncRunningTask) -> None:
@@ -150,7 +150,7 @@ class TestCoroutines:
         assert took >= CLEAN_UP
         assert (load(engine, task_id).attempt, ledger(engine)) == (2, [task_id])
         assert told == ["ran longer than its timeout of 2 s", "completed"]
-        assert worker._slots.free == 4
+        assert worker._life.parts.slots.free == 4
 
 
 class TestFunctions:
@@ -200,7 +200,7 @@ class TestFunctions:
         assert (task.state, task.attempt, task.fail_count) == ("completed", 2, 1)
         assert ledger(engine) == [task_id]
         assert told == [TimeoutError, "completed"]
-        assert worker._slots.free == 4
+        assert worker._life.parts.slots.free == 4
 
     @pytest.mark.parametrize("late", ["returns", "writes", "raises"])
     def test_whatever_it_comes_to_late_is_refused(self, engine, worker, late, caplog):
@@ -245,7 +245,7 @@ class TestFunctions:
         second = add(engine, "second")
         threading.Event().wait(0.2)
 
-        assert (order, load(engine, second).attempt, worker._slots.free) == ([], 0, 0)
+        assert (order, load(engine, second).attempt, worker._life.parts.slots.free) == ([], 0, 0)
         may_end.set()
         until(lambda: load(engine, second).state == "completed")
         assert order == ["first", "second"]
@@ -357,7 +357,7 @@ class TestLimits:
         for _ in range(20):
             assert done.acquire(timeout=SOON)
 
-        assert worker._deadlines._loop._thread is None
+        assert worker._life.parts.deadlines._loop._thread is None
 
     def test_those_that_have_ended_are_forgotten(self, engine, worker):
         done = threading.Semaphore(0)
@@ -369,7 +369,7 @@ class TestLimits:
             assert done.acquire(timeout=SOON)
         worker.stop()
 
-        assert (worker._deadlines._until, worker._deadlines._over) == ({}, set())
+        assert (worker._life.parts.deadlines._until, worker._life.parts.deadlines._over) == ({}, set())
         with engine.connect() as connection:
             assert connection.scalar(sa.text("SELECT count(*) FROM apoq_tasks WHERE fail_count > 0")) == 0
 
@@ -421,4 +421,4 @@ def test_an_attempt_that_ends_at_its_limit_is_settled_once(engine, make_worker, 
         assert (told["completed", task.id], told["retried", task.id]) == (1, task.fail_count)
     others = {task.fail_count for task in tasks() if task.data % 5}
     assert len(others) > 1, "it was no race"
-    assert worker._deadlines._over == set()
+    assert worker._life.parts.deadlines._over == set()

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FILES = [*sorted((ROOT / "tests" / "typing").glob("*.py")), ROOT / "examples" / "typed_tasks.py"]
+FILES = [*sorted((ROOT / "tests" / "typing").glob("*.py")), *sorted((ROOT / "examples").glob("*.py"))]
 MARK = re.compile(r"# wrong: (?P<mypy>\S+) (?P<pyright>\S+)$")
 
 Found = dict[str, set[str]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from contextlib import contextmanager
 from datetime import timedelta
 
 import psycopg
@@ -21,6 +22,13 @@ LONG = timedelta(hours=1)
 """A poll interval in which nothing is found by looking: what starts was hinted at."""
 
 
+def until(condition) -> None:
+    deadline = time.monotonic() + SOON
+    while not condition():
+        assert time.monotonic() < deadline, "it didn't come about in time"
+        time.sleep(0.01)
+
+
 @pytest.fixture
 def started(make_worker):
     """A worker that is idle, and only hints can wake; with a semaphore that counts the tasks it has run."""
@@ -29,6 +37,17 @@ def started(make_worker):
     worker.use("t", lambda task: ran.release())
     worker.start()
     return ran
+
+
+@contextmanager
+def hearing(engine):
+    """Answer a function that answers the hints that come within so many seconds."""
+    with engine.connect() as listening:
+        raw = listening.connection.driver_connection
+        raw.autocommit = True
+        raw.execute(f"LISTEN {CHANNEL}")
+        yield lambda timeout: list(raw.notifies(timeout=timeout))
+        raw.autocommit = False
 
 
 def test_a_session(engine, queue, started):
@@ -77,10 +96,11 @@ def test_an_async_connection(url, queue, started):
 
 
 def test_the_release_of_a_savepoint_is_no_commit_and_loses_no_hint(engine, queue, started):
-    with Session(engine) as session, session.begin():
+    with hearing(engine) as heard, Session(engine) as session, session.begin():
         with session.begin_nested():
             queue.add(session, "t")
         session.execute(sa.text("SELECT 1"))
+        assert heard(0.3) == []
 
     assert started.acquire(timeout=SOON)
 
@@ -111,9 +131,11 @@ def test_any_session_of_a_schema(engine, make_worker):
 
 def test_where_nothing_hints_it_is_found_within_the_poll_interval(engine, url, queue, make_worker):
     ran = threading.Event()
-    worker = make_worker(poll_interval=timedelta(milliseconds=200))
+    worker = make_worker(poll_interval=timedelta(seconds=1))
     worker.use("t", lambda task: ran.set())
     worker.start()
+    # It has looked, and sleeps.
+    until(lambda: worker._scout._next_look > time.monotonic() + 0.5)
 
     with psycopg.connect(
         url.set(drivername="postgresql").render_as_string(hide_password=False)
@@ -165,32 +187,24 @@ def test_what_was_added_before_the_worker_listened_is_found(engine, queue, make_
 
 def test_the_callers_transaction_notifies_nobody(engine, queue):
     """No NOTIFY in it, nor any other statement but the insert (test_add.py counts them)."""
-    with engine.connect() as listening, Session(engine) as session:
-        raw = listening.connection.driver_connection
-        raw.autocommit = True
-        raw.execute(f"LISTEN {CHANNEL}")
+    with hearing(engine) as heard, Session(engine) as session:
         queue.add(session, "t")
         session.connection().exec_driver_sql("COMMIT")
 
-        assert list(raw.notifies(timeout=0.1)) == []
-        raw.autocommit = False
+        assert heard(0.1) == []
 
 
 def test_a_burst_of_commits_is_a_few_notifications(engine, queue):
-    with engine.connect() as listening:
-        raw = listening.connection.driver_connection
-        raw.autocommit = True
-        raw.execute(f"LISTEN {CHANNEL}")
+    with hearing(engine) as heard:
         began = time.monotonic()
         for _ in range(200):
             with Session(engine) as session, session.begin():
                 queue.add(session, "t")
         took = time.monotonic() - began
-        heard = len(list(raw.notifies(timeout=0.5)))
-        raw.autocommit = False
+        count = len(heard(0.5))
 
     # One for every two milliseconds at most, and the one under way.
-    assert 1 <= heard <= min(200, took / 0.002 + 1)
+    assert 1 <= count <= min(200, took / 0.002 + 1)
 
 
 def test_a_session_in_somebody_elses_transaction_gives_no_hint(engine, queue):

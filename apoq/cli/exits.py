@@ -14,11 +14,8 @@ import psycopg
 import sqlalchemy.exc
 from sqlalchemy import URL
 
-from apoq.connections import is_away
+from apoq.connections import is_away, is_missing
 from apoq.errors import ApoqError, NotPrepared
-
-_MISSING = {"42P01", "42703", "3F000"}
-"""SQLSTATEs of a table, a column or a schema that is not there."""
 
 _FORBIDDEN = "42501"
 
@@ -78,7 +75,7 @@ def explained(url: URL | None = None) -> Iterator[None]:
 def _explain(cause: Any, url: URL | None) -> Failure | None:
     # libpq's has several lines.
     message = " ".join(re.sub(r"(?<=\w)\n", ". ", str(cause)).split())
-    if getattr(cause, "sqlstate", None) in _MISSING:
+    if is_missing(cause):
         return NotReady(f"{message}: bring apoq's tables up to date with `apoq migrate`")
     if getattr(cause, "sqlstate", None) == _FORBIDDEN:
         return Failure(f"{message}: use a role that may do that")

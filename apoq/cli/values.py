@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -11,29 +10,19 @@ from typing import Any, Final
 
 from click import BadParameter
 
-_UNITS: Final = {
-    "ms": "milliseconds",
-    "s": "seconds",
-    "m": "minutes",
-    "h": "hours",
-    "d": "days",
-    "w": "weeks",
-}
-_PART: Final = re.compile(r"(\d+(?:\.\d+)?)([smhdw])", re.ASCII)
+from apoq.durations import read_duration
+
 _EXAMPLE: Final = "2031-05-04T12:00Z"
-_NUMBER: Final = re.compile(r"\d+(\.\d+)?", re.ASCII)
 
 
 def duration(value: Any) -> timedelta:
     """Read a length of time, such as 90 (seconds), 90s, 15m or 1h30m."""
     if isinstance(value, timedelta):
         return value
-    text = f"{value}s" if _NUMBER.fullmatch(value) else value
-    if not text or _PART.sub("", text):
-        raise BadParameter(f"{value!r} is no duration: write 90s, 15m, 2h, 1d, 1w or 1h30m.")
     try:
-        parts = (timedelta(**{_UNITS[unit]: float(count)}) for count, unit in _PART.findall(text))
-        return sum(parts, timedelta())
+        return read_duration(value)
+    except ValueError:
+        raise BadParameter(f"{value!r} is no duration: write 90s, 15m, 2h, 1d, 1w or 1h30m.") from None
     except OverflowError:
         raise BadParameter(f"{value} is longer than the calendar.") from None
 
@@ -58,9 +47,12 @@ def past_time(value: Any) -> datetime:
     """Read a point in time, or how long ago it was by this machine's clock."""
     if isinstance(value, datetime):
         return value
-    if _PART.match(value) and not _PART.sub("", value):
+    if not value[-1:].islower():  # as a unit does, and no time in ISO 8601
+        return time(value)
+    try:
         return datetime.now(UTC) - duration(value)
-    return time(value)
+    except OverflowError:
+        raise BadParameter(f"{value} ago is before the calendar begins.") from None
 
 
 def json_value(value: Any) -> Any:

@@ -13,6 +13,7 @@ from sqlalchemy.exc import UnboundExecutionError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_scoped_session
 from sqlalchemy.orm import Session, scoped_session
 
+from apoq.databases import sync_side
 from apoq.errors import ApoqError, UnsupportedSession
 from apoq.model import Task
 from apoq.sessions import AsyncioSession, SyncSession
@@ -72,7 +73,7 @@ class Database:
             engine = session.engine
         else:
             return session  # psycopg's
-        if not self._is_elsewhere(_sync(engine)):
+        if not self._is_elsewhere(sync_side(engine)):
             return session
         if self._bind is not None and isinstance(session, Session) and session is self.session():
             # The same session, in its transaction on the other engine.
@@ -111,20 +112,16 @@ class Database:
             known = ", ".join(repr(name) for name in engines if name is not None) or "none"
             raise ApoqError(f"APOQ_BIND is {self._bind!r}, and the application's binds are: {known}")
         found = engines[self._bind]
-        return found.sync_engine if isinstance(found, AsyncEngine) else found
+        return sync_side(found)
 
     def _is_elsewhere(self, engine: Engine) -> bool:
-        own = _sync(self.engine)
+        own = sync_side(self.engine)
         if engine is own:
             return False
-        if any(engine is _sync(known.engine) for known in self._engines().values()):
+        if any(engine is sync_side(known.engine) for known in self._engines().values()):
             return _place(engine) != _place(own)
         # One engine may reach the database past the other's pooler.
         return engine.url.database != own.url.database
-
-
-def _sync(engine: Engine | AsyncEngine) -> Engine:
-    return engine.sync_engine if isinstance(engine, AsyncEngine) else engine
 
 
 def _place(engine: Engine | AsyncEngine) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Iterable
 from datetime import timedelta
-from typing import Any, Concatenate, TypedDict, TypeVar, Unpack, overload
+from typing import Any, Concatenate, TypeVar, Unpack, overload
 from weakref import WeakSet
 
 from flask import Flask, current_app, request_started
@@ -21,7 +21,7 @@ from apoq.flask.tasks import AppTask, Decorator
 from apoq.model import Task
 from apoq.options import Options
 from apoq.queue import Queue
-from apoq.registry import Running, make_processor
+from apoq.registry import ProcessorOptions, Running, make_processor
 from apoq.retry import DEFAULT_RETRY_LIMIT, RetryDelay, exponential_backoff
 from apoq.sessions import AsyncioSession, SyncSession
 from apoq.worker import Worker
@@ -30,14 +30,6 @@ F = TypeVar("F", bound=Callable[..., Any])
 P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T", bound=Running)
-
-
-class UseOptions(TypedDict, total=False):
-    """What may be said of a processor."""
-
-    retry_limit: int
-    retry_delay: RetryDelay
-    timeout: float | timedelta | None
 
 
 class Apoq:
@@ -72,7 +64,7 @@ class Apoq:
             )
         self._queue = queue
         self._session = session
-        self._processors: dict[str, tuple[Callable[[Any], Any], UseOptions]] = {}
+        self._processors: dict[str, tuple[Callable[[Any], Any], ProcessorOptions]] = {}
         self._workers: WeakSet[Worker] = WeakSet()
         if app is not None:
             self.init_app(app)
@@ -167,7 +159,7 @@ class Apoq:
         count: int | Coroutine[Any, Any, int] = current.queue.add_many(joined, type, datas, **options)
         return count
 
-    def use(self, type: str, processor: Callable[[Any], Any], **options: Unpack[UseOptions]) -> None:
+    def use(self, type: str, processor: Callable[[Any], Any], **options: Unpack[ProcessorOptions]) -> None:
         """Work tasks of this type with `processor`, as `Worker.use` does, in every application of this Apoq.
 
         Before or after `init_app`. Each call is in an application context of its own.
@@ -181,7 +173,7 @@ class Apoq:
         for worker in list(self._workers):
             worker.use(type, processor, **options)
 
-    def processor(self, type: str, **options: Unpack[UseOptions]) -> Callable[[F], F]:
+    def processor(self, type: str, **options: Unpack[ProcessorOptions]) -> Callable[[F], F]:
         """Decorate a plain or a coroutine function that works tasks of this type, as `use` does."""
 
         def decorate(function: F) -> F:
@@ -223,7 +215,11 @@ class Apoq:
         ``send_welcome.add(user_id=7)``, or ``send_welcome.add(session, user_id=7)``. Each runs in an
         application context of its own.
         """
-        options: UseOptions = {"retry_limit": retry_limit, "retry_delay": retry_delay, "timeout": timeout}
+        options: ProcessorOptions = {
+            "retry_limit": retry_limit,
+            "retry_delay": retry_delay,
+            "timeout": timeout,
+        }
 
         def decorate(function: Callable[..., Any]) -> AppTask[..., Any, ...]:
             task: AppTask[..., Any, ...] = AppTask(

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-import math
-import os
 import threading
-import time
 from functools import partial
 from typing import Any, Final, Protocol
 
@@ -17,14 +13,10 @@ from apoq.flask.database import Database
 from apoq.flask.settings import Settings
 from apoq.queue import Queue
 from apoq.worker import Worker
-
-logger = logging.getLogger(__name__)
+from apoq.worker.embedded import EmbeddedWorker
 
 KEY: Final = "apoq"
 """Where it stands: ``app.extensions["apoq"]``."""
-
-PATIENCE: Final = 10.0
-"""Seconds after which a request tries again to start an embedded worker that couldn't start."""
 
 
 class Owner(Protocol):
@@ -49,8 +41,7 @@ class Installed:
         self.owner = owner
         self._lock = threading.Lock()
         self._worker: Worker | None = None
-        self._began_in = 0
-        self._again_at = 0.0
+        self._embedded = EmbeddedWorker(lambda: self.worker, name=app.name)
 
     def __repr__(self) -> str:
         return f"<apoq in the application {self.app.name!r}: {self.queue!r}>"
@@ -61,17 +52,11 @@ class Installed:
         engine = self.database.engine
         with self._lock:
             if self._worker is None:
-                settings = self.settings
                 worker = Worker(
                     engine,
                     *self._queues,
-                    concurrency=settings.concurrency,
-                    poll_interval=settings.poll_interval,
-                    lease=settings.lease,
-                    keep_completed=settings.keep_completed,
-                    keep_failed=settings.keep_failed,
-                    listen_url=settings.listen_url,
                     around=partial(context_for, self.app),
+                    **self.settings.worker,
                 )
                 self.owner.equip(worker)
                 self._worker = worker
@@ -83,23 +68,8 @@ class Installed:
 
     def serve(self) -> None:
         """Start the worker, beside the first request in each process: only what serves is to work tasks."""
-        if self.app.testing or (self._began_in == os.getpid() and time.monotonic() < self._again_at):
-            return
-        self._began_in, self._again_at = os.getpid(), math.inf
-        # On a thread, for the request is not to wait for a database that is away.
-        threading.Thread(target=self._start, name="apoq-starter", daemon=True).start()
-
-    def _start(self) -> None:
-        try:
-            self.worker.start()
-        except Exception as error:  # noqa: BLE001 - the application serves on
-            logger.critical(
-                "the embedded worker of %r can't start, and a request %d s from now tries again: %s",
-                self.app.name,
-                PATIENCE,
-                error,
-            )
-            self._again_at = time.monotonic() + PATIENCE
+        if not self.app.testing:
+            self._embedded.serve()
 
 
 def serve(app: Flask, **_: Any) -> None:

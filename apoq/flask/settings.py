@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Final, Self
-
-from sqlalchemy import URL
 
 from apoq.model import DEFAULT_QUEUE
 from apoq.queue import Queue
@@ -15,12 +13,12 @@ from apoq.retry import seconds
 
 PREFIX: Final = "APOQ_"
 
-_DURATIONS: Final = {"poll_interval", "lease", "keep_completed", "keep_failed"}
+_DURATIONS: Final = ("poll_interval", "lease", "keep_completed", "keep_failed")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What ``app.config`` says under ``APOQ_…``; the options of `Worker`, unless said otherwise."""
+    """What ``app.config`` says under ``APOQ_…``."""
 
     queue: str | None = None
     """The name of the queue that tasks are added to, and worked from."""
@@ -28,26 +26,20 @@ class Settings:
     """Where apoq's tables are, if not where the search_path leads."""
     bind: str | None = None
     """In which of Flask-SQLAlchemy's binds, or Lite's engines, they are."""
-    concurrency: int = 4
-    poll_interval: timedelta = timedelta(seconds=2)
-    lease: timedelta = timedelta(seconds=15)
-    keep_completed: timedelta | None = timedelta(days=1)
-    keep_failed: timedelta | None = timedelta(days=7)
-    listen_url: str | URL | None = None
     embedded_worker: bool = False
     """Whether each process that serves requests works tasks, too."""
+    worker: Mapping[str, Any] = field(default_factory=dict)
+    """What else a `Worker` is told."""
 
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> Self:
         """Read them; a duration may be in seconds, as the environment has it."""
-        given: dict[str, Any] = {}
-        for name in cls.__annotations__:
+        own = _given(config, ("queue", "schema", "bind", "embedded_worker"))
+        worker = _given(config, ("concurrency", "listen_url"))
+        for name, value in _given(config, _DURATIONS).items():
             key = PREFIX + name.upper()
-            if key in config:
-                value = config[key]
-                is_number = name in _DURATIONS and value is not None
-                given[name] = timedelta(seconds=seconds(value, key)) if is_number else value
-        settings = cls(**given)
+            worker[name] = None if value is None else timedelta(seconds=seconds(value, key))
+        settings = cls(**own, worker=worker)
         if not isinstance(settings.embedded_worker, bool):
             raise TypeError(f"APOQ_EMBEDDED_WORKER is True or False, not {settings.embedded_worker!r}")
         return settings
@@ -59,3 +51,8 @@ class Settings:
         if self.queue is not None or self.schema is not None:
             raise ValueError(f"Apoq has {given!r} already: leave out that one, or APOQ_QUEUE and APOQ_SCHEMA")
         return given
+
+
+def _given(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    keys = {name: PREFIX + name.upper() for name in names}
+    return {name: config[key] for name, key in keys.items() if key in config}

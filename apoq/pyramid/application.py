@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import os
-import threading
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -14,9 +11,9 @@ from apoq.errors import InvalidProcessor
 from apoq.pyramid.requests import Requests
 from apoq.pyramid.settings import Misconfigured, Settings
 from apoq.queue import Queue
+from apoq.registry import ProcessorOptions
 from apoq.worker import Worker
-
-logger = logging.getLogger(__name__)
+from apoq.worker.embedded import EmbeddedWorker
 
 _KEY: Final = "apoq"
 
@@ -26,14 +23,13 @@ class Application:
 
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
-        self._lock = threading.Lock()
-        self._started_in: int | None = None
         self.settings = Settings.read(registry.settings)
-        self.processors: dict[str, tuple[Callable[[Any], Any], dict[str, Any]]] = {}
+        self.processors: dict[str, tuple[Callable[[Any], Any], ProcessorOptions]] = {}
         """By their types: the processors, and their options for `Worker.use`."""
         self.queues: list[Queue] = []
         """Those with typed tasks."""
         self.embedded: Worker | None = None
+        self._starter: EmbeddedWorker | None = None
 
     @classmethod
     def of(cls, registry: Registry) -> Application:
@@ -70,20 +66,10 @@ class Application:
 
     def embed(self, _event: object) -> None:
         """Make the embedded worker, so that it can't begin to work with a mistake in it."""
-        self.embedded = self.make_worker()
+        self.embedded = worker = self.make_worker()
+        self._starter = EmbeddedWorker(lambda: worker, name=self._registry.__name__)
 
     def serve(self, _event: object) -> None:
-        """Start the embedded worker at the first request, in the process that serves it.
-
-        So no script of the application's starts one, nor does a parent that forks the processes that serve.
-        """
-        if self._started_in == os.getpid() or self.embedded is None:
-            return
-        with self._lock:
-            if self._started_in == os.getpid():
-                return
-            self._started_in = os.getpid()
-            try:
-                self.embedded.start()
-            except Exception as error:  # noqa: BLE001 - it is not this request's fault
-                logger.critical("the embedded worker has not started: %s", error)
+        """Start the embedded worker beside the first request."""
+        if self._starter is not None:
+            self._starter.serve()

@@ -14,6 +14,7 @@ from pyramid.settings import aslist, truthy
 from sqlalchemy.exc import ArgumentError
 
 from apoq.databases import database_url
+from apoq.durations import read_duration
 from apoq.errors import ApoqError
 from apoq.queue import Queue
 
@@ -27,8 +28,6 @@ class Misconfigured(ApoqError, ConfigurationError):  # type: ignore[misc]  # Pyr
 
 
 _FALSY: Final = {"f", "false", "n", "no", "off", "0", ""}
-_UNITS: Final = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
-_DURATION: Final = re.compile(r"(\d{1,9}(?:\.\d{1,6})?)\s*(?:(s|m|h|d|w)|(second|minute|hour|day|week)s?)?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,11 +133,10 @@ def _duration(value: Any) -> timedelta:
         if value < timedelta():
             raise ValueError(f"is not negative, as {value!r} is")
         return value
-    found = _DURATION.fullmatch(str(value).strip().lower())
-    if found is None:
-        raise ValueError(f"is a time such as 30 s, 10 minutes, 12 h or 7 days, not {value!r}")
-    number, letter, word = found.groups()
-    return timedelta(**{_UNITS[letter or (word or "s")[0]]: float(number)})
+    try:
+        return read_duration(str(value).lower())
+    except (ValueError, OverflowError):
+        raise ValueError(f"is a time such as 30 s, 10 minutes, 12 h or 7 days, not {value!r}") from None
 
 
 def _interval(value: Any) -> timedelta:

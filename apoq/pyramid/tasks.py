@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from datetime import timedelta
 from functools import wraps
-from typing import Any, Final, TypedDict, TypeVar, Unpack
+from typing import Any, Final, TypeVar, Unpack
 
 import venusian
 from pyramid.threadlocal import get_current_request
@@ -15,8 +14,7 @@ from apoq.errors import InvalidProcessor, glimpse
 from apoq.pyramid.application import Application
 from apoq.pyramid.settings import Misconfigured
 from apoq.queue import Queue
-from apoq.registry import is_coroutine_function, make_processor
-from apoq.retry import RetryDelay
+from apoq.registry import ProcessorOptions, is_coroutine_function, make_processor
 from apoq.typed import TypedTask
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -28,16 +26,11 @@ _NO_COROUTINE: Final = (
 )
 
 
-class TaskOptions(TypedDict, total=False):
-    """What may be said of a type of task, as to `Worker.use`."""
-
-    retry_limit: int
-    retry_delay: RetryDelay
-    timeout: float | timedelta | None
-
-
 def add_apoq_task(
-    config: Any, function: Callable[..., Any] | str, type: str | None = None, **options: Unpack[TaskOptions]
+    config: Any,
+    function: Callable[..., Any] | str,
+    type: str | None = None,
+    **options: Unpack[ProcessorOptions],
 ) -> None:
     """Process tasks of this type with ``function(task, request)``, or what a dotted name leads to.
 
@@ -60,7 +53,7 @@ def add_apoq_task(
     introspectable.update({"type": type, "function": found, **options})
 
     def register() -> None:
-        Application.of(config.registry).processors[type] = (processor, dict(options))
+        Application.of(config.registry).processors[type] = (processor, options)
 
     config.action((CATEGORY, type), register, introspectables=(introspectable,))
 
@@ -98,7 +91,7 @@ class apoq_task:  # noqa: N801 - as view_config is
     The same as `config.add_apoq_task(function, type, …)`.
     """
 
-    def __init__(self, type: str | None = None, **options: Unpack[TaskOptions]) -> None:
+    def __init__(self, type: str | None = None, **options: Unpack[ProcessorOptions]) -> None:
         if callable(type):
             raise Misconfigured("write the decorator with parentheses: @apoq_task()")
         self._type = type

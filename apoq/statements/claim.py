@@ -26,7 +26,7 @@ from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.sql.dml import ReturningUpdate
 
 from apoq.model import tasks_table
-from apoq.statements.literals import EPOCH, ONE, PENDING, RUNNING, ZERO
+from apoq.statements.literals import EPOCH, LAST_BUT_ONE, ONE, PENDING, RUNNING, ZERO
 
 
 @cache
@@ -83,7 +83,8 @@ def claim(schema: str | None) -> ReturningUpdate[Any]:
         .values(
             state=RUNNING,
             token=tasks.c.token + ONE,
-            attempt=tasks.c.attempt + ONE,
+            # Whatever another program has written there, no task is in the way of all others.
+            attempt=func.least(tasks.c.attempt, LAST_BUT_ONE) + ONE,
             worker_id=bindparam("by_worker", type_=Uuid),
             claimed_at=func.now(),
             claimed_ahead=ahead,

@@ -19,3 +19,5 @@ RUNNING: Final[ColumnElement[str]] = literal_column(f"'{states.RUNNING}'", Text)
 EPOCH: Final[ColumnElement[str]] = literal_column("'epoch'", Text)
 ZERO: Final[ColumnElement[int]] = literal_column("0", Integer)
 ONE: Final[ColumnElement[int]] = literal_column("1", Integer)
+LAST_BUT_ONE: Final[ColumnElement[int]] = literal_column(str(2**31 - 2), Integer)
+"""To this, an integer, one can be added."""

@@ -28,7 +28,9 @@ def beat_and_rescue(schema: str | None) -> Select[tuple[int, float | None]]:
 
 @cache
 def rescue(schema: str | None) -> Update:
-    """Make running tasks that no live worker holds pending again; `at_most` so many.
+    """Make running tasks that no live worker holds pending again; `at_most` so many, after the first few.
+
+    Those are `passed_over`, none unless told otherwise: they could not be written.
 
     Asked in this way round, a worker whose row is gone counts as dead too; `by_worker` itself is alive. What
     had begun has failed once more; what was claimed ahead loses no attempt, for nobody knows whether it had
@@ -46,6 +48,7 @@ def rescue(schema: str | None) -> Update:
         )
         .order_by(held.c.id)
         .limit(bindparam("at_most", type_=Integer))
+        .offset(bindparam("passed_over", 0, type_=Integer))
         # Other workers sweep too, and a settle may be under way.
         .with_for_update(skip_locked=True)
         .cte("orphans")

@@ -40,7 +40,16 @@ from apoq.worker import Worker
 from apoq.worker.attempts import Ended, TaskLost, ended, run, run_coroutine
 from apoq.worker.claimer import has_attempts
 from apoq.worker.position import Position
-from apoq.worker.running import AnyRunningTask, AsyncRunningTask, Batch, Claimed, Notice, RunningTask
+from apoq.worker.running import (
+    BATCH,
+    TYPE,
+    AnyRunningTask,
+    AsyncRunningTask,
+    Batch,
+    Claimed,
+    Notice,
+    RunningTask,
+)
 from apoq.worker.settler import settlement_arrays, write_settlements
 from apoq.worker.task_sessions import AsyncTaskSession, TaskSession
 
@@ -160,8 +169,8 @@ class _Drain:
         return None
 
     def _make(self, row: Claimed) -> AnyRunningTask:
-        batch: Batch = row[-1]
-        processor = batch.processors[row[1]]
+        batch: Batch = row[BATCH]
+        processor = batch.processors[row[TYPE]]
         if processor.is_coroutine:
             return AsyncRunningTask(row, processor, self._open_async, self._notice)
         return RunningTask(row, processor, self._open, self._notice)

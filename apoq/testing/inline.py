@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,12 +29,9 @@ class Crew:
     """Whose tasks run, and how they are completed."""
 
     queues: tuple[Queue, ...]
-    registry: Registry
+    processors: Callable[[Queue], Mapping[str, Processor]]
+    """Answers those of a queue, by their types."""
     completion: Completion
-
-    def processors(self, queue: Queue) -> Mapping[str, Processor]:
-        """Answer the processors of a queue's types."""
-        return self.registry.of(queue)
 
     @property
     def has_coroutines(self) -> bool:
@@ -52,11 +49,11 @@ def crew_of(worker: Worker | Queue) -> Crew:
             )
         registry = Registry()
         worker.register_in(registry)
-        return Crew((worker,), registry, InLineCompletion(keep=True))
+        return Crew((worker,), registry.of, InLineCompletion(keep=True))
     if not isinstance(worker, Worker):
         raise TypeError(f"drain takes workers or queues after its session, not {worker!r}")
-    keep = worker._completion.keep  # noqa: SLF001 - a worker tells nobody else
-    return Crew(worker._queues, worker._registry, InLineCompletion(keep=keep))  # noqa: SLF001
+    keep = worker.options.keeps_completed
+    return Crew(worker.queues, worker.processors, InLineCompletion(keep=keep))
 
 
 class InLineCompletion(Completion):

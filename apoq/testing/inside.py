@@ -12,10 +12,12 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_s
 from sqlalchemy.orm import Session, scoped_session
 from sqlalchemy.util.concurrency import in_greenlet
 
+from apoq.connections import is_missing
 from apoq.databases import check_dialect
 from apoq.errors import NotPrepared, UnsupportedSession
 from apoq.migrations.prepare import missing
 from apoq.model import Task, detached
+from apoq.sessions import NO_ENGINE
 
 TestSession = Session | scoped_session[Session] | Connection
 AsyncTestSession = AsyncSession | async_scoped_session[AsyncSession] | AsyncConnection
@@ -52,10 +54,7 @@ def connection_of(inner: Inner) -> Connection:
         try:
             connection = inner.connection(bind_arguments={"mapper": Task})
         except UnboundExecutionError as error:
-            raise UnsupportedSession(
-                "this session has no engine for apoq's tables: add `Task` to its binds, "
-                "as in Session(binds={apoq.Task: engine, …})"
-            ) from error
+            raise UnsupportedSession(NO_ENGINE) from error
     else:
         connection = inner
     check_dialect(connection.dialect)
@@ -85,7 +84,6 @@ def clear_errors(schema: str | None) -> Iterator[None]:
     try:
         yield
     except DBAPIError as error:
-        # undefined_table, undefined_column, invalid_schema_name
-        if getattr(error.orig, "sqlstate", None) in {"42P01", "42703", "3F000"}:
+        if is_missing(error):
             raise NotPrepared(missing(schema)) from error
         raise

@@ -21,12 +21,12 @@ from apoq.statements.recover import give_back
 from apoq.worker.attempts import Ended, ended
 from apoq.worker.lease import Lease
 from apoq.worker.position import Position
-from apoq.worker.running import FAIL_COUNT, ID, AnyRunningTask, Batch, Claimed
+from apoq.worker.running import FAIL_COUNT, ID, PRIORITY, PROCESS_AT, AnyRunningTask, Batch, Claimed
 from apoq.worker.slots import Slots, released
 
 logger = logging.getLogger(__name__)
 
-BATCH: Final = 1_000
+MOST_AT_ONCE: Final = 1_000
 """Tasks that one statement claims at most."""
 
 MOST_AHEAD: Final = 2_000
@@ -123,7 +123,7 @@ class Claimer:
             self.waits_for_room = False
             return self._breathes_until - began
         self._hinted = False
-        wanted = min(room, BATCH)
+        wanted = min(room, MOST_AT_ONCE)
         claimed = self.claim(wanted, free)
         self._slots.put(self._startable(claimed))
         self._on_claim(len(claimed), wanted)
@@ -221,4 +221,4 @@ def has_attempts(task: AnyRunningTask) -> bool:
 
 
 def _order(row: tuple[Any, ...]) -> tuple[int, float, int]:
-    return -row[3], row[5], row[0]
+    return -row[PRIORITY], row[PROCESS_AT], row[ID]

@@ -13,11 +13,11 @@ from importlib.metadata import version
 from typing import Any, Final
 from uuid import UUID
 
-from psycopg import Cursor
+from psycopg import Cursor, DatabaseError
 from psycopg.errors import LockNotAvailable
 from sqlalchemy import Engine, Executable
 
-from apoq.connections import execute, keeps_session, own_engine
+from apoq.connections import execute, is_away, keeps_session, own_engine
 from apoq.outcomes import WorkerDied, report
 from apoq.payload import encode
 from apoq.queue import Queue
@@ -78,7 +78,6 @@ class Heartbeat:
             "worker_concurrency": concurrency,
             "lease": lease,
             "grace": lease / BEATS * GRACE,
-            "at_most": RESCUED_AT_ONCE,
             "reason": encode(report(WorkerDied(WorkerDied.__doc__))),
         }
         self._forgets_at = 0.0
@@ -148,12 +147,29 @@ class Heartbeat:
         }
 
     def _beat_and_rescue(self, schema: str | None, parameters: dict[str, Any]) -> float:
+        at_most, passed_over = RESCUED_AT_ONCE, 0
+        ends_at = time.monotonic() + self._interval / 2
         while True:
-            ((rescued, next_death),) = self._execute(beat_and_rescue(schema), parameters)
+            batch = {"at_most": at_most, "passed_over": passed_over}
+            try:
+                ((rescued, next_death),) = self._execute(beat_and_rescue(schema), parameters | batch)
+            except DatabaseError as error:
+                if is_away(error):
+                    raise
+                # A batch survives its worst member: from here on, each is rescued by itself.
+                if at_most == 1:
+                    passed_over += 1
+                else:
+                    logger.warning("a task of a worker that died can't be made pending again: %s", error)
+                at_most = 1
+                if time.monotonic() < ends_at:
+                    continue
+                self._execute(beat(schema), parameters)
+                return math.inf
             if rescued:
                 logger.warning("%d tasks of workers that died are pending again", rescued)
                 self._on_rescued()
-            if rescued < RESCUED_AT_ONCE:
+            if rescued < at_most:
                 return math.inf if next_death is None else next_death
 
     def _execute(self, statement: Executable, parameters: dict[str, Any]) -> Cursor[Any]:

@@ -26,6 +26,7 @@ class _Process:
 
     def __init__(self) -> None:
         self._workers: WeakKeyDictionary[_Stoppable, Callable[[Any], None]] = WeakKeyDictionary()
+        self._started: set[_Stoppable] = set()
         self._lock = threading.Lock()
         self._ending = threading.Event()
         self._farewell: threading.Thread | None = None
@@ -35,14 +36,20 @@ class _Process:
         """Call `begin_anew` with this worker in each child that is forked; the worker itself may go."""
         self._workers[worker] = begin_anew
 
-    def watch(self) -> None:
-        """Stop the workers when the program ends, if nobody else does."""
+    def watch(self, worker: _Stoppable) -> None:
+        """Stop this worker when the program ends, if nobody else does; whoever else lets go of it."""
         with self._lock:
+            self._started.add(worker)
             if self._farewell is None:
                 # Begun now, for at the end no thread can be. And a thread it is, for the main one is not to
                 # wait for a database that is away.
                 self._farewell = threading.Thread(target=self._stop_all, name="apoq-farewell", daemon=True)
                 self._farewell.start()
+
+    def forget(self, worker: _Stoppable) -> None:
+        """Let go of a worker that has stopped."""
+        with self._lock:
+            self._started.discard(worker)
 
     def end(self) -> None:
         """Have what is held given back, within `LAST_WAIT`."""
@@ -59,6 +66,7 @@ class _Process:
         workers = list(self._workers.items())
         # Afresh, for another thread may have held these at the fork.
         self._lock, self._ending, self._farewell = threading.Lock(), threading.Event(), None
+        self._started = set()
         for worker, begin_anew in workers:
             begin_anew(worker)
 
@@ -66,7 +74,7 @@ class _Process:
         self._ending.wait()
         # Half of the time for tasks to end, the other half to write what became of them.
         deadline = time.monotonic() + LAST_WAIT / 2
-        for worker in list(self._workers):
+        for worker in list(self._started):
             try:
                 worker.stop(timeout=max(0.0, deadline - time.monotonic()))
             except Exception as error:  # noqa: BLE001 - others rescue what it held

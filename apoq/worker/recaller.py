@@ -12,7 +12,7 @@ from sqlalchemy import Engine
 from apoq.connections import execute
 from apoq.statements.arrays import array_text
 from apoq.statements.lost import lost
-from apoq.worker.running import ID, TOKEN, Batch, Claimed
+from apoq.worker.running import BATCH, ID, TOKEN, Batch, Claimed
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class Recaller:
         self._told &= held.keys()
         parts: dict[str | None, dict[tuple[int, int], Claimed]] = {}
         for key, row in held.items():
-            batch: Batch = row[-1]
+            batch: Batch = row[BATCH]
             if key not in self._told and (batch.claimed_at < claimed_before or row[ID] in hinted):
                 parts.setdefault(batch.from_queue.schema, {})[key] = row
         try:

@@ -39,8 +39,18 @@ below, they would take a third of a busy worker's time. So these are made when a
 
 
 ID: Final = 0
+TYPE: Final = 1
+DATA: Final = 2
+PRIORITY: Final = 3
+CREATED_AT: Final = 4
+PROCESS_AT: Final = 5
+ATTEMPT: Final = 6
 FAIL_COUNT: Final = 7
 TOKEN: Final = 8
+RETRY_LIMIT: Final = 9
+RETRY_DELAY: Final = 10
+TIMEOUT: Final = 11
+BATCH: Final = -1
 """Where these stand in a claimed row."""
 
 
@@ -85,19 +95,19 @@ class _Running(Running, Generic[S]):
     @property
     def id(self) -> int:
         """The task's id, with which you find its row."""
-        found: int = self.row[0]
+        found: int = self.row[ID]
         return found
 
     @property
     def type(self) -> str:
         """What kind of work it is."""
-        found: str = self.row[1]
+        found: str = self.row[TYPE]
         return found
 
     @property
     def from_queue(self) -> Queue:
         """The queue that it came from."""
-        batch: Batch = self.row[-1]
+        batch: Batch = self.row[BATCH]
         return batch.from_queue
 
     @property
@@ -108,46 +118,46 @@ class _Running(Running, Generic[S]):
     @property
     def priority(self) -> int:
         """Within a queue, what is higher is claimed first."""
-        found: int = self.row[3]
+        found: int = self.row[PRIORITY]
         return found
 
     @property
     def created_at(self) -> datetime:
         """When it was added."""
-        return read_time(self.row[4])
+        return read_time(self.row[CREATED_AT])
 
     @property
     def process_at(self) -> datetime:
         """When it was due."""
-        return read_time(self.row[5])
+        return read_time(self.row[PROCESS_AT])
 
     @property
     def attempt(self) -> int:
         """Which attempt this is: 1 is the first."""
-        found: int = self.row[6]
+        found: int = self.row[ATTEMPT]
         return found
 
     @property
     def fail_count(self) -> int:
         """How many attempts have failed."""
-        found: int = self.row[7]
+        found: int = self.row[FAIL_COUNT]
         return found
 
     @property
     def token(self) -> int:
         """What this worker must show to write to the task: it grows with each claim."""
-        found: int = self.row[8]
+        found: int = self.row[TOKEN]
         return found
 
     @property
     def policy(self) -> RetryPolicy:
         """How its failures are retried."""
-        return self.processor.policy_for(self.row[9], self.row[10])
+        return self.processor.policy_for(self.row[RETRY_LIMIT], self.row[RETRY_DELAY])
 
     @property
     def timeout(self) -> float | None:
         """How many seconds an attempt may take; None: as long as it likes."""
-        own: float | None = self.row[11]
+        own: float | None = self.row[TIMEOUT]
         # Whatever another program has written into the row, it is a limit.
         return self.processor.timeout if own is None else min(max(own, 0.0), _LONGEST)
 
@@ -167,7 +177,7 @@ class _Running(Running, Generic[S]):
 
     def read(self) -> None:
         """Read its data, which came as text; raise `UnreadableData` where Python can't."""
-        self.data = read_json(self.row[2])
+        self.data = read_json(self.row[DATA])
 
     @property
     def session(self) -> S:

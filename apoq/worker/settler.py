@@ -25,7 +25,7 @@ from apoq.statements.arrays import array_text
 from apoq.statements.settle import settle
 from apoq.worker.attempts import Ended, TaskLost
 from apoq.worker.completion import Completion
-from apoq.worker.running import ID, TOKEN, Batch, Claimed
+from apoq.worker.running import BATCH, ID, TOKEN, TYPE, Batch, Claimed
 from apoq.worker.tally import Counter
 
 logger = logging.getLogger(__name__)
@@ -197,7 +197,7 @@ def write_settlements(schema: str | None, *, full: bool) -> Executable:
 
 
 def _schema_of(row: Claimed) -> str | None:
-    batch: Batch = row[-1]
+    batch: Batch = row[BATCH]
     return batch.from_queue.schema
 
 
@@ -220,7 +220,9 @@ def _by_schema(batch: list[T], schema_of: Callable[[T], str | None]) -> dict[str
 
 def _log_lost(row: Claimed) -> None:
     logger.info(
-        "task %d (%s) was taken from this worker before it ended here; nothing was written to it", *row[:2]
+        "task %d (%s) was taken from this worker before it ended here; nothing was written to it",
+        row[ID],
+        row[TYPE],
     )
 
 

@@ -15,7 +15,7 @@ from apoq.worker.completion import Completion
 from apoq.worker.coroutines import Coroutines
 from apoq.worker.deadlines import Deadlines
 from apoq.worker.lease import Lease
-from apoq.worker.running import AnyRunningTask, AsyncRunningTask, Batch, Claimed, RunningTask
+from apoq.worker.running import BATCH, AnyRunningTask, AsyncRunningTask, Batch, Claimed, RunningTask
 
 
 class Slots:
@@ -72,7 +72,7 @@ class Slots:
     def waiting_since(self) -> float | None:
         """When the first in line was claimed, by time.monotonic()."""
         try:
-            batch: Batch = self._line[0][-1]
+            batch: Batch = self._line[0][BATCH]
         except IndexError:
             return None
         return batch.claimed_at

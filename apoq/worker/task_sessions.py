@@ -11,7 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 
 from apoq.connections import make_renewable, prepare_where_kept, renew
-from apoq.databases import async_twin, sync_twin
+from apoq.databases import async_twin, sync_side, sync_twin
 from apoq.errors import SessionMisused
 from apoq.watch import cut
 from apoq.worker.coroutines import CLEAN_UP, Coroutines
@@ -76,7 +76,7 @@ class TaskSessions:
 
     def __init__(self, engine: Engine | AsyncEngine, coroutines: Coroutines) -> None:
         self._engine = engine
-        make_renewable(_sync(engine))
+        make_renewable(sync_side(engine))
         self._coroutines = coroutines
         self._lock = threading.Lock()
         self._sync_twin: Engine | None = None
@@ -95,7 +95,7 @@ class TaskSessions:
         with self._lock:
             for engine in (self._engine, self._sync_twin, self._async_twin):
                 if engine is not None:
-                    renew(_sync(engine))
+                    renew(sync_side(engine))
 
     def dispose(self) -> None:
         """Close what was opened here; the engine that was given is its owner's."""
@@ -127,7 +127,3 @@ class TaskSessions:
                 make_renewable(self._async_twin.sync_engine)
                 prepare_where_kept(self._async_twin.sync_engine)
             return self._async_twin
-
-
-def _sync(engine: Engine | AsyncEngine) -> Engine:
-    return engine.sync_engine if isinstance(engine, AsyncEngine) else engine

@@ -6,6 +6,7 @@ from email.message import EmailMessage
 from pathlib import Path
 
 from flask import Blueprint, Flask, current_app, redirect, render_template, request, url_for
+from flask.typing import ResponseReturnValue
 from flask_migrate import Migrate
 from flask_sqlalchemy import SQLAlchemy
 from sqlalchemy import ForeignKey, select
@@ -63,7 +64,7 @@ def index() -> str:
 
 
 @site.post("/sign-up")
-def sign_up():
+def sign_up() -> ResponseReturnValue:
     user = User(name=request.form["name"], email=request.form["email"])
     db.session.add(user)
     db.session.flush()  # for its id

@@ -1,0 +1,280 @@
+"""The parts of a worker, and what they tell each other."""
+
+from __future__ import annotations
+
+import logging
+from typing import Final
+
+from sqlalchemy import Engine
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from apoq.connections import own_engine
+from apoq.databases import sync_side
+from apoq.events import Events
+from apoq.queue import Queue
+from apoq.registry import Registry
+from apoq.statements.hint import payload
+from apoq.watch import watch
+from apoq.worker.attempts import Ended, ended, overdue, run, run_coroutine
+from apoq.worker.claimer import Claimer
+from apoq.worker.completion import Completion
+from apoq.worker.coroutines import Coroutines
+from apoq.worker.deadlines import Deadlines
+from apoq.worker.heartbeat import BEATS, Heartbeat
+from apoq.worker.listener import Listener, listen_engine
+from apoq.worker.loop import Loop, Outage
+from apoq.worker.options import WorkerOptions
+from apoq.worker.position import Position
+from apoq.worker.pruner import Pruner
+from apoq.worker.recaller import Recaller
+from apoq.worker.running import (
+    BATCH,
+    TYPE,
+    AnyRunningTask,
+    AsyncRunningTask,
+    Batch,
+    Claimed,
+    Notice,
+    RunningTask,
+)
+from apoq.worker.scout import Scout
+from apoq.worker.settler import Settler
+from apoq.worker.slots import Slots, released
+from apoq.worker.tally import Counter
+from apoq.worker.task_sessions import TaskSessions
+
+logger = logging.getLogger(__name__)
+
+AFTERMATH: Final = 0.05
+"""Seconds after a claim in which the scout looks whether that was all."""
+
+BUSY: Final = 0.25
+"""The same, where there is more: in which a priority that is new and higher is found."""
+
+
+class Parts:
+    """Claimer, slots, settler and the others, joined: a task goes from one to the next.
+
+    .. code-block:: text
+
+        listener ─hint─▶ claimer ─rows─▶ slots ─ends─▶ settler
+        scout ─────────▶    ▲               │ room
+        heartbeat ─────▶    └───────────────┘
+
+    None of them knows another one but through what is passed to it here.
+    """
+
+    def __init__(
+        self,
+        engine: Engine | AsyncEngine,
+        queues: tuple[Queue, ...],
+        registry: Registry,
+        events: Events,
+        options: WorkerOptions,
+    ) -> None:
+        self.outage = Outage()
+        self.engine = own_engine(sync_side(engine))
+        listening = self.engine if options.listen_url is None else listen_engine(options.listen_url)
+        self._notice = Notice()
+        self._beside: set[AnyRunningTask] = set()  # what runs in no slot, but on the thread of `work`
+        self.coroutines = Coroutines()
+        self.sessions = TaskSessions(engine, self.coroutines)
+        self.heartbeat = Heartbeat(
+            sync_side(engine),
+            queues,
+            concurrency=options.concurrency,
+            lease=options.lease,
+            on_rescued=self.hint,
+            on_lapse=self._lapsed,
+        )
+        lease = self.heartbeat.lease
+        self._completion = Completion(events, lease, keep=options.keeps_completed)
+        self.counter = Counter()
+        self.settler = Settler(
+            self.engine,
+            events,
+            self._completion,
+            self.counter,
+            on_settled=self._settled,
+            on_pending=self._look,
+        )
+        self.deadlines = Deadlines(self._put_overdue, self.outage)
+        self.slots = Slots(
+            options.concurrency,
+            self.coroutines,
+            self._completion,
+            lease,
+            self.deadlines,
+            make=self._make,
+            on_ended=self._put_ended,
+            on_low=self._wake_claimer,
+        )
+        positions = {queue: Position() for queue in queues}
+        self.scout = Scout(
+            self.engine,
+            positions,
+            registry,
+            poll_interval=options.poll_interval.total_seconds(),
+            on_due=self.hint,
+        )
+        self.claimer = Claimer(
+            self.engine,
+            queues,
+            registry,
+            self.slots,
+            positions=positions,
+            lease=lease,
+            on_claim=self._claimed,
+            make=self._make,
+            put_ended=self._put_ended,
+        )
+        self.listener = Listener(
+            self.engine,
+            listening,
+            frozenset(payload(queue.schema, queue.name) for queue in queues),
+            on_hint=self.hint,
+            on_cancelled=self._cancelled,
+            on_listening=self._listens,
+        )
+        self.recaller = Recaller(
+            self.engine,
+            lambda: list(self.claimer.held.values()),
+            interval=options.lease.total_seconds() / BEATS,
+            on_lost=self._lost,
+        )
+        pruner = Pruner(
+            self.engine, queues, keep_completed=options.keep_completed, keep_failed=options.keep_failed
+        )
+        self.settling = Loop("apoq-settler", self.settler.turn, self.outage)
+        self.claiming = Loop("apoq-claimer", self.claimer.turn, self.outage, on_failure=self.claimer.doubt)
+        self.scouting = Loop("apoq-scout", self.scout.turn, self.outage)
+        self.recalling = Loop("apoq-recaller", self.recaller.turn, self.outage)
+        self.listening = Loop("apoq-listener", self.listener.turn, self.outage)
+        self.pruning = Loop("apoq-pruner", pruner.turn, self.outage)
+        self.loops = (self.settling, self.listening, self.scouting, self.claiming, self.pruning)
+        """Those that run from a start to a stop."""
+
+    def start(self) -> None:
+        """Claim, run and settle from now on, each on its thread."""
+        for loop in self.loops:
+            loop.start()
+
+    def run_beside(self, task: AnyRunningTask) -> Ended:
+        """Run a task on the caller's thread, beside those in the slots."""
+        self._beside.add(task)
+        try:
+            if isinstance(task, AsyncRunningTask):
+                end: Ended = self.coroutines.run(run_coroutine(task, self._completion, self.deadlines))
+                return end
+            return run(task, self._completion, self.deadlines)
+        finally:
+            self._beside.discard(task)
+
+    def is_current(self) -> bool:
+        """Tell whether the caller is a processor or a listener of this worker's, on a thread of its own."""
+        return self.slots.is_current() or self.settling.is_current()
+
+    def hint(self) -> None:
+        """Look for due tasks now."""
+        self.claimer.hint()
+        self.claiming.wake()
+
+    def stop(self, patience: float | None) -> None:
+        """Claim no more, give back what has not begun, and wait so many seconds for what runs."""
+        self._notice.is_given = True
+        self.scouting.stop()
+        self.claiming.stop()
+        self.pruning.stop()
+        self._give_back(self.slots.take_back())
+        if not self.slots.wait_until_idle(patience):
+            left = self.deadlines.withdraw(self.slots.abandon())
+            logger.warning("%d tasks still ran when the time to stop was up, and are given back", len(left))
+            self._give_back(left)
+            self.coroutines.cancel()
+        self._finish_settling()
+        self.slots.stop()
+        self.listener.stop()
+        self.listening.stop()
+        self.listener.close()
+        self._notice = Notice()  # for the next start: those that heard of this stop are to stop still
+
+    def dispose(self) -> None:
+        """Close what was opened here."""
+        self.sessions.dispose()
+        self.coroutines.stop()
+        self.heartbeat.dispose()
+        self.engine.dispose()
+
+    def _make(self, row: Claimed) -> AnyRunningTask:
+        batch: Batch = row[BATCH]
+        processor = batch.processors[row[TYPE]]
+        if processor.is_coroutine:
+            return AsyncRunningTask(row, processor, self.sessions.open_async, self._notice)
+        return RunningTask(row, processor, self.sessions.open, self._notice)
+
+    def _put_ended(self, end: Ended) -> None:
+        if end.row is not None and end.outcome is None and not self._completion.is_heard:
+            self.counter.count(None)
+            self.claimer.settled([end.task.row])  # it is written already, and nobody is to be told
+            return
+        self.settler.put(end)
+        self.settling.wake()
+
+    def _put_overdue(self, task: AnyRunningTask, thread_id: int) -> None:
+        self._put_ended(ended(task, overdue(task.timeout or 0.0, thread_id)))
+        if not self.settling.is_alive:
+            self.settler.turn()  # nobody else takes turns beside `work`
+
+    def _settled(self, tasks: list[Claimed]) -> None:
+        self.claimer.settled(tasks)
+
+    def _lapsed(self) -> None:
+        logger.warning(
+            "the lease could not be renewed in time: what has not begun is given back, and what runs in "
+            "task.session is undone, for others may run it now"
+        )
+        self._notice.is_given = True
+        self._notice = Notice()  # for what is claimed when it is renewed
+        self._give_back(self.slots.take_back())
+        for task in self.slots.running():
+            task.cut_off()
+        # Else they would find out one by one.
+        watch.cut_all(self.engine)
+        self.listener.renew()
+        self.sessions.renew()
+
+    def _cancelled(self, ids: set[int]) -> None:
+        if self.recaller.hint(ids):
+            self.recalling.wake()
+
+    def _lost(self, tasks: list[Claimed]) -> None:
+        self.claimer.settled(self.slots.recall(tasks))
+        for task in list(self._beside):
+            if any(task.row is row for row in tasks):
+                task.recall()
+
+    def _listens(self) -> None:
+        self.listening.recovered()
+
+    def _claimed(self, count: int, wanted: int) -> None:
+        # Was that all? Where nothing was found, whoever gave the hint may have meant something else.
+        self._look(BUSY if count == wanted else AFTERMATH if count else 0.0)
+
+    def _look(self, seconds: float = 0.0) -> None:
+        if self.scout.look_in(seconds):
+            self.scouting.wake()
+
+    def _give_back(self, tasks: list[AnyRunningTask]) -> None:
+        for task in tasks:
+            self._put_ended(released(task))
+
+    def _finish_settling(self) -> None:
+        self.settling.stop(timeout=5)
+        try:
+            self.settler.turn()
+        except Exception as error:  # noqa: BLE001
+            logger.warning("some tasks could not be settled; others will run them again: %s", error)
+
+    def _wake_claimer(self) -> None:
+        if self.claimer.waits_for_room:
+            self.claiming.wake()

@@ -1,0 +1,144 @@
+"""What became of tasks is written many at a time, and none is in the others' way."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from operator import itemgetter
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy.orm import Session
+
+from apoq import Retry, Task
+from apoq.statements.recover import rescue
+from apoq.worker.attempts import ended
+from apoq.worker.running import ID
+
+SOON = 30.0
+
+REFUSE = """
+    CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'not so'; END $$;
+    CREATE TRIGGER refuse BEFORE UPDATE ON apoq_tasks
+        FOR EACH ROW WHEN ({condition}) EXECUTE FUNCTION refuse()
+"""
+"""What somebody has added to the table, and what can't be written because of it."""
+
+
+def until(condition, timeout: float = SOON) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, "it didn't come about in time"
+        time.sleep(0.01)
+
+
+def refuse(engine: sa.Engine, condition: str) -> None:
+    with engine.begin() as connection:
+        connection.exec_driver_sql(REFUSE.format(condition=condition))
+
+
+def tasks(engine: sa.Engine) -> list[Task]:
+    with Session(engine) as session:
+        return list(session.scalars(sa.select(Task).order_by(Task.id)))
+
+
+@pytest.fixture
+def end(engine, queue, make_worker) -> Iterator[Callable[..., Callable[[], object]]]:
+    """Let tasks end so, the last one first; answer what writes that, all in one batch."""
+    worker = make_worker()
+    worker.use("t", lambda task: None)
+
+    def end(*outcomes: BaseException | None) -> Callable[[], object]:
+        with Session(engine) as session, session.begin():
+            queue.add_many(session, "t", range(len(outcomes)))
+        rows = sorted(worker._claimer.claim(len(outcomes), len(outcomes)), key=itemgetter(ID))
+        for row, outcome in reversed(list(zip(rows, outcomes, strict=True))):
+            worker._put_ended(ended(worker._make(row), outcome))
+        return worker._settler.turn
+
+    yield end
+    worker._own_engine.dispose()
+
+
+@pytest.mark.parametrize(
+    ("outcome", "state"), [(None, "completed"), (Retry(delay=60), "pending")], ids=["completions", "failures"]
+)
+class TestABatch:
+    def test_of_which_one_can_not_be_written_is_written_but_for_that_one(self, engine, end, outcome, state):
+        refuse(engine, f"NEW.state = '{state}' AND NEW.data = '1'")
+
+        end(outcome, outcome, outcome)()
+
+        assert [task.state for task in tasks(engine)] == [state, "running", state]
+
+    def test_is_written_in_the_order_of_the_ids(self, engine, end, outcome, state):
+        """So that it and whoever else keeps to that order never wait for each other."""
+        write = end(outcome, outcome, outcome)
+        ids = [task.id for task in tasks(engine)]
+        lock = sa.select(Task.id).with_for_update(nowait=True)
+        waiting = sa.text(
+            "SELECT count(*) FROM pg_stat_activity "
+            "WHERE datname = current_database() AND wait_event_type = 'Lock'"
+        )
+        writing = threading.Thread(target=write)
+        with engine.connect() as caller, engine.connect() as looking:
+            caller.execute(lock.where(Task.id == ids[0]))
+            writing.start()
+            until(lambda: looking.scalar(waiting) == 1 or looking.rollback())
+
+            assert caller.scalars(lock.where(Task.id > ids[0])).all() == ids[1:]
+            caller.rollback()
+        writing.join()
+
+        assert [task.state for task in tasks(engine)] == [state] * 3
+
+
+def test_an_error_that_can_not_be_stored_is_left_out_and_its_task_settled(engine, end):
+    refuse(engine, "NEW.error->>'message' = 'the secret'")
+
+    end(ValueError("the secret"), ValueError("another"))()
+
+    first, second = tasks(engine)
+    assert (first.state, first.fail_count, first.error["class"]) == ("pending", 1, "ValueError")
+    assert (first.error["message"], second.error["message"]) == ("", "another")
+
+
+class TestTheSweep:
+    """Running tasks whose workers are gone."""
+
+    @pytest.fixture(autouse=True)
+    def _orphans(self, engine, queue) -> None:
+        with engine.begin() as connection:
+            queue.add_many(connection, "t", range(5))
+            connection.exec_driver_sql(
+                "UPDATE apoq_tasks SET state = 'running', attempt = 1, worker_id = gen_random_uuid()"
+            )
+
+    def test_rescues_all_but_what_can_not_be_written_and_its_worker_lives(self, engine, make_worker):
+        refuse(engine, "OLD.state = 'running' AND NEW.state = 'pending' AND NEW.data IN ('0', '2')")
+        worker = make_worker(lease=timedelta(seconds=1))
+        worker.use("t", lambda task: None, retry_delay=lambda fail_count: 0)
+        worker.start()
+
+        until(lambda: [task.state for task in tasks(engine)].count("completed") == 3)
+        first = worker.seen_at
+        until(lambda: worker.seen_at - first > timedelta(seconds=1.5))
+        assert worker.healthy()
+        assert [task.state for task in tasks(engine)] == ["running", "completed"] * 2 + ["completed"]
+
+    def test_passes_over_what_somebody_holds(self, engine):
+        sweep = {
+            "lease": timedelta(15),
+            "grace": timedelta(5),
+            "at_most": 10,
+            "reason": "{}",
+            "by_worker": None,
+        }
+        lock = sa.select(Task.id).where(sa.text("data = '2'")).with_for_update()
+        with engine.connect() as holding, engine.begin() as connection:
+            holding.execute(lock)
+            connection.exec_driver_sql("SET LOCAL lock_timeout = '2s'")
+
+            assert connection.execute(rescue(None), sweep).rowcount == 4
