@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from textwrap import indent
 
 import click
 import pages
@@ -93,6 +94,12 @@ def test_the_reference_has_all_that_is_public():
     shown = set(re.findall(r"^::: apoq\.(?:.+\.)?(\w+)$", text, re.MULTILINE))
 
     assert set(apoq.__all__) <= shown
+
+
+def test_the_reference_draws_the_tree_of_errors_as_it_is():
+    (tree,) = pages.blocks(DOCS / "reference.md", "text")
+
+    assert indent(tree.code, "    ") in apoq.errors.__doc__
 
 
 def test_every_page_is_in_the_navigation():
