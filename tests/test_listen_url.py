@@ -45,7 +45,8 @@ def test_where_it_goes_silent_the_worker_listens_again(engine, url, make_worker,
     worker = make_worker(poll_interval=LONG, listen_url=proxy.url)
     worker.use("t", lambda task: ran.release())
     listening, deadline = threading.Event(), time.monotonic() + 2 * SOON
-    worker._listener._on_listening = listening.set
+    listens = worker._listener._on_listening
+    worker._listener._on_listening = lambda: listens() or listening.set()
     worker.start()
     assert listening.wait(SOON)
     before = worker._listener._connection
