@@ -229,6 +229,8 @@ def is_away(error: BaseException) -> bool:
     """Tell whether an error speaks of the database being away, and not of what was asked of it."""
     if isinstance(error, sqlalchemy.exc.DBAPIError):
         error = error.orig or error
+    if isinstance(error, psycopg.errors.LockNotAvailable):
+        return False  # an OperationalError to psycopg
     if isinstance(error, psycopg.OperationalError | psycopg.InterfaceError | OSError):
         return True
     return isinstance(error, psycopg.Error) and error.sqlstate == _READ_ONLY

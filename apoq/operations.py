@@ -62,7 +62,8 @@ def cancel(caller: Caller, schema: str | None, parameters: dict[str, Any]) -> bo
     """Cancel a task that has not ended, and tell whoever runs it."""
     for row in caller.execute(cancelling.cancel(schema), parameters):
         caller.renew(task_class(schema), row)
-        caller.hint(was_cancelled(row["id"]))
+        if row["claimed_at"] is not None:
+            caller.hint(was_cancelled(row["id"]))
         return True
     return False
 

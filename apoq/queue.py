@@ -303,9 +303,10 @@ class Queue:
 
     def _id_of(self, task: Task | int) -> int:
         if isinstance(task, Task):
-            if not isinstance(task, self.task_class):
+            state = inspect(task)
+            if state.mapper.local_table is not self.task_class.__table__:
                 raise InvalidTask(f"{task!r} is in another schema than {self!r}")
-            found = inspect(task).identity
+            found = state.identity
             if found is None:
                 raise InvalidTask(f"{task!r} has no id yet: flush the session that it was added to")
             return int(found[0])

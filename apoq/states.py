@@ -2,15 +2,16 @@
 
 .. code-block:: text
 
-                      claim                      complete
-    (add) ─▶ pending ───────▶ running ──────────────────────▶ completed
-                ▲                │ ├── fail, retries used up ─▶ failed
-                └────────────────┘ └── Cancel ──────────────▶ cancelled
-                 retry, Snooze,
-                 release, rescue
+                      claim                       complete
+    (add) ─▶ pending ───────▶ running ──────────────────────▶ completed ──┐
+              ▲ ▲ │              │ ├── fail, retries used up ─▶ failed ───┤
+              │ │ └──────────────│─┴── Cancel, cancel ────────▶ cancelled ┤
+              │ └────────────────┘                                        │
+              │   retry, Snooze, release, rescue                          │
+              └───────────────────────────────────────────────────────────┘
+                                    Queue.retry
 
-    What callers do: `Queue.cancel` takes a task from pending or running to cancelled, and `Queue.retry`
-    from completed, failed or cancelled back to pending.
+    `Queue.cancel` is the one way on that is not a worker's, and `Queue.retry` the one way back.
 """
 
 from __future__ import annotations
@@ -26,19 +27,17 @@ CANCELLED: Final = "cancelled"
 
 STATES: Final = (PENDING, RUNNING, COMPLETED, FAILED, CANCELLED)
 
+FINAL: Final = (COMPLETED, FAILED, CANCELLED)
+"""Where a task has ended: a worker never moves it from here, and a caller may retry it."""
+
 TRANSITIONS: Final = {
-    PENDING: {RUNNING},
+    PENDING: {RUNNING, CANCELLED},
     RUNNING: {PENDING, COMPLETED, FAILED, CANCELLED},
-    COMPLETED: set[str](),
-    FAILED: set[str](),
-    CANCELLED: set[str](),
+    **{state: {PENDING} for state in FINAL},
 }
-"""Where a worker may take a task from each state; from a state with no exits it never moves a task."""
+"""Where a task may go from each state."""
 
-FINAL: Final = tuple(state for state in STATES if not TRANSITIONS[state])
-"""Where a task has ended: from here a caller may retry it."""
-
-CANCELLABLE: Final = tuple(state for state in STATES if TRANSITIONS[state])
+CANCELLABLE: Final = tuple(state for state in STATES if CANCELLED in TRANSITIONS[state])
 """From where a caller may cancel it."""
 
 

@@ -10,10 +10,13 @@ from typing import Any
 import psycopg
 import pytest
 import sqlalchemy as sa
+import transaction
+import zope.sqlalchemy
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, sessionmaker
 
 from apoq import AsyncRunningTask, InvalidTask, Queue, RunningTask, Task
+from apoq.states import CANCELLED, FINAL, STATES, TRANSITIONS
 
 SOON = 10.0
 """Seconds within which what a test waits for has long happened."""
@@ -77,21 +80,24 @@ class TestInTheCallersTransaction:
     def test_what_does_not_exist_is_not_changed(self, session, queue, change):
         assert getattr(queue, change)(session, 404) is False
 
-    def test_what_has_ended_is_not_cancelled(self, session, queue):
-        task = Task(type="t", state="completed")
-        session.add(task)
-        session.flush()
-
-        assert queue.cancel(session, task) is False
-        assert task.state == "completed"
-
-    @pytest.mark.parametrize("state", ["pending", "running"])
-    def test_what_has_not_ended_is_not_retried(self, session, queue, state):
+    @pytest.mark.parametrize("state", STATES)
+    def test_it_is_cancelled_from_where_the_table_of_states_says(self, session, queue, state):
         task = Task(type="t", state=state)
         session.add(task)
         session.flush()
 
-        assert queue.retry(session, task) is False
+        is_possible = CANCELLED in TRANSITIONS[state]
+        assert queue.cancel(session, task) is is_possible
+        assert task.state == ("cancelled" if is_possible else state)
+
+    @pytest.mark.parametrize("state", STATES)
+    def test_it_is_retried_where_it_has_ended(self, session, queue, state):
+        task = Task(type="t", state=state)
+        session.add(task)
+        session.flush()
+
+        assert queue.retry(session, task) is (state in FINAL)
+        assert task.state == ("pending" if state in FINAL else state)
 
     @pytest.mark.parametrize("state", ["completed", "failed", "cancelled"])
     def test_what_has_ended_is_retried_with_all_its_attempts(self, session, queue, state):
@@ -125,6 +131,35 @@ class TestInTheCallersTransaction:
 
         assert getattr(Queue(), change)(session, task) is False
         assert getattr(Queue("emails"), change)(session, task) is True
+
+    @pytest.mark.parametrize("change", ["cancel", "retry"])
+    def test_it_is_one_statement_and_nothing_else(self, engine, change):
+        task_id = add(engine)
+        if change == "retry":
+            cancel(engine, task_id)
+        sent: list[str] = []
+        with engine.connect() as connection:
+            sa.event.listen(engine, "before_cursor_execute", lambda *args: sent.append(args[2]))
+            sa.event.listen(engine, "savepoint", lambda *args: sent.append("SAVEPOINT"))
+            sa.event.listen(engine, "commit", lambda *args: sent.append("COMMIT"))
+            assert getattr(Queue(), change)(connection, task_id) is True
+
+        (statement,) = sent
+        assert statement.startswith("UPDATE apoq_tasks")
+        assert "notify" not in statement
+
+    @pytest.mark.parametrize("change", ["cancel", "retry"])
+    def test_a_session_that_zope_commits_is_committed_though_it_does_nothing_else(self, engine, change):
+        task_id = add(engine)
+        if change == "retry":
+            cancel(engine, task_id)
+        session = sessionmaker(engine)()
+        zope.sqlalchemy.register(session)
+
+        with transaction.manager:
+            getattr(Queue(), change)(session, task_id)
+
+        assert load(engine, task_id).state == ("cancelled" if change == "cancel" else "pending")
 
 
 class TestTheTaskInTheSession:
@@ -205,6 +240,8 @@ class TestEveryKindOfSession:
             assert task.state == "cancelled"
             with pytest.raises(InvalidTask, match="another schema"):
                 queue.cancel(session, Task(type="t"))
+            with pytest.raises(InvalidTask, match="another schema"):
+                Queue().retry(session, task)
 
 
 @pytest.mark.parametrize("task", [None, "7", True, 2**63, 1.0], ids=repr)
@@ -357,7 +394,7 @@ class TestARunningTask:
 
         assert cancel(engine, second) is True
 
-        until(lambda: second not in worker._life.parts.claimer.held)
+        until(lambda: second not in {row[0] for row in worker._life.parts.claimer.held.values()})
         go_on.set()
         until(lambda: load(engine, first).state == "completed")
         worker.stop()

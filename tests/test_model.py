@@ -49,6 +49,7 @@ from apoq.statements.prune import prune_completed, prune_failed
 from apoq.statements.recover import beat_and_rescue, give_back
 from apoq.statements.survey import survey
 from apoq.states import CANCELLED, COMPLETED, FAILED, PENDING, RUNNING
+from apoq.worker import tally
 from apoq.worker.attempts import Ended, TaskLost, ended
 from apoq.worker.completion import Completion
 from apoq.worker.lease import Lease
@@ -68,6 +69,8 @@ RETENTION = 24
 
 QUEUES = (Queue(), Queue("other"))
 PRIORITIES = (-1, 0, 5)
+MOST_OPEN = 10
+"""Transactions that are open at once, at most: each has a connection, and a pool has fifteen."""
 LIMITS = {"a": 1, "b": 0, "c": 2}
 """The types of tasks, and how often each is retried."""
 
@@ -314,7 +317,12 @@ class Tasks(RuleBasedStateMachine):
         self.completions = {keeps: Completion(Events(), lease, keep=keeps) for keeps in (True, False)}
         self.settlers = {
             keeps: Settler(
-                own, Events(), completion, on_settled=self._forget_attempts, on_pending=lambda _: None
+                own,
+                Events(),
+                completion,
+                counter=tally.Counter(),
+                on_settled=self._forget_attempts,
+                on_pending=lambda _: None,
             )
             for keeps, completion in self.completions.items()
         }
@@ -848,7 +856,7 @@ class Tasks(RuleBasedStateMachine):
                     del attempt.hand.held[row[0]]
 
     def _end(self, transaction: Transaction, end: End) -> None:
-        if end == "wait":
+        if end == "wait" and len(self.transactions) < MOST_OPEN:
             self.reached[f"{transaction.what} left open"] += 1
             self.transactions.append(transaction)
         else:

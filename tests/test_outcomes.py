@@ -125,8 +125,9 @@ class TestStates:
 
         assert reached == set(STATES)
 
-    def test_the_final_ones_have_no_exits(self):
+    def test_the_final_ones_are_left_to_be_tried_again_only(self):
         assert FINAL == ("completed", "failed", "cancelled")
+        assert all(TRANSITIONS[state] == {PENDING} for state in FINAL)
 
 
 class Mute(Exception):

@@ -8,6 +8,7 @@ from datetime import timedelta
 
 import pytest
 import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql
 
 from apoq import Task
 from apoq.cli.looking import SETTINGS
@@ -18,6 +19,7 @@ from apoq.statements.cancel import cancel
 from apoq.statements.claim import claim
 from apoq.statements.count import COUNTED, count, count_running, count_types, queues, table_size
 from apoq.statements.find import details, find, find_ids, find_queues, horizon
+from apoq.statements.locked import locked
 from apoq.statements.lost import lost
 from apoq.statements.prune import (
     count_prunable_completed,
@@ -137,6 +139,7 @@ STATEMENTS = [
         id="retry",
     ),
     pytest.param(lost(None), IDS, {"apoq_tasks_pkey"}, id="lost"),
+    pytest.param(locked(None), {"ids": IDS["ids"]}, {"apoq_tasks_pkey"}, id="locked"),
     pytest.param(prune_failed(None), PRUNE, {"apoq_tasks_failed_idx", "apoq_tasks_pkey"}, id="failed"),
 ]
 
@@ -260,3 +263,17 @@ def test_counting_reads_few_pages_however_many_rows_there_are(million):
 
     assert max(rows) <= COUNTED + 1
     assert plan["Shared Hit Blocks"] + plan["Shared Read Blocks"] < 6 * COUNTED
+
+
+@pytest.mark.parametrize(
+    "name", ["claim", "survey", "complete", "remove", "settle", "rescue", "give_back", "lost"]
+)
+def test_a_worker_tells_the_database_no_time_of_day(name):
+    """Its clock may be wrong: it sends durations, and the database's own times."""
+    (statement,) = (param.values[0] for param in STATEMENTS if param.id == name)
+
+    bound = statement.compile(dialect=postgresql.dialect()).binds.values()
+
+    assert not [
+        parameter for parameter in bound if isinstance(parameter.type, sa.DateTime | sa.Date | sa.Time)
+    ]

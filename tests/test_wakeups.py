@@ -194,7 +194,12 @@ def test_what_was_added_just_before_the_worker_listened_is_found(engine, url, qu
 
     def hears_later(connection) -> bool:
         heard = hears(connection)
-        until(lambda: not worker._life.parts.claimer._hinted and worker._life.parts.scout._next_look > time.monotonic() + 60)
+        until(
+            lambda: (
+                not worker._life.parts.claimer._hinted
+                and worker._life.parts.scout._next_look > time.monotonic() + 60
+            )
+        )
         with psycopg.connect(url.set(drivername="postgresql").render_as_string(hide_password=False)) as other:
             queue.add(other, "t")
         return heard

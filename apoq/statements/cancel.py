@@ -35,6 +35,7 @@ def cancel(schema: str | None) -> ReturningUpdate[Any]:
             cancelled_at=func.clock_timestamp(),
             error=cast(bindparam("reason", type_=Text), JSONB),
         )
-        .returning(tasks.c.id, tasks.c.state, tasks.c.cancelled_at, tasks.c.error)
+        # claimed_at, for who has never been claimed isn't running.
+        .returning(tasks.c.id, tasks.c.state, tasks.c.cancelled_at, tasks.c.error, tasks.c.claimed_at)
         .execution_options(synchronize_session="fetch")
     )

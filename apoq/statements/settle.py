@@ -17,6 +17,7 @@ from sqlalchemy import (
     delete,
     func,
     literal_column,
+    select,
     update,
 )
 from sqlalchemy.dialects.postgresql import ARRAY, INTERVAL, JSONB
@@ -26,6 +27,9 @@ from sqlalchemy.types import BigInteger, Double, Integer
 from apoq.model import tasks_table
 from apoq.statements.arrays import bigints
 from apoq.states import CANCELLED, COMPLETED, RUNNING
+
+LOCK_TIMEOUT: Final = "200ms"
+"""What a batch waits for a locked row: less than PostgreSQL's `deadlock_timeout`, of a second."""
 
 
 def _literal(text: str) -> ColumnElement[str]:
@@ -47,7 +51,11 @@ def _held(schema: str | None, rows: TableValuedAlias) -> ColumnElement[bool]:
 
     A worker that has lost a task - to the sweep, to another worker, to a cancellation - finds no row.
     """
-    return held_as(schema, rows.c.id, rows.c.token)
+    # A caller who cancels one of them and doesn't commit would hold up all the others; and where callers and
+    # workers lock the same rows in another order, who is not to fail is the caller. A subquery of its own is
+    # executed once, before any row is looked at.
+    within = func.set_config(_literal("lock_timeout"), _literal(LOCK_TIMEOUT), literal_column("true"))
+    return and_(held_as(schema, rows.c.id, rows.c.token), select(within).scalar_subquery().is_not(None))
 
 
 def _held_last(schema: str | None) -> ColumnElement[bool]:

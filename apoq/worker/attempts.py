@@ -16,7 +16,7 @@ from apoq.outcomes import Release, Settlement, settle
 from apoq.worker.completion import Completion
 from apoq.worker.coroutines import CLEAN_UP
 from apoq.worker.deadlines import Deadlines
-from apoq.worker.running import AnyRunningTask, AsyncRunningTask, RunningTask
+from apoq.worker.running import RECALLED, AnyRunningTask, AsyncRunningTask, RunningTask
 from apoq.worker.task_sessions import TaskSession
 
 
@@ -48,6 +48,8 @@ def run(task: RunningTask, completion: Completion, deadlines: Deadlines) -> Ende
     row = outcome = None
     try:
         task.read()
+        if task.notice is RECALLED:
+            raise TaskLost  # noqa: TRY301 - between the line and its slot
         limit = task.timeout
         answer = task.processor.function(task) if limit is None else _run_within(limit, task, deadlines)
         if answer is not None:

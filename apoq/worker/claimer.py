@@ -21,7 +21,7 @@ from apoq.statements.recover import give_back
 from apoq.worker.attempts import Ended, ended
 from apoq.worker.lease import Lease
 from apoq.worker.position import Position
-from apoq.worker.running import FAIL_COUNT, ID, PRIORITY, PROCESS_AT, AnyRunningTask, Batch, Claimed
+from apoq.worker.running import BATCH, FAIL_COUNT, ID, PRIORITY, PROCESS_AT, AnyRunningTask, Batch, Claimed
 from apoq.worker.slots import Slots, released
 
 logger = logging.getLogger(__name__)
@@ -83,7 +83,10 @@ class Claimer:
         self._put_ended = put_ended
         self.worker_id = UUID(int=0)
         self.held: dict[int, Claimed] = {}
-        """Every task that was claimed and isn't settled yet."""
+        """Every task that was claimed and isn't settled yet, by the `id()` of its row.
+
+        Not by its own: it may be claimed once more while its last run goes on, and schemas count from 1 each.
+        """
         self.waits_for_room = True
         """Whether a slot that is freed is a reason to take a turn."""
         self._lock = threading.Lock()
@@ -163,9 +166,7 @@ class Claimer:
         """Forget tasks that have been written."""
         held = self.held
         for row in tasks:
-            # Not another claim of the same task.
-            if held.get(row[ID]) is row:
-                del held[row[ID]]
+            held.pop(id(row), None)
 
     def _claim_from(self, queue: Queue, limit: int, free: int) -> list[Claimed]:
         processors = self._registry.of(queue)
@@ -187,7 +188,7 @@ class Claimer:
         position.claimed(rows, is_all=len(rows) < limit)
         batch = Batch(queue, processors, time.monotonic())
         tasks: list[Claimed] = [(*row, batch) for row in rows]
-        self.held.update({row[ID]: row for row in tasks})
+        self.held.update({id(row): row for row in tasks})
         return tasks
 
     def _rotated(self) -> tuple[Queue, ...]:
@@ -200,9 +201,12 @@ class Claimer:
         """Give back what an earlier claim took, if it committed although its answer was lost."""
         if not self._doubtful:
             return
-        held = array_text(list(self.held))
-        for schema in {queue.schema for queue in self._queues}:
-            execute(self._engine, give_back(schema), {"by_worker": self.worker_id, "held": held})
+        held: dict[str | None, list[int]] = {queue.schema: [] for queue in self._queues}
+        for row in list(self.held.values()):
+            batch: Batch = row[BATCH]
+            held[batch.from_queue.schema].append(row[ID])
+        for schema, ids in held.items():
+            execute(self._engine, give_back(schema), {"by_worker": self.worker_id, "held": array_text(ids)})
         self._doubtful = False
 
     def _give_back_overdue(self) -> None:

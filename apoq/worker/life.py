@@ -20,7 +20,7 @@ from apoq.registry import Registry
 from apoq.states import COMPLETED
 from apoq.worker.attempts import Ended
 from apoq.worker.options import WorkerOptions
-from apoq.worker.parts import Parts
+from apoq.worker.parts import PATIENCE, Parts
 from apoq.worker.running import KNOWN
 from apoq.worker.tally import Tally
 
@@ -74,7 +74,8 @@ class Life:
             if task is None:
                 return None
             end = parts.run_beside(task)
-            parts.settler.settle(end)
+            parts.settler.put(end)
+            parts.settler.flush(PATIENCE)
             if isinstance(end.outcome, KeyboardInterrupt):
                 raise end.outcome  # meant for the program, not for the task that happened to run
             return self._load(end)

@@ -49,6 +49,9 @@ logger = logging.getLogger(__name__)
 AFTERMATH: Final = 0.05
 """Seconds after a claim in which the scout looks whether that was all."""
 
+PATIENCE: Final = 5.0
+"""Seconds in which what has ended is settled, at the end."""
+
 BUSY: Final = 0.25
 """The same, where there is more: in which a priority that is new and higher is found."""
 
@@ -281,9 +284,9 @@ class Parts:
             self._put_ended(released(task))
 
     def _finish_settling(self) -> None:
-        self.settling.stop(timeout=5)
+        self.settling.stop(timeout=PATIENCE)
         try:
-            self.settler.turn()
+            self.settler.flush(PATIENCE)
         except Exception as error:  # noqa: BLE001
             logger.warning("some tasks could not be settled; others will run them again: %s", error)
 

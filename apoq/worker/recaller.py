@@ -22,7 +22,7 @@ class Recaller:
 
     Nothing depends on it, for whatever they come to is refused by their tokens. Tasks that have been here for
     longer than `interval` are looked up that often; those of which a hint says that they were cancelled, at
-    once.
+    once. They are told each time, for the first time may have been while they were about to begin.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Recaller:
         self._on_lost = on_lost
         self._lock = threading.Lock()
         self._hinted: set[int] = set()
-        self._told: set[tuple[int, int]] = set()
+        self._logged: set[tuple[str | None, int, int]] = set()
 
     def hint(self, ids: Iterable[int]) -> bool:
         """Remember that these may have been cancelled; tell whether any is here."""
@@ -53,13 +53,13 @@ class Recaller:
         with self._lock:
             hinted, self._hinted = self._hinted, set()
         claimed_before = time.monotonic() - self._interval
-        held = {(row[ID], row[TOKEN]): row for row in self._held()}
-        self._told &= held.keys()
+        held = self._held()
+        self._logged &= {_key(row) for row in held}
         parts: dict[str | None, dict[tuple[int, int], Claimed]] = {}
-        for key, row in held.items():
+        for row in held:
             batch: Batch = row[BATCH]
-            if key not in self._told and (batch.claimed_at < claimed_before or row[ID] in hinted):
-                parts.setdefault(batch.from_queue.schema, {})[key] = row
+            if batch.claimed_at < claimed_before or row[ID] in hinted:
+                parts.setdefault(batch.from_queue.schema, {})[row[ID], row[TOKEN]] = row
         try:
             for schema, rows in parts.items():
                 self._look(schema, rows)
@@ -73,11 +73,16 @@ class Recaller:
             "ids": array_text([id_ for id_, _ in rows]),
             "tokens": array_text([token for _, token in rows]),
         }
-        gone = execute(self._engine, lost(schema), parameters).fetchall()
-        if gone:
+        gone = [rows[key] for key in execute(self._engine, lost(schema), parameters)]
+        if new := [row for row in gone if _key(row) not in self._logged]:
             logger.info(
                 "these tasks are this worker's no more, and are told to stop: %s",
-                ", ".join(str(id_) for id_, _ in gone),
+                ", ".join(str(id_) for id_ in sorted(row[ID] for row in new)),
             )
-            self._told.update(gone)
-            self._on_lost([rows[key] for key in gone])
+            self._logged.update(map(_key, new))
+        self._on_lost(gone)
+
+
+def _key(row: Claimed) -> tuple[str | None, int, int]:
+    batch: Batch = row[BATCH]
+    return batch.from_queue.schema, row[ID], row[TOKEN]

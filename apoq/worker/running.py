@@ -63,7 +63,8 @@ class Notice:
         self.is_given = is_given
 
 
-_RECALLED: Final = Notice(is_given=True)
+RECALLED: Final = Notice(is_given=True)
+"""What a task has instead, once it is known that it runs in vain."""
 
 
 class _Running(Running, Generic[S]):
@@ -193,7 +194,7 @@ class _Running(Running, Generic[S]):
 
     def recall(self) -> None:
         """Tell it, from another thread, that the task is this worker's no more."""
-        self.notice = _RECALLED
+        self.notice = RECALLED
 
     def cut_off(self) -> None:
         """Undo what its session has written so far, from another thread: the worker's lease has ended."""
@@ -217,6 +218,9 @@ class RunningTask(_Running[TaskSession]):
     is_async = False
 
 
+_IN_VAIN: Final = "the task is this worker's no more"
+
+
 class AsyncRunningTask(_Running[AsyncTaskSession]):
     """What a coroutine processor gets: the task, and ``task.session``, an `AsyncSession`."""
 
@@ -229,6 +233,9 @@ class AsyncRunningTask(_Running[AsyncTaskSession]):
         self._is_cancelled = False
         self._awaits = asyncio.current_task()
         try:
+            # Only now, so that whoever recalls it sees one or the other.
+            if self.notice is RECALLED:
+                raise asyncio.CancelledError(_IN_VAIN)
             await self.processor.function(self)
         finally:
             awaits, self._awaits = self._awaits, None
@@ -236,7 +243,7 @@ class AsyncRunningTask(_Running[AsyncTaskSession]):
                 awaits.uncancel()  # what goes on here isn't meant
 
     def recall(self) -> None:
-        """Tell it, from another thread, that the task is this worker's no more, and cancel it."""
+        """Tell it, from another thread, that the task is this worker's no more, and cancel it, once."""
         super().recall()
         awaits: asyncio.Task[Any] | None = getattr(self, "_awaits", None)
         if awaits is not None:
@@ -245,8 +252,8 @@ class AsyncRunningTask(_Running[AsyncTaskSession]):
 
     def _cancel(self) -> None:
         # On its own loop: it has ended, or it awaits something.
-        if self._awaits is not None:
-            self._is_cancelled = self._awaits.cancel("the task is this worker's no more")
+        if self._awaits is not None and not self._is_cancelled:
+            self._is_cancelled = self._awaits.cancel(_IN_VAIN)
 
 
 AnyRunningTask = RunningTask | AsyncRunningTask

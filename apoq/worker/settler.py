@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import cache, partial
 from operator import itemgetter
-from typing import Any, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 from psycopg import DatabaseError
+from psycopg.errors import LockNotAvailable
 from psycopg.rows import dict_row
 from sqlalchemy import Engine, Executable
 
@@ -22,6 +24,7 @@ from apoq.model import detached, tasks_table
 from apoq.outcomes import Settlement
 from apoq.payload import encode
 from apoq.statements.arrays import array_text
+from apoq.statements.locked import locked
 from apoq.statements.settle import settle
 from apoq.worker.attempts import Ended, TaskLost
 from apoq.worker.completion import Completion
@@ -32,14 +35,29 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+LOOK: Final = 0.25
+"""Seconds between two looks whether what somebody had locked is free."""
+
 Rows = dict[int, Mapping[Any, Any] | None]
 """The tasks that were written, by their id; with their rows, where somebody wants to hear of them."""
+
+
+class Unsettled(NamedTuple):
+    """What has ended in one schema, and how it is written."""
+
+    write: Callable[[str | None, list[Any]], None]
+    schema: str | None
+    ended: list[Any]
+    """Claimed rows, of what has completed, or else `Ended`."""
+    is_locked: bool = False
+    """Whether some of it was locked by somebody else, the last time."""
 
 
 class Settler:
     """Takes ended attempts as they come, and settles all that there are with each write.
 
-    What can't be written because the database is away is kept, and written when it is back.
+    What can't be written because the database is away is kept, and written when it is back. What somebody
+    has locked, such as a caller who cancels it and has not committed yet, is put off, and the others go on.
     """
 
     def __init__(
@@ -62,7 +80,9 @@ class Settler:
         # Most attempts complete, and nothing more is to be known of them.
         self._completed: deque[Claimed] = deque()
         self._ended: deque[Ended] = deque()
-        self._unsettled: deque[Callable[[], None]] = deque()
+        self._unsettled: deque[Unsettled] = deque()
+        self._put_off: list[Unsettled] = []
+        self._looks_at = 0.0
         self._lock = threading.Lock()
 
     def put(self, end: Ended) -> None:
@@ -76,19 +96,46 @@ class Settler:
         """Settle all that have ended."""
         with self._lock:
             for schema, rows in _by_schema(_taken(self._completed), _schema_of).items():
-                self._unsettled.append(partial(self._complete, schema, rows))
+                self._unsettled.append(Unsettled(self._complete, schema, rows))
             for schema, ends in _by_schema(_taken(self._ended), lambda end: _schema_of(end.task.row)).items():
-                self._unsettled.append(partial(self._settle, schema, ends))
+                self._unsettled.append(Unsettled(self._settle, schema, ends))
+            if self._looks_at <= time.monotonic():
+                self._unsettled += self._put_off
+                self._put_off = []
             while self._unsettled:
-                self._unsettled[0]()
-                # Only now, so that it is still there when the database is not.
-                del self._unsettled[0]
-        return 0.0 if self._completed or self._ended else None
+                unsettled = self._unsettled[0]
+                try:
+                    if unsettled.is_locked:
+                        unsettled = self._unsettled[0] = self._put_off_locked(unsettled)
+                    if unsettled.ended:
+                        unsettled.write(unsettled.schema, unsettled.ended)
+                except LockNotAvailable:
+                    self._unsettled[0] = unsettled._replace(is_locked=True)
+                else:
+                    # Only now, so that it is still there when the database is not.
+                    del self._unsettled[0]
+        if self._completed or self._ended:
+            return 0.0
+        return LOOK if self._put_off else None
 
-    def settle(self, end: Ended) -> None:
-        """Write this, and what else has ended, now."""
-        self.put(end)
-        self.turn()
+    def flush(self, patience: float) -> None:
+        """Settle all that have ended, waiting so many seconds for what somebody has locked."""
+        deadline = time.monotonic() + patience
+        while (pause := self.turn()) is not None and time.monotonic() < deadline:
+            time.sleep(pause)
+        if left := sum(len(unsettled.ended) for unsettled in self._put_off):
+            logger.warning("%d tasks are locked and could not be settled; others may run them again", left)
+
+    def _put_off_locked(self, unsettled: Unsettled) -> Unsettled:
+        """Put off what is locked, and answer the rest."""
+        ids = array_text([_row(one)[ID] for one in unsettled.ended])
+        found = {id_ for (id_,) in execute(self._engine, locked(unsettled.schema), {"ids": ids})}
+        if found:
+            waiting = [one for one in unsettled.ended if _row(one)[ID] in found]
+            self._put_off.append(unsettled._replace(ended=waiting))
+            self._looks_at = time.monotonic() + LOOK
+        free = [one for one in unsettled.ended if _row(one)[ID] not in found]
+        return unsettled._replace(ended=free, is_locked=False)
 
     def _complete(self, schema: str | None, tasks: list[Claimed]) -> None:
         tasks.sort(key=itemgetter(ID))
@@ -123,7 +170,7 @@ class Settler:
         try:
             return write(batch)
         except DatabaseError as error:
-            if is_away(error):
+            if is_away(error) or isinstance(error, LockNotAvailable):
                 raise  # not the batch's trouble: tried again
             if len(batch) > 1:
                 return {id_: row for one in batch for id_, row in self._survive(write, [one]).items()}
@@ -139,7 +186,7 @@ class Settler:
                 try:
                     return self._execute_settlement(task.from_queue.schema, [end])
                 except DatabaseError as error:
-                    if is_away(error):
+                    if is_away(error) or isinstance(error, LockNotAvailable):
                         raise
                     logger.exception(
                         "nor without its error; task %d is run again when this worker stops", task.id
@@ -199,6 +246,10 @@ def write_settlements(schema: str | None, *, full: bool) -> Executable:
 def _schema_of(row: Claimed) -> str | None:
     batch: Batch = row[BATCH]
     return batch.from_queue.schema
+
+
+def _row(one: Claimed | Ended) -> Claimed:
+    return one.task.row if isinstance(one, Ended) else one
 
 
 def _taken(ended: deque[T]) -> list[T]:

@@ -1,0 +1,142 @@
+"""What somebody has locked, such as a caller who cancels a task and is slow to commit, holds up no other."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from datetime import timedelta
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy.orm import Session
+
+from apoq import Queue, RunningTask, Snooze, Task
+
+SOON = 10.0
+LONG = timedelta(hours=1)
+
+
+def add(engine, type_: str = "t") -> int:
+    with Session(engine) as session, session.begin():
+        return Queue().add(session, type_).id
+
+
+def states(engine) -> dict[int, str]:
+    with engine.connect() as connection:
+        return {task.id: task.state for task in connection.execute(sa.select(Task.id, Task.state))}
+
+
+def until(condition) -> None:
+    pause = threading.Event()
+    for _ in range(int(SOON / 0.02)):
+        if condition():
+            return
+        pause.wait(0.02)
+    raise AssertionError("it hasn't come to pass")
+
+
+def is_waited_for(engine) -> bool:
+    with engine.connect() as connection:
+        waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+        return bool(connection.exec_driver_sql(waiting).scalar())
+
+
+@pytest.fixture
+def running(engine, make_worker):
+    """Ten tasks that run, and what lets them end."""
+    begun, go_on = threading.Semaphore(0), threading.Event()
+
+    def process(task: RunningTask) -> None:
+        begun.release()
+        go_on.wait(SOON)
+        if task.id % 2:
+            raise Snooze(LONG)
+
+    worker = make_worker(concurrency=10)
+    worker.use("t", process)
+    worker.use("next", lambda task: None)
+    task_ids = [add(engine) for _ in range(10)]
+    worker.start()
+    for _ in task_ids:
+        assert begun.acquire(timeout=SOON)
+    yield worker, task_ids, go_on
+    go_on.set()
+
+
+@pytest.mark.parametrize("commits", [True, False])
+def test_the_others_are_settled_beside_an_open_cancellation(engine, queue, running, commits, caplog):
+    _, task_ids, go_on = running
+    with Session(engine) as session:
+        assert queue.cancel(session, task_ids[2]) is True
+        assert queue.cancel(session, task_ids[5]) is True
+
+        go_on.set()
+
+        until(lambda: list(states(engine).values()).count("running") == 2)
+        next_id = add(engine, "next")
+        until(lambda: states(engine)[next_id] == "completed")
+        (session.commit if commits else session.rollback)()
+
+    until(lambda: "running" not in states(engine).values())
+    found = states(engine)
+    for task_id in (task_ids[2], task_ids[5]):
+        assert found[task_id] == ("cancelled" if commits else "pending" if task_id % 2 else "completed")
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+def test_who_cancels_two_that_are_being_settled_is_never_told_of_a_deadlock(engine, queue, running):
+    """He has locked the later one, and waits for the earlier: in the other order than the worker."""
+    _, task_ids, go_on = running
+    with Session(engine) as session:
+        queue.cancel(session, task_ids[9])
+        go_on.set()
+        until(lambda: is_waited_for(engine))
+
+        answers = [queue.cancel(session, task_id) for task_id in reversed(task_ids[:9])]
+        session.commit()
+
+    until(lambda: "running" not in states(engine).values())
+    found = states(engine)
+    assert [found[task_id] == "cancelled" for task_id in reversed(task_ids[:9])] == answers
+
+
+def test_a_worker_that_stops_meanwhile_settles_the_others_and_says_what_it_leaves(
+    engine, queue, running, caplog, monkeypatch
+):
+    from apoq.worker import worker as module
+
+    monkeypatch.setattr(module, "PATIENCE", 0.5)
+    worker, task_ids, go_on = running
+    with Session(engine) as session:
+        queue.cancel(session, task_ids[0])
+        go_on.set()
+
+        worker.stop()
+
+        found = states(engine)
+        session.commit()
+    assert found.pop(task_ids[0]) == "running"
+    assert "running" not in found.values()
+    assert "1 tasks are locked" in caplog.text
+    assert states(engine)[task_ids[0]] == "cancelled"
+
+
+def test_work_waits_for_it(engine, queue, worker):
+    """There is nobody else who would settle it later."""
+    with Session(engine) as session:
+        worker.use("t", lambda task: queue.cancel(session, task.id))
+        add(engine)
+
+        def roll_back() -> None:
+            until(lambda: worker._life.parts.settler._put_off)
+            session.rollback()
+
+        thread = threading.Thread(target=roll_back)
+        thread.start()
+
+        found = worker.work()
+
+        thread.join()
+
+    assert found is not None
+    assert found.state == "completed"
