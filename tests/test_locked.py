@@ -103,7 +103,7 @@ def test_who_cancels_two_that_are_being_settled_is_never_told_of_a_deadlock(engi
 def test_a_worker_that_stops_meanwhile_settles_the_others_and_says_what_it_leaves(
     engine, queue, running, caplog, monkeypatch
 ):
-    from apoq.worker import worker as module
+    from apoq.worker import parts as module
 
     monkeypatch.setattr(module, "PATIENCE", 0.5)
     worker, task_ids, go_on = running
