@@ -322,7 +322,7 @@ class TestARunningTask:
             go_on.wait(SOON)
             told.append(task.stopping)
 
-        worker = make_worker(lease=timedelta(seconds=0.5))
+        worker = make_worker(lease=timedelta(seconds=3))
         worker.use("t", process)
         worker.start()
         task_id = add(engine)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from textwrap import indent
 
 import click
 import pages
@@ -29,6 +30,13 @@ ELSEWHERE = {
     "typed-tasks.md": "test_typed.py",
 }
 """Pages that want more than `engine` and the like, or after which something is to be looked at."""
+
+TEXTS = [
+    *PAGES,
+    *(ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md")),
+    *ROOT.glob("examples/*/README.md"),
+]
+"""The pages, and what else there is to read."""
 
 HERE = [page for page in PAGES if page.name not in ELSEWHERE and any(pages.blocks(page, "python"))]
 
@@ -57,7 +65,7 @@ def test_a_block_says_what_is_in_it(page):
     assert {block.language for block in pages.blocks(page)} <= known
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", TEXTS, ids=lambda page: str(page.relative_to(ROOT)))
 def test_its_commands_exist_and_have_these_options(page):
     for arguments in commands(page):
         command, rest = named(arguments)
@@ -65,7 +73,7 @@ def test_its_commands_exist_and_have_these_options(page):
         assert not left, f"apoq {shlex.join(arguments)}: {left}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", TEXTS, ids=lambda page: str(page.relative_to(ROOT)))
 def test_its_links_lead_somewhere(page):
     for target in links(page):
         file, _, anchor = target.partition("#")
@@ -86,6 +94,12 @@ def test_the_reference_has_all_that_is_public():
     shown = set(re.findall(r"^::: apoq\.(?:.+\.)?(\w+)$", text, re.MULTILINE))
 
     assert set(apoq.__all__) <= shown
+
+
+def test_the_reference_draws_the_tree_of_errors_as_it_is():
+    (tree,) = pages.blocks(DOCS / "reference.md", "text")
+
+    assert indent(tree.code, "    ") in apoq.errors.__doc__
 
 
 def test_every_page_is_in_the_navigation():
@@ -129,7 +143,7 @@ def _calls(words: list[str]) -> Iterator[list[str]]:
             call = None
         elif call is not None:
             call.append(word)
-        elif word == "apoq" and before in (";", "|", "&&", "flask", "-m"):
+        elif word == "apoq" and (before in (";", "|", "&&", "flask", "-m") or "=" in before):
             call = []
     if call is not None:
         yield call

@@ -44,11 +44,12 @@ def test_where_it_goes_silent_the_worker_listens_again(engine, url, make_worker,
     ran = threading.Semaphore(0)
     worker = make_worker(poll_interval=LONG, listen_url=proxy.url)
     worker.use("t", lambda task: ran.release())
+    listening, deadline = threading.Event(), time.monotonic() + 2 * SOON
+    listens = worker._life.parts.listener._on_listening
+    worker._life.parts.listener._on_listening = lambda: listens() or listening.set()
     worker.start()
-    deadline = time.monotonic() + SOON
-    while (before := worker._life.parts.listener._connection) is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    assert listening.wait(SOON)
+    before = worker._life.parts.listener._connection
 
     proxy.cut()
     proxy.heal()

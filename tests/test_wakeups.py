@@ -185,6 +185,31 @@ def test_what_was_added_before_the_worker_listened_is_found(engine, queue, make_
         worker.stop()
 
 
+def test_what_was_added_just_before_the_worker_listened_is_found(engine, url, queue, make_worker):
+    """It has looked, found nothing, and hears of nothing that came between."""
+    ran = threading.Event()
+    worker = make_worker(poll_interval=LONG)
+    worker.use("t", lambda task: ran.set())
+    hears = worker._life.parts.listener._hears
+
+    def hears_later(connection) -> bool:
+        heard = hears(connection)
+        until(
+            lambda: (
+                not worker._life.parts.claimer._hinted
+                and worker._life.parts.scout._next_look > time.monotonic() + 60
+            )
+        )
+        with psycopg.connect(url.set(drivername="postgresql").render_as_string(hide_password=False)) as other:
+            queue.add(other, "t")
+        return heard
+
+    worker._life.parts.listener._hears = hears_later
+    worker.start()
+
+    assert ran.wait(SOON)
+
+
 def test_the_callers_transaction_notifies_nobody(engine, queue):
     """No NOTIFY in it, nor any other statement but the insert (test_add.py counts them)."""
     with hearing(engine) as heard, Session(engine) as session:

@@ -152,6 +152,8 @@ class Listener:
                 self._on_cancelled(cancelled)
             if not hints and not self._stopping:
                 _execute(connection, sql.SQL("SELECT 1"))
+                # A hint that came beside the answer was heard by the driver alone.
+                self._on_hint()
 
     def _wait(self, connection: Any, seconds: float) -> list[Hint]:
         """Wait for notifications, until the time is up or `stop` is called."""

@@ -49,11 +49,11 @@ logger = logging.getLogger(__name__)
 AFTERMATH: Final = 0.05
 """Seconds after a claim in which the scout looks whether that was all."""
 
-BUSY: Final = 0.25
-"""The same, where there is more: in which a priority that is new and higher is found."""
-
 PATIENCE: Final = 5.0
 """Seconds in which what has ended is settled, at the end."""
+
+BUSY: Final = 0.25
+"""The same, where there is more: in which a priority that is new and higher is found."""
 
 
 class Parts:

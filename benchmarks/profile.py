@@ -1,0 +1,130 @@
+"""Where a task's time goes: ``python -m benchmarks.profile`` (Linux).
+
+Processor time a task, of the server's process and of this one, for the worker's own two statements on one
+connection, a thousand tasks to each: with the tables as they are, and without one thing after the other.
+Processor time, not the clock, so that a busy machine disturbs less.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import sqlalchemy as sa
+from sqlalchemy.engine import make_url
+
+from apoq import database_url, prepare
+from apoq.connections import execute, own_engine
+from apoq.embedded import PostgreSQL
+from apoq.model import tasks_table
+from apoq.statements.arrays import array_text
+from apoq.statements.claim import claim
+from apoq.statements.settle import complete
+
+TASKS = 60_000
+BATCH = 1_000
+RUNS = 3
+
+WITHOUT: dict[str, Sequence[str]] = {
+    "as it is": (),
+    "without the index of running tasks": ("DROP INDEX apoq_tasks_running_idx",),
+    "without that of completed ones": ("DROP INDEX apoq_tasks_completed_idx",),
+    "without the CHECK": ("ALTER TABLE apoq_tasks DROP CONSTRAINT apoq_tasks_state_check",),
+    "with pages filled to the brim": ("ALTER TABLE apoq_tasks SET (fillfactor = 100)",),
+}
+
+FILL = f"""
+    INSERT INTO apoq_tasks (type, data)
+    SELECT 'bench', jsonb_build_object('n', n, 'padding', repeat('x', 80)) FROM generate_series(1, {TASKS}) n
+"""
+
+Cost = tuple[float, float]
+"""Of the server and of this process, in microseconds a task."""
+
+
+def used_by(pid: int) -> float:
+    """Answer the seconds that a process has spent on a processor."""
+    return int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) / 1e9
+
+
+def cost(pid: int, do: Callable[[], object]) -> Cost:
+    """Do something, and answer what it cost a task."""
+    server, here = used_by(pid), time.process_time()
+    do()
+    return (used_by(pid) - server) / TASKS * 1e6, (time.process_time() - here) / TASKS * 1e6
+
+
+def measure(engine: sa.Engine, changes: Sequence[str]) -> tuple[Cost, Cost]:
+    """Claim and complete all tasks of fresh tables, with these changes made to them."""
+    with engine.begin() as connection:
+        connection.exec_driver_sql("DROP SCHEMA public CASCADE")
+        connection.exec_driver_sql("CREATE SCHEMA public")
+    prepare(engine)
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        for statement in (*changes, FILL, "VACUUM ANALYZE apoq_tasks", "CHECKPOINT"):
+            connection.exec_driver_sql(statement)
+    own = own_engine(engine)
+    pooled = own.raw_connection()
+    pid = pooled.driver_connection.info.backend_pid  # type: ignore[union-attr]
+    pooled.close()
+    claimed: list[list[tuple[Any, ...]]] = []
+
+    def claim_all() -> None:
+        parameters = {
+            "from_queue": "default",
+            "of_types": ["bench"],
+            "at_most": BATCH,
+            "ahead": True,
+            "by_worker": uuid4(),
+            "priorities": array_text([0]),
+        }
+        at, id_ = 0.0, 0
+        while True:
+            behind = {"behind_times": array_text([at]), "behind_ids": array_text([id_])}
+            rows = execute(own, claim(None), parameters | behind).fetchall()
+            if not rows:
+                return
+            at, id_ = max((row[5], row[0]) for row in rows)
+            claimed.append(rows)
+
+    def complete_all() -> None:
+        statement = complete(None).returning(tasks_table(None).c.id)
+        for rows in claimed:
+            held = {
+                "ids": array_text([row[0] for row in rows]),
+                "tokens": array_text([row[8] for row in rows]),
+            }
+            execute(own, statement, held).fetchall()
+
+    try:
+        return cost(pid, claim_all), cost(pid, complete_all)
+    finally:
+        own.dispose()
+
+
+def main() -> None:
+    """Measure each several times in turn, and print the medians."""
+    if not Path("/proc/self/schedstat").exists():
+        sys.exit("this reads /proc/…/schedstat, which is Linux's")
+    with PostgreSQL() as server:
+        engine = sa.create_engine(database_url(make_url(server.url)))
+        found: dict[str, list[tuple[float, ...]]] = {name: [] for name in WITHOUT}
+        for _ in range(RUNS):
+            for name, changes in WITHOUT.items():
+                found[name].append(tuple(part for pair in measure(engine, changes) for part in pair))
+        engine.dispose()
+    print(f"{'µs a task':36}{'claim: server':>15}{'Python':>8}{'complete: server':>18}{'Python':>8}")
+    for name, costs in found.items():
+        claim_server, claim_here, server_, here = (
+            statistics.median(column) for column in zip(*costs, strict=True)
+        )
+        print(f"{name:36}{claim_server:15.2f}{claim_here:8.2f}{server_:18.2f}{here:8.2f}")
+
+
+if __name__ == "__main__":
+    main()
