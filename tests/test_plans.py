@@ -8,6 +8,7 @@ from datetime import timedelta
 
 import pytest
 import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql
 
 from apoq import Task
 from apoq.cli.looking import SETTINGS
@@ -262,3 +263,17 @@ def test_counting_reads_few_pages_however_many_rows_there_are(million):
 
     assert max(rows) <= COUNTED + 1
     assert plan["Shared Hit Blocks"] + plan["Shared Read Blocks"] < 6 * COUNTED
+
+
+@pytest.mark.parametrize(
+    "name", ["claim", "survey", "complete", "remove", "settle", "rescue", "give_back", "lost"]
+)
+def test_a_worker_tells_the_database_no_time_of_day(name):
+    """Its clock may be wrong: it sends durations, and the database's own times."""
+    (statement,) = (param.values[0] for param in STATEMENTS if param.id == name)
+
+    bound = statement.compile(dialect=postgresql.dialect()).binds.values()
+
+    assert not [
+        parameter for parameter in bound if isinstance(parameter.type, sa.DateTime | sa.Date | sa.Time)
+    ]
