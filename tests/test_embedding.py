@@ -613,6 +613,8 @@ def serve(tmp_path, url) -> Iterator[Callable[..., Server]]:
     """Serve the application by a command, which ends with the test."""
     (tmp_path / "app.py").write_text(textwrap.dedent(APP))
     (tmp_path / "conf.py").write_text(HOOK)
+    # The reloader is to look at the files itself: where watchdog is installed, it may not be told of them.
+    (tmp_path / "watchdog.py").write_text("raise ImportError")
     started: list[subprocess.Popen] = []
 
     def serve(command: str, starts: str) -> Server:
