@@ -72,6 +72,11 @@ class Database:
         with suppress(psycopg.errors.InsufficientPrivilege):
             self.connection.execute("CHECKPOINT")
 
+    def settle(self) -> None:
+        """Let the table be as it is after a while: what autovacuum has to do with new rows is done."""
+        self.connection.execute(f"VACUUM (ANALYZE) {self.who.table}")
+        self.checkpoint()
+
     @contextmanager
     def workers(self, *, capacity: int, processes: int = 1, **options: Any) -> Iterator[Workers]:
         with ExitStack() as stack:

@@ -41,7 +41,7 @@ def _rate(bench: Bench, name: str, first: int, kind: str, front: int, **options:
         if kind:
             database.fill(kind, front)
         database.fill("due", first, first=BEHIND)
-        database.checkpoint()
+        database.settle()
         with database.workers(capacity=first, **options) as workers:
             workers.go()
             workers.wait_handled(first)
