@@ -191,3 +191,20 @@ class TestLoop:
         assert min(waits) >= FIRST_BACKOFF / 2
         assert max(waits) <= LONGEST_BACKOFF
         assert backoff(3, 0.0) == pytest.approx(backoff(2, 0.0) * 2)
+
+
+def test_a_heartbeat_goes_on_while_a_migration_locks_the_tasks(engine, worker, caplog):
+    caplog.set_level(logging.INFO, "apoq")
+    worker.start()
+    heartbeat = worker._life.parts.heartbeat
+    until(lambda: heartbeat.lease.is_steady)
+    before = heartbeat.lease.ends_at
+
+    with engine.begin() as connection:
+        connection.execute(sa.text("LOCK TABLE apoq_tasks IN ACCESS EXCLUSIVE MODE"))
+        heartbeat.beat()
+
+    said = [record.getMessage() for record in caplog.records]
+    assert heartbeat.lease.ends_at > before
+    assert "apoq_tasks is locked, by a migration perhaps: nothing can be rescued now" in said
+    assert not [message for message in said if "can't be made pending" in message]

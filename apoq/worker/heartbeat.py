@@ -154,7 +154,7 @@ class Heartbeat:
             try:
                 ((rescued, next_death),) = self._execute(beat_and_rescue(schema), parameters | batch)
             except DatabaseError as error:
-                if is_away(error):
+                if is_away(error) or isinstance(error, LockNotAvailable):
                     raise
                 # A batch survives its worst member: from here on, each is rescued by itself.
                 if at_most == 1:
