@@ -196,7 +196,7 @@ class Bench:
             if options.get("kind") == "session":
                 database.connection.execute("CREATE TABLE effects (n bigint NOT NULL)")
             database.add(count)
-            database.checkpoint()
+            database.settle()
             with database.workers(capacity=count, processes=processes, **options) as workers:
                 workers.go()
                 workers.wait_handled(count)

@@ -35,8 +35,11 @@ MOST_AHEAD: Final = 2_000
 HORIZON: Final = 0.25
 """Seconds of work that are claimed ahead: what the slots start within them."""
 
-BREATH: Final = 0.005
-"""Seconds from one claim that came short to the next, so that many clients' hints are a few claims."""
+REST: Final = 10
+"""How many times as long as a claim that came short took it is to the next: many clients' hints are few claims."""
+
+LONGEST_REST: Final = 0.02
+"""Seconds to it, at most: as long as a busy client's hint is late."""
 
 LEASE_LOOK: Final = 0.1
 """Seconds after which a claimer whose lease has ended looks whether it is renewed."""
@@ -92,7 +95,7 @@ class Claimer:
         self._lock = threading.Lock()
         self._doubtful = False
         self._hinted = True
-        self._breathes_until = 0.0
+        self._rested_at = 0.0
 
     def hint(self) -> None:
         """Look at the next turn, even if there was nothing a moment ago."""
@@ -122,9 +125,9 @@ class Claimer:
         if room < 1 or (free == 0 and room <= in_line // 2):
             return overdue  # woken when there is more room
         began = time.monotonic()
-        if began < self._breathes_until:
+        if began < self._rested_at:
             self.waits_for_room = False
-            return self._breathes_until - began
+            return self._rested_at - began
         self._hinted = False
         wanted = min(room, MOST_AT_ONCE)
         claimed = self.claim(wanted, free)
@@ -133,7 +136,8 @@ class Claimer:
         if len(claimed) == wanted:
             self._hinted = True
         else:
-            self._breathes_until = began + BREATH
+            took = time.monotonic() - began
+            self._rested_at = began + min(LONGEST_REST, REST * took)
         return 0.0
 
     def claim_one(self) -> AnyRunningTask | None:

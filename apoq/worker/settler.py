@@ -209,15 +209,16 @@ class Settler:
     def _execute(
         self, statement: Executable, tasks: list[Claimed], arrays: dict[str, Any], *, is_heard: bool
     ) -> Rows:
-        parameters = {
-            "ids": array_text([task[ID] for task in tasks]),
-            "tokens": array_text([task[TOKEN] for task in tasks]),
-            **arrays,
-        }
+        ids = [task[ID] for task in tasks]
+        tokens = [task[TOKEN] for task in tasks]
+        parameters = {"ids": array_text(ids), "tokens": array_text(tokens), **arrays}
         if is_heard:
             found = execute(self._engine, statement, parameters, row_factory=dict_row)
             return {row["id"]: row for row in found}
-        return dict.fromkeys(id_ for (id_,) in execute(self._engine, statement, parameters).fetchall())
+        written = execute(self._engine, statement, parameters)
+        if written.rowcount == len(ids):
+            return dict.fromkeys(ids)  # none was lost, as nearly always: their ids needn't be read
+        return dict.fromkeys(id_ for (id_,) in written.fetchall())
 
     def _tell(self, end: Ended, row: Mapping[Any, Any] | None) -> None:
         if end.outcome is not None:
