@@ -77,6 +77,7 @@ def nodes(plan: dict) -> Iterator[dict]:
 
 
 IDS = {"ids": array_text(range(1, 501)), "tokens": array_text([1] * 500)}
+ALIKE = {"ids": IDS["ids"], "held_under": 1}
 PRUNE = {"from_queue": "default", "keep": timedelta(days=1), "at_most": 1_000}
 OURS = {"from_queue": "default", "of_types": ["ours"]}
 CLAIM = {**OURS, "at_most": 500, "ahead": True, "by_worker": uuid.uuid4()}
@@ -86,12 +87,14 @@ STATEMENTS = [
     pytest.param(
         claim(None),
         {**CLAIM, **Position().parameters()},
-        {"apoq_tasks_pending_idx", "apoq_tasks_pkey"},
+        {"apoq_tasks_pending_idx"},
         id="claim",
     ),
     pytest.param(survey(None), OURS, {"apoq_tasks_pending_idx"}, id="survey"),
     pytest.param(complete(None), IDS, {"apoq_tasks_pkey"}, id="complete"),
     pytest.param(remove(None), IDS, {"apoq_tasks_pkey"}, id="remove"),
+    pytest.param(complete(None, alike=True), ALIKE, {"apoq_tasks_pkey"}, id="complete alike"),
+    pytest.param(remove(None, alike=True), ALIKE, {"apoq_tasks_pkey"}, id="remove alike"),
     pytest.param(
         settle(None),
         {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from functools import partial
 from operator import itemgetter
@@ -26,6 +26,9 @@ REFUSE = """
         FOR EACH ROW WHEN ({condition}) EXECUTE FUNCTION refuse()
 """
 """What somebody has added to the table, and what can't be written because of it."""
+
+
+CLAIMED_BEFORE = sa.text("UPDATE apoq_tasks SET token = token + :times WHERE data = CAST(:data AS jsonb)")
 
 
 def until(condition, timeout: float = SOON) -> None:
@@ -51,9 +54,11 @@ def end(engine, queue, make_worker) -> Iterator[Callable[..., Callable[[], objec
     worker = make_worker()
     worker.use("t", lambda task: None)
 
-    def end(*outcomes: BaseException | None) -> Callable[[], object]:
+    def end(*outcomes: BaseException | None, claims: Iterable[int] = ()) -> Callable[[], object]:
         with Session(engine) as session, session.begin():
             queue.add_many(session, "t", range(len(outcomes)))
+            for number, times in enumerate(claims):
+                session.execute(CLAIMED_BEFORE, {"data": str(number), "times": times - 1})
         rows = sorted(worker._life.parts.claimer.claim(len(outcomes), len(outcomes)), key=itemgetter(ID))
         for row, outcome in reversed(list(zip(rows, outcomes, strict=True))):
             worker._life.parts._put_ended(ended(worker._life.parts._make(row), outcome))
@@ -71,6 +76,18 @@ class TestABatch:
         refuse(engine, f"NEW.state = '{state}' AND NEW.data = '1'")
 
         end(outcome, outcome, outcome)()
+
+        assert [task.state for task in tasks(engine)] == [state, "running", state]
+
+    @pytest.mark.parametrize("claims", [(1, 1, 1), (1, 2, 3)], ids=["alike", "claimed more or less often"])
+    def test_of_which_one_was_taken_away_is_written_but_for_that_one(
+        self, engine, end, outcome, state, claims
+    ):
+        write = end(outcome, outcome, outcome, claims=claims)
+        with engine.begin() as connection:
+            connection.exec_driver_sql("UPDATE apoq_tasks SET token = token + 1 WHERE data = '1'")
+
+        write()
 
         assert [task.state for task in tasks(engine)] == [state, "running", state]
 

@@ -760,6 +760,35 @@ class TestStartAndStop:
         assert len(ledger(engine)) == len(set(ledger(engine))) == 300
         assert states(engine) == {"completed": 300}
 
+    def test_every_task_runs_once_beside_a_program_that_writes_to_those_that_wait(self, engine, make_worker):
+        workers = [make_worker() for _ in range(2)]
+        done = threading.Semaphore(0)
+        for worker in workers:
+            worker.use("t", write)
+            worker.events.on("task.completed", lambda task: done.release())
+        with Session(engine) as session, session.begin():
+            Queue().add_many(session, "t", range(2_000))
+        over = threading.Event()
+
+        def meddle() -> None:
+            touch = "UPDATE apoq_tasks SET retry_limit = {} WHERE state = 'pending' AND mod(id, 7) = {}"
+            while not over.is_set():
+                for number in range(7):
+                    with engine.begin() as connection:
+                        connection.exec_driver_sql(touch.format(number, number))
+
+        meddler = threading.Thread(target=meddle)
+        meddler.start()
+        for worker in workers:
+            worker.start()
+        for _ in range(2_000):
+            assert done.acquire(timeout=SOON)
+        over.set()
+        meddler.join()
+
+        assert len(ledger(engine)) == len(set(ledger(engine))) == 2_000
+        assert states(engine) == {"completed": 2_000}
+
     @pytest.mark.parametrize("where", ["processor", "listener"])
     def test_stopping_from_within_is_refused_and_not_waited_for(self, engine, worker, where):
         errors, done = [], threading.Event()

@@ -11,6 +11,7 @@ from sqlalchemy import (
     Text,
     Update,
     and_,
+    any_,
     bindparam,
     case,
     cast,
@@ -46,7 +47,7 @@ def _rows(**columns: type) -> TableValuedAlias:
     return func.unnest(*arrays).table_valued(*columns).render_derived("settled")
 
 
-def _held(schema: str | None, rows: TableValuedAlias) -> ColumnElement[bool]:
+def _held(schema: str | None, task_id: ColumnElement[Any], token: ColumnElement[int]) -> ColumnElement[bool]:
     """Pick the tasks that are still held under the token with which they were claimed.
 
     A worker that has lost a task - to the sweep, to another worker, to a cancellation - finds no row.
@@ -55,7 +56,19 @@ def _held(schema: str | None, rows: TableValuedAlias) -> ColumnElement[bool]:
     # workers lock the same rows in another order, who is not to fail is the caller. A subquery of its own is
     # executed once, before any row is looked at.
     within = func.set_config(_literal("lock_timeout"), _literal(LOCK_TIMEOUT), literal_column("true"))
-    return and_(held_as(schema, rows.c.id, rows.c.token), select(within).scalar_subquery().is_not(None))
+    return and_(held_as(schema, task_id, token), select(within).scalar_subquery().is_not(None))
+
+
+def _held_batch(schema: str | None, *, alike: bool) -> ColumnElement[bool]:
+    """Pick the tasks of `ids` that are held under `tokens`; `alike`: under one token, `held_under`.
+
+    So are most batches, for most tasks are claimed once. Then there is nothing to join, which takes a sixth
+    of the server's time.
+    """
+    if alike:
+        return _held(schema, any_(bigints("ids")), bindparam("held_under", type_=BigInteger))
+    rows = _rows(id=BigInteger, token=BigInteger)
+    return _held(schema, rows.c.id, rows.c.token)
 
 
 def _held_last(schema: str | None) -> ColumnElement[bool]:
@@ -73,7 +86,7 @@ def _held_last(schema: str | None) -> ColumnElement[bool]:
 
 
 def held_as(
-    schema: str | None, task_id: ColumnElement[int], token: ColumnElement[int]
+    schema: str | None, task_id: ColumnElement[Any], token: ColumnElement[int]
 ) -> ColumnElement[bool]:
     """Pick the task of this id, if it is still held under this token."""
     tasks = tasks_table(schema)
@@ -94,10 +107,9 @@ _COMPLETED: Final[dict[str, ColumnElement[Any]]] = {
 
 
 @cache
-def complete(schema: str | None) -> Update:
-    """Mark the tasks of `ids`, held under `tokens`, as completed."""
-    rows = _rows(id=BigInteger, token=BigInteger)
-    return update(tasks_table(schema)).where(_held(schema, rows)).values(_COMPLETED)
+def complete(schema: str | None, *, alike: bool = False) -> Update:
+    """Mark the tasks of `ids`, held under `tokens`, as completed; `alike`: all under `held_under`."""
+    return update(tasks_table(schema)).where(_held_batch(schema, alike=alike)).values(_COMPLETED)
 
 
 @cache
@@ -107,10 +119,9 @@ def complete_last(schema: str | None) -> Update:
 
 
 @cache
-def remove(schema: str | None) -> Delete:
-    """Delete the tasks of `ids`, held under `tokens`: completed, where completed ones aren't kept."""
-    rows = _rows(id=BigInteger, token=BigInteger)
-    return delete(tasks_table(schema)).where(_held(schema, rows))
+def remove(schema: str | None, *, alike: bool = False) -> Delete:
+    """Delete the tasks of `ids`, held as for `complete`: completed, where completed ones aren't kept."""
+    return delete(tasks_table(schema)).where(_held_batch(schema, alike=alike))
 
 
 @cache
@@ -136,7 +147,7 @@ def settle(schema: str | None) -> Update:
     second = literal_column("interval '1 second'", INTERVAL)
     return (
         update(tasks)
-        .where(_held(schema, rows))
+        .where(_held(schema, rows.c.id, rows.c.token))
         .values(
             state=rows.c.state,
             attempt=rows.c.attempt,

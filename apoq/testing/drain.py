@@ -235,9 +235,11 @@ class _Drain:
         row = end.row
         if row is None and not isinstance(end.outcome, TaskLost):
             if end.outcome is None:
-                statement, parameters = crew.completion.statement(queue.schema, full=True), {}
+                statement = crew.completion.statement(queue.schema, full=True, alike=True)
+                parameters: dict[str, Any] = {}
             else:
-                statement, parameters = write_settlements(queue.schema, full=True), settlement_arrays([end])
+                statement = write_settlements(queue.schema, full=True)
+                parameters = settlement_arrays([end])
             row = self._execute(queue, statement, parameters | held(task)).mappings().first()
         is_kept = end.outcome is not None or crew.completion.keep
         if row is None:

@@ -64,13 +64,13 @@ class InLineCompletion(Completion):
 
     def write(self, connection: Connection, task: AnyRunningTask) -> Mapping[Any, Any] | None:
         """Complete a task; answer its row, or None where it was lost."""
-        statement = self.statement(task.from_queue.schema, full=True)
+        statement = self.statement(task.from_queue.schema, full=True, alike=True)
         return connection.execute(statement, held(task)).mappings().first()
 
 
 def held(task: AnyRunningTask) -> dict[str, Any]:
     """Answer the parameters by which a statement finds a task that is still held."""
-    return {"ids": array_text([task.id]), "tokens": array_text([task.token])}
+    return {"ids": array_text([task.id]), "tokens": array_text([task.token]), "held_under": task.token}
 
 
 class InLineDeadlines(Deadlines):

@@ -36,7 +36,7 @@ HORIZON: Final = 0.25
 """Seconds of work that are claimed ahead: what the slots start within them."""
 
 REST: Final = 10
-"""How many times as long as a claim that came short took it is to the next: many clients' hints are few claims."""
+"""How many times as long as it took a claim that came short it is to the next: many hints are few claims."""
 
 LONGEST_REST: Final = 0.02
 """Seconds to it, at most: as long as a busy client's hint is late."""

@@ -32,9 +32,10 @@ class Completion:
         """Tell whether somebody listens to completions."""
         return self._events.heard(TASK_COMPLETED)
 
-    def statement(self, schema: str | None, *, full: bool) -> Executable:
-        """Complete the tasks of `ids`; answer their ids, or their whole rows."""
-        return _returning(complete(schema) if self.keep else remove(schema), schema, full=full)
+    def statement(self, schema: str | None, *, full: bool, alike: bool) -> Executable:
+        """Complete the tasks of `ids`; answer their ids, or their whole rows. `alike`: their tokens are."""
+        write = complete if self.keep else remove
+        return _returning(write(schema, alike=alike), schema, full=full)
 
     def write(self, connection: Connection, task: AnyRunningTask) -> Mapping[Any, Any] | None:
         """Complete a task in a transaction that is about to be committed; answer None where it was lost.

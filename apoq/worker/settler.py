@@ -194,8 +194,10 @@ class Settler:
         return {}
 
     def _execute_completion(self, schema: str | None, tasks: list[Claimed]) -> Rows:
-        is_heard = self._completion.is_heard
-        return self._execute(self._completion.statement(schema, full=is_heard), tasks, {}, is_heard=is_heard)
+        is_heard, token = self._completion.is_heard, tasks[0][TOKEN]
+        alike = all(task[TOKEN] == token for task in tasks)
+        statement = self._completion.statement(schema, full=is_heard, alike=alike)
+        return self._execute(statement, tasks, {"held_under": token}, is_heard=is_heard)
 
     def _execute_settlement(self, schema: str | None, ends: list[Ended]) -> Rows:
         is_heard = self._events.heard(events.FAILED) or self._events.heard(events.RETRIED)
