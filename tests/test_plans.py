@@ -79,7 +79,7 @@ def nodes(plan: dict) -> Iterator[dict]:
 IDS = {"ids": array_text(range(1, 501)), "tokens": array_text([1] * 500)}
 PRUNE = {"from_queue": "default", "keep": timedelta(days=1), "at_most": 1_000}
 OURS = {"from_queue": "default", "of_types": ["ours"]}
-CLAIM = {**OURS, "at_most": 500, "ahead": True, "by_worker": uuid.uuid4()}
+CLAIM = {**OURS, "retry_limits": '{"ours": 5}', "at_most": 500, "ahead": True, "by_worker": uuid.uuid4()}
 
 
 STATEMENTS = [
