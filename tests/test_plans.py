@@ -42,7 +42,7 @@ MILLION_ROWS = """
         CASE WHEN mod(n, 5) = 0 THEN 10 ELSE 0 END,
         now() + CASE WHEN mod(n, 5) = 0 THEN interval '1 day' ELSE interval '-1 day' END,
         state,
-        CASE state WHEN 'completed' THEN now() - n * interval '1 second' END,
+        CASE state WHEN 'completed' THEN now() - n * interval '0.1 seconds' END,
         CASE state WHEN 'failed' THEN now() - n * interval '1 second' END,
         CASE state WHEN 'running' THEN gen_random_uuid() END,
         '{"x": "yyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyy"}'
@@ -229,8 +229,11 @@ def test_a_claim_reads_few_pages_however_many_rows_are_in_front(million):
     """Those in the future and of a higher priority cost one look into the index."""
     plan = claimed(million, {**CLAIM, **Position().parameters()})
     updated = next(node for node in nodes(plan) if node["Node Type"] == "ModifyTable")
+    looked = next(node for node in nodes(plan) if node.get("Index Name") == "apoq_tasks_pending_idx")
 
     assert updated["Actual Rows"] == 500
+    # Without a scan for each priority 385 on PostgreSQL 15; 18 skips what is in front by itself.
+    assert pages(looked) < 150
     # Some dozen for each row that is taken: its row, its indexes, its new version.
     assert pages(plan) < 500 * 20
 
@@ -277,9 +280,10 @@ def look(engine: sa.Engine, statement: sa.Select, parameters: dict, options: str
         return explained.scalar()[0]["Plan"]
 
 
-@pytest.mark.parametrize("statement", [count(None), count_types(None)])
-def test_counting_reads_few_pages_however_many_rows_there_are(million, statement):
-    plan = look(million, statement, {"from_queue": "other"}, ", ANALYZE, BUFFERS")
+@pytest.mark.parametrize("queue", ["default", "other"])
+@pytest.mark.parametrize("statement", [count(None), count_types(None)], ids=["by state", "by type"])
+def test_counting_reads_few_pages_however_many_rows_there_are(million, statement, queue):
+    plan = look(million, statement, {"from_queue": queue}, ", ANALYZE, BUFFERS")
     rows = [node["Actual Rows"] * node["Actual Loops"] for node in nodes(plan) if "Index Name" in node]
 
     assert max(rows) <= COUNTED + 1

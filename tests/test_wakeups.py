@@ -237,11 +237,12 @@ def test_what_was_added_just_before_the_worker_listened_is_found(engine, url, qu
     assert ran.wait(SOON)
 
 
-def test_the_callers_transaction_notifies_nobody(engine, queue):
+@pytest.mark.parametrize("connect", [Session, sa.Engine.connect])
+def test_the_callers_transaction_notifies_nobody(engine, queue, connect):
     """No NOTIFY in it, nor any other statement but the insert (test_add.py counts them)."""
-    with hearing(engine) as heard, Session(engine) as session:
+    with hearing(engine) as heard, connect(engine) as session:
         queue.add(session, "t")
-        session.connection().exec_driver_sql("COMMIT")
+        session.execute(sa.text("COMMIT"))
 
         assert heard(0.1) == []
 
