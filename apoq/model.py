@@ -69,7 +69,7 @@ class Task(Base):
     """The worker that claimed it last."""
     claimed_at: Mapped[datetime | None]
     claimed_ahead: Mapped[bool] = mapped_column(Boolean, server_default=false())
-    """Whether more were claimed with it than found a slot at once, and so it may not have begun."""
+    """Whether it may not have begun: more were claimed with it than found a slot at once, or it was spent."""
     failed_at: Mapped[datetime | None]
     """When an attempt last failed."""
     cancelled_at: Mapped[datetime | None]

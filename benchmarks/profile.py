@@ -78,6 +78,7 @@ def measure(engine: sa.Engine, changes: Sequence[str]) -> tuple[Cost, Cost]:
         parameters = {
             "from_queue": "default",
             "of_types": ["bench"],
+            "retry_limits": '{"bench": 5}',
             "at_most": BATCH,
             "ahead": True,
             "by_worker": uuid4(),

@@ -392,15 +392,24 @@ class TestPrepare:
         engine.dispose()
 
     def test_eight_processes_at_once_all_succeed(self, empty_url, prepared):
-        program = (
-            "import os, sqlalchemy, apoq; apoq.prepare(sqlalchemy.create_engine(os.environ['DATABASE_URL']))"
-        )
+        program = textwrap.dedent("""
+            import os, sqlalchemy, apoq
+            engine = sqlalchemy.create_engine(os.environ["DATABASE_URL"])
+            engine.connect().close()
+            print("ready", flush=True)
+            input()
+            apoq.prepare(engine)
+        """)
         environment = os.environ | {"DATABASE_URL": dsn(empty_url)}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         started = [
-            subprocess.Popen([PYTHON, "-c", program], env=environment, stderr=subprocess.PIPE)
-            for _ in range(8)
+            subprocess.Popen([PYTHON, "-c", program], env=environment, text=True, **pipes) for _ in range(8)
         ]
+        assert {process.stdout.readline() for process in started} == {"ready\n"}
 
+        for process in started:
+            process.stdin.write("\n")
+            process.stdin.flush()
         said = [process.communicate()[1] for process in started]
 
         assert [process.returncode for process in started] == [0] * 8, said

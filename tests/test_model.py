@@ -138,13 +138,23 @@ class Known:
     ended: int | None = None
     waited: bool = False
     """Whether it was cancelled before it was claimed, and so its last attempt was never begun."""
+    begun: int = 0
+    """How often a processor was called for it, or may have been, but for what used up no attempt."""
+    may_begin_once_more: bool = False
+    """Whether one of these was taken back, for nobody knew whether it had begun."""
+
+    @property
+    def is_spent(self) -> bool:
+        """Whether it has no attempt left: then it is claimed to be ended, and doesn't begin."""
+        return self.fail_count > self.limit
 
     def is_held_under(self, token: int) -> bool:
         return self.state == RUNNING and self.token == token
 
     def claimed(self, worker_id: UUID, *, ahead: bool = False) -> None:
         self.state = RUNNING
-        self.claimed_ahead = ahead
+        self.claimed_ahead = ahead or self.is_spent
+        self.begun += not self.is_spent
         self.worker_id = worker_id
         self.attempt += 1
         self.token += 1
@@ -152,6 +162,7 @@ class Known:
     def given_back(self) -> None:
         self.state = PENDING
         self.attempt -= 1
+        self.begun -= not self.is_spent
 
     def rescued(self) -> None:
         self.state = PENDING
@@ -160,6 +171,7 @@ class Known:
         if self.claimed_ahead:
             # Nobody knows whether it had begun; from now on it won't be claimed unless it can begin at once.
             self.attempt -= 1
+            self.may_begin_once_more |= not self.is_spent
         else:
             self.fail_count += 1
             self.has_failed = True
@@ -169,6 +181,7 @@ class Known:
 
     def settled(self, settlement: Settlement, now: int) -> None:
         self.has_failed |= settlement.fail_count > self.fail_count
+        self.begun -= settlement.state == PENDING and settlement.attempt < self.attempt
         self.state = settlement.state
         self.attempt = settlement.attempt
         self.fail_count = settlement.fail_count
@@ -186,6 +199,7 @@ class Known:
     def retried(self, due: int) -> None:
         self.state, self.due, self.ended, self.waited = PENDING, due, None, False
         self.attempt = self.fail_count = self.rescue_count = 0
+        self.begun, self.may_begin_once_more = 0, False
         self.has_failed = False
 
     def row(self) -> dict[str, Any]:
@@ -446,6 +460,7 @@ class Tasks(RuleBasedStateMachine):
             "from_queue": queue.name,
             "of_types": hand.types,
             "at_most": at_most,
+            "retry_limits": encode({type_: LIMITS[type_] for type_ in hand.types}),
             "ahead": ahead,
             "by_worker": hand.id,
             **hand.positions[queue].parameters(),
@@ -544,7 +559,7 @@ class Tasks(RuleBasedStateMachine):
         found = self.worker.work()
 
         id_ = self.worker._life.parts.claimer.worker_id
-        while due and due[0].fail_count > due[0].limit:
+        while due and due[0].is_spent:
             self.reached["a task without attempts left"] += 1
             doomed = due.pop(0)
             doomed.claimed(id_)
@@ -719,8 +734,11 @@ class Tasks(RuleBasedStateMachine):
             is_counted = task.state in {RUNNING, COMPLETED, CANCELLED} and not task.waited
             assert task.attempt == task.fail_count + is_counted
             assert task.token >= task.attempt
-            # A rescue may have left it none; then it is claimed to be ended, and may be cancelled instead.
-            if task.state in {COMPLETED, CANCELLED} and not task.rescue_count:
+            assert task.begun <= task.limit + 1 + task.may_begin_once_more
+            assert task.fail_count <= task.limit + 1
+            # A claim that is to end it counts as one more until it does, or for good where a caller cancels
+            # it first: a row doesn't tell it from one that was claimed ahead, and may have begun.
+            if task.state in {COMPLETED, FAILED}:
                 assert task.attempt <= task.limit + 1
 
     # The rest is the model's own.

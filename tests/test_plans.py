@@ -42,7 +42,7 @@ MILLION_ROWS = """
         CASE WHEN mod(n, 5) = 0 THEN 10 ELSE 0 END,
         now() + CASE WHEN mod(n, 5) = 0 THEN interval '1 day' ELSE interval '-1 day' END,
         state,
-        CASE state WHEN 'completed' THEN now() - n * interval '1 second' END,
+        CASE state WHEN 'completed' THEN now() - n * interval '0.1 seconds' END,
         CASE state WHEN 'failed' THEN now() - n * interval '1 second' END,
         CASE state WHEN 'running' THEN gen_random_uuid() END,
         '{"x": "yyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyy"}'
@@ -80,7 +80,7 @@ IDS = {"ids": array_text(range(1, 501)), "tokens": array_text([1] * 500)}
 ALIKE = {"ids": IDS["ids"], "held_under": 1}
 PRUNE = {"from_queue": "default", "keep": timedelta(days=1), "at_most": 1_000}
 OURS = {"from_queue": "default", "of_types": ["ours"]}
-CLAIM = {**OURS, "at_most": 500, "ahead": True, "by_worker": uuid.uuid4()}
+CLAIM = {**OURS, "retry_limits": '{"ours": 5}', "at_most": 500, "ahead": True, "by_worker": uuid.uuid4()}
 
 
 STATEMENTS = [
@@ -230,17 +230,40 @@ def test_each_index_is_needed():
 
 def test_a_claim_reads_few_pages_however_many_rows_are_in_front(million):
     """Those in the future and of a higher priority cost one look into the index."""
-    sql, values = _compiled(claim(None), {**CLAIM, **Position().parameters()})
-    with million.connect() as connection:
-        connection.exec_driver_sql("BEGIN")
-        explained = connection.exec_driver_sql(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {sql}", values)
-        plan = explained.scalar()[0]["Plan"]
-        connection.exec_driver_sql("ROLLBACK")
+    plan = claimed(million, {**CLAIM, **Position().parameters()})
     updated = next(node for node in nodes(plan) if node["Node Type"] == "ModifyTable")
+    looked = next(node for node in nodes(plan) if node.get("Index Name") == "apoq_tasks_pending_idx")
 
     assert updated["Actual Rows"] == 500
+    # Without a scan for each priority 385 on PostgreSQL 15; 18 skips what is in front by itself.
+    assert pages(looked) < 150
     # Some dozen for each row that is taken: its row, its indexes, its new version.
-    assert plan["Shared Hit Blocks"] + plan["Shared Read Blocks"] < 500 * 20
+    assert pages(plan) < 500 * 20
+
+
+def test_nor_does_a_claim_after_a_survey_read_many_where_all_that_is_due_is_of_other_types(million):
+    mine = {"from_queue": "default", "of_types": ["rare"]}
+    position = Position()
+    with million.connect() as connection:
+        position.surveyed(connection.execute(survey(None), mine))
+
+    plan = claimed(million, {**CLAIM, **mine, **position.parameters()})
+
+    assert pages(plan) < 100
+
+
+def claimed(engine: sa.Engine, parameters: dict) -> dict:
+    """Explain a claim that was executed, and is undone."""
+    sql, values = _compiled(claim(None), parameters)
+    with engine.connect() as connection:
+        connection.exec_driver_sql("BEGIN")
+        explained = connection.exec_driver_sql(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {sql}", values)
+        connection.exec_driver_sql("ROLLBACK")
+        return explained.scalar()[0]["Plan"]
+
+
+def pages(plan: dict) -> int:
+    return plan["Shared Hit Blocks"] + plan["Shared Read Blocks"]
 
 
 @pytest.mark.parametrize(("statement", "parameters", "indexes"), LOOKS)
@@ -260,12 +283,25 @@ def look(engine: sa.Engine, statement: sa.Select, parameters: dict, options: str
         return explained.scalar()[0]["Plan"]
 
 
-def test_counting_reads_few_pages_however_many_rows_there_are(million):
-    plan = look(million, count(None), {"from_queue": "other"}, ", ANALYZE, BUFFERS")
+@pytest.mark.parametrize("queue", ["default", "other"])
+@pytest.mark.parametrize("statement", [count(None), count_types(None)], ids=["by state", "by type"])
+def test_counting_reads_few_pages_however_many_rows_there_are(million, statement, queue):
+    plan = look(million, statement, {"from_queue": queue}, ", ANALYZE, BUFFERS")
     rows = [node["Actual Rows"] * node["Actual Loops"] for node in nodes(plan) if "Index Name" in node]
 
     assert max(rows) <= COUNTED + 1
-    assert plan["Shared Hit Blocks"] + plan["Shared Read Blocks"] < 6 * COUNTED
+    assert pages(plan) < 6 * COUNTED
+
+
+def test_so_does_counting_what_runs(session):
+    session.execute(
+        sa.text("INSERT INTO apoq_tasks (type, state) SELECT 't', 'running' FROM generate_series(1, :many)"),
+        {"many": COUNTED + 2},
+    )
+
+    counted = session.execute(count_running(None)).all()
+
+    assert sum(row.number for row in counted) == COUNTED + 1
 
 
 @pytest.mark.parametrize(

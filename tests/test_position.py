@@ -148,7 +148,14 @@ def test_behind_a_survey_a_claim_finds_the_task_whenever_it_was_due(engine, own,
     claimed = execute(
         own,
         claim(None),
-        {**ours, "at_most": 5, "ahead": True, "by_worker": uuid.uuid4(), **position.parameters()},
+        {
+            **ours,
+            "retry_limits": '{"t": 5}',
+            "at_most": 5,
+            "ahead": True,
+            "by_worker": uuid.uuid4(),
+            **position.parameters(),
+        },
     )
     assert len(claimed.fetchall()) == 1
 
@@ -178,6 +185,7 @@ def test_beside_a_held_snapshot_a_claim_walks_through_nothing_that_was_taken(eng
         asked = {
             "from_queue": "default",
             "of_types": ["t"],
+            "retry_limits": '{"t": 5}',
             "at_most": 10,
             "ahead": True,
             "by_worker": uuid.uuid4(),

@@ -17,7 +17,11 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from apoq import Task
+from apoq.registry import make_processor
+from apoq.statements.claim import claim
 from apoq.statements.recover import rescue
+from apoq.worker.claimer import workable
+from apoq.worker.position import Position
 
 SOON = 60.0
 
@@ -280,3 +284,34 @@ def test_a_running_task_whose_worker_left_no_row_is_rescued(engine, queue, make_
     with Session(engine) as session:
         task = session.scalar(sa.select(Task))
     assert (task.fail_count, task.rescue_count, task.error["class"]) == (1, 1, "WorkerDied")
+
+
+@pytest.mark.parametrize(("own_limit", "types_limit"), [(0, 5), (None, 0)])
+def test_a_claim_that_is_to_end_a_task_counts_no_attempt_where_its_worker_dies(
+    engine, queue, make_worker, own_limit, types_limit
+):
+    processors = {"t": make_processor("t", lambda task: None, retry_limit=types_limit)}
+    worker = make_worker(lease=timedelta(seconds=0.5))
+    worker.use("t", lambda task: None, retry_limit=types_limit)
+    by_nobody_alive = {
+        "from_queue": queue.name,
+        **workable(processors),
+        "at_most": 1,
+        "ahead": False,
+        "by_worker": uuid4(),
+        **Position().parameters(),
+    }
+    with Session(engine) as session, session.begin():
+        queue.add(session, "t")
+        # It has killed its worker.
+        session.execute(
+            sa.update(Task).values(retry_limit=own_limit, attempt=1, fail_count=1, rescue_count=1)
+        )
+        assert len(session.execute(claim(None), by_nobody_alive).all()) == 1
+
+    worker.start()
+    until(lambda: count(engine, Task.state == "failed") == 1)
+
+    with Session(engine) as session:
+        task = session.scalar(sa.select(Task))
+    assert (task.attempt, task.fail_count, task.rescue_count) == (1, 1, 2)

@@ -145,6 +145,33 @@ def test_where_nothing_hints_it_is_found_within_the_poll_interval(engine, url, q
     assert ran.wait(SOON)
 
 
+def test_an_idle_worker_looks_for_nothing_before_its_poll_interval_is_over(make_worker, monkeypatch):
+    """Nor for each of its slots: all that the database hears from it is that it lives."""
+    worker = make_worker(poll_interval=LONG, lease=timedelta(seconds=0.5))
+    worker.use("t", lambda task: None)
+    parts = worker._life.parts
+    looks: list[str] = []
+
+    def noted(look):
+        return lambda *given: looks.append(look.__name__) or look(*given)
+
+    monkeypatch.setattr(parts.scout, "survey", noted(parts.scout.survey))
+    monkeypatch.setattr(parts.claimer, "claim", noted(parts.claimer.claim))
+
+    def beats(count: int) -> None:
+        for _ in range(count):
+            last = worker.seen_at
+            until(lambda last=last: worker.seen_at != last)
+
+    worker.start()
+    until(lambda: {"survey", "claim"} <= set(looks))
+    beats(5)  # and it has looked again once it listens
+    looks.clear()
+    beats(10)
+
+    assert looks == []
+
+
 def test_a_sleep_ends_when_the_next_task_is_due(engine, queue, started):
     with Session(engine) as session, session.begin():
         queue.add(session, "t", delay=timedelta(seconds=0.4))
@@ -210,11 +237,12 @@ def test_what_was_added_just_before_the_worker_listened_is_found(engine, url, qu
     assert ran.wait(SOON)
 
 
-def test_the_callers_transaction_notifies_nobody(engine, queue):
+@pytest.mark.parametrize("connect", [Session, sa.Engine.connect])
+def test_the_callers_transaction_notifies_nobody(engine, queue, connect):
     """No NOTIFY in it, nor any other statement but the insert (test_add.py counts them)."""
-    with hearing(engine) as heard, Session(engine) as session:
+    with hearing(engine) as heard, connect(engine) as session:
         queue.add(session, "t")
-        session.connection().exec_driver_sql("COMMIT")
+        session.execute(sa.text("COMMIT"))
 
         assert heard(0.1) == []
 

@@ -10,9 +10,11 @@ from sqlalchemy import (
     Boolean,
     ColumnElement,
     Double,
+    Numeric,
     SmallInteger,
     Text,
     Uuid,
+    and_,
     any_,
     bindparam,
     cast,
@@ -24,7 +26,7 @@ from sqlalchemy import (
     tuple_,
     update,
 )
-from sqlalchemy.dialects.postgresql import ARRAY
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.sql.dml import ReturningUpdate
 
 from apoq.model import tasks_table
@@ -41,6 +43,9 @@ def claim(schema: str | None) -> ReturningUpdate[Any]:
 
     `ahead`: they are more than find a slot at once. Then what was taken from a dead worker before is passed
     over: it may kill this one, too, and is to take no task with it that merely waited.
+
+    `retry_limits`: a JSON object, of each type's limit. A task that has failed more often than that, or than
+    its own limit, is taken to be ended, and doesn't begin.
 
     The attempt is counted here, and not when it ends: one that kills its worker counts as well. Times are
     answered as seconds since 1970, and data as text, for most of them nobody asks Python to read.
@@ -78,6 +83,13 @@ def claim(schema: str | None) -> ReturningUpdate[Any]:
         .with_for_update(skip_locked=True)
         .lateral("due")
     )
+    limits = cast(bindparam("retry_limits", type_=Text), JSONB)
+    # Numeric, for Python's numbers may be longer than any integer here.
+    its_types_limit = cast(func.jsonb_extract_path_text(limits, tasks.c.type), Numeric)
+    is_spent = and_(
+        tasks.c.fail_count > ZERO,  # most have never failed, and nothing more is asked of them
+        tasks.c.fail_count > func.coalesce(tasks.c.retry_limit, its_types_limit),
+    )
     picked = select(due.c.ctid).select_from(levels.join(due, true())).limit(limit).cte("picked")
     return (
         update(tasks)
@@ -92,7 +104,8 @@ def claim(schema: str | None) -> ReturningUpdate[Any]:
             attempt=func.least(tasks.c.attempt, LAST_BUT_ONE) + ONE,
             worker_id=bindparam("by_worker", type_=Uuid),
             claimed_at=func.now(),
-            claimed_ahead=ahead,
+            # Nor has that begun which is to be ended: where this worker dies, it doesn't count.
+            claimed_ahead=or_(ahead, is_spent),
         )
         .returning(
             tasks.c.id,

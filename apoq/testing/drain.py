@@ -38,7 +38,7 @@ from apoq.testing.inside import (
 )
 from apoq.worker import Worker
 from apoq.worker.attempts import Ended, TaskLost, ended, run, run_coroutine
-from apoq.worker.claimer import has_attempts
+from apoq.worker.claimer import has_attempts, workable
 from apoq.worker.position import Position
 from apoq.worker.running import (
     BATCH,
@@ -158,7 +158,7 @@ class _Drain:
         for crew, queue, position in self._due():
             parameters = {
                 "from_queue": queue.name,
-                "of_types": list(crew.processors(queue)),
+                **workable(crew.processors(queue)),
                 "at_most": 1,
                 "ahead": False,
                 "by_worker": self._worker_id,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 from uuid import UUID
 
@@ -13,8 +13,9 @@ from sqlalchemy import Engine
 
 from apoq.connections import execute
 from apoq.outcomes import WorkerDied
+from apoq.payload import encode
 from apoq.queue import Queue
-from apoq.registry import Registry
+from apoq.registry import Processor, Registry
 from apoq.statements.arrays import array_text
 from apoq.statements.claim import claim
 from apoq.statements.recover import give_back
@@ -179,7 +180,7 @@ class Claimer:
         position = self._positions[queue]
         parameters = {
             "from_queue": queue.name,
-            "of_types": list(processors),
+            **workable(processors),
             "at_most": limit,
             "ahead": limit > free,
             "by_worker": self.worker_id,
@@ -221,6 +222,12 @@ class Claimer:
             self._put_ended(released(task))
         # The average speaks of shorter tasks than those that run now.
         self._slots.run_time = max(self._slots.run_time or 0.0, OVERDUE)
+
+
+def workable(processors: Mapping[str, Processor]) -> dict[str, Any]:
+    """Answer what may be claimed for these, as `claim` takes it."""
+    limits = {type_: processor.policy.limit for type_, processor in processors.items()}
+    return {"of_types": list(processors), "retry_limits": encode(limits)}
 
 
 def has_attempts(task: AnyRunningTask) -> bool:
