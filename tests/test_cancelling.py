@@ -121,8 +121,20 @@ class TestInTheCallersTransaction:
 
         queue.retry(session, task, delay=timedelta(hours=1))
 
-        now = session.scalar(sa.select(sa.func.now()))
-        assert timedelta(minutes=59) < task.process_at - now < timedelta(minutes=61)
+        began = session.scalar(sa.select(sa.func.now()))
+        assert timedelta(minutes=59) < task.process_at - began < timedelta(minutes=61)
+
+    def test_its_times_are_those_of_the_call_and_not_of_the_transactions_beginning(self, session, queue):
+        cancelled, retried = Task(type="t"), Task(type="t", state="failed")
+        session.add_all([cancelled, retried])
+        session.flush()
+        called = session.scalar(sa.select(sa.func.clock_timestamp()))
+
+        queue.cancel(session, cancelled)
+        queue.retry(session, retried, delay=timedelta(hours=1))
+
+        assert cancelled.cancelled_at > called
+        assert retried.process_at > called + timedelta(hours=1)
 
     @pytest.mark.parametrize("change", ["cancel", "retry"])
     def test_a_task_of_another_queue_is_left_alone(self, session, change):

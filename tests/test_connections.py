@@ -101,7 +101,9 @@ def test_where_one_of_its_connections_has_died_none_of_the_others_is_used_again(
             assert pooled.driver_connection.execute("SELECT 1").fetchone() == (1,)
 
 
-def test_it_is_at_read_committed_whatever_the_database_says(url, own):
+@pytest.mark.parametrize("is_pooled", [False, True], ids=["direct", "through a pooler"])
+def test_it_is_at_read_committed_whatever_the_database_says(url, own, is_pooled):
+    own.update_execution_options(**{_IS_POOLED: is_pooled})
     with sa.create_engine(url, isolation_level="AUTOCOMMIT", poolclass=sa.NullPool).connect() as connection:
         name = sa.make_url(url).database
         connection.exec_driver_sql(f"ALTER DATABASE {name} SET default_transaction_isolation = serializable")

@@ -240,6 +240,21 @@ class TestFork:
         assert time.monotonic() - began < 50  # the worker looks by itself once a minute
         assert ledger(engine) == (10, 10)
 
+    def test_a_server_that_falls_silent_is_noticed_in_the_child(self, run):
+        run("""
+            import psycopg
+            from apoq.connections import execute, own_engine
+            worker.start()  # and in the parent, a thread watches
+            if (child := os.fork()) == 0:
+                try:
+                    execute(own_engine(engine), sa.text("SELECT pg_sleep(20)"), {}, timeout=0.1)
+                except psycopg.OperationalError:
+                    sys.exit()
+                sys.exit("nobody noticed")
+            await_exit(child)
+            worker.stop()
+        """)
+
     def test_processors_listeners_and_options_are_kept(self, engine, run):
         told = run("""
             worker.events.on("task.completed", lambda task: print(worker, task.type, flush=True))

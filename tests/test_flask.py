@@ -331,6 +331,20 @@ class TestProcessing:
 
         assert (tasks(engine), ledger(engine)) == ([("t", "completed")], [5])
 
+    def test_the_session_of_a_coroutine_ends_with_it(self, app, apoq, db):
+        @apoq.processor("t")
+        async def process(task: AsyncRunningTask) -> None:
+            db.session.execute(sa.text("SELECT 1"))
+            assert db.engine.pool.checkedout() == 1
+
+        with app.app_context():
+            apoq.add("t")
+            db.session.commit()
+        worked = app.extensions["apoq"].worker.work()
+
+        with app.app_context():
+            assert (worked.state, db.engine.pool.checkedout()) == ("completed", 0)
+
     def test_a_processor_may_come_after_the_worker(self, context, apoq, db, engine):
         worker = apoq.worker
         apoq.use("t", lambda task: None)

@@ -76,6 +76,24 @@ def test_a_lost_task_is_left_as_it_is(engine, make_worker, change, keep, heard):
     assert (ledger(engine), told) == ([], [])
 
 
+@pytest.mark.parametrize("keep", [timedelta(), timedelta(days=1)])
+def test_it_says_when_the_task_ended_and_not_when_the_transaction_began(engine, make_worker, keep):
+    ends, told = [], []
+
+    def process(task: RunningTask) -> None:
+        write(task)
+        ends.append(task.session.scalar(sa.select(sa.func.clock_timestamp())))
+
+    worker = make_worker(keep_completed=keep)
+    worker.events.on("task.completed", told.append)
+    worker.use("t", process)
+    add(engine)
+
+    worker.work()
+
+    assert told[0].completed_at > ends[0]
+
+
 @pytest.mark.parametrize("heard", [True, False])
 def test_until_the_commit_a_frozen_worker_keeps_the_row_locked_for_seconds_only(engine, worker, heard):
     shown = []

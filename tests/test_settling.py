@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from functools import partial
 from operator import itemgetter
+from uuid import UUID
 
 import pytest
 import sqlalchemy as sa
@@ -123,6 +124,15 @@ def test_an_error_that_can_not_be_stored_is_left_out_and_its_task_settled(engine
     assert (first.error["message"], second.error["message"]) == ("", "another")
 
 
+SWEEP = {
+    "lease": timedelta(seconds=15),
+    "grace": timedelta(seconds=5),
+    "at_most": 10,
+    "reason": "{}",
+    "by_worker": None,
+}
+
+
 class TestTheSweep:
     """Running tasks whose workers are gone."""
 
@@ -146,17 +156,30 @@ class TestTheSweep:
         assert worker.healthy()
         assert [task.state for task in tasks(engine)] == ["running", "completed"] * 2 + ["completed"]
 
+    def test_takes_the_oldest_first(self, engine):
+        ids = [task.id for task in tasks(engine)]
+        for id_ in reversed(ids):  # now the table and its index have them the other way round
+            with engine.begin() as connection:
+                last_first = sa.update(Task).where(Task.id == id_).values(worker_id=UUID(int=100 - id_))
+                connection.execute(last_first)
+
+        with engine.begin() as connection:
+            connection.execute(rescue(None), SWEEP | {"at_most": 2})
+
+        assert [task.id for task in tasks(engine) if task.state == "pending"] == ids[:2]
+
+    def test_takes_no_attempt_from_what_was_claimed_ahead(self, engine):
+        with engine.begin() as connection:
+            connection.exec_driver_sql("UPDATE apoq_tasks SET claimed_ahead = true WHERE data IN ('1', '2')")
+            connection.execute(rescue(None), SWEEP)
+
+        used = [(task.attempt, task.fail_count) for task in tasks(engine)]
+        assert used == [(1, 1), (0, 0), (0, 0), (1, 1), (1, 1)]
+
     def test_passes_over_what_somebody_holds(self, engine):
-        sweep = {
-            "lease": timedelta(15),
-            "grace": timedelta(5),
-            "at_most": 10,
-            "reason": "{}",
-            "by_worker": None,
-        }
         lock = sa.select(Task.id).where(sa.text("data = '2'")).with_for_update()
         with engine.connect() as holding, engine.begin() as connection:
             holding.execute(lock)
             connection.exec_driver_sql("SET LOCAL lock_timeout = '2s'")
 
-            assert connection.execute(rescue(None), sweep).rowcount == 4
+            assert connection.execute(rescue(None), SWEEP).rowcount == 4

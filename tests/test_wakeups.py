@@ -39,6 +39,21 @@ def started(make_worker):
     return ran
 
 
+def is_idle(worker) -> bool:
+    parts = worker._life.parts
+    return not parts.claimer._hinted and parts.scout._next_look > time.monotonic() + 60
+
+
+def start(worker) -> None:
+    """Start a worker, and wait until it listens and nothing keeps it busy."""
+    listener, listens = worker._life.parts.listener, threading.Event()
+    hint = listener._on_hint
+    listener._on_hint = lambda: hint() or listens.set()
+    worker.start()
+    assert listens.wait(SOON)
+    until(lambda: is_idle(worker))
+
+
 @contextmanager
 def hearing(engine):
     """Answer a function that answers the hints that come within so many seconds."""
@@ -172,26 +187,33 @@ def test_an_idle_worker_looks_for_nothing_before_its_poll_interval_is_over(make_
     assert looks == []
 
 
-def test_a_sleep_ends_when_the_next_task_is_due(engine, queue, started):
+def test_a_sleep_ends_when_the_next_task_is_due(engine, queue, make_worker):
+    ran = threading.Event()
+    worker = make_worker(poll_interval=LONG)
+    worker.use("t", lambda task: ran.set())
+    start(worker)
     with Session(engine) as session, session.begin():
-        queue.add(session, "t", delay=timedelta(seconds=0.4))
+        queue.add(session, "t", delay=timedelta(seconds=1))
     added = time.monotonic()
 
-    assert started.acquire(timeout=SOON)
-    assert 0.3 < time.monotonic() - added < 5
+    assert ran.wait(SOON)
+    assert time.monotonic() - added > 0.9
 
 
 def test_a_retry_is_started_when_it_is_due(engine, queue, make_worker):
     ran = threading.Event()
+    worker = make_worker(poll_interval=LONG)
+    scout = worker._life.parts.scout
 
     def process(task) -> None:
         if task.fail_count == 0:
+            before = scout._rested_at
+            until(lambda: scout._rested_at != before and is_idle(worker))  # nobody looks any more
             raise ValueError
         ran.set()
 
-    worker = make_worker(poll_interval=LONG)
     worker.use("t", process, retry_delay=lambda fail_count: 0.2)
-    worker.start()
+    start(worker)
     with Session(engine) as session, session.begin():
         queue.add(session, "t")
 

@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from datetime import UTC, datetime, timedelta
+from uuid import uuid4
 
 import pytest
 import sqlalchemy as sa
@@ -25,6 +26,8 @@ from apoq import (
     prepare,
 )
 from apoq.statements.claim import claim
+from apoq.worker.position import Position
+from apoq.worker.running import ID
 
 SOON = 10.0
 """Seconds within which what a test waits for has long happened."""
@@ -883,6 +886,36 @@ def test_the_search_path_of_the_engine_is_the_workers(url, engine):
     assert worker.work().state == "completed"
     assert states(engine) == {}
     tenant.dispose()
+
+
+def test_claims_under_way_at_once_pass_over_each_others_tasks(engine):
+    ids = [add(engine) for _ in range(4)]
+    asked = {"from_queue": "default", "of_types": ["t"], "at_most": 2, "ahead": False, "by_worker": uuid4()}
+
+    with engine.begin() as one, engine.begin() as other:
+        other.exec_driver_sql("SET LOCAL lock_timeout = '2s'")
+        claimed = [
+            sorted(connection.scalars(claim(None), asked | Position().parameters()))
+            for connection in (one, other)
+        ]
+
+    assert claimed == [ids[:2], ids[2:]]
+
+
+def test_what_a_dead_worker_held_is_claimed_only_where_it_can_begin_at_once(engine, worker):
+    """It may kill this one, too, and is to take nothing with it that merely waited."""
+    worker.use("t", fail)
+    fresh, rescued = add(engine), add(engine)
+    with engine.begin() as connection:
+        connection.execute(sa.update(Task).where(Task.id == rescued).values(rescue_count=1))
+    claimer = worker._life.parts.claimer
+
+    more_than_find_a_slot, all_find_one = claimer.claim(3, 2), claimer.claim(3, 3)
+    worker._life.parts.engine.dispose()
+
+    assert [row[ID] for row in more_than_find_a_slot] == [fresh]
+    assert [row[ID] for row in all_find_one] == [rescued]
+    assert (load(engine, fresh).claimed_ahead, load(engine, rescued).claimed_ahead) == (True, False)
 
 
 def test_a_claim_can_be_printed():
