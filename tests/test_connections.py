@@ -46,6 +46,10 @@ def test_straight_to_the_server_it_prepares_its_statements(own):
     assert ask(own, PREPARED) == 2  # and this question
 
 
+def test_the_server_compiles_nothing_for_it(own):
+    assert ask(own, "SHOW jit") == "off"
+
+
 def test_through_a_pooler_it_relies_on_nothing_that_a_session_keeps(own):
     own.update_execution_options(**{_IS_POOLED: True})
 
