@@ -25,8 +25,8 @@ SETTINGS: Final = f"""
     SET LOCAL enable_bitmapscan = off;
     SET LOCAL jit = off
 """
-# By index only: else the planner, for a bounded number of rows, walks through a table to find them. And nothing
-# is compiled, which before PostgreSQL 18 is tried wherever a scan that is off is yet unavoidable.
+# By index only: else the planner, for a bounded number of rows, walks through a table to find them.
+# Nothing is compiled, as before PostgreSQL 18 is whatever holds a scan that is off and yet unavoidable.
 
 
 @contextmanager
