@@ -36,7 +36,7 @@ MOST_AHEAD: Final = 2_000
 HORIZON: Final = 0.25
 """Seconds of work that are claimed ahead: what the slots start within them."""
 
-REST: Final = 10
+REST: Final = 5
 """How many times as long as it took a claim that came short it is to the next: many hints are few claims."""
 
 LONGEST_REST: Final = 0.02
