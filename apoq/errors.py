@@ -70,5 +70,15 @@ class NotPrepared(ApoqError):
     """apoq's tables are missing, or at another version than this library's."""
 
 
+def preparing(schema: str | None) -> str:
+    """Say how the tables are brought up to date, for such an error's message."""
+    option = "" if schema is None else f" --schema {schema}"
+    arguments = "engine" if schema is None else f"engine, schema={schema!r}"
+    return (
+        f"run `apoq migrate{option}`, `apoq.prepare({arguments})`, or `alembic upgrade head` where your "
+        "migrations include apoq's"
+    )
+
+
 class SessionMisused(ApoqError):
     """A processor committed ``task.session``, as only the worker does, or changed its own task there."""

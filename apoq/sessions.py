@@ -26,7 +26,7 @@ from sqlalchemy.util.concurrency import in_greenlet
 
 from apoq.connections import compiled, is_missing
 from apoq.databases import check_dialect
-from apoq.errors import NotPrepared, UnsupportedSession
+from apoq.errors import NotPrepared, UnsupportedSession, preparing
 from apoq.hints import hint_after_connection_commit, hint_after_session_commit
 from apoq.model import Task
 from apoq.reading import read_anything
@@ -279,10 +279,8 @@ def _clear_errors(statement: Any) -> Iterator[None]:
     except (DBAPIError, psycopg.Error) as error:
         cause: Any = getattr(error, "orig", error)
         if is_missing(error):
-            schema = "" if statement.table.schema is None else f", schema={statement.table.schema!r}"
             raise NotPrepared(
-                f"{cause.diag.message_primary}: are apoq's tables missing, or at another version? "
-                f"Run `apoq migrate`, `apoq.prepare(engine{schema})`, or `alembic upgrade head` where your "
-                "migrations include apoq's"
+                f"{cause.diag.message_primary}. Are apoq's tables missing, or at another version? Then "
+                f"{preparing(statement.table.schema)}"
             ) from error
         raise

@@ -13,8 +13,9 @@ from sqlalchemy.orm import Session
 
 from apoq import Queue, Task, prepare
 from apoq.cli import list as listing
-from apoq.cli import main, prune, selection
+from apoq.cli import main, selection
 from apoq.statements import find
+from apoq.worker import pruner
 
 SECRET = "s3cr3t"
 
@@ -352,17 +353,33 @@ class TestPrune:
     def test_one_queue_may_be_chosen(self, run, engine, ended):
         told = run("prune", "--failed-before", "7d", "--queue", "mails", "--json")
 
-        assert json.loads(told.output) == {"deleted": 1}
+        assert json.loads(told.output) == {"deleted": 1, "kept": 0}
         assert self.left(engine, ended) == set(ended) - {"cancelled"}
 
     def test_it_works_in_bounded_batches(self, run, engine, add, monkeypatch):
-        monkeypatch.setattr(prune, "BATCH", 2)
+        monkeypatch.setattr(pruner, "BATCH", 2)
         ids = [add(state="completed", completed_at=ago(days=2)) for _ in range(5)]
 
         done = run("prune", "--completed-before", "1d", "--yes")
 
         assert done.output == "Deleted 5 tasks.\n"
         assert not any(task(engine, each) for each in ids)
+
+    def test_what_a_row_of_the_applications_points_at_stays_and_nothing_else_with_it(self, run, engine, add):
+        ids = [add(state="completed", completed_at=ago(days=2)) for _ in range(5)]
+        with engine.begin() as connection:
+            connection.exec_driver_sql("CREATE TABLE mails (task_id bigint REFERENCES apoq_tasks)")
+            connection.execute(sa.text("INSERT INTO mails VALUES (:id)"), {"id": ids[1]})
+
+        done = run("prune", "--completed-before", "1d", "--yes")
+
+        with engine.begin() as connection:
+            connection.exec_driver_sql("DROP TABLE mails")
+        assert (done.exit_code, done.output) == (
+            0,
+            "Deleted 4 tasks.\n1 task can't be deleted, such as one to which a row of yours points.\n",
+        )
+        assert [bool(task(engine, each)) for each in ids] == [False, True, False, False, False]
 
     def test_where_nothing_is_old_nothing_is_deleted(self, run, ended):
         assert run("prune", "--completed-before", "5w").output == "Nothing ended that long ago.\n"

@@ -44,7 +44,7 @@ def test_it_leads_where_it_says(empty_url, tmp_path, monkeypatch):
     engine.dispose()
 
     assert "🧾 a receipt for a kettle" in said
-    assert "failed 1 times, and is tried again" in said
+    assert "failed (failure 1), and is tried again" in said
     assert "ConnectionError: the mail server is away" in said
     assert "🧾 a receipt for a teapot" in said
     assert "a kettle 1\na teapot 1\n" in said

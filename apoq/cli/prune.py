@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import Any, Final
+from typing import Final
 
 import click
-import sqlalchemy as sa
 
-from apoq.cli.exits import Failure
+from apoq.cli.exits import Failure, explained
 from apoq.cli.looking import looking
 from apoq.cli.output import confirm, json_option, show_json, yes_option
 from apoq.cli.selection import progress
 from apoq.cli.target import Target
 from apoq.cli.values import duration
 from apoq.cli.wording import tasks
+from apoq.connections import own_engine
 from apoq.statements.count import COUNTED, queues
 from apoq.statements.prune import (
     count_prunable_completed,
@@ -22,9 +22,7 @@ from apoq.statements.prune import (
     prune_completed,
     prune_failed,
 )
-
-BATCH: Final = 1_000
-"""Rows that one transaction deletes at most."""
+from apoq.worker.pruner import Rule
 
 QUEUES: Final = 10_000
 """Queues that are looked through at most."""
@@ -69,34 +67,37 @@ def command(
         if queue is not None and queue not in names:
             raise Failure(f"there is no queue {queue!r}: `apoq stats` shows those that have tasks or workers")
         chosen = names if queue is None else [queue]
-        work: list[tuple[sa.Delete, dict[str, Any]]] = []
+        rules: list[Rule] = []
         counts: list[int] = []
         for name in chosen:
             for keep, count, prune in kinds:
-                parameters = {"from_queue": name, "keep": keep}
-                found = connection.scalar(count, {**parameters, "at_most": COUNTED + 1})
-                if found:
-                    work.append((prune, parameters))
+                parameters = {"from_queue": name, "keep": keep, "at_most": COUNTED + 1}
+                if found := connection.scalar(count, parameters):
+                    rules.append(Rule(prune, name, keep))
                     counts.append(found)
     is_known = max(counts, default=0) <= COUNTED
     total = sum(min(count, COUNTED) for count in counts)
     if total > 1:
         confirm(f"Delete {tasks(total)}{'' if is_known else ' or more'} for good?", yes=yes)
-    deleted = _delete(target, work, total if is_known else None)
+    _delete(target, rules, total if is_known else None)
+    deleted, kept = sum(rule.deleted for rule in rules), sum(rule.kept for rule in rules)
     if as_json:
-        show_json({"deleted": deleted})
-    else:
-        click.echo(f"Deleted {tasks(deleted)}." if deleted else "Nothing ended that long ago.")
+        show_json({"deleted": deleted, "kept": kept})
+        return
+    click.echo(f"Deleted {tasks(deleted)}." if deleted or kept else "Nothing ended that long ago.")
+    if kept:
+        click.echo(f"{tasks(kept)} can't be deleted, such as one to which a row of yours points.")
 
 
-def _delete(target: Target, work: list[tuple[sa.Delete, dict[str, Any]]], total: int | None) -> int:
-    deleted = 0
-    with progress("delete", total) as advance:
-        for prune, parameters in work:
-            count = BATCH
-            while count == BATCH:
-                with target.begin() as connection:
-                    count = connection.execute(prune, {**parameters, "at_most": BATCH}).rowcount
-                deleted += count
-                advance(count)
-    return deleted
+def _delete(target: Target, rules: list[Rule], total: int | None) -> None:
+    engine = own_engine(target.engine)
+    try:
+        with explained(target.url), progress("delete", total) as advance:
+            for rule in rules:
+                more = True
+                while more:
+                    before = rule.deleted
+                    more = rule.prune(engine)
+                    advance(rule.deleted - before)
+    finally:
+        engine.dispose()

@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from apoq.databases import check_dialect
-from apoq.errors import NotPrepared
+from apoq.errors import NotPrepared, preparing
 from apoq.migrations.steps import LATEST, current, newer, upgrade
 
 # Each starter in a transaction that sees, once it has waited for its turn, what the others did in theirs.
@@ -92,13 +92,7 @@ def missing(schema: str | None, version: int = 0) -> str:
     """Say that the tables are not there, or too old, and how to mend it."""
     where = "" if schema is None else f" in the schema {schema!r}"
     what = f"are at version {version}" if version else "are missing"
-    option = "" if schema is None else f" --schema {schema}"
-    arguments = "engine" if schema is None else f"engine, schema={schema!r}"
-    return (
-        f"apoq's tables{where} {what}, and this library wants version {LATEST}: run "
-        f"`apoq migrate{option}`, `apoq.prepare({arguments})`, or `alembic upgrade head` where your "
-        "migrations include apoq's"
-    )
+    return f"apoq's tables{where} {what}, and this library wants version {LATEST}: {preparing(schema)}"
 
 
 def _check_encoding(connection: sa.Connection) -> None:

@@ -33,9 +33,12 @@ INTERVAL: Final = 60.0
 class Rule:
     """Which of a queue's tasks are deleted, and how many at once."""
 
-    def __init__(self, statement: Delete, queue: Queue, keep: timedelta) -> None:
+    def __init__(self, statement: Delete, from_queue: str, keep: timedelta) -> None:
+        self.deleted = 0
+        self.kept = 0
+        """How many the last pass has left, for they can't be deleted."""
         self._statement = statement
-        self._parameters = {"from_queue": queue.name, "keep": keep}
+        self._parameters = {"from_queue": from_queue, "keep": keep}
         self._at_most = BATCH
         self._passed_over = 0
         self._has_told = False
@@ -50,9 +53,10 @@ class Rule:
                 raise
             self._pass_over(error)
             return True
+        self.deleted += found.rowcount
         more = found.rowcount == self._at_most
         if not more:
-            self._passed_over = 0
+            self.kept, self._passed_over = self._passed_over, 0
         self._at_most = min(BATCH, self._at_most * 2)
         return more
 
@@ -80,7 +84,7 @@ class Pruner:
     ) -> None:
         self._engine = engine
         self._rules = [
-            Rule(prune(queue.schema), queue, keep)
+            Rule(prune(queue.schema), queue.name, keep)
             for queue in queues
             for prune, keep in ((prune_completed, keep_completed), (prune_failed, keep_failed))
             if keep is not None

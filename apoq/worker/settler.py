@@ -307,7 +307,7 @@ def _log(end: Ended) -> None:
             )
         case Settlement(state=states.PENDING, error=dict(error)):
             logger.warning(
-                "task %d (%s) failed %d times, and is tried again in %g s: %s: %s",
+                "task %d (%s) failed (failure %d), and is tried again in %g s: %s: %s",
                 task.id,
                 task.type,
                 settlement.fail_count,
