@@ -239,6 +239,11 @@ def is_away(error: BaseException) -> bool:
     return isinstance(error, psycopg.Error) and error.sqlstate == _READ_ONLY
 
 
+def is_refused(error: psycopg.Error) -> bool:
+    """Tell whether a statement was refused as such, as where the role may not do that: no other row helps."""
+    return (error.sqlstate or "").startswith("42")
+
+
 def is_missing(error: BaseException) -> bool:
     """Tell whether an error speaks of a table, a column or a schema that is not there."""
     cause = getattr(error, "orig", None) or error

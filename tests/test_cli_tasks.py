@@ -381,6 +381,20 @@ class TestPrune:
         )
         assert [bool(task(engine, each)) for each in ids] == [False, True, False, False, False]
 
+    def test_a_role_that_may_not_delete_is_told_so(self, run, engine, ended):
+        with engine.begin() as connection:
+            connection.exec_driver_sql("CREATE ROLE apoq_reader LOGIN")
+            connection.exec_driver_sql("GRANT SELECT, UPDATE ON ALL TABLES IN SCHEMA public TO apoq_reader")
+        url = engine.url.set(username="apoq_reader").render_as_string(hide_password=False)
+        try:
+            done = run("prune", "--completed-before", "1d", "--database-url", url)
+        finally:
+            with engine.begin() as connection:
+                connection.exec_driver_sql("DROP OWNED BY apoq_reader; DROP ROLE apoq_reader")
+
+        assert (done.exit_code, "use a role that may do that" in done.stderr) == (1, True), done.output
+        assert self.left(engine, ended) == set(ended)
+
     def test_where_nothing_is_old_nothing_is_deleted(self, run, ended):
         assert run("prune", "--completed-before", "5w").output == "Nothing ended that long ago.\n"
 

@@ -11,7 +11,7 @@ from typing import Final
 from psycopg import DatabaseError
 from sqlalchemy import Delete, Engine
 
-from apoq.connections import execute, is_away
+from apoq.connections import execute, is_away, is_refused
 from apoq.queue import Queue
 from apoq.statements.prune import prune_completed, prune_failed
 
@@ -49,7 +49,7 @@ class Rule:
         try:
             found = execute(engine, self._statement, self._parameters | batch, timeout=TIMEOUT)
         except DatabaseError as error:
-            if is_away(error):
+            if is_away(error) or is_refused(error):
                 raise
             self._pass_over(error)
             return True
