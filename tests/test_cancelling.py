@@ -14,12 +14,15 @@ import transaction
 import zope.sqlalchemy
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
+from waiting import patience
 
 from apoq import AsyncRunningTask, InvalidTask, Queue, RunningTask, Task
 from apoq.states import CANCELLED, FINAL, STATES, TRANSITIONS
 
 SOON = 10.0
 """Seconds within which what a test waits for has long happened."""
+
+until = patience(SOON)
 
 LONG = 60.0
 """Seconds that nobody waits for."""
@@ -43,15 +46,6 @@ def cancel(engine, task_id: int, **options: Any) -> bool:
 def retry(engine, task_id: int, **options: Any) -> bool:
     with Session(engine) as session, session.begin():
         return Queue().retry(session, task_id, **options)
-
-
-def until(condition) -> None:
-    pause = threading.Event()
-    for _ in range(int(SOON / 0.02)):
-        if condition():
-            return
-        pause.wait(0.02)
-    raise AssertionError("it hasn't come to pass")
 
 
 class TestInTheCallersTransaction:

@@ -20,8 +20,11 @@ from typing import Self
 import pytest
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
+from waiting import patience
 
 SOON = 30.0
+
+until = patience(SOON)
 
 PROMPT = 5.0
 """Seconds in which a program ends that needs one at most, on a machine that has other things to do."""
@@ -83,14 +86,6 @@ PROLOGUE = """
             time.sleep(0.01)
         assert found[1] == 0, f"the child ended with {found[1]}"
 """
-
-
-def until(condition: Callable[[], object], timeout: float = SOON) -> None:
-    """Wait for something that happens elsewhere."""
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, "it didn't come about in time"
-        time.sleep(0.02)
 
 
 @pytest.fixture

@@ -13,18 +13,14 @@ from datetime import timedelta
 import pytest
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
+from waiting import patience
 
 from apoq import AsyncRunningTask, Queue, RunningTask, Task, Worker
 
 SOON = 15.0
+
+until = patience(SOON)
 LEASE = timedelta(seconds=1)
-
-
-def until(condition, timeout: float = SOON) -> None:
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, "it didn't come about in time"
-        time.sleep(0.02)
 
 
 def add(engine, type_: str = "t") -> int:

@@ -9,10 +9,13 @@ from datetime import timedelta
 import pytest
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
+from waiting import patience
 
 from apoq import Queue, RunningTask, Snooze, Task
 
 SOON = 10.0
+
+until = patience(SOON)
 LONG = timedelta(hours=1)
 
 
@@ -24,15 +27,6 @@ def add(engine, type_: str = "t") -> int:
 def states(engine) -> dict[int, str]:
     with engine.connect() as connection:
         return {task.id: task.state for task in connection.execute(sa.select(Task.id, Task.state))}
-
-
-def until(condition) -> None:
-    pause = threading.Event()
-    for _ in range(int(SOON / 0.02)):
-        if condition():
-            return
-        pause.wait(0.02)
-    raise AssertionError("it hasn't come to pass")
 
 
 def is_waited_for(engine) -> bool:

@@ -12,20 +12,15 @@ import pytest
 import sqlalchemy as sa
 from proxy import Proxy
 from sqlalchemy.orm import Session
+from waiting import patience
 
 from apoq import Queue, Task, Worker
 from apoq.worker.lease import Lease
 
 SOON = 30.0
+
+until = patience(SOON)
 SHORT = timedelta(seconds=2.5)
-
-
-def until(condition, timeout: float = SOON) -> float:
-    began = time.monotonic()
-    while not condition():
-        assert time.monotonic() < began + timeout, "it didn't come about in time"
-        time.sleep(0.01)
-    return time.monotonic() - began
 
 
 def add(engine, queue: Queue, type_: str = "t") -> int:

@@ -25,6 +25,7 @@ import sqlalchemy as sa
 from click.testing import CliRunner
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
+from waiting import patience
 
 from apoq import AsyncRunningTask, Queue, RunningTask, Task, Worker, prepare
 from apoq.cli import main
@@ -37,6 +38,8 @@ PROGRAM = shutil.which("pgbouncer") or shutil.which("pgbouncer", path="/usr/sbin
 pytestmark = pytest.mark.skipif(PROGRAM is None, reason="no pgbouncer here: apt-get install pgbouncer")
 
 SOON = 30.0
+
+until = patience(SOON)
 LONG = timedelta(hours=1)
 POOL_SIZE = 3
 UNPREPARED = {"prepare_threshold": None}
@@ -100,13 +103,6 @@ class PgBouncer:
         assert self._process.poll() is None, (self.folder / "log").read_text()
         with socket.socket(socket.AF_UNIX) as probe:
             return probe.connect_ex(str(self.folder / ".s.PGSQL.6432")) == 0
-
-
-def until(condition: Callable[[], object], timeout: float = SOON) -> None:
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, "it didn't come about in time"
-        time.sleep(0.01)
 
 
 def prepared_settings() -> list[dict[str, object]]:

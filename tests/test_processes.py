@@ -15,6 +15,7 @@ from uuid import uuid4
 import pytest
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
+from waiting import patience
 
 from apoq import Task
 from apoq.registry import make_processor
@@ -24,6 +25,8 @@ from apoq.worker.claimer import workable
 from apoq.worker.position import Position
 
 SOON = 60.0
+
+until = patience(SOON)
 
 WORKER = """
     import os, signal, sys, threading, time
@@ -47,14 +50,6 @@ WORKER = """
         worker.use(name, processor, retry_delay=lambda fail_count: 0)
     worker.run()
 """
-
-
-def until(condition: Callable[[], object], timeout: float = SOON) -> None:
-    """Wait for something that happens in other processes."""
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, "it didn't come about in time"
-        time.sleep(0.02)
 
 
 @pytest.fixture

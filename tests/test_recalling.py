@@ -11,10 +11,13 @@ import psycopg
 import pytest
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
+from waiting import patience
 
 from apoq import AsyncRunningTask, Queue, RunningTask, Task, prepare
 
 SOON = 10.0
+
+until = patience(SOON)
 LONG = 60.0
 RARELY = timedelta(seconds=LONG)
 """A lease whose heartbeats come too late for a test: what is told is told by a hint."""
@@ -33,15 +36,6 @@ def load(engine, task_id: int) -> Task:
 def cancel(engine, task_id: int, queue=None) -> bool:
     with Session(engine) as session, session.begin():
         return (queue or Queue()).cancel(session, task_id)
-
-
-def until(condition) -> None:
-    pause = threading.Event()
-    for _ in range(int(SOON / 0.02)):
-        if condition():
-            return
-        pause.wait(0.02)
-    raise AssertionError("it hasn't come to pass")
 
 
 class TestCoroutines:

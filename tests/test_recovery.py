@@ -9,11 +9,14 @@ import time
 import pytest
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
+from waiting import patience
 
 from apoq import RunningTask, Task
 from apoq.worker.loop import FIRST_BACKOFF, LONGEST_BACKOFF, Loop, Outage, backoff
 
 SOON = 30.0
+
+until = patience(SOON)
 
 KILL = """
     SELECT pg_terminate_backend(pid) FROM pg_stat_activity
@@ -25,13 +28,6 @@ def kill(engine: sa.Engine, like: str = "%") -> int:
     """End the server's sessions whose last statement was like this."""
     with engine.connect() as connection:
         return len(connection.execute(sa.text(KILL), {"like": like}).all())
-
-
-def until(condition, timeout: float = SOON) -> None:
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, "it didn't come about in time"
-        time.sleep(0.01)
 
 
 def count(engine: sa.Engine, *conditions) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from functools import partial
@@ -13,6 +12,7 @@ from uuid import UUID
 import pytest
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
+from waiting import patience
 
 from apoq import Retry, Task
 from apoq.statements.recover import rescue
@@ -20,6 +20,8 @@ from apoq.worker.attempts import ended
 from apoq.worker.running import ID
 
 SOON = 30.0
+
+until = patience(SOON)
 
 REFUSE = """
     CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'not so'; END $$;
@@ -30,13 +32,6 @@ REFUSE = """
 
 
 CLAIMED_BEFORE = sa.text("UPDATE apoq_tasks SET token = token + :times WHERE data = CAST(:data AS jsonb)")
-
-
-def until(condition, timeout: float = SOON) -> None:
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, "it didn't come about in time"
-        time.sleep(0.01)
 
 
 def refuse(engine: sa.Engine, condition: str) -> None:

@@ -18,11 +18,14 @@ import pytest
 import sqlalchemy as sa
 from proxy import Proxy
 from sqlalchemy.orm import Session
+from waiting import patience
 
 from apoq import AsyncRunningTask, Queue, RunningTask, Snooze, Task, Worker
 
 SOON = 30.0
 """Seconds within which what a test waits for has long happened."""
+
+until = patience(SOON)
 
 KINDS = ["function", "coroutine"]
 
@@ -35,13 +38,6 @@ def add(engine, data=None, type_="t", **options) -> int:
 def load(engine, task_id: int) -> Task:
     with Session(engine) as session:
         return session.get(Task, task_id)
-
-
-def until(condition, timeout: float = SOON) -> None:
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, "it didn't come about in time"
-        time.sleep(0.005)
 
 
 class TestStoppingTasks:

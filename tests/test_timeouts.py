@@ -13,12 +13,15 @@ from datetime import timedelta
 import pytest
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
+from waiting import patience
 
 from apoq import AsyncRunningTask, Queue, RunningTask, Task
 from apoq.worker.coroutines import CLEAN_UP
 
 SOON = 10.0
 """Seconds within which what a test waits for has long happened."""
+
+until = patience(SOON)
 
 LONG = 3600.0
 
@@ -44,13 +47,6 @@ def write(task: RunningTask) -> None:
 
 def now(_fail_count: int) -> float:
     return 0
-
-
-def until(condition, timeout: float = SOON) -> None:
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, "it didn't come about in time"
-        time.sleep(0.005)
 
 
 def failed(engine, task_id: int, times: int = 1) -> bool:

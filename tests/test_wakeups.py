@@ -13,20 +13,16 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
+from waiting import patience
 
 from apoq import Queue, prepare
 from apoq.statements.hint import CHANNEL
 
 SOON = 10.0
+
+until = patience(SOON)
 LONG = timedelta(hours=1)
 """A poll interval in which nothing is found by looking: what starts was hinted at."""
-
-
-def until(condition) -> None:
-    deadline = time.monotonic() + SOON
-    while not condition():
-        assert time.monotonic() < deadline, "it didn't come about in time"
-        time.sleep(0.01)
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
+from waiting import patience
 
 from apoq import (
     AsyncRunningTask,
@@ -32,6 +33,8 @@ from apoq.worker.running import ID
 SOON = 10.0
 """Seconds within which what a test waits for has long happened."""
 
+until = patience(SOON)
+
 
 def add(engine, type_="t", data=None, queue=None, **options) -> int:
     with Session(engine) as session, session.begin():
@@ -41,13 +44,6 @@ def add(engine, type_="t", data=None, queue=None, **options) -> int:
 def load(engine, task_id: int) -> Task:
     with Session(engine) as session:
         return session.get(Task, task_id)
-
-
-def until(condition) -> None:
-    deadline = time.monotonic() + SOON
-    while not condition():
-        assert time.monotonic() < deadline, "it didn't come about in time"
-        time.sleep(0.01)
 
 
 def states(engine) -> dict[str, int]:

@@ -1,0 +1,20 @@
+"""Waiting for what happens on other threads, in other processes, or in the server."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+
+def patience(seconds: float) -> Callable[..., float]:
+    """Answer an `until` that waits for so long, unless it is told otherwise."""
+
+    def until(condition: Callable[[], object], timeout: float = seconds) -> float:
+        """Wait until it holds; answer the seconds that took."""
+        began = time.monotonic()
+        while not condition():
+            assert time.monotonic() < began + timeout, "it didn't come about in time"
+            time.sleep(0.01)
+        return time.monotonic() - began
+
+    return until
