@@ -20,14 +20,16 @@ until = patience(SOON)
 
 KILL = """
     SELECT pg_terminate_backend(pid) FROM pg_stat_activity
-    WHERE datname = current_database() AND pid <> pg_backend_pid() AND query LIKE :like
+    WHERE datname = current_database() AND pid <> pg_backend_pid()
 """
 
+KILL_THE_CLAIM = f"{KILL} AND query LIKE '%picked%' AND wait_event_type = 'Lock'"
 
-def kill(engine: sa.Engine, like: str = "%") -> int:
-    """End the server's sessions whose last statement was like this."""
+
+def kill(engine: sa.Engine, statement: str = KILL) -> int:
+    """End the server's sessions, all or some."""
     with engine.connect() as connection:
-        return len(connection.execute(sa.text(KILL), {"like": like}).all())
+        return len(connection.execute(sa.text(statement)).all())
 
 
 def count(engine: sa.Engine, *conditions) -> int:
@@ -78,7 +80,7 @@ def test_what_was_claimed_while_the_connection_broke_is_given_back(engine, queue
             )
         )
         worker._life.parts.hint()
-        until(lambda: kill(engine, "%picked%"))  # the claim, which waits for the lock
+        until(lambda: kill(engine, KILL_THE_CLAIM))
 
     assert ran.wait(SOON)
     until(lambda: count(engine, Task.type == "t", Task.state == "completed", Task.attempt == 1) == 1)
