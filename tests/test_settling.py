@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
@@ -11,10 +12,11 @@ from uuid import UUID
 
 import pytest
 import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Session
 from waiting import patience
 
-from apoq import Retry, Task
+from apoq import Retry, Task, Worker
 from apoq.statements.recover import rescue
 from apoq.worker.attempts import ended
 from apoq.worker.running import ID
@@ -45,10 +47,15 @@ def tasks(engine: sa.Engine) -> list[Task]:
 
 
 @pytest.fixture
-def end(engine, queue, make_worker) -> Iterator[Callable[..., Callable[[], object]]]:
-    """Let tasks end so, the last one first; answer what writes that, all in one batch."""
+def worker(make_worker) -> Worker:
     worker = make_worker()
     worker.use("t", lambda task: None)
+    return worker
+
+
+@pytest.fixture
+def end(engine, queue, worker) -> Iterator[Callable[..., Callable[[], object]]]:
+    """Let tasks end so, the last one first; answer what writes that, all in one batch."""
 
     def end(*outcomes: BaseException | None, claims: Iterable[int] = ()) -> Callable[[], object]:
         with Session(engine) as session, session.begin():
@@ -107,6 +114,25 @@ class TestABatch:
         writing.join()
 
         assert [task.state for task in tasks(engine)] == [state] * 3
+
+
+def test_each_of_a_batch_is_told_of_once_where_one_can_not_be_written_and_another_is_locked(
+    engine, worker, end, caplog
+):
+    told = []
+    worker.events.on("task.completed", lambda task: told.append(task.data))
+    refuse(engine, "NEW.state = 'completed' AND NEW.data = '1'")
+    writing = threading.Thread(target=end(None, None, None))
+    with caplog.at_level(logging.INFO, "apoq"), engine.connect() as caller:
+        caller.execute(sa.select(Task.id).where(Task.data == sa.cast("2", JSONB)).with_for_update())
+        writing.start()
+        until(lambda: told == [0])
+        caller.rollback()
+        writing.join()
+
+    assert told == [0, 2]
+    assert [message for message in caplog.messages if "was taken" in message] == []
+    assert [task.state for task in tasks(engine)] == ["completed", "running", "completed"]
 
 
 def test_an_error_that_can_not_be_stored_is_left_out_and_its_task_settled(engine, end):

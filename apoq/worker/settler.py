@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from functools import cache, partial
+from functools import cache
 from operator import itemgetter
 from typing import Any, Final, NamedTuple, TypeVar
 
@@ -103,20 +103,28 @@ class Settler:
                 self._unsettled += self._put_off
                 self._put_off = []
             while self._unsettled:
-                unsettled = self._unsettled[0]
-                try:
-                    if unsettled.is_locked:
-                        unsettled = self._unsettled[0] = self._put_off_locked(unsettled)
-                    if unsettled.ended:
-                        unsettled.write(unsettled.schema, unsettled.ended)
-                except LockNotAvailable:
-                    self._unsettled[0] = unsettled._replace(is_locked=True)
-                else:
-                    # Only now, so that it is still there when the database is not.
-                    del self._unsettled[0]
+                self._write_first()
         if self._completed or self._ended:
             return 0.0
         return LOOK if self._put_off else None
+
+    def _write_first(self) -> None:
+        """Write the first of what is unsettled, or put in its place what is to be written instead."""
+        unsettled = self._unsettled[0]
+        try:
+            if unsettled.is_locked:
+                unsettled = self._unsettled[0] = self._put_off_locked(unsettled)
+            if unsettled.ended:
+                unsettled.write(unsettled.schema, unsettled.ended)
+        except LockNotAvailable:
+            self._unsettled[0] = unsettled._replace(is_locked=True)
+        except DatabaseError as error:
+            if is_away(error):
+                raise  # it is still there when the database is back
+            self._unsettled.popleft()
+            self._unsettled.extendleft(reversed(self._parted(unsettled, error)))
+        else:
+            self._unsettled.popleft()
 
     def flush(self, patience: float) -> None:
         """Settle all that have ended, waiting so many seconds for what somebody has locked."""
@@ -139,7 +147,7 @@ class Settler:
 
     def _complete(self, schema: str | None, tasks: list[Claimed]) -> None:
         tasks.sort(key=itemgetter(ID))
-        rows = self._survive(partial(self._execute_completion, schema), tasks)
+        rows = self._execute_completion(schema, tasks)
         self._counter.count(None, len(rows))
         for task in tasks:
             if task[ID] not in rows:
@@ -153,7 +161,7 @@ class Settler:
         rows: Rows = {end.task.id: end.row for end in ends if end.row is not None}
         unwritten = [end for end in ends if end.row is None and not isinstance(end.outcome, TaskLost)]
         if unwritten:
-            rows |= self._survive(partial(self._execute_settlement, schema), unwritten)
+            rows |= self._execute_settlement(schema, unwritten)
         for end in ends:
             if isinstance(end.outcome, TaskLost) or end.task.id not in rows:
                 _log_lost(end.task.row)
@@ -165,33 +173,20 @@ class Settler:
             if end.settlement is not None and end.settlement.state == states.PENDING:
                 self._on_pending(end.settlement.delay or 0.0)
 
-    def _survive(self, write: Callable[[list[T]], Rows], batch: list[T]) -> Rows:
-        """Write a batch, and where it can't be written each by itself: a batch survives its worst member."""
-        try:
-            return write(batch)
-        except DatabaseError as error:
-            if is_away(error) or isinstance(error, LockNotAvailable):
-                raise  # not the batch's trouble: tried again
-            if len(batch) > 1:
-                return {id_: row for one in batch for id_, row in self._survive(write, [one]).items()}
-            logger.exception("what became of a task could not be written")
-            return self._write_last(batch[0])
-
-    def _write_last(self, one: object) -> Rows:
-        """Write what can't be written as it is, without its error's text."""
-        match one:
-            case Ended(task, outcome, Settlement() as settlement):
-                without = {"class": type(outcome).__name__, "message": "", "traceback": ""}
-                end = Ended(task, outcome, settlement._replace(error=without))
-                try:
-                    return self._execute_settlement(task.from_queue.schema, [end])
-                except DatabaseError as error:
-                    if is_away(error) or isinstance(error, LockNotAvailable):
-                        raise
-                    logger.exception(
-                        "nor without its error; task %d is run again when this worker stops", task.id
-                    )
-        return {}
+    def _parted(self, unsettled: Unsettled, error: DatabaseError) -> list[Unsettled]:
+        """Part what the server refuses: a batch survives its worst member, written without its error."""
+        if len(unsettled.ended) > 1:
+            return [unsettled._replace(ended=[one]) for one in unsettled.ended]
+        [one] = unsettled.ended
+        logger.error("what became of task %d could not be written", _row(one)[ID], exc_info=error)
+        if isinstance(one, Ended) and one.settlement is not None:
+            without = {"class": type(one.outcome).__name__, "message": "", "traceback": ""}
+            if one.settlement.error != without:
+                bare = one._replace(settlement=one.settlement._replace(error=without))
+                return [unsettled._replace(ended=[bare])]
+        logger.error("task %d is run again when this worker stops", _row(one)[ID])
+        self._on_settled([_row(one)])
+        return []
 
     def _execute_completion(self, schema: str | None, tasks: list[Claimed]) -> Rows:
         is_heard, token = self._completion.is_heard, tasks[0][TOKEN]
