@@ -11,6 +11,7 @@ import logging
 import os
 import threading
 import time
+from functools import cache
 from typing import Final
 from weakref import WeakKeyDictionary
 
@@ -43,16 +44,20 @@ _KEY: Final = "apoq.hints"
 
 def hint_after_session_commit(session: Session, engine: Engine, hint_: Hint) -> None:
     """Wake a queue's workers once the session's transaction has committed."""
-    if _KEY not in session.info:
-        session.info[_KEY] = set()
-        event.listen(session, "after_commit", _session_committed)
-    session.info[_KEY].add((engine, hint_))
+    _listen()
+    session.info.setdefault(_KEY, set()).add((engine, hint_))
+
+
+@cache
+def _listen() -> None:
+    # To all sessions at once, for a listener of its own takes each as long as its INSERT takes SQLAlchemy.
+    event.listen(Session, "after_commit", _session_committed)
 
 
 def _session_committed(session: Session) -> None:
-    if session.in_nested_transaction():
+    waiting: set[tuple[Engine, Hint]] | None = session.info.get(_KEY)
+    if not waiting or session.in_nested_transaction():
         return  # a savepoint was released; the commit is still to come
-    waiting: set[tuple[Engine, Hint]] = session.info[_KEY]
     for engine, hint_ in waiting:
         _send(engine, hint_)
     waiting.clear()

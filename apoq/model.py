@@ -177,7 +177,6 @@ def detached(schema: str | None, row: Mapping[Any, Any]) -> Task:
     task = mapped.__new__(mapped)
     # As if loaded: the validators guard what comes in, not what stands in the database.
     mapped.__init__(task)
-    for name, value in row.items():
-        task.__dict__[name] = value
+    task.__dict__.update(row)
     make_transient_to_detached(task)
     return task

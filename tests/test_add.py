@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from contextlib import aclosing, contextmanager, nullcontext
+from contextlib import ExitStack, aclosing, contextmanager, nullcontext
 from datetime import UTC, datetime, timedelta, timezone
 
 import psycopg
@@ -65,6 +65,56 @@ def test_data_comes_back_as_it_was_given(session, queue, data):
 
     session.expire(task)
     assert task.data == data
+
+
+@pytest.mark.parametrize("kind", ["session", "session that is listened to", "connection", "psycopg"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"data": None},
+        {
+            "data": {"b": [1.0, "ü", {}], "a": 2**70},
+            "delay": timedelta(days=3, microseconds=1),
+            "priority": -3,
+            "retry_limit": 0,
+            "retry_delay": 0.1,
+            "timeout": timedelta(hours=30),
+        },
+    ],
+    ids=["defaults", "null", "everything"],
+)
+def test_a_task_is_answered_as_it_stands_in_the_database(engine, url, kind, options):
+    queue = Queue("other")
+    with ExitStack() as stack:
+        match kind:
+            case "psycopg":
+                given = stack.enter_context(psycopg.connect(psycopg_dsn(url)))
+            case "connection":
+                given = stack.enter_context(engine.begin())
+            case _:
+                given = stack.enter_context(Session(engine))
+                if kind != "session":
+                    sa.event.listen(given, "do_orm_execute", lambda state: None)
+        task = queue.add(given, "t", **options)
+        answered = {column: task.__dict__[column] for column, _ in Task.__table__.c.items()}
+        given.commit()
+
+    with engine.connect() as connection:
+        row = connection.execute(sa.select(Task.__table__).where(Task.id == answered["id"])).mappings().one()
+    assert answered == dict(row)
+
+
+def test_a_session_that_chooses_its_engine_by_the_class(engine, queue):
+    class Routed(Session):
+        def get_bind(self, mapper=None, **others):
+            assert issubclass(mapper.class_, Task)
+            return engine
+
+    with Routed() as session, session.begin():
+        queue.add(session, "t")
+
+    assert count(engine) == 1
 
 
 def test_a_task_is_seen_by_others_when_the_caller_commits(engine, queue):

@@ -66,7 +66,7 @@ class Database:
         session = self.session() if given is None else given
         if isinstance(session, Session | AsyncSession):
             try:
-                engine: Engine | AsyncEngine = session.get_bind(self._mapped).engine
+                engine: Engine | AsyncEngine = session.get_bind(self._mapped.__mapper__).engine
             except UnboundExecutionError:
                 return session  # the queue says what to do
         elif isinstance(session, Connection | AsyncConnection):
@@ -105,7 +105,7 @@ class Database:
     def _target(self) -> Any:
         """Where apoq's tables are: an engine, or the connection that a test has put in its place."""
         if self._bind is None:
-            return self.session().get_bind(self._mapped)
+            return self.session().get_bind(self._mapped.__mapper__)
         self._extension()
         engines = self._engines()
         if self._bind not in engines:

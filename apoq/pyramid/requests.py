@@ -71,7 +71,7 @@ class Requests:
         with self._request() as request:
             session = session_of(request, settings.session)
             try:
-                self.engine: Engine = session.get_bind(Task).engine
+                self.engine: Engine = session.get_bind(Task.__mapper__).engine
                 """What the application's sessions are bound to."""
             except UnboundExecutionError as error:
                 raise Misconfigured(
