@@ -323,6 +323,20 @@ PROGRAM = """
     worker.run(timeout=float(sys.argv[2]))
 """
 
+DEAF = """
+    import signal, sys, threading
+    import sqlalchemy as sa
+    from apoq import Worker
+
+    def say(stop):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Timer(0.5, print, ["started"], {"flush": True}).start()
+
+    worker = Worker(sa.create_engine(sys.argv[1]))
+    worker.use("t", lambda task: None)
+    worker.run(on_start=say)
+"""
+
 
 @pytest.fixture
 def spawn(url) -> Iterator[Callable[..., subprocess.Popen]]:
@@ -373,6 +387,17 @@ class TestRun:
         assert program.wait(SOON) == 0
         task = load(engine, task_id)
         assert (task.state, task.attempt, task.fail_count) == ("pending", 0, 0)
+
+    def test_a_signal_that_wakes_nobody_is_noticed(self, engine, url):
+        """As it is that comes when the main thread begins to wait; here, it goes to another one."""
+        command = [sys.executable, "-c", textwrap.dedent(DEAF), url.render_as_string(hide_password=False)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as program:
+            assert program.stdout.readline() == b"started\n"
+            program.terminate()
+            try:
+                assert program.wait(SOON) == 0
+            finally:
+                program.kill()
 
     def test_at_a_signal_a_busy_thread_has_its_time_and_no_more(self, engine, spawn):
         task_id = add(engine, type_="busy")

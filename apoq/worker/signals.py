@@ -5,7 +5,11 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
+from typing import Final
+
+LOOK: Final = 1.0
+"""Seconds between two looks for a signal that has woken nobody."""
 
 
 @contextmanager
@@ -29,3 +33,15 @@ def caught() -> Iterator[SimpleQueue[int]]:
         yield signals
     finally:
         restore()
+
+
+def wait(signals: SimpleQueue[int]) -> None:
+    """Wait for one of them, on the main thread."""
+    while True:
+        try:
+            signals.get(timeout=LOOK)
+        except Empty:
+            # Python calls a handler between two steps of the main thread. A signal that comes when it has
+            # begun to wait, and isn't asleep yet, doesn't wake it: a few of a hundred that come at the start.
+            continue
+        return

@@ -24,7 +24,7 @@ from apoq.typed import TypedTask
 from apoq.worker.life import Life
 from apoq.worker.options import WorkerOptions
 from apoq.worker.process import PROCESS
-from apoq.worker.signals import caught
+from apoq.worker.signals import caught, wait
 from apoq.worker.tally import Tally
 
 logger = logging.getLogger(__name__)
@@ -240,7 +240,7 @@ class Worker:
                 self.start()
                 if on_start is not None:
                     on_start(lambda: signals.put(0))
-                signals.get()
+                wait(signals)
             finally:
                 self.stop(timeout)
         if is_maimed.is_set():
