@@ -66,6 +66,7 @@ _IS_NEW: Final = "apoq.is_new"
 _generations: WeakKeyDictionary[Engine, int] = WeakKeyDictionary()
 _own = threading.local()
 _dialect = PGDialect_psycopg()  # type: ignore[no-untyped-call]
+_numbering_dialect = PGDialect_psycopg(paramstyle="numeric_dollar")  # type: ignore[no-untyped-call]
 
 
 def own_engine(engine: Engine, *, lock_timeout: str = "0") -> Engine:
@@ -157,7 +158,7 @@ def execute(
     *,
     row_factory: RowFactory[Any] = tuple_row,
     timeout: float = ANSWER_TIMEOUT,
-) -> psycopg.Cursor[Any]:
+) -> psycopg.RawCursor[Any]:
     """Execute one statement on an engine of apoq's own, as a transaction by itself; answer its cursor.
 
     One round trip, where no pooler is in between. Past SQLAlchemy's execution, whose share would be the
@@ -165,15 +166,15 @@ def execute(
     object to be made and to be looked at by the garbage collector. Raises psycopg's own errors; an
     `OperationalError`, too, where the server hasn't answered after `timeout` seconds.
     """
-    text, constants = compiled(statement)
+    text, values = numbered(statement, parameters)
     pooled = engine.raw_connection()
     connection: Any = pooled.driver_connection
     watch.begin(connection, timeout, engine)
     try:
         if not pooled.info[_IS_DIRECT]:
             connection.execute(BEGIN)
-        cursor: psycopg.Cursor[Any] = connection.cursor(row_factory=row_factory)
-        cursor.execute(text, {**constants, **parameters})
+        cursor = psycopg.RawCursor(connection, row_factory=row_factory)
+        cursor.execute(text, values)
         connection.commit()
     except BaseException as error:
         watch.end(connection)
@@ -190,6 +191,21 @@ def compiled(statement: Executable) -> tuple[Any, dict[str, Any]]:
     """Compile a Core statement once; answer its text and the parameters that it brings along."""
     found: Any = cast("Any", statement).compile(dialect=_dialect)
     return str(found), found.params
+
+
+def numbered(statement: Executable, parameters: Mapping[str, Any]) -> tuple[Any, list[Any]]:
+    """Answer a statement with the server's own `$1`, and the values in that order.
+
+    The names of the others take Python longer than all the rest of a cursor's work.
+    """
+    text, names, constants = _numbered(statement)
+    return text, [parameters[name] if name in parameters else constants[name] for name in names]
+
+
+@cache
+def _numbered(statement: Executable) -> tuple[Any, list[str], dict[str, Any]]:
+    found: Any = cast("Any", statement).compile(dialect=_numbering_dialect)
+    return str(found), found.positiontup, found.params
 
 
 def make_renewable(engine: Engine) -> None:

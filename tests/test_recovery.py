@@ -158,6 +158,88 @@ class TestLoop:
         assert turns.acquire(timeout=SOON)
         loop.stop()
 
+    def test_a_turn_is_taken_on_the_callers_thread_while_it_sleeps(self):
+        takers: list[threading.Thread] = []
+
+        def turn() -> float | None:
+            takers.append(threading.current_thread())
+            return None if len(takers) != 2 else 0.0  # the caller's first one has found something
+
+        loop = Loop("apoq-test", turn, Outage())
+        loop.start()
+        until(lambda: len(takers) == 1)
+
+        loop.take_turn()
+
+        assert takers[1:] == [threading.current_thread()] * 2
+        loop.stop()
+        loop.take_turn()
+        assert len(takers) == 3
+
+    def test_a_turn_is_left_to_its_own_thread_while_it_takes_one(self):
+        begun, may_end, takers = threading.Event(), threading.Event(), []
+
+        def turn() -> float | None:
+            takers.append(threading.current_thread())
+            begun.set()
+            may_end.wait(SOON)
+            return None
+
+        loop = Loop("apoq-test", turn, Outage())
+        loop.start()
+        begun.wait(SOON)
+        loop.take_turn()
+        may_end.set()
+
+        until(lambda: len(takers) == 2)
+        assert threading.current_thread() not in takers
+        loop.stop()
+
+    def test_a_turn_that_fails_on_the_callers_thread_is_taken_again_on_its_own(self, caplog):
+        takers: list[threading.Thread] = []
+        failures: list[None] = []
+
+        def turn() -> float | None:
+            takers.append(threading.current_thread())
+            if len(takers) in (2, 3):
+                raise LookupError("no such thing")
+            return None
+
+        loop = Loop("apoq-test", turn, Outage(), on_failure=lambda: failures.append(None))
+        loop.start()
+        until(lambda: len(takers) == 1)
+        with caplog.at_level(logging.WARNING, "apoq"):
+            loop.take_turn()
+            until(lambda: len(takers) == 4)
+            until(lambda: len(caplog.messages) == 2)
+        loop.stop()
+
+        assert takers[1:].count(threading.current_thread()) == 1
+        assert len(failures) == 2
+        assert "tries again" in caplog.messages[0]
+
+    def test_stopping_waits_for_a_turn_on_the_callers_thread(self):
+        begun, may_end, takers = threading.Event(), threading.Event(), []
+
+        def turn() -> float | None:
+            takers.append(threading.current_thread())
+            if len(takers) == 2:
+                begun.set()
+                may_end.wait(SOON)
+            return None
+
+        loop = Loop("apoq-test", turn, Outage())
+        loop.start()
+        until(lambda: len(takers) == 1)
+        caller = threading.Thread(target=loop.take_turn)
+        caller.start()
+        begun.wait(SOON)
+
+        assert not loop.stop(timeout=0.1)
+        may_end.set()
+        assert loop.stop()
+        caller.join()
+
     @pytest.mark.parametrize("started", [True, False])
     def test_stopping_twice_or_before_starting_is_harmless(self, started):
         loop = Loop("apoq-test", lambda: None, Outage())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import threading
 import time
 from contextlib import contextmanager
@@ -16,6 +18,7 @@ from sqlalchemy.orm import Session
 from waiting import patience
 
 from apoq import Queue, prepare
+from apoq.hints import PAUSE, Hinter, _hinters
 from apoq.statements.hint import CHANNEL
 
 SOON = 10.0
@@ -276,6 +279,70 @@ def test_a_burst_of_commits_is_a_few_notifications(engine, queue):
 
     # One for every two milliseconds at most, and the one under way.
     assert 1 <= count <= min(200, took / 0.002 + 1)
+
+
+@pytest.fixture
+def line(engine, queue):
+    """The connection on which hints are sent at once, open."""
+    line = add(engine, queue)._line
+    until(lambda: line._pooled is not None)
+    return line
+
+
+def add(engine, queue) -> Hinter:
+    """Add a task; answer who sends the engine's hints."""
+    with Session(engine) as session, session.begin():
+        queue.add(session, "t")
+    return _hinters[engine]
+
+
+class TestAHintThatIsSentAtOnce:
+    """From the thread that commits."""
+
+    def test_is_heard_and_leaves_nothing_to_the_other_thread(self, engine, queue, line):
+        with hearing(engine) as heard:
+            for _ in range(3):
+                assert not add(engine, queue)._pending
+                time.sleep(2 * PAUSE)
+
+            assert len(heard(0.5)) == 3
+
+    def test_is_the_other_threads_where_the_last_one_was_just_now(self, engine, queue, line):
+        with hearing(engine) as heard:
+            assert not add(engine, queue)._pending
+            while not add(engine, queue)._pending:
+                """Too late: it was sent at once again."""
+
+            until(lambda: not _hinters[engine]._pending)
+            assert len(heard(0.5)) >= 2
+
+    def test_is_sent_again_by_the_other_where_its_connection_is_lost(self, engine, queue, line):
+        pid = line._pooled.driver_connection.info.backend_pid
+        with hearing(engine) as heard:
+            with engine.begin() as connection:
+                connection.execute(sa.select(sa.func.pg_terminate_backend(pid, 5_000)))
+
+            add(engine, queue)
+
+            assert len(heard(0.5)) == 1
+        until(lambda: line._pooled is not None)
+        assert line._pooled.driver_connection.info.backend_pid != pid
+
+    def test_does_not_wait_for_a_server_that_is_silent(self, engine, queue, line):
+        pid = line._pooled.driver_connection.info.backend_pid
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            began = time.monotonic()
+            for _ in range(3):
+                add(engine, queue)
+                time.sleep(2 * PAUSE)
+            took = time.monotonic() - began
+            assert _hinters[engine]._pending
+        finally:
+            os.kill(pid, signal.SIGCONT)
+
+        assert took < 1
+        until(lambda: not _hinters[engine]._pending)
 
 
 def test_a_session_in_somebody_elses_transaction_gives_no_hint(engine, queue):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Final, NamedTuple
 
-from sqlalchemy import Select, Text, bindparam, func, select
+from sqlalchemy import Select, Text, bindparam, func, literal_column, select, true
 
 CHANNEL: Final = "apoq"
 CANCELLED: Final = "apoq_cancelled"
@@ -41,6 +41,6 @@ def hint() -> Select[tuple[object, ...]]:
     whole server has once. Nothing is written but the notification, so there is nothing to flush either.
     """
     return select(
-        func.set_config("synchronous_commit", "off", True),
+        func.set_config(literal_column("'synchronous_commit'"), literal_column("'off'"), true()),
         func.pg_notify(bindparam("channel", type_=Text), bindparam("payload", type_=Text)),
     )

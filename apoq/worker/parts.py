@@ -136,7 +136,7 @@ class Parts:
             self.engine,
             listening,
             frozenset(payload(queue.schema, queue.name) for queue in queues),
-            on_hint=self.hint,
+            on_hint=self._hinted,
             on_cancelled=self._cancelled,
             on_listening=self._listens,
         )
@@ -257,6 +257,10 @@ class Parts:
         watch.cut_all(self.engine)
         self.listener.renew()
         self.sessions.renew()
+
+    def _hinted(self) -> None:
+        self.claimer.hint()
+        self.claiming.take_turn()
 
     def _cancelled(self, ids: set[int]) -> None:
         if self.recaller.hint(ids):
