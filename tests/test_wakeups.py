@@ -18,7 +18,8 @@ from sqlalchemy.orm import Session
 from waiting import patience
 
 from apoq import Queue, prepare
-from apoq.hints import PAUSE, Hinter, _hinters
+from apoq.hinter import PAUSE, Hinter
+from apoq.hints import _hinters
 from apoq.statements.hint import CHANNEL
 
 SOON = 10.0

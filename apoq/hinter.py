@@ -1,0 +1,180 @@
+"""Sends hints, without keeping anybody waiting."""
+
+from __future__ import annotations
+
+import logging
+import math
+import selectors
+import threading
+import time
+from contextlib import suppress
+from typing import Any, Final
+
+import psycopg
+from psycopg.pq.abc import PGconn
+from sqlalchemy import Engine
+from sqlalchemy.engine import RootTransaction
+from sqlalchemy.pool import PoolProxiedConnection
+
+from apoq.connections import ANSWER_TIMEOUT, execute, is_direct, numbered, own_engine, renew
+from apoq.statements.hint import Hint, hint
+
+logger = logging.getLogger(__name__)
+
+LINGER: Final = 5.0
+"""Seconds without a hint after which the thread ends and its connection is closed."""
+
+REST: Final = 20
+"""How many times as long as a round of hints took the thread rests after it, for others want to commit."""
+
+LONGEST_REST: Final = 0.02
+"""Seconds by which a hint is late at most, after another."""
+
+PAUSE: Final = 0.005
+"""Seconds between two hints that are sent at once."""
+
+WATCH: Final = 0.0005
+"""Seconds between two looks whether a commit has come through."""
+
+PATIENCE: Final = 1.0
+"""Seconds for which a hint waits for a commit to come through."""
+
+
+class Hinter:
+    """Sends an engine's hints: while there are few, from the caller's thread; else, from one of its own."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = own_engine(engine)
+        self._lock = threading.Lock()
+        self._woken = threading.Event()
+        self._pending: dict[Hint, RootTransaction | None] = {}
+        self._thread: threading.Thread | None = None
+        self._line = Line(self._engine)
+
+    def send(self, hint_: Hint, transaction: RootTransaction | None = None) -> None:
+        """Send a hint soon: when the transaction is over, if one is given. Never waits."""
+        with self._lock:
+            if transaction is None and not self._pending and self._line.send(hint_):
+                return  # a thread would have to wake up first
+            self._pending[hint_] = transaction
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="apoq-hints", daemon=True)
+                self._thread.start()
+        self._woken.set()
+
+    def flush(self, timeout: float) -> None:
+        """Wait until what is pending has been sent."""
+        deadline = time.monotonic() + timeout
+        while self._pending and time.monotonic() < deadline:
+            time.sleep(WATCH)
+
+    def _run(self) -> None:
+        while self._woken.wait(LINGER) or not self._ended():
+            self._woken.clear()
+            with self._lock:
+                hints = dict(self._pending)
+            began = time.monotonic()
+            self._line.close()
+            try:
+                self._send(hints)
+            except Exception as error:  # noqa: BLE001 - workers look by themselves, too
+                logger.debug("a hint could not be sent: %s", error)
+            with self._lock:
+                for hint_, transaction in hints.items():
+                    if self._pending.get(hint_) is transaction:
+                        del self._pending[hint_]
+            time.sleep(min(LONGEST_REST, REST * (time.monotonic() - began)))
+            with suppress(Exception):  # the next one finds out
+                self._line.open()
+        self._line.close()
+        self._engine.dispose()
+
+    def _ended(self) -> bool:
+        with self._lock:
+            if self._pending or self._line.sent_within(LINGER):
+                return False
+            self._thread = None
+            return True
+
+    def _send(self, hints: dict[Hint, RootTransaction | None]) -> None:
+        for hint_, transaction in hints.items():
+            deadline = time.monotonic() + PATIENCE
+            while transaction is not None and transaction.is_active and time.monotonic() < deadline:
+                time.sleep(WATCH)
+            execute(self._engine, hint(), hint_._asdict())
+
+
+class Line:
+    """A connection on which a hint is sent without waiting for the answer: from whatever thread, at once."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._lock = threading.Lock()
+        self._pooled: PoolProxiedConnection | None = None
+        self._sent_at = -math.inf
+
+    def open(self) -> None:
+        """Take a connection, where there is no pooler in between."""
+        pooled = self._engine.raw_connection()
+        if is_direct(pooled):
+            with self._lock:
+                self._pooled = pooled
+        else:
+            pooled.close()
+
+    def send(self, hint_: Hint) -> bool:
+        """Send a hint; answer False where that would have to wait, or another was sent just now."""
+        with self._lock:
+            if self._pooled is None or time.monotonic() < self._sent_at + PAUSE:
+                return False
+            connection: Any = self._pooled.driver_connection
+            text, values = numbered(hint(), hint_._asdict())
+            encoded = [value.encode(connection.info.encoding) for value in values]
+            try:
+                if not _is_answered(connection.pgconn):
+                    return False
+                connection.pgconn.send_query_params(text.encode(), encoded)
+            except psycopg.Error as error:
+                self._drop(self._pooled, error)
+                self._pooled = None
+                return False
+            self._sent_at = time.monotonic()
+            return True
+
+    def sent_within(self, seconds: float) -> bool:
+        """Tell whether the last hint was sent so short a time ago."""
+        return time.monotonic() < self._sent_at + seconds
+
+    def close(self) -> None:
+        """Give the connection back, when the last hint is answered."""
+        with self._lock:
+            pooled, self._pooled = self._pooled, None
+        if pooled is None:
+            return
+        connection: Any = pooled.driver_connection
+        deadline = time.monotonic() + ANSWER_TIMEOUT
+        try:
+            with selectors.DefaultSelector() as selector:
+                selector.register(connection, selectors.EVENT_READ)
+                while not _is_answered(connection.pgconn):
+                    # Not by the driver, which would wait with the interpreter's lock held.
+                    if not selector.select(deadline - time.monotonic()):
+                        raise psycopg.OperationalError("a hint was not answered in time")
+        except psycopg.Error as error:
+            self._drop(pooled, error)
+        finally:
+            pooled.close()
+
+    def _drop(self, pooled: PoolProxiedConnection, error: Exception) -> None:
+        pooled.invalidate(error)
+        renew(self._engine)
+
+
+def _is_answered(pgconn: PGconn) -> bool:
+    """Tell whether all is answered, without waiting; `OperationalError` where the connection is lost."""
+    pgconn.consume_input()
+    while not pgconn.is_busy():
+        if pgconn.get_result() is None:
+            pgconn.consume_input()  # its end comes behind the server's last word
+            return True
+    return False
