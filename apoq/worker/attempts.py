@@ -7,6 +7,7 @@ import inspect
 import sys
 import traceback
 from collections.abc import Mapping
+from contextvars import copy_context
 from typing import Any, NamedTuple
 
 from sqlalchemy.orm import Session
@@ -14,6 +15,7 @@ from sqlalchemy.orm import Session
 from apoq.errors import InvalidProcessor, SessionMisused
 from apoq.outcomes import Release, Settlement, settle
 from apoq.worker.completion import Completion
+from apoq.worker.contexts import Apart
 from apoq.worker.coroutines import CLEAN_UP
 from apoq.worker.deadlines import Deadlines
 from apoq.worker.running import RECALLED, AnyRunningTask, AsyncRunningTask, RunningTask
@@ -45,6 +47,15 @@ def ended(task: AnyRunningTask, outcome: BaseException | None, row: Mapping[Any,
 
 def run(task: RunningTask, completion: Completion, deadlines: Deadlines) -> Ended:
     """Run a plain processor on this thread."""
+    return copy_context().run(_run, task, completion, deadlines)
+
+
+async def run_coroutine(task: AsyncRunningTask, completion: Completion, deadlines: Deadlines) -> Ended:
+    """Run a coroutine processor on this event loop."""
+    return await Apart(_run_coroutine(task, completion, deadlines))
+
+
+def _run(task: RunningTask, completion: Completion, deadlines: Deadlines) -> Ended:
     row = outcome = None
     try:
         task.read()
@@ -63,8 +74,7 @@ def run(task: RunningTask, completion: Completion, deadlines: Deadlines) -> Ende
     return ended(task, outcome, row)
 
 
-async def run_coroutine(task: AsyncRunningTask, completion: Completion, deadlines: Deadlines) -> Ended:
-    """Run a coroutine processor on this event loop."""
+async def _run_coroutine(task: AsyncRunningTask, completion: Completion, deadlines: Deadlines) -> Ended:
     row = outcome = None
     try:
         task.read()
