@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import signal
 import sys
 import tempfile
 import time
@@ -61,6 +62,8 @@ def main(options: argparse.Namespace) -> int:
         )
     runs = options.runs or (1 if options.quick else 3)
     begun = time.monotonic()
+    # What was measured until then is worth half an hour, whoever ends it.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with Server() as server, tempfile.TemporaryDirectory() as folder:
         results = Results({**server.describe(), "runs": runs, "scale": scale})
         try:
