@@ -62,7 +62,7 @@ def main(options: argparse.Namespace) -> int:
         )
     runs = options.runs or (1 if options.quick else 3)
     begun = time.monotonic()
-    # What was measured until then is worth half an hour, whoever ends it.
+    # Whoever ends it, what was measured until then is kept.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with Server() as server, tempfile.TemporaryDirectory() as folder:
         results = Results({**server.describe(), "runs": runs, "scale": scale})
