@@ -74,8 +74,8 @@ class Hinter:
             with self._lock:
                 hints = dict(self._pending)
             began = time.monotonic()
-            self._line.close()
             try:
+                self._line.close()
                 self._send(hints)
             except Exception as error:  # noqa: BLE001 - workers look by themselves, too
                 logger.debug("a hint could not be sent: %s", error)

@@ -12,7 +12,7 @@ from apoq.model import Task, detached, task_class
 from apoq.sessions import Caller, Driver
 from apoq.statements import cancel as cancelling
 from apoq.statements import retry as retrying
-from apoq.statements.enqueue import copied_values, copy_lines, copy_many, enqueue, enqueue_many, enqueued
+from apoq.statements.enqueue import added_row, copied_values, copy_lines, copy_many, enqueue, enqueue_many
 from apoq.statements.hint import has_tasks, was_cancelled
 
 BATCH_COUNT = 5_000
@@ -26,7 +26,7 @@ FIRST_COUNT = 1_000
 def add(caller: Caller, schema: str | None, parameters: dict[str, Any]) -> Task:
     """Add a task, and answer it."""
     (answer,) = caller.execute(enqueue(schema, mapped=caller.is_heard), parameters)
-    task = detached(schema, enqueued(parameters, answer))
+    task = detached(schema, added_row(parameters, answer))
     caller.keep(task)
     caller.hint(has_tasks(schema, parameters["task_queue"]))
     return task

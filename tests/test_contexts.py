@@ -33,7 +33,7 @@ def coroutine(found: list[str]):
     async def process(task: AsyncRunningTask) -> None:
         found.append(VARIABLE.get())
         VARIABLE.set(f"task {task.data}")
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(0)
         child = asyncio.create_task(asyncio.to_thread(VARIABLE.get))
         assert await child == VARIABLE.get()
         found.append(VARIABLE.get())

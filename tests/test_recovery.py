@@ -236,6 +236,7 @@ class TestLoop:
         begun.wait(SOON)
 
         assert not loop.stop(timeout=0.1)
+        assert not loop.stop(timeout=0.1)
         may_end.set()
         assert loop.stop()
         caller.join()

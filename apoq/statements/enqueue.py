@@ -52,7 +52,7 @@ def enqueue(schema: str | None, *, mapped: bool = True) -> Insert:
     return statement.execution_options(dml_strategy="raw") if mapped else statement
 
 
-def enqueued(parameters: Mapping[str, Any], answer: Mapping[Any, Any]) -> dict[str, Any]:
+def added_row(parameters: Mapping[str, Any], answer: Mapping[Any, Any]) -> dict[str, Any]:
     """Put together the row that `enqueue` has added; to send all of it back would cost a sixth of it."""
     return {
         **_UNTOUCHED,

@@ -129,11 +129,11 @@ class Loop:
         self._thread.join(timeout)
         if self._thread.is_alive():
             return False
-        self._thread = None
         # One on another thread's, which sees that no other is to follow.
         if not self._turning.acquire(timeout=-1 if timeout is None else timeout):
             return False
         self._turning.release()
+        self._thread = None
         return True
 
     def _run(self) -> None:
