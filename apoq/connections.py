@@ -10,13 +10,14 @@ from weakref import WeakKeyDictionary
 
 import psycopg
 import sqlalchemy.exc
-from psycopg.rows import RowFactory, tuple_row
 from sqlalchemy import Connection, Engine, Executable, create_engine, event
 from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection, QueuePool
 
+from apoq import libpq
 from apoq.databases import database_url
+from apoq.libpq import Answer
 from apoq.reading import read_anything
 from apoq.watch import watch
 
@@ -59,6 +60,7 @@ _READ_ONLY: Final = "25006"
 
 _IS_DIRECT: Final = "apoq.is_direct"
 _IS_POOLED: Final = "apoq_is_pooled"
+_PREPARED: Final = "apoq.prepared"
 
 _GENERATION: Final = "apoq.generation"
 _IS_NEW: Final = "apoq.is_new"
@@ -66,7 +68,6 @@ _IS_NEW: Final = "apoq.is_new"
 _generations: WeakKeyDictionary[Engine, int] = WeakKeyDictionary()
 _own = threading.local()
 _dialect = PGDialect_psycopg()  # type: ignore[no-untyped-call]
-_numbering_dialect = PGDialect_psycopg(paramstyle="numeric_dollar")  # type: ignore[no-untyped-call]
 
 
 def own_engine(engine: Engine, *, lock_timeout: str = "0") -> Engine:
@@ -116,13 +117,13 @@ def own_engine(engine: Engine, *, lock_timeout: str = "0") -> Engine:
             watch.end(connection)
 
     def set_up(connection: Any, record: ConnectionPoolEntry) -> None:
+        # What the driver had prepared, it would deallocate at a ROLLBACK, and with it all that is prepared here.
         connection.prepare_threshold = None
         is_direct = not own.get_execution_options().get(_IS_POOLED) and _keeps_its_session(connection, record)
         record.info[_IS_DIRECT] = is_direct
         if is_direct:
             connection.execute(SESSION)
             connection.execute(f"SET lock_timeout = '{lock_timeout}'")
-            connection.prepare_threshold = 0
 
     @event.listens_for(own, "begin")
     def begin(connection: Connection) -> None:
@@ -152,38 +153,50 @@ def is_direct(pooled: PoolProxiedConnection) -> bool:
 
 
 def execute(
-    engine: Engine,
+    where: Engine | PoolProxiedConnection,
     statement: Executable,
     parameters: Mapping[str, Any],
     *,
-    row_factory: RowFactory[Any] = tuple_row,
     timeout: float = ANSWER_TIMEOUT,
-) -> psycopg.RawCursor[Any]:
-    """Execute one statement on an engine of apoq's own, as a transaction by itself; answer its cursor.
+) -> Answer:
+    """Execute one statement on an engine of apoq's own, as a transaction by itself.
 
-    One round trip, where no pooler is in between. Past SQLAlchemy's execution, whose share would be the
-    larger half where a single task is claimed, and whose `Row` around each of hundreds of rows is one more
-    object to be made and to be looked at by the garbage collector. Raises psycopg's own errors; an
-    `OperationalError`, too, where the server hasn't answered after `timeout` seconds.
+    One round trip, where no pooler is in between. On one of its connections, where the caller has that in
+    hand. Raises psycopg's own errors; an `OperationalError`, too, where the server hasn't answered after
+    `timeout` seconds.
     """
-    text, values = numbered(statement, parameters)
-    pooled = engine.raw_connection()
-    connection: Any = pooled.driver_connection
-    watch.begin(connection, timeout, engine)
+    if not isinstance(where, Engine):
+        return _execute(where, statement, parameters, timeout)
+    pooled = where.raw_connection()
     try:
-        if not pooled.info[_IS_DIRECT]:
-            connection.execute(BEGIN)
-        cursor = psycopg.RawCursor(connection, row_factory=row_factory)
-        cursor.execute(text, values)
-        connection.commit()
+        answer = _execute(pooled, statement, parameters, timeout, where)
     except BaseException as error:
-        watch.end(connection)
         pooled.invalidate(error)
-        _note(engine, error)
+        _note(where, error)
         raise
-    watch.end(connection)
     pooled.close()
-    return cursor
+    return answer
+
+
+def _execute(
+    pooled: PoolProxiedConnection,
+    statement: Executable,
+    parameters: Mapping[str, Any],
+    timeout: float,
+    owner: Engine | None = None,
+) -> Answer:
+    connection: Any = pooled.dbapi_connection  # psycopg's own, even where the pool knows of it no more
+    watch.begin(connection, timeout, owner)
+    try:
+        if is_direct(pooled):
+            prepared = pooled.info.setdefault(_PREPARED, set())
+            return libpq.execute(connection, statement, parameters, prepared=prepared)
+        connection.execute(BEGIN)
+        answer = libpq.execute(connection, statement, parameters, prepared=None)
+        connection.commit()
+        return answer
+    finally:
+        watch.end(connection)
 
 
 @cache
@@ -191,21 +204,6 @@ def compiled(statement: Executable) -> tuple[Any, dict[str, Any]]:
     """Compile a Core statement once; answer its text and the parameters that it brings along."""
     found: Any = cast("Any", statement).compile(dialect=_dialect)
     return str(found), found.params
-
-
-def numbered(statement: Executable, parameters: Mapping[str, Any]) -> tuple[Any, list[Any]]:
-    """Answer a statement with the server's own `$1`, and the values in that order.
-
-    With names, the driver would have to find them in the text, and put the values in order.
-    """
-    text, names, constants = _numbered(statement)
-    return text, [parameters[name] if name in parameters else constants[name] for name in names]
-
-
-@cache
-def _numbered(statement: Executable) -> tuple[Any, list[str], dict[str, Any]]:
-    found: Any = cast("Any", statement).compile(dialect=_numbering_dialect)
-    return str(found), found.positiontup, found.params
 
 
 def make_renewable(engine: Engine) -> None:

@@ -16,7 +16,8 @@ from sqlalchemy import Engine
 from sqlalchemy.engine import RootTransaction
 from sqlalchemy.pool import PoolProxiedConnection
 
-from apoq.connections import ANSWER_TIMEOUT, execute, is_direct, numbered, own_engine, renew
+from apoq import libpq
+from apoq.connections import ANSWER_TIMEOUT, execute, is_direct, own_engine, renew
 from apoq.statements.hint import Hint, hint
 
 logger = logging.getLogger(__name__)
@@ -128,12 +129,10 @@ class Line:
             if self._pooled is None or time.monotonic() < self._sent_at + PAUSE:
                 return False
             connection: Any = self._pooled.driver_connection
-            text, values = numbered(hint(), hint_._asdict())
-            encoded = [value.encode(connection.info.encoding) for value in values]
             try:
                 if not _is_answered(connection.pgconn):
                     return False
-                connection.pgconn.send_query_params(text.encode(), encoded)
+                libpq.send(connection, hint(), hint_._asdict())
             except psycopg.Error as error:
                 self._drop(self._pooled, error)
                 self._pooled = None

@@ -11,6 +11,7 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from apoq.connections import _IS_POOLED, execute, own_engine
+from apoq.libpq import _name
 
 
 def test_its_own_engine_needs_nothing_of_the_callers_pool(url):
@@ -32,8 +33,13 @@ def own(url) -> Iterator[sa.Engine]:
     engine.dispose()
 
 
+def answer(rows):
+    ((value,),) = rows
+    return value
+
+
 def ask(engine, statement, **parameters):
-    return execute(engine, sa.text(statement), parameters).fetchone()[0]
+    return answer(execute(engine, sa.text(statement), parameters))
 
 
 PREPARED = "SELECT count(*) FROM pg_prepared_statements WHERE statement LIKE '% + 1%'"
@@ -42,7 +48,7 @@ PREPARED = "SELECT count(*) FROM pg_prepared_statements WHERE statement LIKE '% 
 def test_straight_to_the_server_it_prepares_its_statements(own):
     plus_one = sa.text("SELECT CAST(:n AS int) + 1")
 
-    assert [execute(own, plus_one, {"n": n}).fetchone()[0] for n in range(20)] == list(range(1, 21))
+    assert [answer(execute(own, plus_one, {"n": n})) for n in range(20)] == list(range(1, 21))
     assert ask(own, PREPARED) == 2  # and this question
 
 
@@ -54,7 +60,7 @@ def test_through_a_pooler_it_relies_on_nothing_that_a_session_keeps(own):
     own.update_execution_options(**{_IS_POOLED: True})
 
     plus_one = sa.text("SELECT CAST(:n AS int) + 1")
-    assert [execute(own, plus_one, {"n": n}).fetchone()[0] for n in range(20)] == list(range(1, 21))
+    assert [answer(execute(own, plus_one, {"n": n})) for n in range(20)] == list(range(1, 21))
     assert ask(own, PREPARED) == 0
     assert ask(own, "SELECT setting FROM pg_settings WHERE name = 'statement_timeout'") == "60000"
     with contextlib.closing(own.raw_connection()) as pooled:
@@ -62,20 +68,21 @@ def test_through_a_pooler_it_relies_on_nothing_that_a_session_keeps(own):
 
 
 @pytest.mark.parametrize(
-    ("next_session", "error"),
+    ("next_session", "question", "error"),
     [
-        ("DEALLOCATE ALL", psycopg.errors.InvalidSqlStatementName),
-        ("DEALLOCATE ALL; PREPARE _pg3_0 (int) AS SELECT $1", psycopg.errors.ProtocolViolation),
+        ("DEALLOCATE ALL", "SELECT 1", psycopg.errors.InvalidSqlStatementName),
+        ("PREPARE {name} AS SELECT 2", "SELECT 2", psycopg.errors.DuplicatePreparedStatement),
     ],
 )
-def test_a_pooler_that_hides_itself_is_found_out(own, next_session, error):
-    """By losing a prepared statement: one execution fails, and the next ones do without."""
+def test_a_pooler_that_hides_itself_is_found_out(own, next_session, question, error):
+    """By a prepared statement that is lost, or there already: one fails, and the next ones do without."""
     assert ask(own, "SELECT 1") == 1
+    taken = next_session.format(name=_name(sa.text(question)).decode())
     with contextlib.closing(own.raw_connection()) as pooled:
-        pooled.driver_connection.pgconn.exec_(next_session.encode())  # as if another had been given
+        pooled.driver_connection.pgconn.exec_(taken.encode())  # as if another had been given
 
     with pytest.raises(error):
-        ask(own, "SELECT 1")
+        ask(own, question)
     assert ask(own, "SELECT 1") == 1
     assert ask(own, "SELECT count(*) FROM pg_prepared_statements") == 0
 

@@ -33,7 +33,6 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from psycopg.rows import dict_row
 from sqlalchemy.orm import Session
 
 from apoq import Cancel, Queue, Retry, RunningTask, Snooze, Task, Worker
@@ -744,7 +743,7 @@ class Tasks(RuleBasedStateMachine):
     # The rest is the model's own.
 
     def _read(self, statement: sa.TextClause) -> list[dict[str, Any]]:
-        return execute(self.own, statement, {}, row_factory=dict_row).fetchall()
+        return execute(self.own, statement, {}).mappings()
 
     def _hired(self, place: int) -> Hand:
         # One that knows fewer types, and one that keeps no completed tasks.

@@ -169,11 +169,11 @@ class TestLoop:
         loop.start()
         until(lambda: len(takers) == 1)
 
-        loop.take_turn()
+        loop.take_turn(turn)
 
         assert takers[1:] == [threading.current_thread()] * 2
         loop.stop()
-        loop.take_turn()
+        loop.take_turn(turn)
         assert len(takers) == 3
 
     def test_a_turn_is_left_to_its_own_thread_while_it_takes_one(self):
@@ -188,7 +188,7 @@ class TestLoop:
         loop = Loop("apoq-test", turn, Outage())
         loop.start()
         begun.wait(SOON)
-        loop.take_turn()
+        loop.take_turn(turn)
         may_end.set()
 
         until(lambda: len(takers) == 2)
@@ -209,7 +209,7 @@ class TestLoop:
         loop.start()
         until(lambda: len(takers) == 1)
         with caplog.at_level(logging.WARNING, "apoq"):
-            loop.take_turn()
+            loop.take_turn(turn)
             until(lambda: len(takers) == 4)
             until(lambda: len(caplog.messages) == 2)
         loop.stop()
@@ -231,7 +231,7 @@ class TestLoop:
         loop = Loop("apoq-test", turn, Outage())
         loop.start()
         until(lambda: len(takers) == 1)
-        caller = threading.Thread(target=loop.take_turn)
+        caller = threading.Thread(target=loop.take_turn, args=(turn,))
         caller.start()
         begun.wait(SOON)
 

@@ -48,7 +48,7 @@ def start(worker) -> None:
     """Start a worker, and wait until it listens and nothing keeps it busy."""
     listener, listens = worker._life.parts.listener, threading.Event()
     hint = listener._on_hint
-    listener._on_hint = lambda: hint() or listens.set()
+    listener._on_hint = lambda connection: hint(connection) or listens.set()
     worker.start()
     assert listens.wait(SOON)
     until(lambda: is_idle(worker))

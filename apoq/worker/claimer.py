@@ -10,6 +10,7 @@ from typing import Any, Final
 from uuid import UUID
 
 from sqlalchemy import Engine
+from sqlalchemy.pool import PoolProxiedConnection
 
 from apoq.connections import execute
 from apoq.outcomes import WorkerDied
@@ -93,6 +94,7 @@ class Claimer:
         """
         self.waits_for_room = True
         """Whether a slot that is freed is a reason to take a turn."""
+        self._workable: dict[Queue, tuple[Mapping[str, Processor], dict[str, Any]]] = {}
         self._lock = threading.Lock()
         self._doubtful = False
         self._hinted = True
@@ -107,8 +109,11 @@ class Claimer:
         self._doubtful = True
         self._hinted = True
 
-    def turn(self) -> float | None:
-        """Claim what the slots have room for; answer when to look again."""
+    def turn(self, connection: PoolProxiedConnection | None = None) -> float | None:
+        """Claim what the slots have room for; answer when to look again.
+
+        On one of the engine's connections, where the caller has that in hand.
+        """
         # Before looking at the room, lest a slot that is freed meanwhile wake nobody.
         self.waits_for_room = True
         self._give_back_overdue()
@@ -131,7 +136,7 @@ class Claimer:
             return self._rested_at - began
         self._hinted = False
         wanted = min(room, MOST_AT_ONCE)
-        claimed = self.claim(wanted, free)
+        claimed = self.claim(wanted, free, connection)
         self._slots.put(self._startable(claimed))
         self._on_claim(len(claimed), wanted)
         if len(claimed) == wanted:
@@ -148,14 +153,16 @@ class Claimer:
                 return self._make(task)
         return None
 
-    def claim(self, limit: int, free: int) -> list[Claimed]:
+    def claim(self, limit: int, free: int, connection: PoolProxiedConnection | None = None) -> list[Claimed]:
         """Claim up to `limit` tasks, where `free` slots have nothing to do."""
         tasks: list[Claimed] = []
         with self._lock:
             self._give_back_strays()
             for queue in self._rotated():
                 if len(tasks) < limit:
-                    tasks += self._claim_from(queue, limit - len(tasks), free - len(tasks))
+                    tasks += self._claim_from(
+                        queue, limit - len(tasks), free - len(tasks), connection or self._engine
+                    )
         return tasks
 
     def _startable(self, tasks: list[Claimed]) -> Iterator[Claimed]:
@@ -173,21 +180,23 @@ class Claimer:
         for row in tasks:
             held.pop(id(row), None)
 
-    def _claim_from(self, queue: Queue, limit: int, free: int) -> list[Claimed]:
+    def _claim_from(
+        self, queue: Queue, limit: int, free: int, where: Engine | PoolProxiedConnection
+    ) -> list[Claimed]:
         processors = self._registry.of(queue)
         if not processors:
             return []
         position = self._positions[queue]
         parameters = {
             "from_queue": queue.name,
-            **workable(processors),
+            **self._workable_of(queue, processors),
             "at_most": limit,
             "ahead": limit > free,
             "by_worker": self.worker_id,
             **position.parameters(),
         }
         self._doubtful = True
-        rows = execute(self._engine, claim(queue.schema), parameters).fetchall()
+        rows = execute(where, claim(queue.schema), parameters).fetchall()
         self._doubtful = False
         rows.sort(key=_order)
         position.claimed(rows, is_all=len(rows) < limit)
@@ -195,6 +204,12 @@ class Claimer:
         tasks: list[Claimed] = [(*row, batch) for row in rows]
         self.held.update({id(row): row for row in tasks})
         return tasks
+
+    def _workable_of(self, queue: Queue, processors: Mapping[str, Processor]) -> dict[str, Any]:
+        known = self._workable.get(queue)
+        if known is None or known[0] is not processors:  # another one, as soon as there is one more
+            known = self._workable[queue] = (processors, workable(processors))
+        return known[1]
 
     def _rotated(self) -> tuple[Queue, ...]:
         # Each queue comes first in its turn, so that none starves behind a full one.

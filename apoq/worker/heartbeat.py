@@ -13,11 +13,12 @@ from importlib.metadata import version
 from typing import Any, Final
 from uuid import UUID
 
-from psycopg import Cursor, DatabaseError
+from psycopg import DatabaseError
 from psycopg.errors import LockNotAvailable
 from sqlalchemy import Engine, Executable
 
 from apoq.connections import execute, is_away, keeps_session, own_engine
+from apoq.libpq import Answer
 from apoq.outcomes import WorkerDied, report
 from apoq.payload import encode
 from apoq.queue import Queue
@@ -172,7 +173,7 @@ class Heartbeat:
             if rescued < at_most:
                 return math.inf if next_death is None else next_death
 
-    def _execute(self, statement: Executable, parameters: dict[str, Any]) -> Cursor[Any]:
+    def _execute(self, statement: Executable, parameters: dict[str, Any]) -> Answer:
         return execute(self._engine, statement, parameters, timeout=self._interval * GRACE)
 
     def _look_at_lease(self) -> None:

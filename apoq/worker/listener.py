@@ -7,12 +7,14 @@ import selectors
 import socket
 import time
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, LiteralString, Self, cast
 from uuid import uuid4
 
+import psycopg
 from psycopg import sql
 from sqlalchemy import URL, Engine, create_engine
 from sqlalchemy.exc import ArgumentError
+from sqlalchemy.pool import PoolProxiedConnection
 
 from apoq.connections import ANSWER_TIMEOUT, execute, is_direct, own_engine
 from apoq.databases import database_url
@@ -60,7 +62,7 @@ class Listener:
         listening: Engine,
         payloads: frozenset[str],
         *,
-        on_hint: Callable[[], None],
+        on_hint: Callable[[PoolProxiedConnection], None],
         on_cancelled: Callable[[set[int]], None],
         on_listening: Callable[[], None],
     ) -> None:
@@ -72,7 +74,7 @@ class Listener:
         self._on_listening = on_listening
         self._stopping = False
         self._has_warned = False
-        self._connection: Any = None
+        self._connection: ListeningConnection | None = None
 
     def open(self) -> None:
         """Make ready to listen."""
@@ -82,26 +84,20 @@ class Listener:
 
     def turn(self) -> float | None:
         """Listen until told to stop; where no hints arrive, answer when to try again."""
-        pooled = self._listening.raw_connection()
-        try:
-            connection: Any = pooled.driver_connection
+        with ListeningConnection(self._listening, self._wake_receiver) as connection:
             self._connection = connection
-            retry = RETRY if is_direct(pooled) else 10 * RETRY
-            pooled.detach()
-            connection.autocommit = True
-            if self._hears(connection):
-                self._listen(connection)
-        finally:
-            self._connection = None
-            pooled.close()
-            connection.close()
-        return retry
+            try:
+                if self._hears(connection):
+                    self._listen(connection)
+            finally:
+                self._connection = None
+        return RETRY if connection.is_direct else 10 * RETRY
 
     def renew(self) -> None:
         """Listen on another connection: this one may be dead without a word."""
         connection = self._connection
         if connection is not None:
-            cut(connection)
+            connection.cut()
 
     def stop(self) -> None:
         """End the turn that is under way."""
@@ -113,18 +109,18 @@ class Listener:
         self._wake_receiver.close()
         self._wake_sender.close()
 
-    def _hears(self, connection: Any) -> bool:
+    def _hears(self, connection: ListeningConnection) -> bool:
         """Tell whether hints arrive on a connection, by sending one; if not, say so, once."""
         # On a channel of its own. Behind a pooler, what listens there is a session of others from now on, and
         # they are to get none of the workers' hints.
         channel = f"{CHANNEL}_{uuid4().hex}"
-        _execute(connection, sql.SQL("LISTEN {}").format(sql.Identifier(channel)))
+        connection.execute("LISTEN {}", channel)
         execute(self._engine, hint(), Hint(channel, "")._asdict())
         deadline = time.monotonic() + PATIENCE
         heard: list[Hint] = []
         while not heard and not self._stopping and (left := deadline - time.monotonic()) > 0:
-            heard = self._wait(connection, left)
-        _execute(connection, sql.SQL("UNLISTEN {}").format(sql.Identifier(channel)))
+            heard = connection.wait(left)
+        connection.execute("UNLISTEN {}", channel)
         if heard:
             logger.debug("hints arrive")
             self._has_warned = False
@@ -138,47 +134,75 @@ class Listener:
             self._has_warned = True
         return bool(heard)
 
-    def _listen(self, connection: Any) -> None:
+    def _listen(self, connection: ListeningConnection) -> None:
         for channel in (CANCELLED, CHANNEL):
-            _execute(connection, sql.SQL("LISTEN {}").format(sql.Identifier(channel)))
+            connection.execute("LISTEN {}", channel)
         self._on_listening()
         # What was added before this connection listened has given its hint to nobody.
-        self._on_hint()
+        self._on_hint(connection.pooled)
         while not self._stopping:
-            hints = self._wait(connection, CHECK_INTERVAL)
+            hints = connection.wait(CHECK_INTERVAL)
             if any(hint.channel == CHANNEL and hint.payload in self._payloads for hint in hints):
-                self._on_hint()
+                self._on_hint(connection.pooled)
             if cancelled := {_id(hint.payload) for hint in hints if hint.channel == CANCELLED}:
                 self._on_cancelled(cancelled)
             if not hints and not self._stopping:
-                _execute(connection, sql.SQL("SELECT 1"))
-                # A hint that came beside the answer was heard by the driver alone.
-                self._on_hint()
+                connection.execute("SELECT 1")
 
-    def _wait(self, connection: Any, seconds: float) -> list[Hint]:
-        """Wait for notifications, until the time is up or `stop` is called."""
-        with selectors.DefaultSelector() as selector:
-            selector.register(connection, selectors.EVENT_READ)
-            selector.register(self._wake_receiver, selectors.EVENT_READ)
-            selector.select(seconds)
-        # Past Connection.notifies, which takes 0.1 ms to find out what is there already.
-        pgconn = connection.pgconn
-        pgconn.consume_input()
-        heard = []
-        while notify := pgconn.notifies():
-            encoding = connection.info.encoding
-            heard.append(Hint(notify.relname.decode(encoding), notify.extra.decode(encoding)))
+
+class ListeningConnection:
+    """A connection of an engine's that is the listener's alone, and what was heard on it."""
+
+    def __init__(self, engine: Engine, waker: socket.socket) -> None:
+        self.pooled = engine.raw_connection()
+        self.is_direct = is_direct(self.pooled)
+        self._driver = cast("psycopg.Connection[Any]", self.pooled.driver_connection)
+        self.pooled.detach()
+        self._driver.autocommit = True
+        self._heard: list[Hint] = []
+        # What comes beside the answer to a statement, the driver hears, and tells here.
+        self._driver.add_notify_handler(self._hear)
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._driver, selectors.EVENT_READ)
+        self._selector.register(waker, selectors.EVENT_READ)
+
+    def execute(self, statement: LiteralString, *names: str) -> None:
+        """Execute a statement with these names in it."""
+        watch.begin(self._driver, ANSWER_TIMEOUT)
+        try:
+            self._driver.execute(sql.SQL(statement).format(*map(sql.Identifier, names)))
+        finally:
+            watch.end(self._driver)
+
+    def wait(self, seconds: float) -> list[Hint]:
+        """Wait for notifications, until the time is up or the waker has something to read."""
+        if not self._heard:
+            self._selector.select(seconds)
+            # Past Connection.notifies, which takes 0.1 ms to find out what is there already.
+            pgconn = self._driver.pgconn
+            pgconn.consume_input()
+            while notify := pgconn.notifies():
+                encoding = self._driver.info.encoding
+                self._heard.append(Hint(notify.relname.decode(encoding), notify.extra.decode(encoding)))
+        heard, self._heard = self._heard, []
         return heard
+
+    def cut(self) -> None:
+        """End it, from another thread."""
+        cut(self._driver)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._selector.close()
+        self.pooled.close()
+        self._driver.close()
+
+    def _hear(self, notify: psycopg.Notify) -> None:
+        self._heard.append(Hint(notify.channel, notify.payload))
 
 
 def _id(payload: str) -> int:
     # Anybody may notify, of anything: no task has this id.
     return int(payload) if payload.isdecimal() else 0
-
-
-def _execute(connection: Any, statement: sql.Composable) -> None:
-    watch.begin(connection, ANSWER_TIMEOUT)
-    try:
-        connection.execute(statement)
-    finally:
-        watch.end(connection)

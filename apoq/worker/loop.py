@@ -90,8 +90,8 @@ class Loop:
         if not self._woken.is_set():
             self._woken.set()
 
-    def take_turn(self) -> None:
-        """Take the next turn on the caller's thread: sooner than this loop's own has woken up.
+    def take_turn(self, turn: Callable[[], float | None]) -> None:
+        """Take the next turn on the caller's thread, and its way: sooner than this loop's own has woken up.
 
         Where one is under way, or the last one has failed, it is this loop's own that takes it. An error is
         not the caller's, either: this loop's own meets it at once, and knows what to do.
@@ -101,7 +101,7 @@ class Loop:
             try:
                 for _ in range(2):  # the second is to say whether there is anything left
                     if pause == 0.0 and not self._stopping and not self._failures:
-                        pause = self._turn()
+                        pause = turn()
             except Exception as error:
                 logger.debug("%s failed on another thread", self._name, exc_info=error)
                 self._on_failure()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 from sqlalchemy import Engine
 from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.pool import PoolProxiedConnection
 
 from apoq.connections import own_engine
 from apoq.databases import sync_side
@@ -78,7 +80,7 @@ class Parts:
     ) -> None:
         self.outage = Outage()
         self.engine = own_engine(sync_side(engine))
-        listening = self.engine if options.listen_url is None else listen_engine(options.listen_url)
+        self._listening = self.engine if options.listen_url is None else listen_engine(options.listen_url)
         self._notice = Notice()
         self._beside: set[AnyRunningTask] = set()  # what runs in no slot, but on the thread of `work`
         self.coroutines = Coroutines()
@@ -134,7 +136,7 @@ class Parts:
         )
         self.listener = Listener(
             self.engine,
-            listening,
+            self._listening,
             frozenset(payload(queue.schema, queue.name) for queue in queues),
             on_hint=self._hinted,
             on_cancelled=self._cancelled,
@@ -258,9 +260,11 @@ class Parts:
         self.listener.renew()
         self.sessions.renew()
 
-    def _hinted(self) -> None:
+    def _hinted(self, connection: PoolProxiedConnection) -> None:
         self.claimer.hint()
-        self.claiming.take_turn()
+        # On the connection that has just heard: its session is awake, where another has to wake up first.
+        is_ours = self._listening is self.engine
+        self.claiming.take_turn(partial(self.claimer.turn, connection if is_ours else None))
 
     def _cancelled(self, ids: set[int]) -> None:
         if self.recaller.hint(ids):

@@ -14,7 +14,6 @@ from typing import Any, Final, NamedTuple, TypeVar
 
 from psycopg import DatabaseError
 from psycopg.errors import LockNotAvailable
-from psycopg.rows import dict_row
 from sqlalchemy import Engine, Executable
 
 from apoq import events, states
@@ -210,8 +209,8 @@ class Settler:
         tokens = [task[TOKEN] for task in tasks]
         parameters = {"ids": array_text(ids), "tokens": array_text(tokens), **arrays}
         if is_heard:
-            found = execute(self._engine, statement, parameters, row_factory=dict_row)
-            return {row["id"]: row for row in found}
+            found = execute(self._engine, statement, parameters)
+            return {row["id"]: row for row in found.mappings()}
         written = execute(self._engine, statement, parameters)
         if written.rowcount == len(ids):
             return dict.fromkeys(ids)  # none was lost, as nearly always: their ids needn't be read
