@@ -117,7 +117,7 @@ def own_engine(engine: Engine, *, lock_timeout: str = "0") -> Engine:
             watch.end(connection)
 
     def set_up(connection: Any, record: ConnectionPoolEntry) -> None:
-        # What the driver had prepared, it would deallocate at a ROLLBACK, and with it all that is prepared here.
+        # What it has prepared, the driver deallocates at a ROLLBACK, and all else that is prepared as well.
         connection.prepare_threshold = None
         is_direct = not own.get_execution_options().get(_IS_POOLED) and _keeps_its_session(connection, record)
         record.info[_IS_DIRECT] = is_direct

@@ -12,7 +12,7 @@ from typing import Any
 
 from psycopg import DataError
 from psycopg.abc import AdaptContext
-from psycopg.types.datetime import TimestamptzLoader
+from psycopg.types.datetime import TimestamptzBinaryLoader, TimestamptzLoader
 from psycopg.types.json import set_json_loads
 
 _decoder = json.JSONDecoder()
@@ -28,6 +28,7 @@ class UnreadableData(ValueError):
 def read_anything(reader: AdaptContext) -> None:
     """Let a connection, or a cursor, read any row that PostgreSQL can hold."""
     reader.adapters.register_loader("timestamptz", _AnyTime)
+    reader.adapters.register_loader("timestamptz", _AnyBinaryTime)
     set_json_loads(_load_json, reader)
 
 
@@ -65,3 +66,14 @@ class _AnyTime(TimestamptzLoader):
             text = bytes(data)
             past = text.startswith(b"-") or text.endswith(b"BC")
             return _FIRST if past else _LAST
+
+
+class _AnyBinaryTime(TimestamptzBinaryLoader):
+    """The same, of times that the server sends as a number."""
+
+    def load(self, data: Any) -> datetime:
+        try:
+            return super().load(data)
+        except DataError:
+            is_past = bytes(data)[0] & 0x80  # the sign
+            return _FIRST if is_past else _LAST
