@@ -36,6 +36,26 @@ def test_hints_arrive_by_it(engine, listen_url, make_worker):
         assert ran.acquire(timeout=SOON)
 
 
+def test_nothing_but_hints_goes_that_way(engine, url, make_worker):
+    """Who may listen past a pooler need not be allowed to work there."""
+    ran = threading.Event()
+    worker = make_worker(poll_interval=LONG, listen_url=url)
+    worker.use("t", lambda task: ran.set())
+    listening = threading.Event()
+    listens = worker._life.parts.listener._on_listening
+    worker._life.parts.listener._on_listening = lambda: listens() or listening.set()
+    worker.start()
+    assert listening.wait(SOON)
+    pid = worker._life.parts.listener._connection.pooled.dbapi_connection.info.backend_pid
+    with Session(engine) as session, session.begin():
+        Queue().add(session, "t")
+    assert ran.wait(SOON)
+
+    last = sa.text("SELECT query FROM pg_stat_activity WHERE pid = :pid")
+    with engine.connect() as connection:
+        assert "LISTEN" in connection.scalar(last, {"pid": pid})
+
+
 def test_where_it_goes_silent_the_worker_listens_again(engine, url, make_worker, monkeypatch):
     """Nothing tells of that but a question, for the heartbeat goes another way."""
     monkeypatch.setattr(listener, "CHECK_INTERVAL", 0.1)

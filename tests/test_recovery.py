@@ -12,6 +12,7 @@ from sqlalchemy.orm import Session
 from waiting import patience
 
 from apoq import RunningTask, Task
+from apoq.statements.hint import CHANNEL
 from apoq.worker.loop import FIRST_BACKOFF, LONGEST_BACKOFF, Loop, Outage, backoff
 
 SOON = 30.0
@@ -63,13 +64,22 @@ def test_nothing_is_lost_or_doubled_while_all_connections_are_killed_again_and_a
     assert tuple(effects) == (300, 300)
 
 
-def test_what_was_claimed_while_the_connection_broke_is_given_back(engine, queue, make_worker):
+@pytest.mark.parametrize("by", ["its own", "the one that listens"])
+def test_what_was_claimed_while_the_connection_broke_is_given_back(engine, queue, make_worker, by):
     """The claim has committed, and its answer was lost: the row says running, and nobody runs it."""
     ran = threading.Event()
     worker = make_worker()
     worker.use("t", lambda task: ran.set())
     worker.use("other", lambda task: None)
+    listener, listens = worker._life.parts.listener, threading.Event()
+    hint = listener._on_hint
+    listener._on_hint = lambda connection: hint(connection) or listens.set()
     worker.start()
+    assert listens.wait(SOON)
+    claimer, claiming = worker._life.parts.claimer, worker._life.parts.claiming
+    until(lambda: not claimer._hinted and claimer._rested_at < time.monotonic())
+    until(lambda: not claiming._turning.locked())
+    connection_that_listens = listener._connection
     with engine.begin() as connection:
         connection.execute(sa.text("LOCK apoq_tasks"))
         queue.add(connection, "t")
@@ -79,10 +89,16 @@ def test_what_was_claimed_while_the_connection_broke_is_given_back(engine, queue
                 "worker_id = (SELECT id FROM apoq_workers)"
             )
         )
-        worker._life.parts.hint()
+        if by == "its own":
+            worker._life.parts.hint()
+        else:
+            with engine.begin() as other:
+                other.execute(sa.func.pg_notify(CHANNEL, queue.name).select())
         until(lambda: kill(engine, KILL_THE_CLAIM))
 
     assert ran.wait(SOON)
+    if by == "the one that listens":
+        until(lambda: listener._connection not in (None, connection_that_listens))
     until(lambda: count(engine, Task.type == "t", Task.state == "completed", Task.attempt == 1) == 1)
 
 

@@ -1,6 +1,6 @@
-"""Where a task's time goes: ``python -m benchmarks.profile`` (Linux).
+"""Where the processor's time goes when many tasks are worked.
 
-Processor time a task, of the server's process and of this one, for the worker's own two statements on one
+The time a task, of the server's process and of this one, for the worker's own two statements on one
 connection, a thousand tasks to each: with the tables as they are, and without one thing after the other.
 Processor time, not the clock, so that a busy machine disturbs less.
 """
@@ -8,7 +8,6 @@ Processor time, not the clock, so that a busy machine disturbs less.
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -108,10 +107,11 @@ def measure(engine: sa.Engine, changes: Sequence[str]) -> tuple[Cost, Cost]:
         own.dispose()
 
 
-def main() -> None:
+def show() -> None:
     """Measure each several times in turn, and print the medians."""
     if not Path("/proc/self/schedstat").exists():
-        sys.exit("this reads /proc/…/schedstat, which is Linux's")
+        print("working: left out, for it reads /proc/…/schedstat, which is Linux's")
+        return
     with PostgreSQL() as server:
         engine = sa.create_engine(database_url(make_url(server.url)))
         found: dict[str, list[tuple[float, ...]]] = {name: [] for name in WITHOUT}
@@ -119,13 +119,9 @@ def main() -> None:
             for name, changes in WITHOUT.items():
                 found[name].append(tuple(part for pair in measure(engine, changes) for part in pair))
         engine.dispose()
-    print(f"{'µs a task':36}{'claim: server':>15}{'Python':>8}{'complete: server':>18}{'Python':>8}")
+    print(f"{'working: µs a task':36}{'claim: server':>15}{'Python':>8}{'complete: server':>18}{'Python':>8}")
     for name, costs in found.items():
         claim_server, claim_here, server_, here = (
             statistics.median(column) for column in zip(*costs, strict=True)
         )
         print(f"{name:36}{claim_server:15.2f}{claim_here:8.2f}{server_:18.2f}{here:8.2f}")
-
-
-if __name__ == "__main__":
-    main()

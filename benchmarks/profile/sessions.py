@@ -1,0 +1,86 @@
+"""What a transaction of `task.session` takes, beside a plain loop's.
+
+The worker's has one statement more, the completion. What that takes, and which part of it is the way to the
+server and back, show transactions that differ in this statement alone, in turn, on one thread.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, cast
+
+import psycopg
+import sqlalchemy as sa
+from sqlalchemy.engine import make_url
+from sqlalchemy.orm import Session
+
+from apoq import database_url, libpq, prepare
+from apoq.connections import compiled
+from apoq.embedded import PostgreSQL
+from apoq.statements.settle import complete_last
+
+ROUNDS = 20
+TRANSACTIONS = 50
+"""Of each kind, in each round."""
+
+INSERT = sa.text("INSERT INTO effects (n) VALUES (:n)")
+RUNNING = """
+    INSERT INTO apoq_tasks (type, state)
+    SELECT 'bench', 'running' FROM generate_series(1, {})
+"""
+
+Do = Callable[[sa.Connection, dict[str, int]], Any]
+
+
+def _driver(connection: sa.Connection) -> psycopg.Connection[Any]:
+    return cast("psycopg.Connection[Any]", connection.connection.dbapi_connection)
+
+
+def kinds() -> dict[str, Do]:
+    """Answer what is done between the insert and the commit."""
+    statement = complete_last(None)
+    text, _ = compiled(statement)
+    prepared: set[bytes] = set()
+    return {
+        "a plain loop": lambda _connection, _task: None,
+        "+ SELECT 1, by libpq": lambda connection, _task: _driver(connection).pgconn.exec_(b"SELECT 1"),
+        "+ the completion, by libpq, prepared": lambda connection, task: libpq.execute(
+            _driver(connection), statement, task, prepared=prepared
+        ),
+        "+ … not prepared": lambda connection, task: libpq.execute(
+            _driver(connection), statement, task, prepared=None
+        ),
+        "+ … by psycopg's cursor": lambda connection, task: _driver(connection).execute(text, task),
+        "+ … by SQLAlchemy, as the worker": lambda connection, task: connection.exec_driver_sql(text, task),
+    }
+
+
+def show() -> None:
+    """Time each kind in turn, and print the medians."""
+    found: dict[str, list[float]] = {name: [] for name in kinds()}
+    with PostgreSQL() as server:
+        engine = sa.create_engine(database_url(make_url(server.url)))
+        prepare(engine)
+        with engine.begin() as connection:
+            connection.exec_driver_sql("CREATE TABLE effects (n bigint NOT NULL)")
+            connection.exec_driver_sql(RUNNING.format(len(found) * ROUNDS * TRANSACTIONS))
+        ids = iter(range(1, len(found) * ROUNDS * TRANSACTIONS + 1))
+        todo = kinds()
+        for _ in range(ROUNDS):
+            for name, do in todo.items():
+                for _ in range(TRANSACTIONS):
+                    task = {"task_id": next(ids), "held_under": 0}
+                    began = time.perf_counter()
+                    with Session(engine) as session:
+                        session.execute(INSERT, {"n": 1})
+                        do(session.connection(), task)
+                        session.commit()
+                    found[name].append((time.perf_counter() - began) * 1e6)
+        engine.dispose()
+    plain = statistics.median(found["a plain loop"])
+    print(f"{'sessions: µs a transaction':36}{'median':>15}{'plain / this':>14}")
+    for name, times in found.items():
+        median = statistics.median(times)
+        print(f"{name:36}{median:15.0f}{plain / median:14.2f}")
