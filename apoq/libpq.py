@@ -28,11 +28,12 @@ _ANSWERS: Final = {ExecStatus.TUPLES_OK, ExecStatus.COMMAND_OK}
 
 
 class Answer:
-    """What the server has answered: read when it is asked for."""
+    """What the server has answered; its rows are read when they are asked for, wherever the connection is."""
 
     def __init__(self, connection: psycopg.Connection[Any], result: PGresult) -> None:
-        self._connection = connection
         self._result = result
+        self._transformer = Transformer(connection)
+        self._transformer.set_pgresult(result)
 
     @property
     def rowcount(self) -> int:
@@ -41,17 +42,11 @@ class Answer:
 
     def fetchall(self) -> list[tuple[Any, ...]]:
         """Answer the rows."""
-        transformer = Transformer(self._connection)
-        transformer.set_pgresult(self._result)
-        return transformer.load_rows(0, self._result.ntuples, tuple)
+        return self._transformer.load_rows(0, self._result.ntuples, tuple)
 
     def mappings(self) -> list[dict[str, Any]]:
         """Answer the rows, with their columns' names."""
-        encoding = self._connection.info.encoding
-        names = [
-            cast("bytes", self._result.fname(column)).decode(encoding)
-            for column in range(self._result.nfields)
-        ]
+        names = [cast("bytes", self._result.fname(at)).decode() for at in range(self._result.nfields)]
         return [dict(zip(names, row, strict=True)) for row in self.fetchall()]
 
     def __iter__(self) -> Iterator[tuple[Any, ...]]:

@@ -191,14 +191,16 @@ class Settler:
         is_heard, token = self._completion.is_heard, tasks[0][TOKEN]
         alike = all(task[TOKEN] == token for task in tasks)
         statement = self._completion.statement(schema, full=is_heard, alike=alike)
-        return self._execute(statement, tasks, {"held_under": token}, is_heard=is_heard)
+        held = {"held_under": token} if alike else _tokens(tasks)
+        return self._execute(statement, tasks, held, is_heard=is_heard)
 
     def _execute_settlement(self, schema: str | None, ends: list[Ended]) -> Rows:
         is_heard = self._events.heard(events.FAILED) or self._events.heard(events.RETRIED)
+        tasks = [end.task.row for end in ends]
         return self._execute(
             write_settlements(schema, full=is_heard),
-            [end.task.row for end in ends],
-            settlement_arrays(ends),
+            tasks,
+            _tokens(tasks) | settlement_arrays(ends),
             is_heard=is_heard,
         )
 
@@ -206,8 +208,7 @@ class Settler:
         self, statement: Executable, tasks: list[Claimed], arrays: dict[str, Any], *, is_heard: bool
     ) -> Rows:
         ids = [task[ID] for task in tasks]
-        tokens = [task[TOKEN] for task in tasks]
-        parameters = {"ids": array_text(ids), "tokens": array_text(tokens), **arrays}
+        parameters = {"ids": array_text(ids), **arrays}
         if is_heard:
             found = execute(self._engine, statement, parameters)
             return {row["id"]: row for row in found.mappings()}
@@ -247,6 +248,10 @@ def _schema_of(row: Claimed) -> str | None:
 
 def _row(one: Claimed | Ended) -> Claimed:
     return one.task.row if isinstance(one, Ended) else one
+
+
+def _tokens(tasks: list[Claimed]) -> dict[str, Any]:
+    return {"tokens": array_text([task[TOKEN] for task in tasks])}
 
 
 def _taken(ended: deque[T]) -> list[T]:

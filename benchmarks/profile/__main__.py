@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import argparse
 
-from benchmarks.profile import latency, sessions, working
+from benchmarks.profile import latency, processes, sessions, working
 
-PROFILES = {"working": working.show, "sessions": sessions.show, "latency": latency.show}
+PROFILES = {
+    "working": working.show,
+    "processes": processes.show,
+    "sessions": sessions.show,
+    "latency": latency.show,
+}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m benchmarks.profile", description=__doc__)
-    parser.add_argument("profiles", nargs="*", choices=PROFILES, help="all of them, if none is named")
-    for name in parser.parse_args().profiles or PROFILES:
+    parser.add_argument("profiles", nargs="*", metavar="PROFILE", help=f"of {', '.join(PROFILES)}; else all")
+    chosen = parser.parse_args().profiles or list(PROFILES)
+    if unknown := set(chosen) - PROFILES.keys():
+        parser.error(f"no such profile: {', '.join(sorted(unknown))}")
+    for name in chosen:
         PROFILES[name]()
