@@ -98,12 +98,16 @@ def _values(
 ) -> list[bytes | None]:
     """Answer a statement's values as the server reads them, in the order of its `$1`."""
     _, names, constants = _compiled(statement)
-    encoding = _encoding(connection)
     values: list[bytes | None] = []
     for name in names:
         value = parameters[name] if name in parameters else constants[name]
-        encoded = None if value is None else _written(value).encode(encoding)
-        if encoded is not None and 0 in encoded:
+        if value is None:
+            values.append(None)
+            continue
+        text = value if type(value) is str else _written(value)
+        # Most are ASCII, which is the same in every encoding that a connection may have.
+        encoded = text.encode() if text.isascii() else text.encode(_encoding(connection))
+        if 0 in encoded:
             raise psycopg.DataError("PostgreSQL's text can't hold a NUL (0x00)")  # libpq would end there
         values.append(encoded)
     return values

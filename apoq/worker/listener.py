@@ -159,6 +159,7 @@ class ListeningConnection:
         self._driver = cast("psycopg.Connection[Any]", self.pooled.driver_connection)
         self.pooled.detach()
         self._driver.autocommit = True
+        self._encoding = self._driver.info.encoding
         self._heard: list[Hint] = []
         # What comes beside the answer to a statement, the driver hears, and tells here.
         self._driver.add_notify_handler(self._hear)
@@ -182,8 +183,8 @@ class ListeningConnection:
             pgconn = self._driver.pgconn
             pgconn.consume_input()
             while notify := pgconn.notifies():
-                encoding = self._driver.info.encoding
-                self._heard.append(Hint(notify.relname.decode(encoding), notify.extra.decode(encoding)))
+                channel, payload = notify.relname, notify.extra
+                self._heard.append(Hint(channel.decode(self._encoding), payload.decode(self._encoding)))
         heard, self._heard = self._heard, []
         return heard
 

@@ -37,10 +37,12 @@ class Position:
         """Answer the position as `claim` takes it, the highest priority first."""
         with self._lock:
             levels = sorted(self._levels.items(), reverse=True)
+        priorities, ends = zip(*levels, strict=True)
+        times, ids = zip(*ends, strict=True)
         return {
-            "priorities": array_text(priority for priority, _ in levels),
-            "behind_times": array_text(time for _, (time, _) in levels),
-            "behind_ids": array_text(id_ for _, (_, id_) in levels),
+            "priorities": array_text(priorities),
+            "behind_times": array_text(times),
+            "behind_ids": array_text(ids),
         }
 
     def claimed(self, rows: Sequence[Sequence[Any]], *, is_all: bool) -> None:
