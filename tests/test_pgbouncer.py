@@ -222,8 +222,8 @@ def test_it_is_recognised_and_settings_last_for_a_transaction(pooled):
     own = own_engine(pooled)
     ask = "SELECT setting FROM pg_settings WHERE name = :name"
     for _ in range(20):
-        answer = execute(own, sa.text(ask), {"name": "idle_in_transaction_session_timeout"}).fetchone()
-        assert answer == ("5000",)
+        answer = execute(own, sa.text(ask), {"name": "idle_in_transaction_session_timeout"})
+        assert answer.fetchall() == [("5000",)]
     with own.begin() as connection:
         assert connection.scalar(sa.text("SHOW statement_timeout")) == "1min"
     own.dispose()
