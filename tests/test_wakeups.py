@@ -146,18 +146,22 @@ def test_any_session_of_a_schema(engine, make_worker):
 
 def test_the_claim_is_made_where_the_hint_was_heard(engine, queue, make_worker):
     """That session of the server's is awake, and another one would have to wake up first."""
-    ran = threading.Event()
+    ran = threading.Semaphore(0)
     worker = make_worker(poll_interval=LONG)
-    worker.use("t", lambda task: ran.set())
+    worker.use("t", lambda task: ran.release())
     start(worker)
     listening = worker._life.parts.listener._connection.pooled.dbapi_connection.info.backend_pid
-    with Session(engine) as session, session.begin():
-        queue.add(session, "t")
-    assert ran.wait(SOON)
-
     last = sa.text("SELECT query FROM pg_stat_activity WHERE pid = :pid")
-    with engine.connect() as connection:
-        assert "picked" in connection.scalar(last, {"pid": listening})
+
+    def is_claimed_there() -> bool:
+        with Session(engine) as session, session.begin():
+            queue.add(session, "t")
+        assert ran.acquire(timeout=SOON)
+        with engine.connect() as connection:
+            return "picked" in connection.scalar(last, {"pid": listening})
+
+    # On a busy machine, the claimer may be about to look by itself.
+    until(is_claimed_there)
 
 
 def test_where_nothing_hints_it_is_found_within_the_poll_interval(engine, url, queue, make_worker):

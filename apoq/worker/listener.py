@@ -177,6 +177,9 @@ class ListeningConnection:
 
     def wait(self, seconds: float) -> list[Hint]:
         """Wait for notifications, until the time is up or the waker has something to read."""
+        if self._driver.closed:
+            # A claim has found it lost; its socket is gone, and there is nothing to wait for.
+            raise psycopg.OperationalError("the connection that listens is lost")
         if not self._heard:
             self._selector.select(seconds)
             # Past Connection.notifies, which takes 0.1 ms to find out what is there already.
