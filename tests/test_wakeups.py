@@ -54,6 +54,11 @@ def start(worker) -> None:
     until(lambda: is_idle(worker))
 
 
+def listening_session(worker) -> int:
+    """Answer the number of the server's session that gives a started worker its hints."""
+    return worker._life.parts.listener._connection.pooled.dbapi_connection.info.backend_pid
+
+
 @contextmanager
 def hearing(engine):
     """Answer a function that answers the hints that come within so many seconds."""
@@ -150,7 +155,7 @@ def test_the_claim_is_made_where_the_hint_was_heard(engine, queue, make_worker):
     worker = make_worker(poll_interval=LONG)
     worker.use("t", lambda task: ran.release())
     start(worker)
-    listening = worker._life.parts.listener._connection.pooled.dbapi_connection.info.backend_pid
+    listening = listening_session(worker)
     last = sa.text("SELECT query FROM pg_stat_activity WHERE pid = :pid")
 
     def is_claimed_there() -> bool:
@@ -382,7 +387,7 @@ def test_a_listener_whose_connection_is_killed_listens_again(engine, queue, make
     worker = make_worker(poll_interval=LONG)
     worker.use("t", lambda task: ran.release())
     start(worker)
-    listening = worker._life.parts.listener._connection.pooled.dbapi_connection.info.backend_pid
+    listening = listening_session(worker)
     with engine.begin() as connection:
         assert connection.scalar(sa.select(sa.func.pg_terminate_backend(listening)))
 

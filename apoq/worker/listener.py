@@ -53,7 +53,8 @@ class Listener:
     """Listens on a connection of its own; without it, tasks are found when the worker looks by itself.
 
     A pooler in transaction mode takes a LISTEN, and then gives the session that listens to somebody else. So
-    it is tried first whether what is sent through `engine` arrives on a connection of `listening`.
+    it is tried first whether what is sent through `engine` arrives on a connection of `listening`. Where the
+    two are the same, who takes a hint gets the connection that heard it, to execute on meanwhile.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class Listener:
         listening: Engine,
         payloads: frozenset[str],
         *,
-        on_hint: Callable[[PoolProxiedConnection], None],
+        on_hint: Callable[[PoolProxiedConnection | None], None],
         on_cancelled: Callable[[set[int]], None],
         on_listening: Callable[[], None],
     ) -> None:
@@ -138,12 +139,14 @@ class Listener:
         for channel in (CANCELLED, CHANNEL):
             connection.execute("LISTEN {}", channel)
         self._on_listening()
+        # By another way than the worker's own, its role need not be allowed to claim.
+        ours = connection.pooled if self._listening is self._engine else None
         # What was added before this connection listened has given its hint to nobody.
-        self._on_hint(connection.pooled)
+        self._on_hint(ours)
         while not self._stopping:
             hints = connection.wait(CHECK_INTERVAL)
             if any(hint.channel == CHANNEL and hint.payload in self._payloads for hint in hints):
-                self._on_hint(connection.pooled)
+                self._on_hint(ours)
             if cancelled := {_id(hint.payload) for hint in hints if hint.channel == CANCELLED}:
                 self._on_cancelled(cancelled)
             if not hints and not self._stopping:

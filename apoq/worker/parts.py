@@ -80,7 +80,7 @@ class Parts:
     ) -> None:
         self.outage = Outage()
         self.engine = own_engine(sync_side(engine))
-        self._listening = self.engine if options.listen_url is None else listen_engine(options.listen_url)
+        listening = self.engine if options.listen_url is None else listen_engine(options.listen_url)
         self._notice = Notice()
         self._beside: set[AnyRunningTask] = set()  # what runs in no slot, but on the thread of `work`
         self.coroutines = Coroutines()
@@ -136,7 +136,7 @@ class Parts:
         )
         self.listener = Listener(
             self.engine,
-            self._listening,
+            listening,
             frozenset(payload(queue.schema, queue.name) for queue in queues),
             on_hint=self._hinted,
             on_cancelled=self._cancelled,
@@ -260,11 +260,10 @@ class Parts:
         self.listener.renew()
         self.sessions.renew()
 
-    def _hinted(self, connection: PoolProxiedConnection) -> None:
+    def _hinted(self, connection: PoolProxiedConnection | None) -> None:
         self.claimer.hint()
         # On the connection that has just heard: its session is awake, where another has to wake up first.
-        is_ours = self._listening is self.engine
-        self.claiming.take_turn(partial(self.claimer.turn, connection if is_ours else None))
+        self.claiming.take_turn(partial(self.claimer.turn, connection))
 
     def _cancelled(self, ids: set[int]) -> None:
         if self.recaller.hint(ids):
