@@ -11,7 +11,7 @@ from psycopg.types.json import Jsonb
 from sqlalchemy.orm import Session
 
 from apoq import Task, database_url, prepare
-from benchmarks.contender import TYPE, Contender, Work, document
+from benchmarks.contender import TYPE, Contender, document
 
 
 class Orm(Contender):
@@ -92,9 +92,6 @@ class Loop(Orm):
         with Session(self.engine) as session:
             session.execute(_EFFECT, {"n": number})
             session.commit()
-
-    def work(self, work: Work) -> None:
-        raise NotImplementedError
 
 
 _EFFECT = sa.text("INSERT INTO effects (n) VALUES (:n)")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import socket
 from collections.abc import Iterator
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from uuid import UUID, uuid4
 
 import psycopg
@@ -62,6 +62,24 @@ def echo(own, value, type_):
 )
 def test_a_value_is_understood_as_it_was_meant(own, value, type_):
     assert echo(own, value, type_) == value
+
+
+def test_times_are_read_whatever_the_database_says_of_their_style(engine, own):
+    with engine.begin() as connection:
+        name = connection.scalar(sa.select(sa.func.current_database()))
+        for setting in ("DateStyle = German", "IntervalStyle = sql_standard", "TimeZone = 'Asia/Tokyo'"):
+            connection.execute(sa.text(f"ALTER DATABASE {name} SET {setting}"))
+    columns = ("timestamptz '2026-11-26 03:00:00.5+00'", "timestamptz '-infinity'", "timestamptz 'infinity'")
+    statement = sa.select(
+        *map(sa.literal_column, (*columns, "interval '-1 day +2 hours'", "current_setting('DateStyle')"))
+    )
+
+    ((time, first, last, span, style),) = execute(own, statement, {})
+
+    assert style.startswith("German")
+    assert time == datetime(2026, 11, 26, 3, 0, 0, 500_000, UTC)
+    assert (first.year, last.year) == (1, 9999)
+    assert span == timedelta(hours=-22)
 
 
 @pytest.mark.parametrize("value", ["a\0b", ["a\0b"]])
