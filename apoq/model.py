@@ -5,18 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from datetime import datetime, timedelta
 from functools import cache
-from typing import Any, cast
+from typing import Any, Final, cast
 from uuid import UUID
 
-from sqlalchemy import BigInteger, CheckConstraint, Index, MetaData, Table, false, func, text
+from sqlalchemy import BigInteger, CheckConstraint, Computed, Index, MetaData, Table, false, func, text
 from sqlalchemy.dialects.postgresql import ARRAY, INTERVAL, JSONB, TIMESTAMP
 from sqlalchemy.orm import DeclarativeBase, Mapped, make_transient_to_detached, mapped_column, validates
 from sqlalchemy.types import Boolean, Integer, SmallInteger, Text, Uuid
 
 from apoq.payload import check_time, check_type, encode
-from apoq.states import CANCELLED, COMPLETED, FAILED, PENDING, RUNNING, STATES
+from apoq.states import CANCELLED, COMPLETED, FAILED, PENDING, RUNNING, STATES, alternatives
 
 DEFAULT_QUEUE = "default"
+
+# In PostgreSQL's own words, or else Alembic takes what it answers for another expression.
+_ENDED_AS: Final = f"NULLIF(NULLIF(state, '{PENDING}'::text), '{RUNNING}'::text)"
 
 
 class Base(DeclarativeBase):
@@ -75,32 +78,35 @@ class Task(Base):
     cancelled_at: Mapped[datetime | None]
     error: Mapped[dict[str, str] | None] = mapped_column(JSONB(none_as_null=True))
     """The last failure: its `class`, `message` and `traceback`."""
+    ended_as: Mapped[str | None] = mapped_column(Computed(_ENDED_AS, persisted=True))
+    """The state in which it has ended; None while it is pending or running. Kept by the database."""
 
     __table_args__ = (
-        CheckConstraint(f"state IN ({', '.join(map(repr, STATES))})", name="apoq_tasks_state_check"),
-        # In the order in which a claim takes them, so that a claim reads just the rows that it takes.
+        CheckConstraint(f"state IN {alternatives(STATES)}", name="apoq_tasks_state_check"),
+        # No index names the state, nor anything else that a claim changes. So a claim is a heap-only update,
+        # and writes to none of them. https://www.postgresql.org/docs/current/storage-hot.html
+        # This one is in the order in which a claim takes them: it reads the rows that it takes, and those
+        # that are running.
         Index(
-            "apoq_tasks_pending_idx",
+            "apoq_tasks_open_idx",
             "queue",
             text("priority DESC"),
             "process_at",
             "id",
-            postgresql_where=text(f"state = '{PENDING}'"),
+            postgresql_where=text("ended_as IS NULL"),
         ),
-        # What the sweep looks through: as many rows as tasks are running.
-        Index("apoq_tasks_running_idx", "worker_id", postgresql_where=text(f"state = '{RUNNING}'")),
         # What the pruner deletes from, the oldest first.
         Index(
             "apoq_tasks_completed_idx",
             "queue",
             "completed_at",
-            postgresql_where=text(f"state = '{COMPLETED}'"),
+            postgresql_where=text(f"ended_as = '{COMPLETED}'"),
         ),
         Index(
             "apoq_tasks_failed_idx",
             "queue",
             text("coalesce(cancelled_at, failed_at, process_at)"),
-            postgresql_where=text(f"state IN ('{FAILED}', '{CANCELLED}')"),
+            postgresql_where=text(f"ended_as IN ('{FAILED}', '{CANCELLED}')"),
         ),
     )
 
@@ -145,6 +151,21 @@ class WorkerRow(Base):
     """The server's process that its heartbeat speaks to; None behind a pooler, which hides it."""
 
 
+class ClaimRow(Base):
+    """What one claim took, written with it: for other workers to find what a dead one held.
+
+    It goes with a later claim of the worker's, when all of it is settled. To find running tasks by an index
+    of them instead, each claim and each completion would write to all indexes of the task table.
+    """
+
+    __tablename__ = "apoq_claims"
+
+    worker_id: Mapped[UUID] = mapped_column(primary_key=True)
+    number: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
+    """Counted by the worker."""
+    task_ids: Mapped[list[int]] = mapped_column(ARRAY(BigInteger))
+
+
 @cache
 def task_class(schema: str | None) -> type[Task]:
     """Answer the class mapped to the task table of a schema: `Task` itself for the connection's own."""
@@ -167,7 +188,17 @@ def tasks_table(schema: str | None) -> Table:
 @cache
 def workers_table(schema: str | None) -> Table:
     """Answer the worker table of a schema, for Core statements."""
-    table = cast("Table", WorkerRow.__table__)
+    return _in_schema(WorkerRow, schema)
+
+
+@cache
+def claims_table(schema: str | None) -> Table:
+    """Answer the table of claims of a schema, for Core statements."""
+    return _in_schema(ClaimRow, schema)
+
+
+def _in_schema(mapped: type[Base], schema: str | None) -> Table:
+    table = cast("Table", mapped.__table__)
     return table if schema is None else table.to_metadata(MetaData(), schema=schema)
 
 

@@ -28,7 +28,7 @@ class Apoq(Contender):
     name = "apoq"
     table = "apoq_tasks"
     # All have begun when this is asked; to look for pending ones as well would walk through what is in front.
-    unfinished = "SELECT EXISTS (SELECT FROM apoq_tasks WHERE state = 'running')"
+    unfinished = "SELECT EXISTS (SELECT FROM apoq_tasks WHERE ended_as IS NULL AND state = 'running')"
     finished = "SELECT count(*) FROM apoq_tasks WHERE state = 'completed' AND attempt = 1"
     fills: ClassVar = {
         "due": _fill("priority", "0"),

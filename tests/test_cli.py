@@ -239,13 +239,13 @@ class TestCheck:
                 "ALTER TABLE apoq_tasks ALTER COLUMN process_at DROP DEFAULT",
                 "the column apoq_tasks.process_at defaults to nothing, and not now()",
             ),
-            ("DROP INDEX apoq_tasks_pending_idx", "the index apoq_tasks_pending_idx is missing"),
+            ("DROP INDEX apoq_tasks_open_idx", "the index apoq_tasks_open_idx is missing"),
             (
                 (
-                    "DROP INDEX apoq_tasks_running_idx; CREATE INDEX apoq_tasks_running_idx"
-                    " ON apoq_tasks (worker_id) WHERE state = 'pending'"
+                    "DROP INDEX apoq_tasks_failed_idx; CREATE INDEX apoq_tasks_failed_idx ON apoq_tasks"
+                    " (queue, coalesce(cancelled_at, failed_at, process_at)) WHERE ended_as = 'failed'"
                 ),
-                "the index apoq_tasks_running_idx is missing, or another one",
+                "the index apoq_tasks_failed_idx is missing, or another one",
             ),
             (
                 (

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from importlib.metadata import version
+from uuid import uuid4
 
 import pytest
 import sqlalchemy as sa
@@ -25,7 +26,7 @@ from apoq.cli import figures, main, server_checks, table_checks
 from apoq.cli.finding import BAD, OK, WARNING
 from apoq.cli.stats import WIDEST, shown
 from apoq.cli.target import Target
-from apoq.model import WorkerRow
+from apoq.model import ClaimRow, WorkerRow
 from apoq.statements import count
 
 SECRET = "s3cr3t"
@@ -50,6 +51,10 @@ def add(engine) -> Callable[..., int]:
             session.flush()
             for name, value in columns.items():
                 setattr(task, name, value)
+            if task.state == "running":
+                session.add(ClaimRow(worker_id=task.worker_id or uuid4(), number=0, task_ids=[task.id]))
+            if task.state == "completed":
+                task.completed_at = task.completed_at or task.created_at
             return task.id
 
     return call

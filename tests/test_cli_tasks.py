@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
+from uuid import uuid4
 
 import pytest
 import sqlalchemy as sa
@@ -14,6 +15,7 @@ from sqlalchemy.orm import Session
 from apoq import Queue, Task, prepare
 from apoq.cli import list as listing
 from apoq.cli import main, selection
+from apoq.model import ClaimRow
 from apoq.statements import find
 from apoq.worker import pruner
 
@@ -33,7 +35,7 @@ def module_engine(template, create_database, drop_database) -> Iterator[sa.Engin
 def engine(module_engine) -> sa.Engine:
     """A database that is the test's alone while it runs, and emptied before."""
     with module_engine.begin() as connection:
-        connection.exec_driver_sql("TRUNCATE apoq_tasks, apoq_workers RESTART IDENTITY")
+        connection.exec_driver_sql("TRUNCATE apoq_tasks, apoq_workers, apoq_claims RESTART IDENTITY")
     return module_engine
 
 
@@ -58,6 +60,10 @@ def add(engine) -> Callable[..., int]:
             session.flush()
             for name, value in columns.items():
                 setattr(task, name, value)
+            if task.state == "running":
+                session.add(ClaimRow(worker_id=uuid4(), number=0, task_ids=[task.id]))
+            if task.state == "completed":
+                task.completed_at = task.completed_at or task.created_at
             return task.id
 
     return call

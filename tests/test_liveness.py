@@ -12,6 +12,7 @@ from datetime import timedelta
 
 import pytest
 import sqlalchemy as sa
+from claims import note
 from sqlalchemy.orm import Session
 from waiting import patience
 
@@ -160,6 +161,7 @@ def test_what_an_earlier_life_of_a_worker_left_is_not_its_own(engine, worker):
             sa.text("UPDATE apoq_tasks SET state = 'running', attempt = 1, worker_id = :earlier"),
             {"earlier": earlier},
         )
+        note(connection)
 
     worker.start()
     until(lambda: load(engine).state == "completed")

@@ -45,13 +45,14 @@ from apoq.statements.arrays import array_text
 from apoq.statements.claim import claim
 from apoq.statements.heartbeat import beat, forget, leave
 from apoq.statements.prune import prune_completed, prune_failed
-from apoq.statements.recover import beat_and_rescue, give_back
+from apoq.statements.recover import beat_and_rescue, forget_dead, give_back
 from apoq.statements.survey import survey
 from apoq.states import CANCELLED, COMPLETED, FAILED, PENDING, RUNNING
 from apoq.worker import tally
 from apoq.worker.attempts import Ended, TaskLost, ended
 from apoq.worker.completion import Completion
 from apoq.worker.lease import Lease
+from apoq.worker.notes import Notes
 from apoq.worker.position import Position
 from apoq.worker.running import Batch, Claimed, Notice
 from apoq.worker.settler import Settler
@@ -89,6 +90,7 @@ BESIDE = sa.text("""
             SELECT floor(date_part('epoch', clock_timestamp() - seen_at) / 3600) FROM apoq_workers ORDER BY id
         ) AS unseen
 """)
+NOTED = sa.text("SELECT worker_id, unnest(task_ids) AS id FROM apoq_claims")
 WRITE = sa.text("INSERT INTO ledger VALUES (:id)")
 
 TIMES = {
@@ -233,6 +235,8 @@ class Hand:
     """Whether it marks completed tasks, or deletes them."""
     positions: dict[Queue, Position] = field(default_factory=lambda: {queue: Position() for queue in QUEUES})
     held: dict[int, Attempt] = field(default_factory=dict)
+    notes: Notes = field(default_factory=Notes)
+    claims_open: int = 0
     is_doubtful: bool = False
     beats: bool = True
 
@@ -246,6 +250,7 @@ class Attempt:
 
     hand: Hand
     task: RunningTask
+    is_settled: bool = False
 
     @property
     def is_doomed(self) -> bool:
@@ -308,7 +313,9 @@ class Tasks(RuleBasedStateMachine):
         super().__init__()
         self.engine, self.own = engine, own
         with engine.begin() as connection:
-            connection.exec_driver_sql("TRUNCATE apoq_tasks, apoq_workers, ledger RESTART IDENTITY")
+            connection.exec_driver_sql(
+                "TRUNCATE apoq_tasks, apoq_workers, apoq_claims, ledger RESTART IDENTITY"
+            )
         self.now = 0
         self.tasks: dict[int, Known] = {}
         self.effects: list[int] = []
@@ -335,6 +342,7 @@ class Tasks(RuleBasedStateMachine):
                 completion,
                 counter=tally.Counter(),
                 on_settled=self._forget_attempts,
+                on_given_up=lambda _: None,
                 on_pending=lambda _: None,
             )
             for keeps, completion in self.completions.items()
@@ -462,8 +470,12 @@ class Tasks(RuleBasedStateMachine):
             "retry_limits": encode({type_: LIMITS[type_] for type_ in hand.types}),
             "ahead": ahead,
             "by_worker": hand.id,
+            "number": (number := hand.notes.number()),
+            # Two at once would wait for each other. A worker's claims don't overlap.
+            "done": array_text(done := [] if hand.claims_open else hand.notes.done(None)),
             **hand.positions[queue].parameters(),
         }
+        hand.claims_open += 1
         if end == "commit":
             rows: list[Any] = execute(self.own, claim(None), parameters).fetchall()
         else:
@@ -477,16 +489,22 @@ class Tasks(RuleBasedStateMachine):
             if end != "commit":
                 (connection.commit if commit else connection.rollback)()
                 connection.close()
+            hand.claims_open -= 1
             if commit:
                 if is_answered:
+                    hand.notes.claimed(None, number, len(rows))
+                    hand.notes.forgotten(None, done)
                     hand.positions[queue].claimed(rows, is_all=len(rows) < at_most)
-                self._claimed(hand, rows, ahead=ahead, is_answered=is_answered)
+                self._claimed(hand, rows, number, ahead=ahead, is_answered=is_answered)
 
         self._end(Transaction("a claim", {task.id for task in front}, finish), end)
 
     def _give_back(self, hand: Hand) -> None:
         """Give back what an earlier claim took whose answer was lost."""
-        execute(self.own, give_back(None), {"by_worker": hand.id, "held": array_text(hand.held)})
+        known = array_text(hand.notes.known())
+        execute(
+            self.own, give_back(None), {"by_worker": hand.id, "known": known, "held": array_text(hand.held)}
+        )
         hand.is_doubtful = False
         for task in self.tasks.values():
             if task.state == RUNNING and task.worker_id == hand.id and task.id not in hand.held:
@@ -601,9 +619,11 @@ class Tasks(RuleBasedStateMachine):
             "reason": reason,
         }
 
-        ((rescued, next_death),) = execute(self.own, beat_and_rescue(None), parameters)
+        ((rescued, are_noted, next_death),) = execute(self.own, beat_and_rescue(None), parameters)
 
         assert rescued == len(orphans[:at_most])
+        if are_noted:
+            execute(self.own, forget_dead(None), parameters)
         left = [self._until(id_) - self.now for id_ in self.seen if id_ != hand.id and self._is_alive(id_)]
         assert next_death is None if not left else -0.1 < next_death / HOUR - min(left) <= 0
         for task in orphans[:at_most]:
@@ -647,10 +667,8 @@ class Tasks(RuleBasedStateMachine):
         self._forgotten(after)
 
     def _forgotten(self, after: int) -> None:
-        holding = {task.worker_id for task in self.tasks.values() if task.state == RUNNING}
-        self.seen = {
-            id_: seen for id_, seen in self.seen.items() if self.now - seen < after or id_ in holding
-        }
+        noted = {row["worker_id"] for row in self._read(NOTED)}
+        self.seen = {id_: seen for id_, seen in self.seen.items() if self.now - seen < after or id_ in noted}
 
     @rule(hours=st.sampled_from([1, 1, 1, 3, RETENTION]), commit=st.booleans(), sweeps=st.booleans())
     def time_passes(self, hours: int, commit: bool, sweeps: bool) -> None:
@@ -726,6 +744,13 @@ class Tasks(RuleBasedStateMachine):
         assert unseen == {id_: self.now - seen for id_, seen in self.seen.items()}
         # An effect is there once for each task that was completed with it, and for no other.
         assert beside["effects"] == sorted(self.effects)
+
+    @invariant()
+    def whatever_runs_is_noted(self) -> None:
+        """Or nobody would find it if its worker died."""
+        noted = {(row["worker_id"], row["id"]) for row in self._read(NOTED)}
+        running = [task for task in self.tasks.values() if task.state == RUNNING]
+        assert all((task.worker_id, task.id) in noted for task in running)
 
     @invariant()
     def attempts_add_up(self) -> None:
@@ -828,12 +853,12 @@ class Tasks(RuleBasedStateMachine):
         ]
         return sorted(found, key=lambda task: (-task.priority, self.process_at[task.id], task.id))
 
-    def _claimed(self, hand: Hand, rows: list[Any], *, ahead: bool, is_answered: bool) -> None:
+    def _claimed(self, hand: Hand, rows: list[Any], number: int, *, ahead: bool, is_answered: bool) -> None:
         hand.is_doubtful = not is_answered
         for row in rows:
             known = self.tasks[row[0]]
             task = RunningTask(
-                (*row, Batch(Queue(known.queue), PROCESSORS, time.monotonic())),
+                (*row, Batch(Queue(known.queue), PROCESSORS, time.monotonic(), number)),
                 PROCESSORS[row[1]],
                 lambda: TaskSession(self.engine),
                 Notice(),
@@ -869,8 +894,11 @@ class Tasks(RuleBasedStateMachine):
     def _forget_attempts(self, rows: Iterable[Claimed]) -> None:
         for row in rows:
             for attempt in self.attempts:
-                if attempt.task.row is row and attempt.hand.held.get(row[0]) is attempt:
-                    del attempt.hand.held[row[0]]
+                if attempt.task.row is row and not attempt.is_settled:
+                    attempt.is_settled = True
+                    attempt.hand.notes.settled([row])
+                    if attempt.hand.held.get(row[0]) is attempt:
+                        del attempt.hand.held[row[0]]
 
     def _end(self, transaction: Transaction, end: End) -> None:
         if end == "wait" and len(self.transactions) < MOST_OPEN:

@@ -14,6 +14,7 @@ from uuid import uuid4
 
 import pytest
 import sqlalchemy as sa
+from claims import note
 from sqlalchemy.orm import Session
 from waiting import patience
 
@@ -239,6 +240,7 @@ def test_the_tasks_of_a_live_worker_are_not_rescued(engine, queue, worker):
                 "claimed_at = now() - interval '1 year'"
             )
         )
+        note(connection)
         sweep = {
             "lease": timedelta(seconds=15),
             "grace": timedelta(seconds=4.5),
@@ -260,6 +262,7 @@ def test_one_that_works_a_single_task_and_ends_rescues_as_well(engine, queue, ma
     with engine.begin() as connection:
         queue.add(connection, "t")
         connection.execute(sa.text("UPDATE apoq_tasks SET state = 'running', worker_id = gen_random_uuid()"))
+        note(connection)
 
     task = worker.work()
 
@@ -272,6 +275,7 @@ def test_a_running_task_whose_worker_left_no_row_is_rescued(engine, queue, make_
     with engine.begin() as connection:
         queue.add(connection, "t")
         connection.execute(sa.text("UPDATE apoq_tasks SET state = 'running', worker_id = gen_random_uuid()"))
+        note(connection)
 
     worker.start()
     until(lambda: count(engine, Task.state == "completed") == 1)

@@ -8,6 +8,7 @@ import time
 
 import pytest
 import sqlalchemy as sa
+from claims import note
 from sqlalchemy.orm import Session
 from waiting import patience
 
@@ -89,6 +90,7 @@ def test_what_was_claimed_while_the_connection_broke_is_given_back(engine, queue
                 "worker_id = (SELECT id FROM apoq_workers)"
             )
         )
+        note(connection)
         if by == "its own":
             worker._life.parts.hint()
         else:

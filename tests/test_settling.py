@@ -12,6 +12,7 @@ from uuid import UUID
 
 import pytest
 import sqlalchemy as sa
+from claims import note
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Session
 from waiting import patience
@@ -164,6 +165,7 @@ class TestTheSweep:
             connection.exec_driver_sql(
                 "UPDATE apoq_tasks SET state = 'running', attempt = 1, worker_id = gen_random_uuid()"
             )
+            note(connection)
 
     def test_rescues_all_but_what_can_not_be_written_and_its_worker_lives(self, engine, make_worker):
         refuse(engine, "OLD.state = 'running' AND NEW.state = 'pending' AND NEW.data IN ('0', '2')")

@@ -17,6 +17,7 @@ from waiting import patience
 
 from apoq import AsyncRunningTask, Queue, RunningTask, Task
 from apoq.worker.coroutines import CLEAN_UP
+from apoq.worker.running import ID
 
 SOON = 10.0
 """Seconds within which what a test waits for has long happened."""
@@ -224,6 +225,26 @@ class TestFunctions:
         assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == [
             f"task {task_id} (t) failed for good, with failure 1"
         ]
+
+    def test_its_task_is_held_until_its_failure_is_written(self, engine, worker, caplog):
+        """Or nobody would find it, if the worker died between its late return and that."""
+        caplog.set_level("INFO", "apoq")
+        returns = threading.Event()
+        worker.use("t", lambda task: returns.wait(SOON), retry_limit=0)
+        task_id = add(engine, timeout=timedelta(seconds=0.3))
+        worker.start()
+        until(lambda: load(engine, task_id).state == "running")
+        with engine.connect() as holding:
+            holding.execute(sa.select(Task.id).where(Task.id == task_id).with_for_update())
+            until(lambda: worker._life.parts.settler._put_off)
+            returns.set()
+            until(lambda: "was taken from this worker before it ended" in caplog.text)
+
+            assert [row[ID] for row in worker._life.parts.claimer.held.values()] == [task_id]
+            assert worker._life.parts.claimer._notes.known()
+
+        until(lambda: failed(engine, task_id))
+        until(lambda: not worker._life.parts.claimer._notes.known())
 
     def test_its_slot_stays_taken_until_it_returns(self, engine, make_worker):
         worker = make_worker(concurrency=1)

@@ -19,7 +19,7 @@ LATEST: Final = max(STEPS)
 VERSION_TABLE: Final = "apoq_migrations"
 """The original's name; the table is Alembic's version table."""
 
-TABLES: Final = frozenset({"apoq_tasks", "apoq_workers", VERSION_TABLE})
+TABLES: Final = frozenset({"apoq_tasks", "apoq_workers", "apoq_claims", VERSION_TABLE})
 
 LOCK_KEY: Final = 97112111113
 """The original's: the bytes of "apoq" in decimal."""

@@ -30,7 +30,9 @@ from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.sql.dml import ReturningUpdate
 
 from apoq.model import tasks_table
-from apoq.statements.literals import EPOCH, LAST_BUT_ONE, ONE, PENDING, RUNNING, ZERO
+from apoq.statements.literals import EPOCH, LAST_BUT_ONE, ONE, RUNNING, ZERO
+from apoq.statements.notes import forget_settled, note
+from apoq.statements.states import is_pending
 
 
 @cache
@@ -49,6 +51,9 @@ def claim(schema: str | None) -> ReturningUpdate[Any]:
 
     The attempt is counted here, and not when it ends: one that kills its worker counts as well. Times are
     answered as seconds since 1970, and data as text, for most of them nobody asks Python to read.
+
+    What is taken is written down, as the `number` of the claims of `by_worker`, and of those before, `done`
+    are forgotten.
     """
     tasks = tasks_table(schema)
     place: ColumnElement[Any] = literal_column("ctid")
@@ -66,10 +71,10 @@ def claim(schema: str | None) -> ReturningUpdate[Any]:
     # One index scan for each priority: future tasks of a higher priority are not walked through to find
     # due ones of a lower. The outer limit ends the scans early, so no row is locked without being taken.
     due = (
-        select(place)
+        select(place, tasks.c.id)
         .where(
             tasks.c.queue == bindparam("from_queue", type_=Text),
-            tasks.c.state == PENDING,
+            is_pending(tasks),
             tasks.c.priority == levels.c.priority,
             tuple_(tasks.c.process_at, tasks.c.id)
             > tuple_(func.to_timestamp(levels.c.behind_time), levels.c.behind_id),
@@ -90,7 +95,7 @@ def claim(schema: str | None) -> ReturningUpdate[Any]:
         tasks.c.fail_count > ZERO,  # most have never failed, and nothing more is asked of them
         tasks.c.fail_count > func.coalesce(tasks.c.retry_limit, its_types_limit),
     )
-    picked = select(due.c.ctid).select_from(levels.join(due, true())).limit(limit).cte("picked")
+    picked = select(due.c.ctid, due.c.id).select_from(levels.join(due, true())).limit(limit).cte("picked")
     return (
         update(tasks)
         # By where they stand, and as an array: by id, or joined, it takes the server a tenth longer. What is
@@ -122,4 +127,5 @@ def claim(schema: str | None) -> ReturningUpdate[Any]:
             # In seconds, for an interval may be longer than Python's.
             func.date_part(EPOCH, tasks.c.timeout, type_=Double),
         )
+        .add_cte(note(schema, picked).cte("note"), forget_settled(schema).cte("forgotten"))
     )

@@ -33,16 +33,12 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import INTERVAL
 
 from apoq.model import tasks_table, workers_table
-from apoq.statements.literals import PENDING, RUNNING
+from apoq.statements.states import ended_as, is_pending, is_running
 from apoq.statements.survey import pending_priorities
 from apoq.states import CANCELLED, COMPLETED, FAILED
 
 COUNTED: Final = 10_000
 """What is counted exactly; one more than that says that there may be any number."""
-
-_COMPLETED: Final[ColumnElement[bool]] = literal_column(f"state = '{COMPLETED}'")
-_ENDED: Final[ColumnElement[bool]] = literal_column(f"state IN ('{FAILED}', '{CANCELLED}')")
-"""In the words of their indexes."""
 
 _QUEUE: Final = bindparam("from_queue", type_=Text)
 _AT_MOST: Final = bindparam("at_most", type_=BigInteger)
@@ -55,11 +51,11 @@ def queues(schema: str | None) -> Select[*tuple[Any, ...]]:
     By one look into an index for each queue, however many tasks it has, and a look at what is running.
     """
     tasks, workers = tasks_table(schema), workers_table(schema)
-    running = select(tasks.c.queue).where(tasks.c.state == RUNNING).limit(COUNTED).subquery("running")
+    running = select(tasks.c.queue).where(is_running(schema, tasks)).limit(COUNTED).subquery("running")
     found = union(
-        _names(schema, "pending", tasks.c.state == PENDING),
-        _names(schema, "completed", _COMPLETED),
-        _names(schema, "ended", _ENDED),
+        _names(schema, "pending", is_pending(tasks)),
+        _names(schema, "completed", ended_as(tasks, COMPLETED)),
+        _names(schema, "ended", ended_as(tasks, FAILED, CANCELLED)),
         select(running.c.queue),
         select(func.unnest(workers.c.queues, type_=Text)),
     ).subquery("found")
@@ -80,7 +76,7 @@ def count(schema: str | None) -> Select[*tuple[Any, ...]]:
     # For each priority, or else the future tasks of a higher one would be walked through to find due ones.
     priorities = pending_priorities(schema)
     pending = select(tasks.c.process_at).where(
-        tasks.c.queue == _QUEUE, tasks.c.state == PENDING, tasks.c.priority == priorities.c.priority
+        tasks.c.queue == _QUEUE, is_pending(tasks), tasks.c.priority == priorities.c.priority
     )
     due = pending.where(tasks.c.process_at <= func.now())
     later = pending.where(tasks.c.process_at > func.now())
@@ -95,7 +91,7 @@ def count(schema: str | None) -> Select[*tuple[Any, ...]]:
     first = of_each(due.order_by(tasks.c.process_at), 1).subquery("first")
     lag = select(_seconds_since(func.min(first.c.process_at))).scalar_subquery()
 
-    completed = select(tasks.c.completed_at).where(tasks.c.queue == _QUEUE, _COMPLETED)
+    completed = select(tasks.c.completed_at).where(tasks.c.queue == _QUEUE, ended_as(tasks, COMPLETED))
     latest = completed.order_by(tasks.c.completed_at.desc()).limit(COUNTED + 1)
 
     def lately(span: str) -> Subquery:
@@ -128,8 +124,8 @@ def count_types(schema: str | None) -> Select[*tuple[Any, ...]]:
     tasks = tasks_table(schema)
     mine = select(tasks.c.state, tasks.c.type).where(tasks.c.queue == _QUEUE)
     ended = _ended(schema)
-    completed = mine.where(_COMPLETED).order_by(tasks.c.completed_at.desc())
-    pending = mine.where(tasks.c.state == PENDING)
+    completed = mine.where(ended_as(tasks, COMPLETED)).order_by(tasks.c.completed_at.desc())
+    pending = mine.where(is_pending(tasks))
     pending = pending.order_by(tasks.c.priority.desc(), tasks.c.process_at, tasks.c.id)
     found = union_all(
         *(each.limit(COUNTED).subquery().select() for each in (pending, completed, ended))
@@ -147,7 +143,7 @@ def count_running(schema: str | None) -> Select[*tuple[Any, ...]]:
     tasks = tasks_table(schema)
     held = (
         select(tasks.c.queue, tasks.c.type, tasks.c.worker_id)
-        .where(tasks.c.state == RUNNING)
+        .where(is_running(schema, tasks))
         .limit(COUNTED + 1)
         .subquery("held")
     )
@@ -185,7 +181,9 @@ def _ended(schema: str | None) -> Select[*tuple[Any, ...]]:
     tasks = tasks_table(schema)
     ended_at = func.coalesce(tasks.c.cancelled_at, tasks.c.failed_at, tasks.c.process_at)
     return (
-        select(tasks.c.state, tasks.c.type).where(tasks.c.queue == _QUEUE, _ENDED).order_by(ended_at.desc())
+        select(tasks.c.state, tasks.c.type)
+        .where(tasks.c.queue == _QUEUE, ended_as(tasks, FAILED, CANCELLED))
+        .order_by(ended_at.desc())
     )
 
 

@@ -16,7 +16,6 @@ from sqlalchemy import (
     bindparam,
     cast,
     func,
-    literal_column,
     or_,
     select,
 )
@@ -24,6 +23,7 @@ from sqlalchemy.dialects.postgresql import TIMESTAMP
 
 from apoq.model import tasks_table
 from apoq.statements.arrays import bigints
+from apoq.statements.states import in_state
 
 LOOKED_AT: Final = 100_000
 """Tasks that `find` looks at, at most, for no index knows of types and of when tasks were added."""
@@ -63,7 +63,7 @@ def find_ids(schema: str | None, state: str) -> Select[*tuple[Any, ...]]:
     tasks = tasks_table(schema)
     return (
         select(tasks.c.id, tasks.c.queue)
-        .where(_is(tasks.c, state), *_filters(tasks.c))
+        .where(in_state(schema, tasks, state), *_filters(tasks.c))
         .order_by(tasks.c.id)
         .limit(bindparam("at_most", type_=BigInteger))
     )
@@ -90,7 +90,9 @@ def details(schema: str | None) -> Select[*tuple[Any, ...]]:
 def _recent(schema: str | None, state: str | None) -> Subquery:
     # Bounded here, before the filters that no index serves. A state's index begins with the queue.
     tasks = tasks_table(schema)
-    by_index = [] if state is None else [_is(tasks.c, state), _given("in_queue", Text, tasks.c.queue)]
+    by_index = (
+        [] if state is None else [in_state(schema, tasks, state), _given("in_queue", Text, tasks.c.queue)]
+    )
     return (
         select(*tasks.c)
         .where(tasks.c.id < bindparam("before_id", type_=BigInteger), *by_index)
@@ -113,8 +115,3 @@ def _given(name: str, kind: Any, column: ColumnElement[Any]) -> ColumnElement[bo
     """Compare a column with a parameter, unless that is null."""
     value = bindparam(name, type_=kind)
     return or_(value.is_(None), column == value)
-
-
-def _is(columns: Any, state: str) -> ColumnElement[bool]:
-    # A literal: only then can the planner be sure that a partial index serves.
-    return columns.state == literal_column(f"'{state}'", Text)  # type: ignore[no-any-return]

@@ -26,8 +26,8 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import ARRAY, INTERVAL, Insert, insert
 from sqlalchemy.types import Boolean, DateTime, Integer
 
-from apoq.model import tasks_table, workers_table
-from apoq.statements.literals import RUNNING
+from apoq.model import claims_table, workers_table
+from apoq.statements.notes import forget_claims
 
 _activity = table(
     "pg_stat_activity", column("pid", Integer), column("backend_start", DateTime), schema="pg_catalog"
@@ -63,7 +63,9 @@ def beat(schema: str | None) -> Insert:
 def leave(schema: str | None) -> Delete:
     """Remove the worker's row: it has stopped."""
     workers = workers_table(schema)
-    return delete(workers).where(workers.c.id == bindparam("worker_id", type_=Uuid))
+    its = bindparam("worker_id", type_=Uuid)
+    notes = forget_claims(schema, claims_table(schema).c.worker_id == its).cte("notes")
+    return delete(workers).where(workers.c.id == its).add_cte(notes)
 
 
 def alive(schema: str | None, worker_id: ColumnElement[object]) -> ColumnElement[bool]:
@@ -104,7 +106,7 @@ def uptime() -> Select[tuple[timedelta]]:
 @cache
 def forget(schema: str | None) -> Delete:
     """Remove the rows of workers that were not seen for `keep` and hold nothing any more."""
-    tasks, workers = tasks_table(schema), workers_table(schema)
-    holds = exists().where(tasks.c.worker_id == workers.c.id, tasks.c.state == RUNNING)
+    claims, workers = claims_table(schema), workers_table(schema)
+    holds = exists().where(claims.c.worker_id == workers.c.id)
     unseen = workers.c.seen_at < func.clock_timestamp() - bindparam("keep", type_=INTERVAL)
     return delete(workers).where(unseen, ~holds)

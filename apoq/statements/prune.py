@@ -5,11 +5,12 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from sqlalchemy import ColumnElement, Delete, Select, Text, bindparam, delete, func, literal_column, select
+from sqlalchemy import ColumnElement, Delete, Select, Text, bindparam, delete, func, select
 from sqlalchemy.dialects.postgresql import INTERVAL
 from sqlalchemy.types import Integer
 
 from apoq.model import tasks_table
+from apoq.statements.states import ended_as
 from apoq.states import CANCELLED, COMPLETED, FAILED
 
 
@@ -42,14 +43,14 @@ def count_prunable_failed(schema: str | None) -> Select[*tuple[Any, ...]]:
 
 def _old_completed(schema: str | None) -> Select[*tuple[Any, ...]]:
     tasks = tasks_table(schema)
-    return _old(schema, literal_column(f"state = '{COMPLETED}'"), tasks.c.completed_at)
+    return _old(schema, ended_as(tasks, COMPLETED), tasks.c.completed_at)
 
 
 def _old_failed(schema: str | None) -> Select[*tuple[Any, ...]]:
     tasks = tasks_table(schema)
     # The Node.js original doesn't say when a task failed: then it was due about that time.
     ended_at = func.coalesce(tasks.c.cancelled_at, tasks.c.failed_at, tasks.c.process_at)
-    return _old(schema, literal_column(f"state IN ('{FAILED}', '{CANCELLED}')"), ended_at)
+    return _old(schema, ended_as(tasks, FAILED, CANCELLED), ended_at)
 
 
 def _old(

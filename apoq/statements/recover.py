@@ -4,26 +4,47 @@ from __future__ import annotations
 
 from functools import cache
 
-from sqlalchemy import Select, Text, Update, Uuid, all_, bindparam, case, cast, func, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Delete,
+    Select,
+    Text,
+    Update,
+    Uuid,
+    all_,
+    and_,
+    any_,
+    bindparam,
+    case,
+    cast,
+    delete,
+    exists,
+    func,
+    select,
+    update,
+)
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.types import Integer
 
-from apoq.model import tasks_table
+from apoq.model import claims_table, tasks_table
 from apoq.statements.arrays import bigints
 from apoq.statements.heartbeat import alive, beat, next_death
 from apoq.statements.literals import PENDING, RUNNING
+from apoq.statements.notes import forget_claims
 
 
 @cache
-def beat_and_rescue(schema: str | None) -> Select[tuple[int, float | None]]:
+def beat_and_rescue(schema: str | None) -> Select[tuple[int, bool, float | None]]:
     """Show that the worker lives, and take back what dead ones held, in one statement.
 
-    Answers how many tasks those were, and the seconds until the next worker counts as dead, if it isn't seen
-    before.
+    Answers how many tasks those were, whether dead workers' claims are written down, and the seconds until
+    the next worker counts as dead, if it isn't seen before.
     """
     rescued = rescue(schema).returning(tasks_table(schema).c.id).cte("rescued")
     count = select(func.count()).select_from(rescued).scalar_subquery()
-    return select(count, next_death(schema)).add_cte(beat(schema).cte("beat"))
+    return select(count, exists().where(_is_of_dead(schema)), next_death(schema)).add_cte(
+        beat(schema).cte("beat")
+    )
 
 
 @cache
@@ -39,10 +60,13 @@ def rescue(schema: str | None) -> Update:
     """
     tasks = tasks_table(schema)
     held = tasks.alias("held")
+    taken = select(func.unnest(claims_table(schema).c.task_ids)).where(_is_of_dead(schema))
     orphans = (
         select(held.c.id)
         .where(
+            held.c.id == any_(func.array(taken.scalar_subquery())),
             held.c.state == RUNNING,
+            # Another may have taken it since.
             held.c.worker_id.is_distinct_from(bindparam("by_worker", type_=Uuid)),
             ~alive(schema, held.c.worker_id),
         )
@@ -69,14 +93,37 @@ def rescue(schema: str | None) -> Update:
 
 
 @cache
+def forget_dead(schema: str | None) -> Delete:
+    """Forget the claims of dead workers of which nothing is held any more."""
+    return forget_claims(schema, _is_of_dead(schema))
+
+
+def _is_of_dead(schema: str | None) -> ColumnElement[bool]:
+    claims = claims_table(schema)
+    is_other = claims.c.worker_id.is_distinct_from(bindparam("by_worker", type_=Uuid))
+    return and_(is_other, ~alive(schema, claims.c.worker_id))
+
+
+@cache
 def give_back(schema: str | None) -> Update:
-    """Make tasks pending again that a live worker claimed without learning of it: all of its but `held`."""
-    tasks = tasks_table(schema)
+    """Make tasks pending again that a live worker claimed without learning of it: all of its but `held`.
+
+    It has learnt of the claims `known`; all others are forgotten.
+    """
+    tasks, claims = tasks_table(schema), claims_table(schema)
+    its = bindparam("by_worker", type_=Uuid)
+    unknown = (
+        delete(claims)
+        .where(claims.c.worker_id == its, claims.c.number != all_(bigints("known")))
+        .returning(claims.c.task_ids)
+        .cte("unknown")
+    )
     return (
         update(tasks)
         .where(
+            tasks.c.id == any_(func.array(select(func.unnest(unknown.c.task_ids)).scalar_subquery())),
             tasks.c.state == RUNNING,
-            tasks.c.worker_id == bindparam("by_worker", type_=Uuid),
+            tasks.c.worker_id == its,
             tasks.c.id != all_(bigints("held")),
         )
         .values(state=PENDING, attempt=tasks.c.attempt - 1)

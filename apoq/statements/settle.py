@@ -93,9 +93,7 @@ def held_as(
     return and_(
         tasks.c.id == task_id,
         tasks.c.token == token,
-        # coalesce, lest the planner take the index of running tasks, of which it expects few: it holds a
-        # dead entry for each task that was settled since the last vacuum. By id, it is one look for each.
-        func.coalesce(tasks.c.state, _literal("")) == _literal(RUNNING),
+        tasks.c.state == _literal(RUNNING),
     )
 
 

@@ -9,7 +9,7 @@ from sqlalchemy import CTE, Double, Select, Text, any_, bindparam, func, select,
 from sqlalchemy.dialects.postgresql import ARRAY
 
 from apoq.model import tasks_table
-from apoq.statements.literals import PENDING
+from apoq.statements.states import is_pending
 
 
 def pending_priorities(schema: str | None) -> CTE:
@@ -19,7 +19,7 @@ def pending_priorities(schema: str | None) -> CTE:
     https://wiki.postgresql.org/wiki/Loose_indexscan
     """
     tasks = tasks_table(schema)
-    pending = tasks.c.queue == bindparam("from_queue", type_=Text), tasks.c.state == PENDING
+    pending = tasks.c.queue == bindparam("from_queue", type_=Text), is_pending(tasks)
     highest = select(tasks.c.priority).where(*pending).order_by(tasks.c.priority.desc()).limit(1)
     found = select(highest.scalar_subquery().label("priority")).cte("priorities", recursive=True)
     lower = highest.where(tasks.c.priority < found.c.priority).scalar_subquery()
@@ -41,7 +41,7 @@ def survey(schema: str | None) -> Select[Any]:
         select(tasks.c.process_at, tasks.c.id, (tasks.c.rescue_count > 0).label("is_rescued"))
         .where(
             tasks.c.queue == bindparam("from_queue", type_=Text),
-            tasks.c.state == PENDING,
+            is_pending(tasks),
             tasks.c.priority == priorities.c.priority,
             tasks.c.type == any_(bindparam("of_types", type_=ARRAY(Text))),
         )

@@ -45,6 +45,11 @@ def ended(task: AnyRunningTask, outcome: BaseException | None, row: Mapping[Any,
     return Ended(task, outcome, settlement, row)
 
 
+def is_late(end: Ended) -> bool:
+    """Tell whether the attempt was ended before, by its timeout."""
+    return isinstance(end.outcome, TaskLost) and end.task.notice is not RECALLED
+
+
 def run(task: RunningTask, completion: Completion, deadlines: Deadlines) -> Ended:
     """Run a plain processor on this thread."""
     return copy_context().run(_run, task, completion, deadlines)

@@ -22,6 +22,7 @@ from apoq.statements.claim import claim
 from apoq.statements.recover import give_back
 from apoq.worker.attempts import Ended, ended
 from apoq.worker.lease import Lease
+from apoq.worker.notes import Notes
 from apoq.worker.position import Position
 from apoq.worker.running import BATCH, FAIL_COUNT, ID, PRIORITY, PROCESS_AT, AnyRunningTask, Batch, Claimed
 from apoq.worker.slots import Slots, released
@@ -92,6 +93,7 @@ class Claimer:
 
         Not by its own: it may be claimed once more while its last run goes on, and schemas count from 1 each.
         """
+        self._notes = Notes()
         self.waits_for_room = True
         """Whether a slot that is freed is a reason to take a turn."""
         self._workable: dict[Queue, tuple[Mapping[str, Processor], dict[str, Any]]] = {}
@@ -176,9 +178,11 @@ class Claimer:
 
     def settled(self, tasks: list[Claimed]) -> None:
         """Forget tasks that have been written."""
-        held = self.held
-        for row in tasks:
-            held.pop(id(row), None)
+        self._notes.settled([row for row in tasks if self.held.pop(id(row), None) is not None])
+
+    def given_up(self, task: Claimed) -> None:
+        """Forget a task that can't be written: others find it by its note, once this worker is gone."""
+        self.held.pop(id(task), None)
 
     def _claim_from(
         self, queue: Queue, limit: int, free: int, where: Engine | PoolProxiedConnection
@@ -187,20 +191,25 @@ class Claimer:
         if not processors:
             return []
         position = self._positions[queue]
+        number, done = self._notes.number(), self._notes.done(queue.schema)
         parameters = {
             "from_queue": queue.name,
             **self._workable_of(queue, processors),
             "at_most": limit,
             "ahead": limit > free,
             "by_worker": self.worker_id,
+            "number": number,
+            "done": array_text(done),
             **position.parameters(),
         }
         self._doubtful = True
         rows = execute(where, claim(queue.schema), parameters).fetchall()
         self._doubtful = False
+        self._notes.claimed(queue.schema, number, len(rows))
+        self._notes.forgotten(queue.schema, done)
         rows.sort(key=_order)
         position.claimed(rows, is_all=len(rows) < limit)
-        batch = Batch(queue, processors, time.monotonic())
+        batch = Batch(queue, processors, time.monotonic(), number)
         tasks: list[Claimed] = [(*row, batch) for row in rows]
         self.held.update({id(row): row for row in tasks})
         return tasks
@@ -225,8 +234,10 @@ class Claimer:
         for row in list(self.held.values()):
             batch: Batch = row[BATCH]
             held[batch.from_queue.schema].append(row[ID])
+        known = array_text(self._notes.known())
         for schema, ids in held.items():
-            execute(self._engine, give_back(schema), {"by_worker": self.worker_id, "held": array_text(ids)})
+            parameters = {"by_worker": self.worker_id, "known": known, "held": array_text(ids)}
+            execute(self._engine, give_back(schema), parameters)
         self._doubtful = False
 
     def _give_back_overdue(self) -> None:

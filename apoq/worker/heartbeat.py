@@ -23,7 +23,7 @@ from apoq.outcomes import WorkerDied, report
 from apoq.payload import encode
 from apoq.queue import Queue
 from apoq.statements.heartbeat import beat, forget, leave, uptime
-from apoq.statements.recover import beat_and_rescue
+from apoq.statements.recover import beat_and_rescue, forget_dead
 from apoq.worker.lease import Lease
 
 logger = logging.getLogger(__name__)
@@ -153,7 +153,9 @@ class Heartbeat:
         while True:
             batch = {"at_most": at_most, "passed_over": passed_over}
             try:
-                ((rescued, next_death),) = self._execute(beat_and_rescue(schema), parameters | batch)
+                ((rescued, are_noted, next_death),) = self._execute(
+                    beat_and_rescue(schema), parameters | batch
+                )
             except DatabaseError as error:
                 if is_away(error) or isinstance(error, LockNotAvailable):
                     raise
@@ -171,6 +173,8 @@ class Heartbeat:
                 logger.warning("%d tasks of workers that died are pending again", rescued)
                 self._on_rescued()
             if rescued < at_most:
+                if are_noted:
+                    self._execute(forget_dead(schema), parameters)
                 return math.inf if next_death is None else next_death
 
     def _execute(self, statement: Executable, parameters: dict[str, Any]) -> Answer:

@@ -102,6 +102,7 @@ class Parts:
             self._completion,
             self.counter,
             on_settled=self._settled,
+            on_given_up=self._given_up,
             on_pending=self._look,
         )
         self.deadlines = Deadlines(self._put_overdue, self.outage)
@@ -244,6 +245,9 @@ class Parts:
 
     def _settled(self, tasks: list[Claimed]) -> None:
         self.claimer.settled(tasks)
+
+    def _given_up(self, task: Claimed) -> None:
+        self.claimer.given_up(task)
 
     def _lapsed(self) -> None:
         logger.warning(

@@ -28,6 +28,8 @@ class Batch(NamedTuple):
     """By type, as they were at the claim."""
     claimed_at: float
     """By time.monotonic()."""
+    number: int = 0
+    """Of this worker's claims."""
 
 
 Claimed = tuple[Any, ...]

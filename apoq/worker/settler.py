@@ -25,7 +25,7 @@ from apoq.payload import encode
 from apoq.statements.arrays import array_text
 from apoq.statements.locked import locked
 from apoq.statements.settle import settle
-from apoq.worker.attempts import Ended, TaskLost
+from apoq.worker.attempts import Ended, TaskLost, is_late
 from apoq.worker.completion import Completion
 from apoq.worker.running import BATCH, ID, TOKEN, TYPE, Batch, Claimed
 from apoq.worker.tally import Counter
@@ -67,14 +67,19 @@ class Settler:
         counter: Counter,
         *,
         on_settled: Callable[[list[Claimed]], None],
+        on_given_up: Callable[[Claimed], None],
         on_pending: Callable[[float], None],
     ) -> None:
-        """`on_pending` is called with the seconds until a task that was settled is due again."""
+        """`on_pending` is called with the seconds until a task that was settled is due again.
+
+        `on_given_up` with a task to which nothing can be written.
+        """
         self._engine = engine
         self._completion = completion
         self._counter = counter
         self._events = events_
         self._on_settled = on_settled
+        self._on_given_up = on_given_up
         self._on_pending = on_pending
         # Most attempts complete, and nothing more is to be known of them.
         self._completed: deque[Claimed] = deque()
@@ -167,7 +172,8 @@ class Settler:
             else:
                 self._tell(end, rows[end.task.id])
                 self._counter.count(end.settlement)
-        self._on_settled([end.task.row for end in ends])
+        # One that took too long is settled as that, and not when it returns at last.
+        self._on_settled([end.task.row for end in ends if not is_late(end)])
         for end in ends:
             if end.settlement is not None and end.settlement.state == states.PENDING:
                 self._on_pending(end.settlement.delay or 0.0)
@@ -184,7 +190,7 @@ class Settler:
                 bare = one._replace(settlement=one.settlement._replace(error=without))
                 return [unsettled._replace(ended=[bare])]
         logger.error("task %d is run again when this worker stops", _row(one)[ID])
-        self._on_settled([_row(one)])
+        self._on_given_up(_row(one))
         return []
 
     def _execute_completion(self, schema: str | None, tasks: list[Claimed]) -> Rows:

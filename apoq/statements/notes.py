@@ -1,0 +1,54 @@
+"""Write down what a claim takes, and forget it when nothing of it is held any more."""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    BigInteger,
+    ColumnElement,
+    Delete,
+    FromClause,
+    Insert,
+    Uuid,
+    any_,
+    bindparam,
+    delete,
+    exists,
+    func,
+    insert,
+    select,
+)
+
+from apoq.model import claims_table, tasks_table
+from apoq.statements.arrays import bigints
+from apoq.statements.literals import RUNNING
+
+
+def note(schema: str | None, taken: FromClause) -> Insert:
+    """Write down the ids of what the claim `number` of the worker `by_worker` has `taken`, if any.
+
+    Without a number, nothing: for a claim and what becomes of it in one transaction.
+    """
+    by_worker, number = bindparam("by_worker", type_=Uuid), bindparam("number", None, type_=BigInteger)
+    ids = func.array_agg(taken.c.id)
+    row = select(by_worker, number, ids).having(ids.is_not(None), number.is_not(None))
+    return insert(claims_table(schema)).from_select(["worker_id", "number", "task_ids"], row)
+
+
+def forget_settled(schema: str | None) -> Delete:
+    """Delete the notes `done` of the worker `by_worker`: it has settled all that they name."""
+    claims = claims_table(schema)
+    return delete(claims).where(
+        claims.c.worker_id == bindparam("by_worker", type_=Uuid),
+        claims.c.number == any_(bigints("done", "{}")),
+    )
+
+
+def forget_claims(schema: str | None, of: ColumnElement[bool]) -> Delete:
+    """Delete notes, but for those that name a task which is still running under their worker."""
+    claims, tasks = claims_table(schema), tasks_table(schema)
+    holds = exists().where(
+        tasks.c.id == any_(claims.c.task_ids),
+        tasks.c.worker_id == claims.c.worker_id,
+        tasks.c.state == RUNNING,
+    )
+    return delete(claims).where(of, ~holds)

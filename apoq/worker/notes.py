@@ -1,0 +1,66 @@
+"""What a worker's claims have written down, for others to find if it dies."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import count
+
+from apoq.worker.running import BATCH, Claimed
+
+
+@dataclass
+class _Left:
+    schema: str | None
+    size: int
+
+
+class Notes:
+    """Knows of each claim how many of its tasks aren't settled yet, and which notes nobody needs any more."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._numbers = count(1)
+        self._left: dict[int, _Left] = {}
+        self._done: dict[str | None, list[int]] = {}
+
+    def number(self) -> int:
+        """Answer the number of the next claim."""
+        return next(self._numbers)
+
+    def known(self) -> list[int]:
+        """Answer the claims of which something isn't settled yet."""
+        with self._lock:
+            return list(self._left)
+
+    def done(self, schema: str | None) -> list[int]:
+        """Answer the claims of which everything is settled, and whose notes stand there still."""
+        with self._lock:
+            return list(self._done.get(schema, ()))
+
+    def claimed(self, schema: str | None, number: int, size: int) -> None:
+        """Remember how many tasks a claim has taken."""
+        with self._lock:
+            if size:
+                self._left[number] = _Left(schema, size)
+            else:
+                # It may have noted what somebody else has changed meanwhile, and so didn't take.
+                self._done.setdefault(schema, []).append(number)
+
+    def settled(self, tasks: list[Claimed]) -> None:
+        """Remember that these are settled."""
+        numbers = Counter([row[BATCH].number for row in tasks])
+        with self._lock:
+            for number, size in numbers.items():
+                left = self._left[number]
+                left.size -= size
+                if left.size == 0:
+                    del self._left[number]
+                    self._done.setdefault(left.schema, []).append(number)
+
+    def forgotten(self, schema: str | None, numbers: Iterable[int]) -> None:
+        """Remember that the notes of these claims are gone."""
+        with self._lock:
+            self._done[schema] = [number for number in self._done.get(schema, ()) if number not in numbers]
