@@ -223,6 +223,21 @@ def test_so_does_a_plan_that_was_made_for_any_parameters(million, statement, par
     assert "Seq Scan" not in {node["Node Type"] for node in nodes(plan) if "apoq_tasks" in node.values()}
 
 
+@pytest.mark.parametrize(
+    ("statement", "parameters"),
+    [param.values[:2] for param in STATEMENTS if param.id in {"complete", "complete alike"}],
+)
+def test_a_completion_takes_no_index_of_the_users(million, statement, parameters):
+    """An index of running tasks looks small to the planner, and is full of those that have ended since."""
+    sql, values = _compiled(statement, parameters)
+    with million.connect() as connection:
+        connection.exec_driver_sql("CREATE INDEX users ON apoq_tasks (worker_id) WHERE state = 'running'")
+        plan = connection.exec_driver_sql(f"EXPLAIN (FORMAT JSON) {sql}", values).scalar()[0]["Plan"]
+        connection.exec_driver_sql("DROP INDEX users")
+
+    assert {node["Index Name"] for node in nodes(plan) if "Index Name" in node} == {"apoq_tasks_pkey"}
+
+
 def test_each_index_is_needed():
     """By something that the workers do again and again, or it would not be worth its writes."""
     needed = set().union(*(parameter.values[2] for parameter in STATEMENTS))
