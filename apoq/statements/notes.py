@@ -20,7 +20,7 @@ from sqlalchemy import (
 
 from apoq.model import claims_table, tasks_table
 from apoq.statements.arrays import bigints
-from apoq.statements.literals import RUNNING
+from apoq.statements.states import runs
 
 
 def note(schema: str | None, taken: FromClause) -> Insert:
@@ -49,6 +49,6 @@ def forget_claims(schema: str | None, of: ColumnElement[bool]) -> Delete:
     holds = exists().where(
         tasks.c.id == any_(claims.c.task_ids),
         tasks.c.worker_id == claims.c.worker_id,
-        tasks.c.state == RUNNING,
+        runs(tasks),
     )
     return delete(claims).where(of, ~holds)

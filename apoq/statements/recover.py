@@ -29,8 +29,9 @@ from sqlalchemy.types import Integer
 from apoq.model import claims_table, tasks_table
 from apoq.statements.arrays import bigints
 from apoq.statements.heartbeat import alive, beat, next_death
-from apoq.statements.literals import PENDING, RUNNING
+from apoq.statements.literals import PENDING
 from apoq.statements.notes import forget_claims
+from apoq.statements.states import runs
 
 
 @cache
@@ -65,7 +66,7 @@ def rescue(schema: str | None) -> Update:
         select(held.c.id)
         .where(
             held.c.id == any_(func.array(taken.scalar_subquery())),
-            held.c.state == RUNNING,
+            runs(held),
             # Another may have taken it since.
             held.c.worker_id.is_distinct_from(bindparam("by_worker", type_=Uuid)),
             ~alive(schema, held.c.worker_id),
@@ -122,7 +123,7 @@ def give_back(schema: str | None) -> Update:
         update(tasks)
         .where(
             tasks.c.id == any_(func.array(select(func.unnest(unknown.c.task_ids)).scalar_subquery())),
-            tasks.c.state == RUNNING,
+            runs(tasks),
             tasks.c.worker_id == its,
             tasks.c.id != all_(bigints("held")),
         )

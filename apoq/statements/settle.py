@@ -27,7 +27,8 @@ from sqlalchemy.types import BigInteger, Double, Integer
 
 from apoq.model import tasks_table
 from apoq.statements.arrays import bigints
-from apoq.states import CANCELLED, COMPLETED, RUNNING
+from apoq.statements.states import runs
+from apoq.states import CANCELLED, COMPLETED
 
 LOCK_TIMEOUT: Final = "500ms"
 """What a batch waits for a locked row: less than PostgreSQL's `deadlock_timeout`, of a second."""
@@ -93,9 +94,7 @@ def held_as(
     return and_(
         tasks.c.id == task_id,
         tasks.c.token == token,
-        # coalesce, lest the planner take an index of running tasks, if somebody has made one: it looks small,
-        # and holds a dead entry for each task that was settled since the last vacuum.
-        func.coalesce(tasks.c.state, _literal("")) == _literal(RUNNING),
+        runs(tasks),
     )
 
 
