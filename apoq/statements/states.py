@@ -32,8 +32,8 @@ def is_running(schema: str | None, tasks: FromClause) -> ColumnElement[bool]:
 def runs(tasks: FromClause) -> ColumnElement[bool]:
     """Pick what is running of tasks that are picked by their ids.
 
-    By coalesce, lest the planner take an index of running tasks, if somebody has made one: it looks small, and
-    holds a dead entry for each task that was settled since the last vacuum.
+    By coalesce, lest the planner take an index of running tasks, if somebody has made one: it looks small,
+    and holds a dead entry for each task that was settled since the last vacuum.
     """
     return func.coalesce(tasks.c.state, literal_column("''", Text)) == RUNNING
 
