@@ -316,6 +316,26 @@ class TestDoctor:
         assert "idle in transaction" in finding["text"]
         assert f"pg_terminate_backend({pid})" in finding["cure"]
 
+    @pytest.mark.parametrize(
+        ("index", "is_named"),
+        [
+            ("(state)", True),
+            ("(created_at) WHERE state = 'failed'", True),
+            ("((worker_id IS NULL))", True),
+            ("(type)", False),
+        ],
+    )
+    def test_an_index_that_claims_have_to_write_to_is_worth_a_look(self, run, engine, index, is_named):
+        with engine.begin() as connection:
+            connection.exec_driver_sql(f'CREATE INDEX "theirs, of old" ON apoq_tasks {index}')
+
+        findings = self.findings(run)
+
+        assert ("indexes" in findings) is is_named
+        if is_named:
+            assert findings["indexes"]["level"] == WARNING
+            assert 'DROP INDEX CONCURRENTLY "theirs, of old",' in findings["indexes"]["cure"]
+
     def test_autovacuum_that_is_off_is_to_be_mended(self, run, engine):
         with engine.begin() as connection:
             connection.exec_driver_sql("ALTER TABLE apoq_tasks SET (autovacuum_enabled = false)")

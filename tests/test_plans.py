@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import uuid
 from collections.abc import Iterator
 from datetime import timedelta
@@ -10,6 +11,7 @@ import pytest
 import sqlalchemy as sa
 from claims import note
 from sqlalchemy.dialects import postgresql
+from sqlalchemy.schema import CreateIndex
 
 from apoq import Task
 from apoq.cli.looking import SETTINGS
@@ -17,7 +19,7 @@ from apoq.connections import SESSION
 from apoq.sessions import _compiled
 from apoq.statements.arrays import array_text
 from apoq.statements.cancel import cancel
-from apoq.statements.claim import claim
+from apoq.statements.claim import CHANGED, claim
 from apoq.statements.count import COUNTED, count, count_running, count_types, queues, table_size
 from apoq.statements.find import details, find, find_ids, find_queues, horizon
 from apoq.statements.locked import locked
@@ -267,6 +269,17 @@ def test_nor_does_a_claim_after_a_survey_read_many_where_all_that_is_due_is_of_o
     plan = claimed(million, {**CLAIM, **mine, **position.parameters()})
 
     assert pages(plan) < 100
+
+
+def test_what_a_claim_changes_is_known():
+    changed = re.findall(r"(\w+)=", str(claim(None).compile(dialect=postgresql.dialect())))
+
+    assert set(changed) == set(CHANGED)
+    assert not set(CHANGED) & {
+        name
+        for index in Task.__table__.indexes
+        for name in re.findall(r"\w+", str(CreateIndex(index).compile(dialect=postgresql.dialect())))
+    }
 
 
 def claimed(engine: sa.Engine, parameters: dict) -> dict:

@@ -19,7 +19,14 @@ from apoq.cli.figures import figures
 from apoq.cli.finding import BAD, OK, WARNING, Finding
 from apoq.cli.output import json_option, show, show_json
 from apoq.cli.server_checks import check_clock, check_connections, check_server, check_way
-from apoq.cli.table_checks import check_horizon, check_queues, check_vacuum, check_version, check_workers
+from apoq.cli.table_checks import (
+    check_horizon,
+    check_indexes,
+    check_queues,
+    check_vacuum,
+    check_version,
+    check_workers,
+)
 from apoq.cli.target import Target
 
 _MARKS: Final = {OK: Text("✓", "green"), WARNING: Text("!", "yellow"), BAD: Text("✗", "red bold")}
@@ -68,6 +75,7 @@ def examine(target: Target) -> Iterator[Finding]:
     if any(finding.level != OK for finding in tables):
         return  # there is nothing to look at
     yield from _examined(target, "vacuum", partial(check_vacuum, schema=target.schema))
+    yield from _examined(target, "indexes", partial(check_indexes, schema=target.schema))
     yield from _examined(target, "transactions", check_horizon)
     yield from _tried("workers", partial(_check_figures, target))
 

@@ -14,8 +14,9 @@ from apoq.cli.finding import BAD, OK, WARNING, Finding
 from apoq.cli.wording import clean, length, tasks
 from apoq.migrations import LATEST, current
 from apoq.migrations.steps import newer
+from apoq.statements.claim import CHANGED
 from apoq.statements.count import COUNTED
-from apoq.statements.server import holders, server, vacuuming
+from apoq.statements.server import holders, indexes_naming, server, vacuuming
 
 DEAD: Final = 50_000
 """Dead rows that are no trouble yet, where there are fewer live ones."""
@@ -64,6 +65,15 @@ def check_vacuum(connection: sa.Connection, schema: str | None) -> Iterator[Find
         yield Finding(WARNING, "vacuum", f"{text}, more than live ones", cure)
     else:
         yield Finding(OK, "vacuum", f"autovacuum is on; {text}")
+
+
+def check_indexes(connection: sa.Connection, schema: str | None) -> Iterator[Finding]:
+    """Look for indexes that make each claim write to every index."""
+    for name in connection.scalars(indexes_naming(schema), {"columns": list(CHANGED)}):
+        text = f"{name} names what a claim changes, so each claim writes to every index of the task table"
+        yield Finding(
+            WARNING, "indexes", text, f"DROP INDEX CONCURRENTLY {name}, if nothing of yours needs it"
+        )
 
 
 def check_horizon(connection: sa.Connection) -> Iterator[Finding]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, Final
 
 from sqlalchemy import (
     BigInteger,
@@ -33,6 +33,9 @@ from apoq.model import tasks_table
 from apoq.statements.literals import EPOCH, LAST_BUT_ONE, ONE, RUNNING, ZERO
 from apoq.statements.notes import forget_settled, note
 from apoq.statements.states import is_pending
+
+CHANGED: Final = ("state", "token", "attempt", "worker_id", "claimed_at", "claimed_ahead")
+"""The columns that a claim writes to. Where an index names one of them, it writes to every index, too."""
 
 
 @cache

@@ -15,18 +15,21 @@ from sqlalchemy import (
     Select,
     TableClause,
     Text,
+    and_,
+    any_,
     bindparam,
     cast,
     column,
     func,
     literal,
+    literal_column,
     null,
     or_,
     select,
     table,
     union_all,
 )
-from sqlalchemy.dialects.postgresql import ARRAY, INTERVAL, TIMESTAMP
+from sqlalchemy.dialects.postgresql import ARRAY, INTERVAL, REGCLASS, TIMESTAMP
 from sqlalchemy.sql.elements import ColumnElement
 from sqlalchemy.types import TypeEngine
 
@@ -97,6 +100,33 @@ def vacuuming(schema: str | None) -> Select[*tuple[Any, ...]]:
         )
         .select_from(tables.join(classes, classes.c.oid == tables.c.relid))
         .where(tables.c.relid == oid(tasks_table(schema)))
+    )
+
+
+@cache
+def indexes_naming(schema: str | None) -> Select[tuple[str]]:
+    """Answer the indexes of the task table, as to be written in SQL, that name one of the `columns`.
+
+    Be it as a key, in an expression, or in its condition.
+    """
+    depends = _catalogue("pg_depend", "classid", "objid", "refclassid", "refobjid", "refobjsubid")
+    classes = _catalogue("pg_class", "oid", "relkind")
+    attributes = _catalogue("pg_attribute", "attrelid", "attnum", "attname")
+    relations = func.to_regclass("pg_catalog.pg_class", type_=BigInteger)
+    is_named = and_(attributes.c.attrelid == depends.c.refobjid, attributes.c.attnum == depends.c.refobjsubid)
+    name = cast(cast(classes.c.oid, REGCLASS), Text)
+    return (
+        select(name)
+        .distinct()
+        .select_from(depends.join(classes, classes.c.oid == depends.c.objid).join(attributes, is_named))
+        .where(
+            depends.c.classid == relations,
+            depends.c.refclassid == relations,
+            depends.c.refobjid == oid(tasks_table(schema)),
+            classes.c.relkind == literal_column("'i'"),
+            attributes.c.attname == any_(bindparam("columns", type_=ARRAY(Text))),
+        )
+        .order_by(name)
     )
 
 
