@@ -104,7 +104,7 @@ def vacuuming(schema: str | None) -> Select[*tuple[Any, ...]]:
 
 
 @cache
-def indexes_naming(schema: str | None) -> Select[tuple[str]]:
+def indexes_naming(schema: str | None) -> Select[*tuple[Any, ...]]:
     """Answer the indexes of the task table, as to be written in SQL, that name one of the `columns`.
 
     Be it as a key, in an expression, or in its condition.
