@@ -27,8 +27,13 @@ def _fill(columns: str, values: str, *, type_: str = f"'{TYPE}'") -> str:
 class Apoq(Contender):
     name = "apoq"
     table = "apoq_tasks"
-    # All have begun when this is asked; to look for pending ones as well would walk through what is in front.
-    unfinished = "SELECT EXISTS (SELECT FROM apoq_tasks WHERE ended_as IS NULL AND state = 'running')"
+    # All have begun when this is asked. By what claims have noted: to look for running ones among those that
+    # haven't ended would walk through what is in front.
+    unfinished = """
+        SELECT EXISTS (
+            SELECT FROM apoq_claims JOIN apoq_tasks ON id = ANY (task_ids) WHERE state = 'running'
+        )
+    """
     finished = "SELECT count(*) FROM apoq_tasks WHERE state = 'completed' AND attempt = 1"
     fills: ClassVar = {
         "due": _fill("priority", "0"),
