@@ -298,6 +298,7 @@ def test_a_claim_that_is_to_end_a_task_counts_no_attempt_where_its_worker_dies(
         "at_most": 1,
         "ahead": False,
         "by_worker": uuid4(),
+        "number": 1,
         **Position().parameters(),
     }
     with Session(engine) as session, session.begin():
