@@ -22,6 +22,7 @@ from apoq.statements.cancel import cancel
 from apoq.statements.claim import CHANGED, claim
 from apoq.statements.count import COUNTED, count, count_running, count_types, queues, table_size
 from apoq.statements.find import details, find, find_ids, find_queues, horizon
+from apoq.statements.heartbeat import leave
 from apoq.statements.locked import locked
 from apoq.statements.lost import lost
 from apoq.statements.prune import (
@@ -30,7 +31,7 @@ from apoq.statements.prune import (
     prune_completed,
     prune_failed,
 )
-from apoq.statements.recover import give_back, rescue
+from apoq.statements.recover import forget_dead, give_back, rescue
 from apoq.statements.retry import retry
 from apoq.statements.settle import complete, remove, settle
 from apoq.statements.survey import survey
@@ -124,6 +125,13 @@ STATEMENTS = [
         {"apoq_tasks_pkey"},
         id="rescue",
     ),
+    pytest.param(
+        forget_dead(None),
+        {"lease": timedelta(seconds=15), "grace": timedelta(seconds=4.5), "by_worker": uuid.uuid4()},
+        {"apoq_tasks_pkey"},
+        id="forget_dead",
+    ),
+    pytest.param(leave(None), {"worker_id": uuid.uuid4()}, {"apoq_tasks_pkey"}, id="leave"),
     pytest.param(
         give_back(None),
         {"by_worker": uuid.uuid4(), "known": "{1}", "held": "{1}"},

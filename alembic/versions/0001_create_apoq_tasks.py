@@ -1,4 +1,4 @@
-"""Create apoq_tasks and apoq_workers."""
+"""Create apoq_tasks, apoq_workers and apoq_claims."""
 
 from alembic import op
 

@@ -1,4 +1,4 @@
-"""Version 1: the task table, a superset of the Node.js original's, and the workers'.
+"""Version 1: the task table, a superset of the Node.js original's, the workers', and their claims'.
 
 Each step is harmless where it has been taken already, so that a database made by the original (at either
 of its two versions) comes out the same as a new one, with its tasks kept, online and offline.
