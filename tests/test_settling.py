@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from operator import itemgetter
 from uuid import UUID
@@ -153,6 +153,19 @@ SWEEP = {
     "reason": "{}",
     "by_worker": None,
 }
+
+
+def test_a_task_that_is_ended_without_an_attempt_has_failed_when_it_is_ended(engine, worker):
+    """It is kept from then on, and not from when its last worker died."""
+    long_ago = datetime(2020, 1, 1, tzinfo=UTC)
+    with Session(engine) as session, session.begin():
+        session.add(Task(type="t", fail_count=100, attempt=100, rescue_count=100, failed_at=long_ago))
+
+    assert worker.work() is None
+
+    (task,) = tasks(engine)
+    assert (task.state, task.attempt) == ("failed", 100)
+    assert task.failed_at > task.claimed_at > long_ago
 
 
 class TestTheSweep:

@@ -18,6 +18,7 @@ from sqlalchemy import (
     delete,
     func,
     literal_column,
+    or_,
     select,
     update,
 )
@@ -28,7 +29,7 @@ from sqlalchemy.types import BigInteger, Double, Integer
 from apoq.model import tasks_table
 from apoq.statements.arrays import bigints
 from apoq.statements.states import runs
-from apoq.states import CANCELLED, COMPLETED
+from apoq.states import CANCELLED, COMPLETED, FAILED
 
 LOCK_TIMEOUT: Final = "500ms"
 """What a batch waits for a locked row: less than PostgreSQL's `deadlock_timeout`, of a second."""
@@ -156,7 +157,10 @@ def settle(schema: str | None) -> Update:
             ),
             completed_at=case((rows.c.state == COMPLETED, now), else_=tasks.c.completed_at),
             cancelled_at=case((rows.c.state == CANCELLED, now), else_=tasks.c.cancelled_at),
-            failed_at=case((rows.c.fail_count > tasks.c.fail_count, now), else_=tasks.c.failed_at),
+            failed_at=case(
+                (or_(rows.c.fail_count > tasks.c.fail_count, rows.c.state == FAILED), now),
+                else_=tasks.c.failed_at,
+            ),
             error=func.coalesce(cast(rows.c.error, JSONB), tasks.c.error),
         )
     )
