@@ -21,9 +21,12 @@ from apoq.libpq import Answer
 from apoq.reading import read_anything
 from apoq.watch import watch
 
-SESSION: Final = """
+STATEMENT_TIMEOUT: Final = 60
+"""Seconds after which the server ends a statement of an engine of apoq's own."""
+
+SESSION: Final = f"""
     SET default_transaction_isolation = 'read committed';
-    SET statement_timeout = '60s';
+    SET statement_timeout = '{STATEMENT_TIMEOUT}s';
     SET idle_in_transaction_session_timeout = '5s';
     SET enable_seqscan = off;
     SET enable_bitmapscan = off;
@@ -36,9 +39,9 @@ SESSION: Final = """
 # Nothing is compiled: before PostgreSQL 18, a scan that is off and yet unavoidable costs ten billion to the
 # planner, and so each heartbeat was compiled for a second, to run for a tenth of a millisecond.
 
-BEGIN: Final = """
+BEGIN: Final = f"""
     BEGIN ISOLATION LEVEL READ COMMITTED;
-    SET LOCAL statement_timeout = '60s';
+    SET LOCAL statement_timeout = '{STATEMENT_TIMEOUT}s';
     SET LOCAL idle_in_transaction_session_timeout = '5s'
 """
 # The same where a pooler is in between: a setting of the session would be the next one's, too.

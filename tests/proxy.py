@@ -30,6 +30,11 @@ class Proxy:
         for pair in self._pairs:
             pair.is_dead = True
 
+    def drop(self) -> None:
+        """Tell the clients that their connections are gone, and not the server."""
+        for pair in self._pairs:
+            pair.drop()
+
     def heal(self) -> None:
         self.is_cut = False
 
@@ -62,6 +67,11 @@ class Pair:
         self.is_dead = False
         for source, target in (self._sockets, self._sockets[::-1]):
             threading.Thread(target=self._pump, args=(source, target), daemon=True).start()
+
+    def drop(self) -> None:
+        self.is_dead = True
+        with suppress(OSError):
+            self._sockets[0].shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         for end in self._sockets:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from datetime import timedelta
 from uuid import uuid4
 
@@ -14,6 +15,7 @@ from waiting import patience
 
 from apoq import Queue, Task
 from apoq.model import ClaimRow, WorkerRow
+from apoq.worker.running import ID
 
 SOON = 20.0
 """Seconds within which what a test waits for has long happened."""
@@ -108,6 +110,29 @@ def test_what_it_could_not_write_is_found_by_the_next(engine, make_worker):
     until(lambda: state(engine, task_id) == "completed")
     another.stop()
     assert noted(engine) == []
+
+
+def test_what_somebody_is_changing_is_given_back_once_it_is_free(engine, worker):
+    """A claim's answer was lost, and one of its tasks is being cancelled, in a transaction that goes on."""
+    worker.use("t", lambda task: None)
+    claimer = worker._life.parts.claimer
+    first, second = add(engine, 2)
+    with engine.begin() as connection:
+        connection.execute(
+            sa.text("UPDATE apoq_tasks SET state = 'running', attempt = 1, token = 1, worker_id = :its"),
+            {"its": claimer.worker_id},
+        )
+        note(connection)
+    claimer._doubt_ends = time.monotonic()
+    with Session(engine) as session:
+        Queue().cancel(session, first)
+        assert [row[ID] for row in claimer.claim(2, 2)] == [second]
+        assert [first, second] in noted(engine)
+
+    assert [row[ID] for row in claimer.claim(2, 2)] == [first]
+    assert noted(engine) == [[second], [first]]
+    assert claimer._doubt_ends is None
+    worker._life.parts.engine.dispose()
 
 
 def test_those_of_the_dead_go_with_what_they_held(engine, make_worker):

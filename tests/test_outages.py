@@ -15,12 +15,20 @@ from sqlalchemy.orm import Session
 from waiting import patience
 
 from apoq import Queue, Task, Worker
+from apoq.model import claims_table
 from apoq.worker.lease import Lease
 
 SOON = 30.0
 
 until = patience(SOON)
 SHORT = timedelta(seconds=2.5)
+
+WAITING = """
+    SELECT EXISTS (
+        SELECT FROM pg_stat_activity
+        WHERE datname = current_database() AND query LIKE '%picked%' AND wait_event_type = 'Lock'
+    )
+"""
 
 
 def add(engine, queue: Queue, type_: str = "t") -> int:
@@ -31,6 +39,12 @@ def add(engine, queue: Queue, type_: str = "t") -> int:
 def count(engine, *conditions) -> int:
     with engine.connect() as connection:
         return connection.scalar(sa.select(sa.func.count()).select_from(Task).where(*conditions))
+
+
+def is_waiting(engine) -> bool:
+    """Tell whether a claim waits for somebody else."""
+    with engine.connect() as connection:
+        return connection.scalar(sa.text(WAITING))
 
 
 class TestLease:
@@ -152,6 +166,31 @@ def test_after_a_cut_without_a_word_it_hears_hints_again(proxy, far, engine, que
         assert ran.acquire(timeout=SOON)
     assert time.monotonic() - began < 10
     worker.stop()
+
+
+def test_what_is_claimed_after_the_worker_has_gone_on_without_it_is_given_back(
+    proxy, far_worker, engine, queue
+):
+    """The server was slow, not gone: nobody reads the answer, and the row says running."""
+    ran = threading.Event()
+    far_worker.use("t", lambda task: ran.set())
+    far_worker.start()
+    claimer = far_worker._life.parts.claimer
+    until(lambda: claimer._rested_at)
+    with engine.connect() as connection:
+        # What takes the task has to wait for this.
+        notes = [{"worker_id": claimer.worker_id, "number": n, "task_ids": []} for n in range(1_000)]
+        connection.execute(sa.insert(claims_table(None)), notes)
+        add(engine, queue)
+        until(lambda: is_waiting(engine))
+        proxy.drop()
+        dropped_at = time.monotonic()
+        until(lambda: claimer._rested_at > dropped_at)
+        assert is_waiting(engine)
+        connection.rollback()
+
+    assert ran.wait(SOON)
+    until(lambda: count(engine, Task.state == "completed", Task.attempt == 1) == 1)
 
 
 def test_a_processor_whose_session_is_cut_off_gives_its_slot_free_and_uses_up_no_attempt(

@@ -106,26 +106,40 @@ def _is_of_dead(schema: str | None) -> ColumnElement[bool]:
 
 
 @cache
-def give_back(schema: str | None) -> Update:
+def give_back(schema: str | None) -> Select[tuple[int]]:
     """Make tasks pending again that a live worker claimed without learning of it: all of its but `held`.
 
-    It has learnt of the claims `known`; all others are forgotten.
+    It has learnt of the claims `known`. Answers how many are left, for somebody else has locked them.
     """
-    tasks, claims = tasks_table(schema), claims_table(schema)
-    its = bindparam("by_worker", type_=Uuid)
-    unknown = (
-        delete(claims)
-        .where(claims.c.worker_id == its, claims.c.number != all_(bigints("known")))
-        .returning(claims.c.task_ids)
-        .cte("unknown")
+    tasks = tasks_table(schema)
+    claims = claims_table(schema)
+    taken = select(func.unnest(claims.c.task_ids)).where(_is_unknown(schema))
+    is_stray = and_(
+        tasks.c.id == any_(func.array(taken.scalar_subquery())),
+        runs(tasks),
+        tasks.c.worker_id == bindparam("by_worker", type_=Uuid),
+        tasks.c.id != all_(bigints("held")),
     )
-    return (
+    # Somebody may be cancelling one, in a transaction that takes its time.
+    strays = select(tasks.c.id).where(is_stray).with_for_update(skip_locked=True).cte("strays")
+    given = (
         update(tasks)
-        .where(
-            tasks.c.id == any_(func.array(select(func.unnest(unknown.c.task_ids)).scalar_subquery())),
-            runs(tasks),
-            tasks.c.worker_id == its,
-            tasks.c.id != all_(bigints("held")),
-        )
+        .where(tasks.c.id == strays.c.id)
         .values(state=PENDING, attempt=tasks.c.attempt - 1)
+        .returning(tasks.c.id)
+        .cte("given")
     )
+    all_of_them = select(func.count()).select_from(tasks).where(is_stray).scalar_subquery()
+    return select(all_of_them - select(func.count()).select_from(given).scalar_subquery())
+
+
+@cache
+def forget_unknown(schema: str | None) -> Delete:
+    """Forget the claims of a live worker of which it hasn't learnt, once all that they took is given back."""
+    return delete(claims_table(schema)).where(_is_unknown(schema))
+
+
+def _is_unknown(schema: str | None) -> ColumnElement[bool]:
+    claims = claims_table(schema)
+    is_its = claims.c.worker_id == bindparam("by_worker", type_=Uuid)
+    return and_(is_its, claims.c.number != all_(bigints("known")))

@@ -12,14 +12,14 @@ from uuid import UUID
 from sqlalchemy import Engine
 from sqlalchemy.pool import PoolProxiedConnection
 
-from apoq.connections import execute
+from apoq.connections import STATEMENT_TIMEOUT, execute
 from apoq.outcomes import WorkerDied
 from apoq.payload import encode
 from apoq.queue import Queue
 from apoq.registry import Processor, Registry
 from apoq.statements.arrays import array_text
 from apoq.statements.claim import claim
-from apoq.statements.recover import give_back
+from apoq.statements.recover import forget_unknown, give_back
 from apoq.worker.attempts import Ended, ended
 from apoq.worker.lease import Lease
 from apoq.worker.notes import Notes
@@ -46,6 +46,9 @@ LONGEST_REST: Final = 0.02
 
 LEASE_LOOK: Final = 0.1
 """Seconds after which a claimer whose lease has ended looks whether it is renewed."""
+
+DOUBT: Final = STATEMENT_TIMEOUT
+"""Seconds after which a claim that was given up here has ended at the server, too."""
 
 OVERDUE: Final = 2.0
 """Seconds after which a task that has not begun is given back, for others may have a free slot."""
@@ -98,17 +101,12 @@ class Claimer:
         """Whether a slot that is freed is a reason to take a turn."""
         self._workable: dict[Queue, tuple[Mapping[str, Processor], dict[str, Any]]] = {}
         self._lock = threading.Lock()
-        self._doubtful = False
+        self._doubt_ends: float | None = None
         self._hinted = True
         self._rested_at = 0.0
 
     def hint(self) -> None:
         """Look at the next turn, even if there was nothing a moment ago."""
-        self._hinted = True
-
-    def doubt(self) -> None:
-        """Remember that a claim may have committed without an answer."""
-        self._doubtful = True
         self._hinted = True
 
     def turn(self, connection: PoolProxiedConnection | None = None) -> float | None:
@@ -156,15 +154,25 @@ class Claimer:
         return None
 
     def claim(self, limit: int, free: int, connection: PoolProxiedConnection | None = None) -> list[Claimed]:
-        """Claim up to `limit` tasks, where `free` slots have nothing to do."""
+        """Claim up to `limit` tasks, where `free` slots have nothing to do.
+
+        Raises what a queue's claim raises, unless an earlier queue has given some: these are to run.
+        """
         tasks: list[Claimed] = []
         with self._lock:
-            self._give_back_strays()
-            for queue in self._rotated():
-                if len(tasks) < limit:
-                    tasks += self._claim_from(
-                        queue, limit - len(tasks), free - len(tasks), connection or self._engine
-                    )
+            try:
+                self._give_back_strays()
+                for queue in self._rotated():
+                    if len(tasks) < limit:
+                        tasks += self._claim_from(
+                            queue, limit - len(tasks), free - len(tasks), connection or self._engine
+                        )
+            except BaseException:
+                # It may have committed without an answer, or may do so yet.
+                self._doubt_ends = time.monotonic() + DOUBT
+                self._hinted = True
+                if not tasks:
+                    raise
         return tasks
 
     def _startable(self, tasks: list[Claimed]) -> Iterator[Claimed]:
@@ -202,9 +210,7 @@ class Claimer:
             "done": array_text(done),
             **position.parameters(),
         }
-        self._doubtful = True
         rows = execute(where, claim(queue.schema), parameters).fetchall()
-        self._doubtful = False
         self._notes.claimed(queue.schema, number, len(rows))
         self._notes.forgotten(queue.schema, done)
         rows.sort(key=_order)
@@ -227,9 +233,13 @@ class Claimer:
         return self._queues
 
     def _give_back_strays(self) -> None:
-        """Give back what an earlier claim took, if it committed although its answer was lost."""
-        if not self._doubtful:
+        """Give back what an earlier claim took, if it committed although its answer was lost.
+
+        Each time until none can come late, for the server may have been slow only, and none is left.
+        """
+        if self._doubt_ends is None:
             return
+        is_over = time.monotonic() >= self._doubt_ends
         held: dict[str | None, list[int]] = {queue.schema: [] for queue in self._queues}
         for row in list(self.held.values()):
             batch: Batch = row[BATCH]
@@ -237,8 +247,12 @@ class Claimer:
         known = array_text(self._notes.known())
         for schema, ids in held.items():
             parameters = {"by_worker": self.worker_id, "known": known, "held": array_text(ids)}
-            execute(self._engine, give_back(schema), parameters)
-        self._doubtful = False
+            ((left,),) = execute(self._engine, give_back(schema), parameters)
+            is_over = is_over and not left
+            if is_over:
+                execute(self._engine, forget_unknown(schema), parameters)
+        if is_over:
+            self._doubt_ends = None
 
     def _give_back_overdue(self) -> None:
         since = self._slots.waiting_since

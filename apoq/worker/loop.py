@@ -62,13 +62,11 @@ class Loop:
         turn: Callable[[], float | None],
         outage: Outage,
         *,
-        on_failure: Callable[[], None] = lambda: None,
         on_death: Callable[[], None] = lambda: None,
     ) -> None:
         self._name = name
         self._outage = outage
         self._turn = turn
-        self._on_failure = on_failure
         self._on_death = on_death
         self._woken = threading.Event()
         self._stopping = False
@@ -104,7 +102,6 @@ class Loop:
                         pause = turn()
             except Exception as error:
                 logger.debug("%s failed on another thread", self._name, exc_info=error)
-                self._on_failure()
             finally:
                 self._turning.release()
             if pause is None:
@@ -158,7 +155,6 @@ class Loop:
                     self._has_told = True
                     logger.warning("%s failed, and tries again until it succeeds: %s", self._name, error)
                 logger.debug("%s failed %d times", self._name, self._failures, exc_info=error)
-                self._on_failure()
                 self._sleep_through(backoff(self._failures))
             else:
                 self.recovered()

@@ -155,7 +155,7 @@ class Parts:
         self.on_death: Callable[[], None] = lambda: None
         """Called when a thread of the worker's has ended that shouldn't."""
         self.settling = self.loop("apoq-settler", self.settler.turn)
-        self.claiming = self.loop("apoq-claimer", self.claimer.turn, on_failure=self.claimer.doubt)
+        self.claiming = self.loop("apoq-claimer", self.claimer.turn)
         self.scouting = self.loop("apoq-scout", self.scout.turn)
         self.recalling = self.loop("apoq-recaller", self.recaller.turn)
         self.listening = self.loop("apoq-listener", self.listener.turn)
@@ -163,11 +163,9 @@ class Parts:
         self.loops = (self.settling, self.listening, self.scouting, self.claiming, self.pruning)
         """Those that run from a start to a stop."""
 
-    def loop(
-        self, name: str, turn: Callable[[], float | None], on_failure: Callable[[], None] = lambda: None
-    ) -> Loop:
+    def loop(self, name: str, turn: Callable[[], float | None]) -> Loop:
         """Make a loop of this worker's."""
-        return Loop(name, turn, self.outage, on_failure=on_failure, on_death=self._died)
+        return Loop(name, turn, self.outage, on_death=self._died)
 
     def start(self) -> None:
         """Claim, run and settle from now on, each on its thread."""
