@@ -27,6 +27,8 @@ class Events:
 
     `task` is a `Task` as it stands in the database, in no session. Listeners run on the worker's
     threads, one after the other: keep them short. One that raises is logged and hurts nothing.
+    An event may be missed: a process may die between the commit and the listener, and the server's
+    answer to the commit may get lost.
     """
 
     def __init__(self) -> None:
