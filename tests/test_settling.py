@@ -125,7 +125,8 @@ def test_each_of_a_batch_is_told_of_once_where_one_can_not_be_written_and_anothe
     refuse(engine, "NEW.state = 'completed' AND NEW.data = '1'")
     writing = threading.Thread(target=end(None, None, None))
     with caplog.at_level(logging.INFO, "apoq"), engine.connect() as caller:
-        caller.execute(sa.select(Task.id).where(Task.data == sa.cast("2", JSONB)).with_for_update())
+        locked = caller.scalars(sa.select(Task.data).where(Task.data == sa.cast(2, JSONB)).with_for_update())
+        assert locked.all() == [2]
         writing.start()
         until(lambda: told == [0])
         caller.rollback()
