@@ -10,6 +10,7 @@ import sys
 import textwrap
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -597,8 +598,12 @@ class Server:
 
     def get(self) -> int:
         """Add a task; answer the id of the process that did."""
-        with urllib.request.urlopen(self._url, timeout=SOON) as response:
-            return int(response.read())
+        try:
+            with urllib.request.urlopen(self._url, timeout=SOON) as response:
+                return int(response.read())
+        except urllib.error.HTTPError as error:
+            error.add_note(self.said)
+            raise
 
     def answers(self) -> bool:
         assert self.process.poll() is None, self.said
