@@ -1,13 +1,27 @@
-"""Tasks that a test has made to run by hand."""
+"""What tests do to claims, and in place of them."""
 
 from __future__ import annotations
 
 import sqlalchemy as sa
 
+from apoq import Worker
+from apoq.model import claims_table
+
 _NOTE = sa.text("""
     INSERT INTO apoq_claims (worker_id, number, task_ids)
     SELECT worker_id, 0, array_agg(id) FROM apoq_tasks WHERE state = 'running' GROUP BY worker_id
 """)
+
+
+WAITS = "query LIKE '%picked%' AND wait_event_type = 'Lock'"
+"""Of a session in pg_stat_activity: a claim waits for somebody else."""
+
+
+def hold_up(connection: sa.Connection, worker: Worker, schema: str | None = None) -> None:
+    """Let each claim of a worker that takes anything wait until this transaction ends."""
+    worker_id = worker._life.parts.claimer.worker_id
+    notes = [{"worker_id": worker_id, "number": number, "task_ids": []} for number in range(1_000)]
+    connection.execute(sa.insert(claims_table(schema)), notes)
 
 
 def note(connection: sa.Connection) -> None:

@@ -10,12 +10,12 @@ from datetime import timedelta
 
 import pytest
 import sqlalchemy as sa
+from claims import WAITS, hold_up
 from proxy import Proxy
 from sqlalchemy.orm import Session
 from waiting import patience
 
 from apoq import Queue, Task, Worker
-from apoq.model import claims_table
 from apoq.worker.lease import Lease
 
 SOON = 30.0
@@ -23,11 +23,8 @@ SOON = 30.0
 until = patience(SOON)
 SHORT = timedelta(seconds=2.5)
 
-WAITING = """
-    SELECT EXISTS (
-        SELECT FROM pg_stat_activity
-        WHERE datname = current_database() AND query LIKE '%picked%' AND wait_event_type = 'Lock'
-    )
+WAITING = f"""
+    SELECT EXISTS (SELECT FROM pg_stat_activity WHERE datname = current_database() AND {WAITS})
 """
 
 
@@ -178,9 +175,7 @@ def test_what_is_claimed_after_the_worker_has_gone_on_without_it_is_given_back(
     claimer = far_worker._life.parts.claimer
     until(lambda: claimer._rested_at)
     with engine.connect() as connection:
-        # What takes the task has to wait for this.
-        notes = [{"worker_id": claimer.worker_id, "number": n, "task_ids": []} for n in range(1_000)]
-        connection.execute(sa.insert(claims_table(None)), notes)
+        hold_up(connection, far_worker)
         add(engine, queue)
         until(lambda: is_waiting(engine))
         proxy.drop()

@@ -8,12 +8,11 @@ import time
 
 import pytest
 import sqlalchemy as sa
-from claims import note
+from claims import WAITS, hold_up, note
 from sqlalchemy.orm import Session
 from waiting import patience
 
 from apoq import Queue, RunningTask, Task, prepare
-from apoq.model import claims_table
 from apoq.statements.hint import CHANNEL
 from apoq.worker.loop import FIRST_BACKOFF, LONGEST_BACKOFF, Loop, Outage, backoff
 
@@ -26,7 +25,7 @@ KILL = """
     WHERE datname = current_database() AND pid <> pg_backend_pid()
 """
 
-KILL_THE_CLAIM = f"{KILL} AND query LIKE '%picked%' AND wait_event_type = 'Lock'"
+KILL_THE_CLAIM = f"{KILL} AND {WAITS}"
 
 
 def kill(engine: sa.Engine, statement: str = KILL) -> int:
@@ -118,10 +117,7 @@ def test_what_one_queue_has_given_runs_although_the_next_ones_claim_fails(engine
     worker.start()
     until(lambda: worker._life.parts.claimer._rested_at)
     with engine.connect() as connection:
-        # What takes the other one's has to wait for this.
-        worker_id = worker._life.parts.claimer.worker_id
-        notes = [{"worker_id": worker_id, "number": n, "task_ids": []} for n in range(1_000)]
-        connection.execute(sa.insert(claims_table("other")), notes)
+        hold_up(connection, worker, schema="other")
         with Session(engine) as session, session.begin():
             queue.add_many(session, "t", range(3))
             other.add_many(session, "t", range(3))

@@ -34,6 +34,12 @@ def note(schema: str | None, taken: FromClause) -> Insert:
     return insert(claims_table(schema)).from_select(["worker_id", "number", "task_ids"], row)
 
 
+def noted(schema: str | None, tasks: FromClause, by: ColumnElement[bool]) -> ColumnElement[bool]:
+    """Pick the tasks that these claims have written down."""
+    ids = select(func.unnest(claims_table(schema).c.task_ids)).where(by)
+    return tasks.c.id == any_(func.array(ids.scalar_subquery()))
+
+
 def forget_settled(schema: str | None) -> Delete:
     """Delete the notes `done` of the worker `by_worker`: it has settled all that they name."""
     claims = claims_table(schema)

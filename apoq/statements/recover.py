@@ -13,7 +13,6 @@ from sqlalchemy import (
     Uuid,
     all_,
     and_,
-    any_,
     bindparam,
     case,
     cast,
@@ -30,7 +29,7 @@ from apoq.model import claims_table, tasks_table
 from apoq.statements.arrays import bigints
 from apoq.statements.heartbeat import alive, beat, next_death
 from apoq.statements.literals import PENDING
-from apoq.statements.notes import forget_claims
+from apoq.statements.notes import forget_claims, noted
 from apoq.statements.states import runs
 
 
@@ -61,11 +60,10 @@ def rescue(schema: str | None) -> Update:
     """
     tasks = tasks_table(schema)
     held = tasks.alias("held")
-    taken = select(func.unnest(claims_table(schema).c.task_ids)).where(_is_of_dead(schema))
     orphans = (
         select(held.c.id)
         .where(
-            held.c.id == any_(func.array(taken.scalar_subquery())),
+            noted(schema, held, _is_of_dead(schema)),
             runs(held),
             # Another may have taken it since.
             held.c.worker_id.is_distinct_from(bindparam("by_worker", type_=Uuid)),
@@ -112,10 +110,8 @@ def give_back(schema: str | None) -> Select[tuple[int]]:
     It has learnt of the claims `known`. Answers how many are left, for somebody else has locked them.
     """
     tasks = tasks_table(schema)
-    claims = claims_table(schema)
-    taken = select(func.unnest(claims.c.task_ids)).where(_is_unknown(schema))
     is_stray = and_(
-        tasks.c.id == any_(func.array(taken.scalar_subquery())),
+        noted(schema, tasks, _is_unknown(schema)),
         runs(tasks),
         tasks.c.worker_id == bindparam("by_worker", type_=Uuid),
         tasks.c.id != all_(bigints("held")),

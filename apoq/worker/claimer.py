@@ -47,9 +47,6 @@ LONGEST_REST: Final = 0.02
 LEASE_LOOK: Final = 0.1
 """Seconds after which a claimer whose lease has ended looks whether it is renewed."""
 
-DOUBT: Final = STATEMENT_TIMEOUT
-"""Seconds after which a claim that was given up here has ended at the server, too."""
-
 OVERDUE: Final = 2.0
 """Seconds after which a task that has not begun is given back, for others may have a free slot."""
 
@@ -168,8 +165,8 @@ class Claimer:
                             queue, limit - len(tasks), free - len(tasks), connection or self._engine
                         )
             except BaseException:
-                # It may have committed without an answer, or may do so yet.
-                self._doubt_ends = time.monotonic() + DOUBT
+                # It may have committed without an answer, or may do so until the server ends it.
+                self._doubt_ends = time.monotonic() + STATEMENT_TIMEOUT
                 self._hinted = True
                 if not tasks:
                     raise
