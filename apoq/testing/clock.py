@@ -21,7 +21,7 @@ from apoq.model import Task
 from apoq.sessions import CLOCK
 from apoq.testing.inside import AsyncTestSession, Inner, TestSession, connection_of, inside
 
-_READS = re.compile(r"\b(?:now|clock_timestamp)\(\)")
+_READS = re.compile(r"\b(?:now|statement_timestamp|clock_timestamp)\(\)")
 _OURS = re.compile(r"\bapoq_\w+")
 
 
