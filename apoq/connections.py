@@ -30,15 +30,12 @@ SESSION: Final = f"""
     SET idle_in_transaction_session_timeout = '5s';
     SET enable_seqscan = off;
     SET enable_bitmapscan = off;
-    SET plan_cache_mode = force_generic_plan;
     SET jit = off
 """
 # READ COMMITTED, for at a higher level claims would fail on each other (40001).
 # The time-outs, for a worker that is frozen in a transaction would keep its rows locked, and nobody could
 # rescue them.
-# Plans by index only, for a prepared statement's plan may be made while the table is still empty. And one
-# for any parameters: left to itself, the server plans a claim of one task anew each time, which takes it
-# longer than to execute it.
+# Plans by index only, for a prepared statement's plan may be made while the table is still empty.
 # Nothing is compiled: before PostgreSQL 18, a scan that is off and yet unavoidable costs ten billion to the
 # planner, and so each heartbeat was compiled for a second, to run for a tenth of a millisecond.
 

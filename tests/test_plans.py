@@ -15,7 +15,7 @@ from sqlalchemy.schema import CreateIndex
 
 from apoq import Task
 from apoq.cli.looking import SETTINGS
-from apoq.connections import SESSION, execute, own_engine
+from apoq.connections import SESSION
 from apoq.sessions import _compiled
 from apoq.statements.arrays import array_text
 from apoq.statements.cancel import cancel
@@ -358,18 +358,3 @@ def test_a_worker_tells_the_database_no_time_of_day(name):
     assert not [
         parameter for parameter in bound if isinstance(parameter.type, sa.DateTime | sa.Date | sa.Time)
     ]
-
-
-def test_a_claim_is_planned_once(million):
-    """Not for each task, as the server would where one is claimed at a time."""
-    own = own_engine(million)
-    parameters = CLAIM | {"at_most": 1, "of_types": ["none"]} | Position().parameters()
-    for _ in range(10):
-        execute(own, claim(None), parameters)
-    with own.connect() as connection:
-        planned = connection.exec_driver_sql(
-            "SELECT generic_plans, custom_plans FROM pg_prepared_statements WHERE statement LIKE '%%UPDATE%%'"
-        ).one()
-    own.dispose()
-
-    assert planned == (10, 0)

@@ -30,12 +30,6 @@ STORAGE = {
     "autovacuum_analyze_scale_factor": "0.05",
 }
 
-KEY_STORAGE = {
-    # Room on each page for the new version of each of its rows that a completion writes: where it finds none,
-    # the server looks for dead entries there, again and again.
-    "fillfactor": "50",
-}
-
 CLAIMS_STORAGE = {
     # It never holds much, and each of its rows goes within seconds.
     "autovacuum_vacuum_scale_factor": "0",
@@ -110,8 +104,7 @@ def upgrade(op: Operations, schema: str | None = None) -> None:
         schema=schema,
         postgresql_where=sa.text("ended_as IN ('failed', 'cancelled')"),
     )
-    _alter(op, "TABLE", "apoq_tasks", schema, _set(STORAGE))
-    _alter(op, "INDEX", "apoq_tasks_pkey", schema, _set(KEY_STORAGE))
+    _alter(op, "apoq_tasks", schema, _set(STORAGE))
     op.create_table(
         "apoq_workers",
         sa.Column("id", sa.Uuid, primary_key=True),
@@ -134,7 +127,7 @@ def upgrade(op: Operations, schema: str | None = None) -> None:
         schema=schema,
     )
     # To compress a thousand ids would take most of a claim's time.
-    _alter(op, "TABLE", "apoq_claims", schema, "ALTER task_ids SET STORAGE EXTERNAL, " + _set(CLAIMS_STORAGE))
+    _alter(op, "apoq_claims", schema, "ALTER task_ids SET STORAGE EXTERNAL, " + _set(CLAIMS_STORAGE))
 
 
 def downgrade(op: Operations, schema: str | None = None) -> None:
@@ -148,8 +141,8 @@ def _set(settings: dict[str, str]) -> str:
     return f"SET ({', '.join(f'{name} = {value}' for name, value in settings.items())})"
 
 
-def _alter(op: Operations, kind: str, name: str, schema: str | None, change: str) -> None:
-    ddl = sa.DDL(f"ALTER {kind} %(fullname)s {change}")  # type: ignore[no-untyped-call]
+def _alter(op: Operations, name: str, schema: str | None, change: str) -> None:
+    ddl = sa.DDL(f"ALTER TABLE %(fullname)s {change}")  # type: ignore[no-untyped-call]
     op.execute(ddl.against(sa.Table(name, sa.MetaData(), schema=schema)))
 
 

@@ -30,10 +30,10 @@ from apoq.worker.slots import Slots, released
 
 logger = logging.getLogger(__name__)
 
-MOST_AT_ONCE: Final = 2_000
+MOST_AT_ONCE: Final = 1_000
 """Tasks that one statement claims at most."""
 
-MOST_AHEAD: Final = 4_000
+MOST_AHEAD: Final = 2_000
 """Tasks that are claimed at most beyond those that run."""
 
 HORIZON: Final = 0.25

@@ -34,7 +34,6 @@ CHANGES: dict[str, Sequence[str]] = {
     "as it is": (),
     "with an index that names the state": ("CREATE INDEX ON apoq_tasks (worker_id) WHERE state = 'running'",),
     "with pages filled to the brim": ("ALTER TABLE apoq_tasks SET (fillfactor = 100)",),
-    "with a primary key as it comes": ("ALTER INDEX apoq_tasks_pkey SET (fillfactor = 90)",),
     "without the index of completed ones": ("DROP INDEX apoq_tasks_completed_idx",),
     "without the CHECK": ("ALTER TABLE apoq_tasks DROP CONSTRAINT apoq_tasks_state_check",),
 }
