@@ -117,6 +117,13 @@ class TestABatch:
         assert [task.state for task in tasks(engine)] == [state] * 3
 
 
+def test_the_completions_of_a_batch_have_one_time(engine, end):
+    """So the index by which they are pruned keeps it once for many of them."""
+    end(None, None, None)()
+
+    assert len({task.completed_at for task in tasks(engine)} - {None}) == 1
+
+
 def test_each_of_a_batch_is_told_of_once_where_one_can_not_be_written_and_another_is_locked(
     engine, worker, end, caplog
 ):

@@ -99,24 +99,25 @@ def held_as(
     )
 
 
-_COMPLETED: Final[dict[str, ColumnElement[Any]]] = {
+AS_COMPLETED: Final[dict[str, ColumnElement[Any]]] = {
     "state": _literal(COMPLETED),
     # Not now(), which would be when the transaction of `task.session` began. The same for all of a batch,
     # so the index by which they are pruned keeps it once for many of them, and takes a quarter of the room.
     "completed_at": func.statement_timestamp(),
 }
+"""What a completion writes to a task."""
 
 
 @cache
 def complete(schema: str | None, *, alike: bool = False) -> Update:
     """Mark the tasks of `ids`, held under `tokens`, as completed; `alike`: all under `held_under`."""
-    return update(tasks_table(schema)).where(_held_batch(schema, alike=alike)).values(_COMPLETED)
+    return update(tasks_table(schema)).where(_held_batch(schema, alike=alike)).values(AS_COMPLETED)
 
 
 @cache
 def complete_last(schema: str | None) -> Update:
     """Mark the task `task_id`, held under `held_under`, as completed: last in its transaction."""
-    return update(tasks_table(schema)).where(_held_last(schema)).values(_COMPLETED)
+    return update(tasks_table(schema)).where(_held_last(schema)).values(AS_COMPLETED)
 
 
 @cache

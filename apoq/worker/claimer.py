@@ -211,12 +211,12 @@ class Claimer:
         rows = execute(where, claim(queue.schema), parameters).fetchall()
         self._notes.claimed(queue.schema, number, len(rows))
         self._notes.forgotten(queue.schema, done)
-        # By functions of C, one for both would be of Python: and what was in order stays so.
+        # In two steps, for which C's functions do; the second leaves each priority in the order of the first.
         rows.sort(key=itemgetter(PROCESS_AT, ID))
         rows.sort(key=itemgetter(PRIORITY), reverse=True)
         position.claimed(rows, is_all=len(rows) < limit)
-        batch = (Batch(queue, processors, time.monotonic(), number),)
-        tasks: list[Claimed] = [row + batch for row in rows]
+        batch = Batch(queue, processors, time.monotonic(), number)
+        tasks: list[Claimed] = [(*row, batch) for row in rows]
         self.held.update({id(row): row for row in tasks})
         return tasks
 

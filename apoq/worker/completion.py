@@ -6,15 +6,14 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Delete, Executable, Update, func, literal_column
+from sqlalchemy import ColumnElement, Connection, Delete, Executable, Update
 
 from apoq.connections import compiled
 from apoq.events import COMPLETED as TASK_COMPLETED
 from apoq.events import Events
 from apoq.model import tasks_table
 from apoq.outcomes import Release
-from apoq.statements.settle import complete, complete_last, remove, remove_last
-from apoq.states import COMPLETED
+from apoq.statements.settle import AS_COMPLETED, complete, complete_last, remove, remove_last
 from apoq.worker.lease import Lease
 from apoq.worker.running import AnyRunningTask
 
@@ -62,9 +61,6 @@ def _returning(statement: Update | Delete, schema: str | None, *, full: bool) ->
     columns: list[ColumnElement[Any]] = [*tasks.c] if full else [tasks.c.id]
     if isinstance(statement, Delete):
         # What is deleted is told of as it would stand there.
-        ended: dict[str, ColumnElement[Any]] = {
-            "state": literal_column(f"'{COMPLETED}'").label("state"),
-            "completed_at": func.clock_timestamp().label("completed_at"),
-        }
+        ended = {name: value.label(name) for name, value in AS_COMPLETED.items()}
         columns = [ended.get(column.key or "", column) for column in columns]
     return statement.returning(*columns)
