@@ -707,6 +707,32 @@ class TestStartAndStop:
         assert states(engine) == {"completed": 1}
         assert len(ledger(engine)) == 1
 
+    def test_slots_that_need_a_loop_at_once_begin_one(self, engine, make_worker):
+        """An asyncio engine serves one only."""
+        size = 16
+        worker = make_worker(concurrency=size)
+        together, loops, ended = threading.Barrier(size), [], threading.Semaphore(0)
+
+        def plain(_task: RunningTask) -> None:
+            together.wait(SOON)
+
+        async def coroutine(_task: AsyncRunningTask) -> None:
+            loops.append(asyncio.get_running_loop())
+            ended.release()
+
+        worker.use("plain", plain)
+        worker.use("coroutine", coroutine)
+        for _ in range(20):
+            loops.clear()
+            with Session(engine) as session, session.begin():
+                Queue().add_many(session, "plain", [None] * size, priority=1)
+                Queue().add_many(session, "coroutine", [None] * size)
+            worker.start()
+            for _ in range(size):
+                assert ended.acquire(timeout=SOON)
+            worker.stop()
+            assert len(set(loops)) == 1
+
     @pytest.mark.parametrize("kind", ["plain", "coroutine", "both"])
     def test_no_more_tasks_run_at_once_than_concurrency_allows(self, engine, make_worker, kind):
         worker = make_worker(concurrency=3)

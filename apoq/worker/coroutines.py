@@ -18,6 +18,7 @@ class Coroutines:
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
 
     def use(self, loop: asyncio.AbstractEventLoop | None) -> None:
@@ -53,21 +54,23 @@ class Coroutines:
 
     def stop(self) -> None:
         """End the loop, if it is the worker's own."""
-        loop, thread = self._loop, self._thread
-        self._loop = self._thread = None
+        with self._lock:
+            loop, thread = self._loop, self._thread
+            self._loop = self._thread = None
         if loop is not None and thread is not None:
             loop.call_soon_threadsafe(loop.stop)
             # Where a coroutine blocks it, it ends when that does.
             thread.join(CLEAN_UP)
 
     def _running_loop(self) -> asyncio.AbstractEventLoop:
-        if self._loop is None:
-            self._loop = asyncio.new_event_loop()
-            self._thread = threading.Thread(
-                target=self._run, args=(self._loop,), name="apoq-loop", daemon=True
-            )
-            self._thread.start()
-        return self._loop
+        with self._lock:  # slots ask for it at once, and an engine serves one loop only
+            if self._loop is None:
+                self._loop = asyncio.new_event_loop()
+                self._thread = threading.Thread(
+                    target=self._run, args=(self._loop,), name="apoq-loop", daemon=True
+                )
+                self._thread.start()
+            return self._loop
 
     def _run(self, loop: asyncio.AbstractEventLoop) -> None:
         asyncio.set_event_loop(loop)
