@@ -80,7 +80,8 @@ def retry(caller: Caller, schema: str | None, parameters: dict[str, Any]) -> boo
 # False where PostgreSQL would refuse the COPY.
 def _copy(driver: Driver, schema: str | None, parameters: dict[str, Any], documents: Iterator[str]) -> bool:
     for values in driver.execute(copied_values(schema), parameters):
-        driver.copy(copy_many(schema), copy_lines(values, documents))
+        given = {name: text for name, text in values.items() if text is not None}
+        driver.copy(copy_many(schema, *given), copy_lines(given.values(), documents))
         return True
     return False
 

@@ -9,12 +9,12 @@ from sqlalchemy import BigInteger, Cast, Text, bindparam, cast
 from sqlalchemy.dialects.postgresql import ARRAY
 
 
-def bigints(name: str, default: str | None = None) -> Cast[Any]:
+def bigints(name: str) -> Cast[Any]:
     """Bind an array of whole numbers, which is given as `array_text` of them.
 
     The driver looks at each element of a list to find its type, which takes twenty times as long.
     """
-    return cast(bindparam(name, default, type_=Text, required=default is None), ARRAY(BigInteger))
+    return cast(bindparam(name, type_=Text), ARRAY(BigInteger))
 
 
 def array_text(numbers: Iterable[float]) -> str:

@@ -39,7 +39,7 @@ CHANGED: Final = ("state", "token", "attempt", "worker_id", "claimed_at", "claim
 
 
 @cache
-def claim(schema: str | None) -> ReturningUpdate[Any]:
+def claim(schema: str | None, *, forgets: bool = False) -> ReturningUpdate[Any]:
     """Mark up to `at_most` due tasks of `from_queue` and `of_types` as running; answer them in no order.
 
     Of the priorities of `priorities`, the first first, and in each behind a position: the `process_at`, in
@@ -55,8 +55,8 @@ def claim(schema: str | None) -> ReturningUpdate[Any]:
     The attempt is counted here, and not when it ends: one that kills its worker counts as well. Times are
     answered as seconds since 1970, and data as text, for most of them nobody asks Python to read.
 
-    What is taken is written down, as the `number` of the claims of `by_worker`, and of those before, `done`
-    are forgotten.
+    What is taken is written down, as the `number` of the claims of `by_worker`. `forgets`: of those before,
+    `done` are forgotten.
     """
     tasks = tasks_table(schema)
     place: ColumnElement[Any] = literal_column("ctid")
@@ -99,7 +99,7 @@ def claim(schema: str | None) -> ReturningUpdate[Any]:
         tasks.c.fail_count > func.coalesce(tasks.c.retry_limit, its_types_limit),
     )
     picked = select(due.c.ctid, due.c.id).select_from(levels.join(due, true())).limit(limit).cte("picked")
-    return (
+    claimed = (
         update(tasks)
         # By where they stand, and as an array: by id, or joined, it takes the server a tenth longer. What is
         # locked stays in its place. What somebody has moved meanwhile, by writing to it between this
@@ -130,5 +130,6 @@ def claim(schema: str | None) -> ReturningUpdate[Any]:
             # In seconds, for an interval may be longer than Python's.
             func.date_part(EPOCH, tasks.c.timeout, type_=Double),
         )
-        .add_cte(note(schema, picked).cte("note"), forget_settled(schema).cte("forgotten"))
+        .add_cte(note(schema, picked).cte("note"))
     )
+    return claimed.add_cte(forget_settled(schema).cte("forgotten")) if forgets else claimed

@@ -45,7 +45,7 @@ def forget_settled(schema: str | None) -> Delete:
     claims = claims_table(schema)
     return delete(claims).where(
         claims.c.worker_id == bindparam("by_worker", type_=Uuid),
-        claims.c.number == any_(bigints("done", "{}")),
+        claims.c.number == any_(bigints("done")),
     )
 
 

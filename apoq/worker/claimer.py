@@ -114,8 +114,7 @@ class Claimer:
         """
         # Before looking at the room, lest a slot that is freed meanwhile wake nobody.
         self.waits_for_room = True
-        self._give_back_overdue()
-        overdue = OVERDUE if self._slots.waiting_since is not None else None
+        overdue = self._give_back_overdue()
         if not self._hinted:
             self.waits_for_room = False
             return overdue
@@ -205,10 +204,10 @@ class Claimer:
             "ahead": limit > free,
             "by_worker": self.worker_id,
             "number": number,
-            "done": array_text(done),
+            **({"done": array_text(done)} if done else {}),
             **position.parameters(),
         }
-        rows = execute(where, claim(queue.schema), parameters).fetchall()
+        rows = execute(where, claim(queue.schema, forgets=bool(done)), parameters).fetchall()
         self._notes.claimed(queue.schema, number, len(rows))
         self._notes.forgotten(queue.schema, done)
         # In two steps, for which C's functions do; the second leaves each priority in the order of the first.
@@ -254,14 +253,18 @@ class Claimer:
         if is_over:
             self._doubt_ends = None
 
-    def _give_back_overdue(self) -> None:
+    def _give_back_overdue(self) -> float | None:
+        """Answer when to look again, where any are in line that may become overdue."""
         since = self._slots.waiting_since
-        if since is None or time.monotonic() - since < OVERDUE:
-            return
+        if since is None:
+            return None
+        if time.monotonic() - since < OVERDUE:
+            return OVERDUE
         for task in self._slots.take_back():
             self._put_ended(released(task))
         # The average speaks of shorter tasks than those that run now.
         self._slots.run_time = max(self._slots.run_time or 0.0, OVERDUE)
+        return None
 
 
 def workable(processors: Mapping[str, Processor]) -> dict[str, Any]:

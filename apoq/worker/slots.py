@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from queue import SimpleQueue
+from typing import Final
 
 from apoq.outcomes import Release
 from apoq.worker.attempts import Ended, ended, run, run_coroutine
@@ -16,6 +17,12 @@ from apoq.worker.coroutines import Coroutines
 from apoq.worker.deadlines import Deadlines
 from apoq.worker.lease import Lease
 from apoq.worker.running import BATCH, AnyRunningTask, AsyncRunningTask, Batch, Claimed, RunningTask
+
+GIVE_WAY: Final = 0.0001
+"""Seconds in which a thread that was given a task wakes up and has taken the interpreter.
+
+From a thread that goes on meanwhile it would have to wait for that, asleep once more.
+"""
 
 
 class Slots:
@@ -71,9 +78,11 @@ class Slots:
     @property
     def waiting_since(self) -> float | None:
         """When the first in line was claimed, by time.monotonic()."""
+        if not self._line:
+            return None
         try:
             batch: Batch = self._line[0][BATCH]
-        except IndexError:
+        except IndexError:  # it has just begun
             return None
         return batch.claimed_at
 
@@ -82,13 +91,17 @@ class Slots:
         return threading.current_thread() in self._threads
 
     def put(self, tasks: Iterable[Claimed]) -> None:
-        """Run these as slots are free."""
+        """Run these as slots are free, and let those that begin at once go first."""
+        has_begun = False
         with self._lock:
             self._line.extend(tasks)
             while self._free and (task := self._pop()):
                 self._free -= 1
                 self._running.add(task)
                 self._begin(task)
+                has_begun = True
+        if has_begun:
+            time.sleep(GIVE_WAY)
 
     def take_back(self) -> list[AnyRunningTask]:
         """Answer those that have not begun, and forget them."""
