@@ -51,6 +51,9 @@ LEASE_LOOK: Final = 0.1
 OVERDUE: Final = 2.0
 """Seconds after which a task that has not begun is given back, for others may have a free slot."""
 
+_BY_AGE: Final = itemgetter(PROCESS_AT, ID)
+_BY_PRIORITY: Final = itemgetter(PRIORITY)
+
 
 def ahead(concurrency: int, run_time: float | None) -> int:
     """Answer how many tasks to claim beyond those that run, if one takes `run_time` seconds.
@@ -209,10 +212,11 @@ class Claimer:
         }
         rows = execute(where, claim(queue.schema, forgets=bool(done)), parameters).fetchall()
         self._notes.claimed(queue.schema, number, len(rows))
-        self._notes.forgotten(queue.schema, done)
+        if done:
+            self._notes.forgotten(queue.schema, done)
         # In two steps, for which C's functions do; the second leaves each priority in the order of the first.
-        rows.sort(key=itemgetter(PROCESS_AT, ID))
-        rows.sort(key=itemgetter(PRIORITY), reverse=True)
+        rows.sort(key=_BY_AGE)
+        rows.sort(key=_BY_PRIORITY, reverse=True)
         position.claimed(rows, is_all=len(rows) < limit)
         batch = Batch(queue, processors, time.monotonic(), number)
         tasks: list[Claimed] = [(*row, batch) for row in rows]
