@@ -44,6 +44,7 @@ from apoq.registry import make_processor
 from apoq.statements.arrays import array_text
 from apoq.statements.claim import claim
 from apoq.statements.heartbeat import beat, forget, leave
+from apoq.statements.notes import forget_settled
 from apoq.statements.prune import prune_completed, prune_failed
 from apoq.statements.recover import beat_and_rescue, forget_dead, forget_unknown, give_back
 from apoq.statements.survey import survey
@@ -461,6 +462,9 @@ class Tasks(RuleBasedStateMachine):
         hand = self.hands[place]
         if hand.is_doubtful:
             self._give_back(hand)
+        if done := hand.notes.done(None):
+            execute(self.own, forget_settled(None), {"by_worker": hand.id, "done": array_text(done)})
+            hand.notes.forgotten(None, done)
         if surveys:
             mine = {"from_queue": queue.name, "of_types": hand.types}
             hand.positions[queue].surveyed(execute(self.own, survey(None), mine))
@@ -475,15 +479,13 @@ class Tasks(RuleBasedStateMachine):
             "ahead": ahead,
             "by_worker": hand.id,
             "number": (number := hand.notes.number()),
-            # What an open one deletes, the next one would wait for.
-            "done": array_text(done := [] if end == "wait" else hand.notes.done(None)),
             **hand.positions[queue].parameters(),
         }
         if end == "commit":
-            rows: list[Any] = execute(self.own, claim(None, forgets=bool(done)), parameters).fetchall()
+            rows: list[Any] = execute(self.own, claim(None), parameters).fetchall()
         else:
             connection = self.own.connect()
-            rows = [tuple(row) for row in connection.execute(claim(None, forgets=bool(done)), parameters)]
+            rows = [tuple(row) for row in connection.execute(claim(None), parameters)]
             connection.execute(PATIENCE)
         rows.sort(key=lambda row: (-row[3], row[5], row[0]))
         assert [row[0] for row in rows] == [task.id for task in front]
@@ -495,7 +497,6 @@ class Tasks(RuleBasedStateMachine):
             if commit:
                 if is_answered:
                     hand.notes.claimed(None, number, len(rows))
-                    hand.notes.forgotten(None, done)
                     hand.positions[queue].claimed(rows, is_all=len(rows) < at_most)
                 self._claimed(hand, rows, number, ahead=ahead, is_answered=is_answered)
 

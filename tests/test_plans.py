@@ -95,12 +95,6 @@ STATEMENTS = [
         {"apoq_tasks_open_idx"},
         id="claim",
     ),
-    pytest.param(
-        claim(None, forgets=True),
-        {**CLAIM, **Position().parameters(), "number": 17, "done": array_text(range(1, 17))},
-        {"apoq_tasks_open_idx"},
-        id="claim that forgets",
-    ),
     pytest.param(survey(None), OURS, {"apoq_tasks_open_idx"}, id="survey"),
     pytest.param(complete(None), IDS, {"apoq_tasks_pkey"}, id="complete"),
     pytest.param(remove(None), IDS, {"apoq_tasks_pkey"}, id="remove"),

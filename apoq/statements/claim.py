@@ -31,7 +31,7 @@ from sqlalchemy.sql.dml import ReturningUpdate
 
 from apoq.model import tasks_table
 from apoq.statements.literals import EPOCH, LAST_BUT_ONE, ONE, RUNNING, ZERO
-from apoq.statements.notes import forget_settled, note
+from apoq.statements.notes import note
 from apoq.statements.states import is_pending
 
 CHANGED: Final = ("state", "token", "attempt", "worker_id", "claimed_at", "claimed_ahead")
@@ -39,7 +39,7 @@ CHANGED: Final = ("state", "token", "attempt", "worker_id", "claimed_at", "claim
 
 
 @cache
-def claim(schema: str | None, *, forgets: bool = False) -> ReturningUpdate[Any]:
+def claim(schema: str | None) -> ReturningUpdate[Any]:
     """Mark up to `at_most` due tasks of `from_queue` and `of_types` as running; answer them in no order.
 
     Of the priorities of `priorities`, the first first, and in each behind a position: the `process_at`, in
@@ -55,8 +55,7 @@ def claim(schema: str | None, *, forgets: bool = False) -> ReturningUpdate[Any]:
     The attempt is counted here, and not when it ends: one that kills its worker counts as well. Times are
     answered as seconds since 1970, and data as text, for most of them nobody asks Python to read.
 
-    What is taken is written down, as the `number` of the claims of `by_worker`. `forgets`: of those before,
-    `done` are forgotten.
+    What is taken is written down, as the `number` of the claims of `by_worker`.
     """
     tasks = tasks_table(schema)
     place: ColumnElement[Any] = literal_column("ctid")
@@ -99,7 +98,7 @@ def claim(schema: str | None, *, forgets: bool = False) -> ReturningUpdate[Any]:
         tasks.c.fail_count > func.coalesce(tasks.c.retry_limit, its_types_limit),
     )
     picked = select(due.c.ctid, due.c.id).select_from(levels.join(due, true())).limit(limit).cte("picked")
-    claimed = (
+    return (
         update(tasks)
         # By where they stand, and as an array: by id, or joined, it takes the server a tenth longer. What is
         # locked stays in its place. What somebody has moved meanwhile, by writing to it between this
@@ -132,4 +131,3 @@ def claim(schema: str | None, *, forgets: bool = False) -> ReturningUpdate[Any]:
         )
         .add_cte(note(schema, picked).cte("note"))
     )
-    return claimed.add_cte(forget_settled(schema).cte("forgotten")) if forgets else claimed

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 from sqlalchemy import (
     BigInteger,
     ColumnElement,
@@ -40,6 +42,7 @@ def noted(schema: str | None, tasks: FromClause, by: ColumnElement[bool]) -> Col
     return tasks.c.id == any_(func.array(ids.scalar_subquery()))
 
 
+@cache
 def forget_settled(schema: str | None) -> Delete:
     """Delete the notes `done` of the worker `by_worker`: it has settled all that they name."""
     claims = claims_table(schema)

@@ -20,6 +20,7 @@ from apoq.queue import Queue
 from apoq.registry import Processor, Registry
 from apoq.statements.arrays import array_text
 from apoq.statements.claim import claim
+from apoq.statements.notes import forget_settled
 from apoq.statements.recover import forget_unknown, give_back
 from apoq.worker.attempts import Ended, ended
 from apoq.worker.lease import Lease
@@ -144,10 +145,12 @@ class Claimer:
         else:
             took = time.monotonic() - began
             self._rested_at = began + min(LONGEST_REST, REST * took)
+        self._forget_settled(connection)
         return 0.0
 
     def claim_one(self) -> AnyRunningTask | None:
         """Claim a single task, for the caller to run."""
+        self._forget_settled()
         while claimed := self.claim(1, 1):
             for task in self._startable(claimed):
                 return self._make(task)
@@ -199,7 +202,7 @@ class Claimer:
         if not processors:
             return []
         position = self._positions[queue]
-        number, done = self._notes.number(), self._notes.done(queue.schema)
+        number = self._notes.number()
         parameters = {
             "from_queue": queue.name,
             **self._workable_of(queue, processors),
@@ -207,13 +210,10 @@ class Claimer:
             "ahead": limit > free,
             "by_worker": self.worker_id,
             "number": number,
-            **({"done": array_text(done)} if done else {}),
             **position.parameters(),
         }
-        rows = execute(where, claim(queue.schema, forgets=bool(done)), parameters).fetchall()
+        rows = execute(where, claim(queue.schema), parameters).fetchall()
         self._notes.claimed(queue.schema, number, len(rows))
-        if done:
-            self._notes.forgotten(queue.schema, done)
         # In two steps, for which C's functions do; the second leaves each priority in the order of the first.
         rows.sort(key=_BY_AGE)
         rows.sort(key=_BY_PRIORITY, reverse=True)
@@ -222,6 +222,14 @@ class Claimer:
         tasks: list[Claimed] = [(*row, batch) for row in rows]
         self.held.update({id(row): row for row in tasks})
         return tasks
+
+    def _forget_settled(self, connection: PoolProxiedConnection | None = None) -> None:
+        """Delete the notes that nobody needs any more, some time: no task waits for that."""
+        for queue in self._queues:
+            if done := self._notes.done(queue.schema):
+                parameters = {"by_worker": self.worker_id, "done": array_text(done)}
+                execute(connection or self._engine, forget_settled(queue.schema), parameters)
+                self._notes.forgotten(queue.schema, done)
 
     def _workable_of(self, queue: Queue, processors: Mapping[str, Processor]) -> dict[str, Any]:
         known = self._workable.get(queue)

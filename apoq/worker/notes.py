@@ -12,7 +12,7 @@ from typing import Final
 from apoq.worker.running import BATCH, Claimed
 
 ENOUGH: Final = 16
-"""Notes that are forgotten at once: a claim of a single task that forgets one, too, takes a tenth longer."""
+"""Notes that one statement forgets, at least: each of its own would be one more a claim."""
 
 
 @dataclass
