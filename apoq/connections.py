@@ -181,6 +181,16 @@ def execute(
     return answer
 
 
+def prepare_statement(pooled: PoolProxiedConnection, statement: Executable) -> bytes:
+    """Prepare a statement on a connection that leads straight to the server; answer its name there."""
+    connection: Any = pooled.dbapi_connection
+    watch.begin(connection, ANSWER_TIMEOUT)
+    try:
+        return libpq.prepare(connection, statement, pooled.info.setdefault(_PREPARED, set()))
+    finally:
+        watch.end(connection)
+
+
 def _execute(
     pooled: PoolProxiedConnection,
     statement: Executable,

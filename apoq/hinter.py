@@ -11,13 +11,12 @@ from contextlib import suppress
 from typing import Any, Final
 
 import psycopg
-from psycopg.pq.abc import PGconn
 from sqlalchemy import Engine
 from sqlalchemy.engine import RootTransaction
 from sqlalchemy.pool import PoolProxiedConnection
 
 from apoq import libpq
-from apoq.connections import ANSWER_TIMEOUT, execute, is_direct, own_engine, renew
+from apoq.connections import ANSWER_TIMEOUT, execute, is_direct, own_engine, prepare_statement, renew
 from apoq.statements.hint import Hint, hint
 
 logger = logging.getLogger(__name__)
@@ -112,16 +111,23 @@ class Line:
         self._engine = engine
         self._lock = threading.Lock()
         self._pooled: PoolProxiedConnection | None = None
+        self._name = b""
         self._sent_at = -math.inf
 
     def open(self) -> None:
         """Take a connection, where there is no pooler in between."""
         pooled = self._engine.raw_connection()
-        if is_direct(pooled):
-            with self._lock:
-                self._pooled = pooled
-        else:
+        if not is_direct(pooled):
             pooled.close()
+            return
+        try:
+            # Its plan, made anew, would take the server a fifth of the time in which a hint is heard.
+            name = prepare_statement(pooled, hint())
+        except BaseException as error:
+            pooled.invalidate(error)
+            raise
+        with self._lock:
+            self._pooled, self._name = pooled, name
 
     def send(self, hint_: Hint) -> bool:
         """Send a hint; answer False where that would have to wait, or another was sent just now."""
@@ -130,9 +136,9 @@ class Line:
                 return False
             connection: Any = self._pooled.driver_connection
             try:
-                if not _is_answered(connection.pgconn):
+                if not _is_answered(connection):
                     return False
-                libpq.send(connection, hint(), hint_._asdict())
+                libpq.send(connection, hint(), hint_._asdict(), self._name)
             except psycopg.Error as error:
                 self._drop(self._pooled, error)
                 self._pooled = None
@@ -155,7 +161,7 @@ class Line:
         try:
             with selectors.DefaultSelector() as selector:
                 selector.register(connection, selectors.EVENT_READ)
-                while not _is_answered(connection.pgconn):
+                while not _is_answered(connection):
                     # Not by the driver, which would wait with the interpreter's lock held.
                     if not selector.select(deadline - time.monotonic()):
                         raise psycopg.OperationalError("a hint was not answered in time")
@@ -169,11 +175,14 @@ class Line:
         renew(self._engine)
 
 
-def _is_answered(pgconn: PGconn) -> bool:
-    """Tell whether all is answered, without waiting; `OperationalError` where the connection is lost."""
+def _is_answered(connection: psycopg.Connection[Any]) -> bool:
+    """Tell whether all is answered, without waiting; raise the server's error, or that it is gone."""
+    pgconn = connection.pgconn
     pgconn.consume_input()
     while not pgconn.is_busy():
-        if pgconn.get_result() is None:
+        result = pgconn.get_result()
+        if result is None:
             pgconn.consume_input()  # its end comes behind the server's last word
             return True
+        libpq.check(connection, result)
     return False

@@ -65,28 +65,35 @@ def execute(
     `prepared`: the names of what the session has prepared, to which this statement's is added; None where
     nothing may be kept in it. Raises psycopg's errors.
     """
-    pgconn = connection.pgconn
-    if prepared is None:
-        send(connection, statement, parameters)
-        return Answer(connection, _answer(connection))
-    values = _values(connection, statement, parameters)
-    name = _name(statement)
-    if name not in prepared:
-        pgconn.send_prepare(name, _text(connection, statement))
-        _answer(connection)
-        prepared.add(name)
-    # Binary is read in less time than text, and whatever the session's DateStyle is.
-    pgconn.send_query_prepared(name, values, result_format=Format.BINARY)
+    name = None if prepared is None else prepare(connection, statement, prepared)
+    send(connection, statement, parameters, name)
     return Answer(connection, _answer(connection))
 
 
-def send(connection: psycopg.Connection[Any], statement: Executable, parameters: Mapping[str, Any]) -> None:
-    """Send a Core statement, and don't wait for the answer."""
-    connection.pgconn.send_query_params(
-        _text(connection, statement),
-        _values(connection, statement, parameters),
-        result_format=Format.BINARY,
-    )
+def prepare(connection: psycopg.Connection[Any], statement: Executable, prepared: set[bytes]) -> bytes:
+    """Prepare a Core statement, unless it is among those that are `prepared`; answer its name."""
+    name = _name(statement)
+    if name not in prepared:
+        connection.pgconn.send_prepare(name, _text(connection, statement))
+        _answer(connection)
+        prepared.add(name)
+    return name
+
+
+def send(
+    connection: psycopg.Connection[Any],
+    statement: Executable,
+    parameters: Mapping[str, Any],
+    name: bytes | None,
+) -> None:
+    """Send a Core statement, by its name where it is prepared, and don't wait for the answer."""
+    pgconn = connection.pgconn
+    values = _values(connection, statement, parameters)
+    # Binary is read in less time than text, and whatever the session's DateStyle is.
+    if name is None:
+        pgconn.send_query_params(_text(connection, statement), values, result_format=Format.BINARY)
+    else:
+        pgconn.send_query_prepared(name, values, result_format=Format.BINARY)
 
 
 def _text(connection: psycopg.Connection[Any], statement: Executable) -> bytes:
@@ -140,11 +147,16 @@ def _encoding(connection: psycopg.Connection[Any]) -> str:
 def _answer(connection: psycopg.Connection[Any]) -> PGresult:
     """Wait for the answer to what was sent."""
     result: PGresult = connection.wait(generators.execute(connection.pgconn))[-1]
+    check(connection, result)
+    return result
+
+
+def check(connection: psycopg.Connection[Any], result: PGresult) -> None:
+    """Raise the server's error, where that is its answer."""
     if result.status not in _ANSWERS:
         if connection.pgconn.status == ConnStatus.BAD:
             raise psycopg.OperationalError(result.get_error_message())
         raise error_from_result(result, connection.info.encoding)
-    return result
 
 
 @cache

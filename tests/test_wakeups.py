@@ -354,6 +354,18 @@ class TestAHintThatIsSentAtOnce:
         until(lambda: line._pooled is not None)
         assert line._pooled.driver_connection.info.backend_pid != pid
 
+    def test_that_was_refused_is_noticed_by_the_next(self, engine, queue, line):
+        before = line._pooled
+        before.driver_connection.execute("DEALLOCATE ALL")
+        add(engine, queue)
+        time.sleep(2 * PAUSE)
+
+        with hearing(engine) as heard:
+            add(engine, queue)
+
+            assert len(heard(0.5)) == 1
+        until(lambda: line._pooled not in {None, before})
+
     def test_does_not_wait_for_a_server_that_is_silent(self, engine, queue, line):
         pid = line._pooled.driver_connection.info.backend_pid
         os.kill(pid, signal.SIGSTOP)
