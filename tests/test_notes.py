@@ -13,7 +13,7 @@ from claims import note
 from sqlalchemy.orm import Session
 from waiting import patience
 
-from apoq import Queue, Task
+from apoq import Queue, Task, Worker
 from apoq.model import ClaimRow, WorkerRow
 from apoq.worker.notes import ENOUGH
 from apoq.worker.running import ID
@@ -22,6 +22,8 @@ SOON = 20.0
 """Seconds within which what a test waits for has long happened."""
 
 until = patience(SOON)
+
+HOUR = timedelta(hours=1)
 
 
 def noted(engine: sa.Engine) -> list[list[int]]:
@@ -137,6 +139,59 @@ def test_what_somebody_is_changing_is_given_back_once_it_is_free(engine, worker)
     assert noted(engine) == [[second], [first]]
     assert claimer._doubt_ends is None
     worker._life.parts.engine.dispose()
+
+
+def look_in_vain(worker: Worker) -> None:
+    parts = worker._life.parts
+    until(lambda: parts.claimer._rested_at)
+    parts.claimer._doubt_ends = time.monotonic() + 60
+    looked_at = parts.claimer._looked_at
+    parts.hint()
+    until(lambda: parts.claimer._looked_at > looked_at)
+
+
+def commit_late(engine: sa.Engine, worker: Worker) -> int:
+    with engine.begin() as connection:
+        # Not by `add`, which would hint.
+        task_id = connection.scalar(
+            sa.insert(Task)
+            .values(
+                type="t", state="running", attempt=1, token=1, worker_id=worker._life.parts.claimer.worker_id
+            )
+            .returning(Task.id)
+        )
+        note(connection)
+    return task_id
+
+
+class TestAClaimThatCommitsLate:
+    """Its worker has gone on without it, has looked for what it took, and found nothing yet."""
+
+    def test_is_given_back_while_there_is_nothing_else_to_do(self, engine, make_worker):
+        worker = make_worker(poll_interval=HOUR)
+        ran = threading.Event()
+        worker.use("t", lambda task: ran.set())
+        worker.start()
+        look_in_vain(worker)
+
+        commit_late(engine, worker)
+
+        assert ran.wait(SOON)
+
+    def test_is_given_back_while_no_slot_is_free(self, engine, make_worker):
+        worker = make_worker(concurrency=1, poll_interval=HOUR)
+        began, go = threading.Event(), threading.Event()
+        worker.use("t", lambda task: (began.set(), go.wait(SOON)))
+        worker.start()
+        add(engine)
+        assert began.wait(SOON)
+        look_in_vain(worker)
+
+        task_id = commit_late(engine, worker)
+
+        until(lambda: state(engine, task_id) == "pending")
+        go.set()
+        until(lambda: state(engine, task_id) == "completed")
 
 
 def test_those_of_the_dead_go_with_what_they_held(engine, make_worker):

@@ -52,6 +52,9 @@ LEASE_LOOK: Final = 0.1
 OVERDUE: Final = 2.0
 """Seconds after which a task that has not begun is given back, for others may have a free slot."""
 
+STRAYS_LOOK: Final = 1.0
+"""Seconds after which it is looked again for what a claim has taken whose answer was lost."""
+
 _BY_AGE: Final = itemgetter(PROCESS_AT, ID)
 _BY_PRIORITY: Final = itemgetter(PRIORITY)
 
@@ -104,6 +107,7 @@ class Claimer:
         self._workable: dict[Queue, tuple[Mapping[str, Processor], dict[str, Any]]] = {}
         self._lock = threading.Lock()
         self._doubt_ends: float | None = None
+        self._looked_at = 0.0
         self._hinted = True
         self._rested_at = 0.0
 
@@ -118,10 +122,16 @@ class Claimer:
         """
         # Before looking at the room, lest a slot that is freed meanwhile wake nobody.
         self.waits_for_room = True
-        overdue = self._give_back_overdue()
+        pause = self._give_back_overdue()
+        if self._doubt_ends is not None:
+            pause = STRAYS_LOOK  # it may commit at any time, and nobody would tell
+            if time.monotonic() >= self._looked_at + STRAYS_LOOK:
+                with self._lock:
+                    self._give_back_strays()
+                self._hinted = True
         if not self._hinted:
             self.waits_for_room = False
-            return overdue
+            return pause
         if not self._lease.is_held:
             return LEASE_LOOK
         is_careful = any(position.is_careful for position in self._positions.values())
@@ -130,7 +140,7 @@ class Claimer:
         room = self._slots.concurrency + in_line - self._slots.load
         free = self._slots.free
         if room < 1 or (free == 0 and room <= in_line // 2):
-            return overdue  # woken when there is more room
+            return pause  # woken when there is more room
         began = time.monotonic()
         if began < self._rested_at:
             self.waits_for_room = False
@@ -250,6 +260,7 @@ class Claimer:
         """
         if self._doubt_ends is None:
             return
+        self._looked_at = time.monotonic()
         is_over = time.monotonic() >= self._doubt_ends
         held: dict[str | None, list[int]] = {queue.schema: [] for queue in self._queues}
         for row in list(self.held.values()):
