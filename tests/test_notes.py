@@ -143,7 +143,6 @@ def test_what_somebody_is_changing_is_given_back_once_it_is_free(engine, worker)
 
 def look_in_vain(worker: Worker) -> None:
     parts = worker._life.parts
-    until(lambda: parts.claimer._rested_at)
     parts.claimer._doubt_ends = time.monotonic() + 60
     looked_at = parts.claimer._looked_at
     parts.hint()
@@ -172,6 +171,7 @@ class TestAClaimThatCommitsLate:
         ran = threading.Event()
         worker.use("t", lambda task: ran.set())
         worker.start()
+        until(lambda: worker._life.parts.claimer._rested_at)
         look_in_vain(worker)
 
         commit_late(engine, worker)
