@@ -14,6 +14,7 @@ from typing import Any
 import pages
 import pytest
 import sqlalchemy as sa
+from clones import Clones
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
 
@@ -99,12 +100,20 @@ def empty_url(create_database, drop_database) -> Iterator[sa.URL]:
     drop_database(url)
 
 
+@pytest.fixture(scope="session")
+def clones(template, create_database, drop_database) -> Iterator[Clones]:
+    """Databases with apoq's tables."""
+    clones = Clones(lambda: create_database(template.database), drop_database)
+    yield clones
+    clones.close()
+
+
 @pytest.fixture
-def url(template, create_database, drop_database) -> Iterator[sa.URL]:
+def url(clones) -> Iterator[sa.URL]:
     """A database of the test's own, with apoq's tables."""
-    url = create_database(template.database)
+    url = clones.take()
     yield url
-    drop_database(url)
+    clones.give_back(url)
 
 
 @pytest.fixture
