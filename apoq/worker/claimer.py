@@ -101,6 +101,7 @@ class Claimer:
 
         Not by its own: it may be claimed once more while its last run goes on, and schemas count from 1 each.
         """
+        self._moves: list[tuple[Position, list[tuple[Any, ...]], bool]] = []
         self._notes = Notes()
         self.waits_for_room = True
         """Whether a slot that is freed is a reason to take a turn."""
@@ -149,6 +150,8 @@ class Claimer:
         wanted = min(room, MOST_AT_ONCE)
         claimed = self.claim(wanted, free, connection)
         self._slots.put(self._startable(claimed))
+        with self._lock:
+            self._move()
         self._on_claim(len(claimed), wanted)
         if len(claimed) == wanted:
             self._hinted = True
@@ -173,6 +176,7 @@ class Claimer:
         """
         tasks: list[Claimed] = []
         with self._lock:
+            self._move()
             try:
                 self._give_back_strays()
                 for queue in self._rotated():
@@ -227,11 +231,17 @@ class Claimer:
         # In two steps, for which C's functions do; the second leaves each priority in the order of the first.
         rows.sort(key=_BY_AGE)
         rows.sort(key=_BY_PRIORITY, reverse=True)
-        position.claimed(rows, is_all=len(rows) < limit)
+        self._moves.append((position, rows, len(rows) < limit))
         batch = Batch(queue, processors, time.monotonic(), number)
         tasks: list[Claimed] = [(*row, batch) for row in rows]
         self.held.update({id(row): row for row in tasks})
         return tasks
+
+    def _move(self) -> None:
+        """Move the positions behind what was claimed: before the next claim, and after these tasks began."""
+        for position, rows, is_all in self._moves:
+            position.claimed(rows, is_all=is_all)
+        self._moves.clear()
 
     def _forget_settled(self, connection: PoolProxiedConnection | None = None) -> None:
         """Delete the notes that nobody needs any more, some time: no task waits for that."""

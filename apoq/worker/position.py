@@ -29,21 +29,14 @@ class Position:
 
     def __init__(self) -> None:
         self._levels = {0: START}
+        self._written = _write(self._levels)
         self.is_careful = False
         """Whether the first task that is due was taken from a dead worker, and so is to begin at once."""
         self._lock = threading.Lock()
 
     def parameters(self) -> dict[str, str]:
         """Answer the position as `claim` takes it, the highest priority first."""
-        with self._lock:
-            levels = sorted(self._levels.items(), reverse=True)
-        priorities, ends = zip(*levels, strict=True)
-        times, ids = zip(*ends, strict=True)
-        return {
-            "priorities": array_text(priorities),
-            "behind_times": array_text(times),
-            "behind_ids": array_text(ids),
-        }
+        return self._written
 
     def claimed(self, rows: Sequence[Sequence[Any]], *, is_all: bool) -> None:
         """Move behind the rows of a claim, which are in order; `is_all`: it found no more than these."""
@@ -52,6 +45,8 @@ class Position:
             for priority, (time, id_) in ends.items():
                 end = (time - SLACK, 0) if is_all else (time, id_)
                 self._levels[priority] = max(end, self._levels.get(priority, START))
+            # Now, and not when it is asked for: then, a task waits.
+            self._written = _write(self._levels)
 
     def surveyed(self, rows: Iterable[Sequence[Any]]) -> float:
         """Take over what a survey has found; answer the seconds until the first task of these is due."""
@@ -73,8 +68,19 @@ class Position:
         with self._lock:
             known = self._levels if len(self._levels) <= MOST_LEVELS else {0: START}
             self._levels = known | found
+            self._written = _write(self._levels)
             self.is_careful = is_careful
         return due_in
+
+
+def _write(levels: dict[int, tuple[float, int]]) -> dict[str, str]:
+    priorities, ends = zip(*sorted(levels.items(), reverse=True), strict=True)
+    times, ids = zip(*ends, strict=True)
+    return {
+        "priorities": array_text(priorities),
+        "behind_times": array_text(times),
+        "behind_ids": array_text(ids),
+    }
 
 
 _ID, _PRIORITY, _PROCESS_AT = 0, 3, 5
