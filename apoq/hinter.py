@@ -17,7 +17,7 @@ from sqlalchemy.pool import PoolProxiedConnection
 
 from apoq import libpq
 from apoq.connections import ANSWER_TIMEOUT, execute, is_direct, own_engine, prepare_statement, renew
-from apoq.statements.hint import Hint, hint
+from apoq.statements.hint import FLUSH_NOTHING, Hint, hint, notify
 
 logger = logging.getLogger(__name__)
 
@@ -121,8 +121,9 @@ class Line:
             pooled.close()
             return
         try:
+            execute(pooled, FLUSH_NOTHING, {})
             # Its plan, made anew, would take the server a fifth of the time in which a hint is heard.
-            name = prepare_statement(pooled, hint())
+            name = prepare_statement(pooled, notify())
         except BaseException as error:
             pooled.invalidate(error)
             raise
@@ -138,7 +139,7 @@ class Line:
             try:
                 if not _is_answered(connection):
                     return False
-                libpq.send(connection, hint(), hint_._asdict(), self._name)
+                libpq.send(connection, notify(), hint_._asdict(), self._name)
             except psycopg.Error as error:
                 self._drop(self._pooled, error)
                 self._pooled = None

@@ -193,7 +193,7 @@ def test_beside_a_held_snapshot_a_claim_walks_through_nothing_that_was_taken(eng
         with engine.connect() as connection:
             from_the_start = pages(connection, {**asked, **Position().parameters()})
             from_here = pages(
-                connection, {**asked, **worker._life.parts.claimer._positions[queue].parameters()}
+                connection, {**asked, **worker._life.parts.claimer._sources[0].position.parameters()}
             )
 
     assert 3 * from_here < from_the_start
@@ -278,4 +278,4 @@ def test_every_queue_has_a_position_of_its_own(engine, make_worker):
             queue.add(session, "t")
         assert ran.acquire(timeout=SOON)
 
-    assert all(levels(worker._life.parts.claimer._positions[queue])[0] > START for queue in (first, second))
+    assert all(levels(source.position)[0] > START for source in worker._life.parts.claimer._sources)

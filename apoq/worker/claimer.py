@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import Any, Final
 from uuid import UUID
@@ -14,6 +15,7 @@ from sqlalchemy import Engine
 from sqlalchemy.pool import PoolProxiedConnection
 
 from apoq.connections import STATEMENT_TIMEOUT, execute
+from apoq.libpq import written
 from apoq.outcomes import WorkerDied
 from apoq.payload import encode
 from apoq.queue import Queue
@@ -70,6 +72,17 @@ def ahead(concurrency: int, run_time: float | None) -> int:
     return min(MOST_AHEAD, int(concurrency * HORIZON / max(run_time, 1e-6)))
 
 
+@dataclass(slots=True)
+class _Source:
+    """A queue that is claimed from, and what a claim from it asks each time."""
+
+    queue: Queue
+    position: Position
+    processors: Mapping[str, Processor] = field(default_factory=dict)
+    by_worker: UUID | None = None
+    asked: dict[str, str] = field(default_factory=dict)
+
+
 class Claimer:
     """Keeps the slots busy: one statement takes a batch for all of them, and commits before any runs."""
 
@@ -87,10 +100,9 @@ class Claimer:
         put_ended: Callable[[Ended], None],
     ) -> None:
         self._engine = engine
-        self._queues = queues
+        self._sources = [_Source(queue, positions[queue]) for queue in queues]
         self._registry = registry
         self._slots = slots
-        self._positions = positions
         self._lease = lease
         self._on_claim = on_claim
         self._make = make
@@ -105,7 +117,6 @@ class Claimer:
         self._notes = Notes()
         self.waits_for_room = True
         """Whether a slot that is freed is a reason to take a turn."""
-        self._workable: dict[Queue, tuple[Mapping[str, Processor], dict[str, Any]]] = {}
         self._lock = threading.Lock()
         self._doubt_ends: float | None = None
         self._looked_at = 0.0
@@ -135,7 +146,7 @@ class Claimer:
             return pause
         if not self._lease.is_held:
             return LEASE_LOOK
-        is_careful = any(position.is_careful for position in self._positions.values())
+        is_careful = any(source.position.is_careful for source in self._sources)
         in_line = 0 if is_careful else ahead(self._slots.concurrency, self._slots.run_time)
         self._slots.low_water = in_line // 2
         room = self._slots.concurrency + in_line - self._slots.load
@@ -179,10 +190,10 @@ class Claimer:
             self._move()
             try:
                 self._give_back_strays()
-                for queue in self._rotated():
+                for source in self._rotated():
                     if len(tasks) < limit:
                         tasks += self._claim_from(
-                            queue, limit - len(tasks), free - len(tasks), connection or self._engine
+                            source, limit - len(tasks), free - len(tasks), connection or self._engine
                         )
             except BaseException:
                 # It may have committed without an answer, or may do so until the server ends it.
@@ -210,28 +221,32 @@ class Claimer:
         self.held.pop(id(task), None)
 
     def _claim_from(
-        self, queue: Queue, limit: int, free: int, where: Engine | PoolProxiedConnection
+        self, source: _Source, limit: int, free: int, where: Engine | PoolProxiedConnection
     ) -> list[Claimed]:
+        queue = source.queue
         processors = self._registry.of(queue)
         if not processors:
             return []
-        position = self._positions[queue]
+        # Another mapping, as soon as there is one more.
+        if source.processors is not processors or source.by_worker is not self.worker_id:
+            source.processors, source.by_worker = processors, self.worker_id
+            source.asked = written(
+                {"from_queue": queue.name, "by_worker": self.worker_id, **workable(processors)}
+            )
         number = self._notes.number()
         parameters = {
-            "from_queue": queue.name,
-            **self._workable_of(queue, processors),
+            **source.asked,
             "at_most": limit,
             "ahead": limit > free,
-            "by_worker": self.worker_id,
             "number": number,
-            **position.parameters(),
+            **source.position.parameters(),
         }
         rows = execute(where, claim(queue.schema), parameters).fetchall()
         self._notes.claimed(queue.schema, number, len(rows))
         # In two steps, for which C's functions do; the second leaves each priority in the order of the first.
         rows.sort(key=_BY_AGE)
         rows.sort(key=_BY_PRIORITY, reverse=True)
-        self._moves.append((position, rows, len(rows) < limit))
+        self._moves.append((source.position, rows, len(rows) < limit))
         batch = Batch(queue, processors, time.monotonic(), number)
         tasks: list[Claimed] = [(*row, batch) for row in rows]
         self.held.update({id(row): row for row in tasks})
@@ -245,23 +260,18 @@ class Claimer:
 
     def _forget_settled(self, connection: PoolProxiedConnection | None = None) -> None:
         """Delete the notes that nobody needs any more, some time: no task waits for that."""
-        for queue in self._queues:
-            if done := self._notes.done(queue.schema):
+        for source in self._sources:
+            schema = source.queue.schema
+            if done := self._notes.done(schema):
                 parameters = {"by_worker": self.worker_id, "done": array_text(done)}
-                execute(connection or self._engine, forget_settled(queue.schema), parameters)
-                self._notes.forgotten(queue.schema, done)
+                execute(connection or self._engine, forget_settled(schema), parameters)
+                self._notes.forgotten(schema, done)
 
-    def _workable_of(self, queue: Queue, processors: Mapping[str, Processor]) -> dict[str, Any]:
-        known = self._workable.get(queue)
-        if known is None or known[0] is not processors:  # another one, as soon as there is one more
-            known = self._workable[queue] = (processors, workable(processors))
-        return known[1]
-
-    def _rotated(self) -> tuple[Queue, ...]:
+    def _rotated(self) -> list[_Source]:
         # Each queue comes first in its turn, so that none starves behind a full one.
-        if len(self._queues) > 1:
-            self._queues = (*self._queues[1:], self._queues[0])
-        return self._queues
+        if len(self._sources) > 1:
+            self._sources = [*self._sources[1:], self._sources[0]]
+        return self._sources
 
     def _give_back_strays(self) -> None:
         """Give back what an earlier claim took, if it committed although its answer was lost.
@@ -272,7 +282,7 @@ class Claimer:
             return
         self._looked_at = time.monotonic()
         is_over = time.monotonic() >= self._doubt_ends
-        held: dict[str | None, list[int]] = {queue.schema: [] for queue in self._queues}
+        held: dict[str | None, list[int]] = {source.queue.schema: [] for source in self._sources}
         for row in list(self.held.values()):
             batch: Batch = row[BATCH]
             held[batch.from_queue.schema].append(row[ID])

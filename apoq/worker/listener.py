@@ -69,7 +69,7 @@ class Listener:
     ) -> None:
         self._engine = engine
         self._listening = listening
-        self._payloads = payloads
+        self._awaited = frozenset(Hint(CHANNEL, payload) for payload in payloads)
         self._on_hint = on_hint
         self._on_cancelled = on_cancelled
         self._on_listening = on_listening
@@ -145,7 +145,7 @@ class Listener:
         self._on_hint(ours)
         while not self._stopping:
             hints = connection.wait(CHECK_INTERVAL)
-            if any(hint.channel == CHANNEL and hint.payload in self._payloads for hint in hints):
+            if not self._awaited.isdisjoint(hints):
                 self._on_hint(ours)
             if cancelled := {_id(hint.payload) for hint in hints if hint.channel == CANCELLED}:
                 self._on_cancelled(cancelled)
