@@ -333,6 +333,21 @@ class TestAHintThatIsSentAtOnce:
 
             assert len(heard(0.5)) == 3
 
+    def test_flushes_nothing_to_the_disk(self, engine, queue):
+        with engine.begin() as connection:
+            name = connection.scalar(sa.func.current_database())
+            # The tests' own servers don't flush.
+            connection.exec_driver_sql(f"ALTER DATABASE {name} SET synchronous_commit = on")
+        engine.dispose()
+        line = add(engine, queue)._line
+        until(lambda: line._pooled is not None)
+        line.close()
+
+        with engine.connect() as connection, line._engine.connect() as its:
+            shown = [one.exec_driver_sql("SHOW synchronous_commit").scalar() for one in (connection, its)]
+
+        assert shown == ["on", "off"]
+
     def test_is_the_other_threads_where_the_last_one_was_just_now(self, engine, queue, line):
         with hearing(engine) as heard:
             assert not add(engine, queue)._pending
