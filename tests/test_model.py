@@ -313,6 +313,12 @@ class Tasks(RuleBasedStateMachine):
         super().__init__()
         self.engine, self.own = engine, own
         with engine.begin() as connection:
+            # A history that has failed may have left some open, for which this one would wait.
+            connection.exec_driver_sql(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                "WHERE datname = current_database() AND state LIKE 'idle in transaction%%' "
+                "AND pid <> pg_backend_pid()"
+            )
             connection.exec_driver_sql(
                 "TRUNCATE apoq_tasks, apoq_workers, apoq_claims, ledger RESTART IDENTITY"
             )
@@ -702,7 +708,7 @@ class Tasks(RuleBasedStateMachine):
         for hand in {attempt.hand for attempt in self.attempts} | set(self.hands):
             for position in hand.positions.values():
                 levels = position._levels.items()
-                position._levels = {priority: (at - HOUR * hours, id_) for priority, (at, id_) in levels}
+                position._be_at({priority: (at - HOUR * hours, id_) for priority, (at, id_) in levels})
         for hand in self._beating():
             self._beat(hand)
         if sweeps and self._beating():

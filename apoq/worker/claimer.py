@@ -161,8 +161,7 @@ class Claimer:
         wanted = min(room, MOST_AT_ONCE)
         claimed = self.claim(wanted, free, connection)
         self._slots.put(self._startable(claimed))
-        with self._lock:
-            self._move()
+        self._move()
         self._on_claim(len(claimed), wanted)
         if len(claimed) == wanted:
             self._hinted = True
@@ -176,6 +175,7 @@ class Claimer:
         """Claim a single task, for the caller to run."""
         self._forget_settled()
         while claimed := self.claim(1, 1):
+            self._move()
             for task in self._startable(claimed):
                 return self._make(task)
         return None
@@ -187,7 +187,6 @@ class Claimer:
         """
         tasks: list[Claimed] = []
         with self._lock:
-            self._move()
             try:
                 self._give_back_strays()
                 for source in self._rotated():
@@ -253,10 +252,11 @@ class Claimer:
         return tasks
 
     def _move(self) -> None:
-        """Move the positions behind what was claimed: before the next claim, and after these tasks began."""
-        for position, rows, is_all in self._moves:
+        """Move the positions behind what was claimed: at once, but for the tasks, which begin before."""
+        with self._lock:
+            moves, self._moves = self._moves, []
+        for position, rows, is_all in moves:
             position.claimed(rows, is_all=is_all)
-        self._moves.clear()
 
     def _forget_settled(self, connection: PoolProxiedConnection | None = None) -> None:
         """Delete the notes that nobody needs any more, some time: no task waits for that."""

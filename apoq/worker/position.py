@@ -28,11 +28,10 @@ class Position:
     """
 
     def __init__(self) -> None:
-        self._levels = {0: START}
-        self._written = _write(self._levels)
+        self._lock = threading.Lock()
         self.is_careful = False
         """Whether the first task that is due was taken from a dead worker, and so is to begin at once."""
-        self._lock = threading.Lock()
+        self._be_at({0: START})
 
     def parameters(self) -> dict[str, str]:
         """Answer the position as `claim` takes it, the highest priority first."""
@@ -42,11 +41,11 @@ class Position:
         """Move behind the rows of a claim, which are in order; `is_all`: it found no more than these."""
         ends = {row[_PRIORITY]: (row[_PROCESS_AT], row[_ID]) for row in rows}
         with self._lock:
+            moved = dict(self._levels)
             for priority, (time, id_) in ends.items():
                 end = (time - SLACK, 0) if is_all else (time, id_)
-                self._levels[priority] = max(end, self._levels.get(priority, START))
-            # Now, and not when it is asked for: then, a task waits.
-            self._written = _write(self._levels)
+                moved[priority] = max(end, moved.get(priority, START))
+            self._be_at(moved)
 
     def surveyed(self, rows: Iterable[Sequence[Any]]) -> float:
         """Take over what a survey has found; answer the seconds until the first task of these is due."""
@@ -67,20 +66,20 @@ class Position:
                 found[priority] = (_not_after(time), id_ - 1)
         with self._lock:
             known = self._levels if len(self._levels) <= MOST_LEVELS else {0: START}
-            self._levels = known | found
-            self._written = _write(self._levels)
+            self._be_at(known | found)
             self.is_careful = is_careful
         return due_in
 
-
-def _write(levels: dict[int, tuple[float, int]]) -> dict[str, str]:
-    priorities, ends = zip(*sorted(levels.items(), reverse=True), strict=True)
-    times, ids = zip(*ends, strict=True)
-    return {
-        "priorities": array_text(priorities),
-        "behind_times": array_text(times),
-        "behind_ids": array_text(ids),
-    }
+    def _be_at(self, levels: dict[int, tuple[float, int]]) -> None:
+        self._levels = levels
+        # Written now, and not when it is asked for: then, a task waits.
+        priorities, ends = zip(*sorted(levels.items(), reverse=True), strict=True)
+        times, ids = zip(*ends, strict=True)
+        self._written = {
+            "priorities": array_text(priorities),
+            "behind_times": array_text(times),
+            "behind_ids": array_text(ids),
+        }
 
 
 _ID, _PRIORITY, _PROCESS_AT = 0, 3, 5
