@@ -267,6 +267,15 @@ def test_a_new_and_higher_priority_overtakes_a_backlog(engine, queue, make_worke
     assert len(overtaken) < 1_000
 
 
+def test_looking_in_vain_leaves_nothing_behind(worker):
+    worker.use("t", lambda task: None)
+
+    for _ in range(3):
+        assert worker.work() is None
+
+    assert worker._life.parts.claimer._moves == []
+
+
 def test_every_queue_has_a_position_of_its_own(engine, make_worker):
     first, second = Queue("first"), Queue("second")
     ran = threading.Semaphore(0)

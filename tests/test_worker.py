@@ -722,7 +722,7 @@ class TestStartAndStop:
 
         worker.use("plain", plain)
         worker.use("coroutine", coroutine)
-        for _ in range(10):
+        for _ in range(20):
             loops.clear()
             with Session(engine) as session, session.begin():
                 Queue().add_many(session, "plain", [None] * size, priority=1)

@@ -245,7 +245,8 @@ class Claimer:
         # In two steps, for which C's functions do; the second leaves each priority in the order of the first.
         rows.sort(key=_BY_AGE)
         rows.sort(key=_BY_PRIORITY, reverse=True)
-        self._moves.append((source.position, rows, len(rows) < limit))
+        if rows:
+            self._moves.append((source.position, rows, len(rows) < limit))
         batch = Batch(queue, processors, time.monotonic(), number)
         tasks: list[Claimed] = [(*row, batch) for row in rows]
         self.held.update({id(row): row for row in tasks})

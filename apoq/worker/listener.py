@@ -61,7 +61,7 @@ class Listener:
         self,
         engine: Engine,
         listening: Engine,
-        payloads: frozenset[str],
+        awaited: frozenset[Hint],
         *,
         on_hint: Callable[[PoolProxiedConnection | None], None],
         on_cancelled: Callable[[set[int]], None],
@@ -69,7 +69,7 @@ class Listener:
     ) -> None:
         self._engine = engine
         self._listening = listening
-        self._awaited = frozenset(Hint(CHANNEL, payload) for payload in payloads)
+        self._awaited = awaited
         self._on_hint = on_hint
         self._on_cancelled = on_cancelled
         self._on_listening = on_listening

@@ -16,7 +16,7 @@ from apoq.databases import sync_side
 from apoq.events import Events
 from apoq.queue import Queue
 from apoq.registry import Registry
-from apoq.statements.hint import payload
+from apoq.statements.hint import has_tasks
 from apoq.watch import watch
 from apoq.worker.attempts import Ended, ended, overdue, run, run_coroutine
 from apoq.worker.claimer import Claimer
@@ -138,7 +138,7 @@ class Parts:
         self.listener = Listener(
             self.engine,
             listening,
-            frozenset(payload(queue.schema, queue.name) for queue in queues),
+            frozenset(has_tasks(queue.schema, queue.name) for queue in queues),
             on_hint=self._hinted,
             on_cancelled=self._cancelled,
             on_listening=self._listens,
