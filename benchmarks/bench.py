@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 from uuid import uuid4
 
 import psycopg
@@ -20,6 +20,10 @@ from benchmarks.contenders import contender
 from benchmarks.process import Child
 from benchmarks.server import Server
 from benchmarks.sizes import Sizes
+
+SOONEST_LOOK: Final = 0.01
+LATEST_LOOK: Final = 0.25
+"""Seconds between two looks how far the workers have come."""
 
 
 class WrongCount(Exception):
@@ -120,21 +124,31 @@ class Workers:
             child.say("go")
 
     def reports(self) -> list[dict[str, Any]]:
+        """Ask each how far it has come, and what it takes."""
+        return self._asked("report")
+
+    def _asked(self, word: str) -> list[dict[str, Any]]:
         for child in self._children:
-            child.say("report")
+            child.say(word)
         return [child.answer() for child in self._children]
 
     def wait_handled(self, count: int, patience: float = 0.0) -> tuple[int, float]:
         """Wait until so many were begun; answer how many, and when that was seen."""
         # Procrastinate's rate is the lowest: some 400 a second.
-        end = time.monotonic() + (patience or 60 + count / 100)
+        waits_since = time.monotonic()
+        end = waits_since + (patience or 60 + count / 100)
+        pause = SOONEST_LOOK
         while True:
-            time.sleep(0.01)
-            reports = self.reports()
-            begun = sum(report["count"] for report in reports)
+            time.sleep(pause)
+            answers = self._asked("count")
+            begun = sum(answer["count"] for answer in answers)
+            now = max(answer["now"] for answer in answers)
             if begun >= count:
-                return begun, max(report["now"] for report in reports)
-            if time.monotonic() > end:
+                return begun, now
+            # A look takes some of the time that is measured: few, until it is nearly done.
+            left = (count - begun) * (now - waits_since) / begun if begun else 0.0
+            pause = min(max(left / 4, SOONEST_LOOK), LATEST_LOOK)
+            if now > end:
                 raise WrongCount(
                     f"{self._database.who.name}: only {begun} of {count} tasks were begun in time"
                 )

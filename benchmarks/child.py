@@ -165,7 +165,9 @@ def _write(todo: Work, path: str) -> None:
 
 def _answers(todo: Work, began: float, path: str) -> None:
     for line in sys.stdin:
-        if line == "report\n":
+        if line == "count\n":
+            say(count=todo.tally.count, now=time.monotonic())
+        elif line == "report\n":
             count, cpu = todo.tally.count, time.process_time()
             say(count=count, now=time.monotonic(), began=began, cpu=cpu, memory=memory())
         elif line == "stop\n":

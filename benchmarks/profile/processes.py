@@ -50,12 +50,9 @@ def _used(pid: int) -> float:
 
 def _moment(database: Database, workers: Workers, count: int) -> Moment:
     """Wait until so many tasks have begun, and look."""
-    while True:
-        reports = workers.reports()
-        tasks = sum(report["count"] for report in reports)
-        if tasks >= count:
-            break
-        time.sleep(0.01)
+    workers.wait_handled(count)
+    reports = workers.reports()
+    tasks = sum(report["count"] for report in reports)
     pids = database.connection.execute("SELECT pid FROM pg_stat_activity").fetchall()
     idle = int(Path("/proc/stat").read_text().split(maxsplit=5)[4]) / os.sysconf("SC_CLK_TCK")
     return Moment(
