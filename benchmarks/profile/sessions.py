@@ -31,6 +31,11 @@ RUNNING = """
     SELECT 'bench', 'running' FROM generate_series(1, {})
 """
 
+BARE = sa.table(
+    "bare", sa.column("id", sa.BigInteger), sa.column("token", sa.BigInteger), sa.column("state", sa.Text)
+)
+"""A table with a primary key and nothing else."""
+
 Do = Callable[[sa.Connection, dict[str, int]], Any]
 
 
@@ -42,10 +47,18 @@ def kinds() -> dict[str, Do]:
     """Answer what is done between the insert and the commit."""
     statement = complete_last(None)
     text, _ = compiled(statement)
+    of_bare = (
+        sa.update(BARE)
+        .where(BARE.c.id == sa.bindparam("task_id"), BARE.c.token == sa.bindparam("held_under"))
+        .values(state="completed")
+    )
     prepared: set[bytes] = set()
     return {
         "a plain loop": lambda _connection, _task: None,
         "+ SELECT 1, by libpq": lambda connection, _task: _driver(connection).pgconn.exec_(b"SELECT 1"),
+        "+ an update of a bare table, by libpq": lambda connection, task: libpq.execute(
+            _driver(connection), of_bare, task, prepared=prepared
+        ),
         "+ the completion, by libpq, prepared": lambda connection, task: libpq.execute(
             _driver(connection), statement, task, prepared=prepared
         ),
@@ -65,8 +78,13 @@ def show() -> None:
         prepare(engine)
         with engine.begin() as connection:
             connection.exec_driver_sql("CREATE TABLE effects (n bigint NOT NULL)")
-            connection.exec_driver_sql(RUNNING.format(len(found) * ROUNDS * TRANSACTIONS))
-        ids = iter(range(1, len(found) * ROUNDS * TRANSACTIONS + 1))
+            connection.exec_driver_sql("CREATE TABLE bare (id bigint PRIMARY KEY, token bigint, state text)")
+            count = len(found) * ROUNDS * TRANSACTIONS
+            connection.exec_driver_sql(RUNNING.format(count))
+            connection.exec_driver_sql(
+                f"INSERT INTO bare SELECT n, 0, 'running' FROM generate_series(1, {count}) n"
+            )
+        ids = iter(range(1, count + 1))
         todo = kinds()
         for _ in range(ROUNDS):
             for name, do in todo.items():
