@@ -16,7 +16,7 @@ from benchmarks.contenders import NAMES, chosen, missing
 from benchmarks.plots import draw
 from benchmarks.progress import Progress
 from benchmarks.report import Results, show, show_targets
-from benchmarks.scenario import Scenario
+from benchmarks.scenario import MORE_RUNS, RUNS, Scenario
 from benchmarks.scenarios import SCENARIOS
 from benchmarks.server import Server
 from benchmarks.sizes import Sizes
@@ -34,7 +34,11 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="print the scenarios")
     parser.add_argument("--only", nargs="+", metavar="SCENARIO", help="run these; a beginning with * will do")
     parser.add_argument("--contenders", nargs="+", metavar="NAME", help=", ".join(NAMES))
-    parser.add_argument("--runs", type=int, help="runs of each scenario, in turn (3; with --quick 1)")
+    parser.add_argument(
+        "--runs",
+        type=int,
+        help=f"runs of each scenario, in turn ({RUNS}, of the shortest {MORE_RUNS}; with --quick 1)",
+    )
     parser.add_argument("--scale", type=float, help=f"of all sizes and times (1; with --quick {QUICK})")
     parser.add_argument("--held", type=float, metavar="SECONDS", help="for which the snapshot is held (600)")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="where results.json and the plots go")
@@ -60,12 +64,12 @@ def main(options: argparse.Namespace) -> int:
         sizes = replace(
             sizes, held_seconds=options.held, others_held_seconds=min(options.held, sizes.others_held_seconds)
         )
-    runs = options.runs or (1 if options.quick else 3)
+    runs = options.runs or (1 if options.quick else None)
     begun = time.monotonic()
     # Whoever ends it, what was measured until then is kept.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with Server() as server, tempfile.TemporaryDirectory() as folder:
-        results = Results({**server.describe(), "runs": runs, "scale": scale})
+        results = Results({**server.describe(), "runs": runs or f"{RUNS} or {MORE_RUNS}", "scale": scale})
         try:
             end = begun + QUICK_SECONDS if options.quick else math.inf
             _run(Bench(server, sizes, Path(folder)), scenarios, names, runs, results, end)
@@ -84,12 +88,12 @@ def main(options: argparse.Namespace) -> int:
 
 
 def _run(
-    bench: Bench, scenarios: list[Scenario], names: list[str], runs: int, results: Results, end: float
+    bench: Bench, scenarios: list[Scenario], names: list[str], runs: int | None, results: Results, end: float
 ) -> None:
     steps = [
         (scenario, run, name)
         for scenario in scenarios
-        for run in range(1 if scenario.once else runs)
+        for run in range(1 if scenario.once else runs or scenario.runs)
         for name in takers(scenario, names)
     ]
     with Progress(len(steps)) as progress:

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final
 
 from benchmarks.bench import Bench
 from benchmarks.contenders import NAMES
+
+RUNS: Final = 3
+
+MORE_RUNS: Final = 7
+"""Of what is over in a third of a second: single ones differ by a third."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +30,8 @@ class Scenario:
     reference: str = "floor"
     """Of whom the others' figures are multiples."""
     less_is_better: bool = False
+    runs: int = RUNS
+    """How many there are, unless ``--runs`` says."""
     once: bool = False
     """Too long to be run several times."""
     quick: bool = False

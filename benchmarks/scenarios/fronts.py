@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.bench import Bench
 from benchmarks.contenders import NAMES
-from benchmarks.scenario import Scenario
+from benchmarks.scenario import MORE_RUNS, Scenario
 
 BEHIND = 10_000_000
 """The first number of the tasks that are to be worked."""
@@ -94,11 +94,15 @@ def _rate_of_backlog(bench: Bench, name: str, first: int, front: int) -> float:
         return begun / (when - min(handled.started))
 
 
-def _scenario(
-    name: str, title: str, kind: str, contenders: tuple[str, ...], *, quick: bool = False
-) -> Scenario:
+def _scenario(name: str, title: str, kind: str, contenders: tuple[str, ...]) -> Scenario:
     return Scenario(
-        name, title, "tasks/s", behind(kind), contenders=contenders, units={"kept": "%"}, quick=quick
+        name,
+        title,
+        "tasks/s",
+        behind(kind),
+        contenders=contenders,
+        units={"kept": "%"},
+        runs=MORE_RUNS,
     )
 
 
@@ -126,5 +130,6 @@ SCENARIOS = (
         retention,
         contenders=("apoq",),
         units={"kept": "%"},
+        runs=MORE_RUNS,
     ),
 )
