@@ -135,9 +135,8 @@ class Workers:
     def wait_handled(self, count: int, patience: float = 0.0) -> tuple[int, float]:
         """Wait until so many were begun; answer how many, and when that was seen."""
         # Procrastinate's rate is the lowest: some 400 a second.
-        waits_since = time.monotonic()
-        end = waits_since + (patience or 60 + count / 100)
-        pause = SOONEST_LOOK
+        end = time.monotonic() + (patience or 60 + count / 100)
+        pause, first_seen = SOONEST_LOOK, 0.0
         while True:
             time.sleep(pause)
             answers = self._asked("count")
@@ -145,9 +144,13 @@ class Workers:
             now = max(answer["now"] for answer in answers)
             if begun >= count:
                 return begun, now
-            # A look takes some of the time that is measured: few, until it is nearly done.
-            left = (count - begun) * (now - waits_since) / begun if begun else 0.0
-            pause = min(max(left / 4, SOONEST_LOOK), LATEST_LOOK)
+            # A look takes some of the time that is measured, and a late last one adds to it. So they are few,
+            # yet each comes before the end: a quarter of the way, and no longer than this has been seen.
+            if begun:
+                first_seen = first_seen or now
+                ran = now - first_seen
+                left = (count - begun) * ran / begun
+                pause = min(max(min(left / 4, ran), SOONEST_LOOK), LATEST_LOOK)
             if now > end:
                 raise WrongCount(
                     f"{self._database.who.name}: only {begun} of {count} tasks were begun in time"
