@@ -290,7 +290,7 @@ def test_what_ends_while_the_server_is_read_only_is_written_when_it_is_so_no_mor
         )
         may_end.set()
         # The first time, its connection has ended; and then the server is read-only.
-        until(lambda: worker._life.parts.settling._failures > 2)
+        until(lambda: worker._life.parts.settling._failures.count > 2)
         connection.exec_driver_sql(f"ALTER DATABASE {url.database} SET default_transaction_read_only = off")
         until(lambda: count(quiet, Task.state == "completed", Task.attempt == 1) == 1)
 

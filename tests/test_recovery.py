@@ -14,7 +14,8 @@ from waiting import patience
 
 from apoq import Queue, RunningTask, Task, prepare
 from apoq.statements.hint import CHANNEL
-from apoq.worker.loop import FIRST_BACKOFF, LONGEST_BACKOFF, Loop, Outage, backoff
+from apoq.worker.failures import FIRST_BACKOFF, LONGEST_BACKOFF, Failures, Outage, backoff
+from apoq.worker.loop import Loop
 
 SOON = 30.0
 
@@ -176,7 +177,7 @@ class TestLoop:
             loop.stop()
 
         assert caplog.messages == [
-            "apoq-test failed, and tries again until it succeeds: no such thing",
+            "apoq-test failed, and is tried again until it succeeds: no such thing",
             "apoq-test works again, after 2 failures",
         ]
 
@@ -255,7 +256,7 @@ class TestLoop:
         loop.stop()
 
         assert takers[1:].count(threading.current_thread()) == 1
-        assert "tries again" in caplog.messages[0]
+        assert "is tried again" in caplog.messages[0]
 
     def test_stopping_waits_for_a_turn_on_the_callers_thread(self):
         begun, may_end, takers = threading.Event(), threading.Event(), []
@@ -305,12 +306,116 @@ class TestLoop:
 
         assert time.monotonic() - began < 2
 
+    def test_it_is_failing_from_its_first_failure_until_a_turn_succeeds(self):
+        may_succeed = threading.Event()
+
+        def turn() -> float | None:
+            if not may_succeed.is_set():
+                raise LookupError("no such thing")
+            return None
+
+        loop = Loop("apoq-test", turn, Outage())
+        assert not loop.is_failing_for(0)
+
+        loop.start()
+        until(lambda: loop.is_failing_for(0.3))
+        assert not loop.is_failing_for(SOON)
+
+        may_succeed.set()
+        until(lambda: not loop.is_failing_for(0))
+        loop.stop()
+
     def test_it_backs_off_with_jitter_and_within_bounds(self):
         waits = [backoff(failures, chance) for failures in range(1, 200) for chance in (0.0, 0.5, 0.999)]
 
         assert min(waits) >= FIRST_BACKOFF / 2
         assert max(waits) <= LONGEST_BACKOFF
         assert backoff(3, 0.0) == pytest.approx(backoff(2, 0.0) * 2)
+
+
+class Clock:
+    """A clock that a test sets."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class TestFailures:
+    """A failure that lasts is logged at once, after 10 s, after a minute, and then every 5 minutes."""
+
+    @pytest.fixture
+    def clock(self, caplog) -> Clock:
+        caplog.set_level(logging.WARNING, "apoq")
+        return Clock()
+
+    def logged(self, clock: Clock, caplog, failures: Failures, error: Exception) -> dict[int, str]:
+        """Fail every 2 s for 1,000 s; return what was logged, by the second."""
+        logged = {}
+        for second in range(0, 1_000, 2):
+            clock.now = float(second)
+            failures.failed(error)
+            logged.update({second: message for message in caplog.messages})
+            caplog.clear()
+        return logged
+
+    def test_an_ordinary_failure_is_logged_again_at_growing_intervals(self, clock, caplog):
+        failures = Failures("the claim", Outage(clock), clock)
+
+        logged = self.logged(clock, caplog, failures, LookupError("no such thing"))
+
+        assert [*logged] == [0, 10, 60, 300, 600, 900]
+        assert logged[0] == "the claim failed, and is tried again until it succeeds: no such thing"
+        assert logged[60] == "the claim has failed for 60 s, 31 times, and is tried again: no such thing"
+
+        failures.recovered()
+        failures.recovered()
+        assert caplog.messages == ["the claim works again, after 500 failures"]
+
+    def test_so_is_an_outage_and_once_for_all_that_fails(self, clock, caplog):
+        outage = Outage(clock)
+        failures, other = Failures("the claim", outage, clock), Failures("the other", outage, clock)
+        other.failed(ConnectionError("no route"))
+        caplog.clear()
+
+        logged = self.logged(clock, caplog, failures, ConnectionError("no route"))
+
+        assert [*logged] == [10, 60, 300, 600, 900]
+        assert logged[60] == "the database has been away for 60 s, and the claim tries again: no route"
+
+        failures.recovered()
+        assert caplog.messages == []
+        other.recovered()
+        assert caplog.messages == ["the database is back, after 998.0 s"]
+
+    def test_what_fails_otherwise_after_an_outage_has_reached_the_database(self, clock, caplog):
+        failures = Failures("the claim", Outage(clock), clock)
+        failures.failed(ConnectionError("no route"))
+        caplog.clear()
+
+        failures.failed(LookupError("no such thing"))
+
+        assert caplog.messages == [
+            "the database is back, after 0.0 s",
+            "the claim failed, and is tried again until it succeeds: no such thing",
+        ]
+
+    def test_a_failure_is_counted_from_the_first_until_a_success(self, clock):
+        failures = Failures("the claim", Outage(clock), clock)
+        assert not failures.is_failing_for(0)
+
+        for clock.now in (1.0, 3.0):
+            assert failures.failed(LookupError()) > 0
+        clock.now = 4.0
+
+        assert failures.count == 2
+        assert failures.is_failing_for(2.9)
+        assert not failures.is_failing_for(3.0)
+
+        failures.recovered()
+        assert failures.count == 0
+        assert not failures.is_failing_for(0)
 
 
 def test_a_heartbeat_goes_on_while_a_migration_locks_the_tasks(engine, worker, caplog):

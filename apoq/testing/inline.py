@@ -19,8 +19,8 @@ from apoq.worker import Worker
 from apoq.worker.attempts import overdue
 from apoq.worker.completion import Completion
 from apoq.worker.deadlines import Deadlines
+from apoq.worker.failures import Outage
 from apoq.worker.lease import Lease
-from apoq.worker.loop import Outage
 from apoq.worker.running import AnyRunningTask
 
 

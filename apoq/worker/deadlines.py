@@ -7,7 +7,8 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 
-from apoq.worker.loop import Loop, Outage
+from apoq.worker.failures import Outage
+from apoq.worker.loop import Loop
 from apoq.worker.running import AnyRunningTask
 
 

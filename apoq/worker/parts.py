@@ -23,9 +23,10 @@ from apoq.worker.claimer import Claimer
 from apoq.worker.completion import Completion
 from apoq.worker.coroutines import Coroutines
 from apoq.worker.deadlines import Deadlines
+from apoq.worker.failures import Outage
 from apoq.worker.heartbeat import BEATS, Heartbeat
 from apoq.worker.listener import Listener, listen_engine
-from apoq.worker.loop import Loop, Outage
+from apoq.worker.loop import Loop
 from apoq.worker.options import WorkerOptions
 from apoq.worker.position import Position
 from apoq.worker.pruner import Pruner

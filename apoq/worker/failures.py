@@ -1,0 +1,164 @@
+"""What fails and is tried again: since when it has failed, what the log says, and when the next try is."""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable
+from typing import Final
+
+from apoq.connections import is_away
+
+logger = logging.getLogger(__name__)
+
+FIRST_BACKOFF: Final = 0.1
+LONGEST_BACKOFF: Final = 2.0
+
+FIRST_REMINDERS: Final = (10.0, 60.0)
+REMINDER_INTERVAL: Final = 300.0
+"""Seconds after which the log says again that something still fails: at first, and from then on."""
+
+
+class Duration:
+    """How long something has lasted, and whether the log should say so again."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._began = clock()
+        self._reminder_at = _next_reminder(0.0)
+
+    @property
+    def seconds(self) -> float:
+        """For how long it has lasted."""
+        return self._clock() - self._began
+
+    def is_reminder_due(self) -> bool:
+        """Tell whether the log should say now that it still lasts; once for each time that it should."""
+        seconds = self.seconds
+        if seconds < self._reminder_at:
+            return False
+        self._reminder_at = _next_reminder(seconds)
+        return True
+
+
+class Outage:
+    """Whether the database is away: logged once for all the loops of a worker, and so is its end."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._failing: set[str] = set()
+        self._duration = Duration(clock)
+
+    def begins(self, name: str, error: BaseException) -> None:
+        """Note that a loop has found the database away."""
+        with self._lock:
+            if not self._failing:
+                self._duration = Duration(self._clock)
+                logger.warning("the database is away; the worker tries until it is back: %s", brief(error))
+            elif self._duration.is_reminder_due():
+                logger.warning(
+                    "the database has been away for %.0f s, and %s tries again: %s",
+                    self._duration.seconds,
+                    name,
+                    brief(error),
+                )
+            self._failing.add(name)
+
+    def ends(self, name: str) -> None:
+        """Note that a loop has reached it again."""
+        with self._lock:
+            if name in self._failing and len(self._failing) == 1:
+                logger.warning("the database is back, after %.1f s", self._duration.seconds)
+            self._failing.discard(name)
+
+    def leaves(self, name: str) -> None:
+        """Forget a loop that has been stopped."""
+        with self._lock:
+            self._failing.discard(name)
+
+
+class Failures:
+    """The failures in a row of one thing that is tried again until it succeeds.
+
+    The first is logged, and so is the next success. While the failures go on, the log says so again at
+    growing intervals. If the database is away, the `Outage` logs that instead, once for all.
+
+    One thread at a time may note what has happened; any thread may ask.
+    """
+
+    def __init__(self, name: str, outage: Outage, clock: Callable[[], float] = time.monotonic) -> None:
+        """`name` is what fails, as the log calls it, such as "the claim from Queue('emails')"."""
+        self.count = 0
+        """How often it has failed since it last succeeded."""
+        self._name = name
+        self._outage = outage
+        self._clock = clock
+        self._duration: Duration | None = None
+        self._is_logged = False
+
+    def failed(self, error: BaseException) -> float:
+        """Note a failure, and log it if it is time to; return the seconds until the next try."""
+        self.count += 1
+        if self._duration is None:
+            self._duration = Duration(self._clock)
+        if is_away(error):
+            self._outage.begins(self._name, error)
+        else:
+            self._outage.ends(self._name)
+            self._log(error, self._duration)
+        logger.debug("%s has failed %d times", self._name, self.count, exc_info=error)
+        return backoff(self.count)
+
+    def recovered(self) -> None:
+        """Note that it has succeeded."""
+        if not self.count:
+            return
+        self._outage.ends(self._name)
+        if self._is_logged:
+            logger.warning("%s works again, after %d failures", self._name, self.count)
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin from zero: it isn't tried any more."""
+        self._outage.leaves(self._name)
+        self.count, self._duration, self._is_logged = 0, None, False
+
+    def is_failing_for(self, seconds: float) -> bool:
+        """Tell whether it has failed for longer than this, and never succeeded meanwhile."""
+        duration = self._duration
+        return duration is not None and duration.seconds > seconds
+
+    def _log(self, error: BaseException, duration: Duration) -> None:
+        if not self._is_logged:
+            self._is_logged = True
+            logger.warning("%s failed, and is tried again until it succeeds: %s", self._name, error)
+        elif duration.is_reminder_due():
+            logger.warning(
+                "%s has failed for %.0f s, %d times, and is tried again: %s",
+                self._name,
+                duration.seconds,
+                self.count,
+                brief(error),
+            )
+
+
+def backoff(failures: int, chance: float | None = None) -> float:
+    """Return the seconds to wait after this many failures in a row: doubling, with jitter, bounded."""
+    if chance is None:
+        chance = random.random()  # noqa: S311 - jitter, no secret
+    return min(LONGEST_BACKOFF, FIRST_BACKOFF * 2.0 ** min(failures - 1, 30)) * (0.5 + chance / 2)
+
+
+def brief(error: BaseException) -> str:
+    """Return what an error says, without what SQLAlchemy wraps it in."""
+    lines = str(getattr(error, "orig", None) or error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _next_reminder(seconds: float) -> float:
+    """Return when the log should say again that something still fails that has failed for so long."""
+    following = (seconds // REMINDER_INTERVAL + 1) * REMINDER_INTERVAL
+    return min((at for at in FIRST_REMINDERS if at > seconds), default=following)
