@@ -352,11 +352,12 @@ class TestFailures:
 
     def logged(self, clock: Clock, caplog, failures: Failures, error: Exception) -> dict[int, str]:
         """Fail every 2 s for 1,000 s; return what was logged, by the second."""
-        logged = {}
+        logged: dict[int, str] = {}
         for second in range(0, 1_000, 2):
             clock.now = float(second)
             failures.failed(error)
-            logged.update({second: message for message in caplog.messages})
+            if caplog.messages:
+                [logged[second]] = caplog.messages
             caplog.clear()
         return logged
 
