@@ -58,6 +58,9 @@ _UNPREPARED: Final = {"26000", "42P05", "08P01"}
 _MISSING: Final = {"42P01", "42703", "3F000"}
 """SQLSTATEs of a table, a column or a schema that is not there."""
 
+_NOT_OF_A_ROW: Final = ("08", "0A", "25", "28", "3", "42", "53", "55", "57", "58")
+"""Classes of SQLSTATEs that speak of a statement, a session or the server, and not of what is in a row."""
+
 _READ_ONLY: Final = "25006"
 """SQLSTATE of a server that is no longer the primary, or not yet: after a failover, another one is."""
 
@@ -266,9 +269,15 @@ def is_away(error: BaseException) -> bool:
     return isinstance(error, psycopg.Error) and error.sqlstate == _READ_ONLY
 
 
-def is_refused(error: psycopg.Error) -> bool:
-    """Tell whether a statement was refused as such, as where the role may not do that: no other row helps."""
-    return (error.sqlstate or "").startswith("42")
+def is_caused_by_a_row(error: BaseException) -> bool:
+    """Return whether a statement may have failed because of one of its rows: it may succeed without that.
+
+    Such as one whose value the server refuses, or can't read. Not if it failed as such, as for lack of a
+    right.
+    """
+    if is_away(error) or not isinstance(error, psycopg.DatabaseError):
+        return False
+    return not (error.sqlstate or "").startswith(_NOT_OF_A_ROW)
 
 
 def is_missing(error: BaseException) -> bool:

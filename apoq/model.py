@@ -146,6 +146,10 @@ class WorkerRow(Base):
     started_at: Mapped[datetime] = mapped_column(server_default=func.clock_timestamp())
     seen_at: Mapped[datetime] = mapped_column(server_default=func.clock_timestamp())
     """Its last heartbeat, by the database's clock."""
+    expires_at: Mapped[datetime]
+    """When its lease ends: until then it counts as alive, as long as its connection is there."""
+    grace: Mapped[timedelta]
+    """How long after its last heartbeat it counts as alive once its connection is gone."""
     backend_pid: Mapped[int | None] = mapped_column(Integer)
     backend_start: Mapped[datetime | None]
     """The server's process that its heartbeat speaks to; None behind a pooler, which hides it."""

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import time
+
 import sqlalchemy as sa
 
 from apoq import Worker
 from apoq.model import claims_table
+
+AHEAD = {"free": 0, "bytes_ahead": 10**9, "longest_data": 10**6}
+"""What a claim for slots that are all busy asks for, beside its queue, its types and how many tasks."""
 
 _NOTE = sa.text("""
     INSERT INTO apoq_claims (worker_id, number, task_ids)
@@ -22,6 +27,12 @@ def hold_up(connection: sa.Connection, worker: Worker, schema: str | None = None
     worker_id = worker._life.parts.claimer.worker_id
     notes = [{"worker_id": worker_id, "number": number, "task_ids": []} for number in range(1_000)]
     connection.execute(sa.insert(claims_table(schema)), notes)
+
+
+def hold_lease(worker: Worker) -> None:
+    """Let a worker that hasn't started claim."""
+    for lease in worker._life.parts.heartbeat.leases.values():
+        lease.renew(time.monotonic())
 
 
 def note(connection: sa.Connection) -> None:

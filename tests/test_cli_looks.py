@@ -71,6 +71,8 @@ def enlist(engine) -> Callable[..., object]:
                 id=sa.func.gen_random_uuid(),
                 queues=list(queues or ["default"]),
                 seen_at=sa.func.clock_timestamp() - seen,
+                expires_at=sa.func.clock_timestamp() - seen + timedelta(seconds=15),
+                grace=timedelta(seconds=4.5),
                 **values,
             )
             return connection.scalar(statement.returning(WorkerRow.id))

@@ -12,7 +12,7 @@ from datetime import timedelta
 
 import pytest
 import sqlalchemy as sa
-from claims import note
+from claims import hold_lease, note
 from sqlalchemy.orm import Session
 from waiting import patience
 
@@ -92,7 +92,7 @@ class TestTheHeartbeat:
 
         stopping = threading.Thread(target=worker.stop)
         stopping.start()
-        until(lambda: worker._life.parts._notice.is_given)
+        until(lambda: worker._life.parts._notices[None].is_given)
         seen_past_its_lease(engine, load(engine).worker_id)
         may_end.set()
         stopping.join(SOON)
@@ -128,7 +128,10 @@ class TestAnEndedLease:
     def test_begins_nothing_and_what_was_claimed_is_given_back(self, engine, worker, ran, type_):
         add(engine, type_=type_)
 
-        worker._life.parts.slots.put(worker._life.parts.claimer.claim(1, 1))
+        hold_lease(worker)
+        claimed = worker._life.parts.claimer.claim(1, 1)
+        worker._life.parts.heartbeat.leases[None].ends_at = time.monotonic()
+        worker._life.parts.slots.put(claimed)
         until(lambda: worker._life.parts.settler.turn() or load(engine).state == "pending")
 
         assert (load(engine).token, load(engine).attempt, ran) == (1, 0, [])
@@ -137,7 +140,9 @@ class TestAnEndedLease:
 def test_a_worker_whose_lease_has_ended_completes_nothing(engine, worker):
     def process(task: RunningTask) -> None:
         task.session.execute(sa.text("INSERT INTO ledger VALUES (:id)"), {"id": task.id})
-        worker._life.parts.heartbeat.lease.ends_at = time.monotonic()  # as if it had been frozen just here
+        worker._life.parts.heartbeat.leases[
+            None
+        ].ends_at = time.monotonic()  # as if it had been frozen just here
 
     worker.use("t", process)
     add(engine)

@@ -23,6 +23,7 @@ from uuid import UUID
 
 import pytest
 import sqlalchemy as sa
+from claims import AHEAD
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -43,10 +44,10 @@ from apoq.payload import encode
 from apoq.registry import make_processor
 from apoq.statements.arrays import array_text
 from apoq.statements.claim import claim
-from apoq.statements.heartbeat import beat, forget, leave
+from apoq.statements.heartbeat import beat, beat_and_look, forget, leave
 from apoq.statements.notes import forget_settled
 from apoq.statements.prune import prune_completed, prune_failed
-from apoq.statements.recover import beat_and_rescue, forget_dead, forget_unknown, give_back
+from apoq.statements.recover import forget_dead, forget_unknown, give_back, rescue
 from apoq.statements.survey import survey
 from apoq.states import CANCELLED, COMPLETED, FAILED, PENDING, RUNNING
 from apoq.worker import notes, tally
@@ -54,7 +55,8 @@ from apoq.worker.attempts import Ended, TaskLost, ended
 from apoq.worker.completion import Completion
 from apoq.worker.lease import Lease
 from apoq.worker.notes import Notes
-from apoq.worker.position import Position
+from apoq.worker.peers import Peer
+from apoq.worker.position import MOST_LEVELS, Position
 from apoq.worker.running import Batch, Claimed, Notice
 from apoq.worker.settler import Settler
 from apoq.worker.task_sessions import TaskSession
@@ -96,13 +98,11 @@ WRITE = sa.text("INSERT INTO ledger VALUES (:id)")
 
 TIMES = {
     "apoq_tasks": ["created_at", "process_at", "claimed_at", "completed_at", "failed_at", "cancelled_at"],
-    "apoq_workers": ["started_at", "seen_at"],
+    "apoq_workers": ["started_at", "seen_at", "expires_at"],
 }
 
 CUT = sa.text("UPDATE apoq_workers SET backend_pid = 0, backend_start = 'epoch' WHERE id = :id")
 """As if the connection of its heartbeat, which the worker has noted there, were gone."""
-
-LIVES = {"lease": timedelta(hours=LEASE), "grace": timedelta(hours=GRACE)}
 
 # A transaction that waits here waits for Hypothesis, and not for a worker that is frozen.
 PATIENCE = sa.text("SET LOCAL idle_in_transaction_session_timeout = 0")
@@ -338,9 +338,9 @@ class Tasks(RuleBasedStateMachine):
         for type_, limit in LIMITS.items():
             self.worker.use(type_, self._process, retry_limit=limit, retry_delay=delay_after)
         # Workers mind their leases, too; but nothing may depend on it.
-        lease = Lease(math.inf, 0)
-        lease.renew(time.monotonic())
-        self.completions = {keeps: Completion(Events(), lease, keep=keeps) for keeps in (True, False)}
+        self.lease = Lease(math.inf, 0)
+        self.lease.renew(time.monotonic())
+        self.completions = {keeps: Completion(Events(), keep=keeps) for keeps in (True, False)}
         self.settlers = {
             keeps: Settler(
                 own,
@@ -472,7 +472,7 @@ class Tasks(RuleBasedStateMachine):
             execute(self.own, forget_settled(None), {"by_worker": hand.id, "done": array_text(done)})
             hand.notes.forgotten(None, done)
         if surveys:
-            mine = {"from_queue": queue.name, "of_types": hand.types}
+            mine = {"from_queue": queue.name, "of_types": hand.types, "at_most": MOST_LEVELS + 1}
             hand.positions[queue].surveyed(execute(self.own, survey(None), mine))
         claimable = self._claimable(hand.types, queue, hand.positions[queue])
         # Ahead of a slot, none that may kill its worker.
@@ -482,16 +482,16 @@ class Tasks(RuleBasedStateMachine):
             "of_types": hand.types,
             "at_most": at_most,
             "retry_limits": encode({type_: LIMITS[type_] for type_ in hand.types}),
-            "ahead": ahead,
+            **(AHEAD if ahead else {"longest_data": 1_000}),
             "by_worker": hand.id,
-            "number": (number := hand.notes.number()),
+            "number": (number := hand.notes.begin(None)),
             **hand.positions[queue].parameters(),
         }
         if end == "commit":
-            rows: list[Any] = execute(self.own, claim(None), parameters).fetchall()
+            rows: list[Any] = execute(self.own, claim(None, ahead=ahead), parameters).fetchall()
         else:
             connection = self.own.connect()
-            rows = [tuple(row) for row in connection.execute(claim(None), parameters)]
+            rows = [tuple(row) for row in connection.execute(claim(None, ahead=ahead), parameters)]
             connection.execute(PATIENCE)
         rows.sort(key=lambda row: (-row[3], row[5], row[0]))
         assert [row[0] for row in rows] == [task.id for task in front]
@@ -500,9 +500,11 @@ class Tasks(RuleBasedStateMachine):
             if end != "commit":
                 (connection.commit if commit else connection.rollback)()
                 connection.close()
+            if not commit or not is_answered:
+                hand.notes.failed(number)
             if commit:
                 if is_answered:
-                    hand.notes.claimed(None, number, len(rows))
+                    hand.notes.claimed(number, len(rows))
                     hand.positions[queue].claimed(rows, is_all=len(rows) < at_most)
                 self._claimed(hand, rows, number, ahead=ahead, is_answered=is_answered)
 
@@ -512,7 +514,7 @@ class Tasks(RuleBasedStateMachine):
         """Give back what an earlier claim took whose answer was lost."""
         parameters = {
             "by_worker": hand.id,
-            "known": array_text(hand.notes.known()),
+            "known": array_text(hand.notes.known(None)),
             "held": array_text(hand.held),
         }
         strays = [
@@ -526,8 +528,7 @@ class Tasks(RuleBasedStateMachine):
 
         assert left == len(strays) - len(free)
         hand.is_doubtful = bool(left)
-        if not left:
-            execute(self.own, forget_unknown(None), parameters)
+        execute(self.own, forget_unknown(None), parameters)
         for task in free:
             self.reached["a stray given back"] += 1
             task.given_back()
@@ -634,19 +635,23 @@ class Tasks(RuleBasedStateMachine):
         reason = encode({"class": WorkerDied.__name__, "message": "", "traceback": ""})
         parameters = {
             **self._presented(hand),
-            **LIVES,
             "by_worker": hand.id,
-            "at_most": at_most,
-            "reason": reason,
+            "known": array_text(hand.notes.known(None)),
         }
 
-        ((rescued, are_noted, next_death),) = execute(self.own, beat_and_rescue(None), parameters)
+        rows = execute(self.own, beat_and_look(None), parameters).fetchall()
+        peers = [Peer(*row[1:]) for row in rows if row[1] is not None]
+        dead = [peer.id for peer in peers if peer.left is None or peer.left <= 0]
+        parameters = {"dead": dead, "at_most": at_most, "reason": reason}
+        rescued = execute(self.own, rescue(None), parameters).rowcount if dead else 0
 
+        assert {task.worker_id for task in orphans} <= set(dead)
         assert rescued == len(orphans[:at_most])
-        if are_noted:
+        if dead:
             execute(self.own, forget_dead(None), parameters)
-        left = [self._until(id_) - self.now for id_ in self.seen if id_ != hand.id and self._is_alive(id_)]
-        assert next_death is None if not left else -0.1 < next_death / HOUR - min(left) <= 0
+        for peer in peers:
+            assert self._is_alive(peer.id) is (peer.id not in dead)
+            assert peer.left is None or -0.1 < peer.left / HOUR - (self._until(peer.id) - self.now) <= 0
         for task in orphans[:at_most]:
             self.reached["a rescue"] += 1
             task.rescued()
@@ -692,7 +697,9 @@ class Tasks(RuleBasedStateMachine):
 
     def _forgotten(self, after: int) -> None:
         noted = {row["worker_id"] for row in self._read(NOTED)}
-        self.seen = {id_: seen for id_, seen in self.seen.items() if self.now - seen < after or id_ in noted}
+        self.seen = {
+            id_: seen for id_, seen in self.seen.items() if self.now - seen < LEASE + after or id_ in noted
+        }
 
     @rule(hours=st.sampled_from([1, 1, 1, 3, RETENTION]), commit=st.booleans(), sweeps=st.booleans())
     def time_passes(self, hours: int, commit: bool, sweeps: bool) -> None:
@@ -818,6 +825,8 @@ class Tasks(RuleBasedStateMachine):
             "worker_queues": [queue.name for queue in QUEUES],
             "worker_concurrency": 4,
             "is_direct": False,
+            "lease": timedelta(hours=LEASE),
+            "grace": timedelta(hours=GRACE),
         }
 
     def _is_alive(self, id_: UUID | None) -> bool:
@@ -882,7 +891,7 @@ class Tasks(RuleBasedStateMachine):
         for row in rows:
             known = self.tasks[row[0]]
             task = RunningTask(
-                (*row, Batch(Queue(known.queue), PROCESSORS, time.monotonic(), number)),
+                (*row, Batch(Queue(known.queue), PROCESSORS, time.monotonic(), self.lease, number)),
                 PROCESSORS[row[1]],
                 lambda: TaskSession(self.engine),
                 Notice(),

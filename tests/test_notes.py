@@ -9,7 +9,7 @@ from uuid import uuid4
 
 import pytest
 import sqlalchemy as sa
-from claims import note
+from claims import hold_lease, note
 from sqlalchemy.orm import Session
 from waiting import patience
 
@@ -130,6 +130,7 @@ def test_what_somebody_is_changing_is_given_back_once_it_is_free(engine, worker)
         )
         note(connection)
     claimer._doubt_ends = time.monotonic()
+    hold_lease(worker)
     with Session(engine) as session:
         Queue().cancel(session, first)
         assert [row[ID] for row in claimer.claim(2, 2)] == [second]
@@ -215,7 +216,8 @@ def test_the_row_of_a_dead_worker_stays_while_a_task_of_its_is_locked(engine, ma
     (task_id,) = add(engine)
     with Session(engine) as session, session.begin():
         long_ago = sa.text("now() - interval '1 day'")
-        row = {"host": "h", "pid": 1, "version": "0", "queues": [], "concurrency": 1, "seen_at": long_ago}
+        row = {"host": "h", "pid": 1, "version": "0", "queues": [], "concurrency": 1}
+        row |= {"seen_at": long_ago, "expires_at": long_ago, "grace": timedelta()}
         session.execute(sa.insert(WorkerRow).values(id=dead, **row))
         session.execute(sa.update(Task).values(state="running", worker_id=dead))
         note(session.connection())

@@ -9,7 +9,7 @@ from datetime import timedelta
 
 import pytest
 import sqlalchemy as sa
-from claims import note
+from claims import AHEAD, note
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.schema import CreateIndex
 
@@ -85,17 +85,17 @@ IDS = {"ids": array_text(range(1, 501)), "tokens": array_text([1] * 500)}
 ALIKE = {"ids": IDS["ids"], "held_under": 1}
 PRUNE = {"from_queue": "default", "keep": timedelta(days=1), "at_most": 1_000}
 OURS = {"from_queue": "default", "of_types": ["ours"]}
-CLAIM = {**OURS, "retry_limits": '{"ours": 5}', "at_most": 500, "ahead": True, "by_worker": uuid.uuid4()}
+CLAIM = {**OURS, **AHEAD, "retry_limits": '{"ours": 5}', "at_most": 500, "by_worker": uuid.uuid4()}
 
 
 STATEMENTS = [
     pytest.param(
-        claim(None),
+        claim(None, ahead=True),
         {**CLAIM, **Position().parameters()},
         {"apoq_tasks_open_idx"},
         id="claim",
     ),
-    pytest.param(survey(None), OURS, {"apoq_tasks_open_idx"}, id="survey"),
+    pytest.param(survey(None), {**OURS, "at_most": 65}, {"apoq_tasks_open_idx"}, id="survey"),
     pytest.param(complete(None), IDS, {"apoq_tasks_pkey"}, id="complete"),
     pytest.param(remove(None), IDS, {"apoq_tasks_pkey"}, id="remove"),
     pytest.param(complete(None, alike=True), ALIKE, {"apoq_tasks_pkey"}, id="complete alike"),
@@ -116,18 +116,16 @@ STATEMENTS = [
     pytest.param(
         rescue(None),
         {
-            "lease": timedelta(seconds=15),
-            "grace": timedelta(seconds=4.5),
             "at_most": 1_000,
             "reason": "{}",
-            "by_worker": uuid.uuid4(),
+            "dead": [uuid.uuid4()],
         },
         {"apoq_tasks_pkey"},
         id="rescue",
     ),
     pytest.param(
         forget_dead(None),
-        {"lease": timedelta(seconds=15), "grace": timedelta(seconds=4.5), "by_worker": uuid.uuid4()},
+        {"dead": [uuid.uuid4()]},
         {"apoq_tasks_pkey"},
         id="forget_dead",
     ),
@@ -272,7 +270,7 @@ def test_nor_does_a_claim_after_a_survey_read_many_where_all_that_is_due_is_of_o
     mine = {"from_queue": "default", "of_types": ["rare"]}
     position = Position()
     with million.connect() as connection:
-        position.surveyed(connection.execute(survey(None), mine))
+        position.surveyed(connection.execute(survey(None), mine | {"at_most": 65}))
 
     plan = claimed(million, {**CLAIM, **mine, **position.parameters()})
 
@@ -280,7 +278,7 @@ def test_nor_does_a_claim_after_a_survey_read_many_where_all_that_is_due_is_of_o
 
 
 def test_what_a_claim_changes_is_known():
-    changed = re.findall(r"(\w+)=", str(claim(None).compile(dialect=postgresql.dialect())))
+    changed = re.findall(r"(\w+)=", str(claim(None, ahead=True).compile(dialect=postgresql.dialect())))
 
     assert set(changed) == set(CHANGED)
     assert not set(CHANGED) & {
@@ -292,7 +290,7 @@ def test_what_a_claim_changes_is_known():
 
 def claimed(engine: sa.Engine, parameters: dict) -> dict:
     """Explain a claim that was executed, and is undone."""
-    sql, values = _compiled(claim(None), parameters)
+    sql, values = _compiled(claim(None, ahead=True), parameters)
     with engine.connect() as connection:
         connection.exec_driver_sql("BEGIN")
         explained = connection.exec_driver_sql(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {sql}", values)

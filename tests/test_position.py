@@ -10,6 +10,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 import sqlalchemy as sa
+from claims import AHEAD
 from sqlalchemy.orm import Session
 
 from apoq import Queue
@@ -17,6 +18,7 @@ from apoq.connections import execute, own_engine
 from apoq.registry import Registry, make_processor
 from apoq.statements.claim import claim
 from apoq.statements.survey import survey
+from apoq.worker.failures import Outage
 from apoq.worker.position import MOST_LEVELS, SLACK, START, Position
 from apoq.worker.scout import Scout
 
@@ -70,7 +72,7 @@ class TestPosition:
     def test_a_survey_that_finds_nothing_due_moves_it_past_what_is_of_other_types(self):
         position = Position()
 
-        assert position.surveyed([(0, None, None, NOW, None), (5, NOW + 60, 8, NOW, True)]) == 60
+        assert position.surveyed([(5, NOW + 60, 8, NOW, True)]) == 60
         assert levels(position) == {0: (NOW - SLACK, 0), 5: (NOW - SLACK, 0)}
 
     def test_a_survey_of_an_empty_queue_moves_it_past_what_was_taken(self):
@@ -84,15 +86,16 @@ class TestPosition:
         position = Position()
         position.claimed([row(9, 0, NOW)], is_all=False)
 
-        position.surveyed([(7, NOW, 3, NOW + 5, False), (None, None, None, NOW + 5, None)])
+        position.surveyed([(7, NOW, 3, NOW + 5, False)])
+
         assert levels(position) == {7: (NOW, 2), 0: (NOW + 5 - SLACK, 0)}
 
     def test_it_is_careful_while_what_was_rescued_is_due(self):
         position = Position()
-        position.surveyed([(0, NOW - 1, 3, NOW, True), (None, None, None, NOW, None)])
+        position.surveyed([(0, NOW - 1, 3, NOW, True)])
         assert position.is_careful
 
-        position.surveyed([(0, NOW + 1, 3, NOW, True), (None, None, None, NOW, None)])
+        position.surveyed([(0, NOW + 1, 3, NOW, True)])
         assert not position.is_careful
 
     def test_priorities_that_were_used_up_are_forgotten_in_the_end(self):
@@ -106,7 +109,7 @@ class TestPosition:
 def test_a_survey_that_had_to_wait_for_the_server_once_does_not_silence_the_scout(own, engine):
     registry = Registry()
     registry.use("t", make_processor("t", print))
-    scout = Scout(own, {Queue(): Position()}, registry, poll_interval=0.1, on_due=lambda: None)
+    scout = Scout(own, {Queue(): Position()}, registry, Outage(), poll_interval=0.1, on_due=lambda: None)
     scout.survey()
     with engine.begin() as connection:
         connection.execute(sa.text("LOCK apoq_tasks"))
@@ -115,7 +118,7 @@ def test_a_survey_that_had_to_wait_for_the_server_once_does_not_silence_the_scou
         time.sleep(0.5)
     surveying.join(SOON)
 
-    assert scout._rested_at - time.monotonic() < 5
+    assert scout._rests[False].until - time.monotonic() < 5
 
 
 @pytest.fixture
@@ -140,19 +143,19 @@ def test_behind_a_survey_a_claim_finds_the_task_whenever_it_was_due(engine, own,
             sa.text("INSERT INTO apoq_tasks (type, process_at) VALUES ('t', CAST(:at AS timestamptz))"),
             {"at": process_at},
         )
-    ours = {"from_queue": "default", "of_types": ["t"]}
+    ours = {"from_queue": "default", "of_types": ["t"], "at_most": 5}
     position = Position()
     position.claimed([row(10**9, 0, NOW * 2)], is_all=False)
 
     assert position.surveyed(execute(own, survey(None), ours)) < 0
     claimed = execute(
         own,
-        claim(None),
+        claim(None, ahead=True),
         {
             **ours,
             "retry_limits": '{"t": 5}',
             "at_most": 5,
-            "ahead": True,
+            **AHEAD,
             "by_worker": uuid.uuid4(),
             **position.parameters(),
         },
@@ -161,7 +164,7 @@ def test_behind_a_survey_a_claim_finds_the_task_whenever_it_was_due(engine, own,
 
 
 def pages(connection, parameters) -> int:
-    statement = claim(None).compile(dialect=connection.dialect)
+    statement = claim(None, ahead=True).compile(dialect=connection.dialect)
     explained = connection.exec_driver_sql(
         f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {statement}", statement.construct_params(parameters)
     )
@@ -187,7 +190,7 @@ def test_beside_a_held_snapshot_a_claim_walks_through_nothing_that_was_taken(eng
             "of_types": ["t"],
             "retry_limits": '{"t": 5}',
             "at_most": 10,
-            "ahead": True,
+            **AHEAD,
             "by_worker": uuid.uuid4(),
         }
         with engine.connect() as connection:

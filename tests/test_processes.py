@@ -241,16 +241,11 @@ def test_the_tasks_of_a_live_worker_are_not_rescued(engine, queue, worker):
             )
         )
         note(connection)
-        sweep = {
-            "lease": timedelta(seconds=15),
-            "grace": timedelta(seconds=4.5),
-            "at_most": 10,
-            "reason": "{}",
-            "by_worker": uuid4(),
-        }
+        dead = connection.scalars(sa.text("SELECT id FROM apoq_workers")).all()
+        sweep = {"at_most": 10, "reason": "{}", "dead": dead}
         assert connection.execute(rescue(None), sweep).rowcount == 0
 
-        connection.execute(sa.text("UPDATE apoq_workers SET seen_at = now() - interval '16 seconds'"))
+        connection.execute(sa.text("UPDATE apoq_workers SET expires_at = now() - interval '1 second'"))
         assert connection.execute(rescue(None), sweep).rowcount == 1
         connection.rollback()
 
@@ -296,7 +291,7 @@ def test_a_claim_that_is_to_end_a_task_counts_no_attempt_where_its_worker_dies(
         "from_queue": queue.name,
         **workable(processors),
         "at_most": 1,
-        "ahead": False,
+        "longest_data": 1_000,
         "by_worker": uuid4(),
         "number": 1,
         **Position().parameters(),

@@ -12,6 +12,7 @@ from sqlalchemy.orm import Session
 from apoq import Cancel, Queue, RunningTask, Task
 from apoq.connections import own_engine
 from apoq.worker import pruner
+from apoq.worker.failures import Outage
 from apoq.worker.pruner import Pruner
 
 DAY = timedelta(days=1)
@@ -44,7 +45,9 @@ def prune(
 ) -> bool:
     own = own_engine(engine)
     try:
-        return Pruner(own, queues or (Queue(),), keep_completed=completed, keep_failed=failed).prune()
+        return Pruner(
+            own, queues or (Queue(),), Outage(), keep_completed=completed, keep_failed=failed
+        ).prune()
     finally:
         own.dispose()
 
@@ -135,7 +138,7 @@ def test_what_a_row_of_the_applications_points_at_stays_and_nothing_else_with_it
     with engine.begin() as connection:
         connection.execute(sa.text("INSERT INTO mails VALUES (:a), (:b)"), {"a": ids[0], "b": ids[7]})
     own = own_engine(engine)
-    pruner = Pruner(own, (Queue(),), keep_completed=DAY, keep_failed=DAY)
+    pruner = Pruner(own, (Queue(),), Outage(), keep_completed=DAY, keep_failed=DAY)
 
     for _ in range(2):  # and again, a minute later
         turns = 0

@@ -12,12 +12,13 @@ from uuid import UUID
 
 import pytest
 import sqlalchemy as sa
-from claims import note
+from claims import hold_lease, note
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Session
 from waiting import patience
 
 from apoq import Retry, Task, Worker
+from apoq.model import ClaimRow
 from apoq.statements.recover import rescue
 from apoq.worker.attempts import ended
 from apoq.worker.running import ID
@@ -63,6 +64,7 @@ def end(engine, queue, worker) -> Iterator[Callable[..., Callable[[], object]]]:
             queue.add_many(session, "t", range(len(outcomes)))
             for number, times in enumerate(claims):
                 session.execute(CLAIMED_BEFORE, {"data": str(number), "times": times - 1})
+        hold_lease(worker)
         rows = sorted(worker._life.parts.claimer.claim(len(outcomes), len(outcomes)), key=itemgetter(ID))
         for row, outcome in reversed(list(zip(rows, outcomes, strict=True))):
             worker._life.parts._put_ended(ended(worker._life.parts._make(row), outcome))
@@ -154,13 +156,11 @@ def test_an_error_that_can_not_be_stored_is_left_out_and_its_task_settled(engine
     assert (first.error["message"], second.error["message"]) == ("", "another")
 
 
-SWEEP = {
-    "lease": timedelta(seconds=15),
-    "grace": timedelta(seconds=5),
-    "at_most": 10,
-    "reason": "{}",
-    "by_worker": None,
-}
+def sweep(connection: sa.Connection, at_most: int = 10) -> int:
+    """Rescue what runs, whoever has it."""
+    dead = connection.scalars(sa.union(sa.select(Task.worker_id), sa.select(ClaimRow.worker_id))).all()
+    parameters = {"at_most": at_most, "reason": "{}", "dead": dead}
+    return connection.execute(rescue(None), parameters).rowcount
 
 
 def test_a_task_that_is_ended_without_an_attempt_has_failed_when_it_is_ended(engine, worker):
@@ -208,14 +208,14 @@ class TestTheSweep:
                 connection.execute(last_first)
 
         with engine.begin() as connection:
-            connection.execute(rescue(None), SWEEP | {"at_most": 2})
+            sweep(connection, at_most=2)
 
         assert [task.id for task in tasks(engine) if task.state == "pending"] == ids[:2]
 
     def test_takes_no_attempt_from_what_was_claimed_ahead(self, engine):
         with engine.begin() as connection:
             connection.exec_driver_sql("UPDATE apoq_tasks SET claimed_ahead = true WHERE data IN ('1', '2')")
-            connection.execute(rescue(None), SWEEP)
+            sweep(connection)
 
         used = [(task.attempt, task.fail_count) for task in tasks(engine)]
         assert used == [(1, 1), (0, 0), (0, 0), (1, 1), (1, 1)]
@@ -226,4 +226,4 @@ class TestTheSweep:
             holding.execute(lock)
             connection.exec_driver_sql("SET LOCAL lock_timeout = '2s'")
 
-            assert connection.execute(rescue(None), SWEEP).rowcount == 4
+            assert sweep(connection) == 4

@@ -10,6 +10,7 @@ from uuid import uuid4
 
 import pytest
 import sqlalchemy as sa
+from claims import hold_lease
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 from waiting import patience
@@ -913,7 +914,7 @@ def test_the_search_path_of_the_engine_is_the_workers(url, engine):
 def test_claims_under_way_at_once_pass_over_each_others_tasks(engine):
     ids = [add(engine) for _ in range(4)]
     ours = {"from_queue": "default", "of_types": ["t"], "retry_limits": '{"t": 5}'}
-    asked = ours | {"at_most": 2, "ahead": False, "by_worker": uuid4()}
+    asked = ours | {"at_most": 2, "longest_data": 1_000, "by_worker": uuid4()}
 
     with engine.begin() as one, engine.begin() as other:
         other.exec_driver_sql("SET LOCAL lock_timeout = '2s'")
@@ -932,13 +933,26 @@ def test_what_a_dead_worker_held_is_claimed_only_where_it_can_begin_at_once(engi
     with engine.begin() as connection:
         connection.execute(sa.update(Task).where(Task.id == rescued).values(rescue_count=1))
     claimer = worker._life.parts.claimer
+    hold_lease(worker)
 
     more_than_find_a_slot, all_find_one = claimer.claim(3, 2), claimer.claim(3, 3)
     worker._life.parts.engine.dispose()
 
     assert [row[ID] for row in more_than_find_a_slot] == [fresh]
     assert [row[ID] for row in all_find_one] == [rescued]
-    assert (load(engine, fresh).claimed_ahead, load(engine, rescued).claimed_ahead) == (True, False)
+    assert not load(engine, rescued).claimed_ahead
+
+
+@pytest.mark.parametrize(("free", "is_ahead"), [(0, True), (1, True), (2, False), (3, False)])
+def test_tasks_are_claimed_ahead_if_there_are_more_of_them_than_free_slots(engine, worker, free, is_ahead):
+    worker.use("t", fail)
+    ids = [add(engine) for _ in range(2)]
+    hold_lease(worker)
+
+    worker._life.parts.claimer.claim(1_000, free)
+    worker._life.parts.engine.dispose()
+
+    assert [load(engine, task_id).claimed_ahead for task_id in ids] == [is_ahead] * 2
 
 
 def test_a_claim_can_be_printed():

@@ -115,6 +115,8 @@ def upgrade(op: Operations, schema: str | None = None) -> None:
         sa.Column("concurrency", sa.Integer, nullable=False),
         sa.Column("started_at", TIME, server_default=sa.func.clock_timestamp(), nullable=False),
         sa.Column("seen_at", TIME, server_default=sa.func.clock_timestamp(), nullable=False),
+        sa.Column("expires_at", TIME, nullable=False),
+        sa.Column("grace", INTERVAL, nullable=False),
         sa.Column("backend_pid", sa.Integer),
         sa.Column("backend_start", TIME),
         schema=schema,

@@ -6,17 +6,21 @@ from functools import cache
 from typing import Any, Final
 
 from sqlalchemy import (
+    CTE,
     BigInteger,
-    Boolean,
     ColumnElement,
     Double,
+    Integer,
     Numeric,
+    Select,
     SmallInteger,
     Text,
     Uuid,
+    all_,
     and_,
     any_,
     bindparam,
+    case,
     cast,
     func,
     literal_column,
@@ -24,13 +28,15 @@ from sqlalchemy import (
     select,
     true,
     tuple_,
+    union_all,
     update,
 )
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.sql.dml import ReturningUpdate
 
 from apoq.model import tasks_table
-from apoq.statements.literals import EPOCH, LAST_BUT_ONE, ONE, RUNNING, ZERO
+from apoq.statements.arrays import bigints
+from apoq.statements.literals import EPOCH, LAST_BUT_ONE, LAST_BUT_ONE_BIGINT, ONE, RUNNING, ZERO
 from apoq.statements.notes import note
 from apoq.statements.states import is_pending
 
@@ -38,27 +44,103 @@ CHANGED: Final = ("state", "token", "attempt", "worker_id", "claimed_at", "claim
 """The columns that a claim writes to. Where an index names one of them, it writes to every index, too."""
 
 
+COMPRESSED: Final = 20
+"""How many times larger than it is stored the data is taken to be, if it is compressed."""
+
+SMALL: Final = 8_000
+"""Bytes that data has when it is stored, of which it isn't asked how long its text is."""
+
+
 @cache
-def claim(schema: str | None) -> ReturningUpdate[Any]:
-    """Mark up to `at_most` due tasks of `from_queue` and `of_types` as running; answer them in no order.
+def claim(
+    schema: str | None, *, ahead: bool = False, passes_over: bool = False, overflows: bool = False
+) -> ReturningUpdate[Any]:
+    """Mark up to `at_most` due tasks of `from_queue` and `of_types` as running; return them in no order.
 
     Of the priorities of `priorities`, the first first, and in each behind a position: the `process_at`, in
     seconds since 1970, of `behind_times` and the id of `behind_ids`. So a claim walks through nothing that is
-    known to be taken, even where a long transaction elsewhere keeps it from being vacuumed away.
+    known to be taken, even if a long transaction elsewhere keeps it from being vacuumed away. `overflows`:
+    after these, all that are lower than `lower_than`.
 
-    `ahead`: they are more than find a slot at once. Then what was taken from a dead worker before is passed
-    over: it may kill this one, too, and is to take no task with it that merely waited.
+    `ahead`: they may be more than find one of the `free` slots at once. Then what was taken from a dead
+    worker before is passed over, because it may kill this one, too, and must not take tasks with it that
+    merely waited. And those beyond the free slots are as many as have about `bytes_ahead` bytes of data.
+
+    `passes_over`: not those with the ids `passed_over`.
 
     `retry_limits`: a JSON object, of each type's limit. A task that has failed more often than that, or than
     its own limit, is taken to be ended, and doesn't begin.
 
     The attempt is counted here, and not when it ends: one that kills its worker counts as well. Times are
-    answered as seconds since 1970, and data as text, for most of them nobody asks Python to read.
+    returned as seconds since 1970, and data as text, because most of them are never read. Data that is longer
+    than `longest_data` characters is cut off after one more.
 
     What is taken is written down, as the `number` of the claims of `by_worker`.
     """
     tasks = tasks_table(schema)
     place: ColumnElement[Any] = literal_column("ctid")
+    picked = _picked(schema, place, ahead=ahead, passes_over=passes_over, overflows=overflows)
+    limits = cast(bindparam("retry_limits", type_=Text), JSONB)
+    # Numeric, because Python's numbers may be longer than any integer here.
+    its_types_limit = cast(func.jsonb_extract_path_text(limits, tasks.c.type), Numeric)
+    is_spent = and_(
+        tasks.c.fail_count > ZERO,  # most have never failed, and nothing more is asked of them
+        tasks.c.fail_count > func.coalesce(tasks.c.retry_limit, its_types_limit),
+    )
+    # Nor has that begun which is to be ended: if this worker dies, it doesn't count.
+    may_not_have_begun = is_spent
+    if ahead:
+        count = select(func.count()).select_from(picked).scalar_subquery()
+        may_not_have_begun = or_(count > bindparam("free", type_=BigInteger), is_spent)
+    return (
+        update(tasks)
+        # By where they stand, and as an array: by id, or joined, it takes the server a tenth longer. What is
+        # locked stays in its place. What another session has moved meanwhile, by writing to it between this
+        # statement's beginning and the lock, is left to another claim.
+        .where(place == any_(func.array(select(picked.c.ctid).scalar_subquery())))
+        .values(
+            state=RUNNING,
+            # Whatever another program has written there, no task is in the way of all others.
+            token=func.least(tasks.c.token, LAST_BUT_ONE_BIGINT) + ONE,
+            attempt=func.least(tasks.c.attempt, LAST_BUT_ONE) + ONE,
+            worker_id=bindparam("by_worker", type_=Uuid),
+            claimed_at=func.now(),
+            claimed_ahead=may_not_have_begun,
+        )
+        .returning(
+            tasks.c.id,
+            tasks.c.type,
+            _bounded_text(tasks.c.data),
+            tasks.c.priority,
+            func.date_part(EPOCH, tasks.c.created_at, type_=Double),
+            func.date_part(EPOCH, tasks.c.process_at, type_=Double),
+            tasks.c.attempt,
+            tasks.c.fail_count,
+            tasks.c.token,
+            tasks.c.retry_limit,
+            # In seconds, because an interval may be longer than Python's.
+            func.date_part(EPOCH, tasks.c.retry_delay, type_=Double),
+            func.date_part(EPOCH, tasks.c.timeout, type_=Double),
+        )
+        .add_cte(note(schema, picked).cte("note"))
+    )
+
+
+@cache
+def next_due(
+    schema: str | None, *, ahead: bool = False, passes_over: bool = False, overflows: bool = False
+) -> Select[tuple[int]]:
+    """Return the ids of the tasks that `claim` would take with the same parameters, without taking them."""
+    place: ColumnElement[Any] = literal_column("ctid")
+    picked = _picked(schema, place, ahead=ahead, passes_over=passes_over, overflows=overflows)
+    return select(picked.c.id)
+
+
+def _picked(
+    schema: str | None, place: ColumnElement[Any], *, ahead: bool, passes_over: bool, overflows: bool
+) -> CTE:
+    """Lock due tasks, and return where they stand and their ids."""
+    tasks = tasks_table(schema)
     levels = (
         func.unnest(
             cast(bindparam("priorities", type_=Text), ARRAY(SmallInteger)),
@@ -69,65 +151,75 @@ def claim(schema: str | None) -> ReturningUpdate[Any]:
         .render_derived("levels")
     )
     limit = bindparam("at_most", type_=BigInteger)
-    ahead = bindparam("ahead", type_=Boolean)
-    # One index scan for each priority: future tasks of a higher priority are not walked through to find
-    # due ones of a lower. The outer limit ends the scans early, so no row is locked without being taken.
-    due = (
-        select(place, tasks.c.id)
-        .where(
-            tasks.c.queue == bindparam("from_queue", type_=Text),
-            is_pending(tasks),
+    weighed = [_weight(tasks.c.data).label("weight")] if ahead else []
+    conditions = [
+        tasks.c.queue == bindparam("from_queue", type_=Text),
+        is_pending(tasks),
+        tasks.c.process_at <= func.now(),
+        tasks.c.type == any_(bindparam("of_types", type_=ARRAY(Text))),
+    ]
+    if ahead:
+        conditions.append(tasks.c.rescue_count == ZERO)
+    if passes_over:
+        conditions.append(tasks.c.id != all_(bigints("passed_over")))
+    due = select(place, tasks.c.id, *weighed).where(*conditions).limit(limit)
+    # Others claim at the same time: what they hold is passed over, not waited for.
+    due = due.with_for_update(skip_locked=True)
+    # One index scan for each priority: future tasks of a higher priority are not walked through to find due
+    # ones of a lower. The outer limit ends the scans early, so no row is locked without being taken, unless
+    # its data is large.
+    level = (
+        due.where(
             tasks.c.priority == levels.c.priority,
             tuple_(tasks.c.process_at, tasks.c.id)
             > tuple_(func.to_timestamp(levels.c.behind_time), levels.c.behind_id),
-            tasks.c.process_at <= func.now(),
-            or_(tasks.c.rescue_count == ZERO, ~ahead),
-            tasks.c.type == any_(bindparam("of_types", type_=ARRAY(Text))),
         )
         .order_by(tasks.c.process_at, tasks.c.id)
-        .limit(limit)
-        # Others claim at the same time: what they hold is passed over, not waited for.
-        .with_for_update(skip_locked=True)
         .lateral("due")
     )
-    limits = cast(bindparam("retry_limits", type_=Text), JSONB)
-    # Numeric, for Python's numbers may be longer than any integer here.
-    its_types_limit = cast(func.jsonb_extract_path_text(limits, tasks.c.type), Numeric)
-    is_spent = and_(
-        tasks.c.fail_count > ZERO,  # most have never failed, and nothing more is asked of them
-        tasks.c.fail_count > func.coalesce(tasks.c.retry_limit, its_types_limit),
-    )
-    picked = select(due.c.ctid, due.c.id).select_from(levels.join(due, true())).limit(limit).cte("picked")
+    first = select(*level.c).select_from(levels.join(level, true()))
+    if overflows:
+        rest = (
+            due.where(tasks.c.priority < bindparam("lower_than", type_=SmallInteger))
+            .order_by(tasks.c.priority.desc(), tasks.c.process_at, tasks.c.id)
+            .subquery("rest")
+        )
+        found = union_all(first, select(*rest.c)).subquery("found")
+        first = select(*found.c)
+    first = first.limit(limit)
+    if not ahead:
+        return first.cte("picked")
+    in_turn = first.subquery("in_turn")
+    placed = select(
+        *in_turn.c,
+        func.row_number().over().label("turn"),
+        func.sum(in_turn.c.weight).over(rows=(None, 0)).label("weight_until"),
+    ).subquery("placed")
     return (
-        update(tasks)
-        # By where they stand, and as an array: by id, or joined, it takes the server a tenth longer. What is
-        # locked stays in its place. What somebody has moved meanwhile, by writing to it between this
-        # statement's beginning and the lock, is left to another claim.
-        .where(place == any_(func.array(select(picked.c.ctid).scalar_subquery())))
-        .values(
-            state=RUNNING,
-            token=tasks.c.token + ONE,
-            # Whatever another program has written there, no task is in the way of all others.
-            attempt=func.least(tasks.c.attempt, LAST_BUT_ONE) + ONE,
-            worker_id=bindparam("by_worker", type_=Uuid),
-            claimed_at=func.now(),
-            # Nor has that begun which is to be ended: where this worker dies, it doesn't count.
-            claimed_ahead=or_(ahead, is_spent),
+        select(placed.c.ctid, placed.c.id)
+        .where(
+            or_(
+                placed.c.turn <= bindparam("free", type_=BigInteger),
+                placed.c.weight_until <= bindparam("bytes_ahead", type_=BigInteger),
+            )
         )
-        .returning(
-            tasks.c.id,
-            tasks.c.type,
-            cast(tasks.c.data, Text),
-            tasks.c.priority,
-            func.date_part(EPOCH, tasks.c.created_at, type_=Double),
-            func.date_part(EPOCH, tasks.c.process_at, type_=Double),
-            tasks.c.attempt,
-            tasks.c.fail_count,
-            tasks.c.token,
-            tasks.c.retry_limit,
-            tasks.c.retry_delay,
-            # In seconds, for an interval may be longer than Python's.
-            func.date_part(EPOCH, tasks.c.timeout, type_=Double),
-        )
-        .add_cte(note(schema, picked).cte("note"))
+        .cte("picked")
     )
+
+
+def _weight(data: ColumnElement[Any]) -> ColumnElement[int]:
+    """Estimate the bytes of a task's data as text, without reading what is compressed or out of line."""
+    stored = func.pg_column_size(data, type_=Integer)
+    return case(
+        (func.pg_column_compression(data).is_(None), stored),
+        else_=stored * literal_column(str(COMPRESSED), Integer),
+    )
+
+
+def _bounded_text(data: ColumnElement[Any]) -> ColumnElement[str]:
+    """Return data as text, not much longer than it may be: another program may have added it."""
+    text = cast(data, Text)
+    longest = bindparam("longest_data", type_=Integer) + ONE
+    # Only what is stored in more than a few pages is looked at by the character.
+    is_small = func.pg_column_size(data, type_=Integer) < literal_column(str(SMALL), Integer)
+    return case((is_small, text), else_=func.left(text, longest))

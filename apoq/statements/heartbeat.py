@@ -1,9 +1,9 @@
-"""Show that a worker lives."""
+"""Show that a worker is alive, and look at the other workers."""
 
 from __future__ import annotations
 
-from datetime import timedelta
 from functools import cache
+from typing import Any, Final
 
 from sqlalchemy import (
     ColumnElement,
@@ -13,21 +13,32 @@ from sqlalchemy import (
     Select,
     Text,
     Uuid,
+    all_,
+    and_,
     bindparam,
     case,
+    cast,
     column,
     delete,
     exists,
     func,
+    null,
     or_,
     select,
     table,
+    true,
+    union_all,
 )
 from sqlalchemy.dialects.postgresql import ARRAY, INTERVAL, Insert, insert
 from sqlalchemy.types import Boolean, DateTime, Integer
 
 from apoq.model import claims_table, workers_table
+from apoq.statements.arrays import bigints
+from apoq.statements.literals import EPOCH
 from apoq.statements.notes import forget_claims
+
+WATCHED: Final = 100
+"""How many of the other workers a heartbeat looks at: those that count as dead the soonest."""
 
 _activity = table(
     "pg_stat_activity", column("pid", Integer), column("backend_start", DateTime), schema="pg_catalog"
@@ -36,12 +47,15 @@ _activity = table(
 
 @cache
 def beat(schema: str | None) -> Insert:
-    """Show that the worker lives; the first time, and after its row was removed, enter it."""
+    """Show that the worker is alive; insert its row the first time, and after it was removed."""
     workers = workers_table(schema)
     own = select(_activity.c.backend_start).where(_activity.c.pid == func.pg_backend_pid()).scalar_subquery()
     is_direct = bindparam("is_direct", type_=Boolean)
-    # Behind a pooler, the server's process is one that anybody may speak to.
-    backend = {
+    renewed = {
+        "seen_at": func.clock_timestamp(),
+        "expires_at": func.clock_timestamp() + bindparam("lease", type_=INTERVAL),
+        "grace": bindparam("grace", type_=INTERVAL),
+        # Behind a pooler, the server's process is one that any client may use.
         "backend_pid": case((is_direct, func.pg_backend_pid())),
         "backend_start": case((is_direct, own)),
     }
@@ -52,10 +66,57 @@ def beat(schema: str | None) -> Insert:
         version=bindparam("worker_version", type_=Text),
         queues=bindparam("worker_queues", type_=ARRAY(Text)),
         concurrency=bindparam("worker_concurrency", type_=Integer),
-        **backend,
+        **renewed,
     )
-    return new.on_conflict_do_update(
-        index_elements=[workers.c.id], set_={"seen_at": func.clock_timestamp(), **backend}
+    return new.on_conflict_do_update(index_elements=[workers.c.id], set_=renewed)
+
+
+@cache
+def beat_and_look(schema: str | None) -> Select[Any]:
+    """Show that the worker is alive, and return what is known of the others, in one statement.
+
+    A row for each of those that hold claims and count as dead the soonest, up to `WATCHED`: its id; its last
+    `heartbeat`, in seconds since 1970; its `grace` and the time that is `left` until it counts as dead, both
+    in seconds; whether its connection is gone (`is_gone`), and for so long that it counts as dead at first
+    sight (`is_long_gone`). A worker that has claims and no row has None for its heartbeat, and is long gone.
+    One row without an id, if there are none.
+
+    In each row, `has_unknown` says whether the worker itself has claims other than those that are `known`.
+    """
+    workers, claims = workers_table(schema), claims_table(schema)
+    mine = bindparam("by_worker", type_=Uuid)
+    left = (_until(workers) - _now()).label("left")
+    with_row = (
+        select(
+            workers.c.id,
+            _epoch(workers.c.seen_at).label("heartbeat"),
+            _epoch(workers.c.grace).label("grace"),
+            left,
+            _is_gone(workers).label("is_gone"),
+            _is_long_gone(workers).label("is_long_gone"),
+        )
+        .where(workers.c.id != mine, exists().where(claims.c.worker_id == workers.c.id))
+        .order_by(left)
+        .limit(WATCHED)
+        .subquery("with_row")
+    )
+    without_row = (
+        select(claims.c.worker_id)
+        .distinct()
+        .where(claims.c.worker_id != mine, ~exists().where(workers.c.id == claims.c.worker_id))
+        .limit(WATCHED)
+        .subquery("without_row")
+    )
+    unknown = cast(null(), Double)
+    peers = union_all(
+        select(*with_row.c), select(without_row.c.worker_id, unknown, unknown, unknown, true(), true())
+    ).subquery("peers")
+    is_unknown = and_(claims.c.worker_id == mine, claims.c.number != all_(bigints("known")))
+    own = select(exists().where(is_unknown).label("has_unknown")).subquery("own")
+    return (
+        select(own.c.has_unknown, *peers.c)
+        .select_from(own.outerjoin(peers, true()))
+        .add_cte(beat(schema).cte("beat"))
     )
 
 
@@ -69,44 +130,56 @@ def leave(schema: str | None) -> Delete:
 
 
 def alive(schema: str | None, worker_id: ColumnElement[object]) -> ColumnElement[bool]:
-    """Tell whether a worker lives, by the database's clock: its time is not up yet."""
+    """Return whether a worker counts as alive, by the database's clock and by what it has written itself."""
     workers = workers_table(schema)
-    return exists().where(workers.c.id == worker_id, _until(workers) > func.clock_timestamp())
+    return exists().where(workers.c.id == worker_id, _until(workers) > _now())
 
 
-def next_death(schema: str | None) -> ColumnElement[float | None]:
-    """Answer the seconds until the first of the other workers counts as dead, if it isn't seen before."""
-    workers = workers_table(schema)
-    is_other = workers.c.id != bindparam("by_worker", type_=Uuid)
-    left = func.date_part("epoch", func.min(_until(workers)) - func.clock_timestamp(), type_=Double)
-    return select(left).where(is_other, _until(workers) > func.clock_timestamp()).scalar_subquery()
+def _until(workers: FromClause) -> ColumnElement[float]:
+    """Until when a worker counts as alive: to the end of its lease, if the server still has its connection.
 
-
-def _until(workers: FromClause) -> ColumnElement[object]:
-    """Until when a worker lives: for a `lease` after it was seen, if the server still has its connection.
-
-    For `grace` only, if not: then it has died, or will be back in a moment.
+    If not, it has died or will be back in a moment: then for its grace after its last heartbeat.
     """
+    grace = _epoch(workers.c.seen_at) + _epoch(workers.c.grace)
+    return case((_is_gone(workers), grace), else_=_epoch(workers.c.expires_at))
+
+
+def _is_gone(workers: FromClause) -> ColumnElement[bool]:
     backend = exists().where(
         _activity.c.pid == workers.c.backend_pid,
         # Hidden from roles that may not look at each other's sessions.
         or_(_activity.c.backend_start == workers.c.backend_start, _activity.c.backend_start.is_(None)),
     )
-    is_gone = workers.c.backend_pid.is_not(None) & ~backend
-    lease, grace = bindparam("lease", type_=INTERVAL), bindparam("grace", type_=INTERVAL)
-    return workers.c.seen_at + case((is_gone, grace), else_=lease)
+    return and_(workers.c.backend_pid.is_not(None), ~backend)
 
 
-@cache
-def uptime() -> Select[tuple[timedelta]]:
-    """Answer for how long the server has been up."""
-    return select(func.clock_timestamp() - func.pg_postmaster_start_time(type_=DateTime))
+def _is_long_gone(workers: FromClause) -> ColumnElement[bool]:
+    """Return whether a worker's connection is gone and its lease ended as long ago as it lasted.
+
+    All this with the server up: while it was away, no worker could renew its lease.
+    """
+    lease = _epoch(workers.c.expires_at) - _epoch(workers.c.seen_at)
+    since = func.greatest(_epoch(workers.c.seen_at), _epoch(func.pg_postmaster_start_time()))
+    return and_(_is_gone(workers), since + 2 * lease < _now())
+
+
+def _epoch(time: ColumnElement[Any]) -> ColumnElement[float]:
+    """Return a time in seconds since 1970, or a length of time in seconds.
+
+    As numbers, with which the server can calculate whatever stands in a row: infinity is one of them, and
+    none is out of range.
+    """
+    return func.date_part(EPOCH, time, type_=Double)
+
+
+def _now() -> ColumnElement[float]:
+    return _epoch(func.clock_timestamp())
 
 
 @cache
 def forget(schema: str | None) -> Delete:
-    """Remove the rows of workers that were not seen for `keep` and hold nothing any more."""
+    """Remove the rows of workers whose lease ended `keep` ago and that hold nothing any more."""
     claims, workers = claims_table(schema), workers_table(schema)
     holds = exists().where(claims.c.worker_id == workers.c.id)
-    unseen = workers.c.seen_at < func.clock_timestamp() - bindparam("keep", type_=INTERVAL)
-    return delete(workers).where(unseen, ~holds)
+    is_old = workers.c.expires_at < func.clock_timestamp() - bindparam("keep", type_=INTERVAL)
+    return delete(workers).where(is_old, ~holds)

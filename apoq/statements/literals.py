@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from sqlalchemy import Integer, Text, literal_column
+from sqlalchemy import BigInteger, Integer, Text, literal_column
 from sqlalchemy.sql.elements import ColumnElement
 
 from apoq import states
@@ -21,3 +21,6 @@ ZERO: Final[ColumnElement[int]] = literal_column("0", Integer)
 ONE: Final[ColumnElement[int]] = literal_column("1", Integer)
 LAST_BUT_ONE: Final[ColumnElement[int]] = literal_column(str(2**31 - 2), Integer)
 """To this, an integer, one can be added."""
+LOWEST_BUT_ONE: Final[ColumnElement[int]] = literal_column(str(-(2**31) + 1), Integer)
+"""From this, one can be taken away."""
+LAST_BUT_ONE_BIGINT: Final[ColumnElement[int]] = literal_column(str(2**63 - 2), BigInteger)

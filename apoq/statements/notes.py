@@ -42,6 +42,12 @@ def noted(schema: str | None, tasks: FromClause, by: ColumnElement[bool]) -> Col
     return tasks.c.id == any_(func.array(ids.scalar_subquery()))
 
 
+def is_noted(schema: str | None, task_id: ColumnElement[int]) -> ColumnElement[bool]:
+    """Return whether any claim has written down this task."""
+    ids = select(func.unnest(claims_table(schema).c.task_ids).label("id")).subquery("noted")
+    return exists().where(ids.c.id == task_id)
+
+
 @cache
 def forget_settled(schema: str | None) -> Delete:
     """Delete the notes `done` of the worker `by_worker`: it has settled all that they name."""
@@ -52,12 +58,13 @@ def forget_settled(schema: str | None) -> Delete:
     )
 
 
-def forget_claims(schema: str | None, of: ColumnElement[bool]) -> Delete:
-    """Delete notes, but for those that name a task which is still running under their worker."""
+def forget_claims(schema: str | None, of: ColumnElement[bool], *of_tasks: ColumnElement[bool]) -> Delete:
+    """Delete notes, but for those that name a task, or one `of_tasks`, that still runs under their worker."""
     claims, tasks = claims_table(schema), tasks_table(schema)
     holds = exists().where(
         tasks.c.id == any_(claims.c.task_ids),
         tasks.c.worker_id == claims.c.worker_id,
         runs(tasks),
+        *of_tasks,
     )
     return delete(claims).where(of, ~holds)

@@ -5,10 +5,26 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from sqlalchemy import CTE, Double, Select, Text, any_, bindparam, func, select, true
+from sqlalchemy import (
+    CTE,
+    Double,
+    FromClause,
+    Integer,
+    Select,
+    SmallInteger,
+    Text,
+    all_,
+    any_,
+    bindparam,
+    cast,
+    func,
+    select,
+    true,
+)
 from sqlalchemy.dialects.postgresql import ARRAY
 
 from apoq.model import tasks_table
+from apoq.statements.arrays import bigints
 from apoq.statements.states import is_pending
 
 
@@ -27,32 +43,49 @@ def pending_priorities(schema: str | None) -> CTE:
 
 
 @cache
-def survey(schema: str | None) -> Select[Any]:
-    """Answer the priorities of the pending tasks of `from_queue`, and the first task `of_types` in each.
+def survey(schema: str | None, *, known: bool = False, passes_over: bool = False) -> Select[Any]:
+    """Return the first pending task of `from_queue` and `of_types` in each priority, the highest first.
 
-    For each priority, and in the end for none (null): the first task's `process_at` and id (null: there is
-    none of these types), now by the database's clock, and whether that task was taken from a dead worker;
-    times in seconds since 1970. Each is found from the beginning of the index, past all that is dead or of
-    other types.
+    Up to `at_most` rows: the priority, the task's `process_at` and id, what time it is by the database's
+    clock, and whether the task was taken from a dead worker; one row with the time alone, if there are no
+    tasks. Times are in seconds since 1970. Each task is found from the beginning of the index, past all that
+    is dead or of other types.
+
+    `known`: of the given `priorities` only, whatever others there are. `passes_over`: not the tasks
+    `passed_over`.
     """
     tasks = tasks_table(schema)
-    priorities = pending_priorities(schema)
+    priorities: FromClause = pending_priorities(schema)
+    if known:
+        given = cast(bindparam("priorities", type_=Text), ARRAY(SmallInteger))
+        priorities = func.unnest(given).table_valued("priority").render_derived("priorities")
+    conditions = [
+        tasks.c.queue == bindparam("from_queue", type_=Text),
+        is_pending(tasks),
+        tasks.c.priority == priorities.c.priority,
+        tasks.c.type == any_(bindparam("of_types", type_=ARRAY(Text))),
+    ]
+    if passes_over:
+        conditions.append(tasks.c.id != all_(bigints("passed_over")))
     first = (
         select(tasks.c.process_at, tasks.c.id, (tasks.c.rescue_count > 0).label("is_rescued"))
-        .where(
-            tasks.c.queue == bindparam("from_queue", type_=Text),
-            is_pending(tasks),
-            tasks.c.priority == priorities.c.priority,
-            tasks.c.type == any_(bindparam("of_types", type_=ARRAY(Text))),
-        )
+        .where(*conditions)
         .order_by(tasks.c.process_at, tasks.c.id)
         .limit(1)
         .lateral("first")
     )
-    return select(
-        priorities.c.priority,
-        func.date_part("epoch", first.c.process_at, type_=Double).label("process_at"),
-        first.c.id,
-        func.date_part("epoch", func.clock_timestamp(), type_=Double).label("now"),
-        first.c.is_rescued,
-    ).select_from(priorities.outerjoin(first, true()))
+    # Both list the highest first.
+    found = (
+        select(
+            priorities.c.priority,
+            func.date_part("epoch", first.c.process_at, type_=Double).label("process_at"),
+            first.c.id,
+            first.c.is_rescued,
+        )
+        .select_from(priorities.join(first, true()))
+        .limit(bindparam("at_most", type_=Integer))
+        .subquery("found")
+    )
+    now = select(func.date_part("epoch", func.clock_timestamp(), type_=Double).label("now")).subquery("clock")
+    columns = found.c.priority, found.c.process_at, found.c.id, now.c.now, found.c.is_rescued
+    return select(*columns).select_from(now.outerjoin(found, true()))

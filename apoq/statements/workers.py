@@ -13,10 +13,9 @@ from apoq.statements.heartbeat import alive
 
 @cache
 def workers(schema: str | None) -> Select[*tuple[Any, ...]]:
-    """Answer up to `at_most` workers, those that were seen last first.
+    """Return up to `at_most` workers, those that were seen last first.
 
-    With the seconds since they started (`up_for`) and were seen (`unseen_for`), and whether they are alive to
-    other workers of the same `lease` and `grace`.
+    With the seconds since they started (`up_for`) and were seen (`unseen_for`), and whether they are alive.
     """
     rows = workers_table(schema).alias("worker")
     since = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -39,7 +40,8 @@ from apoq.testing.inside import (
 from apoq.worker import Worker
 from apoq.worker.attempts import Ended, TaskLost, ended, run, run_coroutine
 from apoq.worker.claimer import has_attempts, workable
-from apoq.worker.position import Position
+from apoq.worker.lease import Lease
+from apoq.worker.position import MOST_LEVELS, Position
 from apoq.worker.running import (
     BATCH,
     TYPE,
@@ -49,9 +51,13 @@ from apoq.worker.running import (
     Claimed,
     Notice,
     RunningTask,
+    longest_data,
 )
 from apoq.worker.settler import settlement_arrays, write_settlements
 from apoq.worker.task_sessions import AsyncTaskSession, TaskSession
+
+FOR_EVER: Final = Lease(math.inf, math.inf)
+"""Tasks that run in the caller's transaction can't be taken by another worker."""
 
 LIMIT: Final = 1_000
 """Attempts of one `drain`, unless its caller says otherwise."""
@@ -150,7 +156,11 @@ class _Drain:
         for crew in self._crews:
             for queue in crew.queues:
                 position = Position()
-                looked_for = {"from_queue": queue.name, "of_types": list(crew.processors(queue))}
+                looked_for = {
+                    "from_queue": queue.name,
+                    "of_types": list(crew.processors(queue)),
+                    "at_most": MOST_LEVELS + 1,
+                }
                 if position.surveyed(self._execute(queue, survey(queue.schema), looked_for)) <= 0:
                     yield crew, queue, position
 
@@ -160,12 +170,14 @@ class _Drain:
                 "from_queue": queue.name,
                 **workable(crew.processors(queue)),
                 "at_most": 1,
-                "ahead": False,
                 "by_worker": self._worker_id,
+                "longest_data": longest_data(queue),
                 **position.parameters(),
             }
-            for row in self._execute(queue, claim(queue.schema), parameters):
-                return crew, self._make((*row, Batch(queue, crew.processors(queue), time.monotonic())))
+            statement = claim(queue.schema, overflows=position.lower_than is not None)
+            for row in self._execute(queue, statement, parameters):
+                batch = Batch(queue, crew.processors(queue), time.monotonic(), FOR_EVER)
+                return crew, self._make((*row, batch))
         return None
 
     def _make(self, row: Claimed) -> AnyRunningTask:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,7 +19,6 @@ from apoq.worker.attempts import overdue
 from apoq.worker.completion import Completion
 from apoq.worker.deadlines import Deadlines
 from apoq.worker.failures import Outage
-from apoq.worker.lease import Lease
 from apoq.worker.running import AnyRunningTask
 
 
@@ -60,7 +58,7 @@ class InLineCompletion(Completion):
     """Completes a task in a transaction that goes on."""
 
     def __init__(self, *, keep: bool) -> None:
-        super().__init__(Events(), Lease(math.inf, math.inf), keep=keep)
+        super().__init__(Events(), keep=keep)
 
     def write(self, connection: Connection, task: AnyRunningTask) -> Mapping[Any, Any] | None:
         """Complete a task; answer its row, or None where it was lost."""

@@ -5,30 +5,45 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from operator import itemgetter
 from typing import Any, Final
 from uuid import UUID
 
+from psycopg import DatabaseError
 from sqlalchemy import Engine
 from sqlalchemy.pool import PoolProxiedConnection
 
-from apoq.connections import STATEMENT_TIMEOUT, execute
+from apoq.connections import STATEMENT_TIMEOUT, execute, is_away, is_caused_by_a_row
 from apoq.libpq import written
 from apoq.outcomes import WorkerDied
 from apoq.payload import encode
 from apoq.queue import Queue
 from apoq.registry import Processor, Registry
 from apoq.statements.arrays import array_text
-from apoq.statements.claim import claim
+from apoq.statements.claim import claim, next_due
 from apoq.statements.notes import forget_settled
 from apoq.statements.recover import forget_unknown, give_back
 from apoq.worker.attempts import Ended, ended
+from apoq.worker.failures import Outage
+from apoq.worker.isolation import Isolation
 from apoq.worker.lease import Lease
 from apoq.worker.notes import Notes
-from apoq.worker.position import Position
-from apoq.worker.running import BATCH, FAIL_COUNT, ID, PRIORITY, PROCESS_AT, AnyRunningTask, Batch, Claimed
+from apoq.worker.position import PASSED_OVER_FOR, Position
+from apoq.worker.running import (
+    BATCH,
+    FAIL_COUNT,
+    ID,
+    PRIORITY,
+    PROCESS_AT,
+    AnyRunningTask,
+    Batch,
+    Claimed,
+    data_size,
+    longest_data,
+)
 from apoq.worker.slots import Slots, released
 
 logger = logging.getLogger(__name__)
@@ -57,6 +72,18 @@ OVERDUE: Final = 2.0
 STRAYS_LOOK: Final = 1.0
 """Seconds after which it is looked again for what a claim has taken whose answer was lost."""
 
+BYTES_AHEAD: Final = 8 * 1024 * 1024
+"""Bytes of data that are claimed at most beyond the tasks that run: a worker fits into a small container."""
+
+MANY_BYTES: Final = 256 * 1024
+"""Bytes of data from which on a claim that came short may have done so because of `BYTES_AHEAD`."""
+
+NARROWER: Final = 8
+"""By what the size of a claim is divided when the server refuses it, until the bad row stands alone."""
+
+MOST_TRIES: Final = 20
+"""Claims that one turn sends at most, to find what the server refuses."""
+
 _BY_AGE: Final = itemgetter(PROCESS_AT, ID)
 _BY_PRIORITY: Final = itemgetter(PRIORITY)
 
@@ -72,15 +99,20 @@ def ahead(concurrency: int, run_time: float | None) -> int:
     return min(MOST_AHEAD, int(concurrency * HORIZON / max(run_time, 1e-6)))
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Source:
     """A queue that is claimed from, and what a claim from it asks each time."""
 
     queue: Queue
     position: Position
+    lease: Lease
     processors: Mapping[str, Processor] = field(default_factory=dict)
     by_worker: UUID | None = None
     asked: dict[str, str] = field(default_factory=dict)
+    at_most: int = MOST_AT_ONCE
+    """Fewer after a claim that the server has refused."""
+    mean_size: float = 0.0
+    """Characters of data that a task had in the last claim."""
 
 
 class Claimer:
@@ -92,18 +124,24 @@ class Claimer:
         queues: tuple[Queue, ...],
         registry: Registry,
         slots: Slots,
+        notes: Notes,
+        outage: Outage,
         *,
         positions: dict[Queue, Position],
-        lease: Lease,
+        leases: Mapping[str | None, Lease],
         on_claim: Callable[[int, int], None],
         make: Callable[[Claimed], AnyRunningTask],
         put_ended: Callable[[Ended], None],
     ) -> None:
         self._engine = engine
-        self._sources = [_Source(queue, positions[queue]) for queue in queues]
+        self._sources = [_Source(queue, positions[queue], leases[queue.schema]) for queue in queues]
+        self._schemas = tuple(leases)
+        self._claiming: Isolation[_Source] = Isolation(
+            lambda source: f"the claim from {source.queue!r}", outage
+        )
+        self._tidying: Isolation[str | None] = Isolation(_describe_tidying, outage)
         self._registry = registry
         self._slots = slots
-        self._lease = lease
         self._on_claim = on_claim
         self._make = make
         self._put_ended = put_ended
@@ -114,7 +152,7 @@ class Claimer:
         Not by its own: it may be claimed once more while its last run goes on, and schemas count from 1 each.
         """
         self._moves: list[tuple[Position, list[tuple[Any, ...]], bool]] = []
-        self._notes = Notes()
+        self._notes = notes
         self.waits_for_room = True
         """Whether a slot that is freed is a reason to take a turn."""
         self._lock = threading.Lock()
@@ -127,16 +165,20 @@ class Claimer:
         """Look at the next turn, even if there was nothing a moment ago."""
         self._hinted = True
 
-    def turn(self, connection: PoolProxiedConnection | None = None) -> float | None:
-        """Claim what the slots have room for; answer when to look again.
+    def doubt(self, seconds: float = 0.0) -> None:
+        """Look whether there is a claim whose answer was lost; one may commit within so many seconds."""
+        self._doubt_ends = max(self._doubt_ends or 0.0, time.monotonic() + seconds)
 
-        On one of the engine's connections, where the caller has that in hand.
+    def turn(self, connection: PoolProxiedConnection | None = None) -> float | None:
+        """Claim what the slots have room for; return when to look again.
+
+        On one of the engine's connections, if the caller has that in hand.
         """
-        # Before looking at the room, lest a slot that is freed meanwhile wake nobody.
+        # Before looking at the room, or else a slot that is freed meanwhile would wake nothing.
         self.waits_for_room = True
         pause = self._give_back_overdue()
         if self._doubt_ends is not None:
-            pause = STRAYS_LOOK  # it may commit at any time, and nobody would tell
+            pause = STRAYS_LOOK  # it may commit at any time, and nothing would tell
             if time.monotonic() >= self._looked_at + STRAYS_LOOK:
                 with self._lock:
                     self._give_back_strays()
@@ -144,14 +186,14 @@ class Claimer:
         if not self._hinted:
             self.waits_for_room = False
             return pause
-        if not self._lease.is_held:
+        if not any(source.lease.is_held for source in self._sources):
             return LEASE_LOOK
         is_careful = any(source.position.is_careful for source in self._sources)
         in_line = 0 if is_careful else ahead(self._slots.concurrency, self._slots.run_time)
         self._slots.low_water = in_line // 2
         room = self._slots.concurrency + in_line - self._slots.load
         free = self._slots.free
-        if room < 1 or (free == 0 and room <= in_line // 2):
+        if room < 1 or (free == 0 and (room <= in_line // 2 or self._slots.size > BYTES_AHEAD // 2)):
             return pause  # woken when there is more room
         began = time.monotonic()
         if began < self._rested_at:
@@ -163,7 +205,7 @@ class Claimer:
         self._slots.put(self._startable(claimed))
         self._move()
         self._on_claim(len(claimed), wanted)
-        if len(claimed) == wanted:
+        if len(claimed) == wanted or data_size(claimed) > MANY_BYTES:
             self._hinted = True
         else:
             took = time.monotonic() - began
@@ -181,22 +223,24 @@ class Claimer:
         return None
 
     def claim(self, limit: int, free: int, connection: PoolProxiedConnection | None = None) -> list[Claimed]:
-        """Claim up to `limit` tasks, where `free` slots have nothing to do.
+        """Claim up to `limit` tasks, while `free` slots have nothing to do.
 
-        Raises what a queue's claim raises, unless an earlier queue has given some: these are to run.
+        One queue whose claim fails is passed over for a while. Raises its error if it fails for all of them,
+        unless an earlier one has given some: these are to run.
         """
         tasks: list[Claimed] = []
+        where = connection or self._engine
+
         with self._lock:
             try:
                 self._give_back_strays()
-                for source in self._rotated():
+                sources = [source for source in self._rotated() if source.lease.is_held]
+                for source in sources:
                     if len(tasks) < limit:
-                        tasks += self._claim_from(
-                            source, limit - len(tasks), free - len(tasks), connection or self._engine
-                        )
+                        left = limit - len(tasks), free - len(tasks)
+                        claim_from = partial(self._claim_from, source, *left, where)
+                        tasks += self._claiming.call(source, sources, claim_from, [])
             except BaseException:
-                # It may have committed without an answer, or may do so until the server ends it.
-                self._doubt_ends = time.monotonic() + STATEMENT_TIMEOUT
                 self._hinted = True
                 if not tasks:
                     raise
@@ -230,27 +274,101 @@ class Claimer:
         if source.processors is not processors or source.by_worker is not self.worker_id:
             source.processors, source.by_worker = processors, self.worker_id
             source.asked = written(
-                {"from_queue": queue.name, "by_worker": self.worker_id, **workable(processors)}
+                {
+                    "from_queue": queue.name,
+                    "by_worker": self.worker_id,
+                    "longest_data": longest_data(queue),
+                    **workable(processors),
+                }
             )
-        number = self._notes.number()
-        parameters = {
-            **source.asked,
-            "at_most": limit,
-            "ahead": limit > free,
-            "number": number,
-            **source.position.parameters(),
-        }
-        rows = execute(where, claim(queue.schema), parameters).fetchall()
-        self._notes.claimed(queue.schema, number, len(rows))
+        bytes_ahead = BYTES_AHEAD - self._slots.size
+        if source.mean_size > 1:
+            # What is locked and not taken has cost time.
+            limit = min(limit, free + max(1, int(2 * bytes_ahead / source.mean_size)))
+        number, rows = self._narrowly(source, limit, max(free, 0), bytes_ahead, where)
         # In two steps, for which C's functions do; the second leaves each priority in the order of the first.
         rows.sort(key=_BY_AGE)
         rows.sort(key=_BY_PRIORITY, reverse=True)
         if rows:
             self._moves.append((source.position, rows, len(rows) < limit))
-        batch = Batch(queue, processors, time.monotonic(), number)
+            source.mean_size = data_size(rows) / len(rows)
+        batch = Batch(queue, processors, time.monotonic(), source.lease, number, is_ahead=len(rows) > free)
         tasks: list[Claimed] = [(*row, batch) for row in rows]
         self.held.update({id(row): row for row in tasks})
         return tasks
+
+    def _narrowly(
+        self, source: _Source, limit: int, free: int, bytes_ahead: int, where: Engine | PoolProxiedConnection
+    ) -> tuple[int, list[tuple[Any, ...]]]:
+        """Claim from a queue; if the server refuses that, claim less, until the bad row is passed over."""
+        for _ in range(MOST_TRIES):
+            at_most = min(limit, source.at_most)
+            try:
+                found = self._execute(source, at_most, free, bytes_ahead, where)
+            except DatabaseError as error:
+                if not is_caused_by_a_row(error) or not self._narrow(source, at_most, free, error):
+                    raise
+            else:
+                source.at_most = min(MOST_AT_ONCE, 2 * source.at_most)
+                return found
+        raise RuntimeError(f"too many tasks of {source.queue!r} can't be claimed, as the log says")
+
+    def _narrow(self, source: _Source, at_most: int, free: int, error: DatabaseError) -> bool:
+        """Claim less the next time, or pass over the next task; return whether there is a point in it."""
+        if at_most > 1:
+            source.at_most = at_most // NARROWER or 1
+            return True
+        self._give_back_strays()  # if it was the answer that couldn't be read
+        try:
+            self._execute(source, 0, free, 0, self._engine)
+        except DatabaseError:
+            return False  # whatever it takes
+        parameters = self._parameters(source, 1, free, 0)
+        due = next_due(source.queue.schema, **_kind(parameters))
+        for (task_id,) in execute(self._engine, due, parameters):
+            logger.error(
+                "task %d can't be claimed, and is passed over for %.0f minutes: %s",
+                task_id,
+                PASSED_OVER_FOR / 60,
+                error,
+            )
+            return source.position.pass_over(task_id)
+        return True
+
+    def _execute(
+        self,
+        source: _Source,
+        at_most: int,
+        free: int,
+        bytes_ahead: int,
+        where: Engine | PoolProxiedConnection,
+    ) -> tuple[int, list[tuple[Any, ...]]]:
+        schema = source.queue.schema
+        parameters = self._parameters(source, at_most, free, bytes_ahead)
+        statement = claim(schema, **_kind(parameters))
+        number = self._notes.begin(schema)
+        try:
+            rows = execute(where, statement, parameters | {"number": number}).fetchall()
+        except BaseException as error:
+            self._notes.failed(number)
+            # Without an answer, it may have committed, or may do so until the server ends it. With one that
+            # can't be read, it has.
+            if not isinstance(error, DatabaseError) or is_away(error):
+                self.doubt(STATEMENT_TIMEOUT)
+            elif error.sqlstate is None:
+                self.doubt()
+            raise
+        self._notes.claimed(number, len(rows))
+        return number, rows
+
+    @staticmethod
+    def _parameters(source: _Source, at_most: int, free: int, bytes_ahead: int) -> dict[str, Any]:
+        parameters = {**source.asked, **source.position.parameters(), "at_most": at_most}
+        if at_most > free:
+            parameters |= {"free": free, "bytes_ahead": bytes_ahead}
+        if passed_over := source.position.passed_over():
+            parameters["passed_over"] = array_text(passed_over)
+        return parameters
 
     def _move(self) -> None:
         """Move the positions behind what was claimed: at once, but for the tasks, which begin before."""
@@ -260,13 +378,16 @@ class Claimer:
             position.claimed(rows, is_all=is_all)
 
     def _forget_settled(self, connection: PoolProxiedConnection | None = None) -> None:
-        """Delete the notes that nobody needs any more, some time: no task waits for that."""
-        for source in self._sources:
-            schema = source.queue.schema
+        """Delete the notes that are no longer needed, some time: no task waits for that."""
+        for schema in self._schemas:
             if done := self._notes.done(schema):
-                parameters = {"by_worker": self.worker_id, "done": array_text(done)}
-                execute(connection or self._engine, forget_settled(schema), parameters)
-                self._notes.forgotten(schema, done)
+                forget = partial(self._forget, schema, done, connection or self._engine)
+                self._tidying.call(schema, self._schemas, forget, None)
+
+    def _forget(self, schema: str | None, done: list[int], where: Engine | PoolProxiedConnection) -> None:
+        parameters = {"by_worker": self.worker_id, "done": array_text(done)}
+        execute(where, forget_settled(schema), parameters)
+        self._notes.forgotten(schema, done)
 
     def _rotated(self) -> list[_Source]:
         # Each queue comes first in its turn, so that none starves behind a full one.
@@ -277,28 +398,32 @@ class Claimer:
     def _give_back_strays(self) -> None:
         """Give back what an earlier claim took, if it committed although its answer was lost.
 
-        Each time until none can come late, for the server may have been slow only, and none is left.
+        Each time until none can come late, because the server may only have been slow, and none is left.
         """
         if self._doubt_ends is None:
             return
         self._looked_at = time.monotonic()
-        is_over = time.monotonic() >= self._doubt_ends
-        held: dict[str | None, list[int]] = {source.queue.schema: [] for source in self._sources}
-        for row in list(self.held.values()):
-            batch: Batch = row[BATCH]
-            held[batch.from_queue.schema].append(row[ID])
-        known = array_text(self._notes.known())
-        for schema, ids in held.items():
-            parameters = {"by_worker": self.worker_id, "known": known, "held": array_text(ids)}
-            ((left,),) = execute(self._engine, give_back(schema), parameters)
-            is_over = is_over and not left
-            if is_over:
-                execute(self._engine, forget_unknown(schema), parameters)
+        is_over = self._looked_at >= self._doubt_ends
+        for schema in self._schemas:
+            is_over &= self._tidying.call(schema, self._schemas, partial(self._give_back, schema), True)
         if is_over:
             self._doubt_ends = None
 
+    def _give_back(self, schema: str | None) -> bool:
+        """Give back what strays there are in a schema; return whether none is left."""
+        batches: Iterable[tuple[Batch, int]] = [(row[BATCH], row[ID]) for row in list(self.held.values())]
+        held = [task_id for batch, task_id in batches if batch.from_queue.schema == schema]
+        parameters = {
+            "by_worker": self.worker_id,
+            "known": array_text(self._notes.known(schema)),
+            "held": array_text(held),
+        }
+        ((left,),) = execute(self._engine, give_back(schema), parameters)
+        execute(self._engine, forget_unknown(schema), parameters)
+        return not left
+
     def _give_back_overdue(self) -> float | None:
-        """Answer when to look again, where any are in line that may become overdue."""
+        """Return when to look again, if any are in line that may become overdue."""
         since = self._slots.waiting_since
         if since is None:
             return None
@@ -311,12 +436,25 @@ class Claimer:
         return None
 
 
+def _describe_tidying(schema: str | None) -> str:
+    return "tidying up the worker's claims" + ("" if schema is None else f" in the schema {schema!r}")
+
+
+def _kind(parameters: Mapping[str, object]) -> dict[str, bool]:
+    """Return which form of `claim` takes these parameters."""
+    return {
+        "ahead": "free" in parameters,
+        "passes_over": "passed_over" in parameters,
+        "overflows": "lower_than" in parameters,
+    }
+
+
 def workable(processors: Mapping[str, Processor]) -> dict[str, Any]:
-    """Answer what may be claimed for these, as `claim` takes it."""
+    """Return what may be claimed for these, as `claim` takes it."""
     limits = {type_: processor.policy.limit for type_, processor in processors.items()}
     return {"of_types": list(processors), "retry_limits": encode(limits)}
 
 
 def has_attempts(task: AnyRunningTask) -> bool:
-    """Tell whether a claimed task may begin: one that was rescued from a dead worker may have used all up."""
+    """Return whether a claimed task may begin: a rescued one may have used all its attempts."""
     return not task.fail_count or task.fail_count <= task.policy.limit

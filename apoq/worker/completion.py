@@ -14,16 +14,14 @@ from apoq.events import Events
 from apoq.model import tasks_table
 from apoq.outcomes import Release
 from apoq.statements.settle import AS_COMPLETED, complete, complete_last, remove, remove_last
-from apoq.worker.lease import Lease
 from apoq.worker.running import AnyRunningTask
 
 
 class Completion:
     """Writes completions: tasks are marked, or deleted where completed ones aren't kept."""
 
-    def __init__(self, events: Events, lease: Lease, *, keep: bool) -> None:
+    def __init__(self, events: Events, *, keep: bool) -> None:
         self._events = events
-        self._lease = lease
         self.keep = keep
 
     @property
@@ -42,7 +40,7 @@ class Completion:
         Otherwise its id, or its whole row where somebody listens. Raises `Release` where the worker's lease
         has ended: others may have begun with the task.
         """
-        if not self._lease.is_held:
+        if not task.lease.is_held:
             raise Release
         schema = task.from_queue.schema
         parameters = {"task_id": task.id, "held_under": task.token}

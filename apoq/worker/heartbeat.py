@@ -1,4 +1,4 @@
-"""Shows that the worker lives, and rescues the tasks of those that don't."""
+"""Shows that the worker is alive, and rescues the tasks of those that aren't."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from importlib.metadata import version
 from typing import Any, Final
 from uuid import UUID
@@ -17,14 +18,19 @@ from psycopg import DatabaseError
 from psycopg.errors import LockNotAvailable
 from sqlalchemy import Engine, Executable
 
-from apoq.connections import execute, is_away, keeps_session, own_engine
+from apoq.connections import execute, is_away, is_caused_by_a_row, keeps_session, own_engine
 from apoq.libpq import Answer
 from apoq.outcomes import WorkerDied, report
 from apoq.payload import encode
 from apoq.queue import Queue
-from apoq.statements.heartbeat import beat, forget, leave, uptime
-from apoq.statements.recover import beat_and_rescue, forget_dead
+from apoq.statements.arrays import array_text
+from apoq.statements.heartbeat import beat_and_look, forget, leave
+from apoq.statements.recover import forget_dead, rescue
+from apoq.worker.failures import Outage
+from apoq.worker.isolation import Isolation
 from apoq.worker.lease import Lease
+from apoq.worker.narrowing import Narrowing
+from apoq.worker.peers import Peer, Peers
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +41,7 @@ GRACE: Final = 1.5
 """Heartbeats after which a worker counts as dead whose connection is gone."""
 
 LOCK_TIMEOUT: Final = 0.5
-"""Heartbeats for which one waits for a lock on the tasks, before it does without a sweep."""
+"""Heartbeats for which one waits for a lock on the tasks, before it does without a rescue."""
 
 SOONEST: Final = 0.05
 """Seconds between two heartbeats, at least, when another worker is about to count as dead."""
@@ -43,35 +49,64 @@ SOONEST: Final = 0.05
 RESCUED_AT_ONCE: Final = 1_000
 
 FORGOTTEN_AFTER: Final = timedelta(hours=1)
-"""For so long a dead worker's row is kept, for people to read."""
+"""For so long the row of a dead worker is kept, for people to read."""
+
+REASON: Final = encode(report(WorkerDied(WorkerDied.__doc__)))
+"""The error of a task that was taken from a dead worker."""
+
+
+class Presence:
+    """What the worker shows of itself in one schema, and what it knows of the others there."""
+
+    def __init__(self, schema: str | None, lease: Lease, grace: float) -> None:
+        self.schema = schema
+        self.lease = lease
+        self.peers = Peers(grace)
+        self.looked_at = -math.inf
+        self.narrowing = Narrowing(RESCUED_AT_ONCE)
+        self.has_lapsed = True
+        """Whether the end of the lease has been reported; at first it has none."""
 
 
 class Heartbeat:
-    """Renews the worker's lease several times before it ends; all times are the database's.
+    """Renews the worker's lease in each schema several times before it ends; all times are the database's.
 
     It has a connection of its own. A worker whose lease has ended counts as dead, and so does one whose
-    connection is gone and that is not back within the grace. Any other makes its running tasks pending again;
-    but not one that was away itself a moment ago, lest after an outage the first one back take the
-    others for dead.
+    connection is gone and that is not back within its grace: by what it has written itself, whatever the
+    settings of those that read it. Any other makes its running tasks pending again.
+
+    A schema in which it fails, such as one that was dropped, doesn't stop it in the others.
     """
 
     def __init__(
         self,
         engine: Engine,
         queues: tuple[Queue, ...],
+        outage: Outage,
         *,
         concurrency: int,
         lease: timedelta,
+        known: Callable[[str | None], Sequence[int]],
         on_rescued: Callable[[], None],
-        on_lapse: Callable[[], None],
+        on_unknown: Callable[[], None],
+        on_lapse: Callable[[list[str | None]], None],
     ) -> None:
-        self._schemas = sorted({queue.schema for queue in queues}, key=lambda schema: schema or "")
-        self._lease = lease
+        """`known` returns the worker's own claims in a schema; `on_unknown` is called if there are others.
+
+        `on_lapse` is called with the schemas in which the lease has ended.
+        """
+        schemas = sorted({queue.schema for queue in queues}, key=lambda schema: schema or "")
         self._interval = lease.total_seconds() / BEATS
+        self._grace = self._interval * GRACE
+        self._presences = [
+            Presence(schema, Lease(lease.total_seconds(), self._grace), self._grace) for schema in schemas
+        ]
+        self._isolation: Isolation[Presence] = Isolation(_describe, outage)
         self._engine = own_engine(engine, lock_timeout=f"{self._interval * LOCK_TIMEOUT * 1_000:.0f}ms")
+        self._known = known
         self._on_rescued = on_rescued
+        self._on_unknown = on_unknown
         self._on_lapse = on_lapse
-        self._has_lapsed = False
         self._row = {
             "worker_host": platform.node(),
             "worker_version": version("apoq"),
@@ -79,24 +114,29 @@ class Heartbeat:
             "worker_concurrency": concurrency,
             "lease": lease,
             "grace": lease / BEATS * GRACE,
-            "reason": encode(report(WorkerDied(WorkerDied.__doc__))),
         }
         self._forgets_at = 0.0
         self.worker_id = UUID(int=0)
-        self.lease = Lease(lease.total_seconds(), self._interval * GRACE)
         self.seen_at: datetime | None = None
         """When the database last answered."""
 
+    @property
+    def leases(self) -> dict[str | None, Lease]:
+        """The worker's lease in each schema."""
+        return {presence.schema: presence.lease for presence in self._presences}
+
     def turn(self) -> float | None:
-        """Beat and sweep; answer when to do so again."""
-        self._look_at_lease()  # the whole process may have been frozen until now
+        """Beat and rescue; return when to do so again."""
+        self._look_at_leases()  # the whole process may have been frozen until now
         try:
             pause = self.beat()
         except Exception:
-            self.lease.shorten()
-            self._look_at_lease()
+            for presence in self._presences:
+                presence.lease.shorten()
+                presence.peers.forget()
             raise
-        self._has_lapsed = False
+        finally:
+            self._look_at_leases()
         if self._forgets_at < time.monotonic():
             self.forget()
         return pause
@@ -104,42 +144,17 @@ class Heartbeat:
     def enter(self) -> None:
         """Beat for the first time.
 
-        Rescues the tasks of workers whose lease has ended, too, for this one may not live for long, as one
-        that works a few tasks and ends; but not when the server has just come up, and nobody could renew.
+        Rescues the tasks of workers that have been gone for long, too, because this one may not live for
+        long, as one that works a few tasks and ends.
         """
-        ((is_up_for,),) = self._execute(uptime(), {})
-        began = time.monotonic()
-        if is_up_for > self._lease:
-            for schema in self._schemas:
-                self._beat_and_rescue(schema, self._parameters() | {"grace": self._lease})
-            self._renewed(began)
-        else:
-            self.beat()
+        self._beat_in_all(is_first=True)
 
     def beat(self) -> float:
-        """Renew the lease, and rescue the tasks of dead workers; answer the seconds until the next beat."""
-        began = time.monotonic()
-        parameters = self._parameters()
-        pause = self._interval
-        for schema in self._schemas:
-            if self.lease.is_steady:
-                try:
-                    next_death = self._beat_and_rescue(schema, parameters)
-                except LockNotAvailable:
-                    logger.info("apoq_tasks is locked, by a migration perhaps: nothing can be rescued now")
-                else:
-                    pause = min(pause, max(next_death, SOONEST))
-                    continue
-            self._execute(beat(schema), parameters)
-        self._renewed(began)
-        return pause
+        """Renew the leases, and rescue the tasks of dead workers; return the seconds until the next beat."""
+        return self._beat_in_all(is_first=False)
 
-    def _renewed(self, began: float) -> None:
-        self.lease.renew(began)
-        self.seen_at = datetime.now(UTC)
-
-    def _parameters(self) -> dict[str, Any]:
-        return {
+    def _beat_in_all(self, *, is_first: bool) -> float:
+        parameters = {
             **self._row,
             "worker_id": self.worker_id,
             "by_worker": self.worker_id,
@@ -147,55 +162,91 @@ class Heartbeat:
             "is_direct": keeps_session(self._engine),
         }
 
-    def _beat_and_rescue(self, schema: str | None, parameters: dict[str, Any]) -> float:
-        at_most, passed_over = RESCUED_AT_ONCE, 0
-        ends_at = time.monotonic() + self._interval / 2
-        while True:
-            batch = {"at_most": at_most, "passed_over": passed_over}
+        return min(
+            self._isolation.call(
+                presence,
+                self._presences,
+                partial(self._beat_in, presence, parameters, is_first=is_first),
+                self._interval,
+            )
+            for presence in self._presences
+        )
+
+    def _beat_in(self, presence: Presence, parameters: dict[str, Any], *, is_first: bool) -> float:
+        schema, began = presence.schema, time.monotonic()
+        if began - presence.looked_at > self._grace:
+            presence.peers.forget()  # this one was away itself
+        found = self._execute(
+            beat_and_look(schema), parameters | {"known": array_text(self._known(schema))}
+        ).fetchall()
+        presence.lease.renew(began)
+        presence.has_lapsed = False
+        presence.looked_at = began
+        self.seen_at = datetime.now(UTC)
+        if found[0][0]:
+            self._on_unknown()
+        peers = [Peer(*row[1:]) for row in found if row[1] is not None]
+        dead, next_death = presence.peers.look(peers, time.monotonic())
+        if is_first:
+            dead = [peer.id for peer in peers if peer.is_long_gone]
+        if dead:
+            self._rescue(presence, dead)
+        return max(SOONEST, min(self._interval, next_death))
+
+    def _rescue(self, presence: Presence, dead: list[UUID]) -> None:
+        parameters = {"dead": dead, "reason": REASON}
+        narrowing, ends_at = presence.narrowing, time.monotonic() + self._interval / 2
+        has_more = True
+        while has_more and time.monotonic() < ends_at:
             try:
-                ((rescued, are_noted, next_death),) = self._execute(
-                    beat_and_rescue(schema), parameters | batch
-                )
+                rescued = self._execute(rescue(presence.schema), parameters | narrowing.parameters).rowcount
+            except LockNotAvailable:
+                logger.info("apoq_tasks is locked, by a migration perhaps: nothing can be rescued now")
+                return
             except DatabaseError as error:
-                if is_away(error) or isinstance(error, LockNotAvailable):
+                if is_away(error):
                     raise
-                # A batch survives its worst member: from here on, each is rescued by itself.
-                if at_most == 1:
-                    passed_over += 1
-                else:
-                    logger.warning("a task of a worker that died can't be made pending again: %s", error)
-                at_most = 1
-                if time.monotonic() < ends_at:
-                    continue
-                self._execute(beat(schema), parameters)
-                return math.inf
+                if not is_caused_by_a_row(error):
+                    logger.warning("tasks of dead workers can't be made pending again: %s", error)
+                    return
+                # A batch survives its worst member: the others are rescued without it.
+                if narrowing.refused():
+                    logger.warning("a task of a dead worker can't be made pending again: %s", error)
+                continue
             if rescued:
                 logger.warning("%d tasks of workers that died are pending again", rescued)
                 self._on_rescued()
-            if rescued < at_most:
-                if are_noted:
-                    self._execute(forget_dead(schema), parameters)
-                return math.inf if next_death is None else next_death
+            has_more = narrowing.written(rescued)
+        if not has_more:
+            self._execute(forget_dead(presence.schema), parameters)
 
     def _execute(self, statement: Executable, parameters: dict[str, Any]) -> Answer:
-        return execute(self._engine, statement, parameters, timeout=self._interval * GRACE)
+        return execute(self._engine, statement, parameters, timeout=self._grace)
 
-    def _look_at_lease(self) -> None:
-        if not self.lease.is_held and not self._has_lapsed:
-            self._has_lapsed = True
-            self._on_lapse()
+    def _look_at_leases(self) -> None:
+        lapsed = [each for each in self._presences if not each.lease.is_held and not each.has_lapsed]
+        for presence in lapsed:
+            presence.has_lapsed = True
+        if lapsed:
+            self._on_lapse([presence.schema for presence in lapsed])
 
     def forget(self) -> None:
         """Remove the rows of workers that died long ago."""
         self._forgets_at = time.monotonic() + FORGOTTEN_AFTER.total_seconds() / 10
-        for schema in self._schemas:
-            self._execute(forget(schema), {"keep": FORGOTTEN_AFTER})
+        for presence in self._presences:
+            if not self._isolation.is_failing(presence):
+                self._execute(forget(presence.schema), {"keep": FORGOTTEN_AFTER})
 
     def dispose(self) -> None:
         """Close its connection."""
         self._engine.dispose()
 
     def leave(self) -> None:
-        """Take the worker's row away: it holds nothing any more."""
-        for schema in self._schemas:
-            self._execute(leave(schema), {"worker_id": self.worker_id})
+        """Remove the worker's row: it holds nothing any more."""
+        for presence in self._presences:
+            if not self._isolation.is_failing(presence):
+                self._execute(leave(presence.schema), {"worker_id": self.worker_id})
+
+
+def _describe(presence: Presence) -> str:
+    return "the heartbeat" if presence.schema is None else f"the heartbeat in the schema {presence.schema!r}"

@@ -12,6 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.orm import Session
 
 from apoq.connections import is_away
+from apoq.errors import NotPrepared
 from apoq.events import Events
 from apoq.migrations.prepare import check
 from apoq.model import Task, detached
@@ -54,7 +55,7 @@ class Life:
     def is_healthy(self) -> bool:
         """Tell whether it has started, with all its threads, and holds its lease."""
         loops = (self._beating, self.parts.recalling, *self.parts.loops)
-        is_held = self.parts.heartbeat.lease.is_held
+        is_held = any(lease.is_held for lease in self.parts.heartbeat.leases.values())
         return self._is_started and is_held and all(loop.is_alive for loop in loops)
 
     def tally(self) -> Tally:
@@ -157,9 +158,18 @@ class Life:
                 parts.dispose()
 
     def _enter(self) -> None:
-        with self.parts.engine.begin() as connection:
-            for schema in self._schemas:
-                check(connection, schema)
+        refused: list[NotPrepared] = []
+        for schema in self._schemas:
+            with self.parts.engine.begin() as connection:
+                try:
+                    check(connection, schema)
+                except NotPrepared as error:
+                    refused.append(error)
+        if len(refused) == len(self._schemas):
+            raise refused[0]
+        for reason in refused:
+            # A tenant's schema may have been dropped.
+            logger.error("%s; until then, this worker does without these queues", reason)
         self.parts.heartbeat.enter()
         # Before the first claim, which wouldn't know of priorities otherwise.
         self.parts.scout.survey()

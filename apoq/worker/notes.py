@@ -27,32 +27,44 @@ class Notes:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._numbers = count(1)
+        self._under_way: dict[int, str | None] = {}
         self._left: dict[int, _Left] = {}
         self._done: dict[str | None, list[int]] = {}
 
-    def number(self) -> int:
-        """Answer the number of the next claim."""
-        return next(self._numbers)
-
-    def known(self) -> list[int]:
-        """Answer the claims of which something isn't settled yet."""
+    def begin(self, schema: str | None) -> int:
+        """Return the number of the next claim, which is under way until `claimed` or `failed`."""
         with self._lock:
-            return list(self._left)
+            number = next(self._numbers)
+            self._under_way[number] = schema
+        return number
+
+    def known(self, schema: str | None) -> list[int]:
+        """Return the claims whose notes may be there, as far as the worker knows."""
+        with self._lock:
+            known = [number for number, its in self._under_way.items() if its == schema]
+            known += [number for number, left in self._left.items() if left.schema == schema]
+            return known + self._done.get(schema, [])
 
     def done(self, schema: str | None) -> list[int]:
-        """Answer the claims of which everything is settled, and whose notes are to go: none, or many."""
+        """Return the claims of which everything is settled, and whose notes are to go: none, or many."""
         with self._lock:
             done = self._done.get(schema, ())
             return list(done) if len(done) >= ENOUGH else []
 
-    def claimed(self, schema: str | None, number: int, size: int) -> None:
+    def claimed(self, number: int, size: int) -> None:
         """Remember how many tasks a claim has taken."""
         with self._lock:
+            schema = self._under_way.pop(number)
             if size:
                 self._left[number] = _Left(schema, size)
             else:
-                # It may have noted what somebody else has changed meanwhile, and so didn't take.
+                # It may have noted what another session has changed meanwhile, and so didn't take.
                 self._done.setdefault(schema, []).append(number)
+
+    def failed(self, number: int) -> None:
+        """Forget a claim that has failed: should it commit nevertheless, the worker knows nothing of it."""
+        with self._lock:
+            del self._under_way[number]
 
     def settled(self, tasks: list[Claimed]) -> None:
         """Remember that these are settled."""

@@ -24,9 +24,10 @@ from apoq.worker.completion import Completion
 from apoq.worker.coroutines import Coroutines
 from apoq.worker.deadlines import Deadlines
 from apoq.worker.failures import Outage
-from apoq.worker.heartbeat import BEATS, Heartbeat
+from apoq.worker.heartbeat import BEATS, GRACE, Heartbeat
 from apoq.worker.listener import Listener, listen_engine
 from apoq.worker.loop import Loop
+from apoq.worker.notes import Notes
 from apoq.worker.options import WorkerOptions
 from apoq.worker.position import Position
 from apoq.worker.pruner import Pruner
@@ -44,6 +45,7 @@ from apoq.worker.running import (
 from apoq.worker.scout import Scout
 from apoq.worker.settler import Settler
 from apoq.worker.slots import Slots, released
+from apoq.worker.sweep import Sweep
 from apoq.worker.tally import Counter
 from apoq.worker.task_sessions import TaskSessions
 
@@ -82,20 +84,24 @@ class Parts:
         self.outage = Outage()
         self.engine = own_engine(sync_side(engine))
         listening = self.engine if options.listen_url is None else listen_engine(options.listen_url)
-        self._notice = Notice()
+        self._schemas = tuple(dict.fromkeys(queue.schema for queue in queues))
+        self._notices = self._new_notices()
         self._beside: set[AnyRunningTask] = set()  # what runs in no slot, but on the thread of `work`
         self.coroutines = Coroutines()
         self.sessions = TaskSessions(engine, self.coroutines)
+        notes = Notes()
         self.heartbeat = Heartbeat(
             sync_side(engine),
             queues,
+            self.outage,
             concurrency=options.concurrency,
             lease=options.lease,
+            known=notes.known,
             on_rescued=self.hint,
+            on_unknown=self._doubt,
             on_lapse=self._lapsed,
         )
-        lease = self.heartbeat.lease
-        self._completion = Completion(events, lease, keep=options.keeps_completed)
+        self._completion = Completion(events, keep=options.keeps_completed)
         self.counter = Counter()
         self.settler = Settler(
             self.engine,
@@ -111,7 +117,6 @@ class Parts:
             options.concurrency,
             self.coroutines,
             self._completion,
-            lease,
             self.deadlines,
             make=self._make,
             on_ended=self._put_ended,
@@ -122,6 +127,7 @@ class Parts:
             self.engine,
             positions,
             registry,
+            self.outage,
             poll_interval=options.poll_interval.total_seconds(),
             on_due=self.hint,
         )
@@ -130,8 +136,10 @@ class Parts:
             queues,
             registry,
             self.slots,
+            notes,
+            self.outage,
             positions=positions,
-            lease=lease,
+            leases=self.heartbeat.leases,
             on_claim=self._claimed,
             make=self._make,
             put_ended=self._put_ended,
@@ -146,12 +154,26 @@ class Parts:
         )
         self.recaller = Recaller(
             self.engine,
-            lambda: list(self.claimer.held.values()),
+            self._schemas,
+            self.outage,
+            held=lambda: list(self.claimer.held.values()),
+            running=lambda: [*self.slots.running(), *self._beside],
             interval=options.lease.total_seconds() / BEATS,
             on_lost=self._lost,
         )
         pruner = Pruner(
-            self.engine, queues, keep_completed=options.keep_completed, keep_failed=options.keep_failed
+            self.engine,
+            queues,
+            self.outage,
+            keep_completed=options.keep_completed,
+            keep_failed=options.keep_failed,
+        )
+        sweep = Sweep(
+            self.engine,
+            self._schemas,
+            self.outage,
+            grace=options.lease.total_seconds() / BEATS * GRACE,
+            on_rescued=self.hint,
         )
         self.on_death: Callable[[], None] = lambda: None
         """Called when a thread of the worker's has ended that shouldn't."""
@@ -161,7 +183,15 @@ class Parts:
         self.recalling = self.loop("apoq-recaller", self.recaller.turn)
         self.listening = self.loop("apoq-listener", self.listener.turn)
         self.pruning = self.loop("apoq-pruner", pruner.turn)
-        self.loops = (self.settling, self.listening, self.scouting, self.claiming, self.pruning)
+        self.sweeping = self.loop("apoq-sweep", sweep.turn)
+        self.loops = (
+            self.settling,
+            self.listening,
+            self.scouting,
+            self.claiming,
+            self.pruning,
+            self.sweeping,
+        )
         """Those that run from a start to a stop."""
 
     def loop(self, name: str, turn: Callable[[], float | None]) -> Loop:
@@ -195,10 +225,12 @@ class Parts:
 
     def stop(self, patience: float | None) -> None:
         """Claim no more, give back what has not begun, and wait so many seconds for what runs."""
-        self._notice.is_given = True
+        for notice in self._notices.values():
+            notice.is_given = True
         self.scouting.stop()
         self.claiming.stop()
         self.pruning.stop()
+        self.sweeping.stop()
         self._give_back(self.slots.take_back())
         if not self.slots.wait_until_idle(patience):
             left = self.deadlines.withdraw(self.slots.abandon())
@@ -210,7 +242,7 @@ class Parts:
         self.listener.stop()
         self.listening.stop()
         self.listener.close()
-        self._notice = Notice()  # for the next start: those that heard of this stop are to stop still
+        self._notices = self._new_notices()  # for the next start; those that run on are told to stop still
 
     def dispose(self) -> None:
         """Close what was opened here."""
@@ -225,9 +257,10 @@ class Parts:
     def _make(self, row: Claimed) -> AnyRunningTask:
         batch: Batch = row[BATCH]
         processor = batch.processors[row[TYPE]]
+        notice = self._notices[batch.from_queue.schema]
         if processor.is_coroutine:
-            return AsyncRunningTask(row, processor, self.sessions.open_async, self._notice)
-        return RunningTask(row, processor, self.sessions.open, self._notice)
+            return AsyncRunningTask(row, processor, self.sessions.open_async, notice)
+        return RunningTask(row, processor, self.sessions.open, notice)
 
     def _put_ended(self, end: Ended) -> None:
         if end.row is not None and end.outcome is None and not self._completion.is_heard:
@@ -248,20 +281,31 @@ class Parts:
     def _given_up(self, task: Claimed) -> None:
         self.claimer.given_up(task)
 
-    def _lapsed(self) -> None:
+    def _lapsed(self, schemas: list[str | None]) -> None:
         logger.warning(
-            "the lease could not be renewed in time: what has not begun is given back, and what runs in "
-            "task.session is undone, for others may run it now"
+            "the lease%s could not be renewed in time: tasks that have not begun are given back, and what "
+            "running ones have written in task.session is undone, because other workers may run them now",
+            "" if len(schemas) == len(self._schemas) else f" in {', '.join(map(repr, schemas))}",
         )
-        self._notice.is_given = True
-        self._notice = Notice()  # for what is claimed when it is renewed
-        self._give_back(self.slots.take_back())
+        for schema in schemas:
+            self._notices[schema].is_given = True
+            self._notices[schema] = Notice()  # for what is claimed when it is renewed
+        self._give_back(self.slots.take_back(schemas))
         for task in self.slots.running():
-            task.cut_off()
-        # Else they would find out one by one.
-        watch.cut_all(self.engine)
-        self.listener.renew()
-        self.sessions.renew()
+            if task.from_queue.schema in schemas:
+                task.cut_off()
+        if not any(lease.is_held for lease in self.heartbeat.leases.values()):
+            # It isn't one schema, it is the connection. Else the others would find out one by one.
+            watch.cut_all(self.engine)
+            self.listener.renew()
+            self.sessions.renew()
+
+    def _doubt(self) -> None:
+        self.claimer.doubt()
+        self.hint()
+
+    def _new_notices(self) -> dict[str | None, Notice]:
+        return {schema: Notice() for schema in self._schemas}
 
     def _hinted(self, connection: PoolProxiedConnection | None) -> None:
         self.claimer.hint()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 from collections.abc import Iterable, Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from apoq.statements.arrays import array_text
 
@@ -15,7 +16,28 @@ SLACK: Final = 0.5
 """Seconds by which a task may be committed later than one that is due after it, and still be seen at once."""
 
 MOST_LEVELS: Final = 64
-"""Priorities that are remembered, at most."""
+"""Priorities that a claim looks into one by one; if there are more, it looks through the others together."""
+
+PASSED_OVER_FOR: Final = 600.0
+"""Seconds for which a task is passed over that the server refused to claim."""
+
+MOST_PASSED_OVER: Final = 1_000
+
+_LOWEST_TIME: Final = -210_866_803_200.0
+"""The first moment of PostgreSQL's calendar, in seconds since 1970; before it there is -infinity alone."""
+
+_LOWEST_ID: Final = -(2**63)
+
+
+class First(NamedTuple):
+    """A row of `survey`."""
+
+    priority: int | None
+    """None: there is no task."""
+    process_at: float
+    id: int
+    now: float
+    is_rescued: bool
 
 
 class Position:
@@ -31,44 +53,76 @@ class Position:
         self._lock = threading.Lock()
         self.is_careful = False
         """Whether the first task that is due was taken from a dead worker, and so is to begin at once."""
+        self.lower_than: int | None = None
+        """If there are more priorities than levels: the lowest level, below which a claim looks as well."""
+        self._passed_over: dict[int, float] = {}
         self._be_at({0: START})
 
     def parameters(self) -> dict[str, str]:
-        """Answer the position as `claim` takes it, the highest priority first."""
+        """Return the position as `claim` takes it, the highest priority first."""
         return self._written
+
+    def passed_over(self) -> list[int]:
+        """Return the ids of the tasks that are passed over, because the server refused to claim them."""
+        if not self._passed_over:
+            return []
+        with self._lock:
+            now = time.monotonic()
+            self._passed_over = {id_: until for id_, until in self._passed_over.items() if until > now}
+            return list(self._passed_over)
+
+    def pass_over(self, task_id: int) -> bool:
+        """Pass over a task for some time; return whether that is done: not if there are too many of them."""
+        with self._lock:
+            is_new = task_id not in self._passed_over and len(self._passed_over) < MOST_PASSED_OVER
+            if is_new:
+                self._passed_over[task_id] = time.monotonic() + PASSED_OVER_FOR
+        return is_new
 
     def claimed(self, rows: Sequence[Sequence[Any]], *, is_all: bool) -> None:
         """Move behind the rows of a claim, which are in order; `is_all`: it found no more than these."""
         ends = {row[_PRIORITY]: (row[_PROCESS_AT], row[_ID]) for row in rows}
         with self._lock:
             moved = dict(self._levels)
-            for priority, (time, id_) in ends.items():
-                end = (time - SLACK, 0) if is_all else (time, id_)
+            for priority, (at, id_) in ends.items():
+                if self.lower_than is not None and priority < self.lower_than:
+                    continue
+                end = (_within(at - SLACK), 0) if is_all else (at, id_)
                 moved[priority] = max(end, moved.get(priority, START))
             self._be_at(moved)
 
-    def surveyed(self, rows: Iterable[Sequence[Any]]) -> float:
-        """Take over what a survey has found; answer the seconds until the first task of these is due."""
+    def surveyed(self, rows: Iterable[Sequence[Any]], *, known: bool = False) -> float:
+        """Take over what a survey has found; return the seconds until the first task of these is due.
+
+        `known`: it has looked into the known priorities alone. Else at up to one more than `MOST_LEVELS`.
+        """
         found: dict[int, tuple[float, int]] = {}
         due_in = math.inf
         is_careful = False
-        for priority, time, id_, now, is_rescued in rows:
-            if priority is None:
-                # Nothing is pending in those which it doesn't name.
-                found = dict.fromkeys(self._levels, (now - SLACK, 0)) | found
+        now = -math.inf
+        firsts = [First(*row) for row in rows]
+        for first in firsts:
+            now = first.now
+            if first.priority is None:
                 continue
-            if time is not None:
-                due_in = min(due_in, time - now)
-            is_careful |= bool(is_rescued) and time <= now
-            if time is None or time > now:
-                found[priority] = (now - SLACK, 0)
-            else:
-                found[priority] = (_not_after(time), id_ - 1)
+            due_in = min(due_in, first.process_at - now)
+            is_due = first.process_at <= now
+            is_careful |= first.is_rescued and is_due
+            found[first.priority] = _before(first.process_at, first.id) if is_due else (now - SLACK, 0)
         with self._lock:
-            known = self._levels if len(self._levels) <= MOST_LEVELS else {0: START}
-            self._be_at(known | found)
+            lower_than = self.lower_than if known else None
+            if not known and len(found) > MOST_LEVELS:
+                *_, lower_than, _last = found
+                del found[_last]
+            # Those that have no task now may get one at any time, and claims are to see it at once.
+            for priority in self._levels:
+                if len(found) < MOST_LEVELS and (lower_than is None or priority >= lower_than):
+                    found.setdefault(priority, (now - SLACK, 0))
+            self.lower_than = lower_than
+            self._be_at(found)
             self.is_careful = is_careful
-        return due_in
+        # What is due in the lower ones isn't known.
+        return due_in if lower_than is None else min(due_in, 0.0)
 
     def _be_at(self, levels: dict[int, tuple[float, int]]) -> None:
         self._levels = levels
@@ -80,14 +134,24 @@ class Position:
             "behind_times": array_text(times),
             "behind_ids": array_text(ids),
         }
+        if self.lower_than is not None:
+            self._written["lower_than"] = str(self.lower_than)
 
 
 _ID, _PRIORITY, _PROCESS_AT = 0, 3, 5
-"""Where these are in a row that `claim` answers."""
+"""Where these are in a row that `claim` returns."""
 
 _MICROSECOND = 1e-6 / 2
 
 
-def _not_after(time: float) -> float:
-    # Far from now, a float doesn't tell microseconds apart.
-    return time if math.isinf(time) or math.ulp(time) < _MICROSECOND else math.nextafter(time, -math.inf)
+def _before(at: float, id_: int) -> tuple[float, int]:
+    """Return a position behind which this task is found."""
+    # Far from now, a float doesn't tell microseconds apart. And there is no id before the first.
+    if not math.isinf(at) and (math.ulp(at) >= _MICROSECOND or id_ == _LOWEST_ID):
+        return _within(at - max(math.ulp(at), 1e-6)), 0
+    return _within(at), max(id_ - 1, _LOWEST_ID)
+
+
+def _within(at: float) -> float:
+    """Return a time that the server can read: -infinity for what is before its calendar."""
+    return at if at >= _LOWEST_TIME else -math.inf

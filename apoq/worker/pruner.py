@@ -6,14 +6,18 @@ import logging
 import random
 import time
 from datetime import timedelta
+from functools import partial
 from typing import Final
 
 from psycopg import DatabaseError
 from sqlalchemy import Delete, Engine
 
-from apoq.connections import execute, is_away, is_refused
+from apoq.connections import execute, is_caused_by_a_row
 from apoq.queue import Queue
 from apoq.statements.prune import prune_completed, prune_failed
+from apoq.worker.failures import Outage
+from apoq.worker.isolation import Isolation
+from apoq.worker.narrowing import Narrowing
 
 logger = logging.getLogger(__name__)
 
@@ -35,40 +39,35 @@ class Rule:
 
     def __init__(self, statement: Delete, from_queue: str, keep: timedelta) -> None:
         self.deleted = 0
-        self.kept = 0
-        """How many the last pass has left, for they can't be deleted."""
         self._statement = statement
         self._parameters = {"from_queue": from_queue, "keep": keep}
-        self._at_most = BATCH
-        self._passed_over = 0
+        self._narrowing = Narrowing(BATCH)
         self._has_told = False
 
+    def __str__(self) -> str:
+        return f"the pruning of the queue {self._parameters['from_queue']!r}"
+
+    @property
+    def kept(self) -> int:
+        """How many the last pass has left, because they can't be deleted."""
+        return self._narrowing.kept
+
     def prune(self, engine: Engine) -> bool:
-        """Delete a batch; tell whether there may be more."""
-        batch = {"at_most": self._at_most, "passed_over": self._passed_over}
+        """Delete a batch; return whether there may be more."""
         try:
-            found = execute(engine, self._statement, self._parameters | batch, timeout=TIMEOUT)
+            found = execute(
+                engine, self._statement, self._parameters | self._narrowing.parameters, timeout=TIMEOUT
+            )
         except DatabaseError as error:
-            if is_away(error) or is_refused(error):
+            if not is_caused_by_a_row(error):
                 raise
-            self._pass_over(error)
+            # Such as a task to which a row of the application's points.
+            if self._narrowing.refused() and not self._has_told:
+                self._has_told = True
+                logger.warning("a task that ended long ago can't be deleted, and stays: %s", error)
             return True
         self.deleted += found.rowcount
-        more = found.rowcount == self._at_most
-        if not more:
-            self.kept, self._passed_over = self._passed_over, 0
-        self._at_most = min(BATCH, self._at_most * 2)
-        return more
-
-    def _pass_over(self, error: DatabaseError) -> None:
-        """Find by halves what can't be deleted, such as a task to which a row of the application's points."""
-        if self._at_most > 1:
-            self._at_most //= 2
-            return
-        self._passed_over += 1
-        if not self._has_told:
-            self._has_told = True
-            logger.warning("a task that ended long ago can't be deleted, and stays: %s", error)
+        return self._narrowing.written(found.rowcount)
 
 
 class Pruner:
@@ -78,11 +77,13 @@ class Pruner:
         self,
         engine: Engine,
         queues: tuple[Queue, ...],
+        outage: Outage,
         *,
         keep_completed: timedelta | None,
         keep_failed: timedelta | None,
     ) -> None:
         self._engine = engine
+        self._isolation: Isolation[Rule] = Isolation(str, outage)
         self._rules = [
             Rule(prune(queue.schema), queue.name, keep)
             for queue in queues
@@ -101,5 +102,5 @@ class Pruner:
         """Delete a batch of each kind; tell whether there may be more."""
         more = False
         for rule in self._rules:
-            more |= rule.prune(self._engine)
+            more |= self._isolation.call(rule, self._rules, partial(rule.prune, self._engine), False)
         return more

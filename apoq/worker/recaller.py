@@ -6,13 +6,20 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
+from typing import TypeVar
 
 from sqlalchemy import Engine
 
 from apoq.connections import execute
 from apoq.statements.arrays import array_text
+from apoq.statements.begin import begin
 from apoq.statements.lost import lost
-from apoq.worker.running import BATCH, ID, TOKEN, Batch, Claimed
+from apoq.worker.failures import Outage
+from apoq.worker.isolation import Isolation
+from apoq.worker.running import BATCH, ID, TOKEN, AnyRunningTask, Batch, Claimed
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -28,18 +35,25 @@ class Recaller:
     def __init__(
         self,
         engine: Engine,
-        held: Callable[[], list[Claimed]],
+        schemas: tuple[str | None, ...],
+        outage: Outage,
         *,
+        held: Callable[[], list[Claimed]],
+        running: Callable[[], list[AnyRunningTask]],
         interval: float,
         on_lost: Callable[[list[Claimed]], None],
     ) -> None:
         self._engine = engine
+        self._isolation: Isolation[str | None] = Isolation(_describe, outage)
+        self._schemas = schemas
         self._held = held
+        self._running = running
         self._interval = interval
         self._on_lost = on_lost
         self._lock = threading.Lock()
         self._hinted: set[int] = set()
         self._logged: set[tuple[str | None, int, int]] = set()
+        self._begun: set[tuple[str | None, int, int]] = set()
 
     def hint(self, ids: Iterable[int]) -> bool:
         """Remember that these may have been cancelled; tell whether any is here."""
@@ -61,12 +75,33 @@ class Recaller:
             if batch.claimed_at < claimed_before or row[ID] in hinted:
                 parts.setdefault(batch.from_queue.schema, {})[row[ID], row[TOKEN]] = row
         try:
-            for schema, rows in parts.items():
-                self._look(schema, rows)
+            self._for_each(parts, self._look)
+            self._note_begun()
         except BaseException:
             self.hint(hinted)
             raise
         return self._interval
+
+    def _note_begun(self) -> None:
+        """Let the database know of the tasks that have begun although they were claimed ahead.
+
+        Or else, should this worker die now, their attempts would not count.
+        """
+        begun = {_key(task.row) for task in self._running() if task.row[BATCH].is_ahead}
+        self._begun &= begun
+        parts: dict[str | None, list[tuple[int, int]]] = {}
+        for schema, id_, token in begun - self._begun:
+            parts.setdefault(schema, []).append((id_, token))
+        self._for_each(parts, self._note)
+
+    def _for_each(self, parts: dict[str | None, T], function: Callable[[str | None, T], None]) -> None:
+        for schema, part in parts.items():
+            self._isolation.call(schema, self._schemas, partial(function, schema, part), None)
+
+    def _note(self, schema: str | None, tasks: list[tuple[int, int]]) -> None:
+        ids, tokens = zip(*tasks, strict=True)
+        execute(self._engine, begin(schema), {"ids": array_text(ids), "tokens": array_text(tokens)})
+        self._begun.update((schema, *task) for task in tasks)
 
     def _look(self, schema: str | None, rows: dict[tuple[int, int], Claimed]) -> None:
         parameters = {
@@ -81,6 +116,10 @@ class Recaller:
             )
             self._logged.update(map(_key, new))
         self._on_lost(gone)
+
+
+def _describe(schema: str | None) -> str:
+    return "the look at running tasks" + ("" if schema is None else f" in the schema {schema!r}")
 
 
 def _key(row: Claimed) -> tuple[str | None, int, int]:

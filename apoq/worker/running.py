@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from datetime import datetime
+from datetime import datetime, timedelta
+from operator import itemgetter
 from typing import Any, Final, Generic, NamedTuple, TypeVar
 
+from apoq.options import HIGHEST_LIMIT
 from apoq.queue import Queue
-from apoq.reading import read_json, read_time
+from apoq.reading import UnreadableData, read_json, read_time
 from apoq.registry import Processor, Running
 from apoq.retry import LONGEST_DELAY, RetryPolicy
+from apoq.worker.lease import Lease
 from apoq.worker.task_sessions import AsyncTaskSession, TaskSession, cut_off, is_cut_off
 
 S = TypeVar("S", bound=TaskSession | AsyncTaskSession)
@@ -28,8 +31,12 @@ class Batch(NamedTuple):
     """By type, as they were at the claim."""
     claimed_at: float
     """By time.monotonic()."""
+    lease: Lease
+    """Of the worker, in the queue's schema."""
     number: int = 0
     """Of this worker's claims."""
+    is_ahead: bool = False
+    """Whether they were more than found a slot at once."""
 
 
 Claimed = tuple[Any, ...]
@@ -38,6 +45,14 @@ Claimed = tuple[Any, ...]
 A thousand wait at once, and the garbage collector looks at each object again and again: as objects like those
 below, they would take a third of a busy worker's time. So these are made when a slot takes the task.
 """
+
+
+def longest_data(queue: Queue) -> int:
+    """Return how many characters the data of a task of this queue may have, as PostgreSQL writes it.
+
+    It puts spaces where the limit of the queue counts none.
+    """
+    return min(2 * queue.max_data_size + 1_000, HIGHEST_LIMIT)
 
 
 ID: Final = 0
@@ -54,6 +69,13 @@ RETRY_DELAY: Final = 10
 TIMEOUT: Final = 11
 BATCH: Final = -1
 """Where these stand in a claimed row."""
+
+_DATA: Final = itemgetter(DATA)
+
+
+def data_size(rows: Iterable[Sequence[Any]]) -> int:
+    """Return how many characters of data there are in claimed rows."""
+    return sum(map(len, map(_DATA, rows)))
 
 
 class Notice:
@@ -153,9 +175,17 @@ class _Running(Running, Generic[S]):
         return found
 
     @property
+    def lease(self) -> Lease:
+        """Until when the task is the worker's own."""
+        batch: Batch = self.row[BATCH]
+        return batch.lease
+
+    @property
     def policy(self) -> RetryPolicy:
         """How its failures are retried."""
-        return self.processor.policy_for(self.row[RETRY_LIMIT], self.row[RETRY_DELAY])
+        delay: float | None = self.row[RETRY_DELAY]
+        own = None if delay is None else timedelta(seconds=min(max(delay, 0.0), _LONGEST))
+        return self.processor.policy_for(self.row[RETRY_LIMIT], own)
 
     @property
     def timeout(self) -> float | None:
@@ -179,8 +209,14 @@ class _Running(Running, Generic[S]):
         return self.ends_at is not None and time.monotonic() >= self.ends_at
 
     def read(self) -> None:
-        """Read its data, which came as text; raise `UnreadableData` where Python can't."""
-        self.data = read_json(self.row[DATA])
+        """Read its data, which came as text; raise `UnreadableData` if Python can't, or if it is too long."""
+        text: str = self.row[DATA]
+        if len(text) > longest_data(self.from_queue):
+            raise UnreadableData(
+                f"the data is larger than the queue's max_data_size, {self.from_queue.max_data_size:,} "
+                "bytes: another program has added this task. Or give the worker a queue with a higher limit"
+            )
+        self.data = read_json(text)
 
     @property
     def session(self) -> S:

@@ -7,6 +7,7 @@ import random
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 from sqlalchemy import Engine
@@ -14,12 +15,14 @@ from sqlalchemy import Engine
 from apoq.connections import execute
 from apoq.queue import Queue
 from apoq.registry import Registry
+from apoq.statements.arrays import array_text
 from apoq.statements.survey import survey
-from apoq.worker.position import Position
+from apoq.worker.failures import Outage
+from apoq.worker.isolation import Isolation
+from apoq.worker.position import MOST_LEVELS, Position
 
 REST: Final = 20
 """How many times as long as a survey took the scout rests after it."""
-
 
 SURVEY_TIMEOUT: Final = 60.0
 """Seconds that a survey may take: beside a long transaction, it walks through all that was taken since."""
@@ -28,9 +31,10 @@ SURVEY_TIMEOUT: Final = 60.0
 class Scout:
     """Surveys the queues from their beginning: when a claim came short, and every now and then.
 
-    It finds what stands behind a claim's position, priorities that nobody has told of, and when the next task
-    is due. A survey may be long beside a long transaction or behind a million tasks of other types, so it
-    neither holds up the claims nor takes more than a twentieth of the time.
+    It finds what stands behind a claim's position, priorities that no claim has looked into, and when the
+    next task is due. A survey may be long beside a long transaction, behind a million tasks of other types or
+    among thousands of priorities, so it neither holds up the claims nor takes more than a twentieth of the
+    time. While it rests after one of all priorities, it looks into those that it knows.
     """
 
     def __init__(
@@ -38,6 +42,7 @@ class Scout:
         engine: Engine,
         positions: dict[Queue, Position],
         registry: Registry,
+        outage: Outage,
         *,
         poll_interval: float,
         on_due: Callable[[], None],
@@ -47,10 +52,11 @@ class Scout:
         self._registry = registry
         self._poll_interval = poll_interval
         self._on_due = on_due
+        self._isolation: Isolation[Queue] = Isolation(lambda queue: f"the survey of {queue!r}", outage)
         self._lock = threading.Lock()
-        self._rested_at = 0.0
-        self._last_took = math.inf
         self._next_look = 0.0
+        self._rests = {False: Rest(), True: Rest(usual=0.001)}
+        """After a survey of all priorities, and after one of those that are known."""
 
     def look_in(self, seconds: float) -> bool:
         """Look in so many seconds, if not before; tell whether the one who takes the turns must be woken."""
@@ -62,35 +68,72 @@ class Scout:
         return is_sooner
 
     def turn(self) -> float | None:
-        """Survey the queues, if it is time to; answer when to look again."""
+        """Survey the queues, if it is time to; return when to look again."""
         began = time.monotonic()
-        pause = max(self._next_look, self._rested_at) - began
+        pause = self._wait_until() - began
         if pause > 0:
             return pause
         with self._lock:
             # Jitter, so that idle workers don't all look at the same moment.
             self._next_look = began + self._poll_interval * random.uniform(0.9, 1.0)  # noqa: S311
-        due_in = self.survey()
+        due_in = self.survey(known=began < self._rests[False].until)
         if due_in <= 0:
             self._on_due()
         else:
             self.look_in(due_in)
-        return max(self._next_look, self._rested_at) - time.monotonic()
+        return self._wait_until() - time.monotonic()
 
-    def survey(self) -> float:
-        """Survey the queues now; answer in how many seconds the next task is due."""
+    def survey(self, *, known: bool = False) -> float:
+        """Survey the queues now; return in how many seconds the next task is due.
+
+        `known`: look only into the priorities that are known.
+        """
         began = time.monotonic()
-        due_in = float("inf")
-        for queue, position in self._positions.items():
-            if types := list(self._registry.of(queue)):
-                parameters = {"from_queue": queue.name, "of_types": types}
-                rows = execute(
-                    self._engine, survey(queue.schema), parameters, timeout=SURVEY_TIMEOUT
-                ).fetchall()
-                due_in = min(due_in, position.surveyed(rows))
-        ended = time.monotonic()
-        took = ended - began
-        # The shorter of the last two: one that has waited for a server that was away says nothing.
-        self._rested_at = ended + REST * min(took, self._last_took)
-        self._last_took = took
+        queues = [queue for queue in self._positions if self._registry.of(queue)]
+        due_in = min(
+            (
+                self._isolation.call(queue, queues, partial(self._survey_one, queue, known=known), math.inf)
+                for queue in queues
+            ),
+            default=math.inf,
+        )
+        self._rests[known].took(time.monotonic() - began)
+        if not known:
+            self._rests[True].begin()
         return due_in
+
+    def _survey_one(self, queue: Queue, *, known: bool) -> float:
+        position = self._positions[queue]
+        passed_over = position.passed_over()
+        parameters = {
+            **position.parameters(),
+            "from_queue": queue.name,
+            "of_types": list(self._registry.of(queue)),
+            "at_most": MOST_LEVELS + 1,
+            "passed_over": array_text(passed_over),
+        }
+        statement = survey(queue.schema, known=known, passes_over=bool(passed_over))
+        rows = execute(self._engine, statement, parameters, timeout=SURVEY_TIMEOUT).fetchall()
+        return position.surveyed(rows, known=known)
+
+    def _wait_until(self) -> float:
+        return max(self._next_look, min(rest.until for rest in self._rests.values()))
+
+
+class Rest:
+    """Until when the scout rests after one kind of survey."""
+
+    def __init__(self, usual: float = math.inf) -> None:
+        """`usual`: seconds that such a survey is taken to need until one was measured."""
+        self.until = 0.0
+        self._last = self._needs = usual
+
+    def took(self, seconds: float) -> None:
+        """Rest from now on, after a survey that took so many seconds."""
+        # The shorter of the last two: one that has waited for a server that was away says nothing.
+        self._needs, self._last = min(seconds, self._last), seconds
+        self.begin()
+
+    def begin(self) -> None:
+        """Rest from now on."""
+        self.until = time.monotonic() + REST * self._needs

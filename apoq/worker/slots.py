@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from contextlib import suppress
 from queue import SimpleQueue
 from typing import Final
@@ -15,8 +15,15 @@ from apoq.worker.attempts import Ended, ended, run, run_coroutine
 from apoq.worker.completion import Completion
 from apoq.worker.coroutines import Coroutines
 from apoq.worker.deadlines import Deadlines
-from apoq.worker.lease import Lease
-from apoq.worker.running import BATCH, AnyRunningTask, AsyncRunningTask, Batch, Claimed, RunningTask
+from apoq.worker.running import (
+    BATCH,
+    AnyRunningTask,
+    AsyncRunningTask,
+    Batch,
+    Claimed,
+    RunningTask,
+    data_size,
+)
 
 GIVE_WAY: Final = 0.0001
 """Seconds in which a thread that was given a task wakes up and has taken the interpreter.
@@ -37,7 +44,6 @@ class Slots:
         concurrency: int,
         coroutines: Coroutines,
         completion: Completion,
-        lease: Lease,
         deadlines: Deadlines,
         *,
         make: Callable[[Claimed], AnyRunningTask],
@@ -51,7 +57,6 @@ class Slots:
         """What a task takes, in seconds: an average in which the last few dozen count."""
         self._coroutines = coroutines
         self._completion = completion
-        self._lease = lease
         self._deadlines = deadlines
         self._make = make
         self._on_ended = on_ended
@@ -69,6 +74,11 @@ class Slots:
     def load(self) -> int:
         """How many tasks run or are in line."""
         return self.concurrency - self._free + len(self._line)
+
+    @property
+    def size(self) -> int:
+        """How many characters of data the tasks in line have."""
+        return data_size(list(self._line))
 
     @property
     def free(self) -> int:
@@ -103,11 +113,15 @@ class Slots:
         if has_begun:
             time.sleep(GIVE_WAY)
 
-    def take_back(self) -> list[AnyRunningTask]:
-        """Answer those that have not begun, and forget them."""
-        taken = []
+    def take_back(self, schemas: Container[str | None] | None = None) -> list[AnyRunningTask]:
+        """Return those that have not begun, and forget them: all of them, or those of these schemas."""
+        taken, others = [], []
         while task := self._pop():
-            taken.append(task)
+            if schemas is None or task.from_queue.schema in schemas:
+                taken.append(task)
+            else:
+                others.append(task.row)
+        self._line.extendleft(reversed(others))
         return taken
 
     def recall(self, tasks: list[Claimed]) -> list[Claimed]:
@@ -175,7 +189,7 @@ class Slots:
             task: AnyRunningTask | None = begun
             while isinstance(task, RunningTask):
                 started = time.monotonic()
-                is_held = self._lease.ends_at > started
+                is_held = task.lease.ends_at > started
                 end = run(task, self._completion, self._deadlines) if is_held else released(task)
                 self._ended(end, started)
                 task = self._next()
@@ -186,7 +200,7 @@ class Slots:
         task: AnyRunningTask | None = begun
         while isinstance(task, AsyncRunningTask):
             started = time.monotonic()
-            is_held = self._lease.ends_at > started
+            is_held = task.lease.ends_at > started
             end = await run_coroutine(task, self._completion, self._deadlines) if is_held else released(task)
             self._ended(end, started)
             task = self._next()
