@@ -16,6 +16,7 @@ from sqlalchemy.orm import Session
 from waiting import patience
 
 from apoq import Queue, Task, Worker
+from apoq.worker import life
 from apoq.worker.lease import Lease
 
 SOON = 30.0
@@ -319,3 +320,44 @@ def test_it_is_healthy_from_start_to_stop(make_worker):
 
     worker.stop()
     assert not worker.healthy()
+
+
+def test_it_is_not_healthy_while_every_claim_fails(engine, queue, make_worker, monkeypatch, caplog):
+    """Its heartbeats go on, and so it holds its lease."""
+    monkeypatch.setattr(life, "TOLERATED", 0.3)
+    worker = make_worker()
+    worker.use("t", lambda task: None)
+    worker.start()
+    until(worker.healthy)
+    with engine.begin() as connection:
+        connection.exec_driver_sql(
+            "ALTER TABLE apoq_claims ADD CONSTRAINT nothing CHECK (number < 0) NOT VALID"
+        )
+    add(engine, queue)
+
+    until(lambda: not worker.healthy())
+    assert worker._life.parts.heartbeat.lease.is_held
+    assert "apoq-claimer failed, and is tried again until it succeeds" in caplog.text
+
+    with engine.begin() as connection:
+        connection.exec_driver_sql("ALTER TABLE apoq_claims DROP CONSTRAINT nothing")
+    until(worker.healthy)
+    until(lambda: count(engine, Task.state == "completed", Task.attempt == 1) == 1)
+
+
+def test_it_is_not_healthy_while_every_settlement_fails(worker, monkeypatch):
+    monkeypatch.setattr(life, "TOLERATED", 0.3)
+    worker.start()
+    until(worker.healthy)
+    settling = worker._life.parts.settling
+    turn = settling._turn
+
+    def fail() -> None:
+        raise LookupError("nothing can be written")
+
+    settling._turn = fail
+    settling.wake()
+    until(lambda: not worker.healthy())
+
+    settling._turn = turn
+    until(worker.healthy)

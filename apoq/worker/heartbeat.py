@@ -87,7 +87,7 @@ class Heartbeat:
         self.seen_at: datetime | None = None
         """When the database last answered."""
 
-    def turn(self) -> float | None:
+    def turn(self) -> float:
         """Beat and sweep; answer when to do so again."""
         self._look_at_lease()  # the whole process may have been frozen until now
         try:

@@ -46,6 +46,7 @@ from apoq.worker.settler import Settler
 from apoq.worker.slots import Slots, released
 from apoq.worker.tally import Counter
 from apoq.worker.task_sessions import TaskSessions
+from apoq.worker.threads import MissingThreads
 
 logger = logging.getLogger(__name__)
 
@@ -106,13 +107,15 @@ class Parts:
             on_given_up=self._given_up,
             on_pending=self._look,
         )
-        self.deadlines = Deadlines(self._put_overdue, self.outage)
+        self.missing = MissingThreads(self.outage)
+        self.deadlines = Deadlines(self._put_overdue, self.outage, self.missing)
         self.slots = Slots(
             options.concurrency,
             self.coroutines,
             self._completion,
             lease,
             self.deadlines,
+            self.missing,
             make=self._make,
             on_ended=self._put_ended,
             on_low=self._wake_claimer,
@@ -161,7 +164,8 @@ class Parts:
         self.recalling = self.loop("apoq-recaller", self.recaller.turn)
         self.listening = self.loop("apoq-listener", self.listener.turn)
         self.pruning = self.loop("apoq-pruner", pruner.turn)
-        self.loops = (self.settling, self.listening, self.scouting, self.claiming, self.pruning)
+        # The claimer is last: if one of them can't be started, nothing has been claimed.
+        self.loops = (self.settling, self.listening, self.scouting, self.pruning, self.claiming)
         """Those that run from a start to a stop."""
 
     def loop(self, name: str, turn: Callable[[], float | None]) -> Loop:
@@ -169,9 +173,14 @@ class Parts:
         return Loop(name, turn, self.outage, on_death=self._died)
 
     def start(self) -> None:
-        """Claim, run and settle from now on, each on its thread."""
+        """Claim, run and settle from now on, each on its thread; RuntimeError if one can't be started."""
         for loop in self.loops:
             loop.start()
+
+    def retry_threads(self) -> None:
+        """Try again to start the threads that could not be started."""
+        self.missing.retry()
+        self.slots.put(())  # what waits for them
 
     def run_beside(self, task: AnyRunningTask) -> Ended:
         """Run a task on the caller's thread, beside those in the slots."""
@@ -207,6 +216,7 @@ class Parts:
             self.coroutines.cancel()
         self._finish_settling()
         self.slots.stop()
+        self.missing.clear()
         self.listener.stop()
         self.listening.stop()
         self.listener.close()
