@@ -80,7 +80,7 @@ class Parts:
         events: Events,
         options: WorkerOptions,
     ) -> None:
-        self.outage = Outage()
+        self.outage = Outage(on_away=self._give_back_line)
         self.engine = own_engine(sync_side(engine))
         listening = self.engine if options.listen_url is None else listen_engine(options.listen_url)
         self._notice = Notice()
@@ -208,7 +208,7 @@ class Parts:
         self.scouting.stop()
         self.claiming.stop()
         self.pruning.stop()
-        self._give_back(self.slots.take_back())
+        self._give_back_line()
         if not self.slots.wait_until_idle(patience):
             left = self.deadlines.withdraw(self.slots.abandon())
             logger.warning("%d tasks still ran when the time to stop was up, and are given back", len(left))
@@ -265,7 +265,7 @@ class Parts:
         )
         self._notice.is_given = True
         self._notice = Notice()  # for what is claimed when it is renewed
-        self._give_back(self.slots.take_back())
+        self._give_back_line()
         for task in self.slots.running():
             task.cut_off()
         # Else they would find out one by one.
@@ -298,6 +298,14 @@ class Parts:
     def _look(self, seconds: float = 0.0) -> None:
         if self.scout.look_in(seconds):
             self.scouting.wake()
+
+    def _give_back_line(self) -> None:
+        """Give back what has not begun.
+
+        Also if the database is away: each would fail as soon as it used its session, one after the other.
+        What is claimed from then on may begin, for a claim that succeeds shows that the database is back.
+        """
+        self._give_back(self.slots.take_back())
 
     def _give_back(self, tasks: list[AnyRunningTask]) -> None:
         for task in tasks:
