@@ -49,6 +49,7 @@ class Hinter:
         self._woken = threading.Event()
         self._pending: dict[Hint, RootTransaction | None] = {}
         self._thread: threading.Thread | None = None
+        self._has_warned = False
         self._line = Line(self._engine)
 
     def send(self, hint_: Hint, transaction: RootTransaction | None = None) -> None:
@@ -58,15 +59,32 @@ class Hinter:
                 return  # a thread would have to wake up first
             self._pending[hint_] = transaction
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="apoq-hints", daemon=True)
-                self._thread.start()
+                self._start()
         self._woken.set()
 
     def flush(self, timeout: float) -> None:
         """Wait until what is pending has been sent."""
         deadline = time.monotonic() + timeout
-        while self._pending and time.monotonic() < deadline:
+        while self._pending and self._thread is not None and time.monotonic() < deadline:
             time.sleep(WATCH)
+
+    def _start(self) -> None:
+        thread = threading.Thread(target=self._run, name="apoq-hints", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:
+            if not self._has_warned:
+                self._has_warned = True
+                logger.warning(
+                    "no thread can be started to notify the workers, which find tasks when they look by "
+                    "themselves; the next commit tries again: %s",
+                    error,
+                )
+            return
+        if self._has_warned:
+            self._has_warned = False
+            logger.warning("the thread that notifies the workers could be started: they are notified again")
+        self._thread = thread
 
     def _run(self) -> None:
         while self._woken.wait(LINGER) or not self._ended():

@@ -12,10 +12,13 @@ import pytest
 import sqlalchemy as sa
 from claims import WAITS, hold_up
 from proxy import Proxy
+from restarting import restartable
 from sqlalchemy.orm import Session
 from waiting import patience
 
-from apoq import Queue, Task, Worker
+from apoq import Queue, Task, Worker, prepare
+from apoq.worker import life
+from apoq.worker.failures import Failures, Outage
 from apoq.worker.lease import Lease
 
 SOON = 30.0
@@ -307,3 +310,99 @@ def test_it_is_healthy_from_start_to_stop(make_worker):
 
     worker.stop()
     assert not worker.healthy()
+
+
+def test_it_is_not_healthy_while_every_claim_fails(engine, queue, make_worker, monkeypatch, caplog):
+    """Its heartbeats go on, and so it holds its lease."""
+    monkeypatch.setattr(life, "TOLERATED", 0.3)
+    worker = make_worker()
+    worker.use("t", lambda task: None)
+    worker.start()
+    until(worker.healthy)
+    with engine.begin() as connection:
+        connection.exec_driver_sql(
+            "ALTER TABLE apoq_claims ADD CONSTRAINT nothing CHECK (number < 0) NOT VALID"
+        )
+    add(engine, queue)
+
+    until(lambda: not worker.healthy())
+    assert worker._life.parts.heartbeat.lease.is_held
+    assert "apoq-claimer failed, and is tried again until it succeeds" in caplog.text
+
+    with engine.begin() as connection:
+        connection.exec_driver_sql("ALTER TABLE apoq_claims DROP CONSTRAINT nothing")
+    until(worker.healthy)
+    until(lambda: count(engine, Task.state == "completed", Task.attempt == 1) == 1)
+
+
+def test_it_is_not_healthy_while_every_settlement_fails(worker, monkeypatch):
+    monkeypatch.setattr(life, "TOLERATED", 0.3)
+    worker.start()
+    until(worker.healthy)
+    settling = worker._life.parts.settling
+    turn = settling._turn
+
+    def fail() -> None:
+        raise LookupError("nothing can be written")
+
+    settling._turn = fail
+    settling.wake()
+    until(lambda: not worker.healthy())
+
+    settling._turn = turn
+    until(worker.healthy)
+
+
+@pytest.mark.parametrize("kind", ["plain", "coroutine"])
+def test_what_was_claimed_and_has_not_begun_loses_no_attempt_when_the_server_stops(queue, kind, caplog):
+    caplog.set_level(logging.CRITICAL, "apoq.worker.settler")
+    sleep = sa.text("SELECT pg_sleep(0.001)")
+    slots = 4
+
+    async def process_on_the_loop(task) -> None:
+        await task.session.execute(sleep)
+
+    def process(task) -> None:
+        task.session.execute(sleep)
+
+    with restartable() as server:
+        quiet, near = sa.create_engine(server.url, poolclass=sa.NullPool), sa.create_engine(server.url)
+        prepare(near)
+        worker = Worker(near, queue, concurrency=slots)
+        worker.use("t", process if kind == "plain" else process_on_the_loop, retry_limit=0)
+        with Session(quiet) as session, session.begin():
+            queue.add_many(session, "t", range(2_000))
+        worker.start()
+        until(lambda: worker.tally().completed > 100 and worker._life.parts.slots.load > 5 * slots)
+
+        server.stop()
+        until(lambda: worker._life.parts.slots.load == 0)
+        server.start()
+
+        until(lambda: count(quiet, Task.state.in_(["pending", "running"])) == 0, timeout=90)
+        worker.stop()
+        failed = count(quiet, Task.state == "failed")
+        # Those that ran; and in each slot, one more that may have begun before anything was known.
+        assert failed <= 2 * slots
+        assert (
+            count(quiet, Task.state == "completed", Task.attempt == 1, Task.fail_count == 0) == 2_000 - failed
+        )
+        near.dispose()
+
+
+def test_whatever_of_a_worker_finds_the_database_away_what_has_not_begun_is_given_back():
+    given_back: list[str] = []
+    outage = Outage(on_away=lambda: given_back.append("the line"))
+    listener, claimer = Failures("the listener", outage), Failures("the claimer", outage)
+
+    listener.failed(LookupError("refused, and so the database is there"))
+    assert len(given_back) == 0
+    for _ in range(3):
+        listener.failed(ConnectionError("no route"))
+    assert len(given_back) == 1
+    claimer.failed(ConnectionError("no route"))
+    assert len(given_back) == 2
+
+    listener.recovered()
+    listener.failed(ConnectionError("no route"))
+    assert len(given_back) == 3

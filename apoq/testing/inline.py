@@ -20,6 +20,7 @@ from apoq.worker.completion import Completion
 from apoq.worker.deadlines import Deadlines
 from apoq.worker.failures import Outage
 from apoq.worker.running import AnyRunningTask
+from apoq.worker.threads import MissingThreads
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,8 @@ class InLineDeadlines(Deadlines):
     """Lets an attempt that took too long fail when it has ended: there is nobody to do it before."""
 
     def __init__(self) -> None:
-        super().__init__(lambda _task, _thread_id: None, Outage())
+        outage = Outage()
+        super().__init__(lambda _task, _thread_id: None, outage, MissingThreads(outage))
         self._ends_at: dict[AnyRunningTask, tuple[float, float]] = {}
 
     def watch(self, task: AnyRunningTask, limit: float, grace: float = 0.0) -> None:

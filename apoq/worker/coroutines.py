@@ -34,9 +34,24 @@ class Coroutines:
         """Run a coroutine function, from any thread."""
         self._running_loop().call_soon_threadsafe(self._spawn, function, argument)
 
+    def open(self) -> None:
+        """Start the worker's own loop, unless there is one; RuntimeError if that isn't possible."""
+        self._running_loop()
+
+    @property
+    def is_closed(self) -> bool:
+        """Tell whether the loop has ended, so that no coroutine can run."""
+        loop = self._loop
+        return loop is not None and loop.is_closed()
+
     def run(self, coroutine: Coroutine[Any, Any, Any], timeout: float | None = None) -> Any:
-        """Run a coroutine from another thread, and wait for its answer; TimeoutError where none comes."""
-        return asyncio.run_coroutine_threadsafe(coroutine, self._running_loop()).result(timeout)
+        """Run a coroutine from another thread, and return its result; TimeoutError if none comes."""
+        try:
+            loop = self._running_loop()
+        except BaseException:
+            coroutine.close()
+            raise
+        return asyncio.run_coroutine_threadsafe(coroutine, loop).result(timeout)
 
     def cancel(self) -> None:
         """Cancel what runs, and wait a moment for it to end."""
@@ -58,18 +73,27 @@ class Coroutines:
             loop, thread = self._loop, self._thread
             self._loop = self._thread = None
         if loop is not None and thread is not None:
-            loop.call_soon_threadsafe(loop.stop)
+            with suppress(RuntimeError):  # it has ended by itself
+                loop.call_soon_threadsafe(loop.stop)
             # Where a coroutine blocks it, it ends when that does.
             thread.join(CLEAN_UP)
 
     def _running_loop(self) -> asyncio.AbstractEventLoop:
         with self._lock:  # slots ask for it at once, and an engine serves one loop only
             if self._loop is None:
-                self._loop = asyncio.new_event_loop()
-                self._thread = threading.Thread(
-                    target=self._run, args=(self._loop,), name="apoq-loop", daemon=True
-                )
-                self._thread.start()
+                try:
+                    loop = asyncio.new_event_loop()
+                except OSError as error:  # too many open files
+                    raise RuntimeError(f"no event loop can be made: {error}") from error
+                thread = threading.Thread(target=self._run, args=(loop,), name="apoq-loop", daemon=True)
+                try:
+                    thread.start()
+                except BaseException:
+                    loop.close()
+                    raise
+                self._thread, self._loop = thread, loop
+            if self._loop.is_closed():
+                raise RuntimeError("the event loop on which this worker's coroutines run is closed")
             return self._loop
 
     def _run(self, loop: asyncio.AbstractEventLoop) -> None:

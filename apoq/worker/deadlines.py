@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from apoq.worker.failures import Outage
 from apoq.worker.loop import Loop
 from apoq.worker.running import AnyRunningTask
+from apoq.worker.threads import MissingThreads
 
 
 class Deadlines:
@@ -19,13 +20,16 @@ class Deadlines:
     lock where tasks begin and end.
     """
 
-    def __init__(self, on_over: Callable[[AnyRunningTask, int], None], outage: Outage) -> None:
+    def __init__(
+        self, on_over: Callable[[AnyRunningTask, int], None], outage: Outage, missing: MissingThreads
+    ) -> None:
         """`on_over` is called with each task whose time is up, and the id of the thread that it is on."""
         self._on_over = on_over
         self._until: dict[AnyRunningTask, tuple[float, int]] = {}
         self._over: set[AnyRunningTask] = set()
         self._wakes_at = math.inf
         self._loop = Loop("apoq-deadlines", self.turn, outage)
+        self._missing = missing
         self._starting = threading.Lock()
         self._lock = threading.Lock()
 
@@ -35,8 +39,11 @@ class Deadlines:
         until = task.ends_at + grace
         self._until[task] = until, threading.get_ident()
         if until < self._wakes_at:
-            with self._starting:
-                self._loop.start()
+            try:
+                self._start()
+            except RuntimeError as error:
+                # The attempt goes on; its limit holds as soon as a thread can be started.
+                self._missing.add(self._start, error)
             self._loop.wake()
 
     def forget(self, task: AnyRunningTask) -> bool:
@@ -73,6 +80,10 @@ class Deadlines:
         self._loop.stop()
         self._until.clear()
         self._wakes_at = math.inf
+
+    def _start(self) -> None:
+        with self._starting:
+            self._loop.start()
 
     def _end(self, task: AnyRunningTask) -> None:
         with self._lock:

@@ -37,16 +37,23 @@ class EmbeddedWorker:
             return
         self._began_in, self._again_at = os.getpid(), math.inf
         # On a thread, for the request is not to wait for a database that is away.
-        threading.Thread(target=self._start, name="apoq-starter", daemon=True).start()
+        starter = threading.Thread(target=self._start, name="apoq-starter", daemon=True)
+        try:
+            starter.start()
+        except RuntimeError as error:  # the system allows no more threads
+            self._failed(error)
 
     def _start(self) -> None:
         try:
             self._find().start()
         except Exception as error:  # noqa: BLE001 - the application serves on
-            logger.critical(
-                "the embedded worker of %r can't start, and a request %d s from now tries again: %s",
-                self._name,
-                PATIENCE,
-                error,
-            )
-            self._again_at = time.monotonic() + PATIENCE
+            self._failed(error)
+
+    def _failed(self, error: Exception) -> None:
+        logger.critical(
+            "the embedded worker of %r can't start, and a request %d s from now tries again: %s",
+            self._name,
+            PATIENCE,
+            error,
+        )
+        self._again_at = time.monotonic() + PATIENCE

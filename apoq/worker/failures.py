@@ -46,7 +46,11 @@ class Duration:
 class Outage:
     """Whether the database is away: logged once for all the loops of a worker, and so is its end."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, clock: Callable[[], float] = time.monotonic, *, on_away: Callable[[], None] = lambda: None
+    ) -> None:
+        """`on_away` is called whenever a loop that has reached the database until now finds it away."""
+        self._on_away = on_away
         self._clock = clock
         self._lock = threading.Lock()
         self._failing: set[str] = set()
@@ -55,6 +59,7 @@ class Outage:
     def begins(self, name: str, error: BaseException) -> None:
         """Note that a loop has found the database away."""
         with self._lock:
+            is_new = name not in self._failing
             if not self._failing:
                 self._duration = Duration(self._clock)
                 logger.warning("the database is away; the worker tries until it is back: %s", brief(error))
@@ -66,6 +71,8 @@ class Outage:
                     brief(error),
                 )
             self._failing.add(name)
+        if is_new:
+            self._on_away()
 
     def ends(self, name: str) -> None:
         """Note that a loop has reached it again."""

@@ -125,7 +125,7 @@ class Heartbeat:
         """The worker's lease in each schema."""
         return {presence.schema: presence.lease for presence in self._presences}
 
-    def turn(self) -> float | None:
+    def turn(self) -> float:
         """Beat and rescue; return when to do so again."""
         self._look_at_leases()  # the whole process may have been frozen until now
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+from typing import Final
 from uuid import uuid4
 
 from sqlalchemy import Engine, select
@@ -23,9 +24,14 @@ from apoq.worker.attempts import Ended
 from apoq.worker.options import WorkerOptions
 from apoq.worker.parts import PATIENCE, Parts
 from apoq.worker.running import KNOWN
+from apoq.worker.slots import released
 from apoq.worker.tally import Tally
+from apoq.worker.threads import RETRY_INTERVAL
 
 logger = logging.getLogger(__name__)
+
+TOLERATED: Final = 5.0
+"""Seconds for which claims or settlements may fail before the worker isn't healthy any more."""
 
 
 class Life:
@@ -45,6 +51,8 @@ class Life:
         self._enlisted = 0
         self._is_started = False
         self._has_entered = False
+        self._begins_later = False
+        """Whether the heartbeat's thread starts the others: when the database, and each thread, is there."""
         self._beating = self.parts.loop("apoq-heartbeat", self._beat)
 
     @property
@@ -53,10 +61,18 @@ class Life:
         return self._enlisted > 0
 
     def is_healthy(self) -> bool:
-        """Tell whether it has started, with all its threads, and holds its lease."""
-        loops = (self._beating, self.parts.recalling, *self.parts.loops)
-        is_held = any(lease.is_held for lease in self.parts.heartbeat.leases.values())
-        return self._is_started and is_held and all(loop.is_alive for loop in loops)
+        """Tell whether it has started, with all its threads, holds a lease, and claims and settles."""
+        parts = self.parts
+        loops = (self._beating, parts.recalling, *parts.loops)
+        return (
+            self._is_started
+            and any(lease.is_held for lease in parts.heartbeat.leases.values())
+            and all(loop.is_alive for loop in loops)
+            and not parts.missing
+            and not parts.coroutines.is_closed
+            and not parts.claiming.is_failing_for(TOLERATED)
+            and not parts.settling.is_failing_for(TOLERATED)
+        )
 
     def tally(self) -> Tally:
         """Answer how many tasks run now, and what became of those that have ended."""
@@ -74,7 +90,12 @@ class Life:
                 parts.settler.turn()
             if task is None:
                 return None
-            end = parts.run_beside(task)
+            try:
+                end = parts.run_beside(task)
+            except Exception:  # such as that no thread can be started for the loop of a coroutine
+                parts.settler.put(released(task))
+                parts.settler.flush(PATIENCE)
+                raise
             parts.settler.put(end)
             parts.settler.flush(PATIENCE)
             if isinstance(end.outcome, KeyboardInterrupt):
@@ -101,8 +122,12 @@ class Life:
                 self._is_started = False
                 parts.listener.close()
                 raise
-            if self._has_entered:
-                parts.start()
+            try:
+                if not self._begins_later:
+                    parts.start()
+            except BaseException:
+                self._end(0.0)  # nothing stays half started
+                raise
         return True
 
     def stop(self, patience: float | None) -> bool:
@@ -114,32 +139,31 @@ class Life:
             if not self._is_started:
                 return False
             self._refuse_to_wait_for_itself()
-            if not self._has_entered:
-                self._beating.stop()  # or else it might begin to work just now
-            self.parts.stop(patience)
-            self._is_started = False
-            # Last: until here, what runs is this worker's.
-            self.discharge()
+            self._end(patience)
         return True
 
     def enlist(self, *, wait: bool = True) -> None:
         """Show that this worker lives, before it claims anything; in its own time, unless told to `wait`."""
         parts = self.parts
         with self._lock:
-            if self._enlisted == 0:
-                # Fresh each time, so that nothing an earlier life of this worker left behind looks alive.
-                parts.claimer.worker_id = parts.heartbeat.worker_id = uuid4()
-                self._has_entered = False
+            self._enlisted += 1
+            if self._enlisted > 1:
+                return
+            # Fresh each time, so that nothing an earlier life of this worker left behind looks alive.
+            parts.claimer.worker_id = parts.heartbeat.worker_id = uuid4()
+            self._has_entered = False
+            try:
                 try:
                     self._enter()
                 except BaseException as error:
                     if wait or not is_away(error):
-                        parts.heartbeat.dispose()
-                        parts.engine.dispose()
                         raise
+                self._begins_later = not self._has_entered
                 self._beating.start()
                 parts.recalling.start()
-            self._enlisted += 1
+            except BaseException:
+                self.discharge()
+                raise
 
     def discharge(self) -> None:
         """Undo one `enlist`; with the last of them the worker's row and its connections go."""
@@ -175,11 +199,25 @@ class Life:
         self.parts.scout.survey()
         self._has_entered = True
 
+    def _end(self, patience: float | None) -> None:
+        if self._begins_later:
+            self._beating.stop()  # or else it might begin to work just now
+        self.parts.stop(patience)
+        self._is_started = False
+        # Last: until here, what runs is this worker's.
+        self.discharge()
+
     def _beat(self) -> float | None:
         if not self._has_entered:
             self._enter()
+        pause = self.parts.heartbeat.turn()
+        if self._begins_later:
             self.parts.start()
-        return self.parts.heartbeat.turn()
+            self._begins_later = False
+        if self.parts.missing:
+            self.parts.retry_threads()
+            pause = min(pause, RETRY_INTERVAL)
+        return pause
 
     def _refuse_to_wait_for_itself(self) -> None:
         if self.parts.coroutines.is_current():

@@ -39,11 +39,15 @@ class Loop:
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Begin to take turns, on a thread."""
+        """Begin to take turns, on a thread; RuntimeError if none can be started."""
         if self._thread is None:
             self._stopping = False
             self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
-            self._thread.start()
+            try:
+                self._thread.start()
+            except BaseException:
+                self._thread = None
+                raise
 
     def wake(self) -> None:
         """Take the next turn now, or at once after the one under way."""
@@ -54,10 +58,11 @@ class Loop:
     def take_turn(self, turn: Callable[[], float | None]) -> None:
         """Take the next turn on the caller's thread, and its way: sooner than this loop's own has woken up.
 
-        Where one is under way, or the last one has failed, it is this loop's own that takes it. An error is
-        not the caller's, either: this loop's own meets it at once, and knows what to do.
+        If one is under way, or the last one has failed, this loop's own thread takes it. An error isn't the
+        caller's either: this loop's own thread meets it at once, and knows what to do. A loop that hasn't
+        started takes no turn.
         """
-        if self._turning.acquire(blocking=False):
+        if self._thread is not None and self._turning.acquire(blocking=False):
             pause: float | None = 0.0
             try:
                 for _ in range(2):  # the second is to say whether there is anything left

@@ -48,6 +48,7 @@ from apoq.worker.slots import Slots, released
 from apoq.worker.sweep import Sweep
 from apoq.worker.tally import Counter
 from apoq.worker.task_sessions import TaskSessions
+from apoq.worker.threads import MissingThreads
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +82,7 @@ class Parts:
         events: Events,
         options: WorkerOptions,
     ) -> None:
-        self.outage = Outage()
+        self.outage = Outage(on_away=self._give_back_line)
         self.engine = own_engine(sync_side(engine))
         listening = self.engine if options.listen_url is None else listen_engine(options.listen_url)
         self._schemas = tuple(dict.fromkeys(queue.schema for queue in queues))
@@ -112,12 +113,14 @@ class Parts:
             on_given_up=self._given_up,
             on_pending=self._look,
         )
-        self.deadlines = Deadlines(self._put_overdue, self.outage)
+        self.missing = MissingThreads(self.outage)
+        self.deadlines = Deadlines(self._put_overdue, self.outage, self.missing)
         self.slots = Slots(
             options.concurrency,
             self.coroutines,
             self._completion,
             self.deadlines,
+            self.missing,
             make=self._make,
             on_ended=self._put_ended,
             on_low=self._wake_claimer,
@@ -184,13 +187,14 @@ class Parts:
         self.listening = self.loop("apoq-listener", self.listener.turn)
         self.pruning = self.loop("apoq-pruner", pruner.turn)
         self.sweeping = self.loop("apoq-sweep", sweep.turn)
+        # The claimer is last: if one of them can't be started, nothing has been claimed.
         self.loops = (
             self.settling,
             self.listening,
             self.scouting,
-            self.claiming,
             self.pruning,
             self.sweeping,
+            self.claiming,
         )
         """Those that run from a start to a stop."""
 
@@ -199,9 +203,14 @@ class Parts:
         return Loop(name, turn, self.outage, on_death=self._died)
 
     def start(self) -> None:
-        """Claim, run and settle from now on, each on its thread."""
+        """Claim, run and settle from now on, each on its thread; RuntimeError if one can't be started."""
         for loop in self.loops:
             loop.start()
+
+    def retry_threads(self) -> None:
+        """Try again to start the threads that could not be started."""
+        self.missing.retry()
+        self.slots.put(())  # what waits for them
 
     def run_beside(self, task: AnyRunningTask) -> Ended:
         """Run a task on the caller's thread, beside those in the slots."""
@@ -231,7 +240,7 @@ class Parts:
         self.claiming.stop()
         self.pruning.stop()
         self.sweeping.stop()
-        self._give_back(self.slots.take_back())
+        self._give_back_line()
         if not self.slots.wait_until_idle(patience):
             left = self.deadlines.withdraw(self.slots.abandon())
             logger.warning("%d tasks still ran when the time to stop was up, and are given back", len(left))
@@ -239,6 +248,7 @@ class Parts:
             self.coroutines.cancel()
         self._finish_settling()
         self.slots.stop()
+        self.missing.clear()
         self.listener.stop()
         self.listening.stop()
         self.listener.close()
@@ -332,6 +342,14 @@ class Parts:
     def _look(self, seconds: float = 0.0) -> None:
         if self.scout.look_in(seconds):
             self.scouting.wake()
+
+    def _give_back_line(self) -> None:
+        """Give back what has not begun.
+
+        Also if the database is away: each would fail as soon as it used its session, one after the other.
+        What is claimed from then on may begin, for a claim that succeeds shows that the database is back.
+        """
+        self._give_back(self.slots.take_back())
 
     def _give_back(self, tasks: list[AnyRunningTask]) -> None:
         for task in tasks:

@@ -36,15 +36,20 @@ class _Process:
         """Call `begin_anew` with this worker in each child that is forked; the worker itself may go."""
         self._workers[worker] = begin_anew
 
+    def get_ready(self) -> None:
+        """Start the thread that stops workers when the program ends; RuntimeError if it can't be started."""
+        with self._lock:
+            if self._farewell is None:
+                # Now, because at the end no thread can be started. And a thread, because the main one
+                # shouldn't wait for a database that is away.
+                farewell = threading.Thread(target=self._stop_all, name="apoq-farewell", daemon=True)
+                farewell.start()
+                self._farewell = farewell
+
     def watch(self, worker: _Stoppable) -> None:
         """Stop this worker when the program ends, if nobody else does; whoever else lets go of it."""
         with self._lock:
             self._started.add(worker)
-            if self._farewell is None:
-                # Begun now, for at the end no thread can be. And a thread it is, for the main one is not to
-                # wait for a database that is away.
-                self._farewell = threading.Thread(target=self._stop_all, name="apoq-farewell", daemon=True)
-                self._farewell.start()
 
     def forget(self, worker: _Stoppable) -> None:
         """Let go of a worker that has stopped."""

@@ -24,6 +24,7 @@ from apoq.worker.running import (
     RunningTask,
     data_size,
 )
+from apoq.worker.threads import MissingThreads
 
 GIVE_WAY: Final = 0.0001
 """Seconds in which a thread that was given a task wakes up and has taken the interpreter.
@@ -45,6 +46,7 @@ class Slots:
         coroutines: Coroutines,
         completion: Completion,
         deadlines: Deadlines,
+        missing: MissingThreads,
         *,
         make: Callable[[Claimed], AnyRunningTask],
         on_ended: Callable[[Ended], None],
@@ -58,14 +60,17 @@ class Slots:
         self._coroutines = coroutines
         self._completion = completion
         self._deadlines = deadlines
+        self._missing = missing
         self._make = make
         self._on_ended = on_ended
         self._on_low = on_low
         self._line: deque[Claimed] = deque()
         self._free = concurrency
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._idle = threading.Condition(self._lock)
         self._threads: list[threading.Thread] = []
+        self._on_threads = 0
+        """How many slots have a task on a thread."""
         self._for_threads: SimpleQueue[RunningTask | None] = SimpleQueue()
         # By identity: a task that was given back may run here again before its first run has ended.
         self._running: set[AnyRunningTask] = set()
@@ -101,28 +106,44 @@ class Slots:
         return threading.current_thread() in self._threads
 
     def put(self, tasks: Iterable[Claimed]) -> None:
-        """Run these as slots are free, and let those that begin at once go first."""
+        """Run these as slots are free, and let those that begin at once go first.
+
+        If a slot's thread can't be started, its task stays first in line, and its slot free.
+        """
         has_begun = False
+        refused: list[Claimed] = []
         with self._lock:
             self._line.extend(tasks)
-            while self._free and (task := self._pop()):
+            for _ in range(self._free):
+                task = self._pop()
+                if task is None:
+                    break
                 self._free -= 1
                 self._running.add(task)
-                self._begin(task)
-                has_begun = True
+                if self._begin(task):
+                    has_begun = True
+                else:
+                    self._free += 1
+                    self._running.discard(task)
+                    refused.append(task.row)
+            self._line.extendleft(reversed(refused))
         if has_begun:
             time.sleep(GIVE_WAY)
 
     def take_back(self, schemas: Container[str | None] | None = None) -> list[AnyRunningTask]:
         """Return those that have not begun, and forget them: all of them, or those of these schemas."""
-        taken, others = [], []
-        while task := self._pop():
-            if schemas is None or task.from_queue.schema in schemas:
-                taken.append(task)
-            else:
-                others.append(task.row)
-        self._line.extendleft(reversed(others))
-        return taken
+        taken: list[Claimed] = []
+        others: list[Claimed] = []
+        with self._lock:
+            with suppress(IndexError):
+                while True:
+                    # One by one, because slots take from the line meanwhile.
+                    row = self._line.popleft()
+                    batch: Batch = row[BATCH]
+                    is_meant = schemas is None or batch.from_queue.schema in schemas
+                    (taken if is_meant else others).append(row)
+            self._line.extendleft(reversed(others))
+        return [self._make(row) for row in taken]
 
     def recall(self, tasks: list[Claimed]) -> list[Claimed]:
         """Tell those that run to stop: they run in vain. Forget and answer those that have not begun."""
@@ -169,20 +190,47 @@ class Slots:
             return None
         return self._make(row)
 
-    def _begin(self, task: AnyRunningTask) -> None:
+    def _begin(self, task: AnyRunningTask) -> bool:
+        """Hand a task to its thread or to the loop; return False if that could not be started."""
         if isinstance(task, AsyncRunningTask):
-            self._coroutines.spawn(self._coroutine_slot, task)
-            return
+            try:
+                self._coroutines.spawn(self._coroutine_slot, task)
+            except RuntimeError as error:
+                self._missing.add(self._coroutines.open, error)
+                return False
+            return True
+        if len(self._threads) <= self._on_threads:  # none of them is idle
+            try:
+                self._add_thread()
+            except RuntimeError as error:
+                self._missing.add(self._add_thread, error)
+                return False
+        self._on_threads += 1
         self._for_threads.put(task)
-        if len(self._threads) < self.concurrency:
-            thread = threading.Thread(
-                target=self._thread_slots,
-                args=(self._for_threads,),
-                name=f"apoq-slot-{len(self._threads) + 1}",
-                daemon=True,
-            )
-            self._threads.append(thread)
-            thread.start()
+        return True
+
+    def _add_thread(self) -> None:
+        with self._lock:
+            if len(self._threads) < self.concurrency:
+                thread = threading.Thread(
+                    target=self._thread_slots,
+                    args=(self._for_threads,),
+                    name=f"apoq-slot-{len(self._threads) + 1}",
+                    daemon=True,
+                )
+                thread.start()
+                self._threads.append(thread)
+
+    def _begin_elsewhere(self, task: AnyRunningTask, *, on_thread: bool) -> None:
+        """Go on with a task of the other kind, in the slot of one that has ended."""
+        with self._lock:
+            self._on_threads -= on_thread
+            has_begun = self._begin(task)
+        if not has_begun:
+            self._ended(released(task), time.monotonic())
+            with self._lock:
+                self._free += 1
+                self._idle.notify_all()
 
     def _thread_slots(self, tasks: SimpleQueue[RunningTask | None]) -> None:
         while (begun := tasks.get()) is not None:
@@ -192,9 +240,9 @@ class Slots:
                 is_held = task.lease.ends_at > started
                 end = run(task, self._completion, self._deadlines) if is_held else released(task)
                 self._ended(end, started)
-                task = self._next()
+                task = self._next(on_thread=True)
             if task is not None:
-                self._begin(task)
+                self._begin_elsewhere(task, on_thread=True)
 
     async def _coroutine_slot(self, begun: AsyncRunningTask) -> None:
         task: AnyRunningTask | None = begun
@@ -203,10 +251,9 @@ class Slots:
             is_held = task.lease.ends_at > started
             end = await run_coroutine(task, self._completion, self._deadlines) if is_held else released(task)
             self._ended(end, started)
-            task = self._next()
+            task = self._next(on_thread=False)
         if task is not None:
-            with self._lock:
-                self._begin(task)
+            self._begin_elsewhere(task, on_thread=False)
 
     def _ended(self, end: Ended, started: float) -> None:
         took = time.monotonic() - started
@@ -220,14 +267,15 @@ class Slots:
                 return
         self._on_ended(end)
 
-    def _next(self) -> AnyRunningTask | None:
-        """Answer the next in line, to run in the same slot; free the slot where there is none."""
+    def _next(self, *, on_thread: bool) -> AnyRunningTask | None:
+        """Return the next in line, to run in the same slot; free the slot if there is none."""
         task = self._pop()
         if task is None:
             with self._lock:
                 task = self._pop()
                 if task is None:
                     self._free += 1
+                    self._on_threads -= on_thread
                     self._idle.notify_all()
         if task is not None:
             self._running.add(task)

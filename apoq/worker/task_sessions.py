@@ -103,7 +103,8 @@ class TaskSessions:
             if self._sync_twin is not None:
                 self._sync_twin.dispose()
             if self._async_twin is not None:
-                with suppress(TimeoutError):  # the loop is blocked by a coroutine, whose connection it may be
+                # The loop is blocked by a coroutine, whose connection it may be, or it has ended.
+                with suppress(TimeoutError, RuntimeError):
                     self._coroutines.run(self._async_twin.dispose(), CLEAN_UP)
             self._sync_twin = self._async_twin = None
 

@@ -191,8 +191,10 @@ class Worker:
 
         Coroutine processors run on `loop`, the application's, or else on one of the worker's own. Touches no
         signals. Starting twice is harmless. Where the database is away, work begins when it is there. Raises
-        `NotPrepared` where apoq's tables are missing or at another version.
+        `NotPrepared` where apoq's tables are missing or at another version, and RuntimeError if the system
+        allows no more threads.
         """
+        PROCESS.get_ready()
         if self._life.start(loop):
             PROCESS.watch(self)
             logger.info("%r has started", self)
@@ -249,8 +251,9 @@ class Worker:
     def healthy(self) -> bool:
         """Tell whether the worker is at work: started, with all its threads, and heard by the database.
 
-        What a health check asks. It is false while the database is away for longer than a few seconds, and
-        true again by itself when that is over.
+        What a health check asks. It is false while the database is away, or every claim or settlement fails,
+        for longer than a few seconds, and while a thread can't be started; and true again by itself when that
+        is over.
         """
         return self._life.is_healthy()
 
