@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping
 from functools import cache
 from typing import Any, Final, cast
@@ -16,15 +15,18 @@ from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection, QueuePool
 
 from apoq import libpq
-from apoq.databases import database_url
 from apoq.libpq import Answer
 from apoq.reading import read_anything
+from apoq.twins import bare_pool
 from apoq.watch import watch
 
 STATEMENT_TIMEOUT: Final = 60
 """Seconds after which the server ends a statement of an engine of apoq's own."""
 
 SESSION: Final = f"""
+    SET client_encoding = 'UTF8';
+    SET DateStyle = 'ISO';
+    SET IntervalStyle = 'postgres';
     SET default_transaction_isolation = 'read committed';
     SET statement_timeout = '{STATEMENT_TIMEOUT}s';
     SET idle_in_transaction_session_timeout = '5s';
@@ -32,6 +34,8 @@ SESSION: Final = f"""
     SET enable_bitmapscan = off;
     SET jit = off
 """
+# UTF-8, whatever the caller's engine or PGCLIENTENCODING say: one character that another encoding doesn't
+# have would stop every claim. The styles, because psycopg reads no others as text.
 # READ COMMITTED, for at a higher level claims would fail on each other (40001).
 # The time-outs, for a worker that is frozen in a transaction would keep its rows locked, and nobody could
 # rescue them.
@@ -41,6 +45,7 @@ SESSION: Final = f"""
 
 BEGIN: Final = f"""
     BEGIN ISOLATION LEVEL READ COMMITTED;
+    SET LOCAL client_encoding = 'UTF8';
     SET LOCAL statement_timeout = '{STATEMENT_TIMEOUT}s';
     SET LOCAL idle_in_transaction_session_timeout = '5s'
 """
@@ -66,13 +71,13 @@ _READ_ONLY: Final = "25006"
 
 _IS_DIRECT: Final = "apoq.is_direct"
 _IS_POOLED: Final = "apoq_is_pooled"
+_BEGIN: Final = "apoq.begin"
 _PREPARED: Final = "apoq.prepared"
 
 _GENERATION: Final = "apoq.generation"
 _IS_NEW: Final = "apoq.is_new"
 
 _generations: WeakKeyDictionary[Engine, int] = WeakKeyDictionary()
-_own = threading.local()
 _dialect = PGDialect_psycopg()  # type: ignore[no-untyped-call]
 
 
@@ -82,21 +87,14 @@ def own_engine(engine: Engine, *, lock_timeout: str = "0") -> Engine:
     Made the way the caller's are, and apart from them: it doesn't matter to it that the caller's pool is
     full, has a single connection, or is at another isolation level. Straight to the server, it prepares
     its statements; through a pooler such as PgBouncer, which may hand each transaction to another
-    session, it relies on nothing that a session keeps. `lock_timeout` is PostgreSQL's, for the former.
+    session, it relies on nothing that a session keeps. `lock_timeout` is PostgreSQL's.
     """
-    if engine.dialect.is_async:
-        engine = create_engine(database_url(engine.url))  # an asyncio driver can't be used from threads
-    if not event.contains(engine, "do_connect", _limit):
-        event.listen(engine, "do_connect", _limit)
-    source = engine.pool.recreate()
+    source = bare_pool(engine)
+    event.listen(source._dialect, "do_connect", _limit)  # noqa: SLF001 - the pool's own
 
     def connect() -> DBAPIConnection:
         # Through the pool, for its "connect" events may set what the tables are found by: the search_path.
-        _own.is_connecting = True
-        try:
-            pooled = source.connect()
-        finally:
-            _own.is_connecting = False
+        pooled = source.connect()
         connection: Any = pooled.driver_connection
         pooled.detach()
         return cast("DBAPIConnection", connection)
@@ -128,15 +126,14 @@ def own_engine(engine: Engine, *, lock_timeout: str = "0") -> Engine:
         is_direct = not own.get_execution_options().get(_IS_POOLED) and _keeps_its_session(connection, record)
         record.info[_IS_DIRECT] = is_direct
         if is_direct:
-            connection.execute(SESSION)
-            connection.execute(f"SET lock_timeout = '{lock_timeout}'")
+            connection.execute(f"{SESSION}; SET lock_timeout = '{lock_timeout}'")
+            record.info[_BEGIN] = "BEGIN"
+        else:
+            record.info[_BEGIN] = f"{BEGIN}; SET LOCAL lock_timeout = '{lock_timeout}'"
 
     @event.listens_for(own, "begin")
     def begin(connection: Connection) -> None:
-        if not connection.info[_IS_DIRECT]:
-            connection.exec_driver_sql(BEGIN)
-        else:
-            connection.exec_driver_sql("BEGIN")
+        connection.exec_driver_sql(connection.info[_BEGIN])
 
     return own
 
@@ -144,7 +141,7 @@ def own_engine(engine: Engine, *, lock_timeout: str = "0") -> Engine:
 def prepare_where_kept(engine: Engine) -> None:
     """Let an engine's connections prepare statements as psycopg does, but not through a pooler.
 
-    For what apoq makes by the URL of a caller's engine, and the arguments of that engine are unknown.
+    For engines that apoq makes by itself: nobody told them what is in between.
     """
 
     @event.listens_for(engine, "connect")
@@ -207,7 +204,7 @@ def _execute(
         if is_direct(pooled):
             prepared = pooled.info.setdefault(_PREPARED, set())
             return libpq.execute(connection, statement, parameters, prepared=prepared)
-        connection.execute(BEGIN)
+        connection.execute(pooled.info[_BEGIN])
         answer = libpq.execute(connection, statement, parameters, prepared=None)
         connection.commit()
         return answer
@@ -287,9 +284,8 @@ def is_missing(error: BaseException) -> bool:
 
 
 def _limit(_dialect: object, _record: object, _arguments: object, options: dict[str, Any]) -> None:
-    """Let a connection of apoq's own be refused in time; the caller's are the caller's."""
-    if getattr(_own, "is_connecting", False):
-        options.setdefault("connect_timeout", CONNECT_TIMEOUT)
+    """Let a connection be refused in time."""
+    options.setdefault("connect_timeout", CONNECT_TIMEOUT)
 
 
 def _keeps_its_session(connection: Any, record: ConnectionPoolEntry) -> bool:

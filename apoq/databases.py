@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from sqlalchemy import Dialect, Engine, create_engine
+from sqlalchemy import Dialect, Engine
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncEngine
 
 from apoq.errors import UnsupportedDatabase
 
@@ -41,13 +41,3 @@ def check_dialect(dialect: Dialect) -> None:
 def sync_side(engine: Engine | AsyncEngine) -> Engine:
     """Answer the engine itself, or the one within an asyncio engine, which has its pool and its events."""
     return engine.sync_engine if isinstance(engine, AsyncEngine) else engine
-
-
-def sync_twin(engine: AsyncEngine) -> Engine:
-    """Make an `Engine` to the same database, by its URL."""
-    return create_engine(database_url(engine.url))
-
-
-def async_twin(engine: Engine | AsyncEngine) -> AsyncEngine:
-    """Make an `AsyncEngine` to the same database, by its URL."""
-    return create_async_engine(database_url(engine.url))

@@ -7,6 +7,7 @@ third of the time in which an idle worker claims a task.
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
@@ -15,6 +16,8 @@ from typing import Any, Final, cast
 
 import psycopg
 from psycopg import generators
+from psycopg._encodings import pg2pyenc
+from psycopg.abc import PQGen
 from psycopg.adapt import Transformer
 from psycopg.errors import error_from_result
 from psycopg.pq import ConnStatus, ExecStatus, Format
@@ -22,7 +25,12 @@ from psycopg.pq.abc import PGresult
 from sqlalchemy import Executable
 from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
 
+from apoq.watch import watch
+
 _dialect = PGDialect_psycopg(paramstyle="numeric_dollar")  # type: ignore[no-untyped-call]
+
+_NAMED: Final = "apoq.named"
+"""How characters are encoded that an encoding doesn't have: as their names, which JSON can hold, too."""
 
 _ANSWERS: Final = {ExecStatus.TUPLES_OK, ExecStatus.COMMAND_OK}
 
@@ -74,7 +82,7 @@ def prepare(connection: psycopg.Connection[Any], statement: Executable, prepared
     """Prepare a Core statement, unless it is among those that are `prepared`; answer its name."""
     name = _name(statement)
     if name not in prepared:
-        connection.pgconn.send_prepare(name, _text(connection, statement))
+        connection.pgconn.send_prepare(name, _text(statement))
         _answer(connection)
         prepared.add(name)
     return name
@@ -91,13 +99,9 @@ def send(
     values = _values(connection, statement, parameters)
     # Binary is read in less time than text, and whatever the session's DateStyle is.
     if name is None:
-        pgconn.send_query_params(_text(connection, statement), values, result_format=Format.BINARY)
+        pgconn.send_query_params(_text(statement), values, result_format=Format.BINARY)
     else:
         pgconn.send_query_prepared(name, values, result_format=Format.BINARY)
-
-
-def _text(connection: psycopg.Connection[Any], statement: Executable) -> bytes:
-    return _compiled(statement)[0].encode(_encoding(connection))
 
 
 def _values(
@@ -108,7 +112,7 @@ def _values(
     given = [parameters[name] if name in parameters else constants[name] for name in names]
     # Encoded together, for each by itself takes longer; apart again by what PostgreSQL's text can't hold.
     text = "\0".join([value if type(value) is str else _written(value) for value in given])
-    encoded = text.encode() if text.isascii() else text.encode(_encoding(connection))
+    encoded = text.encode() if text.isascii() else _encoded(connection, text)
     values = encoded.split(b"\0") if names else []
     if len(values) != len(given):
         raise psycopg.DataError("PostgreSQL's text can't hold a NUL (0x00)")  # libpq would end there
@@ -139,16 +143,60 @@ def _element(value: object) -> str:
     return '"' + _written(value).replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
-def _encoding(connection: psycopg.Connection[Any]) -> str:
-    encoding = connection.info.encoding
-    return "utf-8" if encoding == "ascii" else encoding  # a database of SQL_ASCII takes any
+def _encoded(connection: psycopg.Connection[Any], text: str) -> bytes:
+    """Encode text; raise `DataError` if it can't be.
+
+    What the database's own encoding can't hold is named instead: the server would refuse an error's text for
+    one character. A queue or a type of such a name can't exist there, and by the other name isn't found.
+    """
+    try:
+        if codec := _codec(connection.pgconn.parameter_status(b"server_encoding")):
+            text = text.encode(codec, _NAMED).decode(codec)
+        return text.encode()  # apoq's own connections are UTF-8
+    except UnicodeEncodeError as error:
+        raise psycopg.DataError(f"text can't be encoded: {error}") from None
+
+
+@cache
+def _codec(encoding: bytes | None) -> str | None:
+    """Return Python's codec of a database's encoding; None if that takes any text, or Python has none."""
+    if encoding is None or encoding in {b"UTF8", b"SQL_ASCII"}:
+        return None
+    try:
+        return pg2pyenc(encoding)
+    except psycopg.NotSupportedError:
+        return None
+
+
+def _name_characters(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    named = [f"<U+{ord(character):04X}>" for character in error.object[error.start : error.end]]
+    return "".join(named), error.end
+
+
+codecs.register_error(_NAMED, _name_characters)
 
 
 def _answer(connection: psycopg.Connection[Any]) -> PGresult:
     """Wait for the answer to what was sent."""
-    result: PGresult = connection.wait(generators.execute(connection.pgconn))[-1]
+    result: PGresult = connection.wait(_answering(connection))[-1]
     check(connection, result)
     return result
+
+
+def _answering(connection: psycopg.Connection[Any]) -> PQGen[list[PGresult]]:
+    """Take an answer as it arrives, and note its progress: an answer that is long isn't overdue."""
+    answering = generators.execute(connection.pgconn)
+    try:
+        awaited = next(answering)
+        while True:
+            ready = yield awaited
+            awaited = answering.send(ready)
+            if ready:  # and there is more to come
+                watch.note_progress(connection)
+    except StopIteration as end:
+        results: list[PGresult] = end.value
+        return results
 
 
 def check(connection: psycopg.Connection[Any], result: PGresult) -> None:
@@ -159,6 +207,10 @@ def check(connection: psycopg.Connection[Any], result: PGresult) -> None:
         raise error_from_result(result, connection.info.encoding)
 
 
+def _text(statement: Executable) -> bytes:
+    return _compiled(statement)[0].encode()
+
+
 @cache
 def _name(statement: Executable) -> bytes:
     """Answer a name by which a statement can be prepared.
@@ -166,7 +218,7 @@ def _name(statement: Executable) -> bytes:
     By what it says: should a pooler hand the session to another worker, of whatever version, the same name is
     the same statement there.
     """
-    return b"apoq_" + hashlib.sha256(_compiled(statement)[0].encode()).hexdigest()[:16].encode()
+    return b"apoq_" + hashlib.sha256(_text(statement)).hexdigest()[:16].encode()
 
 
 @cache

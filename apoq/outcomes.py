@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import traceback
 from datetime import timedelta
 from typing import NamedTuple
@@ -12,6 +13,9 @@ from apoq.states import CANCELLED, FAILED, PENDING
 MESSAGE_LIMIT = 4_000
 TRACEBACK_LIMIT = 16_000
 """Characters of an error that are kept on the task: the head and the tail of what is longer."""
+
+MOST = 2**31 - 1
+"""The largest number that the task's columns hold."""
 
 
 class Outcome(Exception):
@@ -49,6 +53,20 @@ class Release(Outcome):
     """Give the task back, due as before and with no attempt used up: it can't run here, or not soon."""
 
 
+class Unreachable(Outcome):
+    """Try the task again soon, with no attempt used up: ``task.session`` could not connect.
+
+    Not at once, for the server may have no connection left, or know another password by now.
+    """
+
+    def __init__(self, reason: str = "", *, chance: float | None = None) -> None:
+        """`chance` is a number in [0, 1); random where it isn't given."""
+        super().__init__(reason)
+        if chance is None:
+            chance = random.random()  # noqa: S311 - jitter, no secret
+        self.delay = 1.0 + chance
+
+
 class WorkerDied(Exception):
     """The worker that ran the task is gone, and nobody knows how far it came."""
 
@@ -69,14 +87,14 @@ def settle(outcome: BaseException, *, attempt: int, fail_count: int, policy: Ret
     match outcome:
         case Cancel():
             return Settlement(CANCELLED, attempt, fail_count, error=report(outcome))
-        case Snooze():
+        case Snooze() | Unreachable():
             return Settlement(PENDING, attempt - 1, fail_count, delay=outcome.delay)
         case Release():
             return Settlement(PENDING, attempt - 1, fail_count)
         case WorkerDied():
             # Whoever rescued it has counted the failure and stored the error; this claim just ends it.
             return Settlement(FAILED, attempt - 1, fail_count)
-    fail_count += 1
+    fail_count = min(fail_count + 1, MOST)  # whatever another program has written there
     error = report(outcome)
     # Attempts and failures differ where another program, such as the Node.js original, works the same table.
     if max(attempt, fail_count) > policy.limit:

@@ -7,18 +7,28 @@ what can't be read is answered as something else, and at most the task itself fa
 from __future__ import annotations
 
 import json
+import struct
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, Final
 
 from psycopg import DataError
 from psycopg.abc import AdaptContext
-from psycopg.types.datetime import TimestamptzBinaryLoader, TimestamptzLoader
+from psycopg.pq import Format
+from psycopg.types.datetime import (
+    IntervalBinaryLoader,
+    IntervalLoader,
+    TimestamptzBinaryLoader,
+    TimestamptzLoader,
+)
 from psycopg.types.json import set_json_loads
+from psycopg.types.string import TextLoader
 
 _decoder = json.JSONDecoder()
 
 _EPOCH = datetime.fromtimestamp(0, UTC)
 _FIRST, _LAST = datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)
+_INTERVAL: Final = struct.Struct("!qii")
+"""PostgreSQL's microseconds, days and months."""
 
 
 class UnreadableData(ValueError):
@@ -27,8 +37,14 @@ class UnreadableData(ValueError):
 
 def read_anything(reader: AdaptContext) -> None:
     """Let a connection, or a cursor, read any row that PostgreSQL can hold."""
-    reader.adapters.register_loader("timestamptz", _AnyTime)
-    reader.adapters.register_loader("timestamptz", _AnyBinaryTime)
+    adapters = reader.adapters
+    for type_, loaders in _LOADERS.items():
+        for loader in loaders:
+            adapters.register_loader(type_, loader)
+    if _is_unchecked(reader):
+        for type_ in ("text", "varchar"):
+            adapters.register_loader(type_, _AnyText)
+            adapters.register_loader(type_, _AnyBinaryText)
     set_json_loads(_load_json, reader)
 
 
@@ -51,7 +67,7 @@ def read_time(epoch: float) -> datetime:
 
 def _load_json(text: str | bytes) -> Any:
     try:
-        return read_json(text if isinstance(text, str) else text.decode())
+        return read_json(text if isinstance(text, str) else text.decode(errors="replace"))
     except UnreadableData as error:
         return error
 
@@ -77,3 +93,53 @@ class _AnyBinaryTime(TimestamptzBinaryLoader):
         except DataError:
             is_past = bytes(data)[0] & 0x80  # the sign
             return _FIRST if is_past else _LAST
+
+
+class _AnyInterval(IntervalLoader):
+    """Reads intervals that are longer than Python's, such as infinity, as its longest."""
+
+    def load(self, data: Any) -> timedelta:
+        text = bytes(data)
+        try:
+            if b"infinity" not in text:
+                return super().load(data)
+        except DataError:
+            pass
+        return timedelta.min if text.startswith(b"-") else timedelta.max
+
+
+class _AnyBinaryInterval(IntervalBinaryLoader):
+    """The same, of intervals that the server sends as numbers."""
+
+    def load(self, data: Any) -> timedelta:
+        try:
+            return super().load(data)
+        except DataError:
+            microseconds, days, months = _INTERVAL.unpack(data)
+            is_negative = months * 30 + days + microseconds / 86_400_000_000 < 0
+            return timedelta.min if is_negative else timedelta.max
+
+
+class _AnyText(TextLoader):
+    """Reads text of any bytes, as a database of the encoding SQL_ASCII may hold it."""
+
+    def load(self, data: Any) -> str:
+        return bytes(data).decode(self._encoding or "utf-8", "replace")
+
+
+class _AnyBinaryText(_AnyText):
+    """The same, in the other format."""
+
+    format = Format.BINARY
+
+
+_LOADERS: Final[dict[str, tuple[type[Any], type[Any]]]] = {
+    "timestamptz": (_AnyTime, _AnyBinaryTime),
+    "interval": (_AnyInterval, _AnyBinaryInterval),
+}
+
+
+def _is_unchecked(reader: AdaptContext) -> bool:
+    """Tell whether the server doesn't check what is text, as in a database of the encoding SQL_ASCII."""
+    connection = reader.connection
+    return connection is not None and connection.pgconn.parameter_status(b"server_encoding") == b"SQL_ASCII"

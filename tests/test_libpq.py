@@ -13,7 +13,7 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY, INTERVAL
 
-from apoq.connections import execute, own_engine
+from apoq.connections import _IS_POOLED, execute, own_engine
 from apoq.worker.listener import ListeningConnection
 
 
@@ -64,7 +64,9 @@ def test_a_value_is_understood_as_it_was_meant(own, value, type_):
     assert echo(own, value, type_) == value
 
 
-def test_times_are_read_whatever_the_database_says_of_their_style(engine, own):
+@pytest.mark.parametrize(("is_pooled", "shown"), [(False, "ISO"), (True, "German")])
+def test_times_are_read_whatever_the_database_says_of_their_style(engine, own, is_pooled, shown):
+    own.update_execution_options(**{_IS_POOLED: is_pooled})
     with engine.begin() as connection:
         name = connection.scalar(sa.select(sa.func.current_database()))
         for setting in ("DateStyle = German", "IntervalStyle = sql_standard", "TimeZone = 'Asia/Tokyo'"):
@@ -76,7 +78,7 @@ def test_times_are_read_whatever_the_database_says_of_their_style(engine, own):
 
     ((time, first, last, span, style),) = execute(own, statement, {})
 
-    assert style.startswith("German")
+    assert style.startswith(shown)
     assert time == datetime(2026, 11, 26, 3, 0, 0, 500_000, UTC)
     assert (first.year, last.year) == (1, 9999)
     assert span == timedelta(hours=-22)

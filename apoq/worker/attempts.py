@@ -13,13 +13,14 @@ from typing import Any, NamedTuple
 from sqlalchemy.orm import Session
 
 from apoq.errors import InvalidProcessor, SessionMisused
-from apoq.outcomes import Release, Settlement, settle
+from apoq.outcomes import Release, Settlement, Unreachable, settle
 from apoq.worker.completion import Completion
 from apoq.worker.contexts import Apart
 from apoq.worker.coroutines import CLEAN_UP
 from apoq.worker.deadlines import Deadlines
+from apoq.worker.loop import brief
 from apoq.worker.running import RECALLED, AnyRunningTask, AsyncRunningTask, RunningTask
-from apoq.worker.task_sessions import TaskSession
+from apoq.worker.task_sessions import TaskSession, could_not_connect
 
 
 class TaskLost(Exception):
@@ -102,7 +103,11 @@ async def _run_coroutine(task: AsyncRunningTask, completion: Completion, deadlin
 
 def _outcome(task: AnyRunningTask, error: BaseException) -> BaseException:
     # What was lost is lost. And where the worker itself has cut the session off, the error comes of that.
-    return error if isinstance(error, TaskLost) or not task.is_cut_off else Release()
+    if isinstance(error, TaskLost):
+        return error
+    if task.is_cut_off:
+        return Release()
+    return Unreachable(brief(error)) if could_not_connect(error) else error
 
 
 def overdue(limit: float, thread_id: int = 0) -> TimeoutError:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import cache
 from operator import itemgetter
@@ -20,7 +21,7 @@ from apoq import events, states
 from apoq.connections import execute, is_away
 from apoq.events import Events
 from apoq.model import detached, tasks_table
-from apoq.outcomes import Settlement
+from apoq.outcomes import Settlement, Unreachable
 from apoq.payload import encode
 from apoq.statements.arrays import array_text
 from apoq.statements.locked import locked
@@ -37,6 +38,12 @@ T = TypeVar("T")
 LOOK: Final = 0.25
 """Seconds between two looks whether what somebody had locked is free."""
 
+LONGEST_LOOK: Final = 4.0
+"""The same, where a whole table stays locked: each look waits for it, and holds up what is beside it."""
+
+OUTAGE: Final = 10.0
+"""Seconds without a task that couldn't connect after which the next one is news again."""
+
 Rows = dict[int, Mapping[Any, Any] | None]
 """The tasks that were written, by their id; with their rows, where somebody wants to hear of them."""
 
@@ -50,6 +57,15 @@ class Unsettled(NamedTuple):
     """Claimed rows, of what has completed, or else `Ended`."""
     is_locked: bool = False
     """Whether some of it was locked by somebody else, the last time."""
+    looks_at: float = 0.0
+    """When it is tried again, after that."""
+
+
+class Closed(NamedTuple):
+    """A schema whose whole table is locked."""
+
+    until: float
+    pause: float
 
 
 class Settler:
@@ -57,6 +73,7 @@ class Settler:
 
     What can't be written because the database is away is kept, and written when it is back. What somebody
     has locked, such as a caller who cancels it and has not committed yet, is put off, and the others go on.
+    So is a schema whose whole table is locked, as by a migration.
     """
 
     def __init__(
@@ -86,7 +103,8 @@ class Settler:
         self._ended: deque[Ended] = deque()
         self._unsettled: deque[Unsettled] = deque()
         self._put_off: list[Unsettled] = []
-        self._looks_at = 0.0
+        self._closed: dict[str | None, Closed] = {}
+        self._unreachable_at = -math.inf
         self._lock = threading.Lock()
 
     def put(self, end: Ended) -> None:
@@ -99,18 +117,37 @@ class Settler:
     def turn(self) -> float | None:
         """Settle all that have ended."""
         with self._lock:
-            for schema, rows in _by_schema(_taken(self._completed), _schema_of).items():
-                self._unsettled.append(Unsettled(self._complete, schema, rows))
-            for schema, ends in _by_schema(_taken(self._ended), lambda end: _schema_of(end.task.row)).items():
-                self._unsettled.append(Unsettled(self._settle, schema, ends))
-            if self._looks_at <= time.monotonic():
-                self._unsettled += self._put_off
-                self._put_off = []
+            for unsettled in [*self._taken_back(), *self._taken_ended()]:
+                is_due = self._looks_at(unsettled) <= time.monotonic()
+                (self._unsettled if is_due else self._put_off).append(unsettled)
             while self._unsettled:
                 self._write_first()
         if self._completed or self._ended:
             return 0.0
-        return LOOK if self._put_off else None
+        looks_at = min(map(self._looks_at, self._put_off), default=None)
+        return None if looks_at is None else max(0.0, looks_at - time.monotonic())
+
+    def flush(self, patience: float) -> None:
+        """Settle all that have ended, waiting so many seconds for what somebody has locked."""
+        deadline = time.monotonic() + patience
+        while (pause := self.turn()) is not None and (left := deadline - time.monotonic()) > 0:
+            time.sleep(min(pause, left))
+        if count := sum(len(unsettled.ended) for unsettled in self._put_off):
+            logger.warning("%d tasks are locked and could not be settled; others may run them again", count)
+
+    def _taken_back(self) -> list[Unsettled]:
+        taken, self._put_off = self._put_off, []
+        return taken
+
+    def _taken_ended(self) -> Iterator[Unsettled]:
+        for schema, rows in _by_schema(_taken(self._completed), _schema_of).items():
+            yield Unsettled(self._complete, schema, rows)
+        for schema, ends in _by_schema(_taken(self._ended), lambda end: _schema_of(end.task.row)).items():
+            yield Unsettled(self._settle, schema, ends)
+
+    def _looks_at(self, unsettled: Unsettled) -> float:
+        closed = self._closed.get(unsettled.schema)
+        return unsettled.looks_at if closed is None else closed.until
 
     def _write_first(self) -> None:
         """Write the first of what is unsettled, or put in its place what is to be written instead."""
@@ -121,7 +158,10 @@ class Settler:
             if unsettled.ended:
                 unsettled.write(unsettled.schema, unsettled.ended)
         except LockNotAvailable:
-            self._unsettled[0] = unsettled._replace(is_locked=True)
+            if unsettled.is_locked:
+                self._close(unsettled.schema)  # for nothing of it could even be looked at
+            else:
+                self._unsettled[0] = unsettled._replace(is_locked=True)
         except DatabaseError as error:
             if is_away(error):
                 raise  # it is still there when the database is back
@@ -130,24 +170,28 @@ class Settler:
         else:
             self._unsettled.popleft()
 
-    def flush(self, patience: float) -> None:
-        """Settle all that have ended, waiting so many seconds for what somebody has locked."""
-        deadline = time.monotonic() + patience
-        while (pause := self.turn()) is not None and time.monotonic() < deadline:
-            time.sleep(pause)
-        if left := sum(len(unsettled.ended) for unsettled in self._put_off):
-            logger.warning("%d tasks are locked and could not be settled; others may run them again", left)
-
     def _put_off_locked(self, unsettled: Unsettled) -> Unsettled:
         """Put off what is locked, and answer the rest."""
         ids = array_text([_row(one)[ID] for one in unsettled.ended])
         found = {id_ for (id_,) in execute(self._engine, locked(unsettled.schema), {"ids": ids})}
+        self._closed.pop(unsettled.schema, None)
         if found:
             waiting = [one for one in unsettled.ended if _row(one)[ID] in found]
-            self._put_off.append(unsettled._replace(ended=waiting))
-            self._looks_at = time.monotonic() + LOOK
+            looks_at = time.monotonic() + LOOK
+            self._put_off.append(unsettled._replace(ended=waiting, looks_at=looks_at))
         free = [one for one in unsettled.ended if _row(one)[ID] not in found]
         return unsettled._replace(ended=free, is_locked=False)
+
+    def _close(self, schema: str | None) -> None:
+        """Put off all of a schema whose table is locked, the longer the longer it is."""
+        before = self._closed.get(schema)
+        if before is None:
+            logger.info("apoq_tasks is locked, by a migration perhaps: what has ended is settled after that")
+        pause = LOOK if before is None else min(LONGEST_LOOK, 2 * before.pause)
+        self._closed[schema] = Closed(time.monotonic() + pause, pause)
+        # The next one asks first whether the table is free: that waits for the table at most, and for no row.
+        self._put_off += [one._replace(is_locked=True) for one in self._unsettled if one.schema == schema]
+        self._unsettled = deque(one for one in self._unsettled if one.schema != schema)
 
     def _complete(self, schema: str | None, tasks: list[Claimed]) -> None:
         tasks.sort(key=itemgetter(ID))
@@ -224,7 +268,9 @@ class Settler:
         return dict.fromkeys(id_ for (id_,) in written.fetchall())
 
     def _tell(self, end: Ended, row: Mapping[Any, Any] | None) -> None:
-        if end.outcome is not None:
+        if isinstance(end.outcome, Unreachable):
+            self._log_unreachable(end.outcome)
+        elif end.outcome is not None:
             _log(end)
         match end.settlement:
             case None:
@@ -238,6 +284,16 @@ class Settler:
         if row is not None and self._events.heard(name):
             errors = () if end.outcome is None else (end.outcome,)
             self._events.emit(name, detached(end.task.from_queue.schema, row), *errors)
+
+    def _log_unreachable(self, outcome: Unreachable) -> None:
+        """Say it once for an outage, and not for each of its tasks."""
+        last, self._unreachable_at = self._unreachable_at, time.monotonic()
+        if self._unreachable_at > last + OUTAGE:
+            logger.warning(
+                "task.session could not connect: %s; its tasks are pending again, with no attempt used up, "
+                "and are tried again every second or two until it can",
+                outcome,
+            )
 
 
 @cache

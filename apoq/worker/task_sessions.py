@@ -6,19 +6,22 @@ import threading
 from contextlib import suppress
 from types import TracebackType
 
-from sqlalchemy import Connection, Engine, event
+from sqlalchemy import Connection, Engine, ExceptionContext, event
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 
 from apoq.connections import make_renewable, prepare_where_kept, renew
-from apoq.databases import async_twin, sync_side, sync_twin
+from apoq.databases import sync_side
 from apoq.errors import SessionMisused
+from apoq.outcomes import Outcome
+from apoq.twins import async_twin, sync_twin
 from apoq.watch import cut
 from apoq.worker.coroutines import CLEAN_UP, Coroutines
 
 _COMPLETING = "apoq.completing"
 _CONNECTION = "apoq.connection"
 _CUT_OFF = "apoq.cut_off"
+_UNCONNECTED = "_apoq_unconnected"
 
 
 class TaskSession(Session):
@@ -71,12 +74,42 @@ def is_cut_off(session: TaskSession | AsyncTaskSession) -> bool:
     return _CUT_OFF in session.info
 
 
+def could_not_connect(error: BaseException) -> bool:
+    """Tell whether an attempt failed because `task.session` could not connect to its database.
+
+    Not because another database is away, nor because a connection was lost that had been made. An outcome
+    that the processor has chosen, such as `Retry`, stands.
+    """
+    seen: set[int] = set()
+    asked: list[object] = [] if isinstance(error, Outcome) else [error]
+    while asked:
+        found = asked.pop()
+        if not isinstance(found, BaseException) or id(found) in seen:
+            continue
+        if hasattr(found, _UNCONNECTED):
+            return True
+        seen.add(id(found))
+        asked += [getattr(found, "orig", None), found.__cause__, found.__context__]
+    return False
+
+
+def _make_ready(engine: Engine) -> None:
+    make_renewable(engine)
+    if not event.contains(engine, "handle_error", _mark_unconnected):
+        event.listen(engine, "handle_error", _mark_unconnected)
+
+
+def _mark_unconnected(context: ExceptionContext) -> None:
+    if context.connection is None:  # it was to be made
+        setattr(context.original_exception, _UNCONNECTED, True)
+
+
 class TaskSessions:
     """Opens the sessions of a worker's tasks, on the engine that the worker was given, or on its twin."""
 
     def __init__(self, engine: Engine | AsyncEngine, coroutines: Coroutines) -> None:
         self._engine = engine
-        make_renewable(sync_side(engine))
+        _make_ready(sync_side(engine))
         self._coroutines = coroutines
         self._lock = threading.Lock()
         self._sync_twin: Engine | None = None
@@ -114,7 +147,7 @@ class TaskSessions:
         with self._lock:
             if self._sync_twin is None:
                 self._sync_twin = sync_twin(self._engine)
-                make_renewable(self._sync_twin)
+                _make_ready(self._sync_twin)
                 prepare_where_kept(self._sync_twin)
             return self._sync_twin
 
@@ -125,6 +158,6 @@ class TaskSessions:
         with self._lock:
             if self._async_twin is None:
                 self._async_twin = async_twin(self._engine)
-                make_renewable(self._async_twin.sync_engine)
+                _make_ready(self._async_twin.sync_engine)
                 prepare_where_kept(self._async_twin.sync_engine)
             return self._async_twin
