@@ -6,7 +6,6 @@ msgspec converts them. It is imported when the first typed task is made, for tho
 from __future__ import annotations
 
 import inspect
-import json
 import sys
 from collections.abc import Callable, Mapping
 from datetime import date, datetime, time, timedelta
@@ -118,10 +117,8 @@ class Arguments:
         except _ERRORS as error:
             loss, cause = _explain(error), error.__cause__
         if loss:
-            if mismatch := _mismatch(value, type_):
-                loss = mismatch
-            else:
-                encode(document, sys.maxsize, path)  # says what JSON can't hold, and where
+            encode(document, sys.maxsize, path)  # raises if JSON can't hold it, and says where
+            loss = _mismatch(value, type_) or loss
             raise InvalidData(f"{path}{loss.path}", f"{loss.reason}, for {self._name!r}") from cause
         return document
 
@@ -322,8 +319,10 @@ def _decode(type_: Any, value: Any) -> Any:
     if type_ is object:
         return value
     if _is_model(type_):
+        import msgspec  # noqa: PLC0415
+
         # From text, as its strict fields want it.
-        return type_.model_validate_json(json.dumps(value))
+        return type_.model_validate_json(msgspec.json.encode(value))
     raise _Unsupported(f"there is no conversion for {type_.__qualname__}")
 
 

@@ -154,16 +154,15 @@ def _attributes(value: Any) -> Mapping[str, Any]:
     if not isinstance(state, tuple):
         return state or {}
     attributes = {**(state[0] or {}), **state[1]}
+    attributes.pop("__pydantic_fields_set__", None)
     for name in ("__pydantic_extra__", "__pydantic_private__"):
         attributes.update(attributes.pop(name, None) or {})
     return attributes
 
 
 def _is_derived(value: Any, name: str) -> bool:
-    """Tell whether an attribute is computed from the others, or says how they came about."""
-    return name in {"__pydantic_fields_set__", "_attrs_cached_hash"} or isinstance(
-        getattr(type(value), name, None), cached_property
-    )
+    """Tell whether an attribute is computed from the others."""
+    return name == "_attrs_cached_hash" or isinstance(getattr(type(value), name, None), cached_property)
 
 
 @lru_cache
