@@ -6,16 +6,20 @@ msgspec converts them. It is imported when the first typed task is made, for tho
 from __future__ import annotations
 
 import inspect
-import json
+import sys
 from collections.abc import Callable, Mapping
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from functools import partial
 from inspect import BoundArguments, Parameter, Signature
-from typing import Any, Final, get_type_hints
+from numbers import Integral, Rational, Real
+from types import NoneType, UnionType
+from typing import Any, Final, Union, cast, get_args, get_origin, get_type_hints
 from uuid import UUID
 
 from apoq.errors import InvalidData, InvalidProcessor, InvalidTask, MismatchedData, glimpse
+from apoq.losses import Loss, find_loss
+from apoq.payload import encode
 from apoq.registry import Running
 
 _RICH: Final = (bytes, bytearray, datetime, date, time, timedelta, UUID, Decimal)
@@ -47,14 +51,16 @@ class Arguments:
         self._required: list[str] = []
         self._rest = ""
         self._rest_type: Any = None
+        self._exact: dict[str, frozenset[type]] = {}
+        self._rest_exact: frozenset[type] = frozenset()
         for parameter in parameters:
             _check_kind(parameter, name)
             type_ = annotations.get(parameter.name, Any)
             _check_type(type_, parameter.name, name)
             if parameter.kind is Parameter.VAR_KEYWORD:
-                self._rest, self._rest_type = parameter.name, type_
+                self._rest, self._rest_type, self._rest_exact = parameter.name, type_, _exact(type_)
                 continue
-            self._types[parameter.name] = type_
+            self._types[parameter.name], self._exact[parameter.name] = type_, _exact(type_)
             if parameter.default is Parameter.empty:
                 self._required.append(parameter.name)
         self._signature = Signature([_shown(parameter, annotations) for parameter in parameters])
@@ -94,28 +100,27 @@ class Arguments:
         return arguments
 
     def _write(self, name: str, value: Any) -> Any:
-        type_ = self._type(name)
-        if type_ is Any:
-            if not isinstance(value, _JSON):
-                raise InvalidData(
-                    f"data[{name!r}]",
-                    f"{type(value).__qualname__} is not JSON, and converted only if {self._name!r} annotates "
-                    f"its parameter: {glimpse(value)}",
-                )
+        if type(value) in self._exact.get(name, self._rest_exact):
             return value
+        type_, path = self._type(name), f"data[{name!r}]"
+        if type_ is Any and not isinstance(value, _JSON):
+            raise InvalidData(
+                path,
+                f"{type(value).__qualname__} is not JSON, and converted only if {self._name!r} annotates "
+                f"its parameter: {glimpse(value)}",
+            )
+        document = cause = None
         try:
-            try:
-                plain = _plain(value, _RICH)
-                # Whether it is what the annotation says, and could be read.
-                _convert(plain, type_, _RICH)
-            except TypeError:
-                # These can't be keys of a JSON object before they are text.
-                plain = _plain(value)
-                _convert(plain, type_)
-            return _plain(plain)
-        except (TypeError, ValueError, RecursionError, _Unsupported) as error:
-            path, reason = _explain(error)
-            raise InvalidData(f"data[{name!r}]{path}", f"{reason}, for {self._name!r}") from error.__cause__
+            document = value if type_ is Any else _plain(value)
+            read = _reread(document)
+            loss = find_loss(value, read if type_ is Any else _convert(read, type_))
+        except _ERRORS as error:
+            loss, cause = _explain(error), error.__cause__
+        if loss:
+            encode(document, sys.maxsize, path)  # raises if JSON can't hold it, and says where
+            loss = _mismatch(value, type_) or loss
+            raise InvalidData(f"{path}{loss.path}", f"{loss.reason}, for {self._name!r}") from cause
+        return document
 
     def _read(self, name: str, value: Any) -> Any:
         type_ = self._type(name)
@@ -128,7 +133,7 @@ class Arguments:
             return value
         try:
             return _convert(value, type_)
-        except (TypeError, ValueError, RecursionError, _Unsupported) as error:
+        except _ERRORS as error:
             path, reason = _explain(error)
             at = path and f", at {name}{path}"
             raise MismatchedData(
@@ -143,8 +148,24 @@ class Arguments:
 _JSON = (type(None), bool, int, float, str, list, tuple, dict)
 
 
+_EXACT: Final = frozenset({NoneType, bool, int, float, str})
+"""The types whose values are the same in JSON."""
+
+
 class _Unsupported(Exception):
     """A value, or a type, that has no form in JSON."""
+
+
+_ERRORS: Final = (TypeError, ValueError, RecursionError, _Unsupported)
+"""What a conversion raises."""
+
+
+def _exact(type_: Any) -> frozenset[type]:
+    """Return the types of which a value needs no conversion, if it is annotated so."""
+    if type_ is Any:
+        return _EXACT
+    members = get_args(type_) if get_origin(type_) in {Union, UnionType} else (type_,)
+    return _EXACT.intersection(member for member in members if isinstance(member, type))
 
 
 def _signature(function: Callable[..., Any], name: str) -> Signature:
@@ -212,6 +233,12 @@ def _check_running(type_: type[Running], name: str, *, is_coroutine: bool) -> No
 def _check_type(type_: Any, parameter: str, name: str) -> None:
     if _is_running(type_):
         raise InvalidProcessor(f"{name!r} gets the running task as its first parameter, not as {parameter!r}")
+    if mapped := _mapped_class(type_):
+        raise InvalidProcessor(
+            f"the parameter {parameter!r} of {name!r} can't travel as JSON: {mapped.__qualname__} is a "
+            "mapped class, whose objects belong to their session: give the id, and load the object in the "
+            "function"
+        )
     import msgspec  # noqa: PLC0415
 
     # A schema is made of all that the type consists of.
@@ -226,6 +253,12 @@ def _check_type(type_: Any, parameter: str, name: str) -> None:
         ) from None
 
 
+def _mapped_class(type_: Any) -> type | None:
+    if hasattr(type_, "__mapper__"):
+        return cast("type", type_)
+    return next(filter(None, map(_mapped_class, get_args(type_))), None)
+
+
 def _schema(type_: type) -> dict[str, Any]:
     if _is_model(type_) or type_ is object:
         return {"type": "object"}
@@ -236,6 +269,13 @@ def _plain(value: Any, kept: tuple[type, ...] = ()) -> Any:
     import msgspec  # noqa: PLC0415
 
     return msgspec.to_builtins(value, str_keys=True, builtin_types=kept, enc_hook=_encode)
+
+
+def _reread(document: Any) -> Any:
+    """Return a document as a worker reads it."""
+    import msgspec  # noqa: PLC0415
+
+    return msgspec.json.decode(msgspec.json.encode(document, enc_hook=_encode))
 
 
 def _convert(value: Any, type_: Any, kept: tuple[type, ...] = ()) -> Any:
@@ -249,18 +289,40 @@ def _convert(value: Any, type_: Any, kept: tuple[type, ...] = ()) -> Any:
 
 def _encode(value: Any) -> Any:
     if _is_model(type(value)):
-        return value.model_dump(mode="json", by_alias=True, round_trip=True)
-    if isinstance(value, str):
-        return str.__str__(value)  # of a subclass, such as Markup
+        return value.model_dump(mode="json", by_alias=True, round_trip=True, warnings=False)
+    for base in type(value).__mro__:  # of a subclass, such as Markup
+        if base in _TO_BASE:
+            return _TO_BASE[base](value)
+    # Such as numpy's; no fraction, for which a float is too short.
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real) and not isinstance(value, Rational):
+        return float(value)
     raise _Unsupported(f"{type(value).__qualname__} has no form in JSON: {glimpse(value)}")
+
+
+_TO_BASE: Final[dict[type, Callable[[Any], Any]]] = {
+    str: str.__str__,
+    int: int.__int__,
+    float: float.__float__,
+    Decimal: Decimal,
+    UUID: lambda value: UUID(int=value.int),
+    datetime: partial(lambda base, value: base.fromisoformat(value.isoformat()), datetime),
+    date: partial(lambda base, value: base.fromisoformat(value.isoformat()), date),
+    time: partial(lambda base, value: base.fromisoformat(value.isoformat()), time),
+    timedelta: partial(timedelta.__add__, timedelta()),
+}
+"""What a value of a subclass is without its class. (A test may have frozen the names of the classes.)"""
 
 
 def _decode(type_: Any, value: Any) -> Any:
     if type_ is object:
         return value
     if _is_model(type_):
+        import msgspec  # noqa: PLC0415
+
         # From text, as its strict fields want it.
-        return type_.model_validate_json(json.dumps(value))
+        return type_.model_validate_json(msgspec.json.encode(value))
     raise _Unsupported(f"there is no conversion for {type_.__qualname__}")
 
 
@@ -273,9 +335,28 @@ def _is_running(type_: Any) -> bool:
     return isinstance(type_, type) and issubclass(type_, Running)
 
 
-def _explain(error: BaseException) -> tuple[str, str]:
-    """Part msgspec's message into the path within the argument, and what is wrong there."""
+def _mismatch(value: Any, type_: Any) -> Loss | None:
+    """Return where a value is of another type than its annotation, compared before it becomes text."""
+    if type_ is Any:
+        return None
+    try:
+        _convert(_plain(value, _RICH), type_, _RICH)
+    except TypeError:  # these can't be keys of a JSON object before they are text
+        return None
+    except _ERRORS as error:
+        return _explain(error)
+    return None
+
+
+def _explain(error: BaseException) -> Loss:
+    """Split the message of msgspec, or of pydantic, into the path within the argument and the reason."""
     if isinstance(error, RecursionError):
-        return "", "it contains itself, or is nested too deep for JSON"
+        return Loss("", "it contains itself, or is nested too deep for JSON")
     reason, _, path = str(error).rpartition(" - at `$")
-    return (path.rstrip("`"), reason) if reason else ("", str(error))
+    path, reason = (path.rstrip("`"), reason) if reason else ("", str(error))
+    cause: Any = error.__cause__
+    if hasattr(cause, "errors"):  # pydantic's, whose own message has several lines, and the values
+        first = cause.errors()[0]
+        path += "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in first["loc"])
+        reason = f"{first['msg']}, says {cause.title}"
+    return Loss(path, reason)

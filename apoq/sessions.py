@@ -5,6 +5,7 @@ Operations are written once, against `Caller`; the asyncio kinds are derived fro
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
@@ -18,6 +19,7 @@ from sqlalchemy import Connection, Dialect, Engine, Executable
 from sqlalchemy.engine.interfaces import ExecutionContext
 from sqlalchemy.exc import DBAPIError, UnboundExecutionError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_session
+from sqlalchemy.ext.horizontal_shard import ShardedSession
 from sqlalchemy.orm import Session, scoped_session
 from sqlalchemy.orm.attributes import set_committed_value
 from sqlalchemy.orm.util import identity_key
@@ -51,6 +53,9 @@ _MAPPER: Final = Task.__mapper__
 
 LINES = 50
 """That a COPY sends at once: one by one, they would take longer."""
+
+_TURN: Final = "apoq.turn"
+"""In the `info` of an asyncio session: whose turn it is."""
 
 COMMITS_WITH = "apoq.commits_with"
 """In the `info` of a session on a connection: the session that commits what this one has written."""
@@ -93,6 +98,11 @@ def through(
     session: SyncSession | AsyncioSession, operation: Callable[[Caller], T]
 ) -> T | Coroutine[Any, Any, T]:
     """Do something in a caller's transaction: at once, or in an awaitable where the caller is asyncio's."""
+    if type(session).__module__ == "unittest.mock":  # which says that it is what it mocks
+        raise UnsupportedSession(
+            "nothing can be added through a mock of a session or a connection: give a real one, whose "
+            "transaction your test rolls back, and look for the task by `apoq.testing.enqueued`"
+        )
     match session:
         case Session():
             return operation(_OrmSession(session))
@@ -103,31 +113,59 @@ def through(
         case psycopg.Connection():
             return operation(_PsycopgConnection(session))
         case AsyncSession():
-            return session.run_sync(lambda sync: operation(_OrmSession(sync)))
+            return _in_turn(session, operation)
         case async_scoped_session():
-            current: AsyncSession = session()
-            return current.run_sync(lambda sync: operation(_OrmSession(sync)))
+            return _in_turn(session(), operation)
         case AsyncConnection():
             return session.run_sync(lambda sync: operation(_CoreConnection(sync)))
         case psycopg.AsyncConnection():
             return greenlet_spawn(operation, _AsyncPsycopgConnection(session))
     raise UnsupportedSession(
-        # Its type only: a URL holds a password.
         "a task is added through a session or a connection, in your transaction, not through "
-        f"{type(session).__qualname__}: "
+        f"{_kind(session)}: "
         "`with Session(engine) as session, session.begin(): queue.add(session, …)`. It may be SQLAlchemy's "
         "Session, scoped_session, AsyncSession, Connection or AsyncConnection, or psycopg 3's Connection or "
         "AsyncConnection. In Django that is `connection.connection`, inside `transaction.atomic()`"
     )
 
 
+async def _in_turn(session: AsyncSession, operation: Callable[[Caller], T]) -> T:
+    # Several at once, as asyncio.gather begins them, would each take the session's first connection.
+    async with session.info.setdefault(_TURN, asyncio.Lock()):
+        return await session.run_sync(lambda sync: operation(_OrmSession(sync)))
+
+
+def bind_of(session: Session) -> Engine | Connection:
+    """Return what a session executes apoq's statements on; `UnsupportedSession` if that isn't one place."""
+    if isinstance(session, ShardedSession):
+        raise UnsupportedSession(
+            "a ShardedSession sends a statement to several shards: give the connection of one, "
+            "`session.connection(bind_arguments={'shard_id': …})`, which is in the session's transaction, or "
+            "a session of its own, `Session(engine_of_the_shard)`"
+        )
+    try:
+        bind = session.get_bind(_MAPPER)
+    except UnboundExecutionError as error:
+        raise UnsupportedSession(NO_ENGINE) from error
+    if not isinstance(bind, Engine | Connection):
+        raise UnsupportedSession(
+            "a session's get_bind must return one Engine or Connection for `apoq.Task`, and that of this "
+            f"{_kind(session)} returned {_kind(bind)}: give a Session(engine), or an AsyncSession(engine) if "
+            "the engine is an AsyncEngine"
+        )
+    return bind
+
+
+def _kind(value: object) -> str:
+    # Its type only: a URL holds a password.
+    kind = type(value)
+    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+
+
 class _OrmSession:
     def __init__(self, session: Session) -> None:
         self._session = session
-        try:
-            self._bind = session.get_bind(_MAPPER)
-        except UnboundExecutionError as error:
-            raise UnsupportedSession(NO_ENGINE) from error
+        self._bind = bind_of(session)
         _check_dialect(self._bind.dialect)
 
     @property
@@ -146,7 +184,9 @@ class _OrmSession:
         return _driver(self._result.context)
 
     def keep(self, task: Task) -> None:
-        self._session.add(task)
+        # In an event such as after_insert, SQLAlchemy warns of objects that are added to the session.
+        if not self._session._warn_on_events:  # noqa: SLF001 - nothing public says that it is flushing
+            self._session.add(task)
 
     def renew(self, mapped: type[Task], row: Row) -> None:
         known = self._session.identity_map.get(identity_key(mapped, row["id"]))

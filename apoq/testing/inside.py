@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from sqlalchemy import Connection
-from sqlalchemy.exc import DBAPIError, UnboundExecutionError
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_session
 from sqlalchemy.orm import Session, scoped_session
 from sqlalchemy.util.concurrency import in_greenlet
@@ -17,7 +17,7 @@ from apoq.databases import check_dialect
 from apoq.errors import NotPrepared, UnsupportedSession
 from apoq.migrations.prepare import missing
 from apoq.model import Task, detached
-from apoq.sessions import NO_ENGINE
+from apoq.sessions import bind_of
 
 TestSession = Session | scoped_session[Session] | Connection
 AsyncTestSession = AsyncSession | async_scoped_session[AsyncSession] | AsyncConnection
@@ -51,10 +51,8 @@ def inside(
 def connection_of(inner: Inner) -> Connection:
     """Answer the connection on which apoq's statements are executed, in a transaction."""
     if isinstance(inner, Session):
-        try:
-            connection = inner.connection(bind_arguments={"mapper": Task})
-        except UnboundExecutionError as error:
-            raise UnsupportedSession(NO_ENGINE) from error
+        bind_of(inner)
+        connection = inner.connection(bind_arguments={"mapper": Task})
     else:
         connection = inner
     check_dialect(connection.dialect)
