@@ -14,6 +14,7 @@ from apoq.cli.finding import BAD, OK, WARNING, Finding
 from apoq.cli.wording import clean, length, tasks
 from apoq.migrations import LATEST, current
 from apoq.migrations.steps import newer
+from apoq.preflight import ROLE, only_adds, problems
 from apoq.statements.claim import CHANGED
 from apoq.statements.count import COUNTED
 from apoq.statements.server import holders, indexes_naming, server, vacuuming
@@ -29,6 +30,18 @@ LATE: Final = 60.0
 
 NAMED: Final = 3
 """Of what is the same, that are named."""
+
+
+def check_role(connection: sa.Connection, schema: str | None) -> Iterator[Finding]:
+    """Look for what keeps this role from working here; one that only adds tasks needn't be able to."""
+    found = problems(connection, schema)
+    if only_adds(connection, schema):
+        grants = "; ".join(problem.fix for problem in found if problem.subject == ROLE)
+        text = "this role can add tasks, and can't work them"
+        yield Finding(WARNING, ROLE, text, f"{grants}, if it is to work them")
+        found = [problem for problem in found if problem.subject != ROLE]
+    for problem in found:
+        yield Finding(BAD, problem.subject, problem.text, problem.fix)
 
 
 def check_version(connection: sa.Connection, schema: str | None) -> Iterator[Finding]:

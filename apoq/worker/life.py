@@ -11,6 +11,7 @@ from sqlalchemy import Engine, select
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.orm import Session
 
+from apoq import preflight
 from apoq.connections import is_away
 from apoq.events import Events
 from apoq.migrations.prepare import check
@@ -44,6 +45,7 @@ class Life:
         self._enlisted = 0
         self._is_started = False
         self._has_entered = False
+        self._has_looked = False
         self._beating = self.parts.loop("apoq-heartbeat", self._beat)
 
     @property
@@ -128,7 +130,7 @@ class Life:
             if self._enlisted == 0:
                 # Fresh each time, so that nothing an earlier life of this worker left behind looks alive.
                 parts.claimer.worker_id = parts.heartbeat.worker_id = uuid4()
-                self._has_entered = False
+                self._has_entered = self._has_looked = False
                 try:
                     self._enter()
                 except BaseException as error:
@@ -158,6 +160,10 @@ class Life:
 
     def _enter(self) -> None:
         with self.parts.engine.begin() as connection:
+            if not self._has_looked:  # it logs, and the database may be away for several of these
+                for schema in self._schemas:
+                    preflight.check(connection, schema)
+                self._has_looked = True
             for schema in self._schemas:
                 check(connection, schema)
         self.parts.heartbeat.enter()
