@@ -28,6 +28,7 @@ from apoq.cli.stats import WIDEST, shown
 from apoq.cli.target import Target
 from apoq.model import ClaimRow, WorkerRow
 from apoq.statements import count
+from apoq.statements.running import LOOKED_AT
 
 SECRET = "s3cr3t"
 TABLES = "ON ALL TABLES IN SCHEMA public TO {role}"
@@ -75,6 +76,17 @@ def enlist(engine) -> Callable[..., object]:
                 **values,
             )
             return connection.scalar(statement.returning(WorkerRow.id))
+
+    return call
+
+
+@pytest.fixture
+def forget_notes(engine) -> Callable[[], None]:
+    """Delete the notes of all claims, as a restore without that table does."""
+
+    def call() -> None:
+        with engine.begin() as connection:
+            connection.execute(sa.delete(ClaimRow))
 
     return call
 
@@ -168,6 +180,26 @@ class TestStats:
             ("web2", False, 1),
         ]
         assert told["orphans"] == 1
+
+    def test_what_runs_without_a_note_is_counted_apart(self, run, add, enlist, forget_notes):
+        add(state="running", worker_id=enlist(seen=timedelta(minutes=20)))
+        add(state="running", worker_id=enlist()), add(state="running", queue="mails")
+        forget_notes()
+        add(state="running", worker_id=enlist(seen=timedelta(minutes=20)))
+
+        told = self.figures(run)
+
+        assert {queue["name"]: queue["running"] for queue in told["queues"]} == {"default": 3, "mails": 1}
+        assert (told["unnoted"], told["orphans"]) == (3, 1)
+        assert "3 tasks running that no claim has noted" in run("stats").output
+
+    def test_it_is_found_behind_no_more_than_a_bounded_number_of_others(self, run, engine, add, forget_notes):
+        add(state="running", process_at=ago(hours=1)), add(state="running", priority=-1)
+        forget_notes()
+        with engine.begin() as connection:
+            Queue().add_many(connection, "t", [{}] * LOOKED_AT)
+
+        assert self.figures(run)["unnoted"] == 1
 
     def test_a_worker_at_work_is_seen(self, run, make_worker):
         worker = make_worker(Queue("mails"), concurrency=3)
@@ -297,6 +329,17 @@ class TestDoctor:
 
         enlist()
         assert self.findings(run)["running"]["level"] == WARNING
+
+    def test_what_runs_without_a_note_is_worth_a_look(self, run, add, enlist, forget_notes):
+        worker = enlist()
+        add(state="running", worker_id=worker)
+        assert "running" not in self.findings(run)
+
+        forget_notes()
+
+        finding = self.findings(run)["running"]
+        assert (finding["level"], "1 task running that no claim" in finding["text"]) == (WARNING, True)
+        assert "wait: a worker takes them back within about 10 min" in finding["cure"]
 
     def test_a_worker_of_another_version_is_worth_a_look(self, run, enlist):
         enlist(version="0.0.9")

@@ -28,6 +28,9 @@ LONG: Final = timedelta(minutes=5)
 LATE: Final = 60.0
 """Seconds that a task may have been due."""
 
+TAKEN_BACK: Final = timedelta(minutes=10)
+"""So long it takes, about, until a worker's slow sweep takes back a running task that no claim has noted."""
+
 NAMED: Final = 3
 """Of what is the same, that are named."""
 
@@ -135,6 +138,10 @@ def check_workers(found: Figures) -> Iterator[Finding]:
             )
         else:
             yield Finding(BAD, "running", text, "start a worker, which takes them over")
+    if found.unnoted:
+        text = f"{tasks(found.unnoted, COUNTED)} running that no claim has noted, as after a partial restore"
+        wait = f"a worker takes them back within about {length(TAKEN_BACK.total_seconds())}"
+        yield Finding(WARNING, "running", text, f"wait: {wait}" if alive else f"start a worker: {wait}")
 
 
 def check_queues(found: Figures) -> Iterator[Finding]:
