@@ -9,7 +9,7 @@ import pty
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from importlib.metadata import version
 from uuid import uuid4
@@ -28,8 +28,10 @@ from apoq.cli.stats import WIDEST, shown
 from apoq.cli.target import Target
 from apoq.model import ClaimRow, WorkerRow
 from apoq.statements import count
+from apoq.statements.running import LOOKED_AT
 
 SECRET = "s3cr3t"
+TABLES = "ON ALL TABLES IN SCHEMA public TO {role}"
 
 
 @pytest.fixture
@@ -76,6 +78,17 @@ def enlist(engine) -> Callable[..., object]:
                 **values,
             )
             return connection.scalar(statement.returning(WorkerRow.id))
+
+    return call
+
+
+@pytest.fixture
+def forget_notes(engine) -> Callable[[], None]:
+    """Delete the notes of all claims, as a restore without that table does."""
+
+    def call() -> None:
+        with engine.begin() as connection:
+            connection.execute(sa.delete(ClaimRow))
 
     return call
 
@@ -170,6 +183,26 @@ class TestStats:
         ]
         assert told["orphans"] == 1
 
+    def test_what_runs_without_a_note_is_counted_apart(self, run, add, enlist, forget_notes):
+        add(state="running", worker_id=enlist(seen=timedelta(minutes=20)))
+        add(state="running", worker_id=enlist()), add(state="running", queue="mails")
+        forget_notes()
+        add(state="running", worker_id=enlist(seen=timedelta(minutes=20)))
+
+        told = self.figures(run)
+
+        assert {queue["name"]: queue["running"] for queue in told["queues"]} == {"default": 3, "mails": 1}
+        assert (told["unnoted"], told["orphans"]) == (3, 1)
+        assert "3 tasks running that no claim has noted" in run("stats").output
+
+    def test_it_is_found_behind_no_more_than_a_bounded_number_of_others(self, run, engine, add, forget_notes):
+        add(state="running", process_at=ago(hours=1)), add(state="running", priority=-1)
+        forget_notes()
+        with engine.begin() as connection:
+            Queue().add_many(connection, "t", [{}] * LOOKED_AT)
+
+        assert self.figures(run)["unnoted"] == 1
+
     def test_a_worker_at_work_is_seen(self, run, make_worker):
         worker = make_worker(Queue("mails"), concurrency=3)
         worker.start()
@@ -240,6 +273,7 @@ class TestDoctor:
             "hints",
             "clock",
             "tables",
+            "rights",
             "vacuum",
             "workers",
             "queues",
@@ -297,6 +331,17 @@ class TestDoctor:
 
         enlist()
         assert self.findings(run)["running"]["level"] == WARNING
+
+    def test_what_runs_without_a_note_is_worth_a_look(self, run, add, enlist, forget_notes):
+        worker = enlist()
+        add(state="running", worker_id=worker)
+        assert "running" not in self.findings(run)
+
+        forget_notes()
+
+        finding = self.findings(run)["running"]
+        assert (finding["level"], "1 task running that no claim" in finding["text"]) == (WARNING, True)
+        assert "wait: a worker takes them back within about 10 min" in finding["cure"]
 
     def test_a_worker_of_another_version_is_worth_a_look(self, run, enlist):
         enlist(version="0.0.9")
@@ -435,19 +480,80 @@ class TestDoctor:
 
         assert (done.exit_code, SECRET in done.output) == (2, False)
 
-    def test_what_this_role_may_not_see_stops_nothing_else(self, run, admin, engine):
+    @pytest.fixture
+    def as_role(self, engine) -> Iterator[tuple[str, str]]:
+        """A role with no rights: its name, and the database's URL for it."""
         role = f"{engine.url.database}_app"
-        with admin.connect() as connection:
+        with engine.begin() as connection:
             connection.exec_driver_sql(f"CREATE ROLE {role} LOGIN PASSWORD '{SECRET}'")
-        try:
-            url = engine.url.set(username=role, password=SECRET).render_as_string(hide_password=False)
-            told = self.findings(run, "--database-url", url)
-        finally:
-            with admin.connect() as connection:
-                connection.exec_driver_sql(f"DROP ROLE {role}")
+        yield role, engine.url.set(username=role, password=SECRET).render_as_string(hide_password=False)
+        with engine.begin() as connection:
+            connection.exec_driver_sql(f"DROP OWNED BY {role}; DROP ROLE {role}")
+
+    def test_what_this_role_may_not_see_stops_nothing_else(self, run, as_role):
+        told = self.findings(run, "--database-url", as_role[1])
 
         assert "couldn't be examined: permission denied" in told["tables"]["text"]
         assert told["hints"]["level"] == OK
+
+    @pytest.mark.parametrize(
+        ("script", "subject", "cure"),
+        [
+            ("", "rights", "GRANT SELECT, UPDATE, DELETE ON public.apoq_tasks TO {role}"),
+            (f"GRANT SELECT {TABLES}", "rights", "GRANT UPDATE, DELETE ON public.apoq_tasks TO {role}"),
+            ("REVOKE USAGE ON SCHEMA public FROM PUBLIC", "schema", "GRANT USAGE ON SCHEMA public TO {role}"),
+            (
+                f"GRANT ALL {TABLES}; ALTER ROLE {{role}} SET default_transaction_read_only = on",
+                "read-only",
+                "ALTER ROLE {role} RESET default_transaction_read_only",
+            ),
+            (
+                f"GRANT ALL {TABLES}; ALTER TABLE apoq_tasks ENABLE ROW LEVEL SECURITY",
+                "row security",
+                "CREATE POLICY apoq_worker ON public.apoq_tasks TO {role} USING (true)",
+            ),
+            (
+                f"CREATE TABLE child () INHERITS (apoq_tasks); GRANT ALL {TABLES}",
+                "table",
+                "ALTER TABLE child NO INHERIT public.apoq_tasks",
+            ),
+        ],
+        ids=["no right at all", "SELECT alone", "no schema", "read-only", "row security", "inherited"],
+    )
+    def test_what_keeps_a_role_from_working_is_to_be_mended(
+        self, run, engine, as_role, script, subject, cure
+    ):
+        role, url = as_role
+        with engine.begin() as connection:
+            connection.exec_driver_sql(script.format(role=role) or "SELECT")
+
+        done = run("doctor", "--database-url", url)
+        found = json.loads(run("doctor", "--json", "--database-url", url).stdout)
+
+        assert done.exit_code == 1
+        cures = [each["cure"] for each in found if (each["subject"], each["level"]) == (subject, BAD)]
+        assert [each for each in cures if each.startswith(cure.format(role=role))]
+        assert [each["subject"] for each in found if each["level"] == BAD] == [subject] * len(cures)
+
+    def test_a_role_that_only_adds_tasks_is_worth_a_look(self, run, engine, as_role):
+        role, url = as_role
+        with engine.begin() as connection:
+            connection.exec_driver_sql(
+                f"GRANT INSERT, SELECT ON apoq_tasks TO {role}; GRANT SELECT ON apoq_migrations TO {role};"
+                f"GRANT USAGE ON SEQUENCE apoq_tasks_id_seq TO {role}"
+            )
+
+        done = run("doctor", "--database-url", url)
+
+        assert done.exit_code == 0, done.output
+        told = self.findings(run, "--database-url", url)["rights"]
+        assert (told["level"], told["text"]) == (WARNING, "this role can add tasks, and can't work them")
+        assert f"GRANT UPDATE, DELETE ON public.apoq_tasks TO {role};" in told["cure"]
+
+    def test_where_there_are_no_tables_no_rights_are_missed(self, run, empty_url):
+        told = self.findings(run, "--database-url", empty_url.render_as_string(hide_password=False))
+
+        assert "rights" not in told
 
 
 class TestDemo:

@@ -205,6 +205,18 @@ class TestList:
 
         assert [row["state"] for row in self.rows(run, "--state", state)] == [state]
 
+    def test_it_finds_what_runs_without_a_note(self, run, engine, add):
+        add(queue="a"), add(queue="b", state="running"), add(queue="c", state="running")
+        with engine.begin() as connection:
+            connection.exec_driver_sql("DELETE FROM apoq_claims")
+        last = add(queue="c", state="running")
+
+        queues = [row["queue"] for row in self.rows(run, "--state", "running")]
+
+        assert queues == ["c", "c", "b"]
+        assert self.ids(run, "--state", "running", "--queue", "b")
+        assert len(self.ids(run, "--state", "running", "--before", str(last))) == 2
+
     def test_people_see_what_a_task_is_about(self, run, add):
         add("send", {"user_id": 7}, process_at=ago(minutes=5))
         add("later", process_at=ago(hours=-3))

@@ -23,11 +23,14 @@ from apoq.cli.table_checks import (
     check_horizon,
     check_indexes,
     check_queues,
+    check_role,
     check_vacuum,
     check_version,
     check_workers,
 )
 from apoq.cli.target import Target
+from apoq.cli.wording import clean
+from apoq.preflight import SCHEMA
 
 _MARKS: Final = {OK: Text("✓", "green"), WARNING: Text("!", "yellow"), BAD: Text("✗", "red bold")}
 
@@ -70,10 +73,16 @@ def examine(target: Target) -> Iterator[Finding]:
     ):
         yield from _examined(target, subject, check)
     yield from _tried("hints", partial(check_way, target.engine))
+    role = list(_examined(target, "rights", partial(check_role, schema=target.schema)))
+    yield from role
+    if any(finding.subject == SCHEMA for finding in role):
+        return  # to this role, there are no tables
     tables = list(_examined(target, "tables", partial(check_version, schema=target.schema)))
     yield from tables
     if any(finding.level != OK for finding in tables):
         return  # there is nothing to look at
+    if not role:
+        yield Finding(OK, "rights", "this role may do what a worker does")
     yield from _examined(target, "vacuum", partial(check_vacuum, schema=target.schema))
     yield from _examined(target, "indexes", partial(check_indexes, schema=target.schema))
     yield from _examined(target, "transactions", check_horizon)
@@ -100,8 +109,8 @@ def _tried(subject: str, check: Callable[[], Iterable[Finding]]) -> Iterator[Fin
     """Examine one thing; where that can't be, such as for want of a privilege, go on with the others."""
     try:
         yield from check()
-    except (sqlalchemy.exc.DBAPIError, psycopg.Error) as error:
-        message = " ".join(str(getattr(error, "orig", None) or error).split())
+    except (Failure, sqlalchemy.exc.DBAPIError, psycopg.Error) as error:
+        message = " ".join(clean(getattr(error, "orig", None) or error).split())
         yield Finding(WARNING, subject, f"couldn't be examined: {message}", "ask as a role that may look")
 
 

@@ -78,7 +78,9 @@ def _explain(cause: Any, url: URL | None) -> Failure | None:
     if is_missing(cause):
         return NotReady(f"{message}: bring apoq's tables up to date with `apoq migrate`")
     if getattr(cause, "sqlstate", None) == _FORBIDDEN:
-        return Failure(f"{message}: use a role that may do that")
+        return Failure(
+            f"{message}: use a role that may do that; `apoq doctor` shows what to grant to a worker"
+        )
     if is_away(cause):
         where = "" if url is None else f" at {shown(url)}"
         return Unreachable(f"the database{where} can't be reached: {message}")

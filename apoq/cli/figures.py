@@ -77,6 +77,8 @@ class Figures:
     workers: list[WorkerFigures]
     orphans: int
     """Running tasks that no live worker holds."""
+    unnoted: int
+    """Running tasks that no claim has noted, so that the usual sweep doesn't find them."""
     rows: int
     """Of the task table, by the planner's estimate; -1 where it has none yet."""
     bytes: int
@@ -114,7 +116,8 @@ def _count(connection: sa.Connection, schema: str | None, *, by_type: bool) -> F
     found = Figures(
         queues=[],
         workers=[_worker(row, running_where("worker_id", row["id"])) for row in seen],
-        orphans=sum(row["number"] for row in running if row["worker_id"] not in alive),
+        orphans=sum(row["number"] for row in running if row["is_noted"] and row["worker_id"] not in alive),
+        unnoted=sum(row["number"] for row in running if not row["is_noted"]),
         has_more_queues=len(names) > QUEUES,
         rows=size["rows"],
         bytes=size["bytes"],

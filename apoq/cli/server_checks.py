@@ -50,13 +50,6 @@ def check_server(connection: sa.Connection) -> Iterator[Finding]:
     """Tell what it is, and whether apoq works there."""
     found = connection.execute(server()).mappings().one()
     yield _flavour(found, connection.engine.url.host or "")
-    if found["is_standby"]:
-        yield Finding(
-            BAD,
-            "standby",
-            "this server is a standby, and can't be written to",
-            "give a URL that leads to the primary; with several hosts in it, target_session_attrs=read-write",
-        )
     encoding = found["server_encoding"]
     if encoding == "UTF8":
         yield Finding(OK, "encoding", "UTF8")

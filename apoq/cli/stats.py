@@ -130,6 +130,8 @@ def _foot(found: Figures) -> Text:
     parts = [(f"{workers} alive", "dim" if alive else "yellow")]
     if found.orphans:
         parts.append((f"{tasks(found.orphans, COUNTED)} running without a live one", "red"))
+    if found.unnoted:
+        parts.append((f"{tasks(found.unnoted, COUNTED)} running that no claim has noted", "red"))
     rows = "" if found.rows < 0 else f"about {tasks(found.rows)} in "
     parts.append((f"the table has {rows}{size(found.bytes)}", "dim"))
     return Text("; ").join(Text(*part) for part in parts)

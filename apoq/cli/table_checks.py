@@ -14,6 +14,7 @@ from apoq.cli.finding import BAD, OK, WARNING, Finding
 from apoq.cli.wording import clean, length, tasks
 from apoq.migrations import LATEST, current
 from apoq.migrations.steps import newer
+from apoq.preflight import ROLE, only_adds, problems
 from apoq.statements.claim import CHANGED
 from apoq.statements.count import COUNTED
 from apoq.statements.server import holders, indexes_naming, server, vacuuming
@@ -27,8 +28,23 @@ LONG: Final = timedelta(minutes=5)
 LATE: Final = 60.0
 """Seconds that a task may have been due."""
 
+TAKEN_BACK: Final = timedelta(minutes=10)
+"""So long it takes, about, until a worker's slow sweep takes back a running task that no claim has noted."""
+
 NAMED: Final = 3
 """Of what is the same, that are named."""
+
+
+def check_role(connection: sa.Connection, schema: str | None) -> Iterator[Finding]:
+    """Look for what keeps this role from working here; one that only adds tasks needn't be able to."""
+    found = problems(connection, schema)
+    if only_adds(connection, schema):
+        grants = "; ".join(problem.fix for problem in found if problem.subject == ROLE)
+        text = "this role can add tasks, and can't work them"
+        yield Finding(WARNING, ROLE, text, f"{grants}, if it is to work them")
+        found = [problem for problem in found if problem.subject != ROLE]
+    for problem in found:
+        yield Finding(BAD, problem.subject, problem.text, problem.fix)
 
 
 def check_version(connection: sa.Connection, schema: str | None) -> Iterator[Finding]:
@@ -122,6 +138,10 @@ def check_workers(found: Figures) -> Iterator[Finding]:
             )
         else:
             yield Finding(BAD, "running", text, "start a worker, which takes them over")
+    if found.unnoted:
+        text = f"{tasks(found.unnoted, COUNTED)} running that no claim has noted, as after a partial restore"
+        wait = f"a worker takes them back within about {length(TAKEN_BACK.total_seconds())}"
+        yield Finding(WARNING, "running", text, f"wait: {wait}" if alive else f"start a worker: {wait}")
 
 
 def check_queues(found: Figures) -> Iterator[Finding]:

@@ -9,6 +9,7 @@ import sqlalchemy as sa
 
 from apoq.errors import NotPrepared
 from apoq.migrations import v0001
+from apoq.preflight import check_schema
 
 if TYPE_CHECKING:
     from alembic.operations import Operations
@@ -47,6 +48,8 @@ def upgrade(op: Operations | ModuleType, *, version: int = LATEST, schema: str |
         lock(connection)
         adopt(connection, schema)
         start = current(connection, schema)
+        if start < version:
+            check_schema(connection, schema)
     if start >= version:
         return
     for step in range(start + 1, version + 1):

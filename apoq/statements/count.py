@@ -33,7 +33,8 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import INTERVAL
 
 from apoq.model import tasks_table, workers_table
-from apoq.statements.states import ended_as, is_pending, is_running
+from apoq.statements.running import is_noted, is_running, open_queues
+from apoq.statements.states import ended_as, is_pending
 from apoq.statements.survey import pending_priorities
 from apoq.states import CANCELLED, COMPLETED, FAILED
 
@@ -48,15 +49,13 @@ _AT_MOST: Final = bindparam("at_most", type_=BigInteger)
 def queues(schema: str | None) -> Select[*tuple[Any, ...]]:
     """Answer the names of queues that have tasks or workers, `at_most` so many, in the order of the alphabet.
 
-    By one look into an index for each queue, however many tasks it has, and a look at what is running.
+    By one look into an index for each queue, however many tasks it has.
     """
     tasks, workers = tasks_table(schema), workers_table(schema)
-    running = select(tasks.c.queue).where(is_running(schema, tasks)).limit(COUNTED).subquery("running")
     found = union(
-        _names(schema, "pending", is_pending(tasks)),
+        select(open_queues(schema).c.queue).limit(_AT_MOST).subquery().select(),
         _names(schema, "completed", ended_as(tasks, COMPLETED)),
         _names(schema, "ended", ended_as(tasks, FAILED, CANCELLED)),
-        select(running.c.queue),
         select(func.unnest(workers.c.queues, type_=Text)),
     ).subquery("found")
     name: ColumnElement[str] = found.c[0]
@@ -139,10 +138,13 @@ def count_types(schema: str | None) -> Select[*tuple[Any, ...]]:
 
 @cache
 def count_running(schema: str | None) -> Select[*tuple[Any, ...]]:
-    """Count what is running by queue, type and worker, up to one more than `COUNTED` in all."""
+    """Count what is running by queue, type and worker, up to one more than `COUNTED` in all.
+
+    And by whether a claim has noted it.
+    """
     tasks = tasks_table(schema)
     held = (
-        select(tasks.c.queue, tasks.c.type, tasks.c.worker_id)
+        select(tasks.c.queue, tasks.c.type, tasks.c.worker_id, is_noted(schema, tasks).label("is_noted"))
         .where(is_running(schema, tasks))
         .limit(COUNTED + 1)
         .subquery("held")

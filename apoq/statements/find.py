@@ -23,7 +23,7 @@ from sqlalchemy.dialects.postgresql import TIMESTAMP
 
 from apoq.model import tasks_table
 from apoq.statements.arrays import bigints
-from apoq.statements.states import in_state
+from apoq.statements.running import in_state
 
 LOOKED_AT: Final = 100_000
 """Tasks that `find` looks at, at most, for no index knows of types and of when tasks were added."""

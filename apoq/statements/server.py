@@ -8,7 +8,6 @@ from typing import Any
 
 from sqlalchemy import (
     BigInteger,
-    Boolean,
     ColumnClause,
     Double,
     Integer,
@@ -69,7 +68,6 @@ def server() -> Select[*tuple[Any, ...]]:
     """Answer what the server is, and its settings for this session; null for one that it doesn't have."""
     return select(
         func.version(type_=Text).label("version"),
-        func.pg_is_in_recovery(type_=Boolean).label("is_standby"),
         *(func.current_setting(name, True, type_=Text).label(name) for name in _SETTINGS),
     )
 

@@ -12,6 +12,7 @@ from sqlalchemy import Engine, select
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.orm import Session
 
+from apoq import preflight
 from apoq.connections import is_away
 from apoq.errors import NotPrepared
 from apoq.events import Events
@@ -53,6 +54,8 @@ class Life:
         self._has_entered = False
         self._begins_later = False
         """Whether the heartbeat's thread starts the others: when the database, and each thread, is there."""
+        self._looked_at: set[str | None] = set()
+        """The schemas of which the log has what is in a worker's way there."""
         self._beating = self.parts.loop("apoq-heartbeat", self._beat)
 
     @property
@@ -152,6 +155,7 @@ class Life:
             # Fresh each time, so that nothing an earlier life of this worker left behind looks alive.
             parts.claimer.worker_id = parts.heartbeat.worker_id = uuid4()
             self._has_entered = False
+            self._looked_at.clear()
             try:
                 try:
                     self._enter()
@@ -182,22 +186,31 @@ class Life:
                 parts.dispose()
 
     def _enter(self) -> None:
-        refused: list[NotPrepared] = []
-        for schema in self._schemas:
-            with self.parts.engine.begin() as connection:
-                try:
-                    check(connection, schema)
-                except NotPrepared as error:
-                    refused.append(error)
+        refused = [error for schema in self._schemas if (error := self._refused(schema)) is not None]
         if len(refused) == len(self._schemas):
             raise refused[0]
-        for reason in refused:
+        for error in refused:
             # A tenant's schema may have been dropped.
-            logger.error("%s; until then, this worker does without these queues", reason)
+            logger.error("%s; until then, this worker does without the queues there", error)
         self.parts.heartbeat.enter()
         # Before the first claim, which wouldn't know of priorities otherwise.
         self.parts.scout.survey()
         self._has_entered = True
+
+    def _refused(self, schema: str | None) -> NotPrepared | None:
+        """Log what is in a worker's way in a schema; return the error if the tables there aren't this library's.
+
+        Raises `UnsupportedDatabase` if no worker may work on them.
+        """
+        with self.parts.engine.begin() as connection:
+            if schema not in self._looked_at:  # the database may be away for several of these
+                preflight.check(connection, schema)
+                self._looked_at.add(schema)
+            try:
+                check(connection, schema)
+            except NotPrepared as error:
+                return error
+        return None
 
     def _end(self, patience: float | None) -> None:
         if self._begins_later:

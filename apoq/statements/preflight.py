@@ -1,0 +1,116 @@
+"""Look at what keeps a role, a session or a table from being worked.
+
+From PostgreSQL's catalogues alone, which every role may read: a role without rights has to be told which ones
+it lacks.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+from sqlalchemy import Text, TextClause, bindparam, text
+from sqlalchemy.dialects.postgresql import ARRAY
+
+
+@cache
+def session() -> TextClause:
+    """Return the roles and the database of this session, quoted, and whether and why it can't write.
+
+    `read_only_source` is where `default_transaction_read_only` is set, in the words of `pg_settings`.
+    """
+    return text("""
+        SELECT quote_ident(current_user) AS role,
+               quote_ident(session_user) AS login,
+               quote_ident(current_database()) AS database,
+               pg_is_in_recovery() AS is_standby,
+               current_setting('transaction_read_only') = 'on' AS is_read_only,
+               CASE setting WHEN 'on' THEN source END AS read_only_source
+        FROM pg_catalog.pg_settings WHERE name = 'default_transaction_read_only'
+    """)
+
+
+@cache
+def tables() -> TextClause:
+    """Return what each of the tables `names` is, and what this role may do with it.
+
+    In the schema `schema`, or, where that is null, in the first of the search_path that has it.
+    """
+    return text("""
+        SELECT DISTINCT ON (relname)
+               relname AS name,
+               format('%I.%I', nspname, relname) AS qualified,
+               quote_ident(nspname) AS schema,
+               CAST(tables.oid AS bigint) AS oid,
+               CAST(relkind AS text) AS kind,
+               (SELECT CAST(CAST(inhparent AS regclass) AS text)
+                FROM pg_catalog.pg_inherits WHERE inhrelid = tables.oid LIMIT 1) AS parent,
+               relispartition AS is_partition,
+               ARRAY(SELECT CAST(CAST(inhrelid AS regclass) AS text)
+                     FROM pg_catalog.pg_inherits WHERE inhparent = tables.oid) AS children,
+               has_schema_privilege(schemas.oid, 'USAGE') AS is_reachable,
+               ARRAY(SELECT privilege FROM unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) AS privilege
+                     WHERE has_table_privilege(tables.oid, privilege)) AS rights,
+               has_any_column_privilege(tables.oid, 'INSERT')
+                   AND has_any_column_privilege(tables.oid, 'SELECT')
+                   AND NOT EXISTS (
+                       SELECT FROM pg_catalog.pg_depend
+                       JOIN pg_catalog.pg_class AS owned ON owned.oid = objid
+                       WHERE classid = CAST('pg_catalog.pg_class' AS regclass) AND refclassid = classid
+                         AND refobjid = tables.oid
+                         AND CASE owned.relkind WHEN 'S' THEN NOT has_sequence_privilege(objid, 'USAGE') END
+                   ) AS may_insert,
+               -- A policy for all commands that lets everything through is as good as none, unless a
+               -- restrictive one stands beside it.
+               row_security_active(tables.oid) AND NOT coalesce((
+                   SELECT bool_and(polpermissive)
+                          AND bool_or(polcmd = '*' AND pg_get_expr(polqual, polrelid) = 'true'
+                                      AND coalesce(pg_get_expr(polwithcheck, polrelid), 'true') = 'true')
+                   FROM pg_catalog.pg_policy
+                   WHERE polrelid = tables.oid
+                     AND EXISTS (SELECT FROM unnest(polroles) AS of_role
+                                 WHERE CASE of_role WHEN 0 THEN true ELSE pg_has_role(of_role, 'USAGE') END)
+               ), false) AS is_guarded,
+               to_regclass('pg_catalog.pg_dist_partition') IS NOT NULL AS has_citus
+        FROM pg_catalog.pg_class AS tables
+        JOIN pg_catalog.pg_namespace AS schemas ON schemas.oid = relnamespace
+        WHERE relname = ANY (:names) AND relkind IN ('r', 'p', 'v', 'm', 'f')
+          AND CASE
+              WHEN CAST(:schema AS text) IS NOT NULL THEN nspname = :schema
+              WHEN has_schema_privilege(schemas.oid, 'USAGE') THEN pg_table_is_visible(tables.oid)
+              -- PostgreSQL passes over it in the search_path, because this role may not use it.
+              ELSE strpos(
+                  ',' || replace(current_setting('search_path'), ' ', '') || ',',
+                  ',' || quote_ident(nspname) || ','
+              ) > 0
+          END
+        ORDER BY relname, is_reachable DESC
+    """).bindparams(bindparam("names", type_=ARRAY(Text)), bindparam("schema", type_=Text))
+
+
+@cache
+def citus_method() -> TextClause:
+    """Return how Citus distributes the table `oid`, such as 'n' in a sharded schema; only on Citus."""
+    return text("""
+        SELECT CAST(partmethod AS text) FROM pg_catalog.pg_dist_partition
+        WHERE CAST(logicalrelid AS oid) = CAST(:oid AS oid)
+    """)
+
+
+@cache
+def citus_schemas() -> TextClause:
+    """Return what Citus does with schemas: `has_citus`, `shards_new` ones; and the schema's name and oid."""
+    return text("""
+        SELECT to_regclass('pg_catalog.pg_dist_schema') IS NOT NULL AS has_citus,
+               coalesce(current_setting('citus.enable_schema_based_sharding', true), '') = 'on' AS shards_new,
+               coalesce(CAST(:schema AS text), current_schema()) AS name,
+               (SELECT CAST(oid AS bigint) FROM pg_catalog.pg_namespace
+                WHERE nspname = coalesce(CAST(:schema AS text), current_schema())) AS oid
+    """)
+
+
+@cache
+def citus_shards() -> TextClause:
+    """Return whether Citus shards the schema `oid`; only on Citus."""
+    return text("""
+        SELECT EXISTS (SELECT FROM pg_catalog.pg_dist_schema WHERE CAST(schemaid AS oid) = CAST(:oid AS oid))
+    """)
