@@ -18,7 +18,7 @@ from apoq.worker.completion import Completion
 from apoq.worker.contexts import Apart
 from apoq.worker.coroutines import CLEAN_UP
 from apoq.worker.deadlines import Deadlines
-from apoq.worker.loop import brief
+from apoq.worker.failures import brief
 from apoq.worker.running import RECALLED, AnyRunningTask, AsyncRunningTask, RunningTask
 from apoq.worker.task_sessions import TaskSession, could_not_connect
 

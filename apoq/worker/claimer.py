@@ -18,6 +18,7 @@ from sqlalchemy.pool import PoolProxiedConnection
 
 from apoq.connections import STATEMENT_TIMEOUT, execute, is_away, is_caused_by_a_row
 from apoq.libpq import written
+from apoq.model import ClaimRow
 from apoq.outcomes import WorkerDied
 from apoq.payload import encode
 from apoq.queue import Queue
@@ -306,7 +307,13 @@ class Claimer:
             try:
                 found = self._execute(source, at_most, free, bytes_ahead, where)
             except DatabaseError as error:
-                if not is_caused_by_a_row(error) or not self._narrow(source, at_most, free, error):
+                # The note of a claim is written with it, and is no task's row.
+                is_of_note = error.diag.table_name == ClaimRow.__tablename__
+                if (
+                    is_of_note
+                    or not is_caused_by_a_row(error)
+                    or not self._narrow(source, at_most, free, error)
+                ):
                     raise
             else:
                 source.at_most = min(MOST_AT_ONCE, 2 * source.at_most)

@@ -198,7 +198,7 @@ class Life:
         self._has_entered = True
 
     def _refused(self, schema: str | None) -> NotPrepared | None:
-        """Log what is in a worker's way in a schema; return the error if the tables there aren't this library's.
+        """Log what is in a worker's way in a schema; return the error if its tables aren't this library's.
 
         Raises `UnsupportedDatabase` if no worker may work on them.
         """
