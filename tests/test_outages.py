@@ -326,7 +326,7 @@ def test_it_is_not_healthy_while_every_claim_fails(engine, queue, make_worker, m
     add(engine, queue)
 
     until(lambda: not worker.healthy())
-    assert worker._life.parts.heartbeat.lease.is_held
+    assert worker._life.parts.heartbeat.leases[None].is_held
     assert "apoq-claimer failed, and is tried again until it succeeds" in caplog.text
 
     with engine.begin() as connection:
