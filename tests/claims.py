@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 import sqlalchemy as sa
 
 from apoq import Worker
 from apoq.model import claims_table
+from apoq.worker.lease import Lease
 
 AHEAD = {"free": 0, "bytes_ahead": 10**9, "longest_data": 10**6}
 """What a claim for slots that are all busy asks for, beside its queue, its types and how many tasks."""
@@ -27,6 +29,13 @@ def hold_up(connection: sa.Connection, worker: Worker, schema: str | None = None
     worker_id = worker._life.parts.claimer.worker_id
     notes = [{"worker_id": worker_id, "number": number, "task_ids": []} for number in range(1_000)]
     connection.execute(sa.insert(claims_table(schema)), notes)
+
+
+def held_leases() -> dict[str | None, Lease]:
+    """Return the leases of a worker of the default schema, which don't end."""
+    lease = Lease(math.inf, 0)
+    lease.renew(time.monotonic())
+    return {None: lease}
 
 
 def hold_lease(worker: Worker) -> None:

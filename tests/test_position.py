@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 import sqlalchemy as sa
-from claims import AHEAD
+from claims import AHEAD, held_leases
 from sqlalchemy.orm import Session
 
 from apoq import Queue
@@ -109,7 +109,9 @@ class TestPosition:
 def test_a_survey_that_had_to_wait_for_the_server_once_does_not_silence_the_scout(own, engine):
     registry = Registry()
     registry.use("t", make_processor("t", print))
-    scout = Scout(own, {Queue(): Position()}, registry, Outage(), poll_interval=0.1, on_due=lambda: None)
+    scout = Scout(
+        own, {Queue(): Position()}, registry, held_leases(), Outage(), poll_interval=0.1, on_due=lambda: None
+    )
     scout.survey()
     with engine.begin() as connection:
         connection.execute(sa.text("LOCK apoq_tasks"))

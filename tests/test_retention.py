@@ -7,6 +7,7 @@ from datetime import timedelta
 
 import pytest
 import sqlalchemy as sa
+from claims import held_leases
 from sqlalchemy.orm import Session
 
 from apoq import Cancel, Queue, RunningTask, Task
@@ -46,7 +47,7 @@ def prune(
     own = own_engine(engine)
     try:
         return Pruner(
-            own, queues or (Queue(),), Outage(), keep_completed=completed, keep_failed=failed
+            own, queues or (Queue(),), held_leases(), Outage(), keep_completed=completed, keep_failed=failed
         ).prune()
     finally:
         own.dispose()
@@ -138,7 +139,7 @@ def test_what_a_row_of_the_applications_points_at_stays_and_nothing_else_with_it
     with engine.begin() as connection:
         connection.execute(sa.text("INSERT INTO mails VALUES (:a), (:b)"), {"a": ids[0], "b": ids[7]})
     own = own_engine(engine)
-    pruner = Pruner(own, (Queue(),), Outage(), keep_completed=DAY, keep_failed=DAY)
+    pruner = Pruner(own, (Queue(),), held_leases(), Outage(), keep_completed=DAY, keep_failed=DAY)
 
     for _ in range(2):  # and again, a minute later
         turns = 0

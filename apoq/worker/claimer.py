@@ -136,7 +136,7 @@ class Claimer:
     ) -> None:
         self._engine = engine
         self._sources = [_Source(queue, positions[queue], leases[queue.schema]) for queue in queues]
-        self._schemas = tuple(leases)
+        self._leases = leases
         self._claiming: Isolation[_Source] = Isolation(
             lambda source: f"the claim from {source.queue!r}", outage
         )
@@ -386,15 +386,18 @@ class Claimer:
 
     def _forget_settled(self, connection: PoolProxiedConnection | None = None) -> None:
         """Delete the notes that are no longer needed, some time: no task waits for that."""
-        for schema in self._schemas:
+        for schema in self._schemas():
             if done := self._notes.done(schema):
                 forget = partial(self._forget, schema, done, connection or self._engine)
-                self._tidying.call(schema, self._schemas, forget, None)
+                self._tidying.call(schema, self._schemas(), forget, None)
 
     def _forget(self, schema: str | None, done: list[int], where: Engine | PoolProxiedConnection) -> None:
         parameters = {"by_worker": self.worker_id, "done": array_text(done)}
         execute(where, forget_settled(schema), parameters)
         self._notes.forgotten(schema, done)
+
+    def _schemas(self) -> list[str | None]:
+        return [schema for schema, lease in self._leases.items() if lease.is_held]
 
     def _rotated(self) -> list[_Source]:
         # Each queue comes first in its turn, so that none starves behind a full one.
@@ -410,9 +413,10 @@ class Claimer:
         if self._doubt_ends is None:
             return
         self._looked_at = time.monotonic()
-        is_over = self._looked_at >= self._doubt_ends
-        for schema in self._schemas:
-            is_over &= self._tidying.call(schema, self._schemas, partial(self._give_back, schema), True)
+        schemas = self._schemas()
+        is_over = bool(schemas) and self._looked_at >= self._doubt_ends
+        for schema in schemas:
+            is_over &= self._tidying.call(schema, schemas, partial(self._give_back, schema), True)
         if is_over:
             self._doubt_ends = None
 

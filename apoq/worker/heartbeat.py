@@ -234,8 +234,8 @@ class Heartbeat:
         """Remove the rows of workers that died long ago."""
         self._forgets_at = time.monotonic() + FORGOTTEN_AFTER.total_seconds() / 10
         for presence in self._presences:
-            if not self._isolation.is_failing(presence):
-                self._execute(forget(presence.schema), {"keep": FORGOTTEN_AFTER})
+            its_schema = partial(self._execute, forget(presence.schema), {"keep": FORGOTTEN_AFTER})
+            self._isolation.call(presence, self._presences, its_schema, None)
 
     def dispose(self) -> None:
         """Close its connection."""

@@ -130,6 +130,7 @@ class Parts:
             self.engine,
             positions,
             registry,
+            self.heartbeat.leases,
             self.outage,
             poll_interval=options.poll_interval.total_seconds(),
             on_due=self.hint,
@@ -167,13 +168,14 @@ class Parts:
         pruner = Pruner(
             self.engine,
             queues,
+            self.heartbeat.leases,
             self.outage,
             keep_completed=options.keep_completed,
             keep_failed=options.keep_failed,
         )
         sweep = Sweep(
             self.engine,
-            self._schemas,
+            self.heartbeat.leases,
             self.outage,
             grace=options.lease.total_seconds() / BEATS * GRACE,
             on_rescued=self.hint,

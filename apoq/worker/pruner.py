@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import time
+from collections.abc import Mapping
 from datetime import timedelta
 from functools import partial
 from typing import Final
@@ -17,6 +18,7 @@ from apoq.queue import Queue
 from apoq.statements.prune import prune_completed, prune_failed
 from apoq.worker.failures import Outage
 from apoq.worker.isolation import Isolation
+from apoq.worker.lease import Lease
 from apoq.worker.narrowing import Narrowing
 
 logger = logging.getLogger(__name__)
@@ -77,6 +79,7 @@ class Pruner:
         self,
         engine: Engine,
         queues: tuple[Queue, ...],
+        leases: Mapping[str | None, Lease],
         outage: Outage,
         *,
         keep_completed: timedelta | None,
@@ -85,7 +88,7 @@ class Pruner:
         self._engine = engine
         self._isolation: Isolation[Rule] = Isolation(str, outage)
         self._rules = [
-            Rule(prune(queue.schema), queue.name, keep)
+            (leases[queue.schema], Rule(prune(queue.schema), queue.name, keep))
             for queue in queues
             for prune, keep in ((prune_completed, keep_completed), (prune_failed, keep_failed))
             if keep is not None
@@ -101,6 +104,7 @@ class Pruner:
     def prune(self) -> bool:
         """Delete a batch of each kind; tell whether there may be more."""
         more = False
-        for rule in self._rules:
-            more |= self._isolation.call(rule, self._rules, partial(rule.prune, self._engine), False)
+        rules = [rule for lease, rule in self._rules if lease.is_held]
+        for rule in rules:
+            more |= self._isolation.call(rule, rules, partial(rule.prune, self._engine), False)
         return more

@@ -6,7 +6,7 @@ import math
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Final
 
@@ -19,6 +19,7 @@ from apoq.statements.arrays import array_text
 from apoq.statements.survey import survey
 from apoq.worker.failures import Outage
 from apoq.worker.isolation import Isolation
+from apoq.worker.lease import Lease
 from apoq.worker.position import MOST_LEVELS, Position
 
 REST: Final = 20
@@ -42,6 +43,7 @@ class Scout:
         engine: Engine,
         positions: dict[Queue, Position],
         registry: Registry,
+        leases: Mapping[str | None, Lease],
         outage: Outage,
         *,
         poll_interval: float,
@@ -50,6 +52,7 @@ class Scout:
         self._engine = engine
         self._positions = positions
         self._registry = registry
+        self._leases = leases
         self._poll_interval = poll_interval
         self._on_due = on_due
         self._isolation: Isolation[Queue] = Isolation(lambda queue: f"the survey of {queue!r}", outage)
@@ -89,7 +92,11 @@ class Scout:
         `known`: look only into the priorities that are known.
         """
         began = time.monotonic()
-        queues = [queue for queue in self._positions if self._registry.of(queue)]
+        queues = [
+            queue
+            for queue in self._positions
+            if self._registry.of(queue) and self._leases[queue.schema].is_held
+        ]
         due_in = min(
             (
                 self._isolation.call(queue, queues, partial(self._survey_one, queue, known=known), math.inf)

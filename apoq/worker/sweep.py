@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
@@ -19,6 +19,7 @@ from apoq.statements.unnoted import next_level, unnoted
 from apoq.worker.failures import Outage
 from apoq.worker.heartbeat import REASON
 from apoq.worker.isolation import Isolation
+from apoq.worker.lease import Lease
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ class Sweep:
     def __init__(
         self,
         engine: Engine,
-        schemas: tuple[str | None, ...],
+        leases: Mapping[str | None, Lease],
         outage: Outage,
         *,
         grace: float,
@@ -73,7 +74,8 @@ class Sweep:
     ) -> None:
         """`grace`: seconds between two passes, at least."""
         self._engine = engine
-        self._passes = {schema: _Pass() for schema in schemas}
+        self._leases = leases
+        self._passes = {schema: _Pass() for schema in leases}
         self._isolation: Isolation[str | None] = Isolation(_describe, outage)
         self._grace = grace
         self._on_rescued = on_rescued
@@ -82,7 +84,7 @@ class Sweep:
     def turn(self) -> float | None:
         """Walk on for a while; return when to go on."""
         began = time.monotonic()
-        schemas = tuple(self._passes)
+        schemas = [schema for schema, lease in self._leases.items() if lease.is_held]
         is_over = True
         for schema in schemas:
             is_over &= self._isolation.call(schema, schemas, partial(self._walk, schema), True)
@@ -128,9 +130,7 @@ class Sweep:
         ids, tokens = zip(*tasks, strict=True)
         parameters = {"ids": array_text(ids), "tokens": array_text(tokens), "reason": REASON}
         if rescued := execute(self._engine, rescue_unnoted(schema), parameters).rowcount:
-            logger.warning(
-                "%d tasks were running although no worker had them, and are pending again", rescued
-            )
+            logger.warning("running tasks that no worker had are pending again: %d", rescued)
             self._on_rescued()
 
 

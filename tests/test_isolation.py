@@ -1,0 +1,187 @@
+"""One queue or schema that fails doesn't hold up the others."""
+
+from __future__ import annotations
+
+import logging
+import time
+from functools import partial
+
+import pytest
+import sqlalchemy as sa
+from psycopg import OperationalError
+from sqlalchemy.orm import Session
+from waiting import patience
+
+from apoq import Queue, Task, Worker, prepare
+from apoq.errors import NotPrepared
+from apoq.worker.failures import Outage
+from apoq.worker.isolation import Isolation
+
+SOON = 20.0
+
+until = patience(SOON)
+
+
+@pytest.fixture
+def isolation() -> Isolation[str]:
+    return Isolation("the work for {}".format, Outage())
+
+
+def fail() -> str:
+    raise LookupError("no such thing")
+
+
+class TestIsolation:
+    def test_the_result_is_passed_on(self, isolation):
+        assert isolation.call("a", "ab", lambda: "result", "otherwise") == "result"
+
+    def test_a_key_that_fails_is_left_out_for_a_while_and_logged_once(self, isolation, caplog):
+        calls = []
+
+        assert isolation.call("a", "ab", fail, "otherwise") == "otherwise"
+        assert isolation.call("a", "ab", lambda: calls.append(1) or "result", "otherwise") == "otherwise"
+
+        assert calls == []
+        assert isolation.is_failing("a")
+        assert not isolation.is_failing("b")
+        assert caplog.messages == [
+            "the work for a failed, and is tried again until it succeeds: no such thing"
+        ]
+
+    def test_it_is_tried_again(self, isolation, caplog):
+        isolation.call("a", "ab", fail, "otherwise")
+
+        until(lambda: isolation.call("a", "ab", lambda: "result", "otherwise") == "result")
+
+        assert not isolation.is_failing("a")
+        assert "the work for a works again" in caplog.text
+
+    def test_if_all_fail_the_caller_is_told(self, isolation):
+        isolation.call("a", "ab", fail, "otherwise")
+
+        with pytest.raises(LookupError):
+            isolation.call("b", "ab", fail, "otherwise")
+
+    def test_a_single_key_is_never_left_out(self, isolation):
+        for _ in range(2):
+            with pytest.raises(LookupError):
+                isolation.call("a", "a", fail, "otherwise")
+
+    def test_if_the_database_is_away_it_is_for_all(self, isolation):
+        def away() -> str:
+            raise OperationalError("no route")
+
+        with pytest.raises(OperationalError):
+            isolation.call("a", "ab", away, "otherwise")
+        assert not isolation.is_failing("a")
+
+
+class TestASchemaThatIsGone:
+    """A tenant's, which was dropped beside a worker that works it and others."""
+
+    @pytest.fixture
+    def queues(self, engine) -> list[Queue]:
+        for schema in ("here", "gone"):
+            prepare(engine, schema=schema)
+        return [Queue(), Queue(schema="here"), Queue(schema="gone")]
+
+    @pytest.fixture
+    def worker(self, make_worker, queues) -> Worker:
+        worker = make_worker(*queues)
+        worker.use("t", lambda task: None)
+        worker.start()
+        until(worker.healthy)
+        return worker
+
+    def add(self, engine: sa.Engine, *queues: Queue) -> None:
+        with Session(engine) as session, session.begin():
+            for queue in queues:
+                queue.add(session, "t")
+
+    def ended(self, engine: sa.Engine, queue: Queue) -> int:
+        with Session(engine) as session:
+            task = queue.task_class
+            return session.scalar(sa.select(sa.func.count()).where(task.state == "completed"))
+
+    def drop(self, engine: sa.Engine) -> None:
+        with engine.begin() as connection:
+            connection.exec_driver_sql("DROP SCHEMA gone CASCADE")
+
+    def test_stops_neither_the_others_nor_their_leases(self, engine, queues, worker, caplog):
+        default, here, _ = queues
+        self.drop(engine)
+        lease = worker._life.parts.heartbeat.leases["gone"]
+        until(lambda: not lease.is_held)  # it has been gone for longer than the grace
+
+        waits = []
+        for number in range(20):
+            began = time.monotonic()
+            self.add(engine, default, here)
+            until(lambda number=number: self.ended(engine, default) == self.ended(engine, here) == number + 1)
+            waits.append(time.monotonic() - began)
+
+        assert sorted(waits)[10] < 0.5
+        assert worker.healthy()
+        failed = [message for message in caplog.messages if "'gone'" in message and "failed" in message]
+        assert len(failed) <= 8  # each part of the worker once, and the heartbeat again
+
+    def test_is_worked_again_when_it_is_there_again(self, engine, queues, worker):
+        *_, gone = queues
+        self.drop(engine)
+        until(lambda: not worker._life.parts.heartbeat.leases["gone"].is_held)
+
+        prepare(engine, schema="gone")
+        self.add(engine, gone)
+
+        until(lambda: self.ended(engine, gone) == 1)
+
+    def test_is_done_without_at_the_start(self, engine, queues, make_worker, caplog):
+        default, *_ = queues
+        self.drop(engine)
+        worker = make_worker(*queues)
+        worker.use("t", lambda task: None)
+
+        with caplog.at_level(logging.ERROR, "apoq"):
+            worker.start()
+
+        self.add(engine, default)
+        until(lambda: self.ended(engine, default) == 1)
+        assert "`apoq migrate --schema gone`" in caplog.text
+        assert "this worker does without the queues there" in caplog.text
+
+    def test_if_none_is_there_a_worker_does_not_start(self, engine, make_worker):
+        with pytest.raises(NotPrepared):
+            make_worker(Queue(schema="nowhere"), Queue(schema="neither")).start()
+
+
+def test_a_queue_whose_claim_the_server_refuses_delays_no_other(engine, make_worker):
+    """Row-level security, a trigger or a lost right may concern one queue alone."""
+    bad, good = Queue("bad"), Queue("good")
+    with engine.begin() as connection:
+        connection.exec_driver_sql(
+            """
+            CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql
+            AS $$ BEGIN RAISE insufficient_privilege; END $$;
+            CREATE TRIGGER refuse BEFORE UPDATE ON apoq_tasks FOR EACH ROW
+            WHEN (NEW.queue = 'bad' AND NEW.state = 'running') EXECUTE FUNCTION refuse()
+            """
+        )
+    worker = make_worker(bad, good)
+    worker.use("t", lambda task: None)
+    worker.start()
+    with Session(engine) as session, session.begin():
+        bad.add(session, "t")
+
+    for _ in range(10):
+        began = time.monotonic()
+        with Session(engine) as session, session.begin():
+            task_id = good.add(session, "t").id
+        until(partial(is_completed, engine, task_id))
+        assert time.monotonic() - began < 2
+
+    assert worker.healthy()
+
+
+def is_completed(engine: sa.Engine, task_id: int) -> bool:
+    with Session(engine) as session:
+        return session.get_one(Task, task_id).state == "completed"
