@@ -160,7 +160,7 @@ def _encoded(connection: psycopg.Connection[Any], text: str) -> bytes:
 @cache
 def _codec(encoding: bytes | None) -> str | None:
     """Return Python's codec of a database's encoding; None if that takes any text, or Python has none."""
-    if encoding is None or encoding in {b"UTF8", b"SQL_ASCII"}:
+    if encoding is None or encoding == b"UTF8":
         return None
     try:
         return pg2pyenc(encoding)

@@ -13,7 +13,6 @@ from typing import Any, Final
 
 from psycopg import DataError
 from psycopg.abc import AdaptContext
-from psycopg.pq import Format
 from psycopg.types.datetime import (
     IntervalBinaryLoader,
     IntervalLoader,
@@ -21,7 +20,6 @@ from psycopg.types.datetime import (
     TimestamptzLoader,
 )
 from psycopg.types.json import set_json_loads
-from psycopg.types.string import TextLoader
 
 _decoder = json.JSONDecoder()
 
@@ -41,10 +39,6 @@ def read_anything(reader: AdaptContext) -> None:
     for type_, loaders in _LOADERS.items():
         for loader in loaders:
             adapters.register_loader(type_, loader)
-    if _is_unchecked(reader):
-        for type_ in ("text", "varchar"):
-            adapters.register_loader(type_, _AnyText)
-            adapters.register_loader(type_, _AnyBinaryText)
     set_json_loads(_load_json, reader)
 
 
@@ -120,26 +114,7 @@ class _AnyBinaryInterval(IntervalBinaryLoader):
             return timedelta.min if is_negative else timedelta.max
 
 
-class _AnyText(TextLoader):
-    """Reads text of any bytes, as a database of the encoding SQL_ASCII may hold it."""
-
-    def load(self, data: Any) -> str:
-        return bytes(data).decode(self._encoding or "utf-8", "replace")
-
-
-class _AnyBinaryText(_AnyText):
-    """The same, in the other format."""
-
-    format = Format.BINARY
-
-
 _LOADERS: Final[dict[str, tuple[type[Any], type[Any]]]] = {
     "timestamptz": (_AnyTime, _AnyBinaryTime),
     "interval": (_AnyInterval, _AnyBinaryInterval),
 }
-
-
-def _is_unchecked(reader: AdaptContext) -> bool:
-    """Tell whether the server doesn't check what is text, as in a database of the encoding SQL_ASCII."""
-    connection = reader.connection
-    return connection is not None and connection.pgconn.parameter_status(b"server_encoding") == b"SQL_ASCII"

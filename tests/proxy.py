@@ -39,6 +39,8 @@ class Proxy:
         self.is_cut = False
 
     def close(self) -> None:
+        with suppress(OSError):
+            self._listening.shutdown(socket.SHUT_RDWR)  # or else whoever waits in `accept` gets one more
         self._listening.close()
         for pair in self._pairs:
             pair.close()

@@ -5,13 +5,16 @@ from __future__ import annotations
 import logging
 import threading
 from datetime import timedelta
+from functools import partial
 
 import pytest
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 from waiting import patience
 
-from apoq import Queue, RunningTask, Snooze, Task
+from apoq import Queue, RunningTask, Snooze, Task, prepare
+from apoq.connections import own_engine
+from apoq.worker import parts
 
 SOON = 10.0
 
@@ -97,8 +100,6 @@ def test_who_cancels_two_that_are_being_settled_is_never_told_of_a_deadlock(engi
 def test_a_worker_that_stops_meanwhile_settles_the_others_and_says_what_it_leaves(
     engine, queue, running, caplog, monkeypatch
 ):
-    from apoq.worker import parts
-
     monkeypatch.setattr(parts, "PATIENCE", 0.5)
     worker, task_ids, go_on = running
     with Session(engine) as session:
@@ -134,3 +135,64 @@ def test_work_waits_for_it(engine, queue, worker):
 
     assert found is not None
     assert found.state == "completed"
+
+
+class TestAWholeTable:
+    """As a migration locks it."""
+
+    @pytest.fixture(autouse=True)
+    def _impatient(self, monkeypatch) -> None:
+        # As a worker's own engine is, that doesn't wait behind a migration.
+        monkeypatch.setattr(parts, "own_engine", partial(own_engine, lock_timeout="100ms"))
+
+    def test_what_has_ended_is_settled_when_it_is_free(self, engine, running, caplog):
+        _, task_ids, go_on = running
+        with caplog.at_level(logging.INFO, "apoq.worker.settler"), engine.connect() as migrating:
+            migrating.execute(sa.text("LOCK apoq_tasks"))
+            go_on.set()
+            settler = running[0]._life.parts.settler
+            until(lambda: settler._closed)
+            first = settler._closed[None]
+            until(lambda: settler._closed[None].pause > first.pause)
+            assert sum(len(unsettled.ended) for unsettled in settler._put_off) == len(task_ids)
+            migrating.rollback()
+
+        until(lambda: "running" not in states(engine).values())
+        assert not settler._closed
+        assert len([message for message in caplog.messages if "is locked, by a migration" in message]) == 1
+
+    def test_another_schema_is_settled_meanwhile(self, engine, make_worker):
+        with engine.begin() as connection:
+            connection.exec_driver_sql("CREATE SCHEMA other")
+        prepare(engine, schema="other")
+        here, there = Queue(), Queue(schema="other")
+        begun, go_on = threading.Semaphore(0), threading.Event()
+        worker = make_worker(here, there, concurrency=2)
+        worker.use("t", lambda task: begun.release() or go_on.wait(SOON))
+        with Session(engine) as session, session.begin():
+            here.add(session, "t")
+            there.add(session, "t")
+        worker.start()
+        for _ in range(2):
+            assert begun.acquire(timeout=SOON)
+        state = sa.text("SELECT state FROM other.apoq_tasks")
+        with engine.connect() as migrating, engine.connect() as looking:
+            migrating.execute(sa.text("LOCK apoq_tasks"))
+            go_on.set()
+            until(lambda: looking.scalar(state) == "completed" or looking.rollback())
+            migrating.rollback()
+
+        until(lambda: "running" not in states(engine).values())
+
+    def test_a_worker_that_stops_meanwhile_waits_no_longer_than_it_should(
+        self, engine, running, caplog, monkeypatch
+    ):
+        monkeypatch.setattr(parts, "PATIENCE", 0.5)
+        worker, task_ids, go_on = running
+        with engine.connect() as migrating:
+            migrating.execute(sa.text("LOCK apoq_tasks"))
+            go_on.set()
+            worker._life.parts._finish_settling()
+            migrating.rollback()
+
+        assert f"{len(task_ids)} tasks are locked" in caplog.text

@@ -14,10 +14,12 @@ from apoq import Cancel, Retry, Snooze, exponential_backoff
 from apoq.errors import InvalidProcessor
 from apoq.outcomes import (
     MESSAGE_LIMIT,
+    MOST,
     TRACEBACK_LIMIT,
     Outcome,
     Release,
     Settlement,
+    Unreachable,
     WorkerDied,
     report,
     settle,
@@ -63,6 +65,9 @@ OUTCOMES = {
     "Cancel on the last attempt": (Cancel(), 3, 2, "cancelled", 3, 2, None, "Cancel"),
     "Snooze": (Snooze(30), 1, 0, "pending", 0, 0, 30.0, None),
     "Snooze on the last attempt": (Snooze(timedelta(hours=1)), 3, 2, "pending", 2, 2, 3600.0, None),
+    "Unreachable": (Unreachable(chance=0.5), 1, 0, "pending", 0, 0, 1.5, None),
+    "Unreachable on the last attempt": (Unreachable(chance=0.0), 3, 2, "pending", 2, 2, 1.0, None),
+    "the most failures": (ValueError(), 1, MOST, "failed", 1, MOST, None, "ValueError"),
     "Release": (Release(), 1, 0, "pending", 0, 0, None, None),
     "Release on the last attempt": (Release(), 3, 2, "pending", 2, 2, None, None),
 }
