@@ -21,6 +21,7 @@ A call that makes no sense by itself is a TypeError or a ValueError, as anywhere
 from __future__ import annotations
 
 import reprlib
+import shlex
 
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 80
@@ -72,7 +73,7 @@ class NotPrepared(ApoqError):
 
 def preparing(schema: str | None) -> str:
     """Say how the tables are brought up to date, for such an error's message."""
-    option = "" if schema is None else f" --schema {schema}"
+    option = "" if schema is None else f" --schema {shlex.quote(schema)}"
     arguments = "engine" if schema is None else f"engine, schema={schema!r}"
     return (
         f"run `apoq migrate{option}`, `apoq.prepare({arguments})`, or `alembic upgrade head` where your "

@@ -14,6 +14,7 @@ MAX_DATA_SIZE = 1024 * 1024
 """Bytes of JSON that one task may carry, unless its queue says otherwise."""
 
 MAX_TYPE_LENGTH = 255
+LONGEST_SCHEMA = 63
 
 _encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
@@ -36,6 +37,22 @@ def check_name(name: object, what: str) -> str:
     if fault := _text_fault(name):
         raise InvalidTask(f"{what} can't hold {fault}: {name!r}")
     return name
+
+
+def check_schema(name: object) -> str | None:
+    """Return a schema's name, or None for the connection's own; `InvalidTask` for what can't be one."""
+    if name is None:
+        return None
+    checked = check_name(name, "a schema's name")
+    if len(checked.encode()) > LONGEST_SCHEMA:
+        # PostgreSQL would cut it off, and not find it afterwards.
+        raise InvalidTask(f"a schema's name has at most {LONGEST_SCHEMA} bytes, not {name!r}")
+    if set(checked) & {"%", "'"}:
+        # Migrations as scripts, and the reflection for `apoq check`, write them wrong.
+        raise InvalidTask(f"a schema's name can't hold % or ', not {name!r}")
+    if checked.startswith("pg_"):
+        raise InvalidTask(f"a schema's name can't begin with pg_, as PostgreSQL's own do: {name!r}")
+    return checked
 
 
 FIRST, LAST = datetime(1, 1, 3, tzinfo=UTC), datetime(9999, 12, 29, tzinfo=UTC)

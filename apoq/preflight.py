@@ -94,7 +94,7 @@ def only_adds(connection: Connection, schema: str | None = None) -> bool:
     )
 
 
-def check_schema(connection: Connection, schema: str | None = None) -> None:
+def check_unsharded(connection: Connection, schema: str | None = None) -> None:
     """Raise `UnsupportedDatabase` if Citus shards the schema in which apoq's tables are to be made."""
     citus = connection.execute(citus_schemas(), {"schema": schema}).mappings().one()
     if not citus["has_citus"]:

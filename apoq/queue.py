@@ -16,7 +16,7 @@ from apoq.model import DEFAULT_QUEUE, Task, task_class
 from apoq.operations import add, add_many, cancel, retry
 from apoq.options import HIGHEST_LIMIT, Options, checked, integer
 from apoq.outcomes import Cancel, report
-from apoq.payload import MAX_DATA_SIZE, check_name, check_type, encode
+from apoq.payload import MAX_DATA_SIZE, check_name, check_schema, check_type, encode
 from apoq.registry import Registry, Running
 from apoq.retry import DEFAULT_RETRY_LIMIT, RetryDelay, exponential_backoff
 from apoq.sessions import AsyncioSession, SyncSession, through
@@ -27,7 +27,6 @@ R = TypeVar("R")
 T = TypeVar("T", bound=Running)
 
 _LOWEST_ID, _HIGHEST_ID = -(2**63), 2**63 - 1
-_LONGEST_SCHEMA = 63
 
 
 class Queue:
@@ -44,9 +43,7 @@ class Queue:
         `max_data_size` is the limit of a task's data, in bytes of JSON.
         """
         self.name = check_name(name, "a queue's name")
-        self.schema = None if schema is None else check_name(schema, "a schema's name")
-        if self.schema is not None and len(self.schema.encode()) > _LONGEST_SCHEMA:
-            raise InvalidTask(f"a schema's name has at most {_LONGEST_SCHEMA} bytes, not {schema!r}")
+        self.schema = check_schema(schema)
         self.max_data_size = integer("max_data_size", max_data_size, 1, HIGHEST_LIMIT)
         self._tasks: dict[str, TypedTask[..., Any]] = {}
         self._registries: WeakSet[Registry] = WeakSet()

@@ -12,12 +12,13 @@ import click
 import pytest
 import sqlalchemy as sa
 from click.testing import CliRunner, Result
+from sqlalchemy.pool import NullPool
 
 from apoq.cli import main
 from apoq.cli.group import COMMANDS, Commands
 from apoq.cli.output import confirm, table
 from apoq.cli.target import Target
-from apoq.migrations import LATEST
+from apoq.migrations import LATEST, steps
 
 SECRET = "s3cr3t"
 
@@ -27,7 +28,7 @@ def plain(url: sa.URL) -> str:
 
 
 def execute(url: sa.URL, script: str) -> None:
-    engine = sa.create_engine(url, poolclass=sa.pool.NullPool)
+    engine = sa.create_engine(url, poolclass=NullPool)
     with engine.begin() as connection:
         connection.exec_driver_sql(script)
 
@@ -137,6 +138,13 @@ class TestTheTarget:
         assert SECRET not in done.output + repr(done.exception.__cause__)
         assert "Traceback" not in done.output
 
+    @pytest.mark.parametrize("command", ["migrate", "check", "doctor", "list", "revision"])
+    def test_a_schema_that_can_not_be_is_a_usage_error(self, run, url, command):
+        for arguments in ([command, "--schema", "it's"], ["--schema", "x" * 64, command]):
+            done = run(*arguments, DATABASE_URL=plain(url))
+
+            assert (done.exit_code, "a schema's name" in done.output) == (2, True)
+
     def test_another_database_is_a_usage_error(self, run):
         done = run("check", "--database-url", f"mysql://app:{SECRET}@host/app")
 
@@ -187,6 +195,17 @@ class TestMigrate:
 
         assert run("check", "--schema", "jobs", DATABASE_URL=plain(empty_url)).exit_code == 0
         assert run("check", DATABASE_URL=plain(empty_url)).exit_code == 4
+
+    def test_it_does_not_wait_for_ever_for_a_lock_that_another_session_keeps(
+        self, run, empty_url, monkeypatch
+    ):
+        monkeypatch.setattr(steps, "PATIENCE", 0.1)
+        with sa.create_engine(empty_url, poolclass=NullPool).connect() as connection:
+            connection.exec_driver_sql(f"SELECT pg_advisory_lock({steps.LOCK_KEY})")
+
+            done = run("migrate", DATABASE_URL=plain(empty_url))
+
+        assert (done.exit_code, "SELECT pg_terminate_backend(" in done.output) == (4, True)
 
     def test_a_newer_database_wants_a_newer_library(self, run, url):
         execute(url, "UPDATE apoq_migrations SET version_num = '0099'")

@@ -30,8 +30,8 @@ from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
 
 import apoq.migrations
-from apoq import NotPrepared, Queue, UnsupportedDatabase, prepare
-from apoq.migrations import LATEST
+from apoq import InvalidTask, NotPrepared, Queue, UnsupportedDatabase, prepare
+from apoq.migrations import LATEST, steps
 from apoq.migrations.steps import LOCK_KEY
 from apoq.model import Base, Task
 
@@ -387,6 +387,27 @@ class TestPrepare:
         assert everything(empty_url) == prepared
         engine.dispose()
 
+    def test_a_lock_that_another_session_keeps_is_waited_for_a_while(self, empty_url, monkeypatch):
+        monkeypatch.setattr(steps, "PATIENCE", 0.2)
+        holder = sa.create_engine(
+            empty_url, connect_args={"application_name": "forgetful"}, poolclass=NullPool
+        )
+        with holder.connect() as connection:
+            pid = connection.scalar(sa.text(f"SELECT pg_backend_pid() FROM pg_advisory_lock({LOCK_KEY})"))
+
+            for start in (
+                lambda: prepare(sa.create_engine(empty_url, poolclass=NullPool)),
+                lambda: asyncio.run(prepare(create_async_engine(empty_url, poolclass=NullPool))),
+            ):
+                with pytest.raises(
+                    NotPrepared, match=rf"waited 0\.2 s .* process {pid} \(role .*, 'forgetful'\)"
+                ) as raised:
+                    start()
+                assert f"SELECT pg_terminate_backend({pid})" in str(raised.value)
+
+        prepare(sa.create_engine(empty_url, poolclass=NullPool))
+        assert tables(empty_url) == TABLES
+
     def test_eight_threads_that_create_a_schema_all_succeed(self, empty_url):
         engine = sa.create_engine(empty_url, pool_size=8)
 
@@ -442,14 +463,14 @@ class TestPrepare:
             apoq.migrations.lock(connection)
             prepare(hasty)
 
-    def test_with_something_to_do_it_waits_for_its_turn(self, empty_engine, empty_url):
+    def test_with_something_to_do_it_waits_as_long_as_its_lock_timeout_says(self, empty_engine, empty_url):
         hasty = sa.create_engine(
             empty_url.update_query_dict({"options": "-clock_timeout=1"}), poolclass=NullPool
         )
 
         with empty_engine.begin() as connection:
             apoq.migrations.lock(connection)
-            with pytest.raises(sa.exc.OperationalError, match="lock timeout"):
+            with pytest.raises(NotPrepared, match=r"waited 0\.001 s"):
                 prepare(hasty)
 
     def test_with_nothing_to_do_the_right_to_look_is_enough(self, role):
@@ -501,7 +522,7 @@ class TestPrepare:
         assert succeed(PYTHON, "-c", program, DATABASE_URL=dsn(url)) == "False\n"
 
 
-@pytest.mark.parametrize("schema", ["my Jobs", 'a :b "c"'])
+@pytest.mark.parametrize("schema", ["my Jobs", 'a :b "c"', "example.com"])
 class TestASchema:
     @pytest.fixture(autouse=True)
     def in_schema(self, empty_engine, schema):
@@ -539,6 +560,36 @@ class TestASchema:
             apoq.migrations.downgrade(op, schema=schema)
 
         assert sa.inspect(empty_engine).get_table_names(schema=schema) == []
+
+    def test_it_is_as_it_should_be(self, empty_engine, schema):
+        with empty_engine.begin() as connection:
+            assert apoq.migrations.differences(connection, schema) == []
+
+    def test_a_script_makes_them_too(self, empty_url, schema):
+        execute(empty_url, apoq.migrations.downgrade_sql(version=0, schema=schema))
+        execute(empty_url, apoq.migrations.upgrade_sql(version=1, schema=schema))
+
+        assert tables(empty_url, schema) == TABLES
+
+
+@pytest.mark.parametrize("schema", ["", "x" * 64, "ü" * 32, "50%", "it's", "pg_jobs", "a\0b"], ids=ascii)
+class TestASchemaThatCannotBe:
+    """It is refused everywhere, and nowhere is something made in another one."""
+
+    def test_for_a_queue(self, schema):
+        with pytest.raises(InvalidTask, match="a schema's name"):
+            Queue(schema=schema)
+
+    def test_for_a_database(self, empty_engine, schema):
+        with pytest.raises(InvalidTask, match="a schema's name"):
+            prepare(empty_engine, schema=schema)
+        with empty_engine.begin() as connection, pytest.raises(InvalidTask, match="a schema's name"):
+            apoq.migrations.check(connection, schema)
+
+    @pytest.mark.parametrize("written", [apoq.migrations.upgrade_sql, apoq.migrations.downgrade_sql])
+    def test_for_a_script(self, schema, written):
+        with pytest.raises(InvalidTask, match="a schema's name"):
+            written(version=1, schema=schema)
 
 
 def test_two_schemas_are_independent(empty_engine):

@@ -9,8 +9,10 @@ from typing import Any, Final
 
 import click
 
-from apoq.cli.exits import EXITS, explained
+from apoq.cli.exits import EXITS, BadUsage, explained
 from apoq.cli.target import VARIABLES, Target
+from apoq.errors import InvalidTask
+from apoq.payload import check_schema
 
 COMMANDS: Final = {
     "worker": "Work tasks: run a worker until it is told to stop.",
@@ -87,6 +89,10 @@ def _options(variables: Sequence[str] = ()) -> list[click.Parameter]:
         )  # the contexts of the group and of its command share it
         if value is not None:
             given[option.name] = value
+        try:
+            check_schema(given.get("schema"))
+        except InvalidTask as error:
+            raise BadUsage(str(error)) from None
         ctx.obj = Target(given.get("database_url"), schema=given.get("schema"))
         ctx.call_on_close(ctx.obj.close)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from datetime import timedelta
 from importlib.metadata import version
@@ -58,7 +59,7 @@ def check_version(connection: sa.Connection, schema: str | None) -> Iterator[Fin
         return
     where = "" if schema is None else f" in the schema {schema!r}"
     text = f"at version {found}, and this library wants {LATEST}" if found else f"there are none{where}"
-    option = "" if schema is None else f" --schema {schema}"
+    option = "" if schema is None else f" --schema {shlex.quote(schema)}"
     cure = f"apoq migrate{option}, or alembic upgrade head where your migrations include apoq's"
     yield Finding(BAD, "tables", text, cure)
 

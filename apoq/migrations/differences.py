@@ -8,6 +8,7 @@ from typing import Any, Final
 import sqlalchemy as sa
 
 from apoq.model import Base
+from apoq.payload import check_schema
 
 _INVALID: Final = sa.text(
     "SELECT indexrelid::regclass::text FROM pg_index WHERE indrelid = to_regclass(:name) AND NOT indisvalid"
@@ -24,6 +25,7 @@ def differences(connection: sa.Connection, schema: str | None = None) -> list[st
     from alembic.autogenerate import compare_metadata  # noqa: PLC0415
     from alembic.migration import MigrationContext  # noqa: PLC0415
 
+    schema = check_schema(schema)
     metadata = sa.MetaData()
     tables = [
         table.to_metadata(metadata, schema=schema or sa.schema.SchemaConst.RETAIN_SCHEMA)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Final
 
@@ -9,7 +10,9 @@ import sqlalchemy as sa
 
 from apoq.errors import NotPrepared
 from apoq.migrations import v0001
-from apoq.preflight import check_schema
+from apoq.payload import check_schema
+from apoq.preflight import check_unsharded
+from apoq.statements.preflight import lock_holder, lock_timeout
 
 if TYPE_CHECKING:
     from alembic.operations import Operations
@@ -25,6 +28,14 @@ TABLES: Final = frozenset({"apoq_tasks", "apoq_workers", "apoq_claims", VERSION_
 LOCK_KEY: Final = 97112111113
 """The original's: the bytes of "apoq" in decimal."""
 
+PATIENCE: Final = 60.0
+"""Seconds to wait for the lock. Any role may take it, so there has to be an end to it."""
+
+PAUSE: Final = 0.05
+"""Seconds between two attempts to take the lock."""
+
+_KEY: Final[sa.ColumnElement[int]] = sa.literal_column(str(LOCK_KEY))
+
 
 def upgrade(op: Operations | ModuleType, *, version: int = LATEST, schema: str | None = None) -> None:
     """Bring apoq's tables to a version, from a revision of your own.
@@ -39,6 +50,7 @@ def upgrade(op: Operations | ModuleType, *, version: int = LATEST, schema: str |
     Offline, where the database can't be asked, it begins at the version before.
     """
     operations: Any = op
+    schema = _checked(schema)
     _check_version(version, lowest=1)
     if operations.get_context().as_sql:
         operations.execute(_lock_statement())
@@ -49,7 +61,7 @@ def upgrade(op: Operations | ModuleType, *, version: int = LATEST, schema: str |
         adopt(connection, schema)
         start = current(connection, schema)
         if start < version:
-            check_schema(connection, schema)
+            check_unsharded(connection, schema)
     if start >= version:
         return
     for step in range(start + 1, version + 1):
@@ -63,6 +75,7 @@ def downgrade(op: Operations | ModuleType, *, version: int = 0, schema: str | No
     Offline it begins at the version after.
     """
     operations: Any = op
+    schema = _checked(schema)
     _check_version(version, lowest=0)
     if operations.get_context().as_sql:
         operations.execute(_lock_statement())
@@ -82,15 +95,28 @@ def downgrade(op: Operations | ModuleType, *, version: int = 0, schema: str | No
 
 def current(connection: sa.Connection, schema: str | None = None) -> int:
     """Answer the version of the tables in a database; 0 where there are none, or only the original's."""
-    if not _is_ours(connection, schema):
+    if not _is_ours(connection, check_schema(schema)):
         return 0
     found = connection.scalar(sa.select(_table(schema).c.version_num))
     return int(found) if found else 0
 
 
 def lock(connection: sa.Connection) -> None:
-    """Wait for other starters, to the end of the transaction."""
-    connection.execute(_lock_statement())
+    """Wait for other starters, and hold the lock to the end of the transaction.
+
+    Raises `NotPrepared` if another session holds it for longer than the session's `lock_timeout`, or, if
+    that is not set, for longer than `PATIENCE`.
+    """
+    # It tries again and again, because a wait that PostgreSQL ends would abort the transaction: then nobody
+    # could be asked who holds the lock.
+    began = time.monotonic()
+    patience = 0.0
+    while not connection.scalar(sa.select(sa.func.pg_try_advisory_xact_lock(_KEY))):
+        patience = patience or connection.scalar(lock_timeout()) or PATIENCE
+        if time.monotonic() - began > patience:
+            holder = connection.execute(lock_holder(), {"key": LOCK_KEY}).mappings().first()
+            raise NotPrepared(_held(holder, patience))
+        connection.execute(sa.select(sa.func.pg_sleep(PAUSE)))  # there, so that no event loop sleeps here
 
 
 def adopt(connection: sa.Connection, schema: str | None = None) -> bool:
@@ -125,6 +151,11 @@ def include_object(
     return table not in TABLES
 
 
+def _checked(schema: str | None) -> str | None:
+    """Return the schema's name for Alembic, which would take one with a dot in it for two."""
+    return None if schema is None else sa.quoted_name(str(check_schema(schema)), quote=True)
+
+
 def _is_ours(connection: sa.Connection, schema: str | None) -> bool:
     inspector = sa.inspect(connection)
     if not inspector.has_table(VERSION_TABLE, schema=schema):
@@ -154,7 +185,18 @@ def _record(operations: Any, version: int, schema: str | None) -> None:
 
 
 def _lock_statement() -> sa.Select[tuple[Any]]:
-    return sa.select(sa.func.pg_advisory_xact_lock(sa.literal_column(str(LOCK_KEY))))
+    return sa.select(sa.func.pg_advisory_xact_lock(_KEY))
+
+
+def _held(holder: sa.RowMapping | None, patience: float) -> str:
+    text = f"waited {patience:g} s for the lock by which migrations of apoq take turns, and "
+    if holder is None:
+        return f"{text}another session still holds it: try again when that has ended"
+    pid, role, name = holder["pid"], holder["usename"], holder["application_name"]
+    return (
+        f"{text}process {pid} (role {role}, {name!r}) still holds it: if that is a migration, try again "
+        f"later; else SELECT pg_terminate_backend({pid})"
+    )
 
 
 def _check_version(version: int, *, lowest: int) -> None:

@@ -1,4 +1,4 @@
-"""Look at what keeps a role, a session or a table from being worked.
+"""Look at what keeps a role from working on a database, or from migrating it.
 
 From PostgreSQL's catalogues alone, which every role may read: a role without rights has to be told which ones
 it lacks.
@@ -113,4 +113,25 @@ def citus_shards() -> TextClause:
     """Return whether Citus shards the schema `oid`; only on Citus."""
     return text("""
         SELECT EXISTS (SELECT FROM pg_catalog.pg_dist_schema WHERE CAST(schemaid AS oid) = CAST(:oid AS oid))
+    """)
+
+
+@cache
+def lock_holder() -> TextClause:
+    """Return a session that holds the advisory lock `key`."""
+    return text("""
+        SELECT pid, usename, application_name
+        FROM pg_catalog.pg_locks JOIN pg_catalog.pg_stat_activity USING (pid)
+        WHERE locktype = 'advisory' AND granted AND database = datid AND objsubid = 1
+          AND CAST(classid AS bigint) = CAST(:key AS bigint) >> 32
+          AND CAST(objid AS bigint) = CAST(:key AS bigint) & 4294967295
+    """)
+
+
+@cache
+def lock_timeout() -> TextClause:
+    """Return this session's lock_timeout in seconds; 0 for none."""
+    return text("""
+        SELECT CAST(setting AS double precision) / 1000
+        FROM pg_catalog.pg_settings WHERE name = 'lock_timeout'
     """)
