@@ -66,7 +66,7 @@ class Arguments:
         self._signature = Signature([_shown(parameter, annotations) for parameter in parameters])
 
     def write(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Answer the given arguments of a call as JSON; `InvalidTask` where they don't fit."""
+        """Return the given arguments of a call as JSON; `InvalidTask` if they don't fit or would change."""
         return self._write_bound(self._signature.bind, args, kwargs)
 
     def write_some(self, kwargs: dict[str, Any]) -> dict[str, Any]:
