@@ -66,7 +66,7 @@ class Arguments:
         self._signature = Signature([_shown(parameter, annotations) for parameter in parameters])
 
     def write(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Answer the given arguments of a call as JSON; `InvalidTask` where they don't fit."""
+        """Return the given arguments of a call as JSON; `InvalidTask` if they don't fit or would change."""
         return self._write_bound(self._signature.bind, args, kwargs)
 
     def write_some(self, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -247,9 +247,11 @@ def _check_type(type_: Any, parameter: str, name: str) -> None:
     except NameError as error:
         raise _unknown(name, error) from None
     except Exception as error:  # noqa: BLE001 - whatever it is, the type can't be converted
+        instead = "give what stands for it, such as an id"
+        if "FieldInfo" in str(error):  # a default that is `pydantic.Field(…)`
+            instead = "give each field of a pydantic dataclass a plain default, or make it a pydantic model"
         raise InvalidProcessor(
-            f"the parameter {parameter!r} of {name!r} can't travel as JSON: {error}: give what stands for "
-            "it, such as an id"
+            f"the parameter {parameter!r} of {name!r} can't travel as JSON: {error}: {instead}"
         ) from None
 
 
@@ -301,18 +303,23 @@ def _encode(value: Any) -> Any:
     raise _Unsupported(f"{type(value).__qualname__} has no form in JSON: {glimpse(value)}")
 
 
+def _of_iso_format(base: Any, value: Any) -> Any:
+    return base.fromisoformat(value.isoformat())
+
+
 _TO_BASE: Final[dict[type, Callable[[Any], Any]]] = {
     str: str.__str__,
     int: int.__int__,
     float: float.__float__,
     Decimal: Decimal,
     UUID: lambda value: UUID(int=value.int),
-    datetime: partial(lambda base, value: base.fromisoformat(value.isoformat()), datetime),
-    date: partial(lambda base, value: base.fromisoformat(value.isoformat()), date),
-    time: partial(lambda base, value: base.fromisoformat(value.isoformat()), time),
+    # The classes themselves: while a test freezes the time, these names may mean others.
+    datetime: partial(_of_iso_format, datetime),
+    date: partial(_of_iso_format, date),
+    time: partial(_of_iso_format, time),
     timedelta: partial(timedelta.__add__, timedelta()),
 }
-"""What a value of a subclass is without its class. (A test may have frozen the names of the classes.)"""
+"""Makes a value of the class itself from one of a subclass."""
 
 
 def _decode(type_: Any, value: Any) -> Any:

@@ -4,7 +4,7 @@
 
     ApoqError
     ├── InvalidTask            (ValueError)   a type, data or an option that no task can have
-    │   └── InvalidData                       data that jsonb can't hold; `path` says where
+    │   └── InvalidData                       data that jsonb can't hold or a task can't get back
     ├── InvalidProcessor       (ValueError)   a processor, or its retry options, that can't be used
     ├── MismatchedData         (ValueError)   a typed task's data that doesn't fit its function
     ├── UnsupportedDatabase    (TypeError)    not PostgreSQL, or not through psycopg 3
@@ -44,7 +44,10 @@ class InvalidTask(ApoqError, ValueError):
 
 
 class InvalidData(InvalidTask):
-    """Data that PostgreSQL's jsonb can't hold; `path` says where, as in ``data['user']['joined']``."""
+    """Data that PostgreSQL's jsonb can't hold, or that a typed task would get back changed.
+
+    `path` says where, as in ``data['user']['joined']``.
+    """
 
     def __init__(self, path: str, reason: str) -> None:
         super().__init__(f"{path}: {reason}")

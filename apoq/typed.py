@@ -124,8 +124,8 @@ class TypedTask(Generic[P, R_co, C]):
         """Add a call with these arguments, in the transaction of `session`, and answer the task.
 
         As `Queue.add` does: await the answer where the session is asyncio's. Raises `InvalidTask` where the
-        arguments don't fit the function, and `InvalidData` where a value doesn't fit its annotation or
-        has no form in JSON.
+        arguments don't fit the function, and `InvalidData` if a value doesn't fit its annotation, has no
+        form in JSON, or would not come back from it as it was given.
         """
         return self.queue.add(session, self.type, self._arguments.write(args, kwargs), **self._options)
 
