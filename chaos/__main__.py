@@ -14,28 +14,24 @@ from typing import Any
 from benchmarks.progress import Progress
 from chaos.scenarios import SCENARIOS, Options
 from chaos.server import Place, Server, Skipped
-from chaos.stage import SLOTS
-
-ELSEWHERE, FULL_SPEED = 20.0, 5.0
-"""Seconds until a lost worker's tasks run again, and until all is at full speed when the fault is over."""
-
-GROWTH = 20.0
-"""MB by which a worker's memory may grow in an hour of faults."""
+from chaos.stage import LIMITS, SLOTS
 
 QUICK_SECONDS = 95.0
 """No scenario begins after so many seconds of --quick."""
 
 COLUMNS = {
-    "scenario": 18,
+    "scenario": 21,
     "offered": 8,
     "maybe": 6,
     "completed": 10,
     "lost": 5,
+    "failed": 7,
     "doubled": 8,
     "effects_lost": 13,
     "wasted": 7,
     "claimed_again": 14,
     "failures": 9,
+    "rescued": 8,
     "elsewhere": 10,
     "full_speed": 11,
     "all_work": 9,
@@ -58,7 +54,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
 def main(options: argparse.Namespace) -> int:
     if options.list:
         for name, scenario in SCENARIOS.items():
-            print(f"{name:18} {scenario.title}")
+            print(f"{name:{COLUMNS['scenario']}} {scenario.title}")
         return 0
     names = options.only or [
         name
@@ -119,9 +115,9 @@ def show(name: str, found: dict[str, Any]) -> None:
         " ".join(f"{_text({'scenario': name, **found}[key]):>{width}}" for key, width in COLUMNS.items()),
         flush=True,
     )
-    if found["memory"]:
-        begin, end = found["memory"]
-        print(f"{'':18} a worker's memory: {begin:.1f} MB at first, {end:.1f} MB at last")
+    for what, most in found["limits"].items():
+        if LIMITS.get(what) != most:
+            print(f"{'':{COLUMNS['scenario']}} {what}: {_text(found[what])} (at most {most})", flush=True)
 
 
 def judged(found: dict[str, Any]) -> list[str]:
@@ -130,14 +126,13 @@ def judged(found: dict[str, Any]) -> list[str]:
         return []
     if "error" in found:
         return [found["error"]]
-    misses = [f"{found[what]} {what}" for what in ("lost", "doubled", "effects_lost") if found[what]]
-    for what, most in (("elsewhere", ELSEWHERE), ("full_speed", FULL_SPEED)):
-        if found[what] is not None and found[what] > most:
-            misses.append(f"{what} (s): {_text(found[what])} instead of {most:.0f}")
+    misses = [
+        f"{what}: {_text(found[what])} instead of {most} at most"
+        for what, most in found["limits"].items()
+        if found[what] is not None and found[what] > most
+    ]
     if found["slots"] < SLOTS:
         misses.append(f"only {found['slots']} of {SLOTS} slots still work")
-    if found["memory"] and found["memory"][1] > found["memory"][0] + GROWTH:
-        misses.append("the worker's memory has grown")
     return misses
 
 

@@ -12,6 +12,8 @@ import threading
 import time
 from array import array
 from collections.abc import Callable
+from datetime import timedelta
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +37,18 @@ def ledger(task: RunningTask) -> None:
     task.session.execute(LEDGER, {"number": task.data["number"]})
 
 
-def work(url: str, direct: str | None, folder: str, environment: dict[str, str]) -> None:
+def work(
+    url: str,
+    direct: str | None,
+    folder: str,
+    schemas: list[str | None],
+    environment: dict[str, str] | None = None,
+    lease: float | None = None,
+    retry_limit: int | None = None,
+) -> None:
     """Work tasks, as a user's own program would: with nothing set but what the README asks for.
 
-    Which is nothing, except behind PgBouncer: then `direct` leads past it.
+    Which is nothing, except behind PgBouncer: then `direct` leads past it. A scenario may set more.
     """
     if environment and "LD_PRELOAD" not in os.environ:
         # A library can only be preloaded into a program that begins.
@@ -52,36 +62,40 @@ def work(url: str, direct: str | None, folder: str, environment: dict[str, str])
             tick.wait(0.1)
         ledger(task)
 
-    if direct:
-        engine = sa.create_engine(url, connect_args={"prepare_threshold": None})
-        worker = Worker(engine, concurrency=4, listen_url=direct)
-    else:
-        engine = sa.create_engine(url)
-        worker = Worker(engine, concurrency=4)
+    engine = sa.create_engine(url, connect_args={"prepare_threshold": None} if direct else {})
+    queues = [Queue(schema=schema) for schema in schemas]
+    options: dict[str, Any] = {} if lease is None else {"lease": timedelta(seconds=lease)}
+    worker = Worker(engine, *queues, concurrency=4, listen_url=direct, **options)
+    limit: dict[str, Any] = {} if retry_limit is None else {"retry_limit": retry_limit}
     for processor in (noop, ledger, hold):
-        worker.use(processor.__name__, processor)
+        worker.use(processor.__name__, processor, **limit)
     threading.Thread(target=_end_with_input, daemon=True).start()
     worker.run()
     logging.getLogger(__name__).info("the worker has ended")
 
 
-def offer(url: str, first: int, rate: float, folder: str) -> None:
+def offer(
+    url: str, first: int, rate: float, folder: str, schemas: list[str | None], settings: str = ""
+) -> None:
     """Add tasks at a rate until told to stop, through whatever happens.
 
     A number is noted as sure when its commit was confirmed, as unsure when nobody knows. What can't be added
     is dropped, and not added later: the clients of a website that is down go away, too.
     """
-    engine, queue = sa.create_engine(url), Queue()
+    arguments = {"application_name": "offerer", "options": settings}
+    engine = sa.create_engine(url, connect_args=arguments)
+    queues = cycle([Queue(schema=schema) for schema in schemas])
     sure, unsure = array("q"), array("q")
     stopped = threading.Event()
     threading.Thread(target=_stop_by_input, args=(stopped,), daemon=True).start()
     print(json.dumps({"ready": True}), flush=True)
     number, due = first, time.monotonic()
     while not stopped.is_set():
-        due += TICK
+        due = max(due + TICK, time.monotonic() - 1)
         time.sleep(max(0.0, due - time.monotonic()))
         until = number + max(1, round(rate * TICK))
         is_committing = False
+        queue = next(queues)
         try:
             with Session(engine) as session:
                 for type_, chosen in (("ledger", 0), ("noop", 1)):

@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
+import math
 import socket
 import threading
+import time
 from contextlib import suppress
 
 from chaos.server import free_port
 
 
+class Link:
+    """A link that carries so many bytes a second, of all connections together."""
+
+    def __init__(self, speed: float) -> None:
+        self._speed = speed
+        self._is_free_at = 0.0
+        self._lock = threading.Lock()
+
+    def carry(self, size: int) -> None:
+        """Wait until so many bytes are through."""
+        with self._lock:
+            self._is_free_at = max(self._is_free_at, time.monotonic()) + size / self._speed
+            pause = self._is_free_at - time.monotonic()
+        time.sleep(max(0.0, pause))
+
+
 class Line:
     """One connection through the proxy."""
 
-    def __init__(self, client: socket.socket) -> None:
+    def __init__(self, client: socket.socket, link: Link) -> None:
         self.client = client
+        self.link = link
         self.server: socket.socket | None = None
         self.flows = threading.Event()
         self.is_over = False
@@ -34,10 +53,12 @@ class Proxy:
 
     While it is cut, no byte, no FIN and no RST comes through, either way. What was on its way arrives when
     the line is mended, as TCP would send it again, unless the line stays dead: then it never does.
+    `speed` is how many bytes it carries in a second.
     """
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, speed: float = math.inf) -> None:
         self.port = free_port()
+        self._link = Link(speed)
         self._leads_to = port
         self._is_cut = False
         self._lock = threading.Lock()
@@ -90,7 +111,7 @@ class Proxy:
         with suppress(OSError):
             while True:
                 client, _ = self._socket.accept()
-                line = Line(client)
+                line = Line(client, self._link)
                 with self._lock:
                     self._lines = [old for old in self._lines if not old.is_over]
                     self._lines.append(line)
@@ -117,6 +138,7 @@ def _pump(line: Line, source: socket.socket, target: socket.socket) -> None:
     """Carry bytes one way until one side closes."""
     with suppress(OSError):
         while data := source.recv(65_536):
+            line.link.carry(len(data))
             line.flows.wait()
             target.sendall(data)
     line.flows.wait()

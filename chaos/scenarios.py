@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -15,8 +15,9 @@ from typing import Any
 import psycopg
 
 from benchmarks.child import memory
-from chaos.server import Place, Server, Skipped, end, fill, free_port
-from chaos.stage import Stage
+from chaos.server import Place, Server, Skipped, end, fill, free_port, until
+from chaos.stage import SLOTS, Stage, Worker
+from chaos.watcher import WORKERS
 
 PGBOUNCER = Path("/usr/sbin/pgbouncer")
 LEASE = 15
@@ -50,14 +51,16 @@ class Scenario:
 SCENARIOS: dict[str, Scenario] = {}
 
 
-def scenario(*, quick: bool = False, **how: Any) -> Callable[[Fault], Fault]:
-    """Make a scenario of a fault, on the server that all share."""
+def scenario(
+    *, quick: bool = False, share: float = 1.0, schemas: Sequence[str] = (), **how: Any
+) -> Callable[[Fault], Fault]:
+    """Make a scenario of a fault, on the server that all share, with a share of the usual rate."""
 
     def enter(fault: Fault) -> Fault:
         name = fault.__name__
 
         def run(_place: Place, server: Server, folder: Path, options: Options) -> dict[str, Any]:
-            with Stage(server, name, folder, options.rate) as stage:
+            with Stage(server, name, folder, options.rate * share, schemas) as stage:
                 return play(stage, fault, options, **how)
 
         SCENARIOS[name] = Scenario((fault.__doc__ or "").split("\n")[0], run, quick)
@@ -87,6 +90,10 @@ def strike(stage: Stage, fault: Fault, options: Options) -> None:
 @scenario(quick=True)
 def sigkill(stage: Stage, _options: Options) -> float:
     """One worker is killed, and a new one started."""
+    return _kill(stage)
+
+
+def _kill(stage: Stage) -> float:
     worker = stage.workers[-1]
     since = stage.strike(worker, partial(worker.process.send, signal.SIGKILL))
     stage.replace(worker)
@@ -195,13 +202,99 @@ def rolling(stage: Stage, _options: Options) -> float:
     """One worker after the other is replaced, by SIGTERM."""
     began = time.monotonic()
     for worker in stage.workers:
-        old = worker.process
-        old.send(signal.SIGTERM)
-        stage.replace(worker)
-        if code := old.wait(35):
-            raise RuntimeError(f"a worker ended with {code} after SIGTERM")
+        _roll(stage, worker)
         time.sleep(1)
     return began
+
+
+def _roll(stage: Stage, worker: Worker) -> None:
+    old = worker.process
+    old.send(signal.SIGTERM)
+    stage.replace(worker)
+    if code := old.wait(35):
+        raise RuntimeError(f"a worker ended with {code} after SIGTERM")
+
+
+@scenario(workers=[{"lease": lease} for lease in (120, 15, 2)])
+def mixed_leases(stage: Stage, _options: Options) -> float:
+    """Workers have leases of 2 minutes, 15 s and 2 s; each is given another; then one is killed."""
+    time.sleep(20)
+    stage.release_all()
+    for worker, lease in zip(stage.workers, (2, 120, 5), strict=True):
+        worker.settings["lease"] = lease
+        _roll(stage, worker)
+    stage.hold_each()
+    time.sleep(10)
+    stage.expect("tasks taken from live workers", stage.rescued, at_most=0)
+    since = _kill(stage)
+    # From now on, only what the killed one held may be taken.
+    stage.limits["rescued"] = stage.struck
+    return since
+
+
+@scenario(workers=[{"retry_limit": 0}] * WORKERS, holds=False)
+def away_under_prefetched(stage: Stage, options: Options) -> None:
+    """The server is away for 5 s when much is claimed ahead, all of which has one attempt."""
+    stage.limits.update(failed=SLOTS, wasted=0)
+    stage.add("ledger", 2_000)
+    held = "SELECT count(*) FROM tasks WHERE state = 'running'"
+    until(lambda: bool(stage.ask(held)[0][0] > 10 * SLOTS), 10)
+    _restart(stage, options, signal.SIGINT)
+
+
+@scenario(share=0.1, load={"settings": "-c synchronous_commit=local"})
+def hanging_commits(stage: Stage, _options: Options) -> None:
+    """The workers' commits hang for 80 s: the synchronous standby isn't there."""
+    stage.limits["wasted"] = 0
+    stage.server.set("synchronous_standby_names", "gone")
+    try:
+        time.sleep(80)
+    finally:
+        stage.server.set("synchronous_standby_names", "")
+
+
+@scenario(proxies=True, speed=5e6)
+def slow_link(stage: Stage, _options: Options) -> None:
+    """Each worker's link carries 5 MB a second, and 1,000 tasks of 200 KB come at once."""
+
+    def size() -> float:
+        return max(memory(worker.process.pid) for worker in stage.workers)
+
+    before = most = size()
+    numbers = stage.add("noop", 1_000, padding="x" * 200_000)
+    left = """
+        SELECT count(*) FROM tasks
+        WHERE (data->>'number')::bigint BETWEEN %s AND %s AND state <> 'completed'
+    """
+
+    def is_over() -> bool:
+        nonlocal most
+        most = max(most, size())
+        return bool(stage.ask(left, numbers[0], numbers[-1])[0][0] == 0)
+
+    # All links together need 13 s, a single one 40 s.
+    with suppress(TimeoutError):
+        until(is_over, 50)
+    stage.expect("of these, left after 50 s", stage.ask(left, numbers[0], numbers[-1])[0][0], at_most=0)
+    stage.limits["claimed_again"] = len(numbers)
+    stage.expect(f"MB more than at first ({before:.0f}) in a worker's memory", most - before, at_most=100)
+
+
+@scenario()
+def locked_table(stage: Stage, _options: Options) -> None:
+    """apoq_tasks is locked for 75 s."""
+    sessions = """
+        SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()
+        AND usename = 'app' AND application_name <> 'offerer'
+    """
+    before = most = stage.ask(sessions)[0][0]
+    with stage.server.admin(stage.name) as admin, admin.transaction():
+        admin.execute("LOCK TABLE apoq_tasks IN ACCESS EXCLUSIVE MODE")
+        deadline = time.monotonic() + 75
+        while time.monotonic() < deadline:
+            time.sleep(0.5)
+            most = max(most, stage.ask(sessions)[0][0])
+    stage.expect(f"the workers' sessions beyond the {before} before", most - before, at_most=12)
 
 
 @scenario()
@@ -214,22 +307,80 @@ def clock(stage: Stage, _options: Options) -> float:
     return since
 
 
-def _clocks(_place: Place, server: Server, folder: Path, options: Options) -> dict[str, Any]:
+def _faketime(**how: str) -> dict[str, str]:
+    """Return the environment of a program whose clock is wrong."""
     libraries = list(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))
     if not libraries:
         raise Skipped("no libfaketime here")
     # The monotonic clock ticks the same on any machine.
     usual = {"LD_PRELOAD": str(libraries[0]), "FAKETIME_DONT_FAKE_MONOTONIC": "1", "DONT_FAKE_MONOTONIC": "1"}
-    environments: tuple[dict[str, str], ...] = (
-        {**usual, "FAKETIME": "+1h"},
-        {**usual, "FAKETIME": "-1h"},
-        {},
-    )
+    return {**usual, **how}
+
+
+def _clocks(_place: Place, server: Server, folder: Path, options: Options) -> dict[str, Any]:
+    environments: list[dict[str, str]] = [_faketime(FAKETIME="+1h"), _faketime(FAKETIME="-1h"), {}]
     with Stage(server, "clock", folder, options.rate) as stage:
-        return play(stage, clock, options, environments=environments)
+        return play(stage, clock, options, workers=[{"environment": one} for one in environments])
 
 
 SCENARIOS["clock"] = Scenario(SCENARIOS["clock"].title, _clocks)
+
+
+def clock_steps(place: Place, _server: Server, folder: Path, options: Options) -> dict[str, Any]:
+    """The server's clock steps forward by an hour."""
+    offset = place.folder / "offset"
+    offset.write_text("+0\n")
+    # Without the cache, because else each process of the server would see the step at another moment.
+    environment = _faketime(FAKETIME_TIMESTAMP_FILE=str(offset), FAKETIME_NO_CACHE="1")
+
+    def fault(stage: Stage, _options: Options) -> float:
+        stage.limits.update(rescued=0, wasted=0)
+        stepped = offset.with_suffix(".new")
+        stepped.write_text("+3600\n")
+        stepped.rename(offset)
+        since = time.monotonic()
+        time.sleep(10)
+        return since
+
+    server = Server(place, place.folder / folder.name, environment).create()
+    try:
+        with Stage(server, folder.name, folder, options.rate) as stage:
+            return play(stage, fault, options)
+    finally:
+        server.stop()
+
+
+def schema_dropped(_place: Place, server: Server, folder: Path, options: Options) -> dict[str, Any]:
+    """One of the eight schemas that each worker works is dropped under load, and made again."""
+    others = ["a", "b", "c", "d", "e", "f"]
+
+    def fault(stage: Stage, _options: Options) -> None:
+        add = "INSERT INTO dropped.apoq_tasks (type) SELECT 'noop' FROM generate_series(1, 2000)"
+        begun, left = (
+            f"SELECT count(*) FROM dropped.apoq_tasks WHERE state <> '{state}'"
+            for state in ("pending", "completed")
+        )
+        with stage.server.admin(stage.name) as admin:
+
+            def drop() -> bool:
+                with suppress(psycopg.errors.DeadlockDetected):
+                    admin.execute("DROP SCHEMA dropped CASCADE")
+                    return True
+                return False
+
+            admin.execute(add)
+            until(lambda: bool(stage.ask(begun)[0][0]), 10)
+            until(drop)
+            stage.await_recovery(time.monotonic())
+            stage.prepare("dropped")
+            admin.execute(add)
+            with suppress(TimeoutError):
+                until(lambda: stage.ask(left)[0][0] == 0, 20)
+        stage.expect("tasks left in the schema made again", stage.ask(left)[0][0], at_most=0)
+
+    with Stage(server, "schema_dropped", folder, options.rate, others) as stage:
+        stage.prepare("dropped")
+        return play(stage, fault, options, workers=[{"schemas": [None, *others, "dropped"]}] * WORKERS)
 
 
 def _failover(
@@ -361,10 +512,11 @@ def hour(_place: Place, server: Server, folder: Path, options: Options) -> dict[
             stage.note(fault.__name__)
             strike(stage, fault, options)
             time.sleep(chance.uniform(2, 15))
-        stage.memory = (begin, memory(spared.pid))
+        growth = memory(spared.pid) - begin
+        stage.expect(f"MB more than at first ({begin:.0f}) in the spared worker's memory", growth, at_most=20)
         return stage.finish()
 
 
-for function in (failover, failover_readonly, pgbouncer, disk_full, hour):
+for function in (clock_steps, schema_dropped, failover, failover_readonly, pgbouncer, disk_full, hour):
     assert function.__doc__
     SCENARIOS[function.__name__] = Scenario(function.__doc__, function, is_default=function is not hour)

@@ -10,10 +10,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Self
 
 import psycopg
@@ -22,6 +23,7 @@ import psycopg
 from apoq.embedded import _gets_ready, _last_lines, _new_folder, _server_user, _usable, find_bindir
 
 PATIENCE = 60.0
+NOTHING: Mapping[str, str] = MappingProxyType({})
 SETTINGS = {
     "listen_addresses": "127.0.0.1",
     "unix_socket_directories": "",
@@ -67,9 +69,12 @@ class Place:
         if done.returncode:
             raise RuntimeError(f"{Path(command[0]).name}: {_last_lines(done.stderr)}")
 
-    def start(self, log: Path, *command: str | Path, ends_by: int) -> subprocess.Popen[bytes]:
+    def start(
+        self, log: Path, *command: str | Path, ends_by: int, environment: Mapping[str, str] = NOTHING
+    ) -> subprocess.Popen[bytes]:
         """Start a server of whatever kind, which ends by this signal if this program is killed."""
         options = self._options()
+        options["env"].update(environment)
         if sys.platform == "linux":
             options["preexec_fn"] = partial(ctypes.CDLL(None).prctl, 1, ends_by)  # PR_SET_PDEATHSIG
         with log.open("ab") as output:
@@ -98,9 +103,10 @@ class Place:
 class Server:
     """One PostgreSQL server on a port of the loopback interface."""
 
-    def __init__(self, place: Place, folder: Path) -> None:
+    def __init__(self, place: Place, folder: Path, environment: Mapping[str, str] = NOTHING) -> None:
         self._place = place
         self._data = folder
+        self._environment = environment
         self._log = folder.with_suffix(".log")
         self._process: subprocess.Popen[bytes] | None = None
         self.port = free_port()
@@ -121,9 +127,8 @@ class Server:
         choices = ["-d", source, "-D", str(self._data), "-R", "-X", "stream", "-c", "fast", "--no-sync"]
         self._place.run(self._place.programs / "pg_basebackup", *choices)
         self.start()
+        primary.set("synchronous_standby_names", "*")
         with primary.admin() as admin:
-            admin.execute("ALTER SYSTEM SET synchronous_standby_names = '*'")
-            admin.execute("SELECT pg_reload_conf()")
             until(lambda: bool(admin.execute(synchronous).fetchone()))
         return self
 
@@ -138,7 +143,9 @@ class Server:
         words = [word for name, value in SETTINGS.items() for word in ("-c", f"{name}={value}")]
         program = self._place.programs / "postgres"
         command: list[str | Path] = [program, "-D", self._data, "-p", str(self.port), *words]
-        self._process = self._place.start(self._log, *command, ends_by=signal.SIGINT)
+        self._process = self._place.start(
+            self._log, *command, ends_by=signal.SIGINT, environment=self._environment
+        )
         if not _gets_ready(self._process, status):
             raise RuntimeError(f"the server didn't start: {_last_lines(self._log.read_bytes())}")
 
@@ -146,6 +153,12 @@ class Server:
         """Stop it: fast by SIGINT, immediately by SIGQUIT."""
         assert self._process is not None
         end(self._process, how)
+
+    def set(self, name: str, value: str) -> None:
+        """Change a setting of the running server."""
+        with self.admin() as admin:
+            admin.execute(f"ALTER SYSTEM SET {name} = '{value}'")
+            admin.execute("SELECT pg_reload_conf()")
 
     def promote(self) -> None:
         """Make a standby the primary."""

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import signal
 import time
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-import psycopg
 import sqlalchemy as sa
 
-from apoq import Queue, prepare
+from apoq import prepare
 from benchmarks.process import Child
 from chaos.proxy import Proxy
-from chaos.server import Server, until
+from chaos.server import NOTHING, Server, until
 from chaos.watcher import WORKERS, Victim, Watcher
 
 OFFERERS = 2
@@ -26,31 +26,48 @@ SLOTS = 4 * WORKERS
 PATIENCE = 60.0
 """Seconds for which a recovery is waited for."""
 
+LIMITS: Mapping[str, float] = {
+    "lost": 0,
+    "failed": 0,
+    "doubled": 0,
+    "effects_lost": 0,
+    "elsewhere": 20,
+    "full_speed": 5,
+}
+"""What is counted may be this at most, unless a scenario says otherwise; times are in seconds.
+
+`elsewhere` is the time until a lost worker's tasks run again. `full_speed` is the time from the end of the
+fault until all is at full speed.
+"""
+
 STEADY = 3.0
 """Seconds for which full speed must last to count; it counts from when it began."""
 
 UNFINISHED = """
     SELECT type, state, left(worker_id::text, 4), token, fail_count, count(*), min(process_at)::text
-    FROM apoq_tasks WHERE state <> 'completed' GROUP BY 1, 2, 3, 4, 5 ORDER BY 6 LIMIT 20
+    FROM tasks WHERE state <> 'completed' GROUP BY 1, 2, 3, 4, 5 ORDER BY 6 LIMIT 20
 """
 
 FOUND = """
-    WITH tasks AS MATERIALIZED (
-        SELECT (data->>'number')::bigint AS number, type, state, attempt, token, fail_count FROM apoq_tasks
+    WITH found AS MATERIALIZED (
+        SELECT (data->>'number')::bigint AS number, type, state, attempt, token, fail_count, rescue_count
+        FROM tasks
     ), effects AS MATERIALIZED (SELECT number, count(*) AS times FROM ledger GROUP BY number)
     SELECT
         (SELECT count(*) FROM offered WHERE sure) AS offered,
         (SELECT count(*) FROM offered WHERE NOT sure) AS maybe,
         count(*) FILTER (WHERE state = 'completed') AS completed,
-        (SELECT count(*) FROM offered WHERE sure AND number NOT IN (SELECT number FROM tasks))
-            + count(*) FILTER (WHERE state <> 'completed') AS lost,
+        (SELECT count(*) FROM offered WHERE sure AND number NOT IN (SELECT number FROM found))
+            + count(*) FILTER (WHERE state NOT IN ('completed', 'failed')) AS lost,
+        count(*) FILTER (WHERE state = 'failed') AS failed,
         count(*) FILTER (WHERE times > 1)
-            + (SELECT count(*) FROM effects WHERE number NOT IN (SELECT number FROM tasks)) AS doubled,
+            + (SELECT count(*) FROM effects WHERE number NOT IN (SELECT number FROM found)) AS doubled,
         count(*) FILTER (WHERE state = 'completed' AND type <> 'noop' AND times IS NULL) AS effects_lost,
         coalesce(sum(attempt - 1) FILTER (WHERE state = 'completed'), 0)::bigint AS wasted,
         coalesce(sum(token - 1) FILTER (WHERE token > 0), 0)::bigint AS claimed_again,
-        coalesce(sum(fail_count), 0)::bigint AS failures
-    FROM tasks LEFT JOIN effects USING (number)
+        coalesce(sum(fail_count), 0)::bigint AS failures,
+        coalesce(sum(rescue_count), 0)::bigint AS rescued
+    FROM found LEFT JOIN effects USING (number)
 """
 
 
@@ -76,14 +93,21 @@ class Worker:
 
     process: Process
     proxy: Proxy | None
-    environment: dict[str, str]
+    settings: dict[str, Any]
+    """What its process is told beside where the server is."""
 
 
 class Stage:
-    """One scenario's processes and their load, from their start to the count of what came of it."""
+    """One scenario's processes and their load, from their start to the count of what came of it.
 
-    def __init__(self, server: Server, name: str, folder: Path, rate: float) -> None:
+    The load is spread over the default schema and `schemas`. The view `tasks` shows all of it.
+    """
+
+    def __init__(
+        self, server: Server, name: str, folder: Path, rate: float, schemas: Sequence[str] = ()
+    ) -> None:
         self.server = server
+        self.name = name
         self.rate = rate
         self.workers: list[Worker] = []
         self.way: Proxy | None = None
@@ -92,23 +116,27 @@ class Stage:
         """Where the workers connect to, if not straight to the server."""
         self.full_speed: list[float | None] = []
         self.all_work: list[float | None] = []
-        self.memory: tuple[float, float] | None = None
+        self.limits = dict(LIMITS)
         self.stack = ExitStack()
-        self._name = name
+        self._schemas = schemas
         self._folder = folder
         self._offerers: list[Process] = []
-        self._offered: list[int] = []
+        self._offered = 0
+        self._held: list[int] = []
+        self._expected: dict[str, float] = {}
         self._begun = 0
 
     def __enter__(self) -> Self:
         with self.server.admin() as admin:
-            admin.execute(f"DROP DATABASE IF EXISTS {self._name} WITH (FORCE)")
-            admin.execute(f"CREATE DATABASE {self._name} OWNER app")
-        engine = sa.create_engine(self.server.url(self._name))
-        prepare(engine)
-        with engine.begin() as connection:
-            connection.execute(sa.text("CREATE TABLE ledger (number bigint NOT NULL)"))
-        engine.dispose()
+            admin.execute(f"DROP DATABASE IF EXISTS {self.name} WITH (FORCE)")
+            admin.execute(f"CREATE DATABASE {self.name} OWNER app")
+        for schema in (None, *self._schemas):
+            self.prepare(schema)
+        tables = [f"SELECT * FROM {schema}.apoq_tasks" for schema in ("public", *self._schemas)]
+        with self.server.admin(self.name) as admin:
+            admin.execute(f"CREATE VIEW tasks AS {' UNION ALL '.join(tables)}")
+            admin.execute("CREATE TABLE ledger (number bigint NOT NULL)")
+            admin.execute("GRANT INSERT ON ledger TO app")
         shutil.rmtree(self._folder, ignore_errors=True)  # an earlier run's
         self._folder.mkdir(parents=True)
         return self
@@ -116,20 +144,46 @@ class Stage:
     def __exit__(self, *_: object) -> None:
         self.stack.close()
 
-    def begin(self, *, proxies: bool = False, environments: tuple[dict[str, str], ...] = ()) -> None:
-        """Start workers, load and watcher, and wait until all run at full speed."""
-        for number in range(WORKERS):
-            proxy = self._proxy() if proxies else None
-            environment = environments[number] if environments else {}
-            self.workers.append(Worker(self._new_worker(proxy, environment), proxy, environment))
-        until(lambda: self._ask("SELECT count(*) FROM apoq_workers")[0][0] == WORKERS)
+    def prepare(self, schema: str | None) -> None:
+        """Make apoq's tables in a schema, as the application would."""
+        engine = sa.create_engine(self.server.url(self.name))
+        if schema:
+            with engine.begin() as connection:
+                connection.execute(sa.schema.CreateSchema(schema))
+        prepare(engine, schema=schema)
+        engine.dispose()
+
+    def begin(
+        self,
+        *,
+        proxies: bool = False,
+        speed: float = math.inf,
+        workers: Sequence[Mapping[str, Any]] = [NOTHING] * WORKERS,
+        load: Mapping[str, Any] = NOTHING,
+    ) -> None:
+        """Start workers, load and watcher, and wait until all run at full speed.
+
+        With `proxies`, each worker has its own way to the server, which carries `speed` bytes a second.
+        `workers` are the settings of each, and `load` those of the enqueuing processes.
+        """
+        for settings in workers:
+            proxy = self._proxy(speed) if proxies else None
+            own = {"schemas": [None, *self._schemas], **settings}
+            self.workers.append(Worker(self._new_worker(proxy, own), proxy, own))
+        until(lambda: self.ask("SELECT count(*) FROM apoq_workers")[0][0] == WORKERS)
         for number in range(1, OFFERERS + 1):
-            url = self.server.url(self._name, self.way.port if self.way else None)
-            rate, folder = self.rate / OFFERERS, str(self._folder)
-            offerer = self._start("offer", url=url, first=number * 10**9, rate=rate, folder=folder)
+            offerer = self._start(
+                "offer",
+                url=self.server.url(self.name, self.way.port if self.way else None),
+                first=number * 10**9,
+                rate=self.rate / OFFERERS,
+                folder=str(self._folder),
+                schemas=[None, *self._schemas],
+                **load,
+            )
             offerer.answer()
             self._offerers.append(offerer)
-        self._watcher = Watcher(self._name, self.rate, lambda: self.server)
+        self._watcher = Watcher(self.name, self.rate, lambda: self.server)
         self.stack.callback(self._watcher.stop)
         began = time.monotonic()
         until(lambda: self._watcher.since(began, 1.0, lambda sample: sample.all_work) is not None)
@@ -142,36 +196,53 @@ class Stage:
         """Give each worker a task that it keeps until the end, so that one sees when another has it."""
         query = """
             SELECT number, row_number() OVER (PARTITION BY worker_id ORDER BY number), state FROM (
-                SELECT (data->>'number')::bigint AS number, worker_id, state FROM apoq_tasks
+                SELECT (data->>'number')::bigint AS number, worker_id, state FROM tasks
                 WHERE type = 'hold' AND state IN ('pending', 'running')
             ) AS holds
         """
         held: list[Any] = []
+        deadline = time.monotonic() + PATIENCE
         while len(held) < WORKERS:
-            self._hold()
-            until(lambda: all(state == "running" for _, _, state in self._ask(query)))
+            if time.monotonic() > deadline:
+                raise TimeoutError("not every worker came to hold a task")
+            self._hold(1)
+            until(lambda: all(state == "running" for _, _, state in self.ask(query)))
             # Those that came to a worker that has one are ended.
-            rows = self._ask(query)
+            rows = self.ask(query)
             held = [number for number, place, _ in rows if place == 1]
-            for number, place, _ in rows:
-                if place > 1:
-                    self._release(number)
+            self._release([number for number, place, _ in rows if place > 1])
+
+    def release_all(self) -> None:
+        """Let all tasks end that are held."""
+        self._release(self._held)
+        self._held = []
 
     def strike(self, worker: Worker, act: Callable[[], object]) -> float:
         """Do this to a worker, and watch when what it held runs anew; answer when it was done."""
         query = "SELECT id FROM apoq_workers WHERE pid = %s ORDER BY started_at DESC LIMIT 1"
-        found = self._ask(query, worker.process.pid)
+        found = self.ask(query, worker.process.pid)
         act()
         now = time.monotonic()
         if found:
             query = "SELECT id, token FROM apoq_tasks WHERE state = 'running' AND worker_id = %s"
-            held = self._ask(query, found[0][0])
+            held = self.ask(query, found[0][0])
             self._watcher.victims.append(Victim(now, [row[0] for row in held], [row[1] for row in held]))
         return now
 
+    @property
+    def rescued(self) -> int:
+        """How many tasks were taken from workers that counted as dead."""
+        found: int = self.ask("SELECT coalesce(sum(rescue_count), 0)::bigint FROM tasks")[0][0]
+        return found
+
+    @property
+    def struck(self) -> int:
+        """How many tasks the victims held."""
+        return sum(len(victim.ids) for victim in self._watcher.victims)
+
     def replace(self, worker: Worker) -> None:
         """Start a new process in a worker's place, as its supervisor would."""
-        worker.process = self._new_worker(worker.proxy, worker.environment)
+        worker.process = self._new_worker(worker.proxy, worker.settings)
 
     def await_recovery(self, since: float) -> None:
         """Wait until the victims' tasks run elsewhere and all is at full speed, and note since when."""
@@ -194,7 +265,7 @@ class Stage:
 
     def _complain(self, what: str) -> None:
         """Write down what there is to see, and the workers' stacks beside their logs."""
-        self.note(f"{what}: {self._ask(UNFINISHED)}")
+        self.note(f"{what}: {self.ask(UNFINISHED)}")
         for worker in self.workers:
             worker.process.send(signal.SIGUSR1)
         time.sleep(0.2)
@@ -205,52 +276,67 @@ class Stage:
             offerer.say("stop")
         for offerer in self._offerers:
             offerer.answer()
-        for number in range(len(self._offered)):
-            self._release(number)
+        self.release_all()
         self._end_all()
         found = self._count()
         elsewhere = [victim.seconds for victim in self._watcher.victims]
         return {
             **found,
+            **self._expected,
             "elsewhere": None if not elsewhere else _longest(elsewhere),
             "full_speed": _longest(self.full_speed),
             "all_work": _longest(self.all_work),
-            "memory": self.memory,
             "slots": self._muster(),
+            "limits": self.limits,
         }
 
     def _end_all(self) -> None:
-        unfinished = "SELECT count(*) FROM apoq_tasks WHERE state IN ('pending', 'running')"
+        unfinished = "SELECT count(*) FROM tasks WHERE state IN ('pending', 'running')"
         with suppress(TimeoutError):
-            until(lambda: self._ask(unfinished)[0][0] == 0, PATIENCE)
+            until(lambda: self.ask(unfinished)[0][0] == 0, PATIENCE)
 
     def _muster(self) -> int:
         """Answer how many slots can still run a task: none may be left waiting for what never comes."""
-        running = "SELECT count(*) FROM apoq_tasks WHERE type = 'hold' AND state = 'running'"
-        for _ in range(SLOTS):
-            self._hold()
+        running = "SELECT count(*) FROM tasks WHERE type = 'hold' AND state = 'running'"
+        self._hold(SLOTS)
         with suppress(TimeoutError):
-            until(lambda: self._ask(running)[0][0] == SLOTS, 15)
-        found: int = self._ask(running)[0][0]
+            until(lambda: self.ask(running)[0][0] == SLOTS, 15)
+        found: int = self.ask(running)[0][0]
         if found < SLOTS:
             self._complain("not all slots work")
         return found
 
-    def _hold(self) -> None:
-        number = len(self._offered)
-        with psycopg.connect(self.server.url(self._name).replace("+psycopg", "")) as connection:
-            Queue().add(connection, "hold", {"number": number}, priority=1)
-        self._offered.append(number)
+    def add(self, type_: str, count: int, *, padding: str = "", priority: int = 0) -> range:
+        """Add tasks at once, beside the steady load, and return their numbers."""
+        numbers = range(self._offered, self._offered + count)
+        self._offered += count
+        query = """
+            INSERT INTO apoq_tasks (type, data, priority)
+            SELECT %s, jsonb_build_object('number', number, 'padding', %s::text), %s
+            FROM generate_series(%s::bigint, %s) AS number
+        """
+        with self.server.admin(self.name) as admin:
+            admin.execute(query, (type_, padding, priority, numbers[0], numbers[-1]))
+        return numbers
 
-    def _release(self, number: int) -> None:
-        (self._folder / f"release-{number}").touch()
+    def expect(self, what: str, found: float, *, at_most: float) -> None:
+        """Count something that only this scenario does."""
+        self._expected[what] = found
+        self.limits[what] = at_most
+
+    def _hold(self, count: int) -> None:
+        self._held += self.add("hold", count, priority=1)
+
+    def _release(self, numbers: Sequence[int]) -> None:
+        for number in numbers:
+            (self._folder / f"release-{number}").touch()
 
     def _count(self) -> dict[str, Any]:
-        with self.server.admin(self._name) as admin:
+        with self.server.admin(self.name) as admin:
             admin.execute("CREATE TABLE offered (number bigint, sure boolean)")
             admin.execute("SET work_mem = '256MB'")  # so that NOT IN looks things up
             with admin.cursor() as cursor, cursor.copy("COPY offered FROM STDIN") as copy:
-                for number in self._offered:
+                for number in range(self._offered):
                     copy.write_row((number, True))
                 for path in [*self._folder.glob("sure-*"), *self._folder.glob("unsure-*")]:
                     for number in array("q", path.read_bytes()):
@@ -261,15 +347,15 @@ class Stage:
             assert cursor.description is not None
             return dict(zip((column.name for column in cursor.description), row, strict=True))
 
-    def _proxy(self) -> Proxy:
-        proxy = Proxy(self.server.port)
+    def _proxy(self, speed: float = math.inf) -> Proxy:
+        proxy = Proxy(self.server.port, speed)
         self.stack.callback(proxy.close)
         return proxy
 
-    def _new_worker(self, proxy: Proxy | None, environment: dict[str, str]) -> Process:
-        url = self.server.url(self._name, proxy.port if proxy else self.pooler_port)
-        direct = self.server.url(self._name) if self.pooler_port else None
-        return self._start("work", url=url, direct=direct, folder=str(self._folder), environment=environment)
+    def _new_worker(self, proxy: Proxy | None, settings: dict[str, Any]) -> Process:
+        url = self.server.url(self.name, proxy.port if proxy else self.pooler_port)
+        direct = self.server.url(self.name) if self.pooler_port else None
+        return self._start("work", url=url, direct=direct, folder=str(self._folder), **settings)
 
     def _start(self, role: str, **task: Any) -> Process:
         self._begun += 1
@@ -279,8 +365,9 @@ class Stage:
         self.stack.callback(process.send, signal.SIGKILL)
         return process
 
-    def _ask(self, query: str, *parameters: object) -> list[Any]:
-        with self.server.admin(self._name) as admin:
+    def ask(self, query: str, *parameters: object) -> list[Any]:
+        """Ask the database, as the superuser."""
+        with self.server.admin(self.name) as admin:
             return admin.execute(query, parameters or None).fetchall()
 
 
