@@ -32,7 +32,7 @@ from apoq.statements.states import runs
 from apoq.states import CANCELLED, COMPLETED, FAILED
 
 LOCK_TIMEOUT: Final = "500ms"
-"""What a batch waits for a locked row: less than PostgreSQL's `deadlock_timeout`, of a second."""
+"""How long a worker waits for a lock: less than PostgreSQL's `deadlock_timeout`, which is a second."""
 
 
 def _literal(text: str) -> ColumnElement[str]:

@@ -17,6 +17,7 @@ from apoq.events import Events
 from apoq.queue import Queue
 from apoq.registry import Registry
 from apoq.statements.hint import has_tasks
+from apoq.statements.settle import LOCK_TIMEOUT
 from apoq.watch import watch
 from apoq.worker.attempts import Ended, ended, overdue, run, run_coroutine
 from apoq.worker.claimer import Claimer
@@ -83,7 +84,7 @@ class Parts:
         options: WorkerOptions,
     ) -> None:
         self.outage = Outage(on_away=self._give_back_line)
-        self.engine = own_engine(sync_side(engine))
+        self.engine = own_engine(sync_side(engine), lock_timeout=LOCK_TIMEOUT)
         listening = self.engine if options.listen_url is None else listen_engine(options.listen_url)
         self._schemas = tuple(dict.fromkeys(queue.schema for queue in queues))
         self._notices = self._new_notices()
