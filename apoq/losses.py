@@ -25,7 +25,7 @@ _NUMBERS: Final[dict[type, tuple[type, ...]]] = {int: (Integral,), float: (Real,
 _SIMPLE: Final = {NoneType, bool, int, float, str, UUID}
 """Of these, `==` says whether two of the same type are the same (of NaN, it's asked once more)."""
 
-_RECORDS: Final = ("__dataclass_fields__", "__pydantic_fields__", "__struct_fields__", "__attrs_attrs__")
+_RECORDS: Final = ("__dataclass_fields__", "__pydantic_core_schema__", "__struct_fields__", "__attrs_attrs__")
 """What a class has that declares its fields."""
 
 _NOTHING: Final = object()
