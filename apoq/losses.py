@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from datetime import date, datetime, time, timedelta
@@ -24,7 +25,7 @@ _NUMBERS: Final[dict[type, tuple[type, ...]]] = {int: (Integral,), float: (Real,
 _SIMPLE: Final = {NoneType, bool, int, float, str, UUID}
 """Of these, `==` says whether two of the same type are the same (of NaN, it's asked once more)."""
 
-_RECORDS: Final = ("__dataclass_fields__", "__pydantic_fields__", "__struct_fields__", "__attrs_attrs__")
+_RECORDS: Final = ("__dataclass_fields__", "__pydantic_core_schema__", "__struct_fields__", "__attrs_attrs__")
 """What a class has that declares its fields."""
 
 _NOTHING: Final = object()
@@ -51,11 +52,11 @@ def find_loss(given: Any, back: Any) -> Loss | None:
         return None if _is_same(given, back) else _changed(back)
     if isinstance(back, Enum) and not isinstance(given, Enum):
         return find_loss(given, back.value)  # a value may be given for its member
-    if isinstance(back, (list, tuple)) and _has_items_of(given, kind):
+    if isinstance(back, (list, tuple, deque)) and _has_items_of(given, kind):
         return _in_items(given, back)
     if isinstance(back, (set, frozenset)) and isinstance(given, (set, frozenset)):
         return _in_set(given, back)
-    if kind is dict and isinstance(given, dict):
+    if isinstance(back, dict) and isinstance(given, dict) and kind in {dict, type(given)}:
         return _in_dict(given, back)
     if _class(given) is not _class(back):
         was, is_ = type(given).__qualname__, kind.__qualname__
@@ -88,7 +89,7 @@ def _is_same(given: Any, back: Any) -> bool:
 
 
 def _has_items_of(given: Any, kind: type) -> bool:
-    """Tell whether its items may come back in a list, or in a kind of tuple."""
+    """Tell whether its items may come back in a list, a tuple or another kind of sequence."""
     if kind is list:
         # The names of a NamedTuple would be lost.
         return isinstance(given, (list, tuple, set, frozenset)) and not hasattr(given, "_fields")
@@ -97,7 +98,7 @@ def _has_items_of(given: Any, kind: type) -> bool:
     return type(given) is kind
 
 
-def _in_items(given: Any, back: list[Any] | tuple[Any, ...]) -> Loss | None:
+def _in_items(given: Any, back: Any) -> Loss | None:
     if len(given) != len(back):
         return _changed(back)
     kinds = [*map(type, given)]

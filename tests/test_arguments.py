@@ -360,6 +360,16 @@ class Owner(pydantic.BaseModel):
     settings: pydantic.Json[dict[str, int]]
 
 
+class File(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(ser_json_bytes="base64", val_json_bytes="base64")
+    content: bytes
+
+
+class Ordered(pydantic.BaseModel):
+    words: collections.OrderedDict[str, int]
+    last: collections.deque[int]
+
+
 class Page(pydantic.BaseModel, Generic[T]):
     items: list[T]
 
@@ -419,6 +429,8 @@ REFUND = Refund(AT, 500)
 LOGIN = Login(user="ada", tokens=["s3cret"])
 
 KEPT: dict[str, tuple[Any, Any]] = {
+    "bytes of a model": (File, File(content=b"\xff")),
+    "dicts and queues of a model": (Ordered, Ordered(words={"b": 1, "a": 2}, last=[1, 2])),
     "a secret that is kept": (KeptLogin, KeptLogin(user="ada", tokens=["s3cret"])),
     "extra fields": (Open, Open(id=1, tags=["a"])),
     "a default that is made": (Made, Made()),
