@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import weakref
 from collections.abc import Iterator
 
 import psycopg
@@ -147,4 +149,36 @@ def test_an_asyncio_engine_has_a_twin_for_threads(url):
 
     with own.connect() as connection:
         assert connection.scalar(sa.text("SELECT 1")) == 1
+    own.dispose()
+
+
+@pytest.mark.parametrize("is_pooled", [False, True], ids=["direct", "through a pooler"])
+def test_it_waits_for_a_lock_no_longer_than_it_was_told(engine, is_pooled):
+    own = own_engine(engine, lock_timeout="123ms")
+    own.update_execution_options(**{_IS_POOLED: is_pooled})
+
+    assert ask(own, "SHOW lock_timeout") == "123ms"
+    with own.begin() as connection:
+        assert connection.scalar(sa.text("SHOW lock_timeout")) == "123ms"
+    with engine.connect() as holding:
+        holding.execute(sa.text("LOCK apoq_tasks"))
+        with pytest.raises(psycopg.errors.LockNotAvailable):
+            ask(own, "SELECT count(*) FROM apoq_tasks")
+    own.dispose()
+
+
+@pytest.mark.parametrize("create", [sa.create_engine, create_async_engine])
+def test_an_engine_that_the_caller_drops_is_not_kept_by_apoqs_own(url, create):
+    engine = create(url)
+    side = getattr(engine, "sync_engine", engine)
+    sa.event.listen(side, "connect", lambda connection, record: None)
+    own = own_engine(side)
+    assert ask(own, "SELECT 1") == 1
+    dropped = weakref.ref(side)
+
+    del engine, side
+    gc.collect()
+
+    assert dropped() is None
+    assert ask(own, "SELECT 1") == 1
     own.dispose()

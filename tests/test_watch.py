@@ -161,6 +161,7 @@ def test_who_cancels_holds_up_nobody(url, monkeypatch):
     connection.close()
 
 
+@pytest.mark.slow
 @cancels
 def test_a_table_that_stays_locked_collects_no_sessions(engine, quiet, url, queue, monkeypatch):
     """Each statement that is given up is ended at the server, before the next one waits beside it."""
@@ -173,7 +174,7 @@ def test_a_table_that_stays_locked_collects_no_sessions(engine, quiet, url, queu
     most = 0
     with engine.connect() as holding, quiet.connect() as looking:
         holding.execute(sa.text("LOCK apoq_tasks"))
-        ends_at = time.monotonic() + 8
+        ends_at = time.monotonic() + 12
         while time.monotonic() < ends_at:
             most = max(most, active(looking))
             time.sleep(0.1)
@@ -185,7 +186,7 @@ def test_a_table_that_stays_locked_collects_no_sessions(engine, quiet, url, queu
     for worker in workers:
         worker.stop(timeout=5)
         worker._engine.dispose()
-    assert most <= 12  # of each worker: claimer, scout, heartbeat, recaller, pruner, and one on its way
+    assert most <= 10  # of each worker: claimer, scout, heartbeat, recaller and pruner
 
 
 class TestWithoutAThread:
