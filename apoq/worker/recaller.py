@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
+from typing import Final
 
 from sqlalchemy import Engine
 
@@ -15,6 +16,10 @@ from apoq.statements.lost import lost
 from apoq.worker.running import BATCH, ID, TOKEN, Batch, Claimed
 
 logger = logging.getLogger(__name__)
+
+
+REST: Final = 0.05
+"""Seconds from one look to the next, at least: any role may notify, and as often as it likes."""
 
 
 class Recaller:
@@ -39,6 +44,7 @@ class Recaller:
         self._on_lost = on_lost
         self._lock = threading.Lock()
         self._hinted: set[int] = set()
+        self._rested_at = 0.0
         self._logged: set[tuple[str | None, int, int]] = set()
 
     def hint(self, ids: Iterable[int]) -> bool:
@@ -50,6 +56,8 @@ class Recaller:
 
     def turn(self) -> float | None:
         """Look them up, and tell of those that are lost."""
+        if (pause := self._rested_at - time.monotonic()) > 0:
+            return pause
         with self._lock:
             hinted, self._hinted = self._hinted, set()
         claimed_before = time.monotonic() - self._interval
@@ -66,6 +74,8 @@ class Recaller:
         except BaseException:
             self.hint(hinted)
             raise
+        if parts:
+            self._rested_at = time.monotonic() + REST
         return self._interval
 
     def _look(self, schema: str | None, rows: dict[tuple[int, int], Claimed]) -> None:
