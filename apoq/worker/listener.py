@@ -132,6 +132,10 @@ class Listener:
             try:
                 if self._hears(connection):
                     self._listen(connection)
+            except psycopg.Error:
+                if not connection.is_cut:
+                    raise
+                return 0.0  # the server has done nothing: it was cut here
             finally:
                 self._connection = None
         return RETRY if connection.is_direct else 10 * RETRY
@@ -232,6 +236,7 @@ class ListeningConnection:
         self._driver.autocommit = True
         self.woke_at = 0.0
         """When `wait` has found something to read, by time.monotonic()."""
+        self.is_cut = False
         self._awaited: frozenset[tuple[bytes, bytes]] = frozenset()
         self._forget()
         # What comes beside the answer to a statement. Not by Connection.add_notify_handler: for it the driver
@@ -279,6 +284,7 @@ class ListeningConnection:
 
     def cut(self) -> None:
         """End it, from another thread."""
+        self.is_cut = True
         cut(self._driver)
 
     def __enter__(self) -> Self:
