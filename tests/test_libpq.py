@@ -14,7 +14,8 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY, INTERVAL
 
 from apoq.connections import _IS_POOLED, execute, own_engine
-from apoq.worker.listener import ListeningConnection
+from apoq.statements.hint import Hint
+from apoq.worker.listener import MOST_AT_ONCE, Heard, ListeningConnection
 
 
 @pytest.fixture
@@ -145,9 +146,22 @@ def test_what_is_prepared_is_named_by_what_it_says(own):
 def test_a_hint_that_comes_beside_an_answer_is_heard(own, waker):
     """The driver reads it together with the rows of the statement, and nothing is left to wait for."""
     with ListeningConnection(own, waker) as connection:
-        connection.execute("LISTEN {}", "here")
+        connection.listen(["here"], [Hint("here", "ours"), Hint("here", "")])
         execute(connection.pooled, sa.select(sa.func.pg_notify("here", "ours")), {})
-        assert connection.wait(0.0) == [("here", "ours")]
+        assert connection.wait(0.0) == Heard(1, is_hinted=True, cancelled=set(), is_all=True)
         connection.execute("NOTIFY {}", "here")
-        assert connection.wait(0.0) == [("here", "")]
-        assert connection.wait(0.0) == []
+        assert connection.wait(0.0).is_hinted
+        execute(connection.pooled, sa.select(sa.func.pg_notify("here", "another's")), {})
+        assert connection.wait(0.0) == Heard(1, is_hinted=False, cancelled=set(), is_all=True)
+        assert connection.wait(0.0).number == 0
+
+
+def test_of_hints_that_come_beside_an_answer_only_so_many_are_kept(own, waker):
+    ids = sa.text("SELECT count(pg_notify('apoq_cancelled', id::text)) FROM generate_series(1, 5000) id")
+    with ListeningConnection(own, waker) as connection:
+        connection.listen(["apoq_cancelled"], [])
+        execute(connection.pooled, ids, {})
+        heard = connection.wait(0.0)
+
+    assert heard.number == 5_000
+    assert len(heard.cancelled) == MOST_AT_ONCE

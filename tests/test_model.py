@@ -482,7 +482,7 @@ class Tasks(RuleBasedStateMachine):
             "of_types": hand.types,
             "at_most": at_most,
             "retry_limits": encode({type_: LIMITS[type_] for type_ in hand.types}),
-            **(AHEAD if ahead else {"longest_data": 1_000}),
+            **(AHEAD if ahead else {}),
             "by_worker": hand.id,
             "number": (number := hand.notes.begin(None)),
             **hand.positions[queue].parameters(),
@@ -891,7 +891,7 @@ class Tasks(RuleBasedStateMachine):
         for row in rows:
             known = self.tasks[row[0]]
             task = RunningTask(
-                (*row, Batch(Queue(known.queue), PROCESSORS, time.monotonic(), self.lease, number)),
+                (*row, Batch(Queue(known.queue), PROCESSORS, time.monotonic(), self.lease, list, number)),
                 PROCESSORS[row[1]],
                 lambda: TaskSession(self.engine),
                 Notice(),

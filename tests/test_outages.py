@@ -26,6 +26,9 @@ SOON = 30.0
 until = patience(SOON)
 SHORT = timedelta(seconds=2.5)
 
+LISTENS = {(b"apoq", b"default")}
+"""What is awaited on the connection of a worker of the default queue, once it is known that hints arrive."""
+
 WAITING = f"""
     SELECT EXISTS (SELECT FROM pg_stat_activity WHERE datname = current_database() AND {WAITS})
 """
@@ -351,6 +354,26 @@ def test_it_is_not_healthy_while_every_settlement_fails(worker, monkeypatch):
 
     settling._turn = turn
     until(worker.healthy)
+
+
+def test_a_connection_that_the_worker_itself_has_cut_is_no_outage(make_worker, caplog):
+    """As after the whole process was frozen: what it listens on may be dead without a word."""
+    caplog.set_level(logging.WARNING, "apoq")
+    worker = make_worker(poll_interval=timedelta(hours=1))
+    worker.start()
+    parts = worker._life.parts
+
+    def listens() -> bool:
+        return parts.listener._connection is not None and parts.listener._connection._awaited == LISTENS
+
+    until(lambda: listens() and not parts.claimer._hinted and parts.engine.pool.checkedout() == 0)
+    before = parts.listener._connection
+
+    parts._lapsed()
+
+    until(lambda: parts.listener._connection is not before and listens())
+    (message,) = caplog.messages
+    assert message.startswith("the lease could not be renewed in time")
 
 
 @pytest.mark.parametrize("kind", ["plain", "coroutine"])

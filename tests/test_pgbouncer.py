@@ -379,7 +379,7 @@ def test_a_listener_that_is_killed_past_it_listens_again(pooled, engine, url, ma
         with engine.begin() as connection:
             sessions = (
                 "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
-                f"WHERE datname = current_database() AND query = 'LISTEN \"{CHANNEL}\"'"
+                f"WHERE datname = current_database() AND query LIKE '%LISTEN \"{CHANNEL}\"'"
             )
             return connection.scalars(sa.text(sessions)).all()
 

@@ -291,7 +291,6 @@ def test_a_claim_that_is_to_end_a_task_counts_no_attempt_where_its_worker_dies(
         "from_queue": queue.name,
         **workable(processors),
         "at_most": 1,
-        "longest_data": 1_000,
         "by_worker": uuid4(),
         "number": 1,
         **Position().parameters(),

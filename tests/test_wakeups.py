@@ -7,8 +7,9 @@ import os
 import signal
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from itertools import pairwise
 
 import psycopg
 import pytest
@@ -20,7 +21,9 @@ from waiting import patience
 from apoq import Queue, prepare
 from apoq.hinter import PAUSE, Hinter
 from apoq.hints import _hinters
-from apoq.statements.hint import CHANNEL
+from apoq.statements.hint import CANCELLED, CHANNEL
+from apoq.worker import listener
+from apoq.worker.recaller import REST
 
 SOON = 10.0
 
@@ -422,3 +425,106 @@ def test_a_listener_whose_connection_is_killed_listens_again(engine, queue, make
         queue.add(session, "t")
 
     assert ran.acquire(timeout=SOON)
+
+
+@contextmanager
+def flooding(engine, channel: str, payload: str = "i::text"):
+    """Notify, commit by commit and as fast as the server can, from one session of its own."""
+    loop = f"""
+        DO $$ BEGIN FOR i IN 1 .. 1000000000 LOOP
+            PERFORM pg_notify('{channel}', {payload});
+            IF i % 100 = 0 THEN COMMIT; END IF;
+        END LOOP; END $$
+    """
+    flooder = engine.raw_connection()
+    flooder.driver_connection.autocommit = True
+    pid = flooder.driver_connection.info.backend_pid
+
+    def flood() -> None:
+        with suppress(psycopg.errors.QueryCanceled):
+            flooder.driver_connection.execute(loop)
+
+    thread = threading.Thread(target=flood)
+    thread.start()
+    try:
+        yield
+    finally:
+        while thread.is_alive():
+            with engine.begin() as connection:
+                connection.execute(sa.select(sa.func.pg_cancel_backend(pid)))
+            thread.join(0.1)
+        flooder.driver_connection.autocommit = False
+        flooder.close()
+
+
+class TestNotificationsOfOthers:
+    """Any role that may connect can send them."""
+
+    @pytest.mark.parametrize(
+        ("channel", "payload"),
+        [
+            (CANCELLED, "repeat('9', 5000)"),
+            (CANCELLED, "repeat('9', 19)"),
+            (CANCELLED, "'٣'"),
+            (CANCELLED, "'-1'"),
+            (CANCELLED, "''"),
+            (CHANNEL, "'nobody''s'"),
+            (CHANNEL, "'💥'"),
+        ],
+    )
+    def test_that_make_no_sense_end_no_connection(self, engine, queue, make_worker, caplog, channel, payload):
+        ran = threading.Semaphore(0)
+        worker = make_worker(poll_interval=LONG)
+        worker.use("t", lambda task: ran.release())
+        start(worker)
+        before = listening_session(worker)
+
+        for _ in range(3):
+            with engine.begin() as connection:
+                connection.exec_driver_sql(f"SELECT pg_notify('{channel}', {payload})")
+            add(engine, queue)
+            assert ran.acquire(timeout=SOON)
+
+        assert listening_session(worker) == before
+        assert caplog.messages == []
+
+    def test_that_forge_a_cancellation_lead_to_few_looks(self, engine, queue, make_worker):
+        begun = threading.Event()
+        worker = make_worker(lease=timedelta(seconds=60))
+        worker.use("t", lambda task: begun.set() or until(lambda: task.stopping, timeout=3 * SOON))
+        worker.start()
+        add(engine, queue)
+        assert begun.wait(SOON)
+        [task] = worker._life.parts.slots.running()
+        looked_at: list[float] = []
+        recaller = worker._life.parts.recaller
+        look = recaller._look
+        recaller._look = lambda *rows: looked_at.append(time.monotonic()) or look(*rows)
+
+        with flooding(engine, CANCELLED, f"'{task.id}'"):
+            until(lambda: len(looked_at) > 10)
+            assert not task.stopping
+            with Session(engine) as session, session.begin():
+                queue.cancel(session, task.id)
+            until(lambda: task.stopping)
+
+        assert min(later - sooner for sooner, later in pairwise(looked_at)) >= REST
+
+    def test_that_are_a_flood_are_not_listened_to(self, engine, queue, make_worker, monkeypatch, caplog):
+        monkeypatch.setattr(listener, "MOST_AT_ONCE", 10)
+        monkeypatch.setattr(listener, "FLOOD_TIME", 0.2)
+        monkeypatch.setattr(listener, "CHECK_INTERVAL", 0.5)
+        monkeypatch.setattr(listener, "RETRY", 0.2)
+        ran = threading.Semaphore(0)
+        worker = make_worker(poll_interval=timedelta(seconds=0.2))
+        worker.use("t", lambda task: ran.release())
+        worker.start()
+        until(lambda: worker._life.parts.listener._connection)
+
+        with flooding(engine, CHANNEL):
+            until(lambda: "notifications arrive faster than they can be read" in caplog.text)
+            add(engine, queue)
+            assert ran.acquire(timeout=SOON)
+
+        until(lambda: "notifications are read again" in caplog.text)
+        assert len(caplog.messages) == 2

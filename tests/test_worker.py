@@ -914,7 +914,7 @@ def test_the_search_path_of_the_engine_is_the_workers(url, engine):
 def test_claims_under_way_at_once_pass_over_each_others_tasks(engine):
     ids = [add(engine) for _ in range(4)]
     ours = {"from_queue": "default", "of_types": ["t"], "retry_limits": '{"t": 5}'}
-    asked = ours | {"at_most": 2, "longest_data": 1_000, "by_worker": uuid4()}
+    asked = ours | {"at_most": 2, "by_worker": uuid4()}
 
     with engine.begin() as one, engine.begin() as other:
         other.exec_driver_sql("SET LOCAL lock_timeout = '2s'")

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from sqlalchemy import Engine
 
@@ -22,6 +22,10 @@ from apoq.worker.running import BATCH, ID, TOKEN, AnyRunningTask, Batch, Claimed
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
+
+
+REST: Final = 0.05
+"""Seconds from one look to the next, at least: any role may notify, and as often as it likes."""
 
 
 class Recaller:
@@ -52,6 +56,7 @@ class Recaller:
         self._on_lost = on_lost
         self._lock = threading.Lock()
         self._hinted: set[int] = set()
+        self._rested_at = 0.0
         self._logged: set[tuple[str | None, int, int]] = set()
         self._begun: set[tuple[str | None, int, int]] = set()
 
@@ -64,6 +69,8 @@ class Recaller:
 
     def turn(self) -> float | None:
         """Look them up, and tell of those that are lost."""
+        if (pause := self._rested_at - time.monotonic()) > 0:
+            return pause
         with self._lock:
             hinted, self._hinted = self._hinted, set()
         claimed_before = time.monotonic() - self._interval
@@ -80,6 +87,8 @@ class Recaller:
         except BaseException:
             self.hint(hinted)
             raise
+        if parts:
+            self._rested_at = time.monotonic() + REST
         return self._interval
 
     def _note_begun(self) -> None:
