@@ -51,8 +51,8 @@ class PostgreSQL:
     It lives from `start` to `stop`, and never longer than the process that started it. A forked child
     may use it, and doesn't end it.
 
-    ``settings`` are server settings, such as ``{"fsync": "off"}``, and ``bindir`` is the folder of the
-    server's programs; see `find_bindir` for the default.
+    ``settings`` are server settings, such as ``{"fsync": "off"}``. Connections over TCP are rejected,
+    whatever they say. ``bindir`` is the folder of the server's programs; see `find_bindir` for the default.
     """
 
     def __init__(self, *, settings: Mapping[str, str] | None = None, bindir: Path | None = None) -> None:
@@ -216,7 +216,9 @@ def _serve(bindir: Path, folder: Path, log: BinaryIO, settings: list[str], user:
         options["preexec_fn"] = partial(ctypes.CDLL(None).prctl, 1, signal.SIGINT)
 
     # UTF8 by name: where no LANG is set, initdb would choose SQL_ASCII, and psycopg would return bytes.
-    choices = ["-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C", "--no-sync"]
+    # Whoever reaches the socket is trusted, and its folder is the owner's alone. Over TCP, anybody would be.
+    access = ["-U", "postgres", "--auth-local=trust", "--auth-host=reject"]
+    choices = [*access, "-E", "UTF8", "--locale=C", "--no-sync"]
     command: list[str | Path] = [bindir / "initdb", "-D", folder / "data", *choices]
     initdb = subprocess.run(command, check=False, capture_output=True, timeout=_PATIENCE, **options)
     if initdb.returncode:

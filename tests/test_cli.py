@@ -145,6 +145,22 @@ class TestTheTarget:
 
             assert (done.exit_code, "a schema's name" in done.output) == (2, True)
 
+    @pytest.mark.parametrize(
+        ("arguments", "environment"),
+        [
+            (["list", "--queue", "\udcff"], {}),
+            (["\udcff"], {}),
+            (["list", "--database-url", f"postgresql://app:{SECRET}\udcff@host/app"], {}),
+            (["list"], {"DATABASE_URL": f"postgresql://app:{SECRET}\udcff@host/app"}),
+        ],
+        ids=["option", "command", "url", "variable"],
+    )
+    def test_bytes_that_are_no_text_are_a_usage_error(self, run, url, arguments, environment):
+        done = run(*arguments, **({"DATABASE_URL": plain(url)} | environment))
+
+        assert (done.exit_code, "is not text in UTF-8" in done.output) == (2, True)
+        assert SECRET not in done.output
+
     def test_another_database_is_a_usage_error(self, run):
         done = run("check", "--database-url", f"mysql://app:{SECRET}@host/app")
 

@@ -26,6 +26,7 @@ from apoq.cli import figures, main, server_checks, table_checks
 from apoq.cli.finding import BAD, OK, WARNING
 from apoq.cli.stats import WIDEST, shown
 from apoq.cli.target import Target
+from apoq.embedded import PostgreSQL
 from apoq.model import ClaimRow, WorkerRow
 from apoq.statements import count
 from apoq.statements.running import LOOKED_AT
@@ -348,6 +349,11 @@ class TestDoctor:
 
         assert "some with apoq 0.0.9" in self.findings(run)["workers"]["text"]
 
+    def test_what_others_have_written_is_no_command_to_the_terminal(self, run, enlist):
+        enlist(version="0.0.9\x1b[2J", host="\x1b]0;t\x07"), enlist(host="\x1b[2J", seen=timedelta(hours=1))
+
+        assert "\x1b" not in run("doctor").output
+
     def test_a_transaction_that_holds_up_vacuum_is_named(self, run, engine, monkeypatch):
         monkeypatch.setattr(table_checks, "LONG", timedelta())
         holder = sa.create_engine(
@@ -554,6 +560,21 @@ class TestDoctor:
         told = self.findings(run, "--database-url", empty_url.render_as_string(hide_password=False))
 
         assert "rights" not in told
+
+
+def test_the_name_of_a_prepared_transaction_is_quoted_in_what_is_to_be_pasted(monkeypatch):
+    monkeypatch.setattr(table_checks, "LONG", timedelta())
+    with PostgreSQL(settings={"max_prepared_transactions": "1"}) as server:
+        engine = sa.create_engine(server.url, isolation_level="AUTOCOMMIT", poolclass=NullPool)
+        with engine.connect() as connection:
+            connection.exec_driver_sql(
+                "BEGIN; CREATE TABLE t (); PREPARE TRANSACTION 'x''; DROP TABLE t; --'"
+            )
+
+            (finding,) = table_checks.check_horizon(connection)
+
+            assert finding.cure == "COMMIT PREPARED or ROLLBACK PREPARED 'x''; DROP TABLE t; --'"
+            connection.exec_driver_sql(finding.cure.removeprefix("COMMIT PREPARED or "))
 
 
 class TestDemo:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from uuid import uuid4
@@ -14,7 +18,7 @@ from sqlalchemy.orm import Session
 
 from apoq import Queue, Task, prepare
 from apoq.cli import list as listing
-from apoq.cli import main, selection
+from apoq.cli import main, prune, selection
 from apoq.model import ClaimRow
 from apoq.statements import find
 from apoq.worker import pruner
@@ -280,6 +284,35 @@ class TestList:
         assert "in " in run("list").output
         assert run("show", "1").exit_code == 0
 
+    def test_what_is_printed_is_json_whatever_stands_in_a_row(self, run, engine):
+        data = '{"a": ' + "9" * 400 + ".5}"
+        with engine.begin() as connection:
+            connection.execute(
+                sa.text("INSERT INTO apoq_tasks (type, data, error) VALUES ('t', :data, :data)"),
+                {"data": data},
+            )
+
+        def refuse(constant: str) -> None:
+            raise AssertionError(f"{constant} is not JSON")
+
+        for command in ("list", "show 1"):
+            told = json.loads(run(*command.split(), "--json").stdout, parse_constant=refuse)
+            assert (told["data"], told["error"]) == (data, {"a": "inf"})
+
+    def test_on_a_terminal_json_is_ascii(self, engine, add):
+        add("evil\x9b2J\u202e 💖")
+        url = engine.url.render_as_string(hide_password=False)
+        leader, follower = pty.openpty()
+        command = [sys.executable, "-m", "apoq", "list", "--json", "--database-url", url]
+        subprocess.run(command, stdout=follower, check=True)
+        os.close(follower)
+
+        shown = os.read(leader, 10_000)
+
+        os.close(leader)
+        assert shown.isascii()
+        assert json.loads(shown)["type"] == "evil\x9b2J\u202e 💖"
+
     @pytest.mark.parametrize(
         "options",
         [["--limit", "0"], ["--limit", "x"], ["--state", "lost"], ["--since", "then"], ["--before", "x"]],
@@ -413,6 +446,16 @@ class TestPrune:
         assert (done.exit_code, "use a role that may do that" in done.stderr) == (1, True), done.output
         assert self.left(engine, ended) == set(ended)
 
+    def test_queues_that_were_not_looked_through_are_spoken_of(self, run, engine, ended, monkeypatch):
+        monkeypatch.setattr(prune, "QUEUES", 1)
+
+        for options in ([], ["--json"]):
+            done = run("prune", "--completed-before", "1d", "--yes", *options)
+            assert "There are more queues than the 1 that" in done.stderr
+        by_name = run("prune", "--completed-before", "1d", "--queue", "mails", "--yes")
+
+        assert (by_name.exit_code, by_name.stderr) == (0, "")
+
     def test_where_nothing_is_old_nothing_is_deleted(self, run, ended):
         assert run("prune", "--completed-before", "5w").output == "Nothing ended that long ago.\n"
 
@@ -514,6 +557,20 @@ class TestCancel:
 
 @pytest.mark.parametrize("name", ["retry", "cancel"])
 class TestRetryAndCancel:
+    @pytest.mark.parametrize("queue", ["", "q" * 300], ids=len)
+    @pytest.mark.parametrize("by", [["1"], ["--type", "t", "--yes"]], ids=["by id", "by type"])
+    def test_a_task_of_a_queue_that_no_queue_can_be_is_changed_too(self, run, engine, name, queue, by):
+        state, new = ("failed", "pending") if name == "retry" else ("pending", "cancelled")
+        with engine.begin() as connection:
+            connection.execute(
+                sa.text("INSERT INTO apoq_tasks (type, queue, state) VALUES ('t', :queue, :state)"),
+                {"queue": queue, "state": state},
+            )
+
+        done = run(name, *by)
+
+        assert (done.exit_code, task(engine, 1).state) == (0, new), done.output
+
     def test_what_does_not_exist_is_said_with_an_exit_code(self, run, name):
         done = run(name, "99")
 

@@ -359,6 +359,12 @@ class TestWhatIsToBeWorked:
             "app_of_theirs:worker", "--database-url", "postgresql://localhost/other"
         )
 
+    @pytest.mark.parametrize("descriptor", ["abc", "", "-1", "987654"])
+    def test_a_supervisor_that_there_is_not(self, said, monkeypatch, descriptor):
+        monkeypatch.setenv("APOQ_SUPERVISOR_FD", descriptor)
+
+        assert "APOQ_SUPERVISOR_FD is for the children of `apoq worker --processes`" in said("thing:queue")
+
     def test_a_schema_for_a_queue_that_knows_its_own(self, said):
         assert "Queue(schema=…)" in said("app_of_theirs:queue", "--schema", "jobs")
 
@@ -468,3 +474,51 @@ class TestTheLog:
         read = json.loads(written)
         assert (read["message"], read["apoq_task_id"]) == ("a\nb 💖", 7)
         assert read["error"].endswith("ZeroDivisionError: division by zero")
+
+    FORGED = "no such sku: x\n2026-11-29 CRITICAL [1] apoq: \x1b[2J\x1b]0;t\x07\u2028\x85\x9b\u202e"
+
+    def record(self) -> logging.LogRecord:
+        try:
+            raise LookupError(self.FORGED)
+        except LookupError as error:
+            return logging.makeLogRecord(
+                {
+                    "msg": "task 1 failed: %s",
+                    "args": (str(error),),
+                    "levelname": "ERROR",
+                    "exc_info": sys.exc_info(),
+                    "stack_info": f"Stack:\n{self.FORGED}",
+                    "exc_text": self.FORGED,  # as another handler has left it
+                }
+            )
+
+    def test_a_message_forges_no_line_of_the_log(self):
+        first, *others = logs.TextFormatter().format(self.record()).splitlines()
+
+        assert "task 1 failed: no such sku: x 2026-11-29 CRITICAL" in first
+        assert all(line.startswith("  ") for line in others)
+        assert [line for line in others if "LookupError: no such sku: x" in line]
+        assert all(character.isprintable() for line in (first, *others) for character in line)
+
+    def test_a_handler_of_the_applications_gets_the_record_as_it_was(self):
+        record = self.record()
+
+        logs.TextFormatter().format(record)
+
+        assert record.exc_text == self.FORGED
+
+    def test_as_json_it_is_one_line_of_ascii(self):
+        record = self.record()
+        record.ratio, record.measured = float("nan"), {"rates": [float("inf"), 1.5]}
+
+        written = logs.JsonFormatter().format(record)
+
+        assert written.isascii()
+        assert len(written.splitlines()) == 1
+
+        def refuse(constant: str) -> None:
+            raise AssertionError(f"{constant} is not JSON")
+
+        read = json.loads(written, parse_constant=refuse)
+        assert read["message"] == f"task 1 failed: {self.FORGED}"
+        assert (read["ratio"], read["measured"]) == ("nan", {"rates": ["inf", 1.5]})

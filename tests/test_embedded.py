@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -17,6 +18,7 @@ from typing import Any
 
 import psycopg
 import pytest
+import sqlalchemy as sa
 from sqlalchemy import NullPool, create_engine, make_url, text
 
 from apoq import embedded
@@ -126,6 +128,14 @@ def test_the_server_takes_two_hundred_connections(server: PostgreSQL) -> None:
 
 def test_the_server_listens_on_no_tcp_port(server: PostgreSQL) -> None:
     assert ask(server.url, "SHOW listen_addresses") == ""
+
+
+def test_over_tcp_nobody_is_trusted() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    settings = QUICK | {"listen_addresses": "127.0.0.1", "port": str(port)}
+    with PostgreSQL(settings=settings), pytest.raises(sa.exc.OperationalError, match="rejects"):
+        ask(f"postgresql+psycopg://postgres@127.0.0.1:{port}/postgres", "SELECT 1")
 
 
 def test_the_folder_is_closed_to_others(server: PostgreSQL) -> None:

@@ -13,6 +13,8 @@ from proxy import Proxy
 from sqlalchemy.orm import Session
 
 from apoq import Queue, UnsupportedDatabase, Worker
+from apoq.flask import settings as flask_settings
+from apoq.pyramid import settings as pyramid_settings
 from apoq.worker import listener
 
 SOON = 10.0
@@ -159,3 +161,16 @@ def test_another_database_is_refused(engine):
     with pytest.raises(UnsupportedDatabase, match="postgresql://") as caught:
         Worker(engine, listen_url="mysql://u:secret@h/d")
     assert "secret" not in str(caught.value)
+
+
+def test_its_password_is_in_no_repr(engine):
+    url = "postgresql://u:secret@h/d"
+    worker = Worker(engine, listen_url=url)
+
+    for shown in (
+        worker,
+        worker.options,
+        flask_settings.Settings.read({"APOQ_LISTEN_URL": url}),
+        pyramid_settings.Settings.read({"apoq.listen_url": url}),
+    ):
+        assert "secret" not in repr(shown)

@@ -121,9 +121,9 @@ def report(found: list[Finding]) -> RenderableType:
     made.add_column(style="bold", no_wrap=True)
     made.add_column(overflow="fold")
     for finding in found:
-        text = Text(finding.text)
+        text = Text(clean(finding.text))
         if finding.cure:
-            text.append(f"\n→ {finding.cure}", "cyan")
+            text.append(f"\n→ {clean(finding.cure)}", "cyan")
         made.add_row(_MARKS[finding.level], finding.subject, text)
     return Group(made, "", _summary(found))
 

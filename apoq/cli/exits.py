@@ -14,6 +14,7 @@ import psycopg
 import sqlalchemy.exc
 from sqlalchemy import URL
 
+from apoq.cli.wording import clean
 from apoq.connections import is_away, is_missing
 from apoq.errors import ApoqError, NotPrepared
 
@@ -28,7 +29,7 @@ class Failure(click.ClickException):
     def show(self, file: IO[Any] | None = None) -> None:
         """Write it, on a terminal with its lines broken between words."""
         file = file or sys.stderr
-        text = f"Error: {self.format_message()}"
+        text = "\n".join(map(clean, f"Error: {self.format_message()}".splitlines()))
         if file.isatty():
             text = click.wrap_text(text, shutil.get_terminal_size().columns)
         click.echo(text, file=file)

@@ -65,6 +65,12 @@ class Commands(click.Group):
         added = self.commands.get(name)
         return COMMANDS[name] if added is None else added.get_short_help_str(ctx.max_content_width or 80)
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Refuse bytes that are no text: they would fail wherever they are sent to."""
+        for arg in args:
+            check_text(arg)
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command; what goes wrong outside of the program ends it in one line."""
         with explained():
@@ -82,12 +88,22 @@ class _Main(Commands):
         return found
 
 
+def check_text(value: str) -> None:
+    """Refuse an argument whose bytes are in no encoding."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        # Without the value, which may have a password in it.
+        raise BadUsage("an argument, or a variable of the environment, is not text in UTF-8") from None
+
+
 def _options(variables: Sequence[str] = ()) -> list[click.Parameter]:
     def use(ctx: click.Context, option: click.Parameter, value: str | None) -> None:
         given = ctx.meta.setdefault(
             "apoq.target", {}
         )  # the contexts of the group and of its command share it
         if value is not None:
+            check_text(value)  # it may be the environment's
             given[option.name] = value
         try:
             check_schema(given.get("schema"))

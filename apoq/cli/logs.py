@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
+from copy import copy
 from datetime import UTC, datetime
-from typing import Final
+from typing import Any, Final
 
 import click
+
+from apoq.cli.output import json_text
+from apoq.cli.wording import clean
 
 FORMATS: Final = ("text", "json")
 LEVELS: Final = ("debug", "info", "warning", "error", "critical")
@@ -41,8 +44,24 @@ class TextFormatter(logging.Formatter):
         else:
             super().__init__("%(asctime)s %(levelname)s [%(process)d] %(name)s: %(message)s")
 
+    def format(self, record: logging.LogRecord) -> str:
+        """Write a record; an exception may stand below its line, and nothing that looks like another one."""
+        shown = copy(record)
+        shown.exc_text = None  # another handler's, as it came
+        return super().format(shown)
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802
+        """Write a traceback."""
+        return _indented(super().formatException(ei))
+
+    def formatStack(self, stack_info: str) -> str:  # noqa: N802
+        """Write a stack."""
+        return _indented(super().formatStack(stack_info))
+
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
-        """Color what wants to be seen."""
+        """Write the line, and color what wants to be seen."""
+        # A message may quote what others have written: a task's type, or an error.
+        record.message = clean(record.message)
         line = super().formatMessage(record)
         color = _COLORS.get(record.levelname) if self._is_terminal else None
         return line if color is None else click.style(line, fg=color)
@@ -63,4 +82,8 @@ class JsonFormatter(logging.Formatter):
         line |= {name: value for name, value in vars(record).items() if name not in _STANDARD | {*line}}
         if record.exc_info:
             line["error"] = self.formatException(record.exc_info)
-        return json.dumps(line, default=str, ensure_ascii=False)
+        return json_text(line, default=str)
+
+
+def _indented(text: str) -> str:
+    return "\n".join(f"  {clean(line)}" for line in text.splitlines())

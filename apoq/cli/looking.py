@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import isfinite
 from typing import Any, Final
 
 import psycopg
@@ -49,9 +50,16 @@ def task_json(row: sa.RowMapping) -> dict[str, Any]:
     """Make what programs get of a task of its row, in which data is text."""
     known = {name: value for name, value in row.items() if name != "now"}
     try:
-        return known | {"data": json.loads(row["data"])}
+        return known | {"data": json.loads(row["data"], parse_float=_finite)}
     except (ValueError, RecursionError):
         return known  # what Python can't read stays text
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not isfinite(number):
+        raise ValueError(f"{text} is beyond Python's floats")
+    return number
 
 
 def missing(task_id: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterable
+from math import isfinite
 from typing import Any, Final
 
 import click
@@ -50,15 +51,35 @@ def show(shown: RenderableType) -> None:
     console().print(shown)
 
 
+def json_text(
+    value: Any,
+    *,
+    is_ascii: bool = True,
+    indent: int | None = None,
+    default: Callable[[Any], Any] | None = None,
+) -> str:
+    """Write JSON; `is_ascii` where a terminal would obey some of the other characters."""
+    options: dict[str, Any] = {
+        "default": default or _plain,
+        "ensure_ascii": is_ascii,
+        "indent": indent,
+        "allow_nan": False,
+    }
+    try:
+        return json.dumps(value, **options)
+    except ValueError:
+        return json.dumps(_finite(value), **options)
+
+
 def show_json(value: Any) -> None:
     """Print one JSON document; times in ISO 8601, durations in seconds."""
-    click.echo(json.dumps(value, default=_plain, ensure_ascii=False, indent=2))
+    click.echo(json_text(value, is_ascii=sys.stdout.isatty(), indent=2))
 
 
 def show_json_lines(values: Iterable[Any]) -> None:
     """Print a line of JSON for each value."""
     for value in values:
-        click.echo(json.dumps(value, default=_plain, ensure_ascii=False))
+        click.echo(json_text(value, is_ascii=sys.stdout.isatty()))
 
 
 def json_option(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -78,6 +99,18 @@ def confirm(question: str, *, yes: bool) -> None:
     if not sys.stdin.isatty():
         raise click.UsageError(f"{question} Nobody is here to ask: say --yes.")
     click.confirm(question, abort=True, err=True)
+
+
+def _finite(value: Any) -> Any:
+    """Write as text what JSON has no number for, such as one of more digits than Python's floats have."""
+    match value:
+        case dict():
+            return {key: _finite(each) for key, each in value.items()}
+        case list() | tuple():
+            return [_finite(each) for each in value]
+        case float() if not isfinite(value):
+            return str(value)
+    return value
 
 
 def _plain(value: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import Final
 
 import click
 
-from apoq.cli.exits import Failure, explained
+from apoq.cli.exits import Failure, explained, warn
 from apoq.cli.looking import looking
 from apoq.cli.output import confirm, json_option, show_json, yes_option
 from apoq.cli.selection import progress
@@ -63,10 +63,11 @@ def command(
         if keep is not None
     ]
     with looking(target) as connection:
-        names = connection.scalars(queues(target.schema), {"at_most": QUEUES}).all()
-        if queue is not None and queue not in names:
+        names = connection.scalars(queues(target.schema), {"at_most": QUEUES + 1}).all()
+        has_more = len(names) > QUEUES
+        if queue is not None and queue not in names and not has_more:
             raise Failure(f"there is no queue {queue!r}: `apoq stats` shows those that have tasks or workers")
-        chosen = names if queue is None else [queue]
+        chosen = names[:QUEUES] if queue is None else [queue]
         rules: list[Rule] = []
         counts: list[int] = []
         for name in chosen:
@@ -81,6 +82,8 @@ def command(
         confirm(f"Delete {tasks(total)}{'' if is_known else ' or more'} for good?", yes=yes)
     _delete(target, rules, total if is_known else None)
     deleted, kept = sum(rule.deleted for rule in rules), sum(rule.kept for rule in rules)
+    if has_more and queue is None:
+        warn(f"There are more queues than the {QUEUES:,} that were looked through: name others by --queue.")
     if as_json:
         show_json({"deleted": deleted, "kept": kept})
         return

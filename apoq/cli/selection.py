@@ -100,7 +100,7 @@ def act(
         while batch := list(islice(remaining, BATCH)):
             with target.begin() as connection:
                 for task_id, name in batch:
-                    if action(Queue(name, schema=target.schema), connection, task_id):
+                    if action(_StoredQueue(name, target.schema), connection, task_id):
                         changed.add(task_id)
             advance(len(batch))
     unchanged = [task_id for task_id in dict.fromkeys(ids) if task_id not in changed]
@@ -110,6 +110,13 @@ def act(
         warn("There may be more: call this again.")
     if unchanged:
         raise _why(target, unchanged, words)
+
+
+class _StoredQueue(Queue):
+    """A queue by the name that a task's row has, even if no queue may be given it."""
+
+    def __init__(self, name: str, schema: str | None) -> None:
+        self.name, self.schema = name, schema
 
 
 def _why(target: Target, ids: Collection[int], words: Words) -> Failure:

@@ -241,7 +241,12 @@ def take_lifeline() -> socket.socket | None:
     fd = os.environ.pop(VARIABLE, None)
     if fd is None:
         return None
-    lifeline = socket.socket(fileno=int(fd))
+    try:
+        lifeline = socket.socket(fileno=int(fd))
+    except (ValueError, OSError):
+        raise BadUsage(
+            f"{VARIABLE} is for the children of `apoq worker --processes`, not {fd!r}: unset it"
+        ) from None
     lifeline.set_inheritable(False)
     return lifeline
 

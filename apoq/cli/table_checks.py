@@ -107,7 +107,7 @@ def check_horizon(connection: sa.Connection) -> Iterator[Finding]:
                 cure = f"SELECT pg_terminate_backend({row['pid']}), and mend the program that left it open"
             case "prepared transaction":
                 text = f"{name!r} has been prepared for {length(row['age'])}"
-                cure = f"COMMIT PREPARED or ROLLBACK PREPARED '{name}'"
+                cure = "COMMIT PREPARED or ROLLBACK PREPARED '{}'".format(name.replace("'", "''"))
             case _:
                 text = f"the replication slot {name!r} isn't in use, and holds up vacuum"
                 cure = f"start its replica, or SELECT pg_drop_replication_slot('{name}')"

@@ -28,8 +28,8 @@ class Settings:
     """In which of Flask-SQLAlchemy's binds, or Lite's engines, they are."""
     embedded_worker: bool = False
     """Whether each process that serves requests works tasks, too."""
-    worker: Mapping[str, Any] = field(default_factory=dict)
-    """What else a `Worker` is told."""
+    worker: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    """What else a `Worker` is told; its `listen_url` may have a password in it."""
 
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> Self:

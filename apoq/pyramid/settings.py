@@ -44,8 +44,8 @@ class Settings:
     base_url: str | None = None
     """What `request.route_url` begins with in a processor."""
     embedded_worker: bool = False
-    worker: Mapping[str, Any] = field(default_factory=dict)
-    """What else a `Worker` is told."""
+    worker: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    """What else a `Worker` is told; its `listen_url` may have a password in it."""
 
     @classmethod
     def read(cls, settings: Mapping[str, Any]) -> Settings:

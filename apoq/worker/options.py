@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 from sqlalchemy import URL
@@ -17,7 +17,8 @@ class WorkerOptions:
     lease: timedelta
     keep_completed: timedelta | None
     keep_failed: timedelta | None
-    listen_url: str | URL | None
+    listen_url: str | URL | None = field(repr=False)
+    """It may have a password in it."""
 
     def __post_init__(self) -> None:
         number = self.concurrency

@@ -1,0 +1,209 @@
+"""The rights that `docs/deploying.md` grants are enough for what each role does, and no more."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+
+import pages
+import psycopg
+import pytest
+import sqlalchemy as sa
+from click.testing import CliRunner
+from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
+from sqlalchemy.orm import Session
+from sqlalchemy.pool import NullPool
+from waiting import patience
+
+from apoq import Queue, Retry, Task, Worker
+from apoq.cli import main
+from apoq.model import tasks_table
+from apoq.preflight import RIGHTS, only_adds, problems
+
+until = patience(20)
+
+SCRIPTS = [block.code for block in pages.blocks(pages.DOCS / "deploying.md", "sql")]
+ADDS, CHANGES, WORKS, READS, POLICY = SCRIPTS
+INSERTED = set(re.search(r"INSERT \((.*?)\)", ADDS).group(1).split(", "))
+OTHERS = {column.name for column in tasks_table(None).c} - INSERTED - {"ended_as"}
+
+
+@pytest.fixture
+def grant(engine) -> Iterator[Callable[..., str]]:
+    """Run scripts of the page, for a role of the test's own; return the database's URL for it."""
+    made = []
+    with engine.begin() as connection:
+        connection.exec_driver_sql("REVOKE ALL ON SCHEMA public FROM PUBLIC")
+
+    def run(*scripts: str) -> sa.URL:
+        (name,) = set(re.findall(r"\bapp_\w+", "".join(scripts)))
+        role = f"{engine.url.database}_{name}"
+        with engine.begin() as connection:
+            for script in scripts:
+                connection.exec_driver_sql(re.sub(rf"\b{name}\b", role, script))
+            connection.exec_driver_sql(f"ALTER ROLE {role} PASSWORD 'app'")
+        made.append(role)
+        return engine.url.set(username=role, password="app")
+
+    yield run
+    with engine.begin() as connection:
+        for role in made:
+            connection.exec_driver_sql(f"DROP OWNED BY {role}; DROP ROLE {role}")
+
+
+@pytest.fixture
+def connect(grant) -> Callable[..., sa.Engine]:
+    return lambda *scripts: sa.create_engine(grant(*scripts), poolclass=NullPool)
+
+
+def add_in_every_way(url: sa.URL, queue: Queue) -> int:
+    """Add tasks through each kind of session; return how many."""
+    engine = sa.create_engine(url, poolclass=NullPool)
+    with Session(engine) as session, session.begin():
+        assert queue.add(session, "t").id
+        queue.add_many(session, "t", ({} for _ in range(5)))
+        queue.add_many(session, "t", [{}] * 3_000)  # by COPY
+    with engine.begin() as connection:
+        queue.add(connection, "t", {}, priority=3, retry_limit=2, retry_delay=1, timeout=60)
+    with psycopg.connect(url.set(drivername="postgresql").render_as_string(hide_password=False)) as driver:
+        queue.add(driver, "t")
+        queue.add_many(driver, "t", [{}] * 3_000)
+
+    async def add() -> None:
+        engine = create_async_engine(url, poolclass=NullPool)
+        async with AsyncSession(engine) as session, session.begin():
+            await queue.add(session, "t")
+            await queue.add_many(session, "t", [{}] * 3_000)
+        async with engine.begin() as connection:
+            await queue.add(connection, "t")
+
+    asyncio.run(add())
+    return 1 + 5 + 3_000 + 1 + 1 + 3_000 + 1 + 3_000 + 1
+
+
+def test_what_one_role_has_added_another_one_works(grant, engine, queue):
+    added = add_in_every_way(grant(ADDS), queue)
+    with engine.begin() as connection:
+        queue.add(connection, "fails", retry_limit=1, retry_delay=0)
+        queue.add(connection, "writes")
+
+    def write(task):
+        task.session.execute(sa.text("INSERT INTO ledger VALUES (:id)"), {"id": task.id})
+
+    def fail(task):
+        raise Retry
+
+    as_worker = sa.create_engine(grant(WORKS, "GRANT INSERT ON ledger TO app_worker"), poolclass=NullPool)
+    worker = Worker(as_worker, queue)
+    worker.use("t", lambda task: None)
+    worker.use("fails", fail)
+    worker.use("writes", write)
+    worker.start()
+    try:
+        until(lambda: (worker.tally().completed, worker.tally().failed) == (added + 1, 1))
+        assert worker.healthy()
+    finally:
+        worker.stop()
+
+    with engine.begin() as connection:
+        assert connection.scalar(sa.text("SELECT count(*) FROM ledger")) == 1
+        assert connection.scalar(sa.text("SELECT count(*) FROM apoq_workers")) == 0
+
+
+def test_one_that_works_keeps_no_task_if_it_is_told_so(grant, engine, queue):
+    with engine.begin() as connection:
+        queue.add(connection, "t")
+    worker = Worker(sa.create_engine(grant(WORKS)), queue, keep_completed=timedelta())
+    worker.use("t", lambda task: None)
+    assert worker.work()
+
+    with engine.begin() as connection:
+        assert connection.scalar(sa.text("SELECT count(*) FROM apoq_tasks")) == 0
+
+
+@pytest.mark.parametrize("column", sorted(OTHERS))
+def test_one_that_adds_sets_nothing_that_is_the_workers(connect, column):
+    statement = sa.text(f"INSERT INTO apoq_tasks (type, {column}) VALUES ('t', DEFAULT)")
+
+    with (
+        pytest.raises(sa.exc.ProgrammingError, match="permission denied"),
+        connect(ADDS).begin() as connection,
+    ):
+        connection.execute(statement)
+
+
+def test_one_that_adds_reads_and_changes_nothing(connect, engine, queue):
+    with engine.begin() as connection:
+        task_id = queue.add(connection, "t", {"secret": 1}).id
+    as_web = connect(ADDS)
+
+    for look in (
+        "SELECT data FROM apoq_tasks",
+        "DELETE FROM apoq_tasks",
+        "SELECT setval('apoq_tasks_id_seq', 1)",
+    ):
+        with pytest.raises(sa.exc.ProgrammingError, match="permission denied"), as_web.begin() as connection:
+            connection.exec_driver_sql(look)
+    for change in (queue.cancel, queue.retry):
+        with pytest.raises(sa.exc.ProgrammingError, match="permission denied"), as_web.begin() as connection:
+            change(connection, task_id)
+
+
+def test_one_that_adds_loads_no_task_again(connect, queue):
+    as_web = connect(ADDS)
+    with Session(as_web) as session:
+        task = queue.add(session, "t")
+        session.commit()
+        with pytest.raises(sa.exc.ProgrammingError, match="permission denied"):
+            task.id  # noqa: B018
+    with Session(as_web, expire_on_commit=False) as session:
+        task = queue.add(session, "t")
+        session.commit()
+        assert task.id
+    with Session(as_web) as session, pytest.raises(sa.exc.ProgrammingError, match="permission denied"):
+        session.add(Task(type="t"))
+        session.flush()
+
+
+def test_with_more_rights_it_cancels_and_retries(connect, engine, queue):
+    as_web = connect(ADDS, CHANGES)
+    with Session(as_web) as session, session.begin():
+        task = queue.add(session, "t")
+        assert queue.cancel(session, task)
+        assert queue.retry(session, task)
+
+
+def test_the_page_grants_to_a_worker_what_the_preflight_wants(connect):
+    found = re.findall(r"GRANT ([A-Z, ]+) ON (apoq_\w+) TO", WORKS)
+
+    assert {table: tuple(rights.split(", ")) for rights, table in found} == RIGHTS
+    with connect(WORKS).begin() as connection:
+        assert problems(connection) == []
+
+
+def test_the_doctor_knows_each_of_them(grant):
+    url = grant(ADDS)
+    with sa.create_engine(url, poolclass=NullPool).begin() as connection:
+        assert only_adds(connection)
+    shown = CliRunner().invoke(main, ["doctor", "--database-url", url.render_as_string(hide_password=False)])
+    assert (shown.exit_code, "this role can add tasks" in shown.output) == (0, True), shown.output
+
+
+def test_one_that_reads_looks_at_everything(grant, engine, queue):
+    with engine.begin() as connection:
+        task_id = queue.add(connection, "t").id
+    url = grant(READS).render_as_string(hide_password=False)
+
+    for command in ("list", "list --state running", f"show {task_id}", "stats --types", "check"):
+        done = CliRunner().invoke(main, [*command.split(), "--database-url", url])
+        assert done.exit_code == 0, done.output
+
+
+def test_the_policy_lets_a_worker_see_everything(connect, engine):
+    with engine.begin() as connection:
+        connection.exec_driver_sql("ALTER TABLE apoq_tasks ENABLE ROW LEVEL SECURITY")
+
+    with connect(WORKS, POLICY).begin() as connection:
+        assert problems(connection) == []
