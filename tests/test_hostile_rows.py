@@ -402,6 +402,19 @@ class TestARowThatTheServerRefuses:
         until(lambda: not self.innocents(engine))
         assert fastest(engine, queue, worker) < 0.1
 
+    def test_an_idle_worker_looks_at_it_seldom(self, engine, queue, worker, refuse, caplog):
+        refuse(f"{self.BAD} AND NEW.state = 'running'")
+        worker.use("good", nothing)
+        worker.start()
+        all_are_done(engine, queue)
+        bad = self.bad_row(engine)
+        until(lambda: named_at_error(caplog, bad))
+        before, began = transactions(engine), time.monotonic()
+
+        until(lambda: time.monotonic() > began + 3)
+
+        assert transactions(engine) - before < 60
+
     def test_work_passes_it_over(self, engine, queue, worker, refuse, caplog):
         refuse(f"{self.BAD} AND NEW.state = 'running'")
         worker.use("good", nothing)
