@@ -21,6 +21,7 @@ from uuid import uuid4
 
 import pytest
 import sqlalchemy as sa
+import sqlalchemy.exc
 from claims import note
 from sqlalchemy.orm import Session
 from waiting import patience
@@ -401,6 +402,19 @@ class TestARowThatTheServerRefuses:
         until(lambda: not self.innocents(engine))
         assert fastest(engine, queue, worker) < 0.1
 
+    def test_an_idle_worker_looks_at_it_seldom(self, engine, queue, worker, refuse, caplog):
+        refuse(f"{self.BAD} AND NEW.state = 'running'")
+        worker.use("good", nothing)
+        worker.start()
+        all_are_done(engine, queue)
+        bad = self.bad_row(engine)
+        until(lambda: named_at_error(caplog, bad))
+        before, began = transactions(engine), time.monotonic()
+
+        until(lambda: time.monotonic() > began + 3)
+
+        assert transactions(engine) - before < 60
+
     def test_work_passes_it_over(self, engine, queue, worker, refuse, caplog):
         refuse(f"{self.BAD} AND NEW.state = 'running'")
         worker.use("good", nothing)
@@ -579,6 +593,34 @@ def test_a_task_of_200_mb_fails_by_itself_and_takes_no_memory(engine, url, queue
         assert re.search(r"max_data_size|bytes", task.error["message"])
     assert found["is_healthy"]
     assert claims(engine) == 0
+
+
+EXPANDING = {
+    # Each number takes a few bytes in jsonb, and 131,072 digits as text.
+    "one of 260 MB": (2_000, 1),
+    "one of more than PostgreSQL's text can hold": (9_000, 1),
+    "three hundred of 13 MB": (100, 300),
+}
+
+
+@needs_procfs
+@pytest.mark.parametrize(("numbers", "number"), EXPANDING.values(), ids=EXPANDING)
+def test_numbers_that_are_long_as_text_take_no_memory(engine, url, queue, numbers, number):
+    """M1. What is stored is one or two kilobytes, so that no limit of the stored size helps."""
+    data = f"('[' || repeat('1e131071,', {numbers - 1}) || '1e131071]')::jsonb"
+    add(engine, queue, 20)
+    try:
+        insert(engine, f"(type, data) SELECT 't', {data} FROM generate_series(1, {number})")
+    except sqlalchemy.exc.DBAPIError:
+        return  # the table refuses it, which is as good
+    add(engine, queue, 20)
+
+    with a_worker_apart(url, DRAINED) as process:
+        found = json.loads(process.communicate(timeout=60)[0])
+
+    assert found["good"] < SOON
+    assert found["grew"] < ROOM
+    assert found["is_healthy"]
 
 
 @needs_procfs
@@ -840,6 +882,58 @@ class TestRowsThatADeadWorkerLeft:
         until(lambda: state_of(engine, id_) == COMPLETED)
 
 
+class TestForgedRescues:
+    """A row may say that it was taken from dead workers, however often."""
+
+    BACKLOG = 20_000
+
+    def time_of_a_backlog(self, engine: sa.Engine, worker: Worker) -> float:
+        """Return the seconds that a new worker takes for tasks that are there before it."""
+        insert(engine, f"(type) SELECT 'good' FROM generate_series(1, {self.BACKLOG})")
+        worker.use("good", nothing)
+        worker.start()
+        # Looking at the table would take more than the work itself.
+        took = until(lambda: worker.tally().completed >= self.BACKLOG, 4 * SOON)
+        worker.stop()
+        return took
+
+    def test_one_behind_a_backlog_slows_it_little(self, engine, make_worker):
+        usual = min(self.time_of_a_backlog(engine, make_worker()) for _ in range(2))
+        insert(engine, "(type, priority, process_at, rescue_count) VALUES ('good', -32768, 'epoch', 1)")
+
+        assert self.time_of_a_backlog(engine, make_worker()) < 3 * usual
+
+    def test_fewer_than_none_are_as_none(self, engine, queue, worker):
+        worker.use("t", nothing)
+        worker.use("good", nothing)
+        worker.start()
+        # Short ones, after which the worker claims ahead.
+        all_are_done(engine, queue, 500)
+
+        [id_] = insert(engine, "(type, rescue_count) VALUES ('t', -1)")
+
+        until(lambda: state_of(engine, id_) == COMPLETED)
+
+
+class TestForgedNotes:
+    """Who may write into apoq_claims can note what it likes, in the name of whom it likes."""
+
+    def test_one_of_the_number_of_a_workers_next_claim_stops_no_claim(self, engine, queue, worker):
+        worker.use("good", nothing)
+        worker.start()
+        all_are_done(engine, queue)
+
+        execute(
+            engine,
+            "INSERT INTO apoq_claims SELECT w.id, n, '{}' FROM apoq_workers w, generate_series(1, 100000) n "
+            "ON CONFLICT DO NOTHING",
+        )
+
+        for _ in range(3):
+            all_are_done(engine, queue)
+        assert worker.healthy()
+
+
 PAYLOADS = {
     "digits without end": ("apoq_cancelled", "9" * 5_000),
     "a number that is no bigint": ("apoq_cancelled", "9" * 19),
@@ -880,7 +974,7 @@ class TestNotifications:
         worker.start()
         until(lambda: worker.tally().running == 1)
         id_ = scalar(engine, "SELECT max(id) FROM apoq_tasks")
-        number = 3_000
+        number = 1_000
         before = transactions(engine)
         began = time.monotonic()
 
