@@ -15,7 +15,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
@@ -37,6 +37,10 @@ def ledger(task: RunningTask) -> None:
     task.session.execute(LEDGER, {"number": task.data["number"]})
 
 
+def sleep(seconds: float | SupportsIndex, /) -> None:
+    threading.Event().wait(float(seconds))
+
+
 def work(
     url: str,
     direct: str | None,
@@ -50,16 +54,17 @@ def work(
 
     Which is nothing, except behind PgBouncer: then `direct` leads past it. A scenario may set more.
     """
-    if environment and "LD_PRELOAD" not in os.environ:
-        # A library can only be preloaded into a program that begins.
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **environment})  # noqa: S606
+    if environment:
+        if "LD_PRELOAD" not in os.environ:
+            # A library can only be preloaded into a program that begins.
+            os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **environment})  # noqa: S606
+        time.sleep = sleep  # under libfaketime, time.sleep fails now and then: [Errno 22] Invalid argument
 
     def hold(task: RunningTask) -> None:
         """Keep a slot until told by a file, then have an effect."""
         released = Path(folder, f"release-{task.data['number']}")
-        tick = threading.Event()  # under libfaketime, time.sleep fails now and then
         while not released.exists():
-            tick.wait(0.1)
+            time.sleep(0.1)
         ledger(task)
 
     engine = sa.create_engine(url, connect_args={"prepare_threshold": None} if direct else {})
