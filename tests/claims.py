@@ -26,8 +26,12 @@ WAITS = "query LIKE '%picked%' AND wait_event_type = 'Lock'"
 
 def hold_up(connection: sa.Connection, worker: Worker, schema: str | None = None) -> None:
     """Let each claim of a worker that takes anything wait until this transaction ends."""
-    worker_id = worker._life.parts.claimer.worker_id
-    notes = [{"worker_id": worker_id, "number": number, "task_ids": []} for number in range(1_000)]
+    claimer = worker._life.parts.claimer
+    next_number = next(claimer._notes._numbers)
+    notes = [
+        {"worker_id": claimer.worker_id, "number": next_number + ahead, "task_ids": []}
+        for ahead in range(1, 1_000)
+    ]
     connection.execute(sa.insert(claims_table(schema)), notes)
 
 

@@ -47,8 +47,8 @@ CHANGED: Final = ("state", "token", "attempt", "worker_id", "claimed_at", "claim
 COMPRESSED: Final = 20
 """How many times larger than it is stored the data is taken to be, if it is compressed."""
 
-SMALL: Final = 8_000
-"""Bytes that data has when it is stored, of which it isn't asked how long its text is."""
+SHORT: Final = 8_000
+"""Bytes that data has when it is stored, at most, to be returned by a claim."""
 
 
 @cache
@@ -72,8 +72,9 @@ def claim(
     its own limit, is taken to be ended, and doesn't begin.
 
     The attempt is counted here, and not when it ends: one that kills its worker counts as well. Times are
-    returned as seconds since 1970, and data as text, because most of them are never read. Data that is longer
-    than `longest_data` characters is cut off after one more.
+    returned as seconds since 1970, and data as text, because most of them are never read. Data that takes
+    more than `SHORT` bytes is null: it is read when the task begins, so that a claim is soon answered, and
+    what waits for a slot takes little memory.
 
     What is taken is written down, as the `number` of the claims of `by_worker`.
     """
@@ -110,7 +111,7 @@ def claim(
         .returning(
             tasks.c.id,
             tasks.c.type,
-            _bounded_text(tasks.c.data),
+            _short_text(tasks.c.data),
             tasks.c.priority,
             func.date_part(EPOCH, tasks.c.created_at, type_=Double),
             func.date_part(EPOCH, tasks.c.process_at, type_=Double),
@@ -159,7 +160,7 @@ def _picked(
         tasks.c.type == any_(bindparam("of_types", type_=ARRAY(Text))),
     ]
     if ahead:
-        conditions.append(tasks.c.rescue_count == ZERO)
+        conditions.append(tasks.c.rescue_count <= ZERO)
     if passes_over:
         conditions.append(tasks.c.id != all_(bigints("passed_over")))
     due = select(place, tasks.c.id, *weighed).where(*conditions).limit(limit)
@@ -216,10 +217,6 @@ def _weight(data: ColumnElement[Any]) -> ColumnElement[int]:
     )
 
 
-def _bounded_text(data: ColumnElement[Any]) -> ColumnElement[str]:
-    """Return data as text, not much longer than it may be: another program may have added it."""
-    text = cast(data, Text)
-    longest = bindparam("longest_data", type_=Integer) + ONE
-    # Only what is stored in more than a few pages is looked at by the character.
-    is_small = func.pg_column_size(data, type_=Integer) < literal_column(str(SMALL), Integer)
-    return case((is_small, text), else_=func.left(text, longest))
+def _short_text(data: ColumnElement[Any]) -> ColumnElement[str | None]:
+    is_short = func.pg_column_size(data, type_=Integer) <= literal_column(str(SHORT), Integer)
+    return case((is_short, cast(data, Text)))

@@ -24,6 +24,7 @@ from apoq.outcomes import Outcome, WorkerDied
 from apoq.queue import Queue
 from apoq.sessions import CLOCK
 from apoq.statements.claim import claim
+from apoq.statements.data import read_data
 from apoq.statements.survey import survey
 from apoq.states import FAILED, PENDING
 from apoq.testing.clock import travel
@@ -44,6 +45,8 @@ from apoq.worker.lease import Lease
 from apoq.worker.position import MOST_LEVELS, Position
 from apoq.worker.running import (
     BATCH,
+    ID,
+    TOKEN,
     TYPE,
     AnyRunningTask,
     AsyncRunningTask,
@@ -171,14 +174,19 @@ class _Drain:
                 **workable(crew.processors(queue)),
                 "at_most": 1,
                 "by_worker": self._worker_id,
-                "longest_data": longest_data(queue),
                 **position.parameters(),
             }
             statement = claim(queue.schema, overflows=position.lower_than is not None)
             for row in self._execute(queue, statement, parameters):
-                batch = Batch(queue, crew.processors(queue), time.monotonic(), FOR_EVER)
+                batch = Batch(queue, crew.processors(queue), time.monotonic(), FOR_EVER, self._fetch)
                 return crew, self._make((*row, batch))
         return None
+
+    def _fetch(self, row: Claimed) -> Sequence[Sequence[Any]]:
+        batch: Batch = row[BATCH]
+        queue = batch.from_queue
+        parameters = {"task_id": row[ID], "held_under": row[TOKEN], "longest_data": longest_data(queue)}
+        return self._execute(queue, read_data(queue.schema), parameters).all()
 
     def _make(self, row: Claimed) -> AnyRunningTask:
         batch: Batch = row[BATCH]

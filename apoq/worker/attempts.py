@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from contextvars import copy_context
 from typing import Any, NamedTuple
 
+import psycopg
 from sqlalchemy.orm import Session
 
 from apoq.errors import InvalidProcessor, SessionMisused
@@ -64,7 +65,7 @@ async def run_coroutine(task: AsyncRunningTask, completion: Completion, deadline
 def _run(task: RunningTask, completion: Completion, deadlines: Deadlines) -> Ended:
     row = outcome = None
     try:
-        task.read()
+        _read(task)
         if task.notice is RECALLED:
             raise TaskLost  # noqa: TRY301 - between the line and its slot
         limit = task.timeout
@@ -83,7 +84,10 @@ def _run(task: RunningTask, completion: Completion, deadlines: Deadlines) -> End
 async def _run_coroutine(task: AsyncRunningTask, completion: Completion, deadlines: Deadlines) -> Ended:
     row = outcome = None
     try:
-        task.read()
+        if task.has_data:
+            task.read()
+        else:
+            await asyncio.to_thread(_read, task)
         limit = task.timeout
         if limit is None:
             await task.call()
@@ -99,6 +103,14 @@ async def _run_coroutine(task: AsyncRunningTask, completion: Completion, deadlin
         except BaseException as error:  # noqa: BLE001 - cancelled once more, while it was closed
             outcome = outcome or (None if row is not None else error)
     return ended(task, outcome, row)
+
+
+def _read(task: AnyRunningTask) -> None:
+    """Read a task's data; raise `Unreachable` if it must be fetched and the database is away."""
+    try:
+        task.read()
+    except psycopg.Error as error:
+        raise Unreachable(brief(error)) from error
 
 
 def _outcome(task: AnyRunningTask, error: BaseException) -> BaseException:

@@ -25,6 +25,7 @@ from apoq.queue import Queue
 from apoq.registry import Processor, Registry
 from apoq.statements.arrays import array_text
 from apoq.statements.claim import claim, next_due
+from apoq.statements.data import read_data
 from apoq.statements.notes import forget_settled
 from apoq.statements.recover import forget_unknown, give_back
 from apoq.worker.attempts import Ended, ended
@@ -32,13 +33,14 @@ from apoq.worker.failures import Outage
 from apoq.worker.isolation import Isolation
 from apoq.worker.lease import Lease
 from apoq.worker.notes import Notes
-from apoq.worker.position import PASSED_OVER_FOR, Position
+from apoq.worker.position import Position
 from apoq.worker.running import (
     BATCH,
     FAIL_COUNT,
     ID,
     PRIORITY,
     PROCESS_AT,
+    TOKEN,
     AnyRunningTask,
     Batch,
     Claimed,
@@ -82,6 +84,9 @@ MANY_BYTES: Final = 256 * 1024
 NARROWER: Final = 8
 """By what the size of a claim is divided when the server refuses it, until the bad row stands alone."""
 
+MOST_REFUSED: Final = 5
+"""Tasks that the server may refuse, one after the other, before the claims are taken to fail as such."""
+
 MOST_TRIES: Final = 20
 """Claims that one turn sends at most, to find what the server refuses."""
 
@@ -112,6 +117,10 @@ class _Source:
     asked: dict[str, str] = field(default_factory=dict)
     at_most: int = MOST_AT_ONCE
     """Fewer after a claim that the server has refused."""
+    refused: int = 0
+    """How many tasks the server has refused since a claim last found any."""
+    refusal: DatabaseError | None = None
+    """The last of these."""
     mean_size: float = 0.0
     """Characters of data that a task had in the last claim."""
 
@@ -278,7 +287,6 @@ class Claimer:
                 {
                     "from_queue": queue.name,
                     "by_worker": self.worker_id,
-                    "longest_data": longest_data(queue),
                     **workable(processors),
                 }
             )
@@ -293,7 +301,15 @@ class Claimer:
         if rows:
             self._moves.append((source.position, rows, len(rows) < limit))
             source.mean_size = data_size(rows) / len(rows)
-        batch = Batch(queue, processors, time.monotonic(), source.lease, number, is_ahead=len(rows) > free)
+        batch = Batch(
+            queue,
+            processors,
+            time.monotonic(),
+            source.lease,
+            self._fetch,
+            number,
+            is_ahead=len(rows) > free,
+        )
         tasks: list[Claimed] = [(*row, batch) for row in rows]
         self.held.update({id(row): row for row in tasks})
         return tasks
@@ -305,42 +321,39 @@ class Claimer:
         for _ in range(MOST_TRIES):
             at_most = min(limit, source.at_most)
             try:
-                found = self._execute(source, at_most, free, bytes_ahead, where)
+                number, rows = self._execute(source, at_most, free, bytes_ahead, where)
             except DatabaseError as error:
                 # The note of a claim is written with it, and is no task's row.
                 is_of_note = error.diag.table_name == ClaimRow.__tablename__
-                if (
-                    is_of_note
-                    or not is_caused_by_a_row(error)
-                    or not self._narrow(source, at_most, free, error)
-                ):
+                if is_of_note or not is_caused_by_a_row(error):
                     raise
-            else:
-                source.at_most = min(MOST_AT_ONCE, 2 * source.at_most)
-                return found
-        raise RuntimeError(f"too many tasks of {source.queue!r} can't be claimed, as the log says")
+                self._narrow(source, at_most, free, error)
+                continue
+            source.at_most = min(MOST_AT_ONCE, 2 * source.at_most)
+            if rows:
+                source.refused = 0
+            elif source.refused > MOST_REFUSED and source.refusal is not None:
+                raise source.refusal  # whatever it finds
+            return number, rows
+        raise source.refusal or RuntimeError(f"tasks of {source.queue!r} can't be claimed")
 
-    def _narrow(self, source: _Source, at_most: int, free: int, error: DatabaseError) -> bool:
-        """Claim less the next time, or pass over the next task; return whether there is a point in it."""
+    def _narrow(self, source: _Source, at_most: int, free: int, error: DatabaseError) -> None:
+        """Claim less the next time, or pass over the next task; raise the error if neither helps."""
         if at_most > 1:
             source.at_most = at_most // NARROWER or 1
-            return True
+            return
         self._give_back_strays()  # if it was the answer that couldn't be read
-        try:
-            self._execute(source, 0, free, 0, self._engine)
-        except DatabaseError:
-            return False  # whatever it takes
+        self._execute(source, 0, free, 0, self._engine)  # which fails if it isn't because of a task
         parameters = self._parameters(source, 1, free, 0)
         due = next_due(source.queue.schema, **_kind(parameters))
         for (task_id,) in execute(self._engine, due, parameters):
+            seconds = source.position.pass_over(task_id)
             logger.error(
-                "task %d can't be claimed, and is passed over for %.0f minutes: %s",
-                task_id,
-                PASSED_OVER_FOR / 60,
-                error,
+                "task %d can't be claimed, and is passed over for %.0f s: %s", task_id, seconds, error
             )
-            return source.position.pass_over(task_id)
-        return True
+            source.refused, source.refusal = source.refused + 1, error
+            if source.refused > MOST_REFUSED:
+                raise error
 
     def _execute(
         self,
@@ -376,6 +389,16 @@ class Claimer:
         if passed_over := source.position.passed_over():
             parameters["passed_over"] = array_text(passed_over)
         return parameters
+
+    def _fetch(self, row: Claimed) -> list[tuple[Any, ...]]:
+        """Read the data of a task that is too large for its claim's answer."""
+        batch: Batch = row[BATCH]
+        parameters = {
+            "task_id": row[ID],
+            "held_under": row[TOKEN],
+            "longest_data": longest_data(batch.from_queue),
+        }
+        return execute(self._engine, read_data(batch.from_queue.schema), parameters).fetchall()
 
     def _move(self) -> None:
         """Move the positions behind what was claimed: at once, but for the tasks, which begin before."""

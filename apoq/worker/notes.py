@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import threading
 from collections import Counter
 from collections.abc import Iterable
@@ -26,7 +27,8 @@ class Notes:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._numbers = count(1)
+        # Not from 1: nobody else can write down what this worker is about to claim.
+        self._numbers = count(secrets.randbits(48))
         self._under_way: dict[int, str | None] = {}
         self._left: dict[int, _Left] = {}
         self._done: dict[str | None, list[int]] = {}

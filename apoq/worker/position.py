@@ -18,10 +18,11 @@ SLACK: Final = 0.5
 MOST_LEVELS: Final = 64
 """Priorities that a claim looks into one by one; if there are more, it looks through the others together."""
 
-PASSED_OVER_FOR: Final = 600.0
-"""Seconds for which a task is passed over that the server refused to claim."""
+FIRST_PASS, LONGEST_PASS = 15.0, 600.0
+"""Seconds for which a task is passed over that the server refused to claim: at first, and at most."""
 
 MOST_PASSED_OVER: Final = 1_000
+"""Tasks that are passed over at once, at most."""
 
 _LOWEST_TIME: Final = -210_866_803_200.0
 """The first moment of PostgreSQL's calendar, in seconds since 1970; before it there is -infinity alone."""
@@ -55,7 +56,7 @@ class Position:
         """Whether the first task that is due was taken from a dead worker, and so is to begin at once."""
         self.lower_than: int | None = None
         """If there are more priorities than levels: the lowest level, below which a claim looks as well."""
-        self._passed_over: dict[int, float] = {}
+        self._passed_over: dict[int, tuple[float, float]] = {}
         self._be_at({0: START})
 
     def parameters(self) -> dict[str, str]:
@@ -66,18 +67,20 @@ class Position:
         """Return the ids of the tasks that are passed over, because the server refused to claim them."""
         if not self._passed_over:
             return []
-        with self._lock:
-            now = time.monotonic()
-            self._passed_over = {id_: until for id_, until in self._passed_over.items() if until > now}
-            return list(self._passed_over)
+        now = time.monotonic()
+        return [id_ for id_, (until, _) in list(self._passed_over.items()) if until > now]
 
-    def pass_over(self, task_id: int) -> bool:
-        """Pass over a task for some time; return whether that is done: not if there are too many of them."""
+    def pass_over(self, task_id: int) -> float:
+        """Pass over a task for some time, each time longer; return for how many seconds."""
         with self._lock:
-            is_new = task_id not in self._passed_over and len(self._passed_over) < MOST_PASSED_OVER
-            if is_new:
-                self._passed_over[task_id] = time.monotonic() + PASSED_OVER_FOR
-        return is_new
+            _, before = self._passed_over.pop(task_id, (0.0, FIRST_PASS / 2))
+            seconds = min(2 * before, LONGEST_PASS)
+            if len(self._passed_over) >= MOST_PASSED_OVER:
+                self._passed_over.pop(
+                    next(iter(self._passed_over))
+                )  # the one that was refused the longest ago
+            self._passed_over[task_id] = time.monotonic() + seconds, seconds
+        return seconds
 
     def claimed(self, rows: Sequence[Sequence[Any]], *, is_all: bool) -> None:
         """Move behind the rows of a claim, which are in order; `is_all`: it found no more than these."""
@@ -92,13 +95,13 @@ class Position:
             self._be_at(moved)
 
     def surveyed(self, rows: Iterable[Sequence[Any]], *, known: bool = False) -> float:
-        """Take over what a survey has found; return the seconds until the first task of these is due.
+        """Take over what a survey has found, the highest priority first; return the seconds until one is due.
 
         `known`: it has looked into the known priorities alone. Else at up to one more than `MOST_LEVELS`.
         """
         found: dict[int, tuple[float, int]] = {}
         due_in = math.inf
-        is_careful = False
+        is_careful = has_due = False
         now = -math.inf
         firsts = [First(*row) for row in rows]
         for first in firsts:
@@ -107,7 +110,8 @@ class Position:
                 continue
             due_in = min(due_in, first.process_at - now)
             is_due = first.process_at <= now
-            is_careful |= first.is_rescued and is_due
+            if is_due and not has_due:
+                has_due, is_careful = True, first.is_rescued
             found[first.priority] = _before(first.process_at, first.id) if is_due else (now - SLACK, 0)
         with self._lock:
             lower_than = self.lower_than if known else None

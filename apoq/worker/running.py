@@ -33,6 +33,8 @@ class Batch(NamedTuple):
     """By time.monotonic()."""
     lease: Lease
     """Of the worker, in the queue's schema."""
+    fetch: Callable[[Claimed], Sequence[Sequence[Any]]]
+    """Reads the data of one of them that is large, as `read_data` does."""
     number: int = 0
     """Of this worker's claims."""
     is_ahead: bool = False
@@ -75,7 +77,7 @@ _DATA: Final = itemgetter(DATA)
 
 def data_size(rows: Iterable[Sequence[Any]]) -> int:
     """Return how many characters of data there are in claimed rows."""
-    return sum(map(len, map(_DATA, rows)))
+    return sum(map(len, filter(None, map(_DATA, rows))))
 
 
 class Notice:
@@ -208,10 +210,25 @@ class _Running(Running, Generic[S]):
             return True
         return self.ends_at is not None and time.monotonic() >= self.ends_at
 
+    @property
+    def has_data(self) -> bool:
+        """Whether its data came with the claim: not if it is large."""
+        return self.row[DATA] is not None
+
     def read(self) -> None:
-        """Read its data, which came as text; raise `UnreadableData` if Python can't, or if it is too long."""
-        text: str = self.row[DATA]
-        if len(text) > longest_data(self.from_queue):
+        """Read its data, from the database if it is large; raise `UnreadableData` if Python can't.
+
+        A task that is no longer owned is recalled.
+        """
+        text: str | None = self.row[DATA]
+        if text is None:
+            batch: Batch = self.row[BATCH]
+            found = batch.fetch(self.row)
+            if not found:
+                self.recall()
+                return
+            ((text,),) = found
+        if text is None or len(text) > longest_data(self.from_queue):
             raise UnreadableData(
                 f"the data is larger than the queue's max_data_size, {self.from_queue.max_data_size:,} "
                 "bytes: another program has added this task. Or give the worker a queue with a higher limit"
