@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import codecs
 import hashlib
+import selectors
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from functools import cache
@@ -22,6 +23,7 @@ from psycopg.adapt import Transformer
 from psycopg.errors import error_from_result
 from psycopg.pq import ConnStatus, ExecStatus, Format
 from psycopg.pq.abc import PGresult
+from psycopg.waiting import Wait
 from sqlalchemy import Executable
 from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
 
@@ -188,15 +190,22 @@ def _answering(connection: psycopg.Connection[Any]) -> PQGen[list[PGresult]]:
     """Take an answer as it arrives, and note its progress: an answer that is long isn't overdue."""
     answering = generators.execute(connection.pgconn)
     try:
-        awaited = next(answering)
+        ready = yield next(answering)
         while True:
+            awaited = answering.send(ready)  # a short answer ends here
             ready = yield awaited
-            awaited = answering.send(ready)
-            if ready:  # and there is more to come
+            if _is_ready(connection, awaited):
                 watch.note_progress(connection)
     except StopIteration as end:
         results: list[PGresult] = end.value
         return results
+
+
+def _is_ready(connection: psycopg.Connection[Any], awaited: Wait) -> bool:
+    """Tell whether there is something to read, or room to write: psycopg 3.2 says so each time it looks."""
+    with selectors.DefaultSelector() as selector:
+        selector.register(connection, awaited)
+        return bool(selector.select(0))
 
 
 def check(connection: psycopg.Connection[Any], result: PGresult) -> None:
