@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
@@ -28,6 +29,7 @@ from apoq import (
     prepare,
 )
 from apoq.flask import Apoq
+from apoq.flask.contexts import context_for
 from apoq.flask.tasks import AppTask
 from apoq.testing import assert_enqueued, drain
 
@@ -863,3 +865,20 @@ class TestItsTests:
             db.engine.dispose()
 
         assert tasks(engine) == []
+
+
+def test_the_context_of_a_coroutine_ends_although_no_thread_can_be_started(monkeypatch):
+    app, ended = Flask("shop"), []
+    app.teardown_appcontext(ended.append)
+
+    def refuse(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    async def process() -> None:
+        with context_for(app, AsyncRunningTask.__new__(AsyncRunningTask)):
+            assert current_app == app
+            monkeypatch.setattr(threading.Thread, "start", refuse)
+
+    asyncio.run(process())
+
+    assert ended == [None]
