@@ -7,7 +7,7 @@
     │   └── InvalidData                       data that jsonb can't hold or a task can't get back
     ├── InvalidProcessor       (ValueError)   a processor, or its retry options, that can't be used
     ├── MismatchedData         (ValueError)   a typed task's data that doesn't fit its function
-    ├── UnsupportedDatabase    (TypeError)    not PostgreSQL, or not through psycopg 3
+    ├── UnsupportedDatabase    (TypeError)    not PostgreSQL through psycopg 3, or tables that can't be worked
     ├── UnsupportedSession     (TypeError)    not something that a task can be added through
     ├── NotPrepared                           apoq's tables are missing, or at another version
     ├── SessionMisused                        `task.session` was committed, or changed its task
@@ -63,7 +63,7 @@ class MismatchedData(ApoqError, ValueError):
 
 
 class UnsupportedDatabase(ApoqError, TypeError):
-    """A database other than PostgreSQL, or a driver other than psycopg 3."""
+    """A database other than PostgreSQL, a driver other than psycopg 3, or a task table of another kind."""
 
 
 class UnsupportedSession(ApoqError, TypeError):

@@ -616,6 +616,10 @@ class TestCheck:
         ):
             apoq.migrations.check(connection)
 
+    def test_the_command_can_be_pasted_whatever_the_schema_is_called(self, engine):
+        with engine.begin() as connection, pytest.raises(NotPrepared, match="--schema 'my Jobs'`"):
+            apoq.migrations.check(connection, "my Jobs")
+
     def test_a_schema_is_named_too(self, engine):
         with (
             engine.connect() as connection,

@@ -114,7 +114,8 @@ class TestRights:
             ("INSERT (type, data), SELECT (id) ON apoq_tasks", True),
             ("INSERT ON apoq_tasks", False),
             ("SELECT ON apoq_tasks", False),
-            ("INSERT, SELECT, UPDATE ON apoq_tasks", False),
+            ("INSERT, SELECT, UPDATE ON apoq_tasks", True),
+            ("INSERT, SELECT, DELETE ON apoq_tasks", False),
         ],
     )
     def test_a_role_that_only_adds_is_known(self, sql, role, as_role, grants, adds):

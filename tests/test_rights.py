@@ -183,8 +183,9 @@ def test_the_page_grants_to_a_worker_what_the_preflight_wants(connect):
         assert problems(connection) == []
 
 
-def test_the_doctor_knows_each_of_them(grant):
-    url = grant(ADDS)
+@pytest.mark.parametrize("scripts", [[ADDS], [ADDS, CHANGES]], ids=["adds", "changes"])
+def test_to_the_doctor_one_that_adds_is_well(grant, scripts):
+    url = grant(*scripts)
     with sa.create_engine(url, poolclass=NullPool).begin() as connection:
         assert only_adds(connection)
     shown = CliRunner().invoke(main, ["doctor", "--database-url", url.render_as_string(hide_password=False)])
