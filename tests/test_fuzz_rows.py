@@ -590,8 +590,8 @@ def test_no_task_makes_work_raise(engine, works, given_rows):
 
 LEASE = timedelta(seconds=3)
 
-
-LAST_SEEN: Row = {"id": NOBODY, "host": "h", "pid": "1", "version": "1", "queues": "{}", "concurrency": "1"}
+SEEN: Row = {"id": NOBODY, "host": "h", "pid": "1", "version": "1", "queues": "{}", "concurrency": "1"}
+"""A worker, without when it was seen."""
 
 
 def rescues(engine: sa.Engine, given_rows: list[Row]) -> str:
@@ -616,9 +616,9 @@ def rescues(engine: sa.Engine, given_rows: list[Row]) -> str:
 
 @fuzz(20)
 @given(given_rows=st.lists(worker_rows, min_size=1, max_size=6))
-@example(given_rows=[LAST_SEEN | {"seen_at": "294276-12-31 23:59:59.999999+00"}])
-@example(given_rows=[LAST_SEEN | {"seen_at": "infinity"}])
-@example(given_rows=[LAST_SEEN | {"seen_at": "-infinity"}])
+@example(given_rows=[SEEN | {"seen_at": "294276-12-31 23:59:59.999999+00"}])
+@example(given_rows=[SEEN | {"seen_at": "infinity"}])
+@example(given_rows=[SEEN | {"seen_at": "-infinity"}])
 def test_no_row_of_a_worker_keeps_the_tasks_of_dead_ones(engine, works, given_rows):
     works.begin_again()
 
@@ -668,6 +668,21 @@ def strict(text: str) -> Any:
     given_rows=st.lists(rows(), min_size=3, max_size=10),
     worker_rows_=st.lists(worker_rows, max_size=3),
     claim_rows_=st.lists(claim_rows, max_size=3),
+)
+@example(
+    given_rows=[
+        {"type": "t", "id": "9223372036854775807"},
+        {"type": "t", "process_at": "-infinity", "state": "failed"},
+        {"type": "t", "process_at": "-infinity"},
+        {"type": "t", "process_at": "infinity"},
+        {"type": "t", "state": "completed", "completed_at": "infinity"},
+        {"type": "t", "state": "completed"},
+    ],
+    worker_rows_=[
+        SEEN | {"seen_at": "-infinity", "queues": "{NULL}"},
+        SEEN | {"id": str(UUID(int=1)), "seen_at": "infinity", "started_at": "infinity"},
+    ],
+    claim_rows_=[],
 )
 def test_people_can_look_at_every_row(engine, works, given_rows, worker_rows_, claim_rows_):
     works.begin_again()

@@ -529,6 +529,10 @@ PROGRAM = """
             time.sleep(0.02)
         return time.monotonic() - began
 
+    if sys.argv[2] == "heard":
+        for name in ("task.completed", "task.retried", "task.failed"):
+            worker.events.on(name, lambda *arguments: None)
+
     first = memory("VmRSS")
     worker.start()
 """
@@ -555,10 +559,10 @@ ROOM = 150
 
 
 @contextmanager
-def a_worker_apart(url: sa.URL, then: str) -> Iterator[subprocess.Popen]:
+def a_worker_apart(url: sa.URL, then: str, *, listens: str = "") -> Iterator[subprocess.Popen]:
     """Run a worker in a process of its own, whose memory can be measured."""
     code = textwrap.dedent(PROGRAM) + textwrap.dedent(then)
-    words = [sys.executable, "-c", code, url.render_as_string(hide_password=False)]
+    words = [sys.executable, "-c", code, url.render_as_string(hide_password=False), listens]
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         try:
             yield process
@@ -574,15 +578,20 @@ def of_200_mb(engine: sa.Engine, number: int) -> list[int]:
     return [first, *insert(engine, f"(type, data) {copies}")]
 
 
+# Who listens to what becomes of tasks gets them whole.
+listeners = pytest.mark.parametrize("listens", ["", "heard"], ids=["no listener", "a listener"])
+
+
 @needs_procfs
+@listeners
 @pytest.mark.parametrize("number", [1, 12])
-def test_a_task_of_200_mb_fails_by_itself_and_takes_no_memory(engine, url, queue, number):
+def test_a_task_of_200_mb_fails_by_itself_and_takes_no_memory(engine, url, queue, number, listens):
     """M1."""
     add(engine, queue, 20)
     ids = of_200_mb(engine, number)
     add(engine, queue, 20)
 
-    with a_worker_apart(url, DRAINED) as process:
+    with a_worker_apart(url, DRAINED, listens=listens) as process:
         found = json.loads(process.communicate(timeout=60)[0])
 
     assert found["good"] < SOON
@@ -604,8 +613,9 @@ EXPANDING = {
 
 
 @needs_procfs
+@listeners
 @pytest.mark.parametrize(("numbers", "number"), EXPANDING.values(), ids=EXPANDING)
-def test_numbers_that_are_long_as_text_take_no_memory(engine, url, queue, numbers, number):
+def test_numbers_that_are_long_as_text_take_no_memory(engine, url, queue, numbers, number, listens):
     """M1. What is stored is one or two kilobytes, so that no limit of the stored size helps."""
     data = f"('[' || repeat('1e131071,', {numbers - 1}) || '1e131071]')::jsonb"
     add(engine, queue, 20)
@@ -615,7 +625,7 @@ def test_numbers_that_are_long_as_text_take_no_memory(engine, url, queue, number
         return  # the table refuses it, which is as good
     add(engine, queue, 20)
 
-    with a_worker_apart(url, DRAINED) as process:
+    with a_worker_apart(url, DRAINED, listens=listens) as process:
         found = json.loads(process.communicate(timeout=60)[0])
 
     assert found["good"] < SOON
@@ -624,14 +634,15 @@ def test_numbers_that_are_long_as_text_take_no_memory(engine, url, queue, number
 
 
 @needs_procfs
-def test_many_tasks_of_the_largest_data_take_little_memory(engine, url, queue):
+@listeners
+def test_many_tasks_of_the_largest_data_take_little_memory(engine, url, listens):
     """M1."""
     insert(
         engine,
         "(type, data) SELECT 'good', to_jsonb(repeat('a', 1024 * 1024 - 2)) FROM generate_series(1, 400)",
     )
 
-    with a_worker_apart(url, DRAINED) as process:
+    with a_worker_apart(url, DRAINED, listens=listens) as process:
         found = json.loads(process.communicate(timeout=60)[0])
 
     assert left(engine) == 0
