@@ -236,7 +236,7 @@ def mixed_leases(stage: Stage, _options: Options) -> float:
 def away_under_prefetched(stage: Stage, options: Options) -> None:
     """The server is away for 5 s when much is claimed ahead, all of which has one attempt."""
     stage.limits.update(failed=SLOTS, wasted=0)
-    stage.add("ledger", 2_000)
+    stage.add("ledger", 1_000)
     held = "SELECT count(*) FROM tasks WHERE state = 'running'"
     until(lambda: bool(stage.ask(held)[0][0] > 10 * SLOTS), 10)
     _restart(stage, options, signal.SIGINT)
