@@ -555,7 +555,7 @@ FLOODED = """
 """
 
 ROOM = 150
-"""Megabytes by which a worker's memory may grow over hostile data: sixteen slots hold a few of each task's."""
+"""Megabytes by which a worker may grow over hostile data: sixteen slots hold a few of what each task has."""
 
 
 @contextmanager
