@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from datetime import timedelta
+from uuid import uuid4
 
 import pytest
 import sqlalchemy as sa
@@ -17,6 +18,7 @@ from sqlalchemy.orm import Session
 from waiting import patience
 
 from apoq import AsyncRunningTask, Queue, RunningTask, Task, Worker
+from apoq.model import WorkerRow
 
 SOON = 15.0
 
@@ -227,3 +229,128 @@ def test_a_clock_that_is_wrong_makes_no_difference(engine, url, hours):
     assert round(float(wrong_by) / 3600) == hours
     times = [task.created_at, task.process_at, task.claimed_at, task.failed_at, task.completed_at]
     assert max(abs(now - moment) for moment in times) < timedelta(minutes=1)
+
+
+class TestLeasesOfDifferentLengths:
+    """Each worker writes until when it counts as alive; no other one judges it by its own lease."""
+
+    def test_one_with_a_long_lease_keeps_its_task_beside_one_with_a_short_lease(
+        self, engine, make_worker, may_end
+    ):
+        attempts: list[int] = []
+        long, short = make_worker(lease=timedelta(minutes=2)), make_worker(lease=LEASE)
+        for worker in (long, short):
+            worker.use("t", lambda task: attempts.append(task.attempt) or may_end.wait(4 * SOON))
+        add(engine)
+        long.start()
+        until(lambda: attempts)
+
+        short.start()
+        seen_past_its_lease(engine, short._life.parts.heartbeat.worker_id)
+        seen_past_its_lease(engine, short._life.parts.heartbeat.worker_id)
+        may_end.set()
+        until(lambda: load(engine).state == "completed")
+
+        assert (attempts, load(engine).rescue_count) == ([1], 0)
+
+    @pytest.mark.parametrize("rescuer", [LEASE, timedelta(minutes=2)], ids=["short", "long"])
+    def test_one_with_a_short_lease_that_has_died_is_dead_to_any_other(self, engine, make_worker, rescuer):
+        """Its row says so: it was seen a moment ago, and its lease is over."""
+        dead = uuid4()
+        add(engine)
+        with engine.begin() as connection:
+            connection.execute(sa.update(Task).values(state="running", attempt=1, worker_id=dead))
+            note(connection)
+            row = {"host": "h", "pid": 1, "version": "0", "queues": [], "concurrency": 1}
+            row |= {
+                "expires_at": sa.func.clock_timestamp() + timedelta(seconds=0.5),
+                "grace": timedelta(seconds=0.2),
+            }
+            connection.execute(sa.insert(WorkerRow).values(id=dead, **row))
+        worker = make_worker(lease=rescuer)
+        worker.start()
+        until(worker.healthy)
+
+        until(lambda: worker._life.parts.heartbeat.beat() and load(engine).state == "pending")
+
+    def test_the_row_of_one_with_a_lease_of_hours_is_not_forgotten(self, engine, make_worker):
+        worker, other = make_worker(lease=timedelta(hours=10)), make_worker()
+        worker.start()
+        until(worker.healthy)
+        with engine.begin() as connection:
+            connection.exec_driver_sql("UPDATE apoq_workers SET seen_at = seen_at - interval '90 minutes'")
+
+        other.start()
+        until(other.healthy)
+        other._life.parts.heartbeat.forget()
+
+        with engine.connect() as connection:
+            assert connection.scalar(sa.text("SELECT count(*) FROM apoq_workers")) == 2
+
+
+@pytest.mark.parametrize("step", ["1 hour", "-1 hour"])
+def test_a_step_of_the_servers_clock_takes_no_task_from_a_live_worker(engine, make_worker, may_end, step):
+    """As the rows see it: the last heartbeats are an hour old, or to come."""
+    attempts: list[int] = []
+
+    def run(task: RunningTask) -> None:
+        attempts.append(task.attempt)
+        may_end.wait(4 * SOON)
+
+    workers = [make_worker(lease=LEASE) for _ in range(2)]
+    for worker in workers:
+        worker.use("t", run, retry_limit=0)
+    add(engine)
+    for worker in workers:
+        worker.start()
+        until(worker.healthy)
+    until(lambda: attempts)
+
+    for _ in range(3):
+        with engine.begin() as connection:
+            connection.exec_driver_sql(
+                f"UPDATE apoq_workers SET seen_at = seen_at - interval '{step}', "
+                f"expires_at = expires_at - interval '{step}'"
+            )
+        seen_at = workers[0].seen_at
+        until(lambda seen_at=seen_at: all(worker.seen_at > seen_at + LEASE for worker in workers))
+    may_end.set()
+    until(lambda: load(engine).state == "completed")
+
+    assert (attempts, load(engine).attempt) == ([1], 1)
+
+
+class TestAttemptsThatHaveBegun:
+    """They count if their worker dies, also if they were claimed together with others."""
+
+    def test_one_that_was_claimed_ahead_is_marked_with_the_next_heartbeat(self, engine, make_worker, may_end):
+        worker = make_worker(concurrency=1, lease=LEASE)
+        worker.use("short", lambda task: None)
+        worker.use("t", lambda task: may_end.wait(4 * SOON))
+        worker._life.parts.slots.run_time = 0.0001  # so it claims ahead
+        with Session(engine) as session, session.begin():
+            task_id = Queue().add(session, "t").id
+            Queue().add_many(session, "short", range(50))
+        worker.start()
+
+        until(lambda: begun(engine, task_id))
+        with engine.connect() as connection:
+            ahead = sa.select(sa.func.count()).where(Task.state == "running", Task.claimed_ahead)
+            assert connection.scalar(ahead) == 50
+
+    def test_one_that_finds_a_free_slot_at_once_was_not_claimed_ahead(self, engine, worker, may_end):
+        worker.use("t", lambda task: may_end.wait(4 * SOON))
+        worker._life.parts.slots.run_time = 0.0001
+        worker.start()
+        until(worker.healthy)
+
+        add(engine)
+
+        until(lambda: load(engine).state == "running")
+        assert not load(engine).claimed_ahead
+
+
+def begun(engine: sa.Engine, task_id: int) -> bool:
+    with Session(engine) as session:
+        task = session.get_one(Task, task_id)
+        return task.state == "running" and not task.claimed_ahead
