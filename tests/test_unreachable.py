@@ -75,9 +75,14 @@ class Gate:
     def __init__(self, engine: sa.Engine) -> None:
         self.is_open = False
         self.tries = 0
+        self._right: dict[str, object] = {}
         sa.event.listen(engine, "do_connect", self._connect)
 
     def _connect(self, _dialect, _record, _arguments, options) -> None:
+        # SQLAlchemy 2.0 gives the next connection what was made of this one's.
+        self._right = self._right or dict(options)
+        options.clear()
+        options.update(self._right)
         if not self.is_open and threading.current_thread().name.startswith(("apoq-slot", "apoq-loop")):
             self.tries += 1
             options.update(host="127.0.0.1", port="1")

@@ -121,7 +121,7 @@ def test_what_is_cut_is_cancelled_at_the_server(engine, quiet, own, by):
         holding.execute(sa.text("LOCK apoq_tasks"))
         threading.Thread(target=wait).start()
         if by == "cut_all":
-            until(lambda: active(looking) == 1)
+            until(lambda: looking.scalar(sa.text(ACTIVE + " AND wait_event_type = 'Lock'")) == 1)
             watch.cut_all(own)
         assert failed.wait(SOON)
         until(lambda: active(looking) == 0)
