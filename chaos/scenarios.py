@@ -253,7 +253,7 @@ def hanging_commits(stage: Stage, _options: Options) -> None:
         stage.server.set("synchronous_standby_names", "")
 
 
-@scenario(proxies=True, speed=5e6)
+@scenario(share=0.1, proxies=True, speed=5e6)
 def slow_link(stage: Stage, _options: Options) -> None:
     """Each worker's link carries 5 MB a second, and 1,000 tasks of 200 KB come at once."""
 
