@@ -63,15 +63,14 @@ _UNPREPARED: Final = {"26000", "42P05", "08P01"}
 _MISSING: Final = {"42P01", "42703", "3F000"}
 """SQLSTATEs of a table, a column or a schema that is not there."""
 
-_NOT_OF_A_ROW: Final = ("08", "0A", "25", "28", "3", "42", "53", "55", "57", "58")
+_NOT_OF_A_ROW: Final = ("08", "0A", "25", "28", "3", "40", "42", "53", "55", "57", "58")
 """Classes of SQLSTATEs that speak of a statement, a session or the server, and not of what is in a row."""
 
-_OF_A_STATEMENT: Final = (
-    psycopg.errors.DeadlockDetected,
-    psycopg.errors.LockNotAvailable,
-    psycopg.errors.QueryCanceled,
-)
-"""Errors of one statement, on a connection that goes on."""
+_OF_A_STATEMENT: Final = ("40", "54", "55", "57014")
+"""SQLSTATEs, or their classes, of a statement that failed on a connection that goes on.
+
+OperationalErrors to psycopg: a deadlock, a limit of the server, a lock that could not be had, a cancellation.
+"""
 
 _READ_ONLY: Final = "25006"
 """SQLSTATE of a server that is no longer the primary, or not yet: after a failover, another one is."""
@@ -266,8 +265,8 @@ def is_away(error: BaseException) -> bool:
     """Tell whether an error speaks of the database being away, and not of what was asked of it."""
     if isinstance(error, sqlalchemy.exc.DBAPIError):
         error = error.orig or error
-    if isinstance(error, _OF_A_STATEMENT):
-        return False  # OperationalErrors to psycopg
+    if isinstance(error, psycopg.Error) and (error.sqlstate or "").startswith(_OF_A_STATEMENT):
+        return False
     if isinstance(error, psycopg.OperationalError | psycopg.InterfaceError | OSError):
         return True
     return isinstance(error, psycopg.Error) and error.sqlstate == _READ_ONLY

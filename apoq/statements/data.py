@@ -28,17 +28,17 @@ _BINARY: int = 8
 
 @cache
 def read_data(schema: str | None) -> Select[Any]:
-    """Return the data of the task `task_id`, held under `held_under`, as text; null if it is too long.
+    """Return the data of the task `task_id`, held under `held_under`, as text; no row, if it isn't held.
 
-    That is longer than `longest_data` characters, which another program may have added. No row, if it isn't
-    held.
+    If another program has added more than `longest_data` characters: null, or what is one character longer.
     """
     tasks = tasks_table(schema)
-    longest = bindparam("longest_data", type_=BigInteger)
+    longest = bindparam("longest_data", type_=Integer)
     # The size of what is compressed is only known once it isn't; and to make text of it takes much longer.
     size = func.pg_column_size(func.jsonb_build_array(tasks.c.data), type_=BigInteger)
-    text = cast(tasks.c.data, Text)
+    # And that of a number with an exponent, only once it is text.
+    text = func.left(cast(tasks.c.data, Text), longest + literal_column("1", Integer), type_=Text)
     held = held_as(schema, bindparam("task_id", type_=BigInteger), bindparam("held_under", type_=BigInteger))
     return select(
-        case((size > longest * literal_column(str(_BINARY), Integer), null()), else_=text).label("data")
+        case((size // literal_column(str(_BINARY), BigInteger) > longest, null()), else_=text).label("data")
     ).where(held)

@@ -268,7 +268,8 @@ class _Drain:
             found = select(*tasks.c).where(tasks.c.id == task.id)
             row, is_kept = self._execute(queue, found, {}).mappings().first(), True
         if row is not None:
-            self._ended[queue.schema, task.id] = _Row(queue.schema, row, is_kept)
+            known = {"data": task.known_data(), **row}
+            self._ended[queue.schema, task.id] = _Row(queue.schema, known, is_kept)
 
     def _answer(self, row: _Row) -> Task:
         # One that isn't kept is in no session, for it isn't in the database.

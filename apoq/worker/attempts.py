@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 import psycopg
 from sqlalchemy.orm import Session
 
+from apoq.connections import is_away
 from apoq.errors import InvalidProcessor, SessionMisused
 from apoq.outcomes import Release, Settlement, Unreachable, settle
+from apoq.reading import UnreadableData
 from apoq.worker.completion import Completion
 from apoq.worker.contexts import Apart
 from apoq.worker.coroutines import CLEAN_UP
@@ -110,7 +112,9 @@ def _read(task: AnyRunningTask) -> None:
     try:
         task.read()
     except psycopg.Error as error:
-        raise Unreachable(brief(error)) from error
+        if is_away(error):
+            raise Unreachable(brief(error)) from error
+        raise UnreadableData(brief(error)) from error
 
 
 def _outcome(task: AnyRunningTask, error: BaseException) -> BaseException:

@@ -375,6 +375,8 @@ class Claimer:
             # can't be read, it has.
             if not isinstance(error, DatabaseError) or is_away(error):
                 self.doubt(STATEMENT_TIMEOUT)
+                # It may have asked for more than the server can do in time.
+                source.at_most = max(1, at_most // NARROWER)
             elif error.sqlstate is None:
                 self.doubt()
             raise

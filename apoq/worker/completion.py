@@ -53,10 +53,15 @@ class Completion:
         return {"id": task.id} if written.rowcount else None
 
 
+def told(schema: str | None) -> list[ColumnElement[Any]]:
+    """Return the columns of a task that has ended, for those who listen: all but its data, which is known."""
+    return [column for column in tasks_table(schema).c if column.key != "data"]
+
+
 @cache
 def _returning(statement: Update | Delete, schema: str | None, *, full: bool) -> Executable:
     tasks = tasks_table(schema)
-    columns: list[ColumnElement[Any]] = [*tasks.c] if full else [tasks.c.id]
+    columns = told(schema) if full else [tasks.c.id]
     if isinstance(statement, Delete):
         # What is deleted is told of as it would stand there.
         ended = {name: value.label(name) for name, value in AS_COMPLETED.items()}

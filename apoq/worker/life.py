@@ -10,7 +10,8 @@ from uuid import uuid4
 
 from sqlalchemy import Engine, select
 from sqlalchemy.ext.asyncio import AsyncEngine
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, defer
+from sqlalchemy.orm.attributes import set_committed_value
 
 from apoq import preflight
 from apoq.connections import is_away
@@ -246,8 +247,12 @@ class Life:
 
     def _load(self, end: Ended) -> Task:
         mapped = end.task.from_queue.task_class
+        # Its data is known, or was too large.
+        its_row = select(mapped).where(mapped.id == end.task.id).options(defer(mapped.data))
         with Session(self.parts.engine, expire_on_commit=False) as session, session.begin():
-            found = session.scalar(select(mapped).where(mapped.id == end.task.id))
-        # A completed task that isn't kept is gone: then it is answered as far as it is known here.
+            found = session.scalar(its_row)
+            if found is not None:
+                set_committed_value(found, "data", end.task.known_data())
+        # A completed task that isn't kept is gone: then it is returned as far as it is known here.
         known = {name: getattr(end.task, name) for name in KNOWN}
         return found or detached(end.task.from_queue.schema, known | {"state": COMPLETED})

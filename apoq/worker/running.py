@@ -15,6 +15,7 @@ from apoq.queue import Queue
 from apoq.reading import UnreadableData, read_json, read_time
 from apoq.registry import Processor, Running
 from apoq.retry import LONGEST_DELAY, RetryPolicy
+from apoq.statements.claim import LONGEST
 from apoq.worker.lease import Lease
 from apoq.worker.task_sessions import AsyncTaskSession, TaskSession, cut_off, is_cut_off
 
@@ -73,6 +74,14 @@ BATCH: Final = -1
 """Where these stand in a claimed row."""
 
 _DATA: Final = itemgetter(DATA)
+
+
+def short_data(row: Claimed) -> Any:
+    """Read the data of a claimed row that has it; return the error if Python can't."""
+    try:
+        return read_json(row[DATA])
+    except UnreadableData as error:
+        return error
 
 
 def data_size(rows: Iterable[Sequence[Any]]) -> int:
@@ -212,8 +221,13 @@ class _Running(Running, Generic[S]):
 
     @property
     def has_data(self) -> bool:
-        """Whether its data came with the claim: not if it is large."""
-        return self.row[DATA] is not None
+        """Whether all of its data came with the claim: not if it is large."""
+        text: str | None = self.row[DATA]
+        return text is not None and len(text) <= LONGEST
+
+    def known_data(self) -> Any:
+        """Return its data, as far as it is known: None, if it is large and was not read."""
+        return short_data(self.row) if self.data is None and self.has_data else self.data
 
     def read(self) -> None:
         """Read its data, from the database if it is large; raise `UnreadableData` if Python can't.
@@ -221,7 +235,7 @@ class _Running(Running, Generic[S]):
         A task that is no longer owned is recalled.
         """
         text: str | None = self.row[DATA]
-        if text is None:
+        if not self.has_data:
             batch: Batch = self.row[BATCH]
             found = batch.fetch(self.row)
             if not found:

@@ -27,8 +27,8 @@ from apoq.statements.arrays import array_text
 from apoq.statements.locked import locked
 from apoq.statements.settle import settle
 from apoq.worker.attempts import Ended, TaskLost, is_late
-from apoq.worker.completion import Completion
-from apoq.worker.running import BATCH, ID, TOKEN, TYPE, Batch, Claimed
+from apoq.worker.completion import Completion, told
+from apoq.worker.running import BATCH, ID, TOKEN, TYPE, Batch, Claimed, short_data
 from apoq.worker.tally import Counter
 
 logger = logging.getLogger(__name__)
@@ -101,6 +101,8 @@ class Settler:
         # Most attempts complete, and nothing more is to be known of them.
         self._completed: deque[Claimed] = deque()
         self._ended: deque[Ended] = deque()
+        self._large: dict[int, Any] = {}
+        """The data of those that have completed whose rows don't have it, by the `id()` of the row."""
         self._unsettled: deque[Unsettled] = deque()
         self._put_off: list[Unsettled] = []
         self._closed: dict[str | None, Closed] = {}
@@ -110,6 +112,8 @@ class Settler:
     def put(self, end: Ended) -> None:
         """Settle this soon; the caller wakes whoever takes the turns."""
         if end.outcome is None and end.row is None:
+            if not end.task.has_data and self._completion.is_heard:
+                self._large[id(end.task.row)] = end.task.data
             self._completed.append(end.task.row)
         else:
             self._ended.append(end)
@@ -201,7 +205,11 @@ class Settler:
             if task[ID] not in rows:
                 _log_lost(task)
             elif row := rows[task[ID]]:
-                self._events.emit(events.COMPLETED, detached(schema, row))
+                data = self._large.get(id(task))
+                known = {"data": short_data(task) if data is None else data}
+                self._events.emit(events.COMPLETED, detached(schema, {**row, **known}))
+        for task in tasks if self._large else ():
+            self._large.pop(id(task), None)
         self._on_settled(tasks)
 
     def _settle(self, schema: str | None, ends: list[Ended]) -> None:
@@ -283,7 +291,8 @@ class Settler:
                 return
         if row is not None and self._events.heard(name):
             errors = () if end.outcome is None else (end.outcome,)
-            self._events.emit(name, detached(end.task.from_queue.schema, row), *errors)
+            known = {**row, "data": end.task.known_data()}
+            self._events.emit(name, detached(end.task.from_queue.schema, known), *errors)
 
     def _log_unreachable(self, outcome: Unreachable) -> None:
         """Say it once for an outage, and not for each of its tasks."""
@@ -298,9 +307,9 @@ class Settler:
 
 @cache
 def write_settlements(schema: str | None, *, full: bool) -> Executable:
-    """Write the settlements of `settlement_arrays` to the tasks of `ids`; answer their ids, or whole rows."""
+    """Write the settlements of `settlement_arrays` to the tasks of `ids`; return their ids, or also the rest."""
     tasks = tasks_table(schema)
-    return settle(schema).returning(*(tasks.c if full else [tasks.c.id]))
+    return settle(schema).returning(*(told(schema) if full else [tasks.c.id]))
 
 
 def _schema_of(row: Claimed) -> str | None:

@@ -80,10 +80,15 @@ class Sweep:
         self._grace = grace
         self._on_rescued = on_rescued
         self._pause = grace
+        self._begins_at: float | None = None
 
     def turn(self) -> float | None:
         """Walk on for a while; return when to go on."""
         began = time.monotonic()
+        if self._begins_at is None:
+            self._begins_at = began + self._grace  # a worker that starts has other things to do
+        if began < self._begins_at:
+            return self._begins_at - began
         schemas = [schema for schema, lease in self._leases.items() if lease.is_held]
         is_over = True
         for schema in schemas:
