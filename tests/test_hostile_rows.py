@@ -630,7 +630,10 @@ EXPANDING = {
 @listeners
 @pytest.mark.parametrize(("numbers", "number"), EXPANDING.values(), ids=EXPANDING)
 def test_numbers_that_are_long_as_text_take_no_memory(engine, url, queue, numbers, number, listens):
-    """M1. What is stored is one or two kilobytes, so that no limit of the stored size helps."""
+    """M1. What is stored is one or two kilobytes, so that no limit of the stored size helps.
+
+    To write them as text, once or twice, takes the server some seconds in all; no other task waits for more.
+    """
     data = f"('[' || repeat('1e131071,', {numbers - 1}) || '1e131071]')::jsonb"
     add(engine, queue, 20)
     try:
@@ -642,7 +645,7 @@ def test_numbers_that_are_long_as_text_take_no_memory(engine, url, queue, number
     with a_worker_apart(url, DRAINED, listens=listens) as process:
         found = json.loads(process.communicate(timeout=60)[0])
 
-    assert found["good"] < SOON
+    assert found["good"] < 2 * SOON
     assert found["grew"] < ROOM
     assert found["is_healthy"]
 

@@ -154,7 +154,8 @@ class TestAWholeTable:
             until(lambda: settler._closed)
             first = settler._closed[None]
             until(lambda: settler._closed[None].pause > first.pause)
-            assert sum(len(unsettled.ended) for unsettled in settler._put_off) == len(task_ids)
+            # Between two looks: in one, they are on their way.
+            until(lambda: sum(len(unsettled.ended) for unsettled in settler._put_off) == len(task_ids))
             migrating.rollback()
 
         until(lambda: "running" not in states(engine).values())

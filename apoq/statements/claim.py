@@ -25,6 +25,7 @@ from sqlalchemy import (
     cast,
     func,
     literal_column,
+    null,
     or_,
     select,
     true,
@@ -57,7 +58,12 @@ LONGEST: Final = 32_000
 
 @cache
 def claim(
-    schema: str | None, *, ahead: bool = False, passes_over: bool = False, overflows: bool = False
+    schema: str | None,
+    *,
+    ahead: bool = False,
+    passes_over: bool = False,
+    overflows: bool = False,
+    bare: bool = False,
 ) -> ReturningUpdate[Any]:
     """Mark up to `at_most` due tasks of `from_queue` and `of_types` as running; return them in no order.
 
@@ -71,6 +77,8 @@ def claim(
     merely waited. And those beyond the free slots are as many as have about `bytes_ahead` bytes of data.
 
     `passes_over`: not those with the ids `passed_over`.
+
+    `bare`: all data is null, as that which is large always is.
 
     `retry_limits`: a JSON object, of each type's limit. A task that has failed more often than that, or than
     its own limit, is taken to be ended, and doesn't begin.
@@ -115,7 +123,7 @@ def claim(
         .returning(
             tasks.c.id,
             tasks.c.type,
-            short_text(tasks.c.data),
+            cast(null(), Text) if bare else short_text(tasks.c.data),
             tasks.c.priority,
             func.date_part(EPOCH, tasks.c.created_at, type_=Double),
             func.date_part(EPOCH, tasks.c.process_at, type_=Double),

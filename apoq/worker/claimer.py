@@ -121,6 +121,8 @@ class _Source:
     """How many tasks the server has refused since a claim last found any."""
     refusal: DatabaseError | None = None
     """The last of these."""
+    is_bare: bool = False
+    """Whether the next claim leaves out all data, because the server could not write some of it as text."""
     mean_size: float = 0.0
     """Characters of data that a task had in the last claim."""
 
@@ -327,9 +329,11 @@ class Claimer:
                 is_of_note = error.diag.table_name == ClaimRow.__tablename__
                 if is_of_note or not is_caused_by_a_row(error):
                     raise
-                self._narrow(source, at_most, free, error)
+                if source.is_bare:
+                    self._narrow(source, at_most, free, error)
+                source.is_bare = True
                 continue
-            source.at_most = min(MOST_AT_ONCE, 2 * source.at_most)
+            source.at_most, source.is_bare = min(MOST_AT_ONCE, 2 * source.at_most), False
             if rows:
                 source.refused = 0
             elif source.refused > MOST_REFUSED and source.refusal is not None:
@@ -365,7 +369,7 @@ class Claimer:
     ) -> tuple[int, list[tuple[Any, ...]]]:
         schema = source.queue.schema
         parameters = self._parameters(source, at_most, free, bytes_ahead)
-        statement = claim(schema, **_kind(parameters))
+        statement = claim(schema, **_kind(parameters), bare=source.is_bare)
         number = self._notes.begin(schema)
         try:
             rows = execute(where, statement, parameters | {"number": number}).fetchall()
@@ -376,7 +380,7 @@ class Claimer:
             if not isinstance(error, DatabaseError) or is_away(error):
                 self.doubt(STATEMENT_TIMEOUT)
                 # It may have asked for more than the server can do in time.
-                source.at_most = max(1, at_most // NARROWER)
+                source.at_most, source.is_bare = max(1, at_most // NARROWER), True
             elif error.sqlstate is None:
                 self.doubt()
             raise
