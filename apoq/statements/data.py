@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, Final
 
 from sqlalchemy import (
     BigInteger,
-    Integer,
+    ColumnElement,
     Select,
     Text,
     bindparam,
@@ -15,30 +15,36 @@ from sqlalchemy import (
     cast,
     func,
     literal_column,
-    null,
     select,
 )
 
 from apoq.model import tasks_table
 from apoq.statements.settle import held_as
 
-_BINARY: int = 8
+BINARY: Final = 8
 """How many times larger jsonb may be in memory than as text, at most: a digit takes twelve bytes, of two."""
+
+BYTES: Final = 4
+"""Bytes of a character, at most."""
 
 
 @cache
 def read_data(schema: str | None) -> Select[Any]:
     """Return the data of the task `task_id`, held under `held_under`, as text; no row, if it isn't held.
 
-    If another program has added more than `longest_data` characters: null, or what is one character longer.
+    Null, if another program has added much more than `longest_data` characters.
     """
     tasks = tasks_table(schema)
-    longest = bindparam("longest_data", type_=Integer)
+    longest = bindparam("longest_data", type_=BigInteger)
     # The size of what is compressed is only known once it isn't; and to make text of it takes much longer.
     size = func.pg_column_size(func.jsonb_build_array(tasks.c.data), type_=BigInteger)
-    # And that of a number with an exponent, only once it is text.
-    text = func.left(cast(tasks.c.data, Text), longest + literal_column("1", Integer), type_=Text)
+    text = case((size // _times(BINARY) <= longest, cast(tasks.c.data, Text))).label("text")
     held = held_as(schema, bindparam("task_id", type_=BigInteger), bindparam("held_under", type_=BigInteger))
-    return select(
-        case((size // literal_column(str(_BINARY), BigInteger) > longest, null()), else_=text).label("data")
-    ).where(held)
+    # With OFFSET, text is made once. Only then the size of a number is known that has an exponent.
+    found = select(text).where(held).offset(literal_column("0")).subquery("found")
+    is_short = func.octet_length(found.c.text, type_=BigInteger) // _times(BYTES) <= longest
+    return select(case((is_short, found.c.text)).label("data"))
+
+
+def _times(number: int) -> ColumnElement[int]:
+    return literal_column(str(number), BigInteger)

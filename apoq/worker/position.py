@@ -54,6 +54,8 @@ class Position:
         self._lock = threading.Lock()
         self.is_careful = False
         """Whether the first task that is due was taken from a dead worker, and so is to begin at once."""
+        self.first_due: tuple[int, int] | None = None
+        """The priority and id of the task that was the first to be due at the last survey."""
         self.lower_than: int | None = None
         """If there are more priorities than levels: the lowest level, below which a claim looks as well."""
         self._passed_over: dict[int, tuple[float, float]] = {}
@@ -101,7 +103,8 @@ class Position:
         """
         found: dict[int, tuple[float, int]] = {}
         due_in = math.inf
-        is_careful = has_due = False
+        is_careful = False
+        first_due: tuple[int, int] | None = None
         now = -math.inf
         firsts = [First(*row) for row in rows]
         for first in firsts:
@@ -110,8 +113,8 @@ class Position:
                 continue
             due_in = min(due_in, first.process_at - now)
             is_due = first.process_at <= now
-            if is_due and not has_due:
-                has_due, is_careful = True, first.is_rescued
+            if is_due and first_due is None:
+                first_due, is_careful = (first.priority, first.id), first.is_rescued
             found[first.priority] = _before(first.process_at, first.id) if is_due else (now - SLACK, 0)
         with self._lock:
             lower_than = self.lower_than if known else None
@@ -124,7 +127,7 @@ class Position:
                     found.setdefault(priority, (now - SLACK, 0))
             self.lower_than = lower_than
             self._be_at(found)
-            self.is_careful = is_careful
+            self.is_careful, self.first_due = is_careful, first_due
         # What is due in the lower ones isn't known.
         return due_in if lower_than is None else min(due_in, 0.0)
 

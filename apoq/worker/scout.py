@@ -58,6 +58,8 @@ class Scout:
         self._isolation: Isolation[Queue] = Isolation(lambda queue: f"the survey of {queue!r}", outage)
         self._lock = threading.Lock()
         self._next_look = 0.0
+        self._told: list[tuple[int, int] | None] = []
+        self._told_at = 0.0
         self._rests = {False: Rest(), True: Rest(usual=0.001)}
         """After a survey of all priorities, and after one of those that are known."""
 
@@ -79,11 +81,14 @@ class Scout:
         with self._lock:
             # Jitter, so that idle workers don't all look at the same moment.
             self._next_look = began + self._poll_interval * random.uniform(0.9, 1.0)  # noqa: S311
-        due_in = self.survey(known=began < self._rests[False].until)
-        if due_in <= 0:
-            self._on_due()
-        else:
+        known = began < self._rests[False].until
+        due_in = self.survey(known=known)
+        if known:
+            self.look_in(self._rests[False].until - began)  # then into the others
+        if due_in > 0:
             self.look_in(due_in)
+        elif self._is_news(began):
+            self._on_due()
         return self._wait_until() - time.monotonic()
 
     def survey(self, *, known: bool = False) -> float:
@@ -108,6 +113,17 @@ class Scout:
         if not known:
             self._rests[True].begin()
         return due_in
+
+    def _is_news(self, now: float) -> bool:
+        """Return whether a claim should look for what is due: not again, if the last one has left the same.
+
+        Such as a task that another session has locked. It is tried again after a poll interval.
+        """
+        due = [position.first_due for position in self._positions.values()]
+        is_news = due != self._told or now >= self._told_at + self._poll_interval
+        if is_news:
+            self._told, self._told_at = due, now
+        return is_news
 
     def _survey_one(self, queue: Queue, *, known: bool) -> float:
         position = self._positions[queue]

@@ -307,7 +307,7 @@ class Settler:
 
 @cache
 def write_settlements(schema: str | None, *, full: bool) -> Executable:
-    """Write the settlements of `settlement_arrays` to the tasks of `ids`; return their ids, or also the rest."""
+    """Write the settlements of `settlement_arrays` to the tasks of `ids`; return their ids, or more."""
     tasks = tasks_table(schema)
     return settle(schema).returning(*(told(schema) if full else [tasks.c.id]))
 
