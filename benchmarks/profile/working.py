@@ -25,7 +25,7 @@ from apoq.model import tasks_table
 from apoq.statements.arrays import array_text
 from apoq.statements.claim import claim
 from apoq.statements.settle import complete
-from apoq.worker.claimer import MOST_AT_ONCE
+from apoq.worker.claimer import BYTES_AHEAD, MOST_AT_ONCE
 
 TASKS = 60_000
 RUNS = 7
@@ -81,14 +81,15 @@ def measure(engine: sa.Engine, changes: Sequence[str]) -> tuple[Cost, Cost]:
             "of_types": ["bench"],
             "retry_limits": '{"bench": 5}',
             "at_most": MOST_AT_ONCE,
-            "ahead": True,
+            "free": 0,
+            "bytes_ahead": BYTES_AHEAD,
             "by_worker": uuid4(),
             "priorities": array_text([0]),
         }
         at, id_ = 0.0, 0
         for number in count(1):
             behind = {"behind_times": array_text([at]), "behind_ids": array_text([id_])}
-            rows = execute(own, claim(None), parameters | behind | {"number": number}).fetchall()
+            rows = execute(own, claim(None, ahead=True), parameters | behind | {"number": number}).fetchall()
             if not rows:
                 return
             at, id_ = max((row[5], row[0]) for row in rows)
