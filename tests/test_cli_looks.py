@@ -67,15 +67,20 @@ def add(engine) -> Callable[..., int]:
 def enlist(engine) -> Callable[..., object]:
     """Enter a worker that was seen some time ago."""
 
-    def call(*queues: str, seen: timedelta = timedelta(), **columns: object) -> object:
+    def call(
+        *queues: str,
+        seen: timedelta = timedelta(),
+        lease: timedelta = timedelta(seconds=15),
+        **columns: object,
+    ) -> object:
         values = {"host": "web1", "pid": 7, "version": version("apoq"), "concurrency": 4, **columns}
         with engine.begin() as connection:
             statement = sa.insert(WorkerRow).values(
                 id=sa.func.gen_random_uuid(),
                 queues=list(queues or ["default"]),
                 seen_at=sa.func.clock_timestamp() - seen,
-                expires_at=sa.func.clock_timestamp() - seen + timedelta(seconds=15),
-                grace=timedelta(seconds=4.5),
+                expires_at=sa.func.clock_timestamp() - seen + lease,
+                grace=lease * 0.3,
                 **values,
             )
             return connection.scalar(statement.returning(WorkerRow.id))
@@ -182,6 +187,16 @@ class TestStats:
             ("web1", True, 1),
             ("web2", False, 1),
         ]
+        assert told["orphans"] == 1
+
+    def test_how_long_a_worker_counts_as_alive_is_its_own_lease(self, run, add, enlist):
+        patient = enlist(host="web1", seen=timedelta(minutes=1), lease=timedelta(minutes=10))
+        hasty = enlist(host="web2", seen=timedelta(seconds=5), lease=timedelta(seconds=3))
+        add(state="running", worker_id=patient), add(state="running", worker_id=hasty)
+
+        told = self.figures(run)
+
+        assert {each["host"]: each["is_alive"] for each in told["workers"]} == {"web1": True, "web2": False}
         assert told["orphans"] == 1
 
     def test_what_runs_without_a_note_is_counted_apart(self, run, add, enlist, forget_notes):
@@ -333,6 +348,15 @@ class TestDoctor:
         enlist()
         assert self.findings(run)["running"]["level"] == WARNING
 
+    def test_how_long_a_worker_counts_as_alive_is_its_own_lease(self, run, add, enlist):
+        add(state="running", worker_id=enlist(seen=timedelta(minutes=1), lease=timedelta(minutes=10)))
+        assert self.findings(run)["workers"]["text"] == "1 alive"
+        assert "running" not in self.findings(run)
+
+        add(state="running", worker_id=enlist(seen=timedelta(seconds=5), lease=timedelta(seconds=3)))
+
+        assert "1 task running whose worker is not alive" in self.findings(run)["running"]["text"]
+
     def test_what_runs_without_a_note_is_worth_a_look(self, run, add, enlist, forget_notes):
         worker = enlist()
         add(state="running", worker_id=worker)
@@ -342,7 +366,7 @@ class TestDoctor:
 
         finding = self.findings(run)["running"]
         assert (finding["level"], "1 task running that no claim" in finding["text"]) == (WARNING, True)
-        assert "wait: a worker takes them back within about 10 min" in finding["cure"]
+        assert "wait: a worker takes them back within about 2 min" in finding["cure"]
 
     def test_a_worker_of_another_version_is_worth_a_look(self, run, enlist):
         enlist(version="0.0.9")

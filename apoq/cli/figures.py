@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass, field
-from datetime import timedelta
 from typing import Any, Final
 
 import sqlalchemy as sa
@@ -18,9 +17,6 @@ from apoq.states import RUNNING
 QUEUES: Final = 100
 WORKERS: Final = 1_000
 """Queues and workers that are looked at, at most."""
-
-LEASE: Final = {"lease": timedelta(seconds=15), "grace": timedelta(seconds=4.5)}
-"""What a worker has by default, and what is assumed of all of them."""
 
 MINUTE: Final = 60.0
 
@@ -106,7 +102,7 @@ def _count(connection: sa.Connection, schema: str | None, *, by_type: bool) -> F
 
     names = [row["queue"] for row in rows(queues(schema), at_most=QUEUES + 1)]
     running = rows(count_running(schema))
-    seen = rows(workers(schema), at_most=WORKERS, **LEASE)
+    seen = rows(workers(schema), at_most=WORKERS)
     alive = {row["id"] for row in seen if row["is_alive"]}
 
     def running_where(column: str, value: object) -> int:

@@ -29,8 +29,12 @@ LONG: Final = timedelta(minutes=5)
 LATE: Final = 60.0
 """Seconds that a task may have been due."""
 
-TAKEN_BACK: Final = timedelta(minutes=10)
-"""So long it takes, about, until a worker's slow sweep takes back a running task that no claim has noted."""
+TAKEN_BACK: Final = timedelta(minutes=2)
+"""So long it takes, about, until a worker's sweep takes back a running task that no claim has noted.
+
+A pass begins at most 72 s after the last one, and finds it; the next one, some 5 s later, takes it back. The
+walk itself takes its time if there are many tasks.
+"""
 
 NAMED: Final = 3
 """Of what is the same, that are named."""
