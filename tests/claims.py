@@ -11,7 +11,7 @@ from apoq import Worker
 from apoq.model import claims_table
 from apoq.worker.lease import Lease
 
-AHEAD = {"free": 0, "bytes_ahead": 10**9}
+AHEAD = {"free": 0}
 """What a claim for slots that are all busy asks for, beside its queue, its types and how many tasks."""
 
 _NOTE = sa.text("""

@@ -46,14 +46,8 @@ CHANGED: Final = ("state", "token", "attempt", "worker_id", "claimed_at", "claim
 """The columns that a claim writes to. Where an index names one of them, it writes to every index, too."""
 
 
-COMPRESSED: Final = 20
-"""How many times larger than it is stored the data is taken to be, if it is compressed."""
-
-SHORT: Final = 8_000
-"""Bytes that data has when it is stored, at most, to be returned by a claim."""
-
-LONGEST: Final = 32_000
-"""Characters that data has as text, at most, to be returned whole by a claim."""
+LONGEST: Final = 8_000
+"""Bytes that data takes when it is stored, and characters of its text, at most, to be in a claim's answer."""
 
 
 @cache
@@ -74,7 +68,7 @@ def claim(
 
     `ahead`: they may be more than find one of the `free` slots at once. Then what was taken from a dead
     worker before is passed over, because it may kill this one, too, and must not take tasks with it that
-    merely waited. And those beyond the free slots are as many as have about `bytes_ahead` bytes of data.
+    merely waited.
 
     `passes_over`: not those with the ids `passed_over`.
 
@@ -85,8 +79,8 @@ def claim(
 
     The attempt is counted here, and not when it ends: one that kills its worker counts as well. Times are
     returned as seconds since 1970, and data as text, because most of them are never read. Data that takes
-    more than `SHORT` bytes is null: it is read when the task begins, so that a claim is soon answered, and
-    what waits for a slot takes little memory.
+    more than `LONGEST` bytes is null, and its text is cut off after one character more: it is read when the
+    task begins. So a claim is soon answered, and what waits for a slot takes little memory.
 
     What is taken is written down, as the `number` of the claims of `by_worker`.
     """
@@ -164,7 +158,6 @@ def _picked(
         .render_derived("levels")
     )
     limit = bindparam("at_most", type_=BigInteger)
-    weighed = [_weight(tasks.c.data).label("weight")] if ahead else []
     conditions = [
         tasks.c.queue == bindparam("from_queue", type_=Text),
         is_pending(tasks),
@@ -175,7 +168,7 @@ def _picked(
         conditions.append(tasks.c.rescue_count <= ZERO)
     if passes_over:
         conditions.append(tasks.c.id != all_(bigints("passed_over")))
-    due = select(place, tasks.c.id, *weighed).where(*conditions).limit(limit)
+    due = select(place, tasks.c.id).where(*conditions).limit(limit)
     # Others claim at the same time: what they hold is passed over, not waited for.
     due = due.with_for_update(skip_locked=True)
     # One index scan for each priority: future tasks of a higher priority are not walked through to find due
@@ -199,34 +192,7 @@ def _picked(
         )
         found = union_all(first, select(*rest.c)).subquery("found")
         first = select(*found.c)
-    first = first.limit(limit)
-    if not ahead:
-        return first.cte("picked")
-    in_turn = first.subquery("in_turn")
-    placed = select(
-        *in_turn.c,
-        func.row_number().over().label("turn"),
-        func.sum(in_turn.c.weight).over(rows=(None, 0)).label("weight_until"),
-    ).subquery("placed")
-    return (
-        select(placed.c.ctid, placed.c.id)
-        .where(
-            or_(
-                placed.c.turn <= bindparam("free", type_=BigInteger),
-                placed.c.weight_until <= bindparam("bytes_ahead", type_=BigInteger),
-            )
-        )
-        .cte("picked")
-    )
-
-
-def _weight(data: ColumnElement[Any]) -> ColumnElement[int]:
-    """Estimate the bytes of a task's data as text, without reading what is compressed or out of line."""
-    stored = func.pg_column_size(data, type_=Integer)
-    return case(
-        (func.pg_column_compression(data).is_(None), stored),
-        else_=stored * literal_column(str(COMPRESSED), Integer),
-    )
+    return first.limit(limit).cte("picked")
 
 
 def short_text(data: ColumnElement[Any]) -> ColumnElement[str | None]:
@@ -234,6 +200,6 @@ def short_text(data: ColumnElement[Any]) -> ColumnElement[str | None]:
 
     As a number is that has an exponent: jsonb stores 1e100000 in a few bytes.
     """
-    is_short = func.pg_column_size(data, type_=Integer) <= literal_column(str(SHORT), Integer)
+    is_short = func.pg_column_size(data, type_=Integer) <= literal_column(str(LONGEST), Integer)
     # A cast to varchar(n) cuts off, and for what is shorter takes less time than left() does.
     return case((is_short, cast(cast(data, Text), VARCHAR(LONGEST + 1))))

@@ -44,7 +44,6 @@ from apoq.worker.running import (
     AnyRunningTask,
     Batch,
     Claimed,
-    data_size,
     longest_data,
 )
 from apoq.worker.slots import Slots, released
@@ -74,12 +73,6 @@ OVERDUE: Final = 2.0
 
 STRAYS_LOOK: Final = 1.0
 """Seconds after which it is looked again for what a claim has taken whose answer was lost."""
-
-BYTES_AHEAD: Final = 8 * 1024 * 1024
-"""Bytes of data that are claimed at most beyond the tasks that run: a worker fits into a small container."""
-
-MANY_BYTES: Final = 256 * 1024
-"""Bytes of data from which on a claim that came short may have done so because of `BYTES_AHEAD`."""
 
 NARROWER: Final = 8
 """By what the size of a claim is divided when the server refuses it, until the bad row stands alone."""
@@ -123,8 +116,6 @@ class _Source:
     """The last of these."""
     is_bare: bool = False
     """Whether the next claim leaves out all data, because the server could not write some of it as text."""
-    mean_size: float = 0.0
-    """Characters of data that a task had in the last claim."""
 
 
 class Claimer:
@@ -205,7 +196,7 @@ class Claimer:
         self._slots.low_water = in_line // 2
         room = self._slots.concurrency + in_line - self._slots.load
         free = self._slots.free
-        if room < 1 or (free == 0 and (room <= in_line // 2 or self._slots.size > BYTES_AHEAD // 2)):
+        if room < 1 or (free == 0 and room <= in_line // 2):
             return pause  # woken when there is more room
         began = time.monotonic()
         if began < self._rested_at:
@@ -217,7 +208,7 @@ class Claimer:
         self._slots.put(self._startable(claimed))
         self._move()
         self._on_claim(len(claimed), wanted)
-        if len(claimed) == wanted or data_size(claimed) > MANY_BYTES:
+        if len(claimed) == wanted:
             self._hinted = True
         else:
             took = time.monotonic() - began
@@ -292,17 +283,12 @@ class Claimer:
                     **workable(processors),
                 }
             )
-        bytes_ahead = BYTES_AHEAD - self._slots.size
-        if source.mean_size > 1:
-            # What is locked and not taken has cost time.
-            limit = min(limit, free + max(1, int(2 * bytes_ahead / source.mean_size)))
-        number, rows = self._narrowly(source, limit, max(free, 0), bytes_ahead, where)
+        number, rows = self._narrowly(source, limit, max(free, 0), where)
         # In two steps, for which C's functions do; the second leaves each priority in the order of the first.
         rows.sort(key=_BY_AGE)
         rows.sort(key=_BY_PRIORITY, reverse=True)
         if rows:
             self._moves.append((source.position, rows, len(rows) < limit))
-            source.mean_size = data_size(rows) / len(rows)
         batch = Batch(
             queue,
             processors,
@@ -317,13 +303,13 @@ class Claimer:
         return tasks
 
     def _narrowly(
-        self, source: _Source, limit: int, free: int, bytes_ahead: int, where: Engine | PoolProxiedConnection
+        self, source: _Source, limit: int, free: int, where: Engine | PoolProxiedConnection
     ) -> tuple[int, list[tuple[Any, ...]]]:
         """Claim from a queue; if the server refuses that, claim less, until the bad row is passed over."""
         for _ in range(MOST_TRIES):
             at_most = min(limit, source.at_most)
             try:
-                number, rows = self._execute(source, at_most, free, bytes_ahead, where)
+                number, rows = self._execute(source, at_most, free, where)
             except DatabaseError as error:
                 # The note of a claim is written with it, and is no task's row.
                 is_of_note = error.diag.table_name == ClaimRow.__tablename__
@@ -334,7 +320,7 @@ class Claimer:
                 source.is_bare = True
                 continue
             source.at_most, source.is_bare = min(MOST_AT_ONCE, 2 * source.at_most), False
-            if rows:
+            if rows or not source.position.passed_over():
                 source.refused = 0
             elif source.refused > MOST_REFUSED and source.refusal is not None:
                 raise source.refusal  # whatever it finds
@@ -347,8 +333,8 @@ class Claimer:
             source.at_most = at_most // NARROWER or 1
             return
         self._give_back_strays()  # if it was the answer that couldn't be read
-        self._execute(source, 0, free, 0, self._engine)  # which fails if it isn't because of a task
-        parameters = self._parameters(source, 1, free, 0)
+        self._execute(source, 0, free, self._engine)  # which fails if it isn't because of a task
+        parameters = self._parameters(source, 1, free)
         due = next_due(source.queue.schema, **_kind(parameters))
         for (task_id,) in execute(self._engine, due, parameters):
             seconds = source.position.pass_over(task_id)
@@ -364,11 +350,10 @@ class Claimer:
         source: _Source,
         at_most: int,
         free: int,
-        bytes_ahead: int,
         where: Engine | PoolProxiedConnection,
     ) -> tuple[int, list[tuple[Any, ...]]]:
         schema = source.queue.schema
-        parameters = self._parameters(source, at_most, free, bytes_ahead)
+        parameters = self._parameters(source, at_most, free)
         statement = claim(schema, **_kind(parameters), bare=source.is_bare)
         number = self._notes.begin(schema)
         try:
@@ -388,10 +373,10 @@ class Claimer:
         return number, rows
 
     @staticmethod
-    def _parameters(source: _Source, at_most: int, free: int, bytes_ahead: int) -> dict[str, Any]:
+    def _parameters(source: _Source, at_most: int, free: int) -> dict[str, Any]:
         parameters = {**source.asked, **source.position.parameters(), "at_most": at_most}
         if at_most > free:
-            parameters |= {"free": free, "bytes_ahead": bytes_ahead}
+            parameters["free"] = free
         if passed_over := source.position.passed_over():
             parameters["passed_over"] = array_text(passed_over)
         return parameters

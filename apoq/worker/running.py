@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime, timedelta
-from operator import itemgetter
 from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 from apoq.options import HIGHEST_LIMIT
@@ -73,8 +72,6 @@ TIMEOUT: Final = 11
 BATCH: Final = -1
 """Where these stand in a claimed row."""
 
-_DATA: Final = itemgetter(DATA)
-
 
 def short_data(row: Claimed) -> Any:
     """Read the data of a claimed row that has it; return the error if Python can't."""
@@ -82,11 +79,6 @@ def short_data(row: Claimed) -> Any:
         return read_json(row[DATA])
     except UnreadableData as error:
         return error
-
-
-def data_size(rows: Iterable[Sequence[Any]]) -> int:
-    """Return how many characters of data there are in claimed rows."""
-    return sum(map(len, filter(None, map(_DATA, rows))))
 
 
 class Notice:
@@ -234,14 +226,18 @@ class _Running(Running, Generic[S]):
 
         A task that is no longer owned is recalled.
         """
-        text: str | None = self.row[DATA]
-        if not self.has_data:
-            batch: Batch = self.row[BATCH]
-            found = batch.fetch(self.row)
-            if not found:
-                self.recall()
-                return
-            ((text,),) = found
+        if self.has_data:
+            self.data = read_json(self.row[DATA])
+        else:
+            self._fetch()
+
+    def _fetch(self) -> None:
+        batch: Batch = self.row[BATCH]
+        found = batch.fetch(self.row)
+        if not found:
+            self.recall()
+            return
+        ((text,),) = found
         if text is None or len(text) > longest_data(self.from_queue):
             raise UnreadableData(
                 f"the data is larger than the queue's max_data_size, {self.from_queue.max_data_size:,} "

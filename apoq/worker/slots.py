@@ -22,7 +22,6 @@ from apoq.worker.running import (
     Batch,
     Claimed,
     RunningTask,
-    data_size,
 )
 from apoq.worker.threads import MissingThreads
 
@@ -79,11 +78,6 @@ class Slots:
     def load(self) -> int:
         """How many tasks run or are in line."""
         return self.concurrency - self._free + len(self._line)
-
-    @property
-    def size(self) -> int:
-        """How many characters of data the tasks in line have."""
-        return data_size(list(self._line))
 
     @property
     def free(self) -> int:
@@ -237,7 +231,7 @@ class Slots:
             task: AnyRunningTask | None = begun
             while isinstance(task, RunningTask):
                 started = time.monotonic()
-                is_held = task.lease.ends_at > started
+                is_held = task.row[BATCH].lease.ends_at > started
                 end = run(task, self._completion, self._deadlines) if is_held else released(task)
                 self._ended(end, started)
                 task = self._next(on_thread=True)
@@ -248,7 +242,7 @@ class Slots:
         task: AnyRunningTask | None = begun
         while isinstance(task, AsyncRunningTask):
             started = time.monotonic()
-            is_held = task.lease.ends_at > started
+            is_held = task.row[BATCH].lease.ends_at > started
             end = await run_coroutine(task, self._completion, self._deadlines) if is_held else released(task)
             self._ended(end, started)
             task = self._next(on_thread=False)

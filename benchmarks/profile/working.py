@@ -25,7 +25,7 @@ from apoq.model import tasks_table
 from apoq.statements.arrays import array_text
 from apoq.statements.claim import claim
 from apoq.statements.settle import complete
-from apoq.worker.claimer import BYTES_AHEAD, MOST_AT_ONCE
+from apoq.worker.claimer import MOST_AT_ONCE
 
 TASKS = 60_000
 RUNS = 7
@@ -82,7 +82,6 @@ def measure(engine: sa.Engine, changes: Sequence[str]) -> tuple[Cost, Cost]:
             "retry_limits": '{"bench": 5}',
             "at_most": MOST_AT_ONCE,
             "free": 0,
-            "bytes_ahead": BYTES_AHEAD,
             "by_worker": uuid4(),
             "priorities": array_text([0]),
         }
