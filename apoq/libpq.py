@@ -10,6 +10,7 @@ from __future__ import annotations
 import codecs
 import hashlib
 import selectors
+import time
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from functools import cache
@@ -33,6 +34,9 @@ _dialect = PGDialect_psycopg(paramstyle="numeric_dollar")  # type: ignore[no-unt
 
 _NAMED: Final = "apoq.named"
 """How characters are encoded that an encoding doesn't have: as their names, which JSON can hold, too."""
+
+PROGRESS: Final = 0.1
+"""Seconds after which it is noted that more of an answer has arrived: an answer may have many parts."""
 
 _ANSWERS: Final = {ExecStatus.TUPLES_OK, ExecStatus.COMMAND_OK}
 
@@ -189,13 +193,16 @@ def _answer(connection: psycopg.Connection[Any]) -> PGresult:
 def _answering(connection: psycopg.Connection[Any]) -> PQGen[list[PGresult]]:
     """Take an answer as it arrives, and note its progress: an answer that is long isn't overdue."""
     answering = generators.execute(connection.pgconn)
+    next_note = time.monotonic() + PROGRESS
     try:
         ready = yield next(answering)
         while True:
             awaited = answering.send(ready)  # a short answer ends here
             ready = yield awaited
-            if _is_ready(connection, awaited):
-                watch.note_progress(connection)
+            if time.monotonic() > next_note:
+                next_note = time.monotonic() + PROGRESS
+                if _is_ready(connection, awaited):
+                    watch.note_progress(connection)
     except StopIteration as end:
         results: list[PGresult] = end.value
         return results
