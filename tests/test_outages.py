@@ -406,7 +406,7 @@ def test_what_was_claimed_and_has_not_begun_loses_no_attempt_when_the_server_sto
         worker.stop()
         failed = count(quiet, Task.state == "failed")
         # Those that ran; and in each slot, one more that may have begun before anything was known.
-        assert failed <= 2 * slots
+        assert failed <= slots
         assert (
             count(quiet, Task.state == "completed", Task.attempt == 1, Task.fail_count == 0) == 2_000 - failed
         )

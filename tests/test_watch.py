@@ -137,7 +137,7 @@ def test_a_session_of_a_task_that_is_cut_off_is_cancelled_too(engine, quiet, que
     with quiet.connect() as looking:
         sleeping = sa.text(ACTIVE + " AND query LIKE '%pg_sleep%'")
         until(lambda: looking.scalar(sleeping) == 1)
-        worker._life.parts._lapsed()
+        worker._life.parts._lapsed([None])
         until(lambda: looking.scalar(sleeping) == 0)
 
 

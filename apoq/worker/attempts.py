@@ -10,13 +10,10 @@ from collections.abc import Mapping
 from contextvars import copy_context
 from typing import Any, NamedTuple
 
-import psycopg
 from sqlalchemy.orm import Session
 
-from apoq.connections import is_away
 from apoq.errors import InvalidProcessor, SessionMisused
 from apoq.outcomes import Release, Settlement, Unreachable, settle
-from apoq.reading import UnreadableData
 from apoq.worker.completion import Completion
 from apoq.worker.contexts import Apart
 from apoq.worker.coroutines import CLEAN_UP
@@ -67,7 +64,7 @@ async def run_coroutine(task: AsyncRunningTask, completion: Completion, deadline
 def _run(task: RunningTask, completion: Completion, deadlines: Deadlines) -> Ended:
     row = outcome = None
     try:
-        _read(task)
+        task.read()
         if task.notice is RECALLED:
             raise TaskLost  # noqa: TRY301 - between the line and its slot
         limit = task.timeout
@@ -89,7 +86,7 @@ async def _run_coroutine(task: AsyncRunningTask, completion: Completion, deadlin
         if task.has_data:
             task.read()
         else:
-            await asyncio.to_thread(_read, task)
+            await asyncio.to_thread(task.read)
         limit = task.timeout
         if limit is None:
             await task.call()
@@ -105,16 +102,6 @@ async def _run_coroutine(task: AsyncRunningTask, completion: Completion, deadlin
         except BaseException as error:  # noqa: BLE001 - cancelled once more, while it was closed
             outcome = outcome or (None if row is not None else error)
     return ended(task, outcome, row)
-
-
-def _read(task: AnyRunningTask) -> None:
-    """Read a task's data; raise `Unreachable` if it must be fetched and the database is away."""
-    try:
-        task.read()
-    except psycopg.Error as error:
-        if is_away(error):
-            raise Unreachable(brief(error)) from error
-        raise UnreadableData(brief(error)) from error
 
 
 def _outcome(task: AnyRunningTask, error: BaseException) -> BaseException:

@@ -9,7 +9,11 @@ from contextlib import suppress
 from datetime import datetime, timedelta
 from typing import Any, Final, Generic, NamedTuple, TypeVar
 
+import psycopg
+
+from apoq.connections import is_away
 from apoq.options import HIGHEST_LIMIT
+from apoq.outcomes import Unreachable
 from apoq.queue import Queue
 from apoq.reading import UnreadableData, read_json, read_time
 from apoq.registry import Processor, Running
@@ -224,16 +228,22 @@ class _Running(Running, Generic[S]):
     def read(self) -> None:
         """Read its data, from the database if it is large; raise `UnreadableData` if Python can't.
 
-        A task that is no longer owned is recalled.
+        A task that is no longer owned is recalled. Raises `Unreachable` if the database is away.
         """
-        if self.has_data:
-            self.data = read_json(self.row[DATA])
+        text: str | None = self.row[DATA]
+        if text is not None and len(text) <= LONGEST:
+            self.data = read_json(text)
         else:
             self._fetch()
 
     def _fetch(self) -> None:
         batch: Batch = self.row[BATCH]
-        found = batch.fetch(self.row)
+        try:
+            found = batch.fetch(self.row)
+        except psycopg.Error as error:
+            if is_away(error):
+                raise Unreachable(str(error)) from error
+            raise UnreadableData(str(error)) from error
         if not found:
             self.recall()
             return
