@@ -369,7 +369,8 @@ def test_a_connection_that_the_worker_itself_has_cut_is_no_outage(make_worker, c
     until(lambda: listens() and not parts.claimer._hinted and parts.engine.pool.checkedout() == 0)
     before = parts.listener._connection
 
-    parts._lapsed()
+    parts.heartbeat.leases[None].ends_at = time.monotonic()
+    parts._lapsed([None])
 
     until(lambda: parts.listener._connection is not before and listens())
     (message,) = caplog.messages

@@ -241,10 +241,10 @@ class TestFunctions:
             until(lambda: "was taken from this worker before it ended" in caplog.text)
 
             assert [row[ID] for row in worker._life.parts.claimer.held.values()] == [task_id]
-            assert worker._life.parts.claimer._notes.known()
+            assert worker._life.parts.claimer._notes._left
 
         until(lambda: failed(engine, task_id))
-        until(lambda: not worker._life.parts.claimer._notes.known())
+        until(lambda: not worker._life.parts.claimer._notes._left)
 
     def test_its_slot_stays_taken_until_it_returns(self, engine, make_worker):
         worker = make_worker(concurrency=1)
