@@ -635,7 +635,7 @@ class TestWorkers:
             getattr(worker, act)()
 
         left = set(threading.enumerate()) - before
-        assert {thread.name for thread in left} <= {"apoq-watch"}  # all workers', and ends by itself
+        assert {thread.name for thread in left} <= {"apoq-watch", "apoq-farewell"}  # all workers'
         worker.stop()
         engine.dispose()
 

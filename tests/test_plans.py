@@ -157,7 +157,7 @@ STATEMENTS = [
 ]
 
 FIND = {
-    "before_id": 2**63 - 1,
+    "up_to_id": 2**63 - 1,
     "in_queue": None,
     "of_type": "ours",
     "since": None,

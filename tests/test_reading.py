@@ -87,8 +87,10 @@ def test_any_row_is_read(engine, odd, format_, is_pooled):
 def test_any_row_of_a_worker_is_read(engine):
     with engine.begin() as connection:
         connection.exec_driver_sql(
-            "INSERT INTO apoq_workers (id, host, pid, version, queues, concurrency, started_at, seen_at) "
-            "VALUES (gen_random_uuid(), '', -1, '', '{{a,NULL},{\"\",b}}', -1, 'infinity', '-infinity')"
+            "INSERT INTO apoq_workers "
+            "(id, host, pid, version, queues, concurrency, started_at, seen_at, expires_at, grace) "
+            "VALUES (gen_random_uuid(), '', -1, '', '{{a,NULL},{\"\",b}}', -1, 'infinity', '-infinity', "
+            "'infinity', '-178000000 years')"
         )
         connection.exec_driver_sql(
             "INSERT INTO apoq_claims (worker_id, number, task_ids) "

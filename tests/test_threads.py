@@ -268,7 +268,7 @@ class TestStart:
         there = Proxy(url, proxy.url.port)
         until(lambda: limit.refused > 3)
         assert not worker.healthy()
-        assert worker._life.parts.heartbeat.lease.is_held
+        assert worker._life.parts.heartbeat.leases[None].is_held
         limit.lift()
 
         assert ran.wait(SOON)

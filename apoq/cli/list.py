@@ -57,7 +57,7 @@ def command(
     a search for those looks at 100,000 tasks at most, and says how to go on.
     """
     parameters = {
-        "before_id": _LAST_ID if before_id is None else before_id,
+        "up_to_id": _LAST_ID if before_id is None else before_id - 1,
         "in_queue": queue,
         "of_type": task_type,
         "since": since,

@@ -114,7 +114,7 @@ def _workers(found: Figures, most: int | None) -> Table:
         seen = f"{length(worker.unseen_for)} ago"
         made.add_row(
             Text(clean(f"{worker.host} {worker.pid}")),
-            Text(clean(", ".join(worker.queues))),
+            Text(clean(", ".join(map(str, worker.queues)))),
             f"{worker.concurrency:,}",
             f"{worker.running:,}",
             length(worker.up_for),

@@ -33,6 +33,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import INTERVAL
 
 from apoq.model import tasks_table, workers_table
+from apoq.statements.literals import seconds_between
 from apoq.statements.running import is_noted, is_running, open_queues
 from apoq.statements.states import ended_as, is_pending
 from apoq.statements.survey import pending_priorities
@@ -194,4 +195,4 @@ def _up_to_bound(found: Select[*tuple[Any, ...]]) -> ScalarSelect[int]:
 
 
 def _seconds_since(time: ColumnElement[Any]) -> ColumnElement[float | None]:
-    return func.date_part("epoch", func.now() - time, type_=Double)
+    return seconds_between(time, func.now())

@@ -33,7 +33,7 @@ LOOKED_AT: Final = 100_000
 def find(schema: str | None, state: str | None) -> Select[*tuple[Any, ...]]:
     """Answer up to `at_most` tasks of a `state` (None: any), the newest first, their data cut off.
 
-    Those with an id below `before_id`, and, where these aren't null, of the queue `in_queue`, of the type
+    Those with an id of `up_to_id` at most, and, where these aren't null, of the queue `in_queue`, of the type
     `of_type` and added at or after `since`. Of those that an index finds, only the newest `LOOKED_AT` are
     looked at; `horizon` tells how far that is. Of data, `excerpt` characters are answered.
     """
@@ -95,7 +95,7 @@ def _recent(schema: str | None, state: str | None) -> Subquery:
     )
     return (
         select(*tasks.c)
-        .where(tasks.c.id < bindparam("before_id", type_=BigInteger), *by_index)
+        .where(tasks.c.id <= bindparam("up_to_id", type_=BigInteger), *by_index)
         .order_by(tasks.c.id.desc())
         .limit(LOOKED_AT)
         .subquery("recent")

@@ -6,9 +6,9 @@ costs the driver time.
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
-from sqlalchemy import BigInteger, Integer, Text, literal_column
+from sqlalchemy import BigInteger, Double, Integer, Text, case, func, literal_column
 from sqlalchemy.sql.elements import ColumnElement
 
 from apoq import states
@@ -24,3 +24,13 @@ LAST_BUT_ONE: Final[ColumnElement[int]] = literal_column(str(2**31 - 2), Integer
 LOWEST_BUT_ONE: Final[ColumnElement[int]] = literal_column(str(-(2**31) + 1), Integer)
 """From this, one can be taken away."""
 LAST_BUT_ONE_BIGINT: Final[ColumnElement[int]] = literal_column(str(2**63 - 2), BigInteger)
+
+
+def seconds_between(earlier: ColumnElement[Any], later: ColumnElement[Any]) -> ColumnElement[float | None]:
+    """Return the seconds from one time to another: many, but never infinitely many.
+
+    Before PostgreSQL 17, infinite times can't be subtracted; and JSON has no infinity.
+    """
+    first, last = (func.date_part(EPOCH, time, type_=Double) for time in (earlier, later))
+    most = literal_column("1e12", Double)
+    return case((first.is_not(None), func.least(func.greatest(last - first, -most), most)))

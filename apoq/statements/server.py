@@ -34,6 +34,7 @@ from sqlalchemy.types import TypeEngine
 
 from apoq.model import tasks_table
 from apoq.statements.count import oid
+from apoq.statements.literals import seconds_between
 
 _SETTINGS = (
     "server_version",
@@ -183,4 +184,4 @@ def _catalogue(name: str, *columns: str) -> TableClause:
 
 
 def _age(time: ColumnElement[Any]) -> ColumnElement[float | None]:
-    return func.date_part("epoch", func.clock_timestamp() - time, type_=Double)
+    return seconds_between(time, func.clock_timestamp())

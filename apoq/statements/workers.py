@@ -5,10 +5,11 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from sqlalchemy import BigInteger, Double, Select, bindparam, func, select
+from sqlalchemy import BigInteger, Select, bindparam, func, select
 
 from apoq.model import workers_table
 from apoq.statements.heartbeat import alive
+from apoq.statements.literals import seconds_between
 
 
 @cache
@@ -19,7 +20,7 @@ def workers(schema: str | None) -> Select[*tuple[Any, ...]]:
     """
     rows = workers_table(schema).alias("worker")
     since = {
-        name: func.date_part("epoch", func.clock_timestamp() - time, type_=Double).label(name)
+        name: seconds_between(time, func.clock_timestamp()).label(name)
         for name, time in (("up_for", rows.c.started_at), ("unseen_for", rows.c.seen_at))
     }
     return (

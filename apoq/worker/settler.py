@@ -135,7 +135,7 @@ class Settler:
         """Settle all that have ended, waiting so many seconds for what somebody has locked."""
         deadline = time.monotonic() + patience
         while (pause := self.turn()) is not None and (left := deadline - time.monotonic()) > 0:
-            time.sleep(min(pause, left))
+            time.sleep(min(pause, max(left, LOOK)))  # so that the last look comes at the end
         if count := sum(len(unsettled.ended) for unsettled in self._put_off):
             logger.warning("%d tasks are locked and could not be settled; others may run them again", count)
 
