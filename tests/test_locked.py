@@ -193,6 +193,7 @@ class TestAWholeTable:
         with engine.connect() as migrating:
             migrating.execute(sa.text("LOCK apoq_tasks"))
             go_on.set()
+            until(lambda: not worker._life.parts.slots.running())
             worker._life.parts._finish_settling()
             migrating.rollback()
 
