@@ -29,7 +29,7 @@ from waiting import patience
 from apoq import Queue, Snooze, Task, Worker
 from apoq.states import CANCELLED, COMPLETED, FAILED, PENDING
 
-SOON = 8.0
+SOON = 15.0
 """Seconds for what takes a hundredth of that on an idle machine."""
 
 ENDED = {COMPLETED, FAILED, CANCELLED}
@@ -568,7 +568,7 @@ FLOODED = """
     print(json.dumps({"grew": grew, "stopped_in": time.monotonic() - began}))
 """
 
-ROOM = 200
+ROOM = 250
 """Megabytes by which a worker's memory may grow: some dozen tasks of the usual limit, as text and read."""
 
 
