@@ -645,7 +645,7 @@ def test_numbers_that_are_long_as_text_take_no_memory(engine, url, queue, number
     with a_worker_apart(url, DRAINED, listens=listens) as process:
         found = json.loads(process.communicate(timeout=60)[0])
 
-    assert found["good"] < 4 * SOON
+    assert found["good"] < 2 * SOON
     assert found["grew"] < ROOM
     assert found["is_healthy"]
 
