@@ -244,7 +244,8 @@ class TestManyOfThemAtOnce:
 
         until(lambda: not left(engine))
         until(lambda: all(state_of(engine, id_) in ENDED for id_ in ids))
-        until(lambda: sum(worker.tally()[1:]) == 60 + len(ids))
+        # More than these, where a timeout below zero has led to a retry.
+        until(lambda: sum(worker.tally()[1:]) >= 60 + len(ids))
         worker.stop()
         assert claims(engine) == 0
         assert failures(caplog) == []

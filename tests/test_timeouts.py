@@ -238,7 +238,7 @@ class TestFunctions:
             holding.execute(sa.select(Task.id).where(Task.id == task_id).with_for_update())
             until(lambda: worker._life.parts.settler._put_off)
             returns.set()
-            until(lambda: "was taken from this worker before it ended" in caplog.text)
+            until(lambda: "has returned after its timeout" in caplog.text)
 
             assert [row[ID] for row in worker._life.parts.claimer.held.values()] == [task_id]
             assert worker._life.parts.claimer._notes._left

@@ -219,7 +219,9 @@ class Settler:
         if unwritten:
             rows |= self._execute_settlement(schema, unwritten)
         for end in ends:
-            if isinstance(end.outcome, TaskLost) or end.task.id not in rows:
+            if is_late(end):
+                _log_late(end.task.row)
+            elif isinstance(end.outcome, TaskLost) or end.task.id not in rows:
                 _log_lost(end.task.row)
             else:
                 self._tell(end, rows[end.task.id])
@@ -345,6 +347,15 @@ def _by_schema(batch: list[T], schema_of: Callable[[T], str | None]) -> dict[str
 def _log_lost(row: Claimed) -> None:
     logger.info(
         "task %d (%s) was taken from this worker before it ended here; nothing was written to it",
+        row[ID],
+        row[TYPE],
+    )
+
+
+def _log_late(row: Claimed) -> None:
+    logger.info(
+        "task %d (%s) has returned after its timeout, which had ended its attempt; "
+        "nothing more was written to it",
         row[ID],
         row[TYPE],
     )
