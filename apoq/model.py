@@ -14,12 +14,14 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, make_transient_to_detached, 
 from sqlalchemy.types import Boolean, Integer, SmallInteger, Text, Uuid
 
 from apoq.payload import check_time, check_type, encode
-from apoq.states import CANCELLED, COMPLETED, FAILED, PENDING, RUNNING, STATES, alternatives
+from apoq.states import CANCELLED, COMPLETED, FAILED, PENDING, RUNNING, STATES, WAITING, alternatives
 
 DEFAULT_QUEUE = "default"
 
 # In PostgreSQL's own words, or else Alembic takes what it answers for another expression.
-_ENDED_AS: Final = f"NULLIF(NULLIF(state, '{PENDING}'::text), '{RUNNING}'::text)"
+_ENDED_AS: Final = f"NULLIF(NULLIF(NULLIF(state, '{PENDING}'::text), '{WAITING}'::text), '{RUNNING}'::text)"
+_WAITS: Final = f"state = '{WAITING}'::text"
+_WHILE_RUNNING: Final = f"CASE WHEN state = '{RUNNING}'::text THEN {{}} ELSE NULL::text END"
 
 
 class Base(DeclarativeBase):
@@ -79,7 +81,34 @@ class Task(Base):
     error: Mapped[dict[str, str] | None] = mapped_column(JSONB(none_as_null=True))
     """The last failure: its `class`, `message` and `traceback`."""
     ended_as: Mapped[str | None] = mapped_column(Computed(_ENDED_AS, persisted=True))
-    """The state in which it has ended; None while it is pending or running. Kept by the database."""
+    """The state in which it has ended; None while it is pending, waiting or running. Kept by the database."""
+    waits: Mapped[bool | None] = mapped_column(Boolean, Computed(_WAITS, persisted=True))
+    """Whether its state is waiting. Kept by the database."""
+    meta: Mapped[dict[str, Any] | None] = mapped_column(JSONB(none_as_null=True))
+    """The application's own notes about the task, such as a request's id or a tenant."""
+
+    # The columns of features to come: a plain task leaves them NULL or at their defaults.
+    unique_key: Mapped[str | None]
+    held_unique_key: Mapped[str | None]
+    key: Mapped[str | None]
+    slot: Mapped[int | None] = mapped_column(Integer)
+    pool_key: Mapped[str | None]
+    pool_slot: Mapped[int | None] = mapped_column(Integer)
+    held_key: Mapped[str | None] = mapped_column(Computed(_WHILE_RUNNING.format("key"), persisted=True))
+    held_pool_key: Mapped[str | None] = mapped_column(
+        Computed(_WHILE_RUNNING.format("pool_key"), persisted=True)
+    )
+    waiting_since: Mapped[datetime | None]
+    waiting_for: Mapped[str | None]
+    on_parent_failure: Mapped[str | None]
+    group_id: Mapped[int | None] = mapped_column(BigInteger)
+    schedule: Mapped[str | None]
+    tick_at: Mapped[datetime | None]
+    result: Mapped[Any | None] = mapped_column(JSONB(none_as_null=True))
+    unique_until_end: Mapped[bool] = mapped_column(Boolean, server_default=false())
+    blockers: Mapped[int] = mapped_column(Integer, server_default=text("0"))
+    is_followed: Mapped[bool] = mapped_column(Boolean, server_default=false())
+    has_parts: Mapped[bool] = mapped_column(Boolean, server_default=false())
 
     __table_args__ = (
         CheckConstraint(f"state IN {alternatives(STATES)}", name="apoq_tasks_state_check"),
@@ -93,8 +122,9 @@ class Task(Base):
             text("priority DESC"),
             "process_at",
             "id",
-            postgresql_where=text("ended_as IS NULL"),
+            postgresql_where=text("ended_as IS NULL AND NOT waits"),
         ),
+        Index("apoq_tasks_waiting_idx", "queue", "id", postgresql_where=text("waits")),
         # What the pruner deletes from, the oldest first.
         Index(
             "apoq_tasks_completed_idx",
@@ -168,6 +198,16 @@ class ClaimRow(Base):
     number: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
     """Counted by the worker."""
     task_ids: Mapped[list[int]] = mapped_column(ARRAY(BigInteger))
+
+
+UPCOMING: Final = frozenset(
+    (
+        *("unique_key", "held_unique_key", "unique_until_end", "key", "slot", "pool_key", "pool_slot"),
+        *("held_key", "held_pool_key", "waiting_since", "waiting_for", "blockers", "on_parent_failure"),
+        *("is_followed", "has_parts", "group_id", "schedule", "tick_at", "result"),
+    )
+)
+"""Columns of features to come, which nothing reads or writes yet."""
 
 
 @cache

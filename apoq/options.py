@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import datetime, timedelta
 from typing import Any, TypedDict
 
 from apoq.errors import InvalidTask, glimpse
-from apoq.payload import check_time
+from apoq.payload import check_time, encode
 from apoq.retry import LONGEST_DELAY, seconds, time_limit
 
 HIGHEST_LIMIT = 2**31 - 2
+
+MAX_META_SIZE = 4 * 1024
+"""Bytes of JSON that a task's `meta` may take."""
+
+RESERVED_META = ("traceparent", "tracestate")
+"""Keys of `meta` in which traces are passed on."""
 
 _LOWEST_PRIORITY, _HIGHEST_PRIORITY = -(2**15), 2**15 - 1
 
@@ -23,6 +30,7 @@ class Options(TypedDict, total=False):
     retry_limit: int | None
     retry_delay: float | timedelta | None
     timeout: float | timedelta | None
+    meta: Mapping[str, Any] | None
 
 
 def checked(
@@ -32,6 +40,7 @@ def checked(
     retry_limit: int | None = None,
     retry_delay: float | timedelta | None = None,
     timeout: float | timedelta | None = None,
+    meta: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Answer these options as parameters of a statement; `InvalidTask` where a task can't have them."""
     return {
@@ -42,6 +51,7 @@ def checked(
         ),
         "task_retry_delay": None if retry_delay is None else _retry_delay(retry_delay),
         "task_timeout": None if timeout is None else _timeout(timeout),
+        "task_meta": None if meta is None or meta == {} else _meta(meta),
     }
 
 
@@ -70,6 +80,15 @@ def _retry_delay(value: float | timedelta) -> timedelta:
         return timedelta(seconds=seconds(value))
     except (TypeError, ValueError) as error:
         raise InvalidTask(f"retry_delay: {error}") from None
+
+
+def _meta(value: object) -> str:
+    if not isinstance(value, Mapping):
+        raise InvalidTask(f"meta must be a dict, such as {{'request_id': '…'}}, got {glimpse(value)}")
+    for key in RESERVED_META:
+        if key in value:
+            raise InvalidTask(f"meta must not have the key {key!r}, which is reserved for tracing")
+    return encode(dict(value), MAX_META_SIZE, "meta")
 
 
 def _timeout(value: float | timedelta) -> timedelta:

@@ -91,6 +91,7 @@ class Queue:
         retry_limit: int | None = None,
         retry_delay: float | timedelta | None = None,
         timeout: float | timedelta | None = None,
+        meta: Mapping[str, Any] | None = None,
     ) -> Task | Coroutine[Any, Any, Task]:
         """Add a task in the transaction of `session`, with one statement, and answer it with its id.
 
@@ -101,10 +102,12 @@ class Queue:
         `data` is anything that JSON can hold. It is due at once, or after `delay`, or at `process_at`
         (with a time zone); of the due tasks of a queue, those with a higher `priority` are claimed first.
         `retry_limit`, `retry_delay` and `timeout` (seconds or timedeltas) stand for the processor's own.
+        `meta` is a dict for your application's own use, such as a request id or a tenant, of at most 4 KB of
+        JSON; a processor reads it as ``task.meta``. The keys `traceparent` and `tracestate` are reserved.
 
         Raises `InvalidTask` before anything is sent, and `NotPrepared` where the tables are missing.
         """
-        options = checked(delay, process_at, priority, retry_limit, retry_delay, timeout)
+        options = checked(delay, process_at, priority, retry_limit, retry_delay, timeout, meta)
         parameters = {"task_queue": self.name, "task_type": check_type(type), **options}
         parameters["task_data"] = encode(data, self.max_data_size)
         return through(session, lambda caller: add(caller, self.schema, parameters))
@@ -137,6 +140,7 @@ class Queue:
         retry_limit: int | None = None,
         retry_delay: float | timedelta | None = None,
         timeout: float | timedelta | None = None,
+        meta: Mapping[str, Any] | None = None,
     ) -> int | Coroutine[Any, Any, int]:
         """Add a task for each of `datas` in the transaction of `session`, and answer how many there were.
 
@@ -147,7 +151,7 @@ class Queue:
         transaction, so let the error roll back, all or to a savepoint. On a psycopg connection in
         autocommit, each batch is committed by itself.
         """
-        options = checked(delay, process_at, priority, retry_limit, retry_delay, timeout)
+        options = checked(delay, process_at, priority, retry_limit, retry_delay, timeout, meta)
         parameters = {"task_queue": self.name, "task_type": check_type(type), **options}
         if isinstance(datas, str | bytes | dict) or not isinstance(datas, Iterable):
             raise InvalidTask(

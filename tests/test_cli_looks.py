@@ -130,6 +130,7 @@ class TestStats:
             "name": "default",
             "due": 2,
             "later": 2,
+            "waiting": 0,
             "running": 1,
             "completed": 3,
             "failed": 1,

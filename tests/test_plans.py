@@ -11,9 +11,10 @@ import pytest
 import sqlalchemy as sa
 from claims import AHEAD, note
 from sqlalchemy.dialects import postgresql
+from sqlalchemy.orm import Session
 from sqlalchemy.schema import CreateIndex
 
-from apoq import Task
+from apoq import Queue, Task
 from apoq.cli.looking import SETTINGS
 from apoq.connections import SESSION
 from apoq.sessions import _compiled
@@ -249,6 +250,8 @@ def test_each_index_is_needed():
     """By something that the workers do again and again, or it would not be worth its writes."""
     needed = set().union(*(parameter.values[2] for parameter in STATEMENTS))
 
+    # A plain task never enters the index of waiting ones, with which people look at them.
+    needed.add("apoq_tasks_waiting_idx")
     assert needed == {"apoq_tasks_pkey", *(index.name for index in Task.__table__.indexes)}
 
 
@@ -285,6 +288,21 @@ def test_what_a_claim_changes_is_known():
         for index in Task.__table__.indexes
         for name in re.findall(r"\w+", str(CreateIndex(index).compile(dialect=postgresql.dialect())))
     }
+
+
+def test_a_claim_of_plain_tasks_is_heap_only(engine):
+    with Session(engine) as session, session.begin():
+        Queue().add_many(session, "ours", [{}] * 50, meta={"tenant": 7})
+    with engine.begin() as connection:
+        parameters = {**CLAIM, **Position().parameters()}
+        taken = connection.execute(claim(None, ahead=True), parameters).all()
+        updated = connection.execute(
+            sa.text(
+                "SELECT n_tup_upd, n_tup_hot_upd FROM pg_stat_xact_user_tables WHERE relname = 'apoq_tasks'"
+            )
+        ).one()
+
+    assert (len(taken), *updated) == (50, 50, 50)
 
 
 def claimed(engine: sa.Engine, parameters: dict) -> dict:

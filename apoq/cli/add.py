@@ -23,6 +23,7 @@ from apoq.queue import Queue
 @click.option("--retry-limit", type=int, metavar="N", help="How often it is tried again, at most.")
 @click.option("--retry-delay", type=duration, help="How long after a failure it is tried again.")
 @click.option("--timeout", type=duration, help="How long an attempt may take.")
+@click.option("--meta", type=json_value, help="JSON for the application's own use, such as a request id.")
 @json_option
 @click.pass_obj
 def command(

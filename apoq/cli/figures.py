@@ -28,6 +28,7 @@ class QueueFigures:
     name: str
     due: int
     later: int
+    waiting: int
     running: int
     completed: int
     failed: int
@@ -127,6 +128,9 @@ def _count(connection: sa.Connection, schema: str | None, *, by_type: bool) -> F
     return found
 
 
+_COUNTS: Final = ("due", "later", "waiting", "lag", "completed", "failed", "cancelled")
+
+
 def _queue(name: str, counts: sa.RowMapping, running: int) -> QueueFigures:
     per_minute = counts["minute"]
     if per_minute > COUNTED:
@@ -136,7 +140,9 @@ def _queue(name: str, counts: sa.RowMapping, running: int) -> QueueFigures:
         running=running,
         per_minute=per_minute,
         last_hour=counts["hour"],
-        **{key: counts[key] for key in ("due", "later", "lag", "completed", "failed", "cancelled")},
+        **{
+            key: counts[key] for key in ("due", "later", "waiting", "lag", "completed", "failed", "cancelled")
+        },
     )
 
 

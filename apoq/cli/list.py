@@ -110,6 +110,8 @@ def when(row: sa.RowMapping) -> str:
         case "pending":
             late = (now - row["process_at"]).total_seconds()
             return f"due {length(late)} ago" if late >= 0 else f"in {length(-late)}"
+        case "waiting":
+            return ""
         case "running":
             return f"for {length((now - row['claimed_at']).total_seconds())}" if row["claimed_at"] else ""
         case "completed":

@@ -75,6 +75,8 @@ def _facts(row: sa.RowMapping) -> Table:
         if (value := row[name]) is not None:
             text = f"{value.total_seconds():g} s" if isinstance(value, timedelta) else str(value)
             made.add_row(name.replace("_", " "), text)
+    if row["meta"] is not None:
+        made.add_row("meta", Text(clean(json.dumps(row["meta"], ensure_ascii=False))))
     if row["worker_id"] is not None:
         made.add_row("worker", str(row["worker_id"]))
     return made

@@ -80,7 +80,9 @@ def shown(found: Figures, most: int | None = None) -> RenderableType:
 
 
 def _queues(found: Figures, most: int | None) -> Table:
-    columns = ("queue", "due", "lag", "later", "running", "per min", "done", "failed")
+    # Most applications have no task that waits.
+    waiting = ["waiting"] if any(queue.waiting for queue in found.queues) else []
+    columns = ("queue", "due", "lag", "later", *waiting, "running", "per min", "done", "failed")
     made = table(*columns, right=columns[1:], widest=most)
     for queue in found.queues:
         made.add_row(
@@ -88,6 +90,7 @@ def _queues(found: Figures, most: int | None) -> Table:
             _count(queue.due, "bold"),
             _lag(queue.lag),
             _count(queue.later),
+            *(_count(queue.waiting) for _ in waiting),
             _count(queue.running, "cyan"),
             _count(round(queue.per_minute), bound=None),
             _count(queue.completed, "green"),

@@ -72,7 +72,7 @@ def claim(
 
     `passes_over`: not those with the ids `passed_over`.
 
-    `bare`: all data is null, as that which is large always is.
+    `bare`: all data and metadata is null, as that which is large always is.
 
     `retry_limits`: a JSON object, of each type's limit. A task that has failed more often than that, or than
     its own limit, is taken to be ended, and doesn't begin.
@@ -128,6 +128,7 @@ def claim(
             # In seconds, because an interval may be longer than Python's.
             func.date_part(EPOCH, tasks.c.retry_delay, type_=Double),
             func.date_part(EPOCH, tasks.c.timeout, type_=Double),
+            cast(null(), Text) if bare else short_text(tasks.c.meta),
         )
         .add_cte(note(schema, picked).cte("note"))
     )

@@ -55,6 +55,7 @@ def queues(schema: str | None) -> Select[*tuple[Any, ...]]:
     tasks, workers = tasks_table(schema), workers_table(schema)
     found = union(
         select(open_queues(schema).c.queue).limit(_AT_MOST).subquery().select(),
+        _names(schema, "waiting", tasks.c.waits),
         _names(schema, "completed", ended_as(tasks, COMPLETED)),
         _names(schema, "ended", ended_as(tasks, FAILED, CANCELLED)),
         select(func.unnest(workers.c.queues, type_=Text)),
@@ -88,6 +89,8 @@ def count(schema: str | None) -> Select[*tuple[Any, ...]]:
         level = tasks_of_one.limit(at_most).lateral("level")
         return select(level.c.process_at).select_from(priorities.join(level, true()))
 
+    waiting = select(tasks.c.id).where(tasks.c.queue == _QUEUE, tasks.c.waits)
+
     first = of_each(due.order_by(tasks.c.process_at), 1).subquery("first")
     lag = select(_seconds_since(func.min(first.c.process_at))).scalar_subquery()
 
@@ -110,6 +113,7 @@ def count(schema: str | None) -> Select[*tuple[Any, ...]]:
     return select(
         _up_to_bound(of_each(due)).label("due"),
         _up_to_bound(of_each(later)).label("later"),
+        _up_to_bound(waiting).label("waiting"),
         lag.label("lag"),
         _up_to_bound(completed).label("completed"),
         *failures.c,

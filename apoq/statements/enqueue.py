@@ -31,6 +31,7 @@ def _given() -> dict[str, ColumnElement[Any]]:
         "retry_limit": bindparam("task_retry_limit", type_=Integer),
         "retry_delay": bindparam("task_retry_delay", type_=INTERVAL),
         "timeout": bindparam("task_timeout", type_=INTERVAL),
+        "meta": cast(bindparam("task_meta", type_=Text), JSONB),
     }
 
 
@@ -67,6 +68,7 @@ def added_row(parameters: Mapping[str, Any], answer: Mapping[Any, Any]) -> dict[
         "retry_limit": parameters["task_retry_limit"],
         "retry_delay": parameters["task_retry_delay"],
         "timeout": parameters["task_timeout"],
+        "meta": None if parameters["task_meta"] is None else read_json(parameters["task_meta"]),
         **answer,
     }
 
@@ -79,6 +81,11 @@ _UNTOUCHED: Final[dict[str, Any]] = {
     "rescue_count": 0,
     "token": 0,
     "claimed_ahead": False,
+    "waits": False,
+    "unique_until_end": False,
+    "blockers": 0,
+    "is_followed": False,
+    "has_parts": False,
 }
 """What the table's defaults make of a task that nobody has claimed."""
 

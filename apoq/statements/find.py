@@ -11,6 +11,7 @@ from sqlalchemy import (
     Integer,
     Select,
     Subquery,
+    Table,
     Text,
     any_,
     bindparam,
@@ -21,7 +22,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import TIMESTAMP
 
-from apoq.model import tasks_table
+from apoq.model import UPCOMING, tasks_table
 from apoq.statements.arrays import bigints
 from apoq.statements.running import in_state
 
@@ -81,10 +82,14 @@ def details(schema: str | None) -> Select[*tuple[Any, ...]]:
     """Answer all that is known of the task `task_id`, its data as text, and what time it is."""
     tasks = tasks_table(schema)
     return select(
-        *(column for column in tasks.c if column.name != "data"),
+        *(column for column in _columns(tasks) if column.name != "data"),
         cast(tasks.c.data, Text).label("data"),
         func.clock_timestamp().label("now"),
     ).where(tasks.c.id == bindparam("task_id", type_=BigInteger))
+
+
+def _columns(tasks: Table) -> list[ColumnElement[Any]]:
+    return [column for column in tasks.c if column.name not in UPCOMING]
 
 
 def _recent(schema: str | None, state: str | None) -> Subquery:
@@ -94,7 +99,7 @@ def _recent(schema: str | None, state: str | None) -> Subquery:
         [] if state is None else [in_state(schema, tasks, state), _given("in_queue", Text, tasks.c.queue)]
     )
     return (
-        select(*tasks.c)
+        select(*_columns(tasks))
         .where(tasks.c.id <= bindparam("up_to_id", type_=BigInteger), *by_index)
         .order_by(tasks.c.id.desc())
         .limit(LOOKED_AT)

@@ -29,7 +29,7 @@ from sqlalchemy import (
 from apoq import states
 from apoq.model import claims_table, tasks_table
 from apoq.statements.literals import RUNNING
-from apoq.statements.states import ended_as, is_pending, runs
+from apoq.statements.states import ended_as, is_open, is_pending, runs
 
 NOTED: Final = 100_000
 """Ids in notes that are looked up, at most."""
@@ -58,6 +58,8 @@ def in_state(schema: str | None, tasks: FromClause, state: str) -> ColumnElement
     """Pick the tasks of a state."""
     if state == states.PENDING:
         return is_pending(tasks)
+    if state == states.WAITING:
+        return tasks.c.waits
     if state == states.RUNNING:
         return is_running(schema, tasks)
     return ended_as(tasks, state)
@@ -69,7 +71,7 @@ def open_queues(schema: str | None) -> CTE:
     One look into the index for each queue, however many tasks it has, as in `pending_priorities`.
     """
     tasks = tasks_table(schema)
-    first = select(tasks.c.queue).where(tasks.c.ended_as.is_(None)).order_by(tasks.c.queue).limit(1)
+    first = select(tasks.c.queue).where(is_open(tasks)).order_by(tasks.c.queue).limit(1)
     found = select(first.scalar_subquery().label("queue")).cte("open_queues", recursive=True)
     following = first.where(tasks.c.queue > found.c.queue).scalar_subquery()
     return found.union_all(select(following).where(found.c.queue.is_not(None)))
@@ -88,7 +90,7 @@ def _first_open(schema: str | None) -> Subquery:
     tasks, queues = tasks_table(schema), open_queues(schema)
     first = (
         select(tasks.c.id, tasks.c.state)
-        .where(tasks.c.queue == queues.c.queue, tasks.c.ended_as.is_(None))
+        .where(tasks.c.queue == queues.c.queue, is_open(tasks))
         .order_by(tasks.c.priority.desc(), tasks.c.process_at, tasks.c.id)
         .limit(LOOKED_AT)
         .lateral("first")

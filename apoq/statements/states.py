@@ -12,7 +12,12 @@ from apoq.statements.literals import PENDING, RUNNING
 
 def is_pending(tasks: FromClause) -> ColumnElement[bool]:
     """Pick pending tasks."""
-    return and_(tasks.c.ended_as.is_(None), tasks.c.state == PENDING)
+    return and_(is_open(tasks), tasks.c.state == PENDING)
+
+
+def is_open(tasks: FromClause) -> ColumnElement[bool]:
+    """Pick tasks that are pending or running: those in the index that a claim reads."""
+    return and_(tasks.c.ended_as.is_(None), ~tasks.c.waits)
 
 
 def runs(tasks: FromClause) -> ColumnElement[bool]:

@@ -24,7 +24,7 @@ from sqlalchemy.dialects.postgresql import TIMESTAMP
 from apoq.model import tasks_table
 from apoq.statements.heartbeat import alive
 from apoq.statements.notes import is_noted
-from apoq.statements.states import runs
+from apoq.statements.states import is_open, runs
 
 
 @cache
@@ -35,7 +35,7 @@ def next_level(schema: str | None) -> Select[Any]:
     """
     tasks = tasks_table(schema)
     queue, priority = bindparam("queue", type_=Text), bindparam("priority", type_=SmallInteger)
-    found = select(tasks.c.queue, tasks.c.priority).where(tasks.c.ended_as.is_(None))
+    found = select(tasks.c.queue, tasks.c.priority).where(is_open(tasks))
     lower = (
         found.where(tasks.c.queue == queue, tasks.c.priority < priority)
         .order_by(tasks.c.priority.desc())
@@ -72,7 +72,7 @@ def unnoted(schema: str | None) -> Select[Any]:
             func.row_number().over(order_by=(tasks.c.process_at, tasks.c.id)).label("number"),
         )
         .where(
-            tasks.c.ended_as.is_(None),
+            is_open(tasks),
             tasks.c.queue == bindparam("queue", type_=Text),
             tasks.c.priority == bindparam("priority", type_=SmallInteger),
             tuple_(tasks.c.process_at, tasks.c.id) > tuple_(time, bindparam("id", type_=BigInteger)),

@@ -73,6 +73,7 @@ TOKEN: Final = 8
 RETRY_LIMIT: Final = 9
 RETRY_DELAY: Final = 10
 TIMEOUT: Final = 11
+META: Final = 12
 BATCH: Final = -1
 """Where these stand in a claimed row."""
 
@@ -200,6 +201,19 @@ class _Running(Running, Generic[S]):
         own: float | None = self.row[TIMEOUT]
         # Whatever another program has written into the row, it is a limit.
         return self.processor.timeout if own is None else min(max(own, 0.0), _LONGEST)
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """The application's own notes, given to `add`; empty if there are none.
+
+        Empty as well if another program has written what is no JSON object, or larger than 8,000 bytes.
+        """
+        text: str | None = self.row[META]
+        try:
+            found = None if text is None else read_json(text)
+        except UnreadableData:
+            return {}
+        return found if isinstance(found, dict) else {}
 
     @property
     def stopping(self) -> bool:
@@ -344,5 +358,6 @@ KNOWN = (
     "attempt",
     "fail_count",
     "token",
+    "meta",
 )
 """What a running task knows of its row."""
