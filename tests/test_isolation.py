@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from functools import partial
+from uuid import uuid4
 
 import pytest
 import sqlalchemy as sa
@@ -125,6 +127,29 @@ class TestASchemaThatIsGone:
         failed = [message for message in caplog.messages if "'gone'" in message and "failed" in message]
         assert len(failed) <= 8  # each part of the worker once, and the heartbeat again
 
+    def test_holds_up_no_settlement_of_the_others(self, engine, queues, make_worker, caplog):
+        """What has ended there can't be written: that is known after one try, and not after one for each."""
+        default, _, gone = queues
+        worker = make_worker(*queues, concurrency=40)
+        go_on, began = threading.Event(), threading.Semaphore(0)
+
+        def wait(task) -> None:
+            began.release()
+            go_on.wait(SOON)
+
+        worker.use("t", wait)
+        self.add(engine, *[gone] * 30, *[default] * 10)
+        worker.start()
+        for _ in range(40):
+            assert began.acquire(timeout=SOON)
+        self.drop(engine)
+
+        go_on.set()
+
+        until(lambda: self.ended(engine, default) == 10)
+        until(lambda: any("settling tasks in the schema 'gone' failed" in each for each in caplog.messages))
+        assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
+
     def test_is_worked_again_when_it_is_there_again(self, engine, queues, worker):
         *_, gone = queues
         self.drop(engine)
@@ -185,3 +210,43 @@ def test_a_queue_whose_claim_the_server_refuses_delays_no_other(engine, make_wor
 def is_completed(engine: sa.Engine, task_id: int) -> bool:
     with Session(engine) as session:
         return session.get_one(Task, task_id).state == "completed"
+
+
+class TestARightThatIsGone:
+    def test_what_has_ended_is_settled_when_it_is_back(self, engine, make_worker, url, caplog):
+        """A password or a right that was changed by mistake costs no task."""
+        role = f"worker_{uuid4().hex[:8]}"
+        with engine.begin() as connection:
+            connection.exec_driver_sql(f"CREATE ROLE {role} LOGIN")
+            connection.exec_driver_sql(f"GRANT ALL ON ALL TABLES IN SCHEMA public TO {role}")
+            connection.exec_driver_sql(f"GRANT ALL ON ALL SEQUENCES IN SCHEMA public TO {role}")
+        its_engine = sa.create_engine(url.set(username=role))
+        worker = Worker(its_engine, Queue(), concurrency=2)
+        go_on, began = threading.Event(), threading.Semaphore(0)
+
+        def wait(task) -> None:
+            began.release()
+            go_on.wait(SOON)
+
+        worker.use("t", wait)
+        with Session(engine) as session, session.begin():
+            Queue().add_many(session, "t", [{}] * 2)
+        worker.start()
+        try:
+            for _ in range(2):
+                assert began.acquire(timeout=SOON)
+            with engine.begin() as connection:
+                connection.exec_driver_sql(f"REVOKE UPDATE ON apoq_tasks FROM {role}")
+            go_on.set()
+            until(lambda: "apoq-settler failed" in caplog.text)
+            with engine.begin() as connection:
+                connection.exec_driver_sql(f"GRANT UPDATE ON apoq_tasks TO {role}")
+
+            until(lambda: worker.tally().completed == 2)
+        finally:
+            worker.stop()
+            its_engine.dispose()
+            with engine.begin() as connection:
+                connection.exec_driver_sql(f"DROP OWNED BY {role}; DROP ROLE {role}")
+        with Session(engine) as session:
+            assert {task.attempt for task in session.scalars(sa.select(Task))} == {1}

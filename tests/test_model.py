@@ -53,6 +53,7 @@ from apoq.states import CANCELLED, COMPLETED, FAILED, PENDING, RUNNING
 from apoq.worker import notes, tally
 from apoq.worker.attempts import Ended, TaskLost, ended
 from apoq.worker.completion import Completion
+from apoq.worker.failures import Outage
 from apoq.worker.lease import Lease
 from apoq.worker.notes import Notes
 from apoq.worker.peers import Peer
@@ -346,7 +347,9 @@ class Tasks(RuleBasedStateMachine):
                 own,
                 Events(),
                 completion,
-                counter=tally.Counter(),
+                tally.Counter(),
+                schemas=[None],
+                outage=Outage(),
                 on_settled=self._forget_attempts,
                 on_given_up=lambda _: None,
                 on_pending=lambda _: None,

@@ -110,6 +110,8 @@ class Parts:
             events,
             self._completion,
             self.counter,
+            self._schemas,
+            self.outage,
             on_settled=self._settled,
             on_given_up=self._given_up,
             on_pending=self._look,

@@ -7,7 +7,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from operator import itemgetter
@@ -18,7 +18,7 @@ from psycopg.errors import LockNotAvailable
 from sqlalchemy import Engine, Executable
 
 from apoq import events, states
-from apoq.connections import execute, is_away
+from apoq.connections import execute, is_caused_by_a_row
 from apoq.events import Events
 from apoq.model import detached, tasks_table
 from apoq.outcomes import Settlement, Unreachable
@@ -28,6 +28,8 @@ from apoq.statements.locked import locked
 from apoq.statements.settle import settle
 from apoq.worker.attempts import Ended, TaskLost, is_late
 from apoq.worker.completion import Completion, told
+from apoq.worker.failures import Outage
+from apoq.worker.isolation import Isolation
 from apoq.worker.running import BATCH, ID, TOKEN, TYPE, Batch, Claimed, short_data
 from apoq.worker.tally import Counter
 
@@ -73,7 +75,7 @@ class Settler:
 
     What can't be written because the database is away is kept, and written when it is back. What somebody
     has locked, such as a caller who cancels it and has not committed yet, is put off, and the others go on.
-    So is a schema whose whole table is locked, as by a migration.
+    So is a schema whose whole table is locked, as by a migration, or which has been dropped.
     """
 
     def __init__(
@@ -82,6 +84,8 @@ class Settler:
         events_: Events,
         completion: Completion,
         counter: Counter,
+        schemas: Sequence[str | None],
+        outage: Outage,
         *,
         on_settled: Callable[[list[Claimed]], None],
         on_given_up: Callable[[Claimed], None],
@@ -106,6 +110,8 @@ class Settler:
         self._unsettled: deque[Unsettled] = deque()
         self._put_off: list[Unsettled] = []
         self._closed: dict[str | None, Closed] = {}
+        self._schemas = schemas
+        self._isolation: Isolation[str | None] = Isolation(_describe, outage)
         self._unreachable_at = -math.inf
         self._lock = threading.Lock()
 
@@ -137,7 +143,11 @@ class Settler:
         while (pause := self.turn()) is not None and (left := deadline - time.monotonic()) > 0:
             time.sleep(min(pause, max(left, LOOK)))  # so that the last look comes at the end
         if count := sum(len(unsettled.ended) for unsettled in self._put_off):
-            logger.warning("%d tasks are locked and could not be settled; others may run them again", count)
+            logger.warning(
+                "%d tasks are locked, or in a schema that fails, and could not be settled; other workers may "
+                "run them again",
+                count,
+            )
 
     def _taken_back(self) -> list[Unsettled]:
         taken, self._put_off = self._put_off, []
@@ -155,6 +165,12 @@ class Settler:
 
     def _write_first(self) -> None:
         """Write the first of what is unsettled, or put in its place what is to be written instead."""
+        schema = self._unsettled[0].schema
+        if not self._isolation.call(schema, self._schemas, self._try_first, otherwise=False):
+            unsettled = self._unsettled.popleft()
+            self._put_off.append(unsettled._replace(looks_at=time.monotonic() + LOOK))
+
+    def _try_first(self) -> bool:
         unsettled = self._unsettled[0]
         try:
             if unsettled.is_locked:
@@ -167,12 +183,13 @@ class Settler:
             else:
                 self._unsettled[0] = unsettled._replace(is_locked=True)
         except DatabaseError as error:
-            if is_away(error):
-                raise  # it is still there when the database is back
+            if not is_caused_by_a_row(error):
+                raise  # all of it is still there when the database, the table or the right is back
             self._unsettled.popleft()
             self._unsettled.extendleft(reversed(self._parted(unsettled, error)))
         else:
             self._unsettled.popleft()
+        return True
 
     def _put_off_locked(self, unsettled: Unsettled) -> Unsettled:
         """Put off what is locked, and answer the rest."""
@@ -312,6 +329,10 @@ def write_settlements(schema: str | None, *, full: bool) -> Executable:
     """Write the settlements of `settlement_arrays` to the tasks of `ids`; return their ids, or more."""
     tasks = tasks_table(schema)
     return settle(schema).returning(*(told(schema) if full else [tasks.c.id]))
+
+
+def _describe(schema: str | None) -> str:
+    return "settling tasks" if schema is None else f"settling tasks in the schema {schema!r}"
 
 
 def _schema_of(row: Claimed) -> str | None:
