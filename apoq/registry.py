@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -14,8 +14,8 @@ from apoq.errors import InvalidProcessor, InvalidTask
 from apoq.payload import check_type
 from apoq.retry import DEFAULT_RETRY_LIMIT, RetryDelay, RetryPolicy, exponential_backoff, time_limit
 
-Around = Callable[[Any], AbstractContextManager[object]]
-"""Answers, for a running task, a context manager in which its processor is called."""
+Middleware = Callable[[Any], AbstractContextManager[object]]
+"""Returns, for a running task, a context manager in which its processor is called."""
 
 
 class ProcessorOptions(TypedDict, total=False):
@@ -93,10 +93,14 @@ def check_processed(type_: str) -> None:
 class Registry:
     """The processors of one worker: by type, in all of its queues or in one of them."""
 
-    def __init__(self, around: Around | None = None) -> None:
-        if around is not None and not callable(around):
-            raise TypeError(f"around answers a context manager for a running task, not {around!r}")
-        self._around = around
+    def __init__(self, middleware: Middleware | Iterable[Middleware] = ()) -> None:
+        self._middleware = (middleware,) if callable(middleware) else tuple(middleware)
+        for each in self._middleware:
+            if not callable(each):
+                raise TypeError(
+                    "middleware must be a function that takes a running task and returns a context manager, "
+                    f"or a list of such functions, got {each!r}"
+                )
         self._everywhere: dict[str, Processor] = {}
         self._by_queue: dict[Hashable, dict[str, Processor]] = {}
 
@@ -108,7 +112,7 @@ class Registry:
         """Work a type in all queues; `InvalidProcessor` where it has a processor already, in any of them."""
         for queue in (None, *self._by_queue):
             self.check_free(queue, type_)
-        processor = self._within_around(processor)
+        processor = self._within_middleware(processor)
         # New dicts: the claimer reads them on another thread.
         self._everywhere = {**self._everywhere, type_: processor}
         self._by_queue = {
@@ -118,7 +122,7 @@ class Registry:
     def put(self, queue: Hashable, type_: str, processor: Processor) -> None:
         """Work a type in one queue; `InvalidProcessor` where it has a processor there already."""
         self.check_free(queue, type_)
-        processors = {**self.of(queue), type_: self._within_around(processor)}
+        processors = {**self.of(queue), type_: self._within_middleware(processor)}
         self._by_queue = {**self._by_queue, queue: processors}
 
     def check_free(self, queue: Hashable, type_: str) -> None:
@@ -129,22 +133,24 @@ class Registry:
                 "`use` or one `@queue.task`"
             )
 
-    def _within_around(self, processor: Processor) -> Processor:
-        if self._around is None:
-            return processor
-        function = _within(self._around, processor.function, is_coroutine=processor.is_coroutine)
+    def _within_middleware(self, processor: Processor) -> Processor:
+        function = processor.function
+        for middleware in reversed(self._middleware):
+            function = _within(middleware, function, is_coroutine=processor.is_coroutine)
         return replace(processor, function=function)
 
 
-def _within(around: Around, function: Callable[[Any], Any], *, is_coroutine: bool) -> Callable[[Any], Any]:
+def _within(
+    middleware: Middleware, function: Callable[[Any], Any], *, is_coroutine: bool
+) -> Callable[[Any], Any]:
     @wraps(function)
     def call(task: Any) -> Any:
-        with around(task):
+        with middleware(task):
             return function(task)
 
     @wraps(function)
     async def call_coroutine(task: Any) -> Any:
-        with around(task):
+        with middleware(task):
             return await function(task)
 
     return call_coroutine if is_coroutine else call

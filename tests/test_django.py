@@ -290,7 +290,7 @@ class TestWorking:
             finally:
                 close_old_connections()
 
-        worker = Worker(engine, queue, around=fresh_connections)
+        worker = Worker(engine, queue, middleware=fresh_connections)
         yield worker
         worker.stop(timeout=5)
 

@@ -423,12 +423,12 @@ def test_processors_are_called_in_their_context(session, queue, shared_engine):
     order = []
 
     @contextmanager
-    def around(task):
+    def middleware(task):
         order.append("in")
         yield
         order.append("out")
 
-    worker = Worker(shared_engine, around=around)
+    worker = Worker(shared_engine, middleware=middleware)
     worker.use("greet", lambda task: order.append(task.type))
     queue.add(session, "greet")
 

@@ -94,7 +94,7 @@ def shop(request, shared_engine, tables) -> Iterator[SimpleNamespace]:
 
 @pytest.fixture
 def worker(shop, shared_engine) -> Worker:
-    worker = Worker(shared_engine, queue, around=lambda task: shop.app.app_context())
+    worker = Worker(shared_engine, queue, middleware=lambda task: shop.app.app_context())
     worker.use("send_welcome", send_welcome)
     return worker
 

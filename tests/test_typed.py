@@ -360,13 +360,13 @@ class TestRunning:
             ran.append("run")
 
         @contextmanager
-        def around(task: RunningTask):
+        def middleware(task: RunningTask):
             ran.append(f"enter {task.data['user_id']}")
             yield
             ran.append("exit")
 
         add(engine, send, 7)
-        Worker(engine, queue, around=around).work()
+        Worker(engine, queue, middleware=middleware).work()
 
         assert ran == ["enter 7", "run", "exit"]
 

@@ -55,7 +55,7 @@ class Installed:
                 worker = Worker(
                     engine,
                     *self._queues,
-                    around=partial(context_for, self.app),
+                    middleware=partial(context_for, self.app),
                     **self.settings.worker,
                 )
                 self.owner.equip(worker)

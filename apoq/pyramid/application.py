@@ -57,7 +57,9 @@ class Application:
             # Which may be in a schema of its own.
             named = [queue for queue in named if queue.name not in {queue.name for queue in typed}]
         try:
-            worker = Worker(requests.engine, *typed, *named, around=requests.around, **settings.worker)
+            worker = Worker(
+                requests.engine, *typed, *named, middleware=requests.middleware, **settings.worker
+            )
             for type_, (processor, options) in self.processors.items():
                 worker.use(type_, processor, **options)
         except InvalidProcessor as error:  # one by add_apoq_task, and one by @queue.task

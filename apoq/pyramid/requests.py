@@ -81,7 +81,7 @@ class Requests:
             _release(session)
 
     @contextmanager
-    def around(self, task: RunningTask) -> Iterator[None]:
+    def middleware(self, task: RunningTask) -> Iterator[None]:
         """Make a request current, in whose transaction this task is processed."""
         with self._request() as request:
             request.context = task

@@ -18,7 +18,7 @@ from apoq.errors import InvalidProcessor
 from apoq.events import Events
 from apoq.model import Task
 from apoq.queue import Queue
-from apoq.registry import Around, Processor, Registry, make_processor
+from apoq.registry import Middleware, Processor, Registry, make_processor
 from apoq.retry import DEFAULT_RETRY_LIMIT, RetryDelay, exponential_backoff, seconds
 from apoq.typed import TypedTask
 from apoq.worker.life import Life
@@ -60,7 +60,7 @@ class Worker:
         keep_completed: timedelta | None = timedelta(days=1),
         keep_failed: timedelta | None = timedelta(days=7),
         listen_url: str | URL | None = None,
-        around: Around | None = None,
+        middleware: Middleware | Iterable[Middleware] = (),
     ) -> None:
         """Prepare to work these queues (none given: the default one) in the database of `engine`.
 
@@ -71,9 +71,10 @@ class Worker:
         deleted `keep_completed` after their completion, failed and cancelled ones after `keep_failed`; None
         keeps them for ever, and with zero a task is deleted instead of being marked as completed.
         `listen_url` leads to the same database past a pooler in transaction mode, through which no hint could
-        arrive; only the connection that listens is opened there. `around` answers a context manager for a
-        running task, such as an application's context: its processor is called in it, and the completion is
-        written after it. What the context manager raises fails the attempt.
+        arrive; only the connection that listens is opened there. `middleware` is a function, or a list of
+        them, the outermost first: each takes a running task and returns a context manager, such as an
+        application's context, in which the processor is called. The completion is written after it. What the
+        context manager raises fails the attempt.
         """
         if not isinstance(engine, Engine | AsyncEngine):
             # Its type only: a URL holds a password.
@@ -96,7 +97,7 @@ class Worker:
         self.events = Events()
         # Two that are equal are one, whose typed tasks were said in two places.
         self._queues = tuple(dict.fromkeys(queues or (Queue(),)))
-        self._registry = Registry(around)
+        self._registry = Registry(middleware)
         for queue in queues:
             queue.register_in(self._registry)
         self._life = self._new_life()

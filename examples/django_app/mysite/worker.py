@@ -37,4 +37,4 @@ url = URL.create(
     port=database["PORT"] or None,
     database=database["NAME"],
 )
-worker = Worker(create_engine(url), queue, around=fresh_connections)
+worker = Worker(create_engine(url), queue, middleware=fresh_connections)

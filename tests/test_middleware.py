@@ -1,4 +1,4 @@
-"""An application's own context around each processor."""
+"""The middleware in which each processor is called."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def test_a_plain_processor_is_called_within_it(engine, make_worker):
     said: list[str] = []
 
     @contextmanager
-    def around(task: RunningTask) -> Iterator[None]:
+    def middleware(task: RunningTask) -> Iterator[None]:
         said.append(f"enter {task.type}")
         yield
         said.append("exit")
 
-    worker: Worker = make_worker(around=around)
+    worker: Worker = make_worker(middleware=middleware)
     worker.use("t", lambda task: said.append("run"))
     add(engine)
 
@@ -40,7 +40,7 @@ def test_a_coroutine_ends_within_it(engine, make_worker):
     said: list[str] = []
 
     @contextmanager
-    def around(_task: AsyncRunningTask) -> Iterator[None]:
+    def middleware(_task: AsyncRunningTask) -> Iterator[None]:
         said.append("enter")
         yield
         said.append("exit")
@@ -49,7 +49,7 @@ def test_a_coroutine_ends_within_it(engine, make_worker):
         await asyncio.sleep(0)
         said.append("run")
 
-    worker: Worker = make_worker(around=around)
+    worker: Worker = make_worker(middleware=middleware)
     worker.use("t", process)
     add(engine)
 
@@ -61,13 +61,13 @@ def test_a_coroutine_ends_within_it(engine, make_worker):
 @pytest.mark.parametrize("where", ["enter", "exit"])
 def test_what_it_raises_fails_the_attempt(engine, make_worker, where):
     @contextmanager
-    def around(_task: RunningTask) -> Iterator[None]:
+    def middleware(_task: RunningTask) -> Iterator[None]:
         if where == "enter":
             raise ValueError("no context")
         yield
         raise ValueError("no context")
 
-    worker: Worker = make_worker(around=around)
+    worker: Worker = make_worker(middleware=middleware)
     worker.use("t", lambda task: task.session.execute(sa.text("CREATE TABLE made ()")))
     task_id = add(engine)
 
@@ -81,6 +81,28 @@ def test_what_it_raises_fails_the_attempt(engine, make_worker, where):
         assert not sa.inspect(session.connection()).has_table("made")
 
 
-def test_it_is_a_function_of_the_task(engine):
-    with pytest.raises(TypeError, match="around answers a context manager"):
-        Worker(engine, around="flask")  # type: ignore[arg-type]
+def test_of_several_the_first_is_the_outermost(engine, make_worker):
+    said: list[str] = []
+
+    def named(name: str):
+        @contextmanager
+        def middleware(_task: RunningTask) -> Iterator[None]:
+            said.append(f"enter {name}")
+            yield
+            said.append(f"exit {name}")
+
+        return middleware
+
+    worker: Worker = make_worker(middleware=[named("outer"), named("inner")])
+    worker.use("t", lambda task: said.append("run"))
+    add(engine)
+
+    worker.work()
+
+    assert said == ["enter outer", "enter inner", "run", "exit inner", "exit outer"]
+
+
+@pytest.mark.parametrize("middleware", ["flask", [None], [contextmanager, 3]])
+def test_what_is_no_function_is_refused(engine, middleware):
+    with pytest.raises(TypeError, match="middleware must be a function"):
+        Worker(engine, middleware=middleware)
