@@ -43,7 +43,7 @@ from apoq.outcomes import Release, Settlement, WorkerDied
 from apoq.payload import encode
 from apoq.registry import make_processor
 from apoq.statements.arrays import array_text
-from apoq.statements.claim import claim
+from apoq.statements.claim import ClaimedTask, claim
 from apoq.statements.heartbeat import beat, beat_and_look, forget, leave
 from apoq.statements.notes import forget_settled
 from apoq.statements.prune import prune_completed, prune_failed
@@ -58,7 +58,7 @@ from apoq.worker.lease import Lease
 from apoq.worker.notes import Notes
 from apoq.worker.peers import Peer
 from apoq.worker.position import MOST_LEVELS, Position
-from apoq.worker.running import Batch, Claimed, Notice
+from apoq.worker.running import Claim, Claimed, Notice
 from apoq.worker.settler import Settler
 from apoq.worker.task_sessions import TaskSession
 
@@ -491,13 +491,14 @@ class Tasks(RuleBasedStateMachine):
             **hand.positions[queue].parameters(),
         }
         if end == "commit":
-            rows: list[Any] = execute(self.own, claim(None, ahead=ahead), parameters).fetchall()
+            found: Any = execute(self.own, claim(None, ahead=ahead), parameters).fetchall()
         else:
             connection = self.own.connect()
-            rows = [tuple(row) for row in connection.execute(claim(None, ahead=ahead), parameters)]
+            found = connection.execute(claim(None, ahead=ahead), parameters).all()
             connection.execute(PATIENCE)
-        rows.sort(key=lambda row: (-row[3], row[5], row[0]))
-        assert [row[0] for row in rows] == [task.id for task in front]
+        rows: list[Any] = [ClaimedTask(*row, None) for row in found]
+        rows.sort(key=lambda row: (-row.priority, row.process_at, row.id))
+        assert [row.id for row in rows] == [task.id for task in front]
 
         def finish(commit: bool) -> None:
             if end != "commit":
@@ -892,10 +893,12 @@ class Tasks(RuleBasedStateMachine):
     def _claimed(self, hand: Hand, rows: list[Any], number: int, *, ahead: bool, is_answered: bool) -> None:
         hand.is_doubtful |= not is_answered
         for row in rows:
-            known = self.tasks[row[0]]
+            known = self.tasks[row.id]
             task = RunningTask(
-                (*row, Batch(Queue(known.queue), PROCESSORS, time.monotonic(), self.lease, list, number)),
-                PROCESSORS[row[1]],
+                row._replace(
+                    claim=Claim(Queue(known.queue), PROCESSORS, time.monotonic(), self.lease, list, number)
+                ),
+                PROCESSORS[row.type],
                 lambda: TaskSession(self.engine),
                 Notice(),
             )
@@ -933,8 +936,8 @@ class Tasks(RuleBasedStateMachine):
                 if attempt.task.row is row and not attempt.is_settled:
                     attempt.is_settled = True
                     attempt.hand.notes.settled([row])
-                    if attempt.hand.held.get(row[0]) is attempt:
-                        del attempt.hand.held[row[0]]
+                    if attempt.hand.held.get(row.id) is attempt:
+                        del attempt.hand.held[row.id]
 
     def _end(self, transaction: Transaction, end: End) -> None:
         if end == "wait" and len(self.transactions) < MOST_OPEN:

@@ -16,7 +16,6 @@ from waiting import patience
 from apoq import Queue, Task, Worker
 from apoq.model import ClaimRow, WorkerRow
 from apoq.worker.notes import ENOUGH
-from apoq.worker.running import ID
 
 SOON = 20.0
 """Seconds within which what a test waits for has long happened."""
@@ -133,10 +132,10 @@ def test_what_somebody_is_changing_is_given_back_once_it_is_free(engine, worker)
     hold_lease(worker)
     with Session(engine) as session:
         Queue().cancel(session, first)
-        assert [row[ID] for row in claimer.claim(2, 2)] == [second]
+        assert [row.id for row in claimer.claim(2, 2)] == [second]
         assert [first, second] in noted(engine)
 
-    assert [row[ID] for row in claimer.claim(2, 2)] == [first]
+    assert [row.id for row in claimer.claim(2, 2)] == [first]
     assert noted(engine) == [[second], [first]]
     assert claimer._doubt_ends is None
     worker._life.parts.engine.dispose()

@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 from apoq import Queue, Task
 from apoq.connections import execute, own_engine
 from apoq.registry import Registry, make_processor
-from apoq.statements.claim import claim
+from apoq.statements.claim import ClaimedTask, claim
 from apoq.statements.survey import survey
 from apoq.worker.failures import Outage
 from apoq.worker.position import MOST_LEVELS, SLACK, START, Position
@@ -26,8 +26,9 @@ SOON = 10.0
 NOW = 1_800_000_000.25
 
 
-def row(id_: int, priority: int, process_at: float) -> tuple:
-    return (id_, "t", "{}", priority, 0.0, process_at, 1, 0, 1, None, None)
+def row(id_: int, priority: int, process_at: float) -> ClaimedTask:
+    known = {"id": id_, "priority": priority, "process_at": process_at}
+    return ClaimedTask(**dict.fromkeys(ClaimedTask._fields) | known)
 
 
 def levels(position: Position) -> dict[int, tuple[float, int]]:

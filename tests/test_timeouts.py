@@ -17,7 +17,6 @@ from waiting import patience
 
 from apoq import AsyncRunningTask, Queue, RunningTask, Task
 from apoq.worker.coroutines import CLEAN_UP
-from apoq.worker.running import ID
 
 SOON = 10.0
 """Seconds within which what a test waits for has long happened."""
@@ -240,7 +239,7 @@ class TestFunctions:
             returns.set()
             until(lambda: "has returned after its timeout" in caplog.text)
 
-            assert [row[ID] for row in worker._life.parts.claimer.held.values()] == [task_id]
+            assert [row.id for row in worker._life.parts.claimer.held.values()] == [task_id]
             assert worker._life.parts.claimer._notes._left
 
         until(lambda: failed(engine, task_id))

@@ -29,7 +29,6 @@ from apoq import (
 )
 from apoq.statements.claim import claim
 from apoq.worker.position import Position
-from apoq.worker.running import ID
 
 SOON = 10.0
 """Seconds within which what a test waits for has long happened."""
@@ -938,8 +937,8 @@ def test_what_a_dead_worker_held_is_claimed_only_where_it_can_begin_at_once(engi
     more_than_find_a_slot, all_find_one = claimer.claim(3, 2), claimer.claim(3, 3)
     worker._life.parts.engine.dispose()
 
-    assert [row[ID] for row in more_than_find_a_slot] == [fresh]
-    assert [row[ID] for row in all_find_one] == [rescued]
+    assert [row.id for row in more_than_find_a_slot] == [fresh]
+    assert [row.id for row in all_find_one] == [rescued]
     assert not load(engine, rescued).claimed_ahead
 
 

@@ -44,13 +44,9 @@ from apoq.worker.claimer import has_attempts, workable
 from apoq.worker.lease import Lease
 from apoq.worker.position import MOST_LEVELS, Position
 from apoq.worker.running import (
-    BATCH,
-    ID,
-    TOKEN,
-    TYPE,
     AnyRunningTask,
     AsyncRunningTask,
-    Batch,
+    Claim,
     Claimed,
     Notice,
     RunningTask,
@@ -178,19 +174,19 @@ class _Drain:
             }
             statement = claim(queue.schema, overflows=position.lower_than is not None)
             for row in self._execute(queue, statement, parameters):
-                batch = Batch(queue, crew.processors(queue), time.monotonic(), FOR_EVER, self._fetch)
-                return crew, self._make((*row, batch))
+                batch = Claim(queue, crew.processors(queue), time.monotonic(), FOR_EVER, self._fetch)
+                return crew, self._make(Claimed._make((*row, batch)))
         return None
 
     def _fetch(self, row: Claimed) -> Sequence[Sequence[Any]]:
-        batch: Batch = row[BATCH]
+        batch = row.claim
         queue = batch.from_queue
-        parameters = {"task_id": row[ID], "held_under": row[TOKEN], "longest_data": longest_data(queue)}
+        parameters = {"task_id": row.id, "held_under": row.token, "longest_data": longest_data(queue)}
         return self._execute(queue, read_data(queue.schema), parameters).all()
 
     def _make(self, row: Claimed) -> AnyRunningTask:
-        batch: Batch = row[BATCH]
-        processor = batch.processors[row[TYPE]]
+        batch = row.claim
+        processor = batch.processors[row.type]
         if processor.is_coroutine:
             return AsyncRunningTask(row, processor, self._open_async, self._notice)
         return RunningTask(row, processor, self._open, self._notice)

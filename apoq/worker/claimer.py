@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from operator import itemgetter
@@ -24,7 +24,7 @@ from apoq.payload import encode
 from apoq.queue import Queue
 from apoq.registry import Processor, Registry
 from apoq.statements.arrays import array_text
-from apoq.statements.claim import claim, next_due
+from apoq.statements.claim import COLUMNS, ClaimedTask, claim, next_due
 from apoq.statements.data import read_data
 from apoq.statements.notes import forget_settled
 from apoq.statements.recover import forget_unknown, give_back
@@ -35,14 +35,8 @@ from apoq.worker.lease import Lease
 from apoq.worker.notes import Notes
 from apoq.worker.position import Position
 from apoq.worker.running import (
-    BATCH,
-    FAIL_COUNT,
-    ID,
-    PRIORITY,
-    PROCESS_AT,
-    TOKEN,
     AnyRunningTask,
-    Batch,
+    Claim,
     Claimed,
     longest_data,
 )
@@ -83,8 +77,8 @@ MOST_REFUSED: Final = 5
 MOST_TRIES: Final = 20
 """Claims that one turn sends at most, to find what the server refuses."""
 
-_BY_AGE: Final = itemgetter(PROCESS_AT, ID)
-_BY_PRIORITY: Final = itemgetter(PRIORITY)
+_BY_AGE: Final = itemgetter(COLUMNS.index("process_at"), COLUMNS.index("id"))
+_BY_PRIORITY: Final = itemgetter(COLUMNS.index("priority"))
 
 
 def ahead(concurrency: int, run_time: float | None) -> int:
@@ -154,7 +148,7 @@ class Claimer:
 
         Not by its own: it may be claimed once more while its last run goes on, and schemas count from 1 each.
         """
-        self._moves: list[tuple[Position, list[tuple[Any, ...]], bool]] = []
+        self._moves: list[tuple[Position, list[Claimed], bool]] = []
         self._notes = notes
         self.waits_for_room = True
         """Whether a slot that is freed is a reason to take a turn."""
@@ -251,7 +245,7 @@ class Claimer:
 
     def _startable(self, tasks: list[Claimed]) -> Iterator[Claimed]:
         for row in tasks:
-            if row[FAIL_COUNT]:
+            if row.fail_count:
                 task = self._make(row)
                 if not has_attempts(task):
                     self._put_ended(ended(task, WorkerDied(WorkerDied.__doc__)))
@@ -287,9 +281,7 @@ class Claimer:
         # In two steps, for which C's functions do; the second leaves each priority in the order of the first.
         rows.sort(key=_BY_AGE)
         rows.sort(key=_BY_PRIORITY, reverse=True)
-        if rows:
-            self._moves.append((source.position, rows, len(rows) < limit))
-        batch = Batch(
+        batch = Claim(
             queue,
             processors,
             time.monotonic(),
@@ -298,8 +290,10 @@ class Claimer:
             number,
             is_ahead=len(rows) > free,
         )
-        tasks: list[Claimed] = [(*row, batch) for row in rows]
-        self.held.update({id(row): row for row in tasks})
+        tasks: list[Claimed] = [ClaimedTask._make((*row, batch)) for row in rows]
+        if tasks:
+            self._moves.append((source.position, tasks, len(tasks) < limit))
+        self.held.update({id(task): task for task in tasks})
         return tasks
 
     def _narrowly(
@@ -383,10 +377,10 @@ class Claimer:
 
     def _fetch(self, row: Claimed) -> list[tuple[Any, ...]]:
         """Read the data of a task that is too large for its claim's answer."""
-        batch: Batch = row[BATCH]
+        batch = row.claim
         parameters = {
-            "task_id": row[ID],
-            "held_under": row[TOKEN],
+            "task_id": row.id,
+            "held_under": row.token,
             "longest_data": longest_data(batch.from_queue),
         }
         return execute(self._engine, read_data(batch.from_queue.schema), parameters).fetchall()
@@ -436,8 +430,7 @@ class Claimer:
 
     def _give_back(self, schema: str | None) -> bool:
         """Give back what strays there are in a schema; return whether none is left."""
-        batches: Iterable[tuple[Batch, int]] = [(row[BATCH], row[ID]) for row in list(self.held.values())]
-        held = [task_id for batch, task_id in batches if batch.from_queue.schema == schema]
+        held = [task.id for task in list(self.held.values()) if task.claim.from_queue.schema == schema]
         parameters = {
             "by_worker": self.worker_id,
             "known": array_text(self._notes.known(schema)),

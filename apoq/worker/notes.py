@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Final
 
-from apoq.worker.running import BATCH, Claimed
+from apoq.worker.running import Claimed
 
 ENOUGH: Final = 16
 """Notes that one statement forgets, at least: each of its own would be one more a claim."""
@@ -70,7 +70,7 @@ class Notes:
 
     def settled(self, tasks: list[Claimed]) -> None:
         """Remember that these are settled."""
-        numbers = Counter([row[BATCH].number for row in tasks])
+        numbers = Counter([row.claim.number for row in tasks])
         with self._lock:
             for number, size in numbers.items():
                 left = self._left[number]

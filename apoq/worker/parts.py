@@ -34,11 +34,8 @@ from apoq.worker.position import Position
 from apoq.worker.pruner import Pruner
 from apoq.worker.recaller import Recaller
 from apoq.worker.running import (
-    BATCH,
-    TYPE,
     AnyRunningTask,
     AsyncRunningTask,
-    Batch,
     Claimed,
     Notice,
     RunningTask,
@@ -270,8 +267,8 @@ class Parts:
         self.on_death()
 
     def _make(self, row: Claimed) -> AnyRunningTask:
-        batch: Batch = row[BATCH]
-        processor = batch.processors[row[TYPE]]
+        batch = row.claim
+        processor = batch.processors[row.type]
         notice = self._notices[batch.from_queue.schema]
         if processor.is_coroutine:
             return AsyncRunningTask(row, processor, self.sessions.open_async, notice)

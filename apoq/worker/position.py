@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Final, NamedTuple
 
 from apoq.statements.arrays import array_text
+from apoq.statements.claim import ClaimedTask
 
 START: Final = (-math.inf, 0)
 
@@ -84,9 +85,9 @@ class Position:
             self._passed_over[task_id] = time.monotonic() + seconds, seconds
         return seconds
 
-    def claimed(self, rows: Sequence[Sequence[Any]], *, is_all: bool) -> None:
-        """Move behind the rows of a claim, which are in order; `is_all`: it found no more than these."""
-        ends = {row[_PRIORITY]: (row[_PROCESS_AT], row[_ID]) for row in rows}
+    def claimed(self, tasks: Sequence[ClaimedTask[Any]], *, is_all: bool) -> None:
+        """Move behind the tasks of a claim, which are in order; `is_all`: it found no more than these."""
+        ends = {task.priority: (task.process_at, task.id) for task in tasks}
         with self._lock:
             moved = dict(self._levels)
             for priority, (at, id_) in ends.items():
@@ -144,9 +145,6 @@ class Position:
         if self.lower_than is not None:
             self._written["lower_than"] = str(self.lower_than)
 
-
-_ID, _PRIORITY, _PROCESS_AT = 0, 3, 5
-"""Where these are in a row that `claim` returns."""
 
 _MICROSECOND = 1e-6 / 2
 

@@ -17,7 +17,7 @@ from apoq.statements.begin import begin
 from apoq.statements.lost import lost
 from apoq.worker.failures import Outage
 from apoq.worker.isolation import Isolation
-from apoq.worker.running import BATCH, ID, TOKEN, AnyRunningTask, Batch, Claimed
+from apoq.worker.running import AnyRunningTask, Claimed
 
 T = TypeVar("T")
 
@@ -62,7 +62,7 @@ class Recaller:
 
     def hint(self, ids: Iterable[int]) -> bool:
         """Remember that these may have been cancelled; tell whether any is here."""
-        mine = {row[ID] for row in self._held()}.intersection(ids)
+        mine = {row.id for row in self._held()}.intersection(ids)
         with self._lock:
             self._hinted |= mine
         return bool(mine)
@@ -78,9 +78,9 @@ class Recaller:
         self._logged &= {_key(row) for row in held}
         parts: dict[str | None, dict[tuple[int, int], Claimed]] = {}
         for row in held:
-            batch: Batch = row[BATCH]
-            if batch.claimed_at < claimed_before or row[ID] in hinted:
-                parts.setdefault(batch.from_queue.schema, {})[row[ID], row[TOKEN]] = row
+            batch = row.claim
+            if batch.claimed_at < claimed_before or row.id in hinted:
+                parts.setdefault(batch.from_queue.schema, {})[row.id, row.token] = row
         try:
             self._for_each(parts, self._look)
             self._note_begun()
@@ -96,7 +96,7 @@ class Recaller:
 
         Or else, should this worker die now, their attempts would not count.
         """
-        begun = {_key(task.row) for task in self._running() if task.row[BATCH].is_ahead}
+        begun = {_key(task.row) for task in self._running() if task.row.claim.is_ahead}
         self._begun &= begun
         parts: dict[str | None, list[tuple[int, int]]] = {}
         for schema, id_, token in begun - self._begun:
@@ -121,7 +121,7 @@ class Recaller:
         if new := [row for row in gone if _key(row) not in self._logged]:
             logger.info(
                 "these tasks are this worker's no more, and are told to stop: %s",
-                ", ".join(str(id_) for id_ in sorted(row[ID] for row in new)),
+                ", ".join(str(id_) for id_ in sorted(row.id for row in new)),
             )
             self._logged.update(map(_key, new))
         self._on_lost(gone)
@@ -132,5 +132,5 @@ def _describe(schema: str | None) -> str:
 
 
 def _key(row: Claimed) -> tuple[str | None, int, int]:
-    batch: Batch = row[BATCH]
-    return batch.from_queue.schema, row[ID], row[TOKEN]
+    batch = row.claim
+    return batch.from_queue.schema, row.id, row.token

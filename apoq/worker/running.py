@@ -18,7 +18,7 @@ from apoq.queue import Queue
 from apoq.reading import UnreadableData, read_json, read_time
 from apoq.registry import Processor, Running
 from apoq.retry import LONGEST_DELAY, RetryPolicy
-from apoq.statements.claim import LONGEST
+from apoq.statements.claim import LONGEST, ClaimedTask
 from apoq.worker.lease import Lease
 from apoq.worker.task_sessions import AsyncTaskSession, TaskSession, cut_off, is_cut_off
 
@@ -27,7 +27,7 @@ S = TypeVar("S", bound=TaskSession | AsyncTaskSession)
 _LONGEST: Final = LONGEST_DELAY.total_seconds()
 
 
-class Batch(NamedTuple):
+class Claim(NamedTuple):
     """Tasks that one statement has claimed."""
 
     from_queue: Queue
@@ -45,12 +45,7 @@ class Batch(NamedTuple):
     """Whether they were more than found a slot at once."""
 
 
-Claimed = tuple[Any, ...]
-"""A claimed task until it begins: its row, as `claim` answers it, and its `Batch`.
-
-A thousand wait at once, and the garbage collector looks at each object again and again: as objects like those
-below, they would take a third of a busy worker's time. So these are made when a slot takes the task.
-"""
+Claimed = ClaimedTask[Claim]
 
 
 def longest_data(queue: Queue) -> int:
@@ -61,27 +56,10 @@ def longest_data(queue: Queue) -> int:
     return min(2 * queue.max_data_size + 1_000, HIGHEST_LIMIT)
 
 
-ID: Final = 0
-TYPE: Final = 1
-DATA: Final = 2
-PRIORITY: Final = 3
-CREATED_AT: Final = 4
-PROCESS_AT: Final = 5
-ATTEMPT: Final = 6
-FAIL_COUNT: Final = 7
-TOKEN: Final = 8
-RETRY_LIMIT: Final = 9
-RETRY_DELAY: Final = 10
-TIMEOUT: Final = 11
-META: Final = 12
-BATCH: Final = -1
-"""Where these stand in a claimed row."""
-
-
 def short_data(row: Claimed) -> Any:
     """Read the data of a claimed row that has it; return the error if Python can't."""
     try:
-        return read_json(row[DATA])
+        return read_json(row.data or "")
     except UnreadableData as error:
         return error
 
@@ -128,20 +106,17 @@ class _Running(Running, Generic[S]):
     @property
     def id(self) -> int:
         """The task's id, with which you find its row."""
-        found: int = self.row[ID]
-        return found
+        return self.row.id
 
     @property
     def type(self) -> str:
         """What kind of work it is."""
-        found: str = self.row[TYPE]
-        return found
+        return self.row.type
 
     @property
     def from_queue(self) -> Queue:
         """The queue that it came from."""
-        batch: Batch = self.row[BATCH]
-        return batch.from_queue
+        return self.row.claim.from_queue
 
     @property
     def queue(self) -> str:
@@ -151,54 +126,49 @@ class _Running(Running, Generic[S]):
     @property
     def priority(self) -> int:
         """Within a queue, what is higher is claimed first."""
-        found: int = self.row[PRIORITY]
-        return found
+        return self.row.priority
 
     @property
     def created_at(self) -> datetime:
         """When it was added."""
-        return read_time(self.row[CREATED_AT])
+        return read_time(self.row.created_at)
 
     @property
     def process_at(self) -> datetime:
         """When it was due."""
-        return read_time(self.row[PROCESS_AT])
+        return read_time(self.row.process_at)
 
     @property
     def attempt(self) -> int:
         """Which attempt this is: 1 is the first."""
-        found: int = self.row[ATTEMPT]
-        return found
+        return self.row.attempt
 
     @property
     def fail_count(self) -> int:
         """How many attempts have failed."""
-        found: int = self.row[FAIL_COUNT]
-        return found
+        return self.row.fail_count
 
     @property
     def token(self) -> int:
         """What this worker must show to write to the task: it grows with each claim."""
-        found: int = self.row[TOKEN]
-        return found
+        return self.row.token
 
     @property
     def lease(self) -> Lease:
         """Until when the task is the worker's own."""
-        batch: Batch = self.row[BATCH]
-        return batch.lease
+        return self.row.claim.lease
 
     @property
     def policy(self) -> RetryPolicy:
         """How its failures are retried."""
-        delay: float | None = self.row[RETRY_DELAY]
+        delay: float | None = self.row.retry_delay
         own = None if delay is None else timedelta(seconds=min(max(delay, 0.0), _LONGEST))
-        return self.processor.policy_for(self.row[RETRY_LIMIT], own)
+        return self.processor.policy_for(self.row.retry_limit, own)
 
     @property
     def timeout(self) -> float | None:
         """How many seconds an attempt may take; None: as long as it likes."""
-        own: float | None = self.row[TIMEOUT]
+        own: float | None = self.row.timeout
         # Whatever another program has written into the row, it is a limit.
         return self.processor.timeout if own is None else min(max(own, 0.0), _LONGEST)
 
@@ -208,7 +178,7 @@ class _Running(Running, Generic[S]):
 
         Empty as well if another program has written what is no JSON object, or larger than 8,000 bytes.
         """
-        text: str | None = self.row[META]
+        text: str | None = self.row.meta
         try:
             found = None if text is None else read_json(text)
         except UnreadableData:
@@ -232,7 +202,7 @@ class _Running(Running, Generic[S]):
     @property
     def has_data(self) -> bool:
         """Whether all of its data came with the claim: not if it is large."""
-        text: str | None = self.row[DATA]
+        text: str | None = self.row.data
         return text is not None and len(text) <= LONGEST
 
     def known_data(self) -> Any:
@@ -244,14 +214,14 @@ class _Running(Running, Generic[S]):
 
         A task that is no longer owned is recalled. Raises `Unreachable` if the database is away.
         """
-        text: str | None = self.row[DATA]
+        text: str | None = self.row.data
         if text is not None and len(text) <= LONGEST:
             self.data = read_json(text)
         else:
             self._fetch()
 
     def _fetch(self) -> None:
-        batch: Batch = self.row[BATCH]
+        batch = self.row.claim
         try:
             found = batch.fetch(self.row)
         except psycopg.Error as error:

@@ -16,10 +16,8 @@ from apoq.worker.completion import Completion
 from apoq.worker.coroutines import Coroutines
 from apoq.worker.deadlines import Deadlines
 from apoq.worker.running import (
-    BATCH,
     AnyRunningTask,
     AsyncRunningTask,
-    Batch,
     Claimed,
     RunningTask,
 )
@@ -90,7 +88,7 @@ class Slots:
         if not self._line:
             return None
         try:
-            batch: Batch = self._line[0][BATCH]
+            batch = self._line[0].claim
         except IndexError:  # it has just begun
             return None
         return batch.claimed_at
@@ -133,7 +131,7 @@ class Slots:
                 while True:
                     # One by one, because slots take from the line meanwhile.
                     row = self._line.popleft()
-                    batch: Batch = row[BATCH]
+                    batch = row.claim
                     is_meant = schemas is None or batch.from_queue.schema in schemas
                     (taken if is_meant else others).append(row)
             self._line.extendleft(reversed(others))
@@ -231,7 +229,7 @@ class Slots:
             task: AnyRunningTask | None = begun
             while isinstance(task, RunningTask):
                 started = time.monotonic()
-                is_held = task.row[BATCH].lease.ends_at > started
+                is_held = task.row.claim.lease.ends_at > started
                 end = run(task, self._completion, self._deadlines) if is_held else released(task)
                 self._ended(end, started)
                 task = self._next(on_thread=True)
@@ -242,7 +240,7 @@ class Slots:
         task: AnyRunningTask | None = begun
         while isinstance(task, AsyncRunningTask):
             started = time.monotonic()
-            is_held = task.row[BATCH].lease.ends_at > started
+            is_held = task.row.claim.lease.ends_at > started
             end = await run_coroutine(task, self._completion, self._deadlines) if is_held else released(task)
             self._ended(end, started)
             task = self._next(on_thread=False)
