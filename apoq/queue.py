@@ -300,13 +300,11 @@ class Queue:
 
     def _id_of(self, task: Task | int) -> int:
         if isinstance(task, Task):
-            state = inspect(task)
-            if state.mapper.local_table is not self.task_class.__table__:
+            if inspect(task).mapper.local_table is not self.task_class.__table__:
                 raise InvalidTask(f"{task!r} is in another schema than {self!r}")
-            found = state.identity
-            if found is None:
+            if task.id is None:
                 raise InvalidTask(f"{task!r} has no id yet: flush the session that it was added to")
-            return int(found[0])
+            return task.id
         return integer("a task's id", task, _LOWEST_ID, _HIGHEST_ID)
 
 

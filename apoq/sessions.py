@@ -15,7 +15,7 @@ import psycopg
 from psycopg.pq import PipelineStatus
 from psycopg.rows import dict_row
 from psycopg.sql import Composed
-from sqlalchemy import Connection, Dialect, Engine, Executable
+from sqlalchemy import Connection, Dialect, Engine, Executable, inspect
 from sqlalchemy.engine.interfaces import ExecutionContext
 from sqlalchemy.exc import DBAPIError, UnboundExecutionError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_session
@@ -185,8 +185,13 @@ class _OrmSession:
 
     def keep(self, task: Task) -> None:
         # In an event such as after_insert, SQLAlchemy warns of objects that are added to the session.
-        if not self._session._warn_on_events:  # noqa: SLF001 - nothing public says that it is flushing
-            self._session.add(task)
+        if self._session._warn_on_events:  # noqa: SLF001 - nothing public says that it is flushing
+            return
+        self._session.add(task)
+        transaction = self._session.get_nested_transaction() or self._session.get_transaction()
+        if transaction is not None:
+            # A rollback takes it out of the session then, like an object that was flushed.
+            transaction._new[inspect(task)] = True  # noqa: SLF001 - nothing public does it without a flush
 
     def renew(self, mapped: type[Task], row: Row) -> None:
         known = self._session.identity_map.get(identity_key(mapped, row["id"]))
