@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import datetime as dt
 import enum
 import json
 import numbers
@@ -146,8 +147,42 @@ class Number:
 
 @numbers.Integral.register
 class Whole(Number):
-    def __int__(self) -> int:
+    def __index__(self) -> int:
         return int(self.value)
+
+
+class NotATime(datetime):
+    """As pandas' NaT."""
+
+    def isoformat(self, *_: Any) -> str:
+        return "NaT"
+
+    def utcoffset(self) -> timedelta | None:
+        raise ValueError("NotATime does not support utcoffset")
+
+
+class Fake(type):
+    """Of a class that stands in for another, as freezegun's do while the time is frozen."""
+
+    def __instancecheck__(cls, value: object) -> bool:
+        return isinstance(value, cls.__mro__[1])
+
+    def __subclasscheck__(cls, other: type) -> bool:
+        return issubclass(other, cls.__mro__[1])
+
+
+class FakeDatetime(datetime, metaclass=Fake):
+    pass
+
+
+class FakeDate(date, metaclass=Fake):
+    pass
+
+
+@dataclass
+class MadeWhileFrozen:
+    at: FakeDatetime
+    on: FakeDate | None = None
 
 
 ROUND_TRIPS: dict[str, tuple[Any, Any, Any]] = {
@@ -289,6 +324,7 @@ class TestRoundTrips:
             subclass(date)(2031, 5, 4),
             subclass(time)(3, 2, tzinfo=UTC),
             subclass(timedelta)(days=-1, microseconds=5),
+            subclass(bytes)(b"\xff"),
         ],
         ids=lambda value: type(value).__mro__[1].__name__,
     )
@@ -309,6 +345,27 @@ class TestRoundTrips:
         read = arguments.read(arguments.write((Whole(value) if value == 3 else Number(value),), {}))["value"]
 
         assert (read, type(read)) == (value, type_)
+
+    @pytest.mark.parametrize("annotated", [datetime, FakeDatetime], ids=["datetime", "FakeDatetime"])
+    def test_a_frozen_time_comes_back_as_pythons(self, monkeypatch, annotated):
+        frozen = FakeDatetime(2031, 5, 4, tzinfo=UTC)
+        monkeypatch.setattr(dt, "datetime", FakeDatetime)
+        monkeypatch.setattr(dt, "date", FakeDate)
+        arguments = arguments_of(dict[str, list[annotated]])  # a function that is decorated by then
+
+        (read,) = arguments.read(arguments.write(({"a": [frozen]},), {}))["value"]["a"]
+
+        assert (read, type(read)) == (frozen, datetime)
+
+    def test_a_class_that_was_made_while_the_time_was_frozen(self):
+        made = MadeWhileFrozen(FakeDatetime(2031, 5, 4), FakeDate(2031, 5, 4))
+        arguments = arguments_of(MadeWhileFrozen)
+
+        read = arguments.read(arguments.write((made,), {}))["value"]
+
+        assert (type(read.at), type(read.on)) == (datetime, date)
+        with pytest.raises(InvalidData, match=r"data\['value'\]\.at: Expected `datetime`, got `str`"):
+            arguments.write((MadeWhileFrozen("2031-05-04"),), {})  # type: ignore[arg-type]
 
 
 class Login(pydantic.BaseModel):
@@ -622,8 +679,9 @@ class TestWrongCalls:
             ),
             (list[int], collections.deque([1]), "deque has no form in JSON"),
             (float, float("nan"), None),
+            (datetime | None, NotATime(1, 1, 1), "NotATime has no form in JSON"),
         ],
-        ids=["time", "UUID", "date", "dict", "literal", "bound", "model", "deque", "NaN"],
+        ids=["time", "UUID", "date", "dict", "literal", "bound", "model", "deque", "NaN", "NaT"],
     )
     def test_a_value_of_another_type_than_the_annotation(self, session, queue, type_, value, message):
         def send(value) -> None: ...
@@ -671,6 +729,8 @@ def of_session(session: Session) -> None: ...
 def of_sessions(user_id: int, sessions: list[Session]) -> None: ...
 def of_places(places: list[FieldPlace]) -> None: ...
 def of_users(users: list[User | None]) -> None: ...
+def of_markup(text: list[Markup]) -> None: ...
+def of_number(n: Number) -> None: ...
 def of_callback(call: Callable[[], None]) -> None: ...
 def of_times(at: datetime | date) -> None: ...
 def of_models(of: Model | Strict) -> None: ...
@@ -703,6 +763,8 @@ CANT_BE = {
         of_users,
         "can't travel as JSON: User is a mapped class, .*: give the id, and load the object",
     ),
+    "subclass": (of_markup, "no conversion for Markup: annotate str, for which one may be given"),
+    "number": (of_number, "no conversion for Number: annotate int or float, for which one may be given"),
     "callback": (of_callback, "the parameter 'call' of .*: there is no conversion for Callable"),
     "ambiguous union": (of_times, "the parameter 'at' of .* more than one str-like type"),
     "models": (of_models, "the parameter 'of' of .* custom type"),
