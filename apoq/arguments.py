@@ -8,13 +8,14 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from inspect import BoundArguments, Parameter, Signature
 from types import NoneType, UnionType
-from typing import Any, Final, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, Final, Union, get_args, get_origin, get_type_hints
 
-from apoq.conversion import ERRORS, NoForm, check_type, convert, explain, find_mismatch, plain, reread
+from apoq.annotations import check_type
+from apoq.conversion import ERRORS, NoForm, convert, explain, find_mismatch, plain, reread
 from apoq.errors import InvalidData, InvalidProcessor, InvalidTask, MismatchedData, glimpse
 from apoq.losses import find_loss
 from apoq.payload import encode
-from apoq.plain import class_name
+from apoq.plain import MAPPED, class_name, is_mapped
 from apoq.registry import Running
 
 
@@ -95,6 +96,8 @@ class Arguments:
         if type(value) in self._exact.get(name, self._rest_exact):
             return value
         type_, path = self._type(name), f"data[{name!r}]"
+        if is_mapped(type(value)):
+            raise InvalidData(path, MAPPED)
         if type_ is Any and not isinstance(value, _JSON):
             raise InvalidData(
                 path,
@@ -111,7 +114,10 @@ class Arguments:
         if loss:
             encode(document, sys.maxsize, path)  # raises if JSON can't hold it, and says where
             loss = find_mismatch(value, type_) or loss
-            raise InvalidData(f"{path}{loss.path}", f"{loss.reason}, for {self._name!r}") from cause
+            reason = f"{loss.reason}, for {self._name!r}"
+            if value is None:
+                reason = f"{reason.replace('`null`', '`None`')}: an id is None until its object is flushed"
+            raise InvalidData(f"{path}{loss.path}", reason) from cause
         return document
 
     def _read(self, name: str, value: Any) -> Any:
@@ -217,26 +223,14 @@ def _check_running(type_: type[Running], name: str, *, is_coroutine: bool) -> No
 def _check_type(type_: Any, parameter: str, name: str) -> None:
     if _is_running(type_):
         raise InvalidProcessor(f"{name!r} gets the running task as its first parameter, not as {parameter!r}")
-    if mapped := _mapped_class(type_):
-        raise InvalidProcessor(
-            f"the parameter {parameter!r} of {name!r} can't travel as JSON: {mapped.__qualname__} is a "
-            "mapped class, whose objects belong to their session: give the id, and load the object in the "
-            "function"
-        )
     try:
         check_type(type_)
     except NameError as error:
         raise _unknown(name, error) from None
     except NoForm as error:
         raise InvalidProcessor(
-            f"the parameter {parameter!r} of {name!r} can't travel as JSON: {error}: {error.instead}"
+            f"the parameter {parameter!r} of {name!r} can't travel as JSON: {error}"
         ) from None
-
-
-def _mapped_class(type_: Any) -> type | None:
-    if hasattr(type_, "__mapper__"):
-        return cast("type", type_)
-    return next(filter(None, map(_mapped_class, get_args(type_))), None)
 
 
 def _is_running(type_: Any) -> bool:

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from functools import partial
-from numbers import Real
 from typing import Any, Final
 from uuid import UUID
 
@@ -23,55 +22,16 @@ _RICH: Final = (bytes, bytearray, datetime, date, time, timedelta, UUID, Decimal
 _DATES: Final = (datetime, date)
 """The classes themselves: while a test freezes the time, these names may mean others."""
 
-_SUCH_AS_AN_ID: Final = "give what stands for it, such as an id"
-
 
 class NoForm(Exception):
     """A value, or a type, that has no form in JSON."""
-
-    def __init__(self, reason: str, instead: str = _SUCH_AS_AN_ID) -> None:
-        super().__init__(reason)
-        self.instead = instead
 
 
 ERRORS: Final = (TypeError, ValueError, RecursionError, NoForm)
 """What a conversion raises."""
 
 
-def check_type(type_: Any) -> None:
-    """Raise `NoForm` for a type that values can't be converted to; NameError if its annotations name none."""
-    import msgspec  # noqa: PLC0415
-
-    # A schema is made of all that the type consists of.
-    try:
-        msgspec.json.schema_components([type_], schema_hook=_schema)
-    except (NameError, NoForm):
-        raise
-    except Exception as error:  # noqa: BLE001 - whatever it is, the type can't be converted
-        instead = _SUCH_AS_AN_ID
-        if "FieldInfo" in str(error):  # a default that is `pydantic.Field(…)`
-            instead = "give each field of a pydantic dataclass a plain default, or make it a pydantic model"
-        raise NoForm(str(error), instead) from None
-
-
-def _schema(type_: type) -> dict[str, Any]:
-    if _is_model(type_) or type_ is object:
-        return {"type": "object"}
-    if _stood_in(type_):
-        return {"type": "string"}
-    raise NoForm(f"there is no conversion for {type_.__qualname__}", _instead(type_))
-
-
-def _instead(type_: type) -> str:
-    for base in _TO_BASE:
-        if issubclass(type_, base):
-            return f"annotate {base.__name__}, for which one may be given"
-    if issubclass(type_, Real):  # such as numpy's numbers
-        return "annotate int or float, for which one may be given"
-    return _SUCH_AS_AN_ID
-
-
-def _stood_in(type_: type) -> type | None:
+def stood_in(type_: type) -> type | None:
     """Return the class that a type stands in for, as freezegun's FakeDatetime does while the time is frozen.
 
     So it is if plain values are its instances. msgspec's schemas know only one of the two then.
@@ -101,7 +61,7 @@ def convert(value: Any, type_: Any, kept: tuple[type, ...] = ()) -> Any:
     import msgspec  # noqa: PLC0415
 
     def decode(of: type, inner: Any) -> Any:
-        base = _stood_in(of)
+        base = stood_in(of)
         return convert(inner, base, kept) if base else _decode(of, inner)
 
     try:
@@ -111,11 +71,11 @@ def convert(value: Any, type_: Any, kept: tuple[type, ...] = ()) -> Any:
 
 
 def _encode(value: Any) -> Any:
-    if _is_model(type(value)):
+    if is_model(type(value)):
         return value.model_dump(mode="json", by_alias=True, round_trip=True, warnings=False)
     for base in type(value).__mro__:  # of a subclass, such as Markup
-        if base in _TO_BASE:
-            return _TO_BASE[base](value)
+        if base in TO_BASE:
+            return TO_BASE[base](value)
     number = plain_number(value)
     if number is None:
         raise _no_form(value)
@@ -133,7 +93,7 @@ def _of_iso_format(base: Any, value: Any) -> Any:
         raise _no_form(value) from None
 
 
-_TO_BASE: Final[dict[type, Callable[[Any], Any]]] = {
+TO_BASE: Final[dict[type, Callable[[Any], Any]]] = {
     bytes: bytes,
     str: str.__str__,
     int: int.__int__,
@@ -152,7 +112,7 @@ _TO_BASE: Final[dict[type, Callable[[Any], Any]]] = {
 def _decode(type_: Any, value: Any) -> Any:
     if type_ is object:
         return value
-    if _is_model(type_):
+    if is_model(type_):
         import msgspec  # noqa: PLC0415
 
         # From text, as its strict fields want it.
@@ -160,7 +120,7 @@ def _decode(type_: Any, value: Any) -> Any:
     raise NoForm(f"there is no conversion for {type_.__qualname__}")
 
 
-def _is_model(type_: Any) -> bool:
+def is_model(type_: Any) -> bool:
     """Tell whether it is a pydantic model, without importing pydantic."""
     return isinstance(type_, type) and hasattr(type_, "model_validate_json") and hasattr(type_, "model_dump")
 

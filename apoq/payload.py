@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from apoq.errors import InvalidData, InvalidTask, glimpse
-from apoq.plain import class_name, plain_number
+from apoq.plain import MAPPED, class_name, is_mapped, plain_number
 
 MAX_DATA_SIZE = 1024 * 1024
 """Bytes of JSON that one task may carry, unless its queue says otherwise."""
@@ -175,6 +175,8 @@ def _fault(value: Any) -> str | None:
         case str():
             fault = _text_fault(value)
             return fault and f"jsonb can't hold {fault}"
+    if is_mapped(type(value)):
+        return f"{class_name(value)} is not JSON: {MAPPED}"
     number = plain_number(value)
     instead = "text, numbers, lists or dicts" if number is None else "a plain number"
     return f"{class_name(value)} is not JSON, so make it {instead}: {glimpse(value)}"

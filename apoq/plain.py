@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 from numbers import Integral, Rational, Real
 from operator import index
+from typing import Final
 
 
 def plain_number(value: object) -> int | float | None:
@@ -22,6 +23,14 @@ def plain_number(value: object) -> int | float | None:
     except TypeError:  # numpy's timedelta64 says that it is a whole number
         pass
     return None
+
+
+MAPPED: Final = "a mapped object belongs to its session: give its id, and load it when the task runs"
+
+
+def is_mapped(kind: type) -> bool:
+    """Tell whether a class is mapped by SQLAlchemy, whichever way."""
+    return hasattr(kind, "__mapper__")
 
 
 def class_name(value: object) -> str:

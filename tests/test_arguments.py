@@ -124,6 +124,14 @@ class Box(Generic[T]):
     content: T
 
 
+@dataclass
+class User:
+    id: int
+
+
+registry().map_imperatively(User, Table("users", MetaData(), Column("id", Integer, primary_key=True)))
+
+
 def subclass(base: Any) -> Any:
     """Make a class such as pendulum's DateTime."""
     return type(f"My{base.__name__}", (base,), {})
@@ -384,6 +392,29 @@ class Hidden(pydantic.BaseModel):
     required: int = pydantic.Field(exclude=True)
 
 
+class ByName(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(populate_by_name=True)
+    user_id: int = pydantic.Field(validation_alias="userId")
+    secret: str = pydantic.Field(default="", exclude=True, validation_alias="SECRET")
+
+
+class ByChoice(pydantic.BaseModel):
+    user_id: int = pydantic.Field(validation_alias=pydantic.AliasChoices("userId", "user_id"))
+
+
+class Converted(pydantic.BaseModel):
+    user_id: int = pydantic.Field(serialization_alias="userId")
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def rename(cls, data: Any) -> Any:
+        return {"user_id": data["userId"]} if "userId" in data else data
+
+
+class Constrained(pydantic.BaseModel):
+    ids: list[Annotated[int, pydantic.Field(gt=0)]]
+
+
 class Rounded(pydantic.BaseModel):
     total: Annotated[Decimal, pydantic.PlainSerializer(lambda total: round(float(total), 1))]
 
@@ -494,6 +525,10 @@ KEPT: dict[str, tuple[Any, Any]] = {
     "discriminated models": (Owner, Owner(pets=[Cat(), Dog()], settings='{"a": 1}')),
     "a generic model": (Page[Cat], Page[Cat](items=[Cat()])),
     "a generic model of its values": (Page[Cat], Page(items=[Cat()])),
+    "an alias and the name": (ByName, ByName(user_id=7)),
+    "a choice of aliases": (ByChoice, ByChoice(user_id=7)),
+    "an alias that a validator reads": (Converted, Converted(user_id=7)),
+    "constraints of a model": (Constrained, Constrained(ids=[1])),
     "a root model": (pydantic.RootModel[list[date]], pydantic.RootModel[list[date]]([date(2031, 5, 4)])),
     "a private attribute as it is made": (Counted, Counted()),
     "a pydantic dataclass": (Place, Place("Main Street", date(2031, 5, 4))),
@@ -632,7 +667,18 @@ class TestWrongCalls:
         [
             ({"user_id": "7"}, "data['user_id']", "Expected `int`, got `str`"),
             ({"user_id": True}, "data['user_id']", "Expected `int`, got `bool`"),
-            ({"user_id": None}, "data['user_id']", "Expected `int`, got `null`"),
+            (
+                {"user_id": None},
+                "data['user_id']",
+                "Expected `int`, got `None`, for 'send': an id is None until its object is flushed",
+            ),
+            (
+                {"user_id": User(id=7)},
+                "data['user_id']",
+                "a mapped object belongs to its session: give its id",
+            ),
+            ({"user_id": 7, "plain": User(id=7)}, "data['plain']", "a mapped object belongs to its session"),
+            ({"user_id": 7, "plain": [User(id=7)]}, "data['plain'][0]", "User is not JSON: a mapped object"),
             ({"user_id": object()}, "data['user_id']", "object has no form in JSON: <object"),
             ({"user_id": 7, "locale": AT}, "data['locale']", "Expected `str`, got `datetime`"),
             ({"user_id": 7, "locale": "\0"}, "data['locale']", "jsonb can't hold U+0000"),
@@ -653,7 +699,21 @@ class TestWrongCalls:
             ),
             ({"user_id": 7, "plain": [{"at": AT}]}, "data['plain'][0]['at']", "datetime is not JSON"),
         ],
-        ids=["str", "bool", "None", "object", "time", "NUL", "inside", "deeper", "plain", "plain inside"],
+        ids=[
+            "str",
+            "bool",
+            "None",
+            "mapped",
+            "plain mapped",
+            "mapped inside",
+            "object",
+            "time",
+            "NUL",
+            "inside",
+            "deeper",
+            "plain",
+            "plain inside",
+        ],
     )
     def test_a_value_that_its_annotation_or_json_cant_have(self, session, send, kwargs, path, reason):
         with pytest.raises(InvalidData) as raised:
@@ -710,11 +770,29 @@ class TestWrongCalls:
 
 
 @dataclass
-class User:
-    id: int
+class MappedField:
+    users: list[User]
 
 
-registry().map_imperatively(User, Table("users", MetaData(), Column("id", Integer, primary_key=True)))
+class MappedModelField(pydantic.BaseModel, arbitrary_types_allowed=True):
+    user: User
+
+
+class Validated(pydantic.BaseModel):
+    user_id: int = pydantic.Field(default=0, validation_alias="userId")
+
+
+class Serialized(pydantic.BaseModel):
+    user_id: int = pydantic.Field(serialization_alias="userId")
+
+
+class WithSerialized(pydantic.BaseModel):
+    inner: Serialized | None = None
+
+
+@attrs.define
+class PrivateParcel:
+    _id: int
 
 
 def generator(n: int):
@@ -734,6 +812,13 @@ def of_number(n: Number) -> None: ...
 def of_callback(call: Callable[[], None]) -> None: ...
 def of_times(at: datetime | date) -> None: ...
 def of_models(of: Model | Strict) -> None: ...
+def of_mapped_field(of: MappedField) -> None: ...
+def of_mapped_model_field(of: dict[str, MappedModelField]) -> None: ...
+def of_validated(of: list[Validated]) -> None: ...
+def of_serialized(of: WithSerialized) -> None: ...
+def of_positive(n: pydantic.PositiveInt | None) -> None: ...
+def of_secret(of: pydantic.SecretStr) -> None: ...
+def of_private(of: PrivateParcel) -> None: ...
 def late_task(value: int, task: RunningTask) -> None: ...
 def wrong_task(task: AsyncRunningTask) -> None: ...
 async def wrong_async_task(task: RunningTask) -> None: ...
@@ -767,7 +852,20 @@ CANT_BE = {
     "number": (of_number, "no conversion for Number: annotate int or float, for which one may be given"),
     "callback": (of_callback, "the parameter 'call' of .*: there is no conversion for Callable"),
     "ambiguous union": (of_times, "the parameter 'at' of .* more than one str-like type"),
-    "models": (of_models, "the parameter 'of' of .* custom type"),
+    "models": (of_models, "the parameter 'of' of .* custom type .* a pydantic model with a discriminator"),
+    "mapped field": (of_mapped_field, "can't travel as JSON: User is a mapped class"),
+    "mapped model field": (of_mapped_model_field, "can't travel as JSON: User is a mapped class"),
+    "validation alias": (
+        of_validated,
+        r"Validated\.user_id is written as 'user_id' and read as 'userId': give it an `alias=`",
+    ),
+    "serialization alias": (
+        of_serialized,
+        r"Serialized\.user_id is written as 'userId' and read as 'user_id': give it an `alias=`",
+    ),
+    "pydantic constraint": (of_positive, r"Gt\(gt=0\) is pydantic's, and checked in its models only"),
+    "pydantic type": (of_secret, "no conversion for SecretStr: make it a field of a pydantic model"),
+    "private attribute": (of_private, r"PrivateParcel\._id is private, and msgspec leaves it out: rename"),
     "late task": (late_task, "gets the running task as its first parameter, not as 'task'"),
     "async task": (wrong_task, "is a plain function, so the task that it gets is annotated RunningTask"),
     "plain task": (wrong_async_task, "is a coroutine function, so .* annotated AsyncRunningTask"),
