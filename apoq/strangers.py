@@ -51,6 +51,8 @@ def instead_of(given: object) -> str:
         return f"call it, and give what it makes: {_BEGIN}"
     if isinstance(given, str) and "://" not in given:
         return 'the session comes first, as in `queue.add(session, "send_welcome", …)`'
+    if given is None:
+        return f"begin one: {_BEGIN}; Django's `connection.connection` is there inside `transaction.atomic()`"
     return _INSTEAD.get(kind.__module__.partition(".")[0], f"begin one: {_BEGIN}")
 
 
