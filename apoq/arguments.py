@@ -1,29 +1,22 @@
-"""A function's arguments as JSON, by their names, and back, by its annotations.
-
-msgspec converts them. It is imported when the first typed task is made, for those who have none.
-"""
+"""A function's arguments as JSON, by their names, and back, by its annotations."""
 
 from __future__ import annotations
 
 import inspect
 import sys
 from collections.abc import Callable, Mapping
-from datetime import date, datetime, time, timedelta
-from decimal import Decimal
 from functools import partial
 from inspect import BoundArguments, Parameter, Signature
-from numbers import Integral, Rational, Real
 from types import NoneType, UnionType
-from typing import Any, Final, Union, cast, get_args, get_origin, get_type_hints
-from uuid import UUID
+from typing import Any, Final, Union, get_args, get_origin, get_type_hints
 
+from apoq.annotations import check_type
+from apoq.conversion import ERRORS, NoForm, convert, explain, find_mismatch, plain, reread
 from apoq.errors import InvalidData, InvalidProcessor, InvalidTask, MismatchedData, glimpse
-from apoq.losses import Loss, find_loss
+from apoq.losses import find_loss
 from apoq.payload import encode
+from apoq.plain import MAPPED, class_name, is_mapped
 from apoq.registry import Running
-
-_RICH: Final = (bytes, bytearray, datetime, date, time, timedelta, UUID, Decimal)
-"""What JSON has no values for, and is compared with the annotations before it becomes text."""
 
 
 class UnknownAnnotation(InvalidProcessor):
@@ -103,23 +96,28 @@ class Arguments:
         if type(value) in self._exact.get(name, self._rest_exact):
             return value
         type_, path = self._type(name), f"data[{name!r}]"
+        if is_mapped(type(value)):
+            raise InvalidData(path, MAPPED)
         if type_ is Any and not isinstance(value, _JSON):
             raise InvalidData(
                 path,
-                f"{type(value).__qualname__} is not JSON, and converted only if {self._name!r} annotates "
+                f"{class_name(value)} is not JSON, and converted only if {self._name!r} annotates "
                 f"its parameter: {glimpse(value)}",
             )
         document = cause = None
         try:
-            document = value if type_ is Any else _plain(value)
-            read = _reread(document)
-            loss = find_loss(value, read if type_ is Any else _convert(read, type_))
-        except _ERRORS as error:
-            loss, cause = _explain(error), error.__cause__
+            document = value if type_ is Any else plain(value)
+            read = reread(document)
+            loss = find_loss(value, read if type_ is Any else convert(read, type_))
+        except ERRORS as error:
+            loss, cause = explain(error), error.__cause__
         if loss:
             encode(document, sys.maxsize, path)  # raises if JSON can't hold it, and says where
-            loss = _mismatch(value, type_) or loss
-            raise InvalidData(f"{path}{loss.path}", f"{loss.reason}, for {self._name!r}") from cause
+            loss = find_mismatch(value, type_) or loss
+            reason = f"{loss.reason}, for {self._name!r}"
+            if value is None:
+                reason = f"{reason.replace('`null`', '`None`')}: an id is None until its object is flushed"
+            raise InvalidData(f"{path}{loss.path}", reason) from cause
         return document
 
     def _read(self, name: str, value: Any) -> Any:
@@ -132,9 +130,9 @@ class Arguments:
         if type_ is Any:
             return value
         try:
-            return _convert(value, type_)
-        except _ERRORS as error:
-            path, reason = _explain(error)
+            return convert(value, type_)
+        except ERRORS as error:
+            path, reason = explain(error)
             at = path and f", at {name}{path}"
             raise MismatchedData(
                 f"the argument {name!r} of {self._name!r} doesn't fit: {reason}{at}: where the "
@@ -150,14 +148,6 @@ _JSON = (type(None), bool, int, float, str, list, tuple, dict)
 
 _EXACT: Final = frozenset({NoneType, bool, int, float, str})
 """The types whose values are the same in JSON."""
-
-
-class _Unsupported(Exception):
-    """A value, or a type, that has no form in JSON."""
-
-
-_ERRORS: Final = (TypeError, ValueError, RecursionError, _Unsupported)
-"""What a conversion raises."""
 
 
 def _exact(type_: Any) -> frozenset[type]:
@@ -233,137 +223,15 @@ def _check_running(type_: type[Running], name: str, *, is_coroutine: bool) -> No
 def _check_type(type_: Any, parameter: str, name: str) -> None:
     if _is_running(type_):
         raise InvalidProcessor(f"{name!r} gets the running task as its first parameter, not as {parameter!r}")
-    if mapped := _mapped_class(type_):
-        raise InvalidProcessor(
-            f"the parameter {parameter!r} of {name!r} can't travel as JSON: {mapped.__qualname__} is a "
-            "mapped class, whose objects belong to their session: give the id, and load the object in the "
-            "function"
-        )
-    import msgspec  # noqa: PLC0415
-
-    # A schema is made of all that the type consists of.
     try:
-        msgspec.json.schema_components([type_], schema_hook=_schema)
+        check_type(type_)
     except NameError as error:
         raise _unknown(name, error) from None
-    except Exception as error:  # noqa: BLE001 - whatever it is, the type can't be converted
-        instead = "give what stands for it, such as an id"
-        if "FieldInfo" in str(error):  # a default that is `pydantic.Field(…)`
-            instead = "give each field of a pydantic dataclass a plain default, or make it a pydantic model"
+    except NoForm as error:
         raise InvalidProcessor(
-            f"the parameter {parameter!r} of {name!r} can't travel as JSON: {error}: {instead}"
+            f"the parameter {parameter!r} of {name!r} can't travel as JSON: {error}"
         ) from None
-
-
-def _mapped_class(type_: Any) -> type | None:
-    if hasattr(type_, "__mapper__"):
-        return cast("type", type_)
-    return next(filter(None, map(_mapped_class, get_args(type_))), None)
-
-
-def _schema(type_: type) -> dict[str, Any]:
-    if _is_model(type_) or type_ is object:
-        return {"type": "object"}
-    raise _Unsupported(f"there is no conversion for {type_.__qualname__}")
-
-
-def _plain(value: Any, kept: tuple[type, ...] = ()) -> Any:
-    import msgspec  # noqa: PLC0415
-
-    return msgspec.to_builtins(value, str_keys=True, builtin_types=kept, enc_hook=_encode)
-
-
-def _reread(document: Any) -> Any:
-    """Return a document as a worker reads it."""
-    import msgspec  # noqa: PLC0415
-
-    return msgspec.json.decode(msgspec.json.encode(document, enc_hook=_encode))
-
-
-def _convert(value: Any, type_: Any, kept: tuple[type, ...] = ()) -> Any:
-    import msgspec  # noqa: PLC0415
-
-    try:
-        return msgspec.convert(value, type_, str_keys=True, builtin_types=kept, dec_hook=_decode)
-    except msgspec.ValidationError as error:
-        raise ValueError(*error.args) from error.__cause__
-
-
-def _encode(value: Any) -> Any:
-    if _is_model(type(value)):
-        return value.model_dump(mode="json", by_alias=True, round_trip=True, warnings=False)
-    for base in type(value).__mro__:  # of a subclass, such as Markup
-        if base in _TO_BASE:
-            return _TO_BASE[base](value)
-    # Such as numpy's; no fraction, for which a float is too short.
-    if isinstance(value, Integral):
-        return int(value)
-    if isinstance(value, Real) and not isinstance(value, Rational):
-        return float(value)
-    raise _Unsupported(f"{type(value).__qualname__} has no form in JSON: {glimpse(value)}")
-
-
-def _of_iso_format(base: Any, value: Any) -> Any:
-    return base.fromisoformat(value.isoformat())
-
-
-_TO_BASE: Final[dict[type, Callable[[Any], Any]]] = {
-    str: str.__str__,
-    int: int.__int__,
-    float: float.__float__,
-    Decimal: Decimal,
-    UUID: lambda value: UUID(int=value.int),
-    # The classes themselves: while a test freezes the time, these names may mean others.
-    datetime: partial(_of_iso_format, datetime),
-    date: partial(_of_iso_format, date),
-    time: partial(_of_iso_format, time),
-    timedelta: partial(timedelta.__add__, timedelta()),
-}
-"""Makes a value of the class itself from one of a subclass."""
-
-
-def _decode(type_: Any, value: Any) -> Any:
-    if type_ is object:
-        return value
-    if _is_model(type_):
-        import msgspec  # noqa: PLC0415
-
-        # From text, as its strict fields want it.
-        return type_.model_validate_json(msgspec.json.encode(value))
-    raise _Unsupported(f"there is no conversion for {type_.__qualname__}")
-
-
-def _is_model(type_: Any) -> bool:
-    """Tell whether it is a pydantic model, without importing pydantic."""
-    return isinstance(type_, type) and hasattr(type_, "model_validate_json") and hasattr(type_, "model_dump")
 
 
 def _is_running(type_: Any) -> bool:
     return isinstance(type_, type) and issubclass(type_, Running)
-
-
-def _mismatch(value: Any, type_: Any) -> Loss | None:
-    """Return where a value is of another type than its annotation, compared before it becomes text."""
-    if type_ is Any:
-        return None
-    try:
-        _convert(_plain(value, _RICH), type_, _RICH)
-    except TypeError:  # these can't be keys of a JSON object before they are text
-        return None
-    except _ERRORS as error:
-        return _explain(error)
-    return None
-
-
-def _explain(error: BaseException) -> Loss:
-    """Split the message of msgspec, or of pydantic, into the path within the argument and the reason."""
-    if isinstance(error, RecursionError):
-        return Loss("", "it contains itself, or is nested too deep for JSON")
-    reason, _, path = str(error).rpartition(" - at `$")
-    path, reason = (path.rstrip("`"), reason) if reason else ("", str(error))
-    cause: Any = error.__cause__
-    if hasattr(cause, "errors"):  # pydantic's, whose own message has several lines, and the values
-        first = cause.errors()[0]
-        path += "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in first["loc"])
-        reason = f"{first['msg']}, says {cause.title}"
-    return Loss(path, reason)

@@ -10,7 +10,7 @@
     ├── UnsupportedDatabase    (TypeError)    not PostgreSQL through psycopg 3, or tables that can't be worked
     ├── UnsupportedSession     (TypeError)    not something that a task can be added through
     ├── NotPrepared                           apoq's tables are missing, or at another version
-    ├── SessionMisused                        `task.session` was committed, or changed its task
+    ├── SessionMisused                        `task.session` was committed, or ended its own task
     └── apoq.pyramid.Misconfigured (ConfigurationError)
                                               a setting or a processor that an application can't have
 
@@ -85,4 +85,4 @@ def preparing(schema: str | None) -> str:
 
 
 class SessionMisused(ApoqError):
-    """A processor committed ``task.session``, as only the worker does, or changed its own task there."""
+    """A processor committed ``task.session``, as only the worker does, or ended or deleted its task there."""

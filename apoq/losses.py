@@ -15,6 +15,7 @@ from typing import Any, Final, NamedTuple
 from uuid import UUID
 
 from apoq.errors import glimpse
+from apoq.plain import MAPPED, is_mapped
 
 _SCALARS: Final = {str, int, float, bytes, bytearray, datetime, date, time, timedelta, UUID, Decimal}
 """What may come back for a value of a subclass, such as a Markup or an IntEnum: only the class is lost."""
@@ -50,6 +51,8 @@ def find_loss(given: Any, back: Any) -> Loss | None:
         return None
     if kind in _SCALARS and _is_kind_of(given, kind):
         return None if _is_same(given, back) else _changed(back)
+    if is_mapped(type(given)):
+        return Loss("", MAPPED)
     if isinstance(back, Enum) and not isinstance(given, Enum):
         return find_loss(given, back.value)  # a value may be given for its member
     if isinstance(back, (list, tuple, deque)) and _has_items_of(given, kind):
@@ -138,8 +141,6 @@ def _partner(item: Any, others: Mapping[Any, Any]) -> Any:
 
 def _in_object(given: Any, back: Any) -> Loss | None:
     attributes, others = _attributes(given), _attributes(back)
-    if "_sa_instance_state" in attributes:
-        return Loss("", "a mapped object belongs to its session: give its id, and load it in the function")
     if not attributes and not others and callable(given):
         return _changed(back)
     for name, value in attributes.items():

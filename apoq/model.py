@@ -8,9 +8,27 @@ from functools import cache
 from typing import Any, Final, cast
 from uuid import UUID
 
-from sqlalchemy import BigInteger, CheckConstraint, Computed, Index, MetaData, Table, false, func, text
+from sqlalchemy import (
+    BigInteger,
+    CheckConstraint,
+    Computed,
+    Index,
+    MetaData,
+    Table,
+    event,
+    false,
+    func,
+    text,
+)
 from sqlalchemy.dialects.postgresql import ARRAY, INTERVAL, JSONB, TIMESTAMP
-from sqlalchemy.orm import DeclarativeBase, Mapped, make_transient_to_detached, mapped_column, validates
+from sqlalchemy.orm import (
+    DeclarativeBase,
+    InstanceState,
+    Mapped,
+    make_transient_to_detached,
+    mapped_column,
+    validates,
+)
 from sqlalchemy.types import Boolean, Integer, SmallInteger, Text, Uuid
 
 from apoq.payload import check_time, check_type, encode
@@ -159,6 +177,13 @@ class Task(Base):
             f"{name}={self.__dict__[name]!r}" for name in ("id", "type", "state") if name in self.__dict__
         ]
         return f"<Task {' '.join(shown)}>"
+
+
+@event.listens_for(Task, "expire", propagate=True, raw=True)
+def _keep_id(state: InstanceState[Task], _attributes: object) -> None:
+    # A worker may delete the row before the caller reads the id, and an AsyncSession could not load it then.
+    if state.identity is not None:
+        state.dict["id"] = state.identity[0]
 
 
 class WorkerRow(Base):

@@ -8,6 +8,7 @@ from typing import Any, TypedDict
 
 from apoq.errors import InvalidTask, glimpse
 from apoq.payload import check_time, encode
+from apoq.plain import plain_number
 from apoq.retry import LONGEST_DELAY, seconds, time_limit
 
 HIGHEST_LIMIT = 2**31 - 2
@@ -57,9 +58,10 @@ def checked(
 
 def integer(name: str, value: object, lowest: int, highest: int) -> int:
     """Answer a whole number within bounds; `InvalidTask` where it is none."""
-    if isinstance(value, bool) or not isinstance(value, int) or not lowest <= value <= highest:
+    number = plain_number(value)
+    if not isinstance(number, int) or not lowest <= number <= highest:
         raise InvalidTask(f"{name} is a whole number from {lowest} to {highest}, not {glimpse(value)}")
-    return value
+    return number
 
 
 def _when(delay: timedelta | None, process_at: datetime | None) -> dict[str, Any]:

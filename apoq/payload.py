@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from apoq.errors import InvalidData, InvalidTask, glimpse
+from apoq.plain import MAPPED, class_name, is_mapped, plain_number
 
 MAX_DATA_SIZE = 1024 * 1024
 """Bytes of JSON that one task may carry, unless its queue says otherwise."""
@@ -63,7 +64,7 @@ def check_time(at: object) -> datetime:
     """Answer a time that everybody reads alike; `InvalidTask` where it is none."""
     if not isinstance(at, datetime):
         raise InvalidTask(f"process_at is a datetime, not {glimpse(at)}")
-    if at.utcoffset() is None:
+    if not _is_aware(at):
         raise InvalidTask(
             f"process_at={at} has no time zone, so nobody knows when it is: "
             "for example, datetime.now(UTC) has one"
@@ -71,6 +72,13 @@ def check_time(at: object) -> datetime:
     if not FIRST <= at <= LAST:
         raise InvalidTask(f"process_at={at} is at the end of the calendar: leave it out for now")
     return at
+
+
+def _is_aware(at: datetime) -> bool:
+    try:
+        return at.utcoffset() is not None
+    except ValueError:  # of pandas' NaT, which says that it is a datetime
+        return False
 
 
 def encode(data: Any, max_size: int = MAX_DATA_SIZE, name: str = "data") -> str:
@@ -167,9 +175,11 @@ def _fault(value: Any) -> str | None:
         case str():
             fault = _text_fault(value)
             return fault and f"jsonb can't hold {fault}"
-    return (
-        f"{type(value).__qualname__} is not JSON, so make it text, numbers, lists or dicts: {glimpse(value)}"
-    )
+    if is_mapped(type(value)):
+        return f"{class_name(value)} is not JSON: {MAPPED}"
+    number = plain_number(value)
+    instead = "text, numbers, lists or dicts" if number is None else "a plain number"
+    return f"{class_name(value)} is not JSON, so make it {instead}: {glimpse(value)}"
 
 
 def _text_fault(text: str) -> str | None:

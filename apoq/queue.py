@@ -11,7 +11,7 @@ from weakref import WeakSet
 from sqlalchemy import inspect
 from typing_extensions import ParamSpec
 
-from apoq.errors import InvalidProcessor, InvalidTask, glimpse
+from apoq.errors import InvalidProcessor, InvalidTask, UnsupportedSession, glimpse
 from apoq.model import DEFAULT_QUEUE, Task, task_class
 from apoq.operations import add, add_many, cancel, retry
 from apoq.options import HIGHEST_LIMIT, Options, checked, integer
@@ -20,6 +20,7 @@ from apoq.payload import MAX_DATA_SIZE, check_name, check_schema, check_type, en
 from apoq.registry import Registry, Running
 from apoq.retry import DEFAULT_RETRY_LIMIT, RetryDelay, exponential_backoff
 from apoq.sessions import AsyncioSession, SyncSession, through
+from apoq.strangers import refusal
 from apoq.typed import Anything, Decorator, TypedTask
 
 P = ParamSpec("P")
@@ -107,6 +108,8 @@ class Queue:
 
         Raises `InvalidTask` before anything is sent, and `NotPrepared` where the tables are missing.
         """
+        if isinstance(session, str):
+            raise UnsupportedSession(refusal(session))
         options = checked(delay, process_at, priority, retry_limit, retry_delay, timeout, meta)
         parameters = {"task_queue": self.name, "task_type": check_type(type), **options}
         parameters["task_data"] = encode(data, self.max_data_size)
@@ -151,6 +154,8 @@ class Queue:
         transaction, so let the error roll back, all or to a savepoint. On a psycopg connection in
         autocommit, each batch is committed by itself.
         """
+        if isinstance(session, str):
+            raise UnsupportedSession(refusal(session))
         options = checked(delay, process_at, priority, retry_limit, retry_delay, timeout, meta)
         parameters = {"task_queue": self.name, "task_type": check_type(type), **options}
         if isinstance(datas, str | bytes | dict) or not isinstance(datas, Iterable):
@@ -304,13 +309,11 @@ class Queue:
 
     def _id_of(self, task: Task | int) -> int:
         if isinstance(task, Task):
-            state = inspect(task)
-            if state.mapper.local_table is not self.task_class.__table__:
+            if inspect(task).mapper.local_table is not self.task_class.__table__:
                 raise InvalidTask(f"{task!r} is in another schema than {self!r}")
-            found = state.identity
-            if found is None:
+            if task.id is None:
                 raise InvalidTask(f"{task!r} has no id yet: flush the session that it was added to")
-            return int(found[0])
+            return task.id
         return integer("a task's id", task, _LOWEST_ID, _HIGHEST_ID)
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 from apoq.errors import InvalidProcessor, glimpse
+from apoq.plain import plain_number
 
 logger = logging.getLogger(__name__)
 
@@ -38,11 +39,12 @@ def seconds(delay: float | timedelta, name: str = "a delay") -> float:
     """Read a delay given in seconds or as a timedelta; ValueError or TypeError for what is no delay."""
     if isinstance(delay, timedelta):
         delay = delay.total_seconds()
-    if isinstance(delay, bool) or not isinstance(delay, int | float):
+    number = plain_number(delay)
+    if number is None:
         raise TypeError(f"{name} is a number of seconds or a timedelta, not {glimpse(delay)}")
-    if not 0 <= delay <= LONGEST_DELAY.total_seconds():  # also false for NaN
-        raise ValueError(f"{name} is between zero and a century, not {glimpse(delay)} s")
-    return float(delay)
+    if not 0 <= number <= LONGEST_DELAY.total_seconds():  # also false for NaN
+        raise ValueError(f"{name} is between zero and a century, not {glimpse(number)} s")
+    return float(number)
 
 
 def time_limit(timeout: float | timedelta) -> timedelta:

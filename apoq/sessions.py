@@ -15,9 +15,9 @@ import psycopg
 from psycopg.pq import PipelineStatus
 from psycopg.rows import dict_row
 from psycopg.sql import Composed
-from sqlalchemy import Connection, Dialect, Engine, Executable
+from sqlalchemy import Connection, Dialect, Engine, Executable, inspect
 from sqlalchemy.engine.interfaces import ExecutionContext
-from sqlalchemy.exc import DBAPIError, UnboundExecutionError
+from sqlalchemy.exc import DBAPIError, InvalidRequestError, PendingRollbackError, UnboundExecutionError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_session
 from sqlalchemy.ext.horizontal_shard import ShardedSession
 from sqlalchemy.orm import Session, scoped_session
@@ -33,6 +33,7 @@ from apoq.hints import hint_after_connection_commit, hint_after_session_commit
 from apoq.model import Task
 from apoq.reading import read_anything
 from apoq.statements.hint import Hint
+from apoq.strangers import is_mock, kind_of, refusal
 
 SyncSession = Session | scoped_session[Any] | Connection | psycopg.Connection[Any]
 AsyncioSession = AsyncSession | async_scoped_session[Any] | AsyncConnection | psycopg.AsyncConnection[Any]
@@ -44,7 +45,7 @@ CLOCK: Final = "apoq_clock"
 """The option of a connection on which a test has set the clock: see `apoq.testing`."""
 
 NO_ENGINE: Final = (
-    "this session has no engine for apoq's tables: add `Task` to its binds, "
+    "this session has no engine for apoq's tables: make it by Session(engine), or add `Task` to its binds, "
     "as in Session(binds={apoq.Task: engine, …})"
 )
 
@@ -98,11 +99,8 @@ def through(
     session: SyncSession | AsyncioSession, operation: Callable[[Caller], T]
 ) -> T | Coroutine[Any, Any, T]:
     """Do something in a caller's transaction: at once, or in an awaitable where the caller is asyncio's."""
-    if type(session).__module__ == "unittest.mock":  # which says that it is what it mocks
-        raise UnsupportedSession(
-            "nothing can be added through a mock of a session or a connection: give a real one, whose "
-            "transaction your test rolls back, and look for the task by `apoq.testing.enqueued`"
-        )
+    if is_mock(session):
+        raise UnsupportedSession(refusal(session))
     match session:
         case Session():
             return operation(_OrmSession(session))
@@ -120,13 +118,7 @@ def through(
             return session.run_sync(lambda sync: operation(_CoreConnection(sync)))
         case psycopg.AsyncConnection():
             return greenlet_spawn(operation, _AsyncPsycopgConnection(session))
-    raise UnsupportedSession(
-        "a task is added through a session or a connection, in your transaction, not through "
-        f"{_kind(session)}: "
-        "`with Session(engine) as session, session.begin(): queue.add(session, …)`. It may be SQLAlchemy's "
-        "Session, scoped_session, AsyncSession, Connection or AsyncConnection, or psycopg 3's Connection or "
-        "AsyncConnection. In Django that is `connection.connection`, inside `transaction.atomic()`"
-    )
+    raise UnsupportedSession(refusal(session))
 
 
 async def _in_turn(session: AsyncSession, operation: Callable[[Caller], T]) -> T:
@@ -150,16 +142,10 @@ def bind_of(session: Session) -> Engine | Connection:
     if not isinstance(bind, Engine | Connection):
         raise UnsupportedSession(
             "a session's get_bind must return one Engine or Connection for `apoq.Task`, and that of this "
-            f"{_kind(session)} returned {_kind(bind)}: give a Session(engine), or an AsyncSession(engine) if "
-            "the engine is an AsyncEngine"
+            f"{kind_of(session)} returned {kind_of(bind)}: give a Session(engine), or an "
+            "AsyncSession(engine) if the engine is an AsyncEngine"
         )
     return bind
-
-
-def _kind(value: object) -> str:
-    # Its type only: a URL holds a password.
-    kind = type(value)
-    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
 
 
 class _OrmSession:
@@ -174,19 +160,38 @@ class _OrmSession:
 
     def execute(self, statement: Executable, parameters: dict[str, Any]) -> Sequence[Row]:
         # What else waits in the session is flushed when its owner wants it to be.
-        with _clear_errors(statement), self._session.no_autoflush:
+        with _clear_errors(statement), self._session.no_autoflush, self._clear_state():
             self._result: Any = self._session.execute(
                 statement, parameters, bind_arguments={"mapper": _MAPPER}
             )
             return _rows(self._result)
+
+    @contextmanager
+    def _clear_state(self) -> Iterator[None]:
+        try:
+            yield
+        except InvalidRequestError as error:
+            transaction = self._session.get_transaction()
+            if isinstance(error, PendingRollbackError) or transaction is None or transaction.is_active:
+                raise
+            raise UnsupportedSession(
+                "nothing can be added in this session now, when its transaction is beginning or ending, as "
+                "in the events after_begin, after_commit and after_rollback: add the task in before_commit "
+                "or earlier, or through a session of its own"
+            ) from error
 
     def driver(self) -> AbstractContextManager[Driver | None]:
         return _driver(self._result.context)
 
     def keep(self, task: Task) -> None:
         # In an event such as after_insert, SQLAlchemy warns of objects that are added to the session.
-        if not self._session._warn_on_events:  # noqa: SLF001 - nothing public says that it is flushing
-            self._session.add(task)
+        if self._session._warn_on_events:  # noqa: SLF001 - nothing public says that it is flushing
+            return
+        self._session.add(task)
+        transaction = self._session.get_nested_transaction() or self._session.get_transaction()
+        if transaction is not None:
+            # A rollback takes it out of the session then, like an object that was flushed.
+            transaction._new[inspect(task)] = True  # noqa: SLF001 - nothing public does it without a flush
 
     def renew(self, mapped: type[Task], row: Row) -> None:
         known = self._session.identity_map.get(identity_key(mapped, row["id"]))

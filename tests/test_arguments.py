@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import datetime as dt
 import enum
 import json
 import numbers
@@ -123,6 +124,14 @@ class Box(Generic[T]):
     content: T
 
 
+@dataclass
+class User:
+    id: int
+
+
+registry().map_imperatively(User, Table("users", MetaData(), Column("id", Integer, primary_key=True)))
+
+
 def subclass(base: Any) -> Any:
     """Make a class such as pendulum's DateTime."""
     return type(f"My{base.__name__}", (base,), {})
@@ -146,8 +155,42 @@ class Number:
 
 @numbers.Integral.register
 class Whole(Number):
-    def __int__(self) -> int:
+    def __index__(self) -> int:
         return int(self.value)
+
+
+class NotATime(datetime):
+    """As pandas' NaT."""
+
+    def isoformat(self, *_: Any) -> str:
+        return "NaT"
+
+    def utcoffset(self) -> timedelta | None:
+        raise ValueError("NotATime does not support utcoffset")
+
+
+class Fake(type):
+    """Of a class that stands in for another, as freezegun's do while the time is frozen."""
+
+    def __instancecheck__(cls, value: object) -> bool:
+        return isinstance(value, cls.__mro__[1])
+
+    def __subclasscheck__(cls, other: type) -> bool:
+        return issubclass(other, cls.__mro__[1])
+
+
+class FakeDatetime(datetime, metaclass=Fake):
+    pass
+
+
+class FakeDate(date, metaclass=Fake):
+    pass
+
+
+@dataclass
+class MadeWhileFrozen:
+    at: FakeDatetime
+    on: FakeDate | None = None
 
 
 ROUND_TRIPS: dict[str, tuple[Any, Any, Any]] = {
@@ -289,6 +332,7 @@ class TestRoundTrips:
             subclass(date)(2031, 5, 4),
             subclass(time)(3, 2, tzinfo=UTC),
             subclass(timedelta)(days=-1, microseconds=5),
+            subclass(bytes)(b"\xff"),
         ],
         ids=lambda value: type(value).__mro__[1].__name__,
     )
@@ -310,6 +354,27 @@ class TestRoundTrips:
 
         assert (read, type(read)) == (value, type_)
 
+    @pytest.mark.parametrize("annotated", [datetime, FakeDatetime], ids=["datetime", "FakeDatetime"])
+    def test_a_frozen_time_comes_back_as_pythons(self, monkeypatch, annotated):
+        frozen = FakeDatetime(2031, 5, 4, tzinfo=UTC)
+        monkeypatch.setattr(dt, "datetime", FakeDatetime)
+        monkeypatch.setattr(dt, "date", FakeDate)
+        arguments = arguments_of(dict[str, list[annotated]])  # a function that is decorated by then
+
+        (read,) = arguments.read(arguments.write(({"a": [frozen]},), {}))["value"]["a"]
+
+        assert (read, type(read)) == (frozen, datetime)
+
+    def test_a_class_that_was_made_while_the_time_was_frozen(self):
+        made = MadeWhileFrozen(FakeDatetime(2031, 5, 4), FakeDate(2031, 5, 4))
+        arguments = arguments_of(MadeWhileFrozen)
+
+        read = arguments.read(arguments.write((made,), {}))["value"]
+
+        assert (type(read.at), type(read.on)) == (datetime, date)
+        with pytest.raises(InvalidData, match=r"data\['value'\]\.at: Expected `datetime`, got `str`"):
+            arguments.write((MadeWhileFrozen("2031-05-04"),), {})  # type: ignore[arg-type]
+
 
 class Login(pydantic.BaseModel):
     user: str
@@ -325,6 +390,29 @@ class KeptLogin(Login):
 class Hidden(pydantic.BaseModel):
     optional: int = pydantic.Field(default=0, exclude=True)
     required: int = pydantic.Field(exclude=True)
+
+
+class ByName(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(populate_by_name=True)
+    user_id: int = pydantic.Field(validation_alias="userId")
+    secret: str = pydantic.Field(default="", exclude=True, validation_alias="SECRET")
+
+
+class ByChoice(pydantic.BaseModel):
+    user_id: int = pydantic.Field(validation_alias=pydantic.AliasChoices("userId", "user_id"))
+
+
+class Converted(pydantic.BaseModel):
+    user_id: int = pydantic.Field(serialization_alias="userId")
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def rename(cls, data: Any) -> Any:
+        return {"user_id": data["userId"]} if "userId" in data else data
+
+
+class Constrained(pydantic.BaseModel):
+    ids: list[Annotated[int, pydantic.Field(gt=0)]]
 
 
 class Rounded(pydantic.BaseModel):
@@ -437,6 +525,10 @@ KEPT: dict[str, tuple[Any, Any]] = {
     "discriminated models": (Owner, Owner(pets=[Cat(), Dog()], settings='{"a": 1}')),
     "a generic model": (Page[Cat], Page[Cat](items=[Cat()])),
     "a generic model of its values": (Page[Cat], Page(items=[Cat()])),
+    "an alias and the name": (ByName, ByName(user_id=7)),
+    "a choice of aliases": (ByChoice, ByChoice(user_id=7)),
+    "an alias that a validator reads": (Converted, Converted(user_id=7)),
+    "constraints of a model": (Constrained, Constrained(ids=[1])),
     "a root model": (pydantic.RootModel[list[date]], pydantic.RootModel[list[date]]([date(2031, 5, 4)])),
     "a private attribute as it is made": (Counted, Counted()),
     "a pydantic dataclass": (Place, Place("Main Street", date(2031, 5, 4))),
@@ -575,7 +667,18 @@ class TestWrongCalls:
         [
             ({"user_id": "7"}, "data['user_id']", "Expected `int`, got `str`"),
             ({"user_id": True}, "data['user_id']", "Expected `int`, got `bool`"),
-            ({"user_id": None}, "data['user_id']", "Expected `int`, got `null`"),
+            (
+                {"user_id": None},
+                "data['user_id']",
+                "Expected `int`, got `None`, for 'send': an id is None until its object is flushed",
+            ),
+            (
+                {"user_id": User(id=7)},
+                "data['user_id']",
+                "a mapped object belongs to its session: give its id",
+            ),
+            ({"user_id": 7, "plain": User(id=7)}, "data['plain']", "a mapped object belongs to its session"),
+            ({"user_id": 7, "plain": [User(id=7)]}, "data['plain'][0]", "User is not JSON: a mapped object"),
             ({"user_id": object()}, "data['user_id']", "object has no form in JSON: <object"),
             ({"user_id": 7, "locale": AT}, "data['locale']", "Expected `str`, got `datetime`"),
             ({"user_id": 7, "locale": "\0"}, "data['locale']", "jsonb can't hold U+0000"),
@@ -596,7 +699,21 @@ class TestWrongCalls:
             ),
             ({"user_id": 7, "plain": [{"at": AT}]}, "data['plain'][0]['at']", "datetime is not JSON"),
         ],
-        ids=["str", "bool", "None", "object", "time", "NUL", "inside", "deeper", "plain", "plain inside"],
+        ids=[
+            "str",
+            "bool",
+            "None",
+            "mapped",
+            "plain mapped",
+            "mapped inside",
+            "object",
+            "time",
+            "NUL",
+            "inside",
+            "deeper",
+            "plain",
+            "plain inside",
+        ],
     )
     def test_a_value_that_its_annotation_or_json_cant_have(self, session, send, kwargs, path, reason):
         with pytest.raises(InvalidData) as raised:
@@ -622,8 +739,9 @@ class TestWrongCalls:
             ),
             (list[int], collections.deque([1]), "deque has no form in JSON"),
             (float, float("nan"), None),
+            (datetime | None, NotATime(1, 1, 1), "NotATime has no form in JSON"),
         ],
-        ids=["time", "UUID", "date", "dict", "literal", "bound", "model", "deque", "NaN"],
+        ids=["time", "UUID", "date", "dict", "literal", "bound", "model", "deque", "NaN", "NaT"],
     )
     def test_a_value_of_another_type_than_the_annotation(self, session, queue, type_, value, message):
         def send(value) -> None: ...
@@ -652,11 +770,29 @@ class TestWrongCalls:
 
 
 @dataclass
-class User:
-    id: int
+class MappedField:
+    users: list[User]
 
 
-registry().map_imperatively(User, Table("users", MetaData(), Column("id", Integer, primary_key=True)))
+class MappedModelField(pydantic.BaseModel, arbitrary_types_allowed=True):
+    user: User
+
+
+class Validated(pydantic.BaseModel):
+    user_id: int = pydantic.Field(default=0, validation_alias="userId")
+
+
+class Serialized(pydantic.BaseModel):
+    user_id: int = pydantic.Field(serialization_alias="userId")
+
+
+class WithSerialized(pydantic.BaseModel):
+    inner: Serialized | None = None
+
+
+@attrs.define
+class PrivateParcel:
+    _id: int
 
 
 def generator(n: int):
@@ -671,9 +807,18 @@ def of_session(session: Session) -> None: ...
 def of_sessions(user_id: int, sessions: list[Session]) -> None: ...
 def of_places(places: list[FieldPlace]) -> None: ...
 def of_users(users: list[User | None]) -> None: ...
+def of_markup(text: list[Markup]) -> None: ...
+def of_number(n: Number) -> None: ...
 def of_callback(call: Callable[[], None]) -> None: ...
 def of_times(at: datetime | date) -> None: ...
 def of_models(of: Model | Strict) -> None: ...
+def of_mapped_field(of: MappedField) -> None: ...
+def of_mapped_model_field(of: dict[str, MappedModelField]) -> None: ...
+def of_validated(of: list[Validated]) -> None: ...
+def of_serialized(of: WithSerialized) -> None: ...
+def of_positive(n: pydantic.PositiveInt | None) -> None: ...
+def of_secret(of: pydantic.SecretStr) -> None: ...
+def of_private(of: PrivateParcel) -> None: ...
 def late_task(value: int, task: RunningTask) -> None: ...
 def wrong_task(task: AsyncRunningTask) -> None: ...
 async def wrong_async_task(task: RunningTask) -> None: ...
@@ -703,9 +848,24 @@ CANT_BE = {
         of_users,
         "can't travel as JSON: User is a mapped class, .*: give the id, and load the object",
     ),
+    "subclass": (of_markup, "no conversion for Markup: annotate str, for which one may be given"),
+    "number": (of_number, "no conversion for Number: annotate int or float, for which one may be given"),
     "callback": (of_callback, "the parameter 'call' of .*: there is no conversion for Callable"),
     "ambiguous union": (of_times, "the parameter 'at' of .* more than one str-like type"),
-    "models": (of_models, "the parameter 'of' of .* custom type"),
+    "models": (of_models, "the parameter 'of' of .* custom type .* a pydantic model with a discriminator"),
+    "mapped field": (of_mapped_field, "can't travel as JSON: User is a mapped class"),
+    "mapped model field": (of_mapped_model_field, "can't travel as JSON: User is a mapped class"),
+    "validation alias": (
+        of_validated,
+        r"Validated\.user_id is written as 'user_id' and read as 'userId': give it an `alias=`",
+    ),
+    "serialization alias": (
+        of_serialized,
+        r"Serialized\.user_id is written as 'userId' and read as 'user_id': give it an `alias=`",
+    ),
+    "pydantic constraint": (of_positive, r"Gt\(gt=0\) is pydantic's, and checked in its models only"),
+    "pydantic type": (of_secret, "no conversion for SecretStr: make it a field of a pydantic model"),
+    "private attribute": (of_private, r"PrivateParcel\._id is private, and msgspec leaves it out: rename"),
     "late task": (late_task, "gets the running task as its first parameter, not as 'task'"),
     "async task": (wrong_task, "is a plain function, so the task that it gets is annotated RunningTask"),
     "plain task": (wrong_async_task, "is a coroutine function, so .* annotated AsyncRunningTask"),

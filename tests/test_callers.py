@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 import warnings
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from typing import Any
 from unittest.mock import AsyncMock, MagicMock, Mock
 
+import flask_sqlalchemy
+import flask_sqlalchemy_lite
 import psycopg
 import pytest
 import sqlalchemy as sa
@@ -21,7 +24,15 @@ from sqlalchemy.ext.asyncio import (
     create_async_engine,
 )
 from sqlalchemy.ext.horizontal_shard import ShardedSession
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, object_session, scoped_session
+from sqlalchemy.orm import (
+    DeclarativeBase,
+    Mapped,
+    Session,
+    mapped_column,
+    object_session,
+    scoped_session,
+    sessionmaker,
+)
 
 from apoq import Queue, Task, UnsupportedSession
 from apoq.testing import assert_enqueued, drain, enqueued, freeze
@@ -45,6 +56,19 @@ class Doc(Base):
 def count(engine: sa.Engine) -> int:
     with engine.connect() as connection:
         return connection.scalar(sa.select(sa.func.count()).select_from(Task)) or 0
+
+
+def add_once(
+    session: Session, name: str, do: Callable[[Session], Any] = lambda session: queue.add(session, "t")
+):
+    called = []
+
+    def add(*_: Any) -> None:
+        if not called:
+            called.append(True)
+            do(session)
+
+    sa.event.listen(session, name, add)
 
 
 @pytest.fixture
@@ -216,6 +240,52 @@ class TestWhatIsNone:
         with pytest.raises(UnsupportedSession, match="nothing can be added through a mock of a session"):
             queue.add(mock(spec=spec), "t")
 
+    @pytest.mark.parametrize(
+        ("make", "message"),
+        [
+            (sessionmaker, r"orm\.session\.sessionmaker: call it, and give what it makes"),
+            (lambda engine: async_sessionmaker(), r"async_sessionmaker: call it"),
+            (lambda engine: Session, r"the class sqlalchemy\.orm\.session\.Session: call it"),
+            (lambda engine: engine, r"engine\.base\.Engine: begin one: `with Session\(engine\) as session"),
+            (lambda engine: engine.begin(), "enter it by `with` or `async with`, and give what that gives"),
+            (lambda engine: flask_sqlalchemy.SQLAlchemy(), "give its session, `db.session`"),
+            (
+                lambda engine: flask_sqlalchemy_lite.SQLAlchemy(),
+                "give its session, `db.session` or `db.async",
+            ),
+            (lambda engine: sqlite3.connect(":memory:"), r"sqlite3\.Connection: apoq works on PostgreSQL"),
+            (lambda engine: type("connection", (), {"__module__": "psycopg2.extensions"})(), "psycopg 3"),
+            (
+                lambda engine: type("Pool", (), {"__module__": "asyncpg.pool"})(),
+                "psycopg 3, also with asyncio",
+            ),
+            (
+                lambda engine: "send",
+                r"not through str: the session comes first, as in `queue\.add\(session, ",
+            ),
+            (lambda engine: None, "NoneType: begin one"),
+        ],
+        ids=[
+            *["sessionmaker", "async_sessionmaker", "class", "engine", "begin", "db", "lite", "sqlite"],
+            *["psycopg2", "asyncpg", "type", "None"],
+        ],
+    )
+    def test_the_message_says_what_to_give_instead(self, engine, make, message):
+        given = make(engine)
+
+        with pytest.raises(UnsupportedSession, match=message):
+            queue.add(given, "t")
+        with pytest.raises(UnsupportedSession, match=message):
+            queue.add_many(given, "t", [1])
+        if not isinstance(given, str):
+            with pytest.raises(UnsupportedSession, match=message):
+                enqueued(given)
+
+    @pytest.mark.parametrize("mock", [Mock, MagicMock, AsyncMock])
+    def test_a_mock_has_nothing_enqueued(self, mock):
+        with pytest.raises(UnsupportedSession, match="a mock of a session"):
+            enqueued(mock(spec=Session), "t")
+
     def test_its_module_is_named(self, engine):
         raw = engine.raw_connection()
 
@@ -271,6 +341,27 @@ class TestEventsOfAFlush:
             sa.event.remove(Doc, name, add)
 
         assert count(engine) == 1
+
+    @pytest.mark.parametrize("name", ["before_commit", "after_flush", "after_flush_postexec"])
+    def test_a_task_that_is_added_before_the_commit_is_committed(self, engine, name):
+        with Session(engine) as session:
+            add_once(session, name)
+            session.add(Task(type="t"))
+            session.commit()
+
+        assert count(engine) == 2
+
+    @pytest.mark.parametrize("name", ["after_begin", "after_commit", "after_rollback"])
+    @pytest.mark.parametrize("verb", ["add", "add_many", "cancel", "a typed task"])
+    def test_while_its_transaction_begins_or_ends_a_session_adds_nothing(self, engine, name, verb):
+        with Session(engine) as session:
+            if name == "after_begin":  # SQLAlchemy 2.0 allows it
+                pytest.importorskip("sqlalchemy", "2.1")
+            add_once(session, name, VERBS[verb])
+            with pytest.raises(UnsupportedSession, match="add the task in before_commit or earlier, or"):
+                _ = session.execute(sa.select(1)), session.rollback(), session.connection(), session.commit()
+
+        assert count(engine) == 0
 
     def test_before_the_flush_the_task_is_in_the_session(self, engine):
         with Session(engine) as session:

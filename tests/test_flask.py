@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import re
+import shlex
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -11,6 +15,7 @@ from typing import Any
 import flask
 import flask_sqlalchemy
 import flask_sqlalchemy_lite
+import pages
 import pytest
 import sqlalchemy as sa
 from flask import Flask, current_app, g
@@ -803,6 +808,28 @@ def test_its_documentation_runs(empty_url, monkeypatch, capsys, run_page):
     assert capsys.readouterr().out == "📧 welcome, ada@example.org\n"
     with namespace["app"].app_context():
         namespace["db"].engine.dispose()
+
+
+def test_its_first_example_serves_a_request_after_the_commands_below_it(tmp_path, empty_url, monkeypatch):
+    monkeypatch.setenv("DATABASE_URL", empty_url.render_as_string(hide_password=False))
+    page = pages.DOCS / "flask.md"
+    (tmp_path / "app.py").write_text(next(pages.blocks(page, "python")).code, encoding="utf-8")
+    commands = next(block.code for block in pages.blocks(page, "sh") if "flask run" in block.code)
+    flask = f"{shlex.quote(sys.executable)} -m flask"
+    for line in commands.splitlines()[1:]:
+        if "flask run" in line:
+            break
+        command = re.sub(r"\bflask\b(?= (apoq|shell))", flask, line)
+        subprocess.run(command, shell=True, check=True, cwd=tmp_path)
+
+    program = (
+        "import app; app = app.create_app(); app.testing = True;"
+        "print(app.test_client().post('/sign-up', data={'email': 'ada@example.org'}).text)"
+    )
+    serve = [sys.executable, "-W", "ignore", "-c", program]
+    ran = subprocess.run(serve, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    assert ran.stdout == "Welcome!\n", ran.stderr
 
 
 class TestItsTests:

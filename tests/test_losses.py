@@ -238,8 +238,8 @@ LOST: dict[str, tuple[Any, Any, str, str]] = {
         "another value, SecretStr('**********')",
     ),
     "a mapped object": (
-        [Plain(_sa_instance_state=1)],
-        [Plain()],
+        [type("User", (Plain,), {"__mapper__": None})()],
+        [{}],
         "[0]",
         "a mapped object belongs to its session: give its id",
     ),

@@ -16,6 +16,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sess
 from sqlalchemy.pool import NullPool
 
 from apoq import AsyncRunningTask, Queue, Task, Worker
+from apoq.fastapi import transaction
 from apoq.testing import assert_enqueued, drain, enqueued, rolled_back
 
 queue = Queue()
@@ -34,6 +35,7 @@ class User(Base):
 
 
 new_session = sessionmaker()
+in_transaction = transaction(new_session)
 new_async_session = async_sessionmaker(expire_on_commit=False)
 
 
@@ -184,6 +186,29 @@ def test_the_task_of_an_asyncio_request_runs_on_the_test_s_loop(on_loop, worker)
         assert (await session.get(User, response.json())).is_welcome
 
     on_loop(test)
+
+
+@pytest.mark.parametrize("fail", [False, True])
+def test_the_dependency_of_apoq_is_overridden_by_another(shared_engine, tables, fail):
+    app = FastAPI()
+
+    @app.post("/sign-up")
+    def sign_up(session: Annotated[Session, in_transaction]) -> None:
+        queue.add(session, "send_welcome")
+        if fail:
+            raise HTTPException(500)
+
+    with rolled_back(shared_engine) as session, warnings.catch_warnings(action="ignore"):
+        from fastapi.testclient import TestClient
+
+        sessions = sessionmaker(session.connection(), join_transaction_mode="create_savepoint")
+        app.dependency_overrides[in_transaction.dependency] = transaction(sessions).dependency
+        assert TestClient(app).post("/sign-up").status_code == (500 if fail else 200)
+
+        assert len(enqueued(session)) == (0 if fail else 1)
+
+    with Session(shared_engine) as other:
+        assert not other.scalars(sa.select(Task)).all()
 
 
 def test_nothing_is_committed(on_loop, worker, shared_engine):

@@ -13,7 +13,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sess
 from webtest import TestApp
 
 from apoq import Queue, Task, Worker
-from apoq.testing import assert_enqueued, drain, enqueued
+from apoq.testing import assert_enqueued, drain, enqueued, rolled_back
 
 queue = Queue()
 
@@ -80,6 +80,63 @@ def app(shared_engine):
     Base.metadata.create_all(shared_engine)
     yield make_app(shared_engine)
     Base.metadata.drop_all(shared_engine)
+
+
+@pytest.fixture
+def dbsession(app, shared_engine) -> Iterator[Session]:
+    """As docs/testing.md has it."""
+    factory = app.registry["dbsession_factory"]
+    with rolled_back(shared_engine) as session:
+        factory.configure(bind=session.connection(), join_transaction_mode="create_savepoint")
+        yield session
+        factory.configure(bind=shared_engine, join_transaction_mode="conditional_savepoint")
+
+
+class TestRequestsWithTransactionsOfTheirOwn:
+    def test_a_request_has_added_the_task_and_it_runs(self, app, dbsession, worker):
+        user_id = TestApp(app).post("/sign-up", {"email": "ann@example.com"}).json["id"]
+
+        assert_enqueued(dbsession, "send_welcome", user_id=user_id)
+        drain(dbsession, worker)
+        assert dbsession.get(User, user_id).is_welcome
+
+    def test_a_request_that_raises_adds_nothing(self, app, dbsession):
+        TestApp(app).post("/sign-up", {"email": "ann@example.com"})
+        with pytest.raises(RuntimeError):
+            TestApp(app).post("/sign-up", {"email": "bob@example.com", "fail": "1"})
+
+        assert len(enqueued(dbsession)) == 1
+        assert dbsession.scalars(sa.select(User.email)).all() == ["ann@example.com"]
+
+    def test_nothing_is_committed(self, app, dbsession, worker, shared_engine):
+        TestApp(app).post("/sign-up", {"email": "ann@example.com"})
+        drain(dbsession, worker)
+
+        with Session(shared_engine) as other:
+            assert not other.scalars(sa.select(User)).all()
+            assert not other.scalars(sa.select(Task)).all()
+
+    def test_processors_have_requests_of_their_own(self, shared_engine, app):
+        apoq_pyramid = pytest.importorskip("apoq.pyramid")
+
+        def send_welcome(task, request):
+            request.dbsession.get(User, task.data["user_id"]).is_welcome = True
+            if request.dbsession.get(User, task.data["user_id"]).email == "bob@example.com":
+                raise RuntimeError("no mail for Bob")
+
+        app = make_app(shared_engine, send_welcome)
+        factory = app.registry["dbsession_factory"]
+        with rolled_back(shared_engine) as session:
+            factory.configure(bind=session.connection(), join_transaction_mode="create_savepoint")
+            ids = [
+                TestApp(app).post("/sign-up", {"email": email}).json["id"]
+                for email in ("ann@example.com", "bob@example.com")
+            ]
+
+            done = drain(session, apoq_pyramid.make_worker(app.registry), errors="record")
+
+            assert [task.state for task in done] == ["completed", "pending"]
+            assert [session.get(User, id_).is_welcome for id_ in ids] == [True, False]
 
 
 @pytest.fixture

@@ -425,6 +425,40 @@ class TestTaskSession:
         assert worker.work().error["class"] == SessionMisused.__name__
         assert ledger(engine) == []
 
+    @pytest.mark.parametrize(
+        "end",
+        [
+            lambda task: Queue().cancel(task.session, task.id),
+            lambda task: task.session.delete(task.session.get(Task, task.id)),
+            lambda task: setattr(task.session.get(Task, task.id), "state", "completed"),
+            lambda task: setattr(task.session.get(Task, task.id), "token", 0),
+        ],
+        ids=["cancel", "delete", "state", "token"],
+    )
+    def test_a_processor_may_not_end_its_task_there(self, engine, worker, end):
+        def process(task: RunningTask) -> None:
+            write(task)
+            end(task)
+
+        worker.use("t", process)
+        add(engine)
+
+        assert worker.work().error["class"] == SessionMisused.__name__
+        assert ledger(engine) == []
+
+    def test_a_processor_may_change_other_columns_of_its_task_there(self, engine, worker):
+        def process(task: RunningTask) -> None:
+            row = task.session.get(Task, task.id)
+            row.data, row.priority = {"progress": 100}, 5
+
+        worker.use("t", process)
+        task_id = add(engine)
+
+        assert worker.work().state == "completed"
+        with Session(engine) as session:
+            row = session.get(Task, task_id)
+            assert (row.state, row.data, row.priority) == ("completed", {"progress": 100}, 5)
+
     def test_a_savepoint_is_not_a_commit(self, engine, worker):
         def process(task: RunningTask) -> None:
             with task.session.begin_nested():

@@ -6,9 +6,9 @@ import json
 from collections.abc import Coroutine, Mapping
 from typing import Any, Final, overload
 
-import msgspec.json
 from sqlalchemy import Connection, select
 
+from apoq.conversion import NoForm, reread
 from apoq.errors import glimpse
 from apoq.model import DEFAULT_QUEUE, Task, detached, tasks_table
 from apoq.queue import Queue
@@ -207,8 +207,8 @@ def _equal(stored: Any, wanted: Any) -> bool:
     if stored == wanted:
         return True
     try:
-        return bool(stored == msgspec.json.decode(msgspec.json.encode(wanted)))
-    except (TypeError, ValueError):
+        return bool(stored == reread(wanted))
+    except (NoForm, TypeError, ValueError):
         return False
 
 

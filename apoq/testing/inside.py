@@ -18,6 +18,7 @@ from apoq.errors import NotPrepared, UnsupportedSession
 from apoq.migrations.prepare import missing
 from apoq.model import Task, detached
 from apoq.sessions import bind_of
+from apoq.strangers import instead_of, is_mock, kind_of, refusal
 
 TestSession = Session | scoped_session[Session] | Connection
 AsyncTestSession = AsyncSession | async_scoped_session[AsyncSession] | AsyncConnection
@@ -31,6 +32,8 @@ def inside(
 ) -> T | Coroutine[Any, Any, T]:
     """Do something in a session: at once, or in an awaitable where it is asyncio's."""
     __tracebackhide__ = True
+    if is_mock(session):
+        raise UnsupportedSession(refusal(session))
     match session:
         case scoped_session():
             return operation(session())
@@ -42,9 +45,7 @@ def inside(
             return session.run_sync(operation)
     raise UnsupportedSession(
         "give the session or the connection of your test, which is SQLAlchemy's Session, scoped_session, "
-        # Its type only: a URL holds a password.
-        "Connection, AsyncSession or AsyncConnection, not "
-        f"{type(session).__module__}.{type(session).__qualname__}"
+        f"Connection, AsyncSession or AsyncConnection, not {kind_of(session)}: {instead_of(session)}"
     )
 
 
