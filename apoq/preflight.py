@@ -79,6 +79,7 @@ def problems(connection: Connection, schema: str | None = None) -> list[Problem]
         return [Problem(SCHEMA, text, f"GRANT USAGE ON SCHEMA {name} TO {role}")]
     return [
         *(problem for row in found if row["name"] == "apoq_tasks" for problem in _kind(connection, row)),
+        *_split(found),
         *_read_only(who),
         *(problem for row in found for problem in _rights(row, who["role"])),
         *(problem for row in found for problem in _row_security(row, who["role"])),
@@ -140,6 +141,15 @@ def _kind(connection: Connection, row: Any) -> Iterator[Problem]:
             ("citus_schema_undistribute", row["schema"]) if method == "n" else ("undistribute_table", name)
         )
         yield Problem(CITUS, f"{name} is {_CITUS}", f"SELECT {function}({_literal(what)})", is_fatal=True)
+
+
+def _split(found: list[Any]) -> Iterator[Problem]:
+    """Look for a search_path that leads to one set of tables for some names, and to another for others."""
+    if len({row["schema"] for row in found}) > 1:
+        names = ", ".join(row["qualified"] for row in found)
+        text = f"the search_path leads to tables of different schemas: {names}"
+        fix = "let it lead to one schema with all of apoq's tables, or give that (--schema, Queue(schema=…))"
+        yield Problem(TABLE, text, fix)
 
 
 def _read_only(who: Any) -> Iterator[Problem]:

@@ -79,7 +79,7 @@ def examine(target: Target) -> Iterator[Finding]:
         return  # to this role, there are no tables
     tables = list(_examined(target, "tables", partial(check_version, schema=target.schema)))
     yield from tables
-    if any(finding.level != OK for finding in tables):
+    if not any(finding.level == OK for finding in tables):
         return  # there is nothing to look at
     if not role:
         yield Finding(OK, "rights", "this role may do what a worker does")

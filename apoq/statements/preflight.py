@@ -16,12 +16,16 @@ from sqlalchemy.dialects.postgresql import ARRAY
 def session() -> TextClause:
     """Return the roles and the database of this session, quoted, and whether and why it can't write.
 
+    And its search_path, with the schema in which that makes new tables: null if none there exists.
+
     `read_only_source` is where `default_transaction_read_only` is set, in the words of `pg_settings`.
     """
     return text("""
         SELECT quote_ident(current_user) AS role,
                quote_ident(session_user) AS login,
                quote_ident(current_database()) AS database,
+               current_setting('search_path') AS search_path,
+               current_schema() AS current_schema,
                pg_is_in_recovery() AS is_standby,
                current_setting('transaction_read_only') = 'on' AS is_read_only,
                CASE setting WHEN 'on' THEN source END AS read_only_source
@@ -85,6 +89,33 @@ def tables() -> TextClause:
           END
         ORDER BY relname, is_reachable DESC
     """).bindparams(bindparam("names", type_=ARRAY(Text)), bindparam("schema", type_=Text))
+
+
+@cache
+def places() -> TextClause:
+    """Return the schemas of this database that have an apoq_tasks, with those of the tables `names` there.
+
+    First those that the search_path leads to, in its order. `is_named` says whether it names one, be it that
+    this role may not use that (`is_usable`), and so doesn't see it (`is_visible`).
+    """
+    return text("""
+        SELECT nspname AS schema,
+               quote_ident(nspname) AS quoted,
+               array_agg(CAST(relname AS text)) AS tables,
+               bool_or(nspname = ANY (current_schemas(false))) AS is_visible,
+               bool_or(strpos(
+                   ',' || replace(
+                       replace(current_setting('search_path'), ' ', ''), '"$user"', quote_ident(current_user)
+                   ) || ',',
+                   ',' || quote_ident(nspname) || ','
+               ) > 0) AS is_named,
+               bool_or(has_schema_privilege(schemas.oid, 'USAGE')) AS is_usable
+        FROM pg_catalog.pg_class JOIN pg_catalog.pg_namespace AS schemas ON schemas.oid = relnamespace
+        WHERE relname = ANY (:names) AND relkind IN ('r', 'p', 'v', 'm', 'f') AND left(nspname, 3) <> 'pg_'
+        GROUP BY nspname
+        HAVING bool_or(relname = 'apoq_tasks')
+        ORDER BY array_position(current_schemas(false), nspname), nspname
+    """).bindparams(bindparam("names", type_=ARRAY(Text)))
 
 
 @cache
