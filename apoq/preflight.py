@@ -12,7 +12,15 @@ from typing import Any, Final, NamedTuple
 from sqlalchemy import Connection
 
 from apoq.errors import UnsupportedDatabase
-from apoq.statements.preflight import citus_method, citus_schemas, citus_shards, session, tables
+from apoq.statements.preflight import (
+    citus_method,
+    citus_schemas,
+    citus_shards,
+    id_source,
+    last_ids,
+    session,
+    tables,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +34,7 @@ RIGHTS: Final[Mapping[str, tuple[str, ...]]] = {
 
 TABLE, CITUS = "table", "citus"
 READ_ONLY, SCHEMA, ROLE, ROW_SECURITY = "read-only", "schema", "rights", "row security"
+IDS = "ids"
 """The subjects of problems."""
 
 _KINDS: Final = {
@@ -84,6 +93,30 @@ def problems(connection: Connection, schema: str | None = None) -> list[Problem]
         *(problem for row in found for problem in _rights(row, who["role"])),
         *(problem for row in found for problem in _row_security(row, who["role"])),
     ]
+
+
+def ids_problem(connection: Connection, schema: str | None = None) -> Problem | None:
+    """Return why new tasks get no ids, or those of others, as after a restore without the sequence."""
+    row = next((row for row in _tables(connection, schema) if row["name"] == "apoq_tasks"), None)
+    source = row and connection.execute(id_source(), {"oid": row["oid"]}).mappings().first()
+    if row is None or not source:
+        return None
+    name = row["qualified"]
+    if not source["has_default"]:
+        sequence = f"{row['schema']}.apoq_tasks_id_seq"
+        fix = (
+            f"CREATE SEQUENCE IF NOT EXISTS {sequence} OWNED BY {name}.id; "
+            f"ALTER TABLE {name} ALTER id SET DEFAULT nextval({_literal(sequence)}); "
+            f"{_setval(sequence, name)}"
+        )
+        return Problem(IDS, f"{name}.id has no default, so no task can be added", fix)
+    if source["name"] is None:
+        return None
+    next_id, highest = tuple(connection.execute(last_ids(schema, source["name"], source["schema"])).one())
+    if highest is None or highest < next_id:
+        return None
+    text = f"the next new task gets the id {next_id}, and there are tasks up to id {highest}: adding fails"
+    return Problem(IDS, text, _setval(source["quoted"], name))
 
 
 def only_adds(connection: Connection, schema: str | None = None) -> bool:
@@ -188,6 +221,10 @@ def _row_security(row: Any, role: str) -> Iterator[Problem]:
             f"restrictive; else ALTER TABLE {row['qualified']} DISABLE ROW LEVEL SECURITY"
         )
         yield Problem(ROW_SECURITY, text, fix)
+
+
+def _setval(sequence: str, table: str) -> str:
+    return f"SELECT setval({_literal(sequence)}, (SELECT max(id) FROM {table}))"  # noqa: S608 - it is shown only
 
 
 def _literal(name: str) -> str:

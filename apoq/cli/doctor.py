@@ -21,6 +21,7 @@ from apoq.cli.output import json_option, show, show_json
 from apoq.cli.server_checks import check_clock, check_connections, check_server, check_way
 from apoq.cli.table_checks import (
     check_horizon,
+    check_ids,
     check_indexes,
     check_queues,
     check_role,
@@ -83,6 +84,7 @@ def examine(target: Target) -> Iterator[Finding]:
         return  # there is nothing to look at
     if not role:
         yield Finding(OK, "rights", "this role may do what a worker does")
+    yield from _examined(target, "ids", partial(check_ids, schema=target.schema))
     yield from _examined(target, "vacuum", partial(check_vacuum, schema=target.schema))
     yield from _examined(target, "indexes", partial(check_indexes, schema=target.schema))
     yield from _examined(target, "transactions", check_horizon)

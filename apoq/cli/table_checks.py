@@ -15,7 +15,7 @@ from apoq.cli.wording import clean, length, tasks
 from apoq.migrations import LATEST
 from apoq.migrations.places import ambiguous
 from apoq.migrations.prepare import version_problem
-from apoq.preflight import ROLE, only_adds, problems
+from apoq.preflight import ROLE, ids_problem, only_adds, problems
 from apoq.statements.claim import CHANGED
 from apoq.statements.count import COUNTED
 from apoq.statements.server import holders, indexes_naming, server, vacuuming
@@ -89,6 +89,12 @@ def check_indexes(connection: sa.Connection, schema: str | None) -> Iterator[Fin
         yield Finding(
             WARNING, "indexes", text, f"DROP INDEX CONCURRENTLY {name}, if nothing of yours needs it"
         )
+
+
+def check_ids(connection: sa.Connection, schema: str | None) -> Iterator[Finding]:
+    """Tell whether new tasks get ids that are free."""
+    if problem := ids_problem(connection, schema):
+        yield Finding(BAD, problem.subject, problem.text, problem.fix)
 
 
 def check_horizon(connection: sa.Connection) -> Iterator[Finding]:

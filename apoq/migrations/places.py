@@ -76,8 +76,8 @@ def why_missing(connection: sa.Connection, schema: str | None) -> Problem:
         return _unusable(place, who["role"])
     if place is not None and place.is_unrecorded:
         text = (
-            f"apoq's tables{where} exist, but no version is recorded in apoq_migrations, as in a copy of a schema "
-            "without its rows"
+            f"apoq's tables{where} exist, but no version is recorded in apoq_migrations, as in a copy of a "
+            "schema without its rows"
         )
         option = "" if schema is None else f" --schema {shlex.quote(schema)}"
         return Problem(TABLE, text, f"run `apoq migrate{option}`, which records it")

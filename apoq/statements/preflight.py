@@ -1,15 +1,31 @@
 """Look at what keeps a role from working on a database, or from migrating it.
 
-From PostgreSQL's catalogues alone, which every role may read: a role without rights has to be told which ones
-it lacks.
+From PostgreSQL's catalogues, which every role may read: a role without rights has to be told which ones it
+lacks.
 """
 
 from __future__ import annotations
 
 from functools import cache
 
-from sqlalchemy import Text, TextClause, bindparam, text
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Integer,
+    Select,
+    Text,
+    TextClause,
+    bindparam,
+    cast,
+    column,
+    func,
+    select,
+    table,
+    text,
+)
 from sqlalchemy.dialects.postgresql import ARRAY
+
+from apoq.model import tasks_table
 
 
 @cache
@@ -116,6 +132,53 @@ def places() -> TextClause:
         HAVING bool_or(relname = 'apoq_tasks')
         ORDER BY array_position(current_schemas(false), nspname), nspname
     """).bindparams(bindparam("names", type_=ARRAY(Text)))
+
+
+@cache
+def id_source() -> TextClause:
+    """Return what gives new tasks of the table `oid` their ids: whether there is a default, and its sequence.
+
+    `schema` and `name` are the sequence's (`quoted`: both, for SQL). They are null if the default is another
+    one, and if this role may not read the sequence or the ids.
+    """
+    return text("""
+        SELECT has_default, nspname AS schema, relname AS name,
+               quote_ident(nspname) || '.' || quote_ident(relname) AS quoted
+        FROM (
+            SELECT atthasdef OR attidentity <> '' AS has_default,
+                   has_column_privilege(attrelid, attnum, 'SELECT') AS is_readable,
+                   -- A default depends on its sequence, and the sequence of an identity on its column.
+                   coalesce(
+                       (SELECT refobjid
+                        FROM pg_catalog.pg_depend JOIN pg_catalog.pg_sequence ON seqrelid = refobjid
+                        WHERE classid = CAST('pg_catalog.pg_attrdef' AS regclass) AND objid = defaults.oid
+                        LIMIT 1),
+                       (SELECT objid
+                        FROM pg_catalog.pg_depend JOIN pg_catalog.pg_sequence ON seqrelid = objid
+                        WHERE refobjid = attrelid AND refobjsubid = attnum AND deptype = 'i'
+                        LIMIT 1)
+                   ) AS sequence
+            FROM pg_catalog.pg_attribute
+            LEFT JOIN pg_catalog.pg_attrdef AS defaults ON adrelid = attrelid AND adnum = attnum
+            WHERE attrelid = CAST(:oid AS oid) AND attname = 'id'
+        ) AS ids
+        LEFT JOIN (
+            pg_catalog.pg_class AS sequences
+            JOIN pg_catalog.pg_namespace AS sequence_schemas ON sequence_schemas.oid = relnamespace
+            JOIN pg_catalog.pg_sequence ON seqrelid = sequences.oid AND seqincrement > 0
+        ) ON sequences.oid = sequence AND is_readable
+            AND CASE relkind WHEN 'S' THEN has_sequence_privilege(sequences.oid, 'SELECT') END
+    """)
+
+
+def last_ids(schema: str | None, sequence: str, sequence_schema: str) -> Select[tuple[int, int]]:
+    """Return the next id that a sequence gives, and the highest that a task has; null if there is no task."""
+    tasks = tasks_table(schema)
+    values = table(
+        sequence, column("last_value", BigInteger), column("is_called", Boolean), schema=sequence_schema
+    )
+    next_id = values.c.last_value + cast(values.c.is_called, Integer)
+    return select(next_id, select(func.max(tasks.c.id)).scalar_subquery())
 
 
 @cache
