@@ -451,29 +451,32 @@ class TestARescueThatIsRefused:
     """
 
     @pytest.fixture
-    def beats(self, make_worker):
-        """Start a worker, and wait until it has had so many heartbeats more."""
-        worker = make_worker(lease=timedelta(seconds=1))
+    def refusals(self, make_worker, caplog):
+        """Start a worker, and return what the log says of refusals until a few heartbeats after the first."""
+        worker = make_worker(lease=timedelta(seconds=2))
         worker.use("t", lambda task: None)
 
-        def beats(number: int) -> None:
+        def said() -> list[str]:
+            return [message for message in caplog.messages if "not now" in message]
+
+        def refusals() -> list[str]:
             worker.start()
-            for _ in range(number):
+            until(said)
+            for _ in range(3):
                 before = worker.seen_at
                 until(lambda before=before: worker.seen_at != before)
+            return said()
 
-        return beats
+        return refusals
 
-    def test_a_statement_that_fails_as_such_is_one_line_and_blames_no_task(self, engine, beats, caplog):
+    def test_a_statement_that_fails_as_such_is_one_line_and_blames_no_task(self, engine, refusals, caplog):
         with engine.begin() as connection:
             connection.exec_driver_sql(self.REFUSE.format("STATEMENT"))
             connection.exec_driver_sql("INSERT INTO apoq_claims VALUES (gen_random_uuid(), 0, '{}')")
 
-        beats(4)
+        [said] = refusals()
 
-        about = [message for message in caplog.messages if "not now" in message]
-        assert len(about) == 1
-        assert about[0].startswith("the rescue of tasks of dead workers failed, and is tried again")
+        assert said.startswith("the rescue of tasks of dead workers failed, and is tried again")
 
         with engine.begin() as connection:
             connection.exec_driver_sql("DROP TRIGGER refuse ON apoq_tasks")
@@ -482,7 +485,7 @@ class TestARescueThatIsRefused:
         )
 
     def test_a_task_that_cant_be_written_is_one_line_and_the_others_are_rescued(
-        self, engine, queue, beats, caplog
+        self, engine, queue, refusals
     ):
         with engine.begin() as connection:
             first, *_ = [queue.add(connection, "t").id for _ in range(3)]
@@ -496,10 +499,8 @@ class TestARescueThatIsRefused:
                 )
             )
 
-        beats(4)
+        [said] = refusals()
 
+        assert said.startswith("a task of a dead worker can't be made pending again, and stays running")
         until(lambda: count(engine, Task.state == "completed") == 2)
         assert count(engine, Task.state == "running", Task.id == first) == 1
-        about = [message for message in caplog.messages if "not now" in message]
-        assert len(about) == 1
-        assert about[0].startswith("a task of a dead worker can't be made pending again, and stays running")

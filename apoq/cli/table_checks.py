@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from datetime import timedelta
 from importlib.metadata import version
@@ -12,9 +13,9 @@ import sqlalchemy as sa
 from apoq.cli.figures import Figures
 from apoq.cli.finding import BAD, OK, WARNING, Finding
 from apoq.cli.wording import clean, length, tasks
-from apoq.migrations import LATEST
-from apoq.migrations.places import ambiguous
-from apoq.migrations.prepare import version_problem
+from apoq.migrations import LATEST, current
+from apoq.migrations.places import ambiguous, where_looked, why_missing
+from apoq.migrations.steps import newer
 from apoq.preflight import ROLE, ids_problem, only_adds, problems
 from apoq.statements.claim import CHANGED
 from apoq.statements.count import COUNTED
@@ -53,13 +54,25 @@ def check_role(connection: sa.Connection, schema: str | None) -> Iterator[Findin
 
 
 def check_version(connection: sa.Connection, schema: str | None) -> Iterator[Finding]:
-    """Tell whether the tables are this library's, and which are meant if there are several."""
-    if problem := version_problem(connection, schema):
+    """Tell whether the tables are this library's, and which are used if there are several."""
+    found = current(connection, schema)
+    if found == LATEST:
+        yield Finding(OK, "tables", f"at version {LATEST}, this library's")
+        if schema is None and (problem := ambiguous(connection)):
+            yield Finding(WARNING, "tables", problem.text, problem.fix)
+        return
+    if found > LATEST:
+        yield Finding(BAD, "tables", newer(found), "pip install --upgrade apoq")
+        return
+    if not found and (problem := why_missing(connection, schema)):
         yield Finding(BAD, "tables", problem.text, problem.fix)
         return
-    yield Finding(OK, "tables", f"at version {LATEST}, this library's")
-    if schema is None and (problem := ambiguous(connection)):
-        yield Finding(WARNING, "tables", problem.text, problem.fix)
+    where = "" if schema is None else f" in the schema {schema!r}"
+    none = f"there are none{where}, in {where_looked(connection, schema)}"
+    text = f"at version {found}, and this library wants {LATEST}" if found else none
+    option = "" if schema is None else f" --schema {shlex.quote(schema)}"
+    cure = f"apoq migrate{option}, or alembic upgrade head if your migrations include apoq's"
+    yield Finding(BAD, "tables", text, cure)
 
 
 def check_vacuum(connection: sa.Connection, schema: str | None) -> Iterator[Finding]:

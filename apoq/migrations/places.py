@@ -8,7 +8,7 @@ from typing import Final, NamedTuple
 
 import sqlalchemy as sa
 
-from apoq.errors import NotPrepared, preparing
+from apoq.errors import NotPrepared
 from apoq.preflight import RIGHTS, SCHEMA, TABLE, Problem
 from apoq.statements import preflight as statements
 
@@ -66,29 +66,36 @@ def here(connection: sa.Connection, schema: str | None) -> Place | None:
     return next((place for place in places(connection) if _is_here(place, schema)), None)
 
 
-def why_missing(connection: sa.Connection, schema: str | None) -> Problem:
-    """Return what is the matter if apoq's tables have no version where they are looked for."""
+def why_missing(connection: sa.Connection, schema: str | None) -> Problem | None:
+    """Return what is the matter if apoq's tables have no version where they are looked for.
+
+    None if there are none at all, or the original's.
+    """
     found = places(connection)
     who = connection.execute(statements.session()).mappings().one()
-    where = "" if schema is None else f" in the schema {schema!r}"
     place = next((place for place in found if _is_here(place, schema)), None)
-    if place is not None and not place.is_usable:
+    if place is None:
+        return _another_set(found, who) if schema is None else None
+    if not place.is_usable:
         return _unusable(place, who["role"])
-    if place is not None and place.is_unrecorded:
-        text = (
-            f"apoq's tables{where} exist, but no version is recorded in apoq_migrations, as in a copy of a "
-            "schema without its rows"
-        )
-        option = "" if schema is None else f" --schema {shlex.quote(schema)}"
-        return Problem(TABLE, text, f"run `apoq migrate{option}`, which records it")
-    if place is None and schema is None and (another := _another_set(found, who)):
-        return another
-    text = f"apoq's tables{where} are missing, looked for in the database {who['database']}"
+    if not place.is_unrecorded:
+        return None
+    where = "" if schema is None else f" in the schema {schema!r}"
+    text = (
+        f"apoq's tables{where} exist, but no version is recorded in apoq_migrations, as in a copy of a "
+        "schema without its rows"
+    )
+    option = "" if schema is None else f" --schema {shlex.quote(schema)}"
+    return Problem(TABLE, text, f"run `apoq migrate{option}`, which records it")
+
+
+def where_looked(connection: sa.Connection, schema: str | None) -> str:
+    """Say in which database the tables were looked for, and by which search_path: it may be the wrong one."""
+    who = connection.execute(statements.session()).mappings().one()
     if schema is None:
-        text += f" by the search_path {who['search_path']}"
-    elif place is None and found:
-        text += f", which has some in {_named(found)}"
-    return Problem(TABLE, text, preparing(schema))
+        return f"the database {who['database']}, by the search_path {who['search_path']}"
+    found = [place for place in places(connection) if place.schema != schema]
+    return f"the database {who['database']}" + (f", which has some in {_named(found)}" if found else "")
 
 
 def another_set(connection: sa.Connection) -> Problem | None:

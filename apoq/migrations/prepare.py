@@ -11,9 +11,8 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from apoq.databases import check_dialect
 from apoq.errors import NotPrepared, preparing
-from apoq.migrations.places import another_set, why_missing
+from apoq.migrations.places import another_set, where_looked, why_missing
 from apoq.migrations.steps import LATEST, current, newer, upgrade
-from apoq.preflight import TABLE, Problem
 
 # Each starter in a transaction that sees, once it has waited for its turn, what the others did in theirs.
 OPTIONS: Final[dict[str, Any]] = {"isolation_level": "READ COMMITTED"}
@@ -88,29 +87,22 @@ def _prepare(connection: sa.Connection, schema: str | None) -> None:
 
 def check(connection: sa.Connection, schema: str | None = None) -> None:
     """Raise `NotPrepared`, with what to do, unless the tables are at this library's version."""
-    if problem := version_problem(connection, schema):
-        raise NotPrepared(f"{problem.text}: {problem.fix}")
-
-
-def version_problem(connection: sa.Connection, schema: str | None = None) -> Problem | None:
-    """Return why the tables are not at this library's version, and what to do; None if they are."""
     version = current(connection, schema)
-    if version == LATEST:
-        return None
     if version > LATEST:
-        text, _, fix = newer(version).partition(": ")
-        return Problem(TABLE, text, fix)
-    if not version:
-        return why_missing(connection, schema)
-    where = "" if schema is None else f" in the schema {schema!r}"
-    text = f"apoq's tables{where} are at version {version}, and this library wants version {LATEST}"
-    return Problem(TABLE, text, preparing(schema))
+        raise NotPrepared(newer(version))
+    if version == LATEST:
+        return
+    if version:
+        raise NotPrepared(missing(schema, f"are at version {version}"))
+    if problem := why_missing(connection, schema):
+        raise NotPrepared(f"{problem.text}: {problem.fix}")
+    raise NotPrepared(missing(schema, f"are missing, in {where_looked(connection, schema)}"))
 
 
-def missing(schema: str | None) -> str:
-    """Say that the tables are not there, and what to do."""
+def missing(schema: str | None, what: str = "are missing") -> str:
+    """Say that the tables are not there, or too old, and what to do."""
     where = "" if schema is None else f" in the schema {schema!r}"
-    return f"apoq's tables{where} are missing, and this library wants version {LATEST}: {preparing(schema)}"
+    return f"apoq's tables{where} {what}; this library wants version {LATEST}: {preparing(schema)}"
 
 
 def _check_encoding(connection: sa.Connection) -> None:
