@@ -9,7 +9,7 @@
     ├── MismatchedData         (ValueError)   a typed task's data that doesn't fit its function
     ├── UnsupportedDatabase    (TypeError)    not PostgreSQL through psycopg 3, or tables that can't be worked
     ├── UnsupportedSession     (TypeError)    not something that a task can be added through
-    ├── NotPrepared                           apoq's tables are missing, or at another version
+    ├── NotPrepared                           apoq's tables are missing, at another version, or lack ids
     ├── SessionMisused                        `task.session` was committed, or ended its own task
     └── apoq.pyramid.Misconfigured (ConfigurationError)
                                               a setting or a processor that an application can't have
@@ -71,7 +71,7 @@ class UnsupportedSession(ApoqError, TypeError):
 
 
 class NotPrepared(ApoqError):
-    """apoq's tables are missing, or at another version than this library's."""
+    """apoq's tables are missing, at another version than this library's, or give new tasks no free ids."""
 
 
 def preparing(schema: str | None) -> str:

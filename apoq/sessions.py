@@ -41,6 +41,9 @@ AsyncioSession = AsyncSession | async_scoped_session[Any] | AsyncConnection | ps
 Row = Mapping[Any, Any]
 T = TypeVar("T")
 
+_TAKEN: Final = "23505"
+"""SQLSTATE of a value that another row has in a unique column."""
+
 CLOCK: Final = "apoq_clock"
 """The option of a connection on which a test has set the clock: see `apoq.testing`."""
 
@@ -345,4 +348,16 @@ def _clear_errors(statement: Any) -> Iterator[None]:
                 f"{cause.diag.message_primary}. Are apoq's tables missing, or at another version? Then "
                 f"{preparing(statement.table.schema)}"
             ) from error
+        if _is_taken_id(cause):
+            raise NotPrepared(
+                "the id of the new task is taken, because the sequence of apoq_tasks.id is behind, as after "
+                "a restore without it: `apoq doctor` shows the statement that sets it"
+            ) from error
         raise
+
+
+def _is_taken_id(cause: Any) -> bool:
+    diag = getattr(cause, "diag", None)
+    # A naming convention may have renamed the key.
+    is_key = diag and (diag.constraint_name == "apoq_tasks_pkey" or "(id)=(" in (diag.message_detail or ""))
+    return bool(is_key) and cause.sqlstate == _TAKEN

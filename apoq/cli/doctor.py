@@ -21,6 +21,7 @@ from apoq.cli.output import json_option, show, show_json
 from apoq.cli.server_checks import check_clock, check_connections, check_server, check_way
 from apoq.cli.table_checks import (
     check_horizon,
+    check_ids,
     check_indexes,
     check_queues,
     check_role,
@@ -79,10 +80,11 @@ def examine(target: Target) -> Iterator[Finding]:
         return  # to this role, there are no tables
     tables = list(_examined(target, "tables", partial(check_version, schema=target.schema)))
     yield from tables
-    if any(finding.level != OK for finding in tables):
+    if not any(finding.level == OK for finding in tables):
         return  # there is nothing to look at
     if not role:
         yield Finding(OK, "rights", "this role may do what a worker does")
+    yield from _examined(target, "ids", partial(check_ids, schema=target.schema))
     yield from _examined(target, "vacuum", partial(check_vacuum, schema=target.schema))
     yield from _examined(target, "indexes", partial(check_indexes, schema=target.schema))
     yield from _examined(target, "transactions", check_horizon)

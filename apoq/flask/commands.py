@@ -31,7 +31,8 @@ def _aim(ctx: click.Context) -> None:
         engine = found.database.engine
         check_dialect(engine.dialect)
     if "migrate" in current_app.extensions:  # Flask-Migrate's
-        ctx.default_map = {"revision": {"directory": current_app.extensions["migrate"].directory}}
+        directory = current_app.extensions["migrate"].directory
+        ctx.default_map = {"revision": {"directory": directory, "bind": found.database.bind}}
     if isinstance(engine, AsyncEngine):
         engine = sync_twin(engine)
         ctx.call_on_close(engine.dispose)

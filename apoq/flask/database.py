@@ -50,6 +50,18 @@ class Database:
             engine = self._target().engine
         return AsyncEngine(engine) if engine.dialect.is_async else engine
 
+    @property
+    def bind(self) -> str:
+        """The bind of that engine, as Flask-Migrate's template for several binds names its functions.
+
+        "" is the default one; so is any that leads to the same database.
+        """
+        own, engines = sync_side(self.engine), self._engines()
+        default = engines.pop(None, None)
+        if default is None or _place(sync_side(default.engine)) == _place(own):
+            return ""
+        return next((key or "" for key, each in engines.items() if sync_side(each.engine) is own), "")
+
     def session(self) -> Session | AsyncSession:
         """Answer the session of the current application context."""
         found: AnySession = self._session() if self._session else self._extensions_session()

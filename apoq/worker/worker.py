@@ -69,7 +69,8 @@ class Worker:
         and coroutine functions together. `poll_interval` is how often an idle worker looks where no hint
         wakes it, and `lease` how long after its death its tasks are taken over by others. Completed tasks are
         deleted `keep_completed` after their completion, failed and cancelled ones after `keep_failed`; None
-        keeps them for ever, and with zero a task is deleted instead of being marked as completed.
+        keeps them for ever, and with zero a task is deleted instead of being marked as completed. A kept task
+        takes about 1 KB: at 800 a second, a day of them is up to 80 GB, so keep them for a shorter time then.
         `listen_url` leads to the same database past a pooler in transaction mode, through which no hint could
         arrive; only the connection that listens is opened there. `around` answers a context manager for a
         running task, such as an application's context: its processor is called in it, and the completion is
