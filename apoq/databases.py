@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from sqlalchemy import Dialect, Engine
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -35,6 +38,20 @@ def check_dialect(dialect: Dialect) -> None:
         raise UnsupportedDatabase(
             f"apoq works on PostgreSQL through psycopg 3, and this is {dialect.name}+{dialect.driver}: "
             "create the engine with a postgresql+psycopg:// URL"
+        )
+
+
+def check_untranslated(options: Mapping[str, Any], schema: str | None) -> None:
+    """Raise `UnsupportedDatabase` if execution options would look for the tables of a schema in another.
+
+    SQLAlchemy translates its own statements only: workers, COPY and notifications would miss the tables.
+    """
+    translated = options.get("schema_translate_map") or {}
+    other = translated.get(schema, schema)
+    if other != schema:
+        raise UnsupportedDatabase(
+            f"apoq's tables can't be found by a schema_translate_map, and this one maps {schema!r} to "
+            f"{other!r}: use Queue(schema={other!r}), and prepare(engine, schema={other!r})"
         )
 
 
