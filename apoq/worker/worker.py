@@ -13,7 +13,7 @@ from typing import Any, Final
 from sqlalchemy import URL, Engine
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from apoq.databases import check_dialect, check_untranslated, sync_side
+from apoq.databases import check_engine, check_untranslated, sync_side
 from apoq.errors import InvalidProcessor
 from apoq.events import Events
 from apoq.model import Task
@@ -78,7 +78,7 @@ class Worker:
         if not isinstance(engine, Engine | AsyncEngine):
             # Its type only: a URL holds a password.
             raise TypeError(f"a worker takes an Engine or an AsyncEngine, not {type(engine).__qualname__}")
-        check_dialect(engine.dialect)
+        check_engine(engine)
         queues = queues or (Queue(),)
         for queue in queues:
             if not isinstance(queue, Queue):
