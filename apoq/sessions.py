@@ -207,7 +207,8 @@ class _OrmSession:
         # What else waits in the session is flushed when its owner wants it to be.
         with _clear_errors(statement), self._session.no_autoflush, _writing(self._session):
             result: Any = self._session.execute(statement, parameters, bind_arguments={"mapper": _MAPPER})
-            if self.is_heard:  # and a listener may have added them
+            # A listener may have added them. An UPDATE's result has a context since SQLAlchemy 2.1.
+            if self.is_heard and hasattr(result, "context"):
                 check_untranslated(result.context.execution_options, _schema(statement))
             self._result = result
             return _rows(result)

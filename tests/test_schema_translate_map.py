@@ -107,6 +107,8 @@ def tenants(template, create_database, drop_database) -> Iterator[sa.Engine]:
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("verb", ADDING.values(), ids=ADDING)
 def test_by_what_adds_or_changes_a_task(tenants, way, verb):
+    if way is by_listener and verb in {ADDING["cancel"], ADDING["retry"]} and sa.__version__ < "2.1":
+        pytest.skip("before SQLAlchemy 2.1, nothing says with what options these were executed")
     with way(tenants) as session:
         with refused:
             verb(session)
