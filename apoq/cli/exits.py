@@ -16,6 +16,7 @@ from sqlalchemy import URL
 
 from apoq.cli.wording import clean
 from apoq.connections import is_away, is_missing
+from apoq.databases import without_password
 from apoq.errors import ApoqError, NotPrepared
 
 _FORBIDDEN = "42501"
@@ -75,13 +76,16 @@ def explained(url: URL | None = None) -> Iterator[None]:
 
 def _explain(cause: Any, url: URL | None) -> Failure | None:
     # libpq's has several lines.
-    message = " ".join(re.sub(r"(?<=\w)\n", ". ", str(cause)).split())
+    message = without_password(" ".join(re.sub(r"(?<=\w)\n", ". ", str(cause)).split()))
     if is_missing(cause):
         return NotReady(f"{message}: bring apoq's tables up to date with `apoq migrate`")
     if getattr(cause, "sqlstate", None) == _FORBIDDEN:
         return Failure(
             f"{message}: use a role that may do that; `apoq doctor` shows what to grant to a worker"
         )
+    if isinstance(cause, psycopg.ProgrammingError) and cause.sqlstate is None:
+        # libpq's, before it connects: such as of an option in the URL of an application's engine.
+        return BadUsage(f"the engine can't connect: {message}; look at its URL and its connect_args")
     if is_away(cause):
         where = "" if url is None else f" at {shown(url)}"
         return Unreachable(f"the database{where} can't be reached: {message}")
@@ -91,9 +95,16 @@ def _explain(cause: Any, url: URL | None) -> Failure | None:
 def shown(url: URL) -> str:
     """Show where a URL leads, and no password."""
     query = {name: value for name, value in url.query.items() if name in {"host", "port", "service"}}
-    return (
-        url.set(query=query, drivername="postgresql").render_as_string(hide_password=True).replace("%2F", "/")
-    )
+    place = url.set(
+        query=query,
+        drivername="postgresql",
+        # Before an @ may stand a part of a password that isn't written with per cent signs.
+        host=url.host and url.host.rpartition("@")[2],
+        database=url.database and url.database.rpartition("@")[2],
+    ).render_as_string(hide_password=True)
+    for code, character in {"%2F": "/", "%3A": ":", "%2C": ","}.items():
+        place = place.replace(code, character)
+    return place
 
 
 def warn(message: str) -> None:

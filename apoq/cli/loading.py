@@ -13,7 +13,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from sqlalchemy.engine import url
+
 from apoq.cli.exits import BadUsage, Failure
+from apoq.databases import UNREADABLE, without_password
 from apoq.errors import ApoqError
 from apoq.queue import Queue
 from apoq.worker import Worker
@@ -77,8 +80,14 @@ def located(what: str) -> Iterator[None]:
     except (Failure, ApoqError):
         raise  # it says what is wrong
     except Exception as error:
-        (*_, last) = traceback.format_exception_only(error)
-        raise BadUsage(f"{what}: {last.strip()}{_where(error)}") from error
+        raise BadUsage(f"{what}: {_message(error)}{_where(error)}") from error
+
+
+def _message(error: BaseException) -> str:
+    if traceback.extract_tb(error.__traceback__)[-1].filename == url.__file__:
+        return UNREADABLE  # SQLAlchemy's own words may have a part of the password in them
+    (*_, last) = traceback.format_exception_only(error)
+    return without_password(last.strip())
 
 
 def _where(error: BaseException) -> str:

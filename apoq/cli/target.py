@@ -7,13 +7,12 @@ from contextlib import contextmanager
 from typing import Any, Final
 
 import sqlalchemy as sa
-import sqlalchemy.exc
 from sqlalchemy import URL
 
 from apoq.cli.exits import BadUsage, explained
 from apoq.connections import prepare_where_kept
-from apoq.databases import database_url
-from apoq.errors import UnsupportedDatabase
+from apoq.databases import check_engine, database_url
+from apoq.errors import ApoqError
 from apoq.migrations import check
 
 CONNECT_TIMEOUT: Final = 10
@@ -41,7 +40,10 @@ class Target:
     @property
     def url(self) -> URL:
         """The database's URL, for psycopg 3. Fails where there is none, or none that can be read."""
-        return _read(self._url) if self._engine is None else self._engine.url
+        if self._engine is None:
+            return _read(self._url)
+        check_engine(self._engine)
+        return self._engine.url
 
     @property
     def engine(self) -> sa.Engine:
@@ -82,11 +84,5 @@ def _read(url: str | None) -> URL:
         raise BadUsage(f"which database? Give --database-url, or set {' or '.join(VARIABLES)}")
     try:
         return database_url(url)
-    except UnsupportedDatabase as error:
+    except ApoqError as error:
         raise BadUsage(str(error)) from None
-    except (sqlalchemy.exc.ArgumentError, ValueError):
-        # What they say has parts of the URL in it, and one of them is the password.
-        raise BadUsage(
-            "the database's URL can't be read: it has the form postgresql://user:password@host:5432/name. "
-            "Special characters in a password are written with per cent signs, such as %40 for @ or %2F for /"
-        ) from None

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import sqlalchemy as sa
 
+from apoq.databases import check_untranslated
 from apoq.model import Base
 from apoq.payload import check_schema
 
@@ -30,6 +31,7 @@ def differences(connection: sa.Connection, schema: str | None = None) -> list[st
     from alembic.migration import MigrationContext  # noqa: PLC0415
 
     schema = check_schema(schema)
+    check_untranslated(connection.get_execution_options(), schema)
     metadata = sa.MetaData()
     tables = [
         table.to_metadata(metadata, schema=schema or sa.schema.SchemaConst.RETAIN_SCHEMA)

@@ -9,7 +9,7 @@ from typing import Any, Final, overload
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from apoq.databases import check_dialect
+from apoq.databases import check_engine
 from apoq.errors import NotPrepared, preparing
 from apoq.migrations.places import another_set, where_looked, why_missing
 from apoq.migrations.steps import LATEST, current, newer, upgrade
@@ -40,14 +40,14 @@ def prepare(
     schema has some.
     """
     if isinstance(engine, AsyncEngine):
-        check_dialect(engine.dialect)
+        check_engine(engine)
         return _prepare_async(engine.execution_options(**OPTIONS), schema)
     if not isinstance(engine, sa.Engine):
         raise TypeError(
             f"prepare takes an Engine or an AsyncEngine, not {type(engine).__qualname__}: "
             "on a connection of yours, call apoq.migrations.upgrade"
         )
-    check_dialect(engine.dialect)
+    check_engine(engine)
     with _readable(), engine.execution_options(**OPTIONS).begin() as connection:
         _prepare(connection, schema)
     return None

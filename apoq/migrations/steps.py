@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import sqlalchemy as sa
 
+from apoq.databases import check_untranslated
 from apoq.errors import NotPrepared
 from apoq.migrations import v0001
 from apoq.migrations.differences import differences
@@ -64,6 +65,7 @@ def upgrade(op: Operations | ModuleType, *, version: int = LATEST, schema: str |
         start = version - 1
     else:
         connection = operations.get_bind()
+        check_untranslated(connection.get_execution_options(), schema)
         lock(connection)
         is_unnamed = schema is None
         if is_unnamed and (found := home(connection)) is not None:
@@ -102,6 +104,7 @@ def downgrade(op: Operations | ModuleType, *, version: int = 0, schema: str | No
         start = version + 1
     else:
         connection = operations.get_bind()
+        check_untranslated(connection.get_execution_options(), schema)
         lock(connection)
         start = current(connection, schema)
         if start > LATEST:
@@ -115,7 +118,8 @@ def downgrade(op: Operations | ModuleType, *, version: int = 0, schema: str | No
 
 def current(connection: sa.Connection, schema: str | None = None) -> int:
     """Return the version of the tables in a database; 0 if there are none, or only the original's."""
-    if not _is_ours(connection, check_schema(schema)):
+    check_untranslated(connection.get_execution_options(), check_schema(schema))
+    if not _is_ours(connection, schema):
         return 0
     found = connection.scalar(sa.select(_table(schema).c.version_num))
     return int(found) if found else 0

@@ -13,7 +13,7 @@ from typing import Any, Final
 from sqlalchemy import URL, Engine
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from apoq.databases import check_dialect, sync_side
+from apoq.databases import check_engine, check_untranslated, sync_side
 from apoq.errors import InvalidProcessor
 from apoq.events import Events
 from apoq.model import Task
@@ -79,12 +79,14 @@ class Worker:
         if not isinstance(engine, Engine | AsyncEngine):
             # Its type only: a URL holds a password.
             raise TypeError(f"a worker takes an Engine or an AsyncEngine, not {type(engine).__qualname__}")
-        check_dialect(engine.dialect)
+        check_engine(engine)
+        queues = queues or (Queue(),)
         for queue in queues:
             if not isinstance(queue, Queue):
                 raise TypeError(
                     f"a worker takes queues after its engine, such as Queue('emails'), not {queue!r}"
                 )
+            check_untranslated(engine.get_execution_options(), queue.schema)
         self._engine = engine
         self._options = WorkerOptions(
             concurrency=concurrency,
@@ -96,7 +98,7 @@ class Worker:
         )
         self.events = Events()
         # Two that are equal are one, whose typed tasks were said in two places.
-        self._queues = tuple(dict.fromkeys(queues or (Queue(),)))
+        self._queues = tuple(dict.fromkeys(queues))
         self._registry = Registry(around)
         for queue in queues:
             queue.register_in(self._registry)
