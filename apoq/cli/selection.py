@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from apoq.cli.exits import Failure, warn
 from apoq.cli.looking import looking, missing
-from apoq.cli.output import confirm
+from apoq.cli.output import confirm, has_cursor
 from apoq.cli.target import Target
 from apoq.cli.values import past_time
 from apoq.cli.wording import tasks
@@ -138,7 +138,7 @@ def progress(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
     """Show how far something long has come, on a terminal's stderr."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
-    if not console.is_terminal or (total is not None and total <= BATCH):
+    if not has_cursor(console) or (total is not None and total <= BATCH):
         yield lambda _count: None
         return
     with Progress(*columns, console=console, transient=True) as bar:

@@ -72,10 +72,13 @@ def json_value(value: Any) -> Any:
 
 
 def _contents(value: str) -> str:
+    # JSON is UTF-8, whatever encoding the terminal has.
     if value == "-":
-        return sys.stdin.read()
+        if sys.stdin is None:
+            raise OSError("stdin is closed")
+        return sys.stdin.buffer.read().decode("utf-8-sig")
     if value.startswith("@"):
-        return Path(value[1:]).read_text("utf-8")
+        return Path(value[1:]).read_text("utf-8-sig")
     return value
 
 
