@@ -28,7 +28,8 @@ MOST: Final = 100_000
 BATCH: Final = 100
 """Tasks that one transaction changes at most: it is to hold no lock for long."""
 
-TASK_ID: Final = click.IntRange(-(2**63), 2**63 - 1)
+FIRST_ID, LAST_ID = -(2**63), 2**63 - 1
+TASK_ID: Final = click.IntRange(FIRST_ID, LAST_ID)
 """A task's id, on the command line."""
 
 REASONS: Final = 10

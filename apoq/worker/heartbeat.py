@@ -58,8 +58,10 @@ REASON: Final = encode(report(WorkerDied(WorkerDied.__doc__)))
 class Presence:
     """What the worker shows of itself in one schema, and what it knows of the others there."""
 
-    def __init__(self, schema: str | None, lease: Lease, grace: float) -> None:
+    def __init__(self, schema: str | None, queues: list[str], lease: Lease, grace: float) -> None:
         self.schema = schema
+        self.queues = queues
+        """The names of the worker's queues there."""
         self.lease = lease
         self.peers = Peers(grace)
         self.looked_at = -math.inf
@@ -99,7 +101,13 @@ class Heartbeat:
         self._interval = lease.total_seconds() / BEATS
         self._grace = self._interval * GRACE
         self._presences = [
-            Presence(schema, Lease(lease.total_seconds(), self._grace), self._grace) for schema in schemas
+            Presence(
+                schema,
+                [queue.name for queue in queues if queue.schema == schema],
+                Lease(lease.total_seconds(), self._grace),
+                self._grace,
+            )
+            for schema in schemas
         ]
         self._isolation: Isolation[Presence] = Isolation(_describe, outage)
         self._engine = own_engine(engine, lock_timeout=f"{self._interval * LOCK_TIMEOUT * 1_000:.0f}ms")
@@ -110,7 +118,6 @@ class Heartbeat:
         self._row = {
             "worker_host": platform.node(),
             "worker_version": version("apoq"),
-            "worker_queues": [queue.name for queue in queues],
             "worker_concurrency": concurrency,
             "lease": lease,
             "grace": lease / BEATS * GRACE,
@@ -177,7 +184,8 @@ class Heartbeat:
         if began - presence.looked_at > self._grace:
             presence.peers.forget()  # this one was away itself
         found = self._execute(
-            beat_and_look(schema), parameters | {"known": array_text(self._known(schema))}
+            beat_and_look(schema),
+            parameters | {"worker_queues": presence.queues, "known": array_text(self._known(schema))},
         ).fetchall()
         presence.lease.renew(began)
         presence.has_lapsed = False
