@@ -22,9 +22,10 @@ CONNECT_TIMEOUT: Final = 10
 READABLE: Final = """
     SET LOCAL client_encoding = 'UTF8';
     SET LOCAL DateStyle = 'ISO';
-    SET LOCAL IntervalStyle = 'postgres'
+    SET LOCAL IntervalStyle = 'postgres';
+    SET LOCAL quote_all_identifiers = off
 """
-"""What psycopg reads, whatever the database, the role or the application's engine say."""
+"""What psycopg reads, and the model is compared with, whatever the database, role or engine say."""
 
 VARIABLES: Final = ("APOQ_DATABASE_URL", "DATABASE_URL")
 """What names the database where ``--database-url`` doesn't; the first that is set counts."""
