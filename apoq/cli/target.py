@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from typing import Any, Final
 
 import sqlalchemy as sa
-from sqlalchemy import URL
+import sqlalchemy.exc
+from sqlalchemy import URL, event
 
 from apoq.cli.exits import BadUsage, explained
 from apoq.connections import prepare_where_kept
@@ -17,6 +18,14 @@ from apoq.migrations import check
 
 CONNECT_TIMEOUT: Final = 10
 """Seconds after which a server that doesn't answer is unreachable, unless the URL says otherwise."""
+
+READABLE: Final = """
+    SET LOCAL client_encoding = 'UTF8';
+    SET LOCAL DateStyle = 'ISO';
+    SET LOCAL IntervalStyle = 'postgres';
+    SET LOCAL quote_all_identifiers = off
+"""
+"""What psycopg reads, and the model is compared with, whatever the database, role or engine say."""
 
 VARIABLES: Final = ("APOQ_DATABASE_URL", "DATABASE_URL")
 """What names the database where ``--database-url`` doesn't; the first that is set counts."""
@@ -35,6 +44,7 @@ class Target:
         self._url = url
         self._engine = engine
         self._is_own = engine is None
+        self._readable: sa.Engine | None = None
         self.schema = schema
 
     @property
@@ -47,17 +57,21 @@ class Target:
 
     @property
     def engine(self) -> sa.Engine:
-        """An engine to it, the same each time."""
+        """An engine to it, the same each time, for transactions in READ COMMITTED that psycopg can read."""
         if self._engine is None:
             self._engine = self.create_engine()
-        return self._engine
+        if self._readable is None:
+            # With events of its own: an application's engine stays as it is.
+            self._readable = self._engine.execution_options(isolation_level="READ COMMITTED")
+            event.listen(self._readable, "begin", lambda begun: begun.exec_driver_sql(READABLE))
+        return self._readable
 
     def create_engine(self, **options: Any) -> sa.Engine:
         """Make an engine to it with options of one's own."""
         url = self.url
-        arguments: dict[str, Any] = {"fallback_application_name": "apoq"}
-        if "connect_timeout" not in url.query:
-            arguments["connect_timeout"] = CONNECT_TIMEOUT
+        defaults = {"connect_timeout": CONNECT_TIMEOUT, "client_encoding": "utf8"}
+        arguments = {name: value for name, value in defaults.items() if name not in url.query}
+        arguments["fallback_application_name"] = "apoq"
         engine = sa.create_engine(url, connect_args=arguments, **options)
         prepare_where_kept(engine)
         return engine

@@ -58,8 +58,12 @@ REASON: Final = encode(report(WorkerDied(WorkerDied.__doc__)))
 class Presence:
     """What the worker shows of itself in one schema, and what it knows of the others there."""
 
-    def __init__(self, schema: str | None, lease: Lease, grace: float, outage: Outage) -> None:
+    def __init__(
+        self, schema: str | None, queues: list[str], lease: Lease, grace: float, outage: Outage
+    ) -> None:
         self.schema = schema
+        self.queues = queues
+        """The names of the worker's queues there."""
         self.lease = lease
         self.peers = Peers(grace)
         self.looked_at = -math.inf
@@ -103,7 +107,13 @@ class Heartbeat:
         self._interval = lease.total_seconds() / BEATS
         self._grace = self._interval * GRACE
         self._presences = [
-            Presence(schema, Lease(lease.total_seconds(), self._grace), self._grace, outage)
+            Presence(
+                schema,
+                [queue.name for queue in queues if queue.schema == schema],
+                Lease(lease.total_seconds(), self._grace),
+                self._grace,
+                outage,
+            )
             for schema in schemas
         ]
         self._isolation: Isolation[Presence] = Isolation(_describe, outage)
@@ -115,7 +125,6 @@ class Heartbeat:
         self._row = {
             "worker_host": platform.node(),
             "worker_version": version("apoq"),
-            "worker_queues": [queue.name for queue in queues],
             "worker_concurrency": concurrency,
             "lease": lease,
             "grace": lease / BEATS * GRACE,
@@ -182,7 +191,8 @@ class Heartbeat:
         if began - presence.looked_at > self._grace:
             presence.peers.forget()  # this one was away itself
         found = self._execute(
-            beat_and_look(schema), parameters | {"known": array_text(self._known(schema))}
+            beat_and_look(schema),
+            parameters | {"worker_queues": presence.queues, "known": array_text(self._known(schema))},
         ).fetchall()
         presence.lease.renew(began)
         presence.has_lapsed = False

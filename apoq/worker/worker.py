@@ -135,7 +135,7 @@ class Worker:
         if self._life.is_enlisted:
             raise RuntimeError("adjust a worker before it starts")
         if queues is not None:
-            names, known = set(queues), [queue.name for queue in self._queues]
+            names, known = set(queues), dict.fromkeys(queue.name for queue in self._queues)
             if not names or not names.issubset(known):
                 raise ValueError(
                     f"this worker's queues are {', '.join(known)}, not {', '.join(names - {*known})}"
