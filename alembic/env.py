@@ -8,6 +8,7 @@ from sqlalchemy.pool import NullPool
 
 from apoq.databases import database_url
 from apoq.migrations import VERSION_TABLE, adopt, current, lock
+from apoq.migrations.places import warn_of_another_set
 from apoq.model import Base
 
 
@@ -43,6 +44,7 @@ def run(connection: Connection) -> None:
     configure(connection=connection)
     with context.begin_transaction():
         lock(connection)
+        warn_of_another_set(connection)
         adopted = adopt(connection)
         context.run_migrations()
         if adopted and not current(connection):

@@ -1,24 +1,45 @@
 """A PostgreSQL Queue for processing background tasks, with a focus on simplicity and reliability."""
 
-from apoq.databases import database_url
-from apoq.errors import (
-    ApoqError,
-    InvalidData,
-    InvalidProcessor,
-    InvalidTask,
-    MismatchedData,
-    NotPrepared,
-    SessionMisused,
-    UnsupportedDatabase,
-    UnsupportedSession,
+from typing import Final
+
+NO_LIBPQ: Final = (
+    "psycopg can't be imported, because PostgreSQL's client library (libpq) is missing: "
+    'pip install "apoq[binary]", or install libpq on this system'
 )
-from apoq.migrations import prepare
-from apoq.model import Task
-from apoq.outcomes import Cancel, Retry, Snooze
-from apoq.queue import Queue
-from apoq.retry import exponential_backoff
-from apoq.typed import TypedTask
-from apoq.worker import AsyncRunningTask, RunningTask, Worker
+
+try:
+    import psycopg as _psycopg  # noqa: F401
+except ImportError as error:
+    HAS_LIBPQ = False  # the command line still says what is missing
+    _cause = error
+
+    def __getattr__(name: str) -> object:
+        """Refuse what needs it, when it is asked for."""
+        if name in __all__:
+            raise ImportError(NO_LIBPQ) from _cause
+        raise AttributeError(name)
+else:
+    HAS_LIBPQ = True
+    from apoq.databases import database_url
+    from apoq.errors import (
+        ApoqError,
+        InvalidData,
+        InvalidProcessor,
+        InvalidTask,
+        InvalidURL,
+        MismatchedData,
+        NotPrepared,
+        SessionMisused,
+        UnsupportedDatabase,
+        UnsupportedSession,
+    )
+    from apoq.migrations import prepare
+    from apoq.model import Task
+    from apoq.outcomes import Cancel, Retry, Snooze
+    from apoq.queue import Queue
+    from apoq.retry import exponential_backoff
+    from apoq.typed import TypedTask
+    from apoq.worker import AsyncRunningTask, RunningTask, Worker
 
 __all__ = [
     "ApoqError",
@@ -27,6 +48,7 @@ __all__ = [
     "InvalidData",
     "InvalidProcessor",
     "InvalidTask",
+    "InvalidURL",
     "MismatchedData",
     "NotPrepared",
     "Queue",

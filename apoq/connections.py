@@ -27,6 +27,7 @@ SESSION: Final = f"""
     SET client_encoding = 'UTF8';
     SET DateStyle = 'ISO';
     SET IntervalStyle = 'postgres';
+    SET array_nulls = on;
     SET default_transaction_isolation = 'read committed';
     SET statement_timeout = '{STATEMENT_TIMEOUT}s';
     SET idle_in_transaction_session_timeout = '5s';
@@ -35,7 +36,8 @@ SESSION: Final = f"""
     SET jit = off
 """
 # UTF-8, whatever the caller's engine or PGCLIENTENCODING say: one character that another encoding doesn't
-# have would stop every claim. The styles, because psycopg reads no others as text.
+# have would stop every claim. The styles, because psycopg reads no others as text. NULL in arrays,
+# or else what became of a task, sent in arrays, could not be written.
 # READ COMMITTED, for at a higher level claims would fail on each other (40001).
 # The time-outs, for a worker that is frozen in a transaction would keep its rows locked, and nobody could
 # rescue them.
@@ -46,6 +48,7 @@ SESSION: Final = f"""
 BEGIN: Final = f"""
     BEGIN ISOLATION LEVEL READ COMMITTED;
     SET LOCAL client_encoding = 'UTF8';
+    SET LOCAL array_nulls = on;
     SET LOCAL statement_timeout = '{STATEMENT_TIMEOUT}s';
     SET LOCAL idle_in_transaction_session_timeout = '5s'
 """

@@ -2,31 +2,132 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import unquote
+
+from psycopg.pq import Conninfo
 from sqlalchemy import Dialect, Engine
+from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
 from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from apoq.errors import UnsupportedDatabase
+from apoq.errors import InvalidURL, UnsupportedDatabase
 
 _SPELLINGS = {"postgres", "postgresql", "postgresql+psycopg", "postgresql+psycopg_async"}
 _DRIVERS = {"psycopg", "psycopg_async"}
+
+
+_URL = re.compile(
+    r"(?P<scheme>[\w+]+)://(?P<user>(?:[^:/]*(?::[^@]*)?@)?)(?P<hosts>[^/?]*)(?P<rest>.*)", re.DOTALL
+)
+_HOST = re.compile(r"(?P<name>\[[^\]]+\]|[^:\[\]]*)(?::(?P<port>\d*))?")
+
+UNREADABLE = (
+    "the database's URL can't be read: it has the form postgresql://user:password@host:5432/name, or "
+    "…@host1:5432,host2:5432/name. Special characters in a password are written with per cent signs, such as "
+    "%40 for @ or %2F for /"
+)
+# Which part of it is wrong isn't said, because it may be a part of the password.
+
+_ADVICE = {
+    "pgbouncer": "apoq finds out by itself whether a pooler is in between",
+    "schema": "the schema of apoq's tables is given to Queue(schema=…), or by --schema on the command line",
+    "ssl": "libpq's is sslmode=require",
+}
+"""What to know about some options of other clients."""
 
 
 def database_url(url: str | URL) -> URL:
     """Read a PostgreSQL URL in any of its usual spellings, ready for ``sqlalchemy.create_engine``.
 
     ``postgres://``, ``postgresql://`` and ``postgresql+psycopg://`` all mean psycopg 3, whatever the
-    SQLAlchemy version takes for its default driver.
+    SQLAlchemy version takes for its default driver. There may be several hosts, as libpq has them:
+    ``postgresql://host1:5432,host2:5432/name?target_session_attrs=read-write``.
 
-    Raises `UnsupportedDatabase` for any other database or driver.
+    Raises `UnsupportedDatabase` for any other database or driver, and `InvalidURL` if the URL can't be read
+    or has options that libpq doesn't know. No message has a part of the password in it.
     """
-    parsed = make_url(url)
-    if parsed.drivername not in _SPELLINGS:
+    if isinstance(url, str):
+        parsed = _read(url.strip())
+    elif isinstance(url, URL):
+        _check_scheme(url.drivername)
+        parsed = url
+    else:
+        raise TypeError(f"a database's URL must be a str or a sqlalchemy.URL, got {type(url).__qualname__}")
+    _check_host(parsed)
+    _check_options(parsed)
+    return on_psycopg(parsed)
+
+
+def on_psycopg(url: URL) -> URL:
+    """Return an engine's URL for psycopg 3, sync or asyncio."""
+    return url.set(drivername="postgresql+psycopg")
+
+
+def without_password(message: str) -> str:
+    """Return an error's message without what stands before an @ in a host.
+
+    If an @ in a password isn't written as %40, the host begins with the rest of the password.
+    """
+    return re.sub(r"(host(?: name)?:? ['\"])[^'\"]*@", r"\1", message)
+
+
+def _read(text: str) -> URL:
+    found = _URL.fullmatch(text)
+    if found is None:
+        raise InvalidURL(UNREADABLE)
+    _check_scheme(found["scheme"])
+    hosts = [_HOST.fullmatch(host) for host in found["hosts"].split(",")]
+    if "@" in found["hosts"] + found["rest"] or None in hosts:
+        raise InvalidURL(UNREADABLE)
+    names = [unquote(host["name"].strip("[]")) for host in hosts if host]
+    ports = [host["port"] or "" for host in hosts if host]
+    # Without the hosts, of which SQLAlchemy reads one only.
+    url = make_url(f"{found['scheme']}://{found['user']}{found['rest']}")
+    host, port = ",".join(names), ",".join(ports)
+    if "/" not in host and (len(hosts) == 1 or not any(ports)):
+        return url.set(host=host or None, port=int(ports[0]) if ports[0] else None)
+    if "host" in url.query:
+        return url  # that one counts, as for libpq
+    if any(ports) and "port" not in url.query:
+        url = url.update_query_dict({"port": port})
+    return url.update_query_dict({"host": host})
+
+
+def _check_scheme(name: str) -> None:
+    if name not in _SPELLINGS:
         raise UnsupportedDatabase(
-            f"apoq works on PostgreSQL through psycopg 3, not on {parsed.drivername!r}: "
+            f"apoq works on PostgreSQL through psycopg 3, not on {name!r}: "
             "give a URL that starts with postgresql://"
         )
-    return parsed.set(drivername="postgresql+psycopg")
+
+
+def _check_host(url: URL) -> None:
+    if "@" in (url.host or ""):
+        raise InvalidURL(UNREADABLE)
+
+
+def _check_options(url: URL) -> None:
+    known = {option.keyword.decode() for option in Conninfo.get_defaults()}
+    unknown = [name for name in url.query if name not in known]
+    if unknown and "plugin" not in url.query:  # one of SQLAlchemy's plugins may know them
+        if "@" in str(dict(url.query)):
+            raise InvalidURL(UNREADABLE)
+        advice = "".join(f"; {_ADVICE[name]}" for name in unknown if name in _ADVICE)
+        raise InvalidURL(
+            "the database's URL must have no other options than libpq's, got "
+            f"{', '.join(map(repr, unknown))}: remove what libpq doesn't know{advice}"
+        )
+    try:
+        PGDialect_psycopg().create_connect_args(url)  # type: ignore[no-untyped-call]
+        is_read = True
+    except (ArgumentError, ValueError):
+        is_read = False
+    if not is_read:
+        raise InvalidURL(UNREADABLE)
 
 
 def check_dialect(dialect: Dialect) -> None:
@@ -35,6 +136,26 @@ def check_dialect(dialect: Dialect) -> None:
         raise UnsupportedDatabase(
             f"apoq works on PostgreSQL through psycopg 3, and this is {dialect.name}+{dialect.driver}: "
             "create the engine with a postgresql+psycopg:// URL"
+        )
+
+
+def check_engine(engine: Engine | AsyncEngine) -> None:
+    """Raise `UnsupportedDatabase` or `InvalidURL` if apoq can't work on an engine."""
+    check_dialect(engine.dialect)
+    _check_host(engine.url)
+
+
+def check_untranslated(options: Mapping[str, Any], schema: str | None) -> None:
+    """Raise `UnsupportedDatabase` if execution options would look for the tables of a schema in another.
+
+    SQLAlchemy translates its own statements only: workers, COPY and notifications would miss the tables.
+    """
+    translated = options.get("schema_translate_map") or {}
+    other = translated.get(schema, schema)
+    if other != schema:
+        raise UnsupportedDatabase(
+            f"apoq's tables can't be found by a schema_translate_map, and this one maps {schema!r} to "
+            f"{other!r}: use Queue(schema={other!r}), and prepare(engine, schema={other!r})"
         )
 
 

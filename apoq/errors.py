@@ -7,9 +7,10 @@
     │   └── InvalidData                       data that jsonb can't hold or a task can't get back
     ├── InvalidProcessor       (ValueError)   a processor, or its retry options, that can't be used
     ├── MismatchedData         (ValueError)   a typed task's data that doesn't fit its function
+    ├── InvalidURL             (ValueError)   a database's URL that can't be read, or has unknown options
     ├── UnsupportedDatabase    (TypeError)    not PostgreSQL through psycopg 3, or tables that can't be worked
     ├── UnsupportedSession     (TypeError)    not something that a task can be added through
-    ├── NotPrepared                           apoq's tables are missing, or at another version
+    ├── NotPrepared                           apoq's tables are missing, at another version, or lack ids
     ├── SessionMisused                        `task.session` was committed, or ended its own task
     └── apoq.pyramid.Misconfigured (ConfigurationError)
                                               a setting or a processor that an application can't have
@@ -62,8 +63,15 @@ class MismatchedData(ApoqError, ValueError):
     """A typed task's data that doesn't fit the parameters of its function (any more); this attempt fails."""
 
 
+class InvalidURL(ApoqError, ValueError):
+    """A database's URL that can't be read, or has options that libpq doesn't know; never with a password."""
+
+
 class UnsupportedDatabase(ApoqError, TypeError):
-    """A database other than PostgreSQL, a driver other than psycopg 3, or a task table of another kind."""
+    """A database other than PostgreSQL, a driver other than psycopg 3, or a task table of another kind.
+
+    Also an engine or a session whose `schema_translate_map` would move apoq's tables.
+    """
 
 
 class UnsupportedSession(ApoqError, TypeError):
@@ -71,7 +79,7 @@ class UnsupportedSession(ApoqError, TypeError):
 
 
 class NotPrepared(ApoqError):
-    """apoq's tables are missing, or at another version than this library's."""
+    """apoq's tables are missing, at another version than this library's, or give new tasks no free ids."""
 
 
 def preparing(schema: str | None) -> str:

@@ -16,8 +16,9 @@ from weakref import WeakKeyDictionary
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.engine import RootTransaction
 from sqlalchemy.orm import Session
+from sqlalchemy.pool import Pool
 
-from apoq.hinter import PATIENCE, Hinter
+from apoq.hinter import PATIENCE, Hinter, threads
 from apoq.statements.hint import Hint
 
 logger = logging.getLogger(__name__)
@@ -61,16 +62,18 @@ def _connection_commits(connection: Connection) -> None:
     _waiting[connection].clear()
 
 
-_hinters: WeakKeyDictionary[Engine, Hinter] = WeakKeyDictionary()
+_hinters: WeakKeyDictionary[Pool, Hinter] = WeakKeyDictionary()
+"""By pool, because `Engine.execution_options` and an `AsyncEngine` make engines that share one."""
 _waiting: WeakKeyDictionary[Connection, set[Hint]] = WeakKeyDictionary()
 _inherited: list[object] = []
 
 
 def _send(engine: Engine, hint_: Hint, transaction: RootTransaction | None = None) -> None:
     try:
-        hinter = _hinters.get(engine)
+        pool = engine.pool
+        hinter = _hinters.get(pool)
         if hinter is None:
-            hinter = _hinters.setdefault(engine, Hinter(engine))
+            hinter = _hinters.setdefault(pool, Hinter(engine))
         hinter.send(hint_, transaction)
     except Exception:  # the caller has committed, and is not to be told otherwise
         logger.exception("a hint could not be given; the workers find the tasks when they look next")
@@ -78,12 +81,11 @@ def _send(engine: Engine, hint_: Hint, transaction: RootTransaction | None = Non
 
 @atexit.register
 def _flush() -> None:
-    for hinter in list(_hinters.values()):
-        hinter.flush(PATIENCE)
+    threads.flush(PATIENCE)
 
 
 def _after_fork() -> None:
-    # The parent's sockets: kept, for closing them here would end the parent's sessions.
+    # The parent's sockets: kept, because closing them here would end the parent's sessions.
     _inherited.append(dict(_hinters))
     _hinters.clear()
 

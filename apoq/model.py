@@ -29,6 +29,7 @@ from sqlalchemy.orm import (
     mapped_column,
     validates,
 )
+from sqlalchemy.schema import conv
 from sqlalchemy.types import Boolean, Integer, SmallInteger, Text, Uuid
 
 from apoq.payload import check_time, check_type, encode
@@ -43,8 +44,13 @@ _WHILE_RUNNING: Final = f"CASE WHEN state = '{RUNNING}'::text THEN {{}} ELSE NUL
 
 
 class Base(DeclarativeBase):
-    """apoq's own registry; its metadata is what the migrations are checked against."""
+    """apoq's own registry; its metadata is what the migrations are checked against.
 
+    All names of constraints and indexes are final (`conv`): a naming convention of the metadata into which a
+    table is copied doesn't change them.
+    """
+
+    metadata = MetaData(naming_convention={"pk": "%(table_name)s_pkey"})  # as PostgreSQL names it
     type_annotation_map = {  # noqa: RUF012 - SQLAlchemy reads it as it stands
         datetime: TIMESTAMP(timezone=True),
         timedelta: INTERVAL(),
@@ -129,13 +135,13 @@ class Task(Base):
     has_parts: Mapped[bool] = mapped_column(Boolean, server_default=false())
 
     __table_args__ = (
-        CheckConstraint(f"state IN {alternatives(STATES)}", name="apoq_tasks_state_check"),
+        CheckConstraint(f"state IN {alternatives(STATES)}", name=conv("apoq_tasks_state_check")),
         # No index names the state, nor anything else that a claim changes. So a claim is a heap-only update,
         # and writes to none of them. https://www.postgresql.org/docs/current/storage-hot.html
         # This one is in the order in which a claim takes them: it reads the rows that it takes, and those
         # that are running.
         Index(
-            "apoq_tasks_open_idx",
+            conv("apoq_tasks_open_idx"),
             "queue",
             text("priority DESC"),
             "process_at",
@@ -145,13 +151,13 @@ class Task(Base):
         Index("apoq_tasks_waiting_idx", "queue", "id", postgresql_where=text("waits")),
         # What the pruner deletes from, the oldest first.
         Index(
-            "apoq_tasks_completed_idx",
+            conv("apoq_tasks_completed_idx"),
             "queue",
             "completed_at",
             postgresql_where=text(f"ended_as = '{COMPLETED}'"),
         ),
         Index(
-            "apoq_tasks_failed_idx",
+            conv("apoq_tasks_failed_idx"),
             "queue",
             text("coalesce(cancelled_at, failed_at, process_at)"),
             postgresql_where=text(f"ended_as IN ('{FAILED}', '{CANCELLED}')"),

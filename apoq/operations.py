@@ -14,6 +14,7 @@ from apoq.statements import cancel as cancelling
 from apoq.statements import retry as retrying
 from apoq.statements.enqueue import added_row, copied_values, copy_lines, copy_many, enqueue, enqueue_many
 from apoq.statements.hint import has_tasks, was_cancelled
+from apoq.statements.portable import read_row
 
 BATCH_COUNT = 5_000
 BATCH_SIZE = 4 * 1024 * 1024
@@ -61,7 +62,7 @@ def add_many(
 def cancel(caller: Caller, schema: str | None, parameters: dict[str, Any]) -> bool:
     """Cancel a task that has not ended, and tell whoever runs it."""
     for row in caller.execute(cancelling.cancel(schema), parameters):
-        caller.renew(task_class(schema), row)
+        caller.renew(task_class(schema), read_row(row))
         if row["claimed_at"] is not None:
             caller.hint(was_cancelled(row["id"]))
         return True
@@ -71,7 +72,7 @@ def cancel(caller: Caller, schema: str | None, parameters: dict[str, Any]) -> bo
 def retry(caller: Caller, schema: str | None, parameters: dict[str, Any]) -> bool:
     """Make a task pending that has ended."""
     for row in caller.execute(retrying.retry(schema), parameters):
-        caller.renew(task_class(schema), row)
+        caller.renew(task_class(schema), read_row(row))
         caller.hint(has_tasks(schema, parameters["from_queue"]))
         return True
     return False

@@ -12,7 +12,15 @@ from typing import Any, Final, NamedTuple
 from sqlalchemy import Connection
 
 from apoq.errors import UnsupportedDatabase
-from apoq.statements.preflight import citus_method, citus_schemas, citus_shards, session, tables
+from apoq.statements.preflight import (
+    citus_method,
+    citus_schemas,
+    citus_shards,
+    id_source,
+    last_ids,
+    session,
+    tables,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +34,7 @@ RIGHTS: Final[Mapping[str, tuple[str, ...]]] = {
 
 TABLE, CITUS = "table", "citus"
 READ_ONLY, SCHEMA, ROLE, ROW_SECURITY = "read-only", "schema", "rights", "row security"
+IDS = "ids"
 """The subjects of problems."""
 
 _KINDS: Final = {
@@ -79,10 +88,35 @@ def problems(connection: Connection, schema: str | None = None) -> list[Problem]
         return [Problem(SCHEMA, text, f"GRANT USAGE ON SCHEMA {name} TO {role}")]
     return [
         *(problem for row in found if row["name"] == "apoq_tasks" for problem in _kind(connection, row)),
+        *_split(found),
         *_read_only(who),
         *(problem for row in found for problem in _rights(row, who["role"])),
         *(problem for row in found for problem in _row_security(row, who["role"])),
     ]
+
+
+def ids_problem(connection: Connection, schema: str | None = None) -> Problem | None:
+    """Return why new tasks get no ids, or those of others, as after a restore without the sequence."""
+    row = next((row for row in _tables(connection, schema) if row["name"] == "apoq_tasks"), None)
+    source = row and connection.execute(id_source(), {"oid": row["oid"]}).mappings().first()
+    if row is None or not source:
+        return None
+    name = row["qualified"]
+    if not source["has_default"]:
+        sequence = f"{row['schema']}.apoq_tasks_id_seq"
+        fix = (
+            f"CREATE SEQUENCE IF NOT EXISTS {sequence} OWNED BY {name}.id; "
+            f"ALTER TABLE {name} ALTER id SET DEFAULT nextval({_literal(sequence)}); "
+            f"{_setval(sequence, name)}"
+        )
+        return Problem(IDS, f"{name}.id has no default, so no task can be added", fix)
+    if source["name"] is None:
+        return None
+    next_id, highest = tuple(connection.execute(last_ids(schema, source["name"], source["schema"])).one())
+    if highest is None or highest < next_id:
+        return None
+    text = f"the next new task gets the id {next_id}, and there are tasks up to id {highest}: adding fails"
+    return Problem(IDS, text, _setval(source["quoted"], name))
 
 
 def only_adds(connection: Connection, schema: str | None = None) -> bool:
@@ -142,6 +176,15 @@ def _kind(connection: Connection, row: Any) -> Iterator[Problem]:
         yield Problem(CITUS, f"{name} is {_CITUS}", f"SELECT {function}({_literal(what)})", is_fatal=True)
 
 
+def _split(found: list[Any]) -> Iterator[Problem]:
+    """Look for a search_path that leads to one set of tables for some names, and to another for others."""
+    if len({row["schema"] for row in found}) > 1:
+        names = ", ".join(row["qualified"] for row in found)
+        text = f"the search_path leads to tables of different schemas: {names}"
+        fix = "let it lead to one schema with all of apoq's tables, or give that (--schema, Queue(schema=…))"
+        yield Problem(TABLE, text, fix)
+
+
 def _read_only(who: Any) -> Iterator[Problem]:
     if who["is_standby"]:
         fix = "connect to the primary; with several hosts in the URL, by target_session_attrs=read-write"
@@ -178,6 +221,10 @@ def _row_security(row: Any, role: str) -> Iterator[Problem]:
             f"restrictive; else ALTER TABLE {row['qualified']} DISABLE ROW LEVEL SECURITY"
         )
         yield Problem(ROW_SECURITY, text, fix)
+
+
+def _setval(sequence: str, table: str) -> str:
+    return f"SELECT setval({_literal(sequence)}, (SELECT max(id) FROM {table}))"  # noqa: S608 - it is shown only
 
 
 def _literal(name: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import struct
 from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 from typing import Any, Final
 
 from psycopg import DataError
@@ -51,12 +52,26 @@ def read_json(text: str) -> Any:
         raise UnreadableData(str(error)) from None
 
 
-def read_time(epoch: float) -> datetime:
+def read_time(epoch: float | Decimal) -> datetime:
     """Read a time that is given in seconds since 1970, UTC."""
     try:
-        return _EPOCH + timedelta(seconds=epoch)
+        return _EPOCH + _length(epoch)
     except OverflowError:
         return _FIRST if epoch < 0 else _LAST
+
+
+def read_length(seconds: Decimal) -> timedelta:
+    """Read a length of time; one that is longer than Python's as its longest."""
+    try:
+        return _length(seconds)
+    except OverflowError:
+        return timedelta.min if seconds < 0 else timedelta.max
+
+
+def _length(seconds: float | Decimal) -> timedelta:
+    if isinstance(seconds, Decimal):
+        return timedelta(microseconds=int(seconds * 1_000_000))
+    return timedelta(seconds=seconds)
 
 
 def _load_json(text: str | bytes) -> Any:

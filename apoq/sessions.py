@@ -15,7 +15,7 @@ import psycopg
 from psycopg.pq import PipelineStatus
 from psycopg.rows import dict_row
 from psycopg.sql import Composed
-from sqlalchemy import Connection, Dialect, Engine, Executable, inspect
+from sqlalchemy import Connection, Dialect, Engine, Executable, insert, inspect
 from sqlalchemy.engine.interfaces import ExecutionContext
 from sqlalchemy.exc import DBAPIError, InvalidRequestError, PendingRollbackError, UnboundExecutionError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_session
@@ -27,7 +27,7 @@ from sqlalchemy.util import await_only, greenlet_spawn
 from sqlalchemy.util.concurrency import in_greenlet
 
 from apoq.connections import compiled, is_missing
-from apoq.databases import check_dialect
+from apoq.databases import check_dialect, check_untranslated
 from apoq.errors import NotPrepared, UnsupportedSession, preparing
 from apoq.hints import hint_after_connection_commit, hint_after_session_commit
 from apoq.model import Task
@@ -41,6 +41,9 @@ AsyncioSession = AsyncSession | async_scoped_session[Any] | AsyncConnection | ps
 Row = Mapping[Any, Any]
 T = TypeVar("T")
 
+_TAKEN: Final = "23505"
+"""SQLSTATE of a value that another row has in a unique column."""
+
 CLOCK: Final = "apoq_clock"
 """The option of a connection on which a test has set the clock: see `apoq.testing`."""
 
@@ -51,6 +54,9 @@ NO_ENGINE: Final = (
 
 _MAPPER: Final = Task.__mapper__
 """What a session chooses its engine by, whatever the statement is; SQLAlchemy itself gives a mapper, too."""
+
+_WRITE: Final = insert(Task)
+"""What a session chooses its engine by, too, if it reads from a replica."""
 
 LINES = 50
 """That a COPY sends at once: one by one, they would take longer."""
@@ -128,7 +134,10 @@ async def _in_turn(session: AsyncSession, operation: Callable[[Caller], T]) -> T
 
 
 def bind_of(session: Session) -> Engine | Connection:
-    """Return what a session executes apoq's statements on; `UnsupportedSession` if that isn't one place."""
+    """Return what a session executes apoq's statements on; `UnsupportedSession` if that isn't one place.
+
+    It is where a flush would write a `Task`, also if the session reads from a replica.
+    """
     if isinstance(session, ShardedSession):
         raise UnsupportedSession(
             "a ShardedSession sends a statement to several shards: give the connection of one, "
@@ -136,7 +145,8 @@ def bind_of(session: Session) -> Engine | Connection:
             "a session of its own, `Session(engine_of_the_shard)`"
         )
     try:
-        bind = session.get_bind(_MAPPER)
+        with _writing(session):
+            bind = session.get_bind(_MAPPER, clause=_WRITE)
     except UnboundExecutionError as error:
         raise UnsupportedSession(NO_ENGINE) from error
     if not isinstance(bind, Engine | Connection):
@@ -146,6 +156,26 @@ def bind_of(session: Session) -> Engine | Connection:
             "AsyncSession(engine) if the engine is an AsyncEngine"
         )
     return bind
+
+
+def connection_of(session: Session, bind: Engine | Connection) -> Connection:
+    """Return the connection of a session's transaction on this engine, which its `get_bind` has chosen."""
+    return session.connection(bind_arguments={"bind": bind})
+
+
+@contextmanager
+def _writing(session: Session) -> Iterator[None]:
+    """Let a session choose the engine that it writes to.
+
+    One that reads from a replica tells a write by its statement or by `_flushing`, as in SQLAlchemy's
+    documentation ("Custom Vertical Partitioning"), which sends other INSERTs to a replica.
+    """
+    before = session._flushing  # noqa: SLF001 - see above
+    session._flushing = True  # noqa: SLF001
+    try:
+        yield
+    finally:
+        session._flushing = before  # noqa: SLF001
 
 
 class _OrmSession:
@@ -161,10 +191,17 @@ class _OrmSession:
     def execute(self, statement: Executable, parameters: dict[str, Any]) -> Sequence[Row]:
         # What else waits in the session is flushed when its owner wants it to be.
         with _clear_errors(statement), self._session.no_autoflush, self._clear_state():
-            self._result: Any = self._session.execute(
-                statement, parameters, bind_arguments={"mapper": _MAPPER}
-            )
-            return _rows(self._result)
+            connection = connection_of(self._session, self._bind)
+            check_untranslated(connection.get_execution_options(), _schema(statement))
+            # Since SQLAlchemy 2.1, a session may have such options, too.
+            check_untranslated(getattr(self._session, "execution_options", {}), _schema(statement))
+            with _writing(self._session):
+                result: Any = self._session.execute(statement, parameters, bind_arguments={"mapper": _MAPPER})
+            # A listener may have added them. An UPDATE's result has a context since SQLAlchemy 2.1.
+            if self.is_heard and hasattr(result, "context"):
+                check_untranslated(result.context.execution_options, _schema(statement))
+            self._result = result
+            return _rows(result)
 
     @contextmanager
     def _clear_state(self) -> Iterator[None]:
@@ -216,6 +253,7 @@ class _CoreConnection:
         self._connection = connection
 
     def execute(self, statement: Executable, parameters: dict[str, Any]) -> Sequence[Row]:
+        check_untranslated(self._connection.get_execution_options(), _schema(statement))
         with _clear_errors(statement):
             self._result: Any = self._connection.execute(statement, parameters)
             return _rows(self._result)
@@ -334,6 +372,11 @@ def _check_dialect(dialect: Dialect) -> None:
         )
 
 
+def _schema(statement: Any) -> str | None:
+    schema: str | None = statement.table.schema
+    return schema
+
+
 @contextmanager
 def _clear_errors(statement: Any) -> Iterator[None]:
     try:
@@ -343,6 +386,18 @@ def _clear_errors(statement: Any) -> Iterator[None]:
         if is_missing(error):
             raise NotPrepared(
                 f"{cause.diag.message_primary}. Are apoq's tables missing, or at another version? Then "
-                f"{preparing(statement.table.schema)}"
+                f"{preparing(_schema(statement))}"
+            ) from error
+        if _is_taken_id(cause):
+            raise NotPrepared(
+                "the id of the new task is taken, because the sequence of apoq_tasks.id is behind, as after "
+                "a restore without it: `apoq doctor` shows the statement that sets it"
             ) from error
         raise
+
+
+def _is_taken_id(cause: Any) -> bool:
+    diag = getattr(cause, "diag", None)
+    # A naming convention may have renamed the key.
+    is_key = diag and (diag.constraint_name == "apoq_tasks_pkey" or "(id)=(" in (diag.message_detail or ""))
+    return bool(is_key) and cause.sqlstate == _TAKEN

@@ -18,7 +18,7 @@ from sqlalchemy.exc import MissingGreenlet
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import ConnectionPoolEntry, NullPool, Pool
 
-from apoq.databases import database_url, sync_side
+from apoq.databases import on_psycopg, sync_side
 from apoq.errors import UnsupportedDatabase
 
 _NOT_THE_CALLERS: Final = ("sqlalchemy.engine.", "sqlalchemy.util.", "apoq.")
@@ -32,7 +32,7 @@ def sync_twin(engine: Engine | AsyncEngine) -> Engine:
     `UnsupportedDatabase` when it connects, if the engine's connections can only be of the other kind.
     """
     source = sync_side(engine)
-    twin = create_engine(database_url(source.url), **_options(source, is_async=False))
+    twin = create_engine(on_psycopg(source.url), **_options(source, is_async=False))
     _forward_events(source, twin.dialect, twin.pool)
     return twin
 
@@ -40,7 +40,7 @@ def sync_twin(engine: Engine | AsyncEngine) -> Engine:
 def async_twin(engine: Engine | AsyncEngine) -> AsyncEngine:
     """Make an `AsyncEngine` to the same database, which connects as this one does; see `sync_twin`."""
     source = sync_side(engine)
-    twin = create_async_engine(database_url(source.url), **_options(source, is_async=True))
+    twin = create_async_engine(on_psycopg(source.url), **_options(source, is_async=True))
     _forward_events(source, twin.dialect, twin.pool)
     return twin
 
@@ -50,7 +50,7 @@ def bare_pool(engine: Engine) -> Pool:
 
     Nothing is set on them but by the caller's listeners. The pool doesn't keep the engine alive.
     """
-    twin = create_engine(database_url(engine.url), **_connecting(engine, is_async=False))
+    twin = create_engine(on_psycopg(engine.url), **_connecting(engine, is_async=False))
     pool = NullPool(twin.pool._creator, dialect=twin.dialect)
     _forward_events(engine, twin.dialect, pool)
     return pool

@@ -579,30 +579,6 @@ class TestCopy:
 
         assert count(engine) == 3
 
-    def test_a_schema_that_the_engine_translates(self, engine, queue):
-        prepare(engine, schema="tenant")
-        translated = engine.execution_options(schema_translate_map={None: "tenant"})
-
-        with Session(translated) as session, session.begin():
-            queue.add_many(session, "t", [1, 2, 3])
-
-        assert count(translated) == 3
-        assert count(engine) == 0
-
-    def test_a_schema_that_an_event_translates(self, engine, queue):
-        prepare(engine, schema="tenant")
-
-        with Session(engine) as session, session.begin():
-            sa.event.listen(
-                session,
-                "do_orm_execute",
-                lambda state: state.update_execution_options(schema_translate_map={None: "tenant"}),
-            )
-            queue.add_many(session, "t", [1, 2, 3])
-
-        assert count(engine.execution_options(schema_translate_map={None: "tenant"})) == 3
-        assert count(engine) == 0
-
     def test_a_role_that_is_subject_to_row_level_security_inserts(self, session, queue):
         session.execute(
             sa.text("""

@@ -21,7 +21,7 @@ from rich.console import Console
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
 
-from apoq import Queue
+from apoq import Queue, Worker, prepare
 from apoq.cli import figures, main, server_checks, table_checks
 from apoq.cli.finding import BAD, OK, WARNING
 from apoq.cli.stats import WIDEST, shown
@@ -227,6 +227,19 @@ class TestStats:
         (told,) = self.figures(run)["workers"]
 
         assert (told["queues"], told["concurrency"], told["is_alive"]) == (["mails"], 3, True)
+
+    def test_a_workers_queues_are_those_of_the_schema(self, run, engine):
+        prepare(engine, schema="jobs")
+        worker = Worker(engine, Queue(), Queue(schema="jobs"), Queue("mails", schema="jobs"))
+        worker.start()
+        try:
+            for schema, names in (([], ["default"]), (["--schema", "jobs"], ["default", "mails"])):
+                told = self.figures(run, *schema)
+
+                assert [each["queues"] for each in told["workers"]] == [names]
+                assert [queue["name"] for queue in told["queues"]] == names
+        finally:
+            worker.stop()
 
     def test_people_get_it_in_80_columns(self, engine, add, enlist):
         add("a" * 200, queue="q" * 200, process_at=ago(days=9999))

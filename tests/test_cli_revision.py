@@ -312,6 +312,20 @@ class TestALaterVersion:
         assert len(project.files()) == 1
         assert "tenant" in self.columns(project.url)
 
+    def test_it_goes_on_from_the_branch_that_has_the_tables(self, project):
+        for label in ("shared", "tenant"):
+            command.revision(project.config(), label, head="base", branch_label=label)
+        revision("--head", "shared@head")
+        history = ScriptDirectory.from_config(project.config())
+        first = history.get_revision("shared@head").revision
+
+        self.release()
+        done = revision()
+
+        assert done.exit_code == 0, done.output
+        history = ScriptDirectory.from_config(project.config())
+        assert history.get_revision("shared@head").down_revision == first
+
     def test_a_library_that_is_older_than_the_history_is_told_so(self, project, monkeypatch):
         self.release()
         revision()
@@ -321,6 +335,201 @@ class TestALaterVersion:
 
         assert done.exit_code == 1
         assert "pip install --upgrade apoq" in done.output
+
+
+class TestBranches:
+    """Of a history that has several on purpose, perhaps each in its folder."""
+
+    @pytest.fixture
+    def folders(self, project) -> None:
+        ini = Path("alembic.ini")
+        where = "version_locations = %(here)s/migrations/shared:%(here)s/migrations/tenant"
+        ini.write_text(ini.read_text().replace("[alembic]\n", f"[alembic]\n{where}\n", 1))
+
+    @pytest.fixture
+    def branches(self, project, folders) -> None:
+        for label in ("shared", "tenant"):
+            path = f"migrations/{label}"
+            command.revision(project.config(), label, head="base", branch_label=label, version_path=path)
+
+    @pytest.mark.parametrize("arguments", [(), ("--head", "base")])
+    def test_several_folders_are_named(self, folders, arguments):
+        done = revision(*arguments)
+
+        assert done.exit_code == 2
+        assert "--version-path (migrations/shared, migrations/tenant)" in done.output
+
+    def test_it_is_written_into_the_one_that_is_given(self, project, folders):
+        done = revision("--version-path", "migrations/shared")
+
+        assert done.exit_code == 0, done.output
+        assert len(list(Path("migrations/shared").glob("*.py"))) == 1
+        command.upgrade(project.config(), "head")
+        assert agree(project.url)
+
+    def test_heads_are_named_by_their_labels(self, branches):
+        done = revision()
+
+        assert done.exit_code == 1
+        assert "several heads (shared@head, tenant@head)" in done.output
+        assert "give it with --head" in done.output
+
+    def test_it_goes_on_from_the_head_that_is_given(self, project, branches):
+        done = revision("--head", "shared@head")
+
+        assert done.exit_code == 0, done.output
+        assert len(list(Path("migrations/shared").glob("*.py"))) == 2
+        assert "Run `alembic upgrade heads`." in done.output
+        command.upgrade(project.config(), "heads")
+        assert agree(project.url)
+        assert "nothing to write" in revision().output
+
+    def test_it_begins_a_branch(self, project, branches):
+        done = revision("--head=base", "--branch-label=apoq", "--version-path=migrations/shared")
+
+        assert done.exit_code == 0, done.output
+        command.upgrade(project.config(), "apoq@head")
+        assert agree(project.url)
+
+    def test_what_is_no_head_is_refused_with_those_that_are(self, project, branches):
+        first = ScriptDirectory.from_config(project.config()).get_revision("shared@head").revision
+        command.revision(project.config(), "second", head="shared@head")
+
+        done = revision("--head", first)
+
+        assert done.exit_code == 1
+        assert "its heads are shared@head, tenant@head" in done.output
+
+    def test_a_label_that_is_taken_leaves_nothing_behind(self, branches):
+        before = set(Path("migrations").rglob("*.py"))
+
+        done = revision("--head=base", "--branch-label=tenant", "--version-path=migrations/shared")
+
+        assert (done.exit_code, "tenant" in done.output) == (1, True)
+        assert set(Path("migrations").rglob("*.py")) == before
+
+    def test_another_section_is_named(self, project):
+        ini = Path("alembic.ini")
+        ini.write_text(ini.read_text().replace("[alembic]", "[main]"))
+
+        refused, done = revision(), revision("-n", "main")
+
+        assert (refused.exit_code, "with -n (main)" in refused.output) == (2, True)
+        assert "Run `alembic -n main upgrade head`." in done.output
+
+
+class TestSeveralPlaces:
+    def test_each_schema_has_its_own_revision(self, project):
+        for schema in ([], ["--schema", "jobs"]):
+            assert "Wrote" in revision(*schema).output
+            assert "nothing to write" in revision(*schema).output
+
+        command.upgrade(project.config(), "head")
+        assert agree(project.url)
+        assert agree(project.url, "jobs")
+
+    def test_a_schema_that_is_computed_may_be_any(self, project):
+        path = Path(command.revision(project.config(), "ours").path)
+        call = "import apoq.migrations; apoq.migrations.upgrade(op, version=1, schema=op.get_context())"
+        path.write_text(path.read_text().replace("pass", call, 1))
+
+        assert "nothing to write" in revision("--schema", "jobs").output
+
+    def test_of_several_databases_one_is_given(self, empty_url):
+        project = Project(empty_url, "multidb")
+
+        refused, done = revision(), revision("--bind", "engine2")
+
+        assert (refused.exit_code, "--bind (engine1, engine2)" in refused.output) == (1, True)
+        assert done.exit_code == 0, done.output
+        (path,) = project.files()
+        first, second = path.read_text().split("def upgrade_engine2")
+        assert "apoq.migrations.upgrade" not in first
+        assert "apoq.migrations.upgrade(op, version=1)" in second
+        assert "nothing to write" in revision("--bind", "engine2").output
+        assert "Wrote" in revision("--bind", "engine1").output
+
+
+def lose_the_parent(project: Project) -> None:
+    first = command.revision(project.config(), "first")
+    command.revision(project.config(), "second")
+    Path(first.path).unlink()
+
+
+def break_a_revision(project: Project) -> None:
+    Path(command.revision(project.config(), "first").path).write_text("def upgrade(:")
+
+
+def forget_an_import(project: Project) -> None:
+    path = Path(command.revision(project.config(), "first").path)
+    path.write_text(f"import not_installed\n{path.read_text()}")
+
+
+def forget_a_variable(project: Project) -> None:
+    path = Path(command.revision(project.config(), "first").path)
+    path.write_text(f"import os\nos.environ['NOT_SET']\n{path.read_text()}")
+
+
+def break_the_ini(project: Project) -> None:
+    Path("alembic.ini").write_text("script_location = migrations")
+
+
+def break_the_encoding(project: Project) -> None:
+    Path("alembic.ini").write_bytes(b"[alembic]\nscript_location = \xff")
+
+
+def break_the_template(project: Project) -> None:
+    Path("migrations/script.py.mako").write_text("${nothing_of_that_name.attribute}")
+
+
+def lose_the_template(project: Project) -> None:
+    Path("migrations/script.py.mako").unlink()
+
+
+def lose_the_folder(project: Project) -> None:
+    Path("migrations").rename("elsewhere")
+
+
+def break_a_hook(project: Project) -> None:
+    ini = Path("alembic.ini")
+    hook = "[post_write_hooks]\nhooks = a\na.type = exec\na.executable = /nowhere/ruff\n"
+    ini.write_text(ini.read_text().replace("[post_write_hooks]", hook))
+
+
+@pytest.mark.parametrize(
+    ("breaks", "said"),
+    [
+        (lose_the_parent, "and another one goes on from it"),
+        (break_a_revision, "history can't be read: SyntaxError"),
+        (forget_an_import, "No module named 'not_installed'"),
+        (forget_a_variable, "KeyError: 'NOT_SET'"),
+        (break_the_ini, "configuration can't be used: MissingSectionHeaderError"),
+        (break_the_encoding, "configuration can't be used: UnicodeDecodeError"),
+        (break_the_template, "Template rendering failed"),
+        (lose_the_template, "script.py.mako"),
+        (lose_the_folder, "migrations"),
+        (break_a_hook, "the revision can't be written"),
+    ],
+)
+def test_what_is_wrong_in_a_project_is_one_line_and_nothing_is_written(project, breaks, said):
+    breaks(project)
+    before = set(Path().rglob("*.py"))
+
+    done = revision()
+
+    assert isinstance(done.exception, SystemExit), done.exception
+    assert done.exit_code == 1
+    assert done.stderr.startswith("Error: ")
+    assert said in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert set(Path().rglob("*.py")) == before
+
+
+def test_an_env_in_another_encoding_is_read(project):
+    env = Path("migrations/env.py")
+    env.write_bytes(b"# -*- coding: latin-1 -*-\n# \xe9\n" + env.read_bytes())
+
+    assert revision().exit_code == 0
 
 
 @pytest.mark.filterwarnings("ignore:'get_engine' is deprecated")  # by the env.py that Flask-Migrate makes

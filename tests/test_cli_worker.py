@@ -61,6 +61,18 @@ def broken():
 
 def arguments(of, its, own):
     pass
+
+def exits():
+    raise SystemExit(4)
+
+async def coroutine():
+    pass
+
+class Lazy:
+    def __getattr__(self, name):
+        raise RuntimeError("outside of a context")
+
+lazy = Lazy()
 """
 PATIENCE = 30
 
@@ -292,6 +304,9 @@ class TestWhatIsToBeWorked:
         (tmp_path / "app_without_color.py").write_text("import app_of_theirs\napp_of_theirs.broken()\n")
         (tmp_path / "app_without_modules.py").write_text("import no_such_module_of_theirs\n")
         (tmp_path / "app_that_is_no_python.py").write_text("x = 1\ndef :\n")
+        (tmp_path / "app_that_exits.py").write_text("import sys\nsys.exit(0)\n")
+        (tmp_path / "app_without_end.py").write_text("def f(): f()\nf()\n")
+        (tmp_path / "app_of_many_lines.py").write_text("raise ValueError('a\\nb')\n")
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "path", list(sys.path))
         monkeypatch.setenv("DATABASE_URL", url.render_as_string(hide_password=False))
@@ -320,6 +335,12 @@ class TestWhatIsToBeWorked:
             ("app_without_color:worker", "can't be imported: KeyError: 'color' ("),
             ("app_without_modules:worker", "No module named 'no_such_module_of_theirs' ("),
             ("app_that_is_no_python:worker", "SyntaxError: invalid syntax ("),
+            ("app_that_exits:worker", "app_that_exits can't be imported: SystemExit: 0 ("),
+            ("app_without_end:worker", "RecursionError: maximum recursion depth exceeded ("),
+            ("app_of_many_lines:worker", "ValueError: a b ("),
+            ("app_of_theirs:exits", "app_of_theirs:exits failed: SystemExit: 4 ("),
+            ("app_of_theirs:coroutine", "is a coroutine function: give a plain one"),
+            ("app_of_theirs:lazy", "app_of_theirs:lazy can't be read: RuntimeError: outside of a context ("),
         ],
     )
     def test_what_is_wrong_is_said_in_a_line(self, said, name, message):

@@ -151,7 +151,7 @@ def test_what_is_no_url_is_refused(engine, wrong):
 
 @pytest.mark.parametrize("wrong", ["secret", "", "postgresql://u:p@ss:secret@host/d"])
 def test_a_url_that_can_not_be_read_is_refused_and_not_repeated(engine, wrong):
-    with pytest.raises(ValueError, match="listen_url is no URL") as caught:
+    with pytest.raises(ValueError, match="listen_url: the database's URL can't be read") as caught:
         Worker(engine, listen_url=wrong)
     assert "secret" not in str(caught.value)
     assert caught.value.__cause__ is None

@@ -444,7 +444,7 @@ class TestPrepare:
     def test_all_or_nothing_is_done(self, empty_engine, empty_url):
         execute(empty_url, "CREATE TABLE apoq_workers (mine text)")
 
-        with pytest.raises(sa.exc.ProgrammingError, match="apoq_workers"):
+        with pytest.raises(NotPrepared, match="not apoq's: the column apoq_workers"):
             prepare(empty_engine)
 
         assert tables(empty_url) == {"apoq_workers"}

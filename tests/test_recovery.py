@@ -437,3 +437,70 @@ def test_a_heartbeat_goes_on_while_a_migration_locks_the_tasks(engine, queue, ma
 
     until(lambda: count(engine, Task.state == "pending") == 1)
     assert not [message for message in caplog.messages if "can't be made pending" in message]
+
+
+class TestARescueThatIsRefused:
+    """By a trigger of somebody's."""
+
+    REFUSE = """
+        CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+            IF current_query() LIKE '%%orphans%%' THEN RAISE 'not now'; END IF;
+            RETURN NEW;
+        END $$;
+        CREATE TRIGGER refuse BEFORE UPDATE ON apoq_tasks FOR EACH {} EXECUTE FUNCTION refuse()
+    """
+
+    @pytest.fixture
+    def refusals(self, make_worker, caplog):
+        """Start a worker, and return what the log says of refusals until a few heartbeats after the first."""
+        worker = make_worker(lease=timedelta(seconds=2))
+        worker.use("t", lambda task: None)
+
+        def said() -> list[str]:
+            return [message for message in caplog.messages if "not now" in message]
+
+        def refusals() -> list[str]:
+            worker.start()
+            until(said)
+            for _ in range(3):
+                before = worker.seen_at
+                until(lambda before=before: worker.seen_at != before)
+            return said()
+
+        return refusals
+
+    def test_a_statement_that_fails_as_such_is_one_line_and_blames_no_task(self, engine, refusals, caplog):
+        with engine.begin() as connection:
+            connection.exec_driver_sql(self.REFUSE.format("STATEMENT"))
+            connection.exec_driver_sql("INSERT INTO apoq_claims VALUES (gen_random_uuid(), 0, '{}')")
+
+        [said] = refusals()
+
+        assert said.startswith("the rescue of tasks of dead workers failed, and is tried again")
+
+        with engine.begin() as connection:
+            connection.exec_driver_sql("DROP TRIGGER refuse ON apoq_tasks")
+        until(
+            lambda: any("the rescue of tasks of dead workers works again" in each for each in caplog.messages)
+        )
+
+    def test_a_task_that_cant_be_written_is_one_line_and_the_others_are_rescued(
+        self, engine, queue, refusals
+    ):
+        with engine.begin() as connection:
+            first, *_ = [queue.add(connection, "t").id for _ in range(3)]
+            connection.exec_driver_sql(
+                "UPDATE apoq_tasks SET state = 'running', worker_id = '00000000-0000-0000-0000-000000000001'"
+            )
+            note(connection)
+            connection.exec_driver_sql(
+                f"{self.REFUSE.format('ROW WHEN')} ".replace(
+                    "WHEN EXECUTE", f"WHEN (OLD.id = {first}) EXECUTE"
+                )
+            )
+
+        [said] = refusals()
+
+        assert said.startswith("a task of a dead worker can't be made pending again, and stays running")
+        until(lambda: count(engine, Task.state == "completed") == 2)
+        assert count(engine, Task.state == "running", Task.id == first) == 1

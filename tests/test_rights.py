@@ -25,7 +25,7 @@ from apoq.preflight import RIGHTS, only_adds, problems
 until = patience(20)
 
 SCRIPTS = [block.code for block in pages.blocks(pages.DOCS / "deploying.md", "sql")]
-ADDS, CHANGES, WORKS, READS, POLICY = SCRIPTS
+ADDS, CHANGES, WORKS, READS, WORK_POLICY, ADD_POLICY = SCRIPTS
 INSERTED = set(re.search(r"INSERT \((.*?)\)", ADDS).group(1).split(", "))
 OTHERS = {column.name for column in tasks_table(None).c} - INSERTED - {"ended_as"}
 
@@ -206,5 +206,17 @@ def test_the_policy_lets_a_worker_see_everything(connect, engine):
     with engine.begin() as connection:
         connection.exec_driver_sql("ALTER TABLE apoq_tasks ENABLE ROW LEVEL SECURITY")
 
-    with connect(WORKS, POLICY).begin() as connection:
+    with connect(WORKS, WORK_POLICY).begin() as connection:
         assert problems(connection) == []
+
+
+def test_those_for_one_that_adds_let_it_add(connect, engine, queue):
+    with engine.begin() as connection:
+        connection.exec_driver_sql("ALTER TABLE apoq_tasks ENABLE ROW LEVEL SECURITY")
+
+    with connect(ADDS, ADD_POLICY).begin() as connection:
+        queue.add(connection, "t")
+        queue.add_many(connection, "t", ({} for _ in range(3_000)))
+
+    with engine.begin() as connection:
+        assert connection.scalar(sa.select(sa.func.count()).select_from(Task)) == 3_001

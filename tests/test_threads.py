@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 from waiting import patience
 
 from apoq import AsyncRunningTask, Queue, RunningTask, Task, Worker
-from apoq.hints import _hinters
+from apoq.hinter import threads
 from apoq.worker import embedded
 from apoq.worker.embedded import EmbeddedWorker
 from apoq.worker.process import PROCESS
@@ -353,7 +353,7 @@ def test_the_next_commit_notifies_workers_if_the_one_before_could_start_no_threa
     assert limit.refused == 3
     assert len(caplog.messages) == 1
     assert FULL in caplog.messages[0]
-    _hinters[engine].flush(timeout=60)  # as at the end of the program: nobody sends them
+    threads.flush(timeout=60)  # as at the end of the program: nobody sends them
 
     limit.lift()
     add(engine)

@@ -322,7 +322,7 @@ def add(engine, queue) -> Hinter:
     """Add a task; answer who sends the engine's hints."""
     with Session(engine) as session, session.begin():
         queue.add(session, "t")
-    return _hinters[engine]
+    return _hinters[engine.pool]
 
 
 class TestAHintThatIsSentAtOnce:
@@ -357,7 +357,7 @@ class TestAHintThatIsSentAtOnce:
             while not add(engine, queue)._pending:
                 """Too late: it was sent at once again."""
 
-            until(lambda: not _hinters[engine]._pending)
+            until(lambda: not _hinters[engine.pool]._pending)
             assert len(heard(0.5)) >= 2
 
     def test_is_sent_again_by_the_other_where_its_connection_is_lost(self, engine, queue, line):
@@ -393,12 +393,12 @@ class TestAHintThatIsSentAtOnce:
                 add(engine, queue)
                 time.sleep(2 * PAUSE)
             took = time.monotonic() - began
-            assert _hinters[engine]._pending
+            assert _hinters[engine.pool]._pending
         finally:
             os.kill(pid, signal.SIGCONT)
 
         assert took < 1
-        until(lambda: not _hinters[engine]._pending)
+        until(lambda: not _hinters[engine.pool]._pending)
 
 
 def test_a_session_in_somebody_elses_transaction_gives_no_hint(engine, queue):

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from sqlalchemy.orm import Session
 
 from apoq.cli.exits import Failure
-from apoq.cli.output import console
+from apoq.cli.output import console, has_cursor
 from apoq.embedded import EmbeddedUnavailable, PostgreSQL
 from apoq.migrations import prepare
 from apoq.model import Task
@@ -82,7 +82,7 @@ def _demonstrate(engine: sa.Engine, url: str, count: int) -> None:
 
     out.print(f"👷 {WORKERS} workers, each a process of its own; each task is to pay a person")
     began = time.monotonic()
-    with _workers(url) as workers, Progress(*columns, console=out, disable=not out.is_terminal) as bar:
+    with _workers(url) as workers, Progress(*columns, console=out, disable=not has_cursor(out)) as bar:
         shown = bar.add_task("", total=count)
         victim = workers[0]
         for done in _progress(engine, count):

@@ -2,34 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from copy import copy
 from importlib import import_module
-from typing import Any, Final
+from typing import Any
 
 import click
 
-from apoq.cli.exits import EXITS, BadUsage, explained
+from apoq.cli.commands import COMMANDS, EXITS
+from apoq.cli.exits import BadUsage, explained
+from apoq.cli.streams import writing
 from apoq.cli.target import VARIABLES, Target
 from apoq.errors import InvalidTask
 from apoq.payload import check_schema
-
-COMMANDS: Final = {
-    "worker": "Work tasks: run a worker until it is told to stop.",
-    "migrate": "Bring apoq's tables up to date.",
-    "revision": "Write a revision for apoq's tables into your own Alembic history.",
-    "check": "Tell whether database, library and model agree.",
-    "doctor": "Examine server, tables and workers, and say what to mend.",
-    "add": "Add a task.",
-    "list": "List tasks, the newest first.",
-    "show": "Show all that is known of a task.",
-    "retry": "Run tasks again that have ended.",
-    "cancel": "Cancel tasks that are pending or running.",
-    "prune": "Delete tasks that ended long ago.",
-    "stats": "Show queues and workers: how much waits, runs and has ended.",
-    "demo": "Show what apoq does, on a private PostgreSQL.",
-}
-"""What each command does, in the order of the help. The module ``apoq.cli.<name>`` has it as `command`."""
 
 
 class Commands(click.Group):
@@ -67,13 +53,16 @@ class Commands(click.Group):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Refuse bytes that are no text: they would fail wherever they are sent to."""
-        for arg in args:
-            check_text(arg)
-        return super().parse_args(ctx, args)
+        return super().parse_args(ctx, [read_text(arg) for arg in args])
+
+    def make_context(self, *args: Any, **extra: Any) -> click.Context:
+        """Read the arguments, and print what `--help` and `--version` ask for."""
+        with writing():
+            return super().make_context(*args, **extra)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command; what goes wrong outside of the program ends it in one line."""
-        with explained():
+        with explained(), writing():
             return super().invoke(ctx)
 
 
@@ -88,13 +77,16 @@ class _Main(Commands):
         return found
 
 
-def check_text(value: str) -> None:
-    """Refuse an argument whose bytes are in no encoding."""
+def read_text(value: str) -> str:
+    """Read an argument or a variable, which is UTF-8 whatever the locale; refuse what is no text."""
     try:
-        value.encode()
-    except UnicodeEncodeError:
+        text = os.fsencode(value).decode()
+    except UnicodeError:
         # Without the value, which may have a password in it.
         raise BadUsage("an argument, or a variable of the environment, is not text in UTF-8") from None
+    if "\0" in text:
+        raise BadUsage("an argument, or a variable of the environment, has a NUL character: leave it out")
+    return text
 
 
 def _options(variables: Sequence[str] = ()) -> list[click.Parameter]:
@@ -103,8 +95,7 @@ def _options(variables: Sequence[str] = ()) -> list[click.Parameter]:
             "apoq.target", {}
         )  # the contexts of the group and of its command share it
         if value is not None:
-            check_text(value)  # it may be the environment's
-            given[option.name] = value
+            given[option.name] = read_text(value)  # it may be the environment's
         try:
             check_schema(given.get("schema"))
         except InvalidTask as error:

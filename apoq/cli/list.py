@@ -13,7 +13,7 @@ from rich.text import Text
 from apoq.cli.exits import warn
 from apoq.cli.looking import looking, task_json
 from apoq.cli.output import json_option, show, show_json_lines, table, widest
-from apoq.cli.selection import filters
+from apoq.cli.selection import FIRST_ID, LAST_ID, TASK_ID, filters
 from apoq.cli.target import Target
 from apoq.cli.wording import ago, clean, length
 from apoq.model import DEFAULT_QUEUE
@@ -24,7 +24,6 @@ STYLES: Final = {PENDING: "", RUNNING: "cyan", COMPLETED: "green", FAILED: "red"
 """The colour of a state."""
 
 MOST: Final = 10_000
-_LAST_ID: Final = 2**63 - 1
 _EXCERPT: Final = 200
 _WHOLE: Final = 2**31 - 1
 
@@ -36,7 +35,7 @@ _WHOLE: Final = 2**31 - 1
     "--limit", type=click.IntRange(1, MOST), default=20, show_default=True, help="How many at most."
 )
 @click.option(
-    "--before", "before_id", type=int, metavar="ID", help="Only those with a lower id: the next page."
+    "--before", "before_id", type=TASK_ID, metavar="ID", help="Only those with a lower id: the next page."
 )
 @json_option
 @click.pass_obj
@@ -57,7 +56,7 @@ def command(
     a search for those looks at 100,000 tasks at most, and says how to go on.
     """
     parameters = {
-        "up_to_id": _LAST_ID if before_id is None else before_id - 1,
+        "up_to_id": LAST_ID if before_id is None else max(before_id - 1, FIRST_ID),
         "in_queue": queue,
         "of_type": task_type,
         "since": since,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import sysconfig
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from functools import reduce
 from importlib import import_module
@@ -13,7 +13,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from sqlalchemy.engine import url
+
 from apoq.cli.exits import BadUsage, Failure
+from apoq.databases import UNREADABLE, without_password
 from apoq.errors import ApoqError
 from apoq.queue import Queue
 from apoq.worker import Worker
@@ -30,9 +33,11 @@ def load(name: str, make: Callable[[Queue], Worker]) -> Worker:
     module_name, colon, path = name.partition(":")
     if not (module_name and colon and path):
         raise BadUsage(f"{name!r} names no object: write it as module:object, such as myapp.tasks:worker")
-    found = _find(_import(module_name), path, name)
-    if isinstance(getattr(found, "queue", None), Queue):
-        raise BadUsage(f"{name} is a task of {found.queue!r}: give the queue instead")
+    module = _import(module_name)
+    with located(f"{name} can't be read"):
+        found = _find(module, path, name)
+        if isinstance(queue := getattr(found, "queue", None), Queue):
+            raise BadUsage(f"{name} is a task of {queue!r}: give the queue instead")
     if callable(found) and not isinstance(found, Worker | Queue):
         with located(f"{name} failed"):
             found = found()
@@ -41,12 +46,19 @@ def load(name: str, make: Callable[[Queue], Worker]) -> Worker:
             return found
         case Queue():
             return make(found)
+        case Coroutine():
+            found.close()
+            raise BadUsage(f"{name} is a coroutine function: give a plain one, or {WANTED}")
         case _:
             raise BadUsage(f"{name} is of type {type(found).__qualname__}, and not {WANTED}")
 
 
 def _import(name: str) -> ModuleType:
-    if (here := str(Path.cwd())) not in sys.path:
+    try:
+        here = str(Path.cwd())
+    except OSError as error:
+        raise BadUsage(f"the current directory, in which modules are looked for, is gone: {error}") from None
+    if here not in sys.path:
         sys.path.insert(0, here)
     try:
         with located(f"{name} can't be imported"):
@@ -76,9 +88,17 @@ def located(what: str) -> Iterator[None]:
         yield
     except (Failure, ApoqError):
         raise  # it says what is wrong
-    except Exception as error:
-        (*_, last) = traceback.format_exception_only(error)
-        raise BadUsage(f"{what}: {last.strip()}{_where(error)}") from error
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # such as SystemExit: it isn't for what is imported to end the program
+        raise BadUsage(f"{what}: {_message(error)}{_where(error)}") from error
+
+
+def _message(error: BaseException) -> str:
+    if traceback.extract_tb(error.__traceback__)[-1].filename == url.__file__:
+        return UNREADABLE  # SQLAlchemy's own words may have a part of the password in them
+    (*_, last) = traceback.format_exception_only(error)
+    return without_password(" ".join(last.split()))
 
 
 def _where(error: BaseException) -> str:

@@ -11,6 +11,7 @@ from typing import Any, Final
 import click
 
 from apoq.cli.output import json_text
+from apoq.cli.streams import has_colors, is_terminal
 from apoq.cli.wording import clean
 
 FORMATS: Final = ("text", "json")
@@ -38,8 +39,8 @@ class TextFormatter(logging.Formatter):
     """Lines for people: on a terminal with less in front of the message, and with colours."""
 
     def __init__(self) -> None:
-        self._is_terminal = sys.stderr.isatty()
-        if self._is_terminal:
+        self._has_colors = has_colors(sys.stderr)
+        if is_terminal(sys.stderr):
             super().__init__("%(asctime)s %(message)s", "%H:%M:%S")
         else:
             super().__init__("%(asctime)s %(levelname)s [%(process)d] %(name)s: %(message)s")
@@ -63,7 +64,7 @@ class TextFormatter(logging.Formatter):
         # A message may quote what others have written: a task's type, or an error.
         record.message = clean(record.message)
         line = super().formatMessage(record)
-        color = _COLORS.get(record.levelname) if self._is_terminal else None
+        color = _COLORS.get(record.levelname) if self._has_colors else None
         return line if color is None else click.style(line, fg=color)
 
 

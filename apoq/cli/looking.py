@@ -14,6 +14,7 @@ import sqlalchemy.exc
 
 from apoq.cli.exits import Failure
 from apoq.cli.target import Target
+from apoq.migrations import check
 from apoq.reading import read_anything
 
 PATIENCE: Final = 15
@@ -33,9 +34,10 @@ SETTINGS: Final = f"""
 @contextmanager
 def looking(target: Target) -> Iterator[sa.Connection]:
     """Open a transaction that reads, whatever other programs may have written into the tables."""
-    with target.begin() as connection:
+    with target.begin(prepared=False) as connection:
         read_anything(connection.connection.driver_connection)  # type: ignore[arg-type]
         connection.exec_driver_sql(SETTINGS)
+        check(connection, target.schema)
         try:
             yield connection
         except sqlalchemy.exc.OperationalError as error:

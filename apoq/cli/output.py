@@ -13,15 +13,24 @@ from rich import box
 from rich.console import Console, RenderableType
 from rich.table import Table
 
+from apoq.cli.streams import NARROWEST, is_narrow, is_terminal
+
 _UNLIMITED: Final = 10_000
 """Columns where the output is no terminal: a program or a file wants whole values."""
 
 
 def console() -> Console:
     """Answer a console on stdout, as it is now."""
-    width = None if sys.stdout.isatty() else _UNLIMITED
+    width = None if is_terminal(sys.stdout) else _UNLIMITED
     # No markup, and no emoji by name: what is shown has words of the users in it.
-    return Console(highlight=False, markup=False, emoji=False, soft_wrap=width is not None, width=width)
+    made = Console(highlight=False, markup=False, emoji=False, soft_wrap=width is not None, width=width)
+    made.width = max(made.width, NARROWEST)
+    return made
+
+
+def has_cursor(console: Console) -> bool:
+    """Return whether the console is a terminal on which what was written can be replaced."""
+    return console.is_terminal and not console.is_dumb_terminal
 
 
 def table(*columns: str, right: Iterable[str] = (), widest: int | None = None) -> Table:
@@ -43,7 +52,7 @@ def table(*columns: str, right: Iterable[str] = (), widest: int | None = None) -
 
 def widest(columns: int) -> int | None:
     """Answer this where the output is a terminal; a program or a file wants whole values."""
-    return columns if sys.stdout.isatty() else None
+    return columns if is_terminal(sys.stdout) else None
 
 
 def show(shown: RenderableType) -> None:
@@ -73,13 +82,17 @@ def json_text(
 
 def show_json(value: Any) -> None:
     """Print one JSON document; times in ISO 8601, durations in seconds."""
-    click.echo(json_text(value, is_ascii=sys.stdout.isatty(), indent=2))
+    click.echo(json_text(value, is_ascii=_wants_ascii(), indent=2))
 
 
 def show_json_lines(values: Iterable[Any]) -> None:
     """Print a line of JSON for each value."""
     for value in values:
-        click.echo(json_text(value, is_ascii=sys.stdout.isatty()))
+        click.echo(json_text(value, is_ascii=_wants_ascii()))
+
+
+def _wants_ascii() -> bool:
+    return is_terminal(sys.stdout) or is_narrow(sys.stdout)
 
 
 def json_option(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -96,7 +109,7 @@ def confirm(question: str, *, yes: bool) -> None:
     """End the command unless somebody agrees; where nobody can be asked, only ``--yes`` agrees."""
     if yes:
         return
-    if not sys.stdin.isatty():
+    if not is_terminal(sys.stdin):
         raise click.UsageError(f"{question} Nobody is here to ask: say --yes.")
     click.confirm(question, abort=True, err=True)
 

@@ -12,7 +12,7 @@ from apoq.cli.looking import looking
 from apoq.cli.output import confirm, json_option, show_json, yes_option
 from apoq.cli.selection import progress
 from apoq.cli.target import Target
-from apoq.cli.values import duration
+from apoq.cli.values import age
 from apoq.cli.wording import tasks
 from apoq.connections import own_engine
 from apoq.statements.count import COUNTED, queues
@@ -29,8 +29,8 @@ QUEUES: Final = 10_000
 
 
 @click.command("prune")
-@click.option("--completed-before", type=duration, help="Those that completed longer ago.")
-@click.option("--failed-before", type=duration, help="Those that failed, or were cancelled, longer ago.")
+@click.option("--completed-before", type=age, help="Those that completed longer ago.")
+@click.option("--failed-before", type=age, help="Those that failed, or were cancelled, longer ago.")
 @click.option("--queue", metavar="NAME", help="Only those of this queue.")
 @yes_option
 @json_option

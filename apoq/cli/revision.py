@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import re
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import click
 
 from apoq.cli.exits import BadUsage, Failure
+from apoq.cli.history import History, Place, calls_in, explained
 from apoq.cli.target import Target
 from apoq.migrations import LATEST
 from apoq.migrations.steps import newer
@@ -23,9 +26,6 @@ INI: Final = Path("alembic.ini")
 TOML: Final = Path("pyproject.toml")
 FLASK_FOLDER: Final = Path("migrations")
 
-_CALL: Final = re.compile(r"\bupgrade\(\s*op\b(?:[^)]*?\bversion\s*=\s*(\d+))?")
-"""The call in a revision; what names no version is taken for the first, which it is at least."""
-
 
 @click.command("revision")
 @click.option(
@@ -36,31 +36,44 @@ _CALL: Final = re.compile(r"\bupgrade\(\s*op\b(?:[^)]*?\bversion\s*=\s*(\d+))?")
     help="Your alembic.ini or pyproject.toml. Default: the one in this folder.",
 )
 @click.option(
+    "-n", "--name", "section", default="alembic", help="Its section, as for `alembic -n`. Default: alembic."
+)
+@click.option(
     "-d",
     "--directory",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Your Flask-Migrate folder. Default: migrations, where there is no alembic.ini.",
+    help="Your Flask-Migrate folder. Default: migrations, if there is no alembic.ini.",
+)
+@click.option("--head", help="The head to go on from, such as LABEL@head; base begins a branch.")
+@click.option("--branch-label", help="The label of a new branch.")
+@click.option("--version-path", help="The folder for it, if your history has several.")
+@click.option(
+    "--bind",
+    help="Which of your databases has apoq's tables, if your template is one for several (multidb).",
 )
 @click.pass_obj
-def command(target: Target, /, config_file: Path | None, directory: Path | None) -> None:
+def command(
+    target: Target,
+    /,
+    config_file: Path | None,
+    directory: Path | None,
+    section: str,
+    bind: str | None,
+    **where: str | None,
+) -> None:
     """Write a revision for apoq's tables into your own Alembic history.
 
     The first one creates the tables, and after an upgrade of this library another one brings them to its
-    version. Your history keeps one head, and `alembic upgrade head` stays one command. The database isn't
+    version. Your history keeps its heads, and `alembic upgrade head` stays one command. The database isn't
     asked.
     """
-    from alembic.util import CommandError  # noqa: PLC0415
-
-    try:
-        config, program = _config(config_file, directory)
-        config.cmd_opts = Namespace(quiet=True)  # what was written is said here
-        _write(config, program, target.schema)
-    except CommandError as error:
-        raise Failure(str(error)) from error
+    config, program = _config(config_file, directory, section)
+    config.cmd_opts = Namespace(quiet=True)  # what was written is said here
+    _write(config, program, Place(bind, target.schema), where)
 
 
-def _config(config_file: Path | None, directory: Path | None) -> tuple[Config, str]:
-    """Answer their configuration, and the command that works with it."""
+def _config(config_file: Path | None, directory: Path | None, section: str) -> tuple[Config, str]:
+    """Return their configuration, and the command that works with it."""
     from alembic.config import Config  # noqa: PLC0415
 
     if config_file is None and directory is None:
@@ -68,15 +81,19 @@ def _config(config_file: Path | None, directory: Path | None) -> tuple[Config, s
     if directory is not None:
         if not (directory / "env.py").exists():
             raise BadUsage(f"{directory} is no Flask-Migrate folder: there is no env.py in it")
-        config = Config(directory / "alembic.ini")
+        config = Config(directory / "alembic.ini", ini_section=section)
         config.set_main_option("script_location", str(directory).replace("%", "%%"))
         return config, "flask db" + ("" if directory == FLASK_FOLDER else f" -d {directory}")
     assert config_file is not None
     program = "alembic" if config_file in {INI, TOML} else f"alembic -c {config_file}"
+    if section != "alembic":
+        program += f" -n {section}"
     # As Alembic itself: a project may have half of its settings in each of the two.
     if config_file.suffix == ".toml":
-        return Config(INI if INI.exists() else None, toml_file=config_file), program
-    return Config(config_file, toml_file=TOML if _is_alembics(TOML) else None), program
+        ini = INI if INI.exists() else None
+        return Config(ini, toml_file=config_file, ini_section=section), program
+    toml = TOML if _is_alembics(TOML) else None
+    return Config(config_file, toml_file=toml, ini_section=section), program
 
 
 def _found() -> tuple[Path | None, Path | None]:
@@ -95,80 +112,134 @@ def _found() -> tuple[Path | None, Path | None]:
 
 
 def _is_alembics(project: Path) -> bool:
-    return project.exists() and "[tool.alembic" in project.read_text(encoding="utf-8")
+    return project.exists() and b"[tool.alembic" in project.read_bytes()
 
 
-def _write(config: Config, program: str, schema: str | None) -> None:
-    from alembic.script import ScriptDirectory  # noqa: PLC0415
+def _write(config: Config, program: str, place: Place, where: dict[str, str | None]) -> None:
     from alembic.util import rev_id  # noqa: PLC0415
 
-    history = ScriptDirectory.from_config(config)
-    heads = history.get_heads()
-    if len(heads) > 1:
-        raise Failure(
-            f"your history has several heads ({', '.join(heads)}), and apoq's tables belong after one: run "
-            f"`{program} merge heads` first"
-        )
-    reached = _version(history)
-    if reached > LATEST:
-        raise Failure(newer(reached))
-    if reached == LATEST:
+    scripts = _scripts(config)
+    history = History(scripts, place)
+    if history.version > LATEST:
+        raise Failure(newer(history.version))
+    if history.version == LATEST:
         click.echo(f"Your history has apoq's tables at version {LATEST} already: nothing to write.")
         return
-    message = "add apoq tables" if reached == 0 else f"upgrade apoq tables to version {LATEST}"
-    script: Any = history.generate_revision(
-        rev_id(), message, refresh=True, **_arguments(config, reached, schema)
-    )
-    path = Path(script.path)
-    _check(path)
+    head = history.head(where["head"], program)
+    _check_version_path(scripts, history, head, where["version_path"])
+    message = f"upgrade apoq tables to version {LATEST}" if history.version else "add apoq tables"
+    failed = "the revision can't be written"
+    if program.startswith("flask") and place.bind is None:
+        failed += " (if its template asks the application, call `flask apoq revision`)"
+    with _all_or_nothing(scripts), explained(failed):
+        script: Any = scripts.generate_revision(
+            rev_id(),
+            message,
+            head=head,
+            branch_labels=where["branch_label"],
+            version_path=where["version_path"],
+            refresh=True,
+            **_arguments(config, history.version, place),
+        )
+        path = Path(script.path)
+        _check(path, place, program)
     click.echo(f"Wrote {_relative(path)}\n")
-    _say_what_is_next(Path(history.dir) / "env.py", program)
+    heads = "head" if len(scripts.get_heads()) == 1 else "heads"
+    _say_what_is_next(Path(scripts.dir) / "env.py", program, heads)
 
 
-def _version(history: ScriptDirectory) -> int:
-    """Answer the version of apoq's tables that a history leads to, as its revisions say."""
-    found = [0]
-    for revision in history.walk_revisions():
-        text = Path(revision.path).read_text(encoding="utf-8")
-        if "apoq" in text:
-            found += [int(number or 1) for number in _CALL.findall(text)]
-    return max(found)
+def _scripts(config: Config) -> ScriptDirectory:
+    from alembic.script import ScriptDirectory  # noqa: PLC0415
+
+    with explained("your Alembic configuration can't be used"):
+        others = [
+            name
+            for name in config.file_config.sections()
+            if config.file_config.has_option(name, "script_location")
+        ]
+        section = config.config_ini_section
+        if others and section not in others and not config.get_alembic_option("script_location"):
+            raise BadUsage(
+                f"{config.config_file_name} has no script_location in [{section}]: name its section with -n "
+                f"({', '.join(others)})"
+            )
+        return ScriptDirectory.from_config(config)
 
 
-def _arguments(config: Config, reached: int, schema: str | None) -> dict[str, Any]:
-    """Answer what the template wants: a line a version, for with --sql each begins at the one before."""
-    option = "" if schema is None else f", schema={schema!r}"
+def _check_version_path(scripts: ScriptDirectory, history: History, head: str, given: str | None) -> None:
+    """Say which folders there are, if one has to be given."""
+    folders = scripts.version_locations or []
+    if not given and len(folders) > 1 and (head == "base" or not history.heads):
+        names = ", ".join(str(_relative(Path(folder))) for folder in folders)
+        raise BadUsage(f"your history has several folders: give one of them with --version-path ({names})")
+
+
+@contextmanager
+def _all_or_nothing(scripts: ScriptDirectory) -> Iterator[None]:
+    """Remove what was written if it fails later, as in a hook or because a label is taken."""
+    folders = [Path(folder) for folder in scripts.version_locations or [f"{scripts.dir}/versions"]]
+
+    def files() -> set[Path]:
+        return {path for folder in folders for path in folder.rglob("*.py")}
+
+    before = files()
+    try:
+        yield
+    except BaseException:
+        for path in files() - before:
+            path.unlink()
+        raise
+
+
+def _arguments(config: Config, reached: int, place: Place) -> dict[str, Any]:
+    """Return what the template wants: a line a version, for with --sql each begins at the one before."""
+    option = "" if place.schema is None else f", schema={place.schema!r}"
     up = [f"apoq.migrations.upgrade(op, version={step}{option})" for step in range(reached + 1, LATEST + 1)]
     down = [
         f"apoq.migrations.downgrade(op, version={step}{option})"
         for step in range(LATEST - 1, reached - 1, -1)
     ]
     upgrades, downgrades = "\n    ".join(up), "\n    ".join(down)
-    return {
-        "config": config,
-        "imports": "import apoq.migrations",
-        "upgrades": upgrades,
-        "downgrades": downgrades,
-        # Flask-Migrate's template for several binds: of the default one.
-        "_upgrades": upgrades,
-        "_downgrades": downgrades,
-    }
+    # A template for several databases has a pair for each; the default one of Flask-Migrate's has no name.
+    prefixes = [f"{place.bind}_"] if place.bind else ["", "_"]
+    arguments: dict[str, Any] = {"config": config, "imports": "import apoq.migrations"}
+    for prefix in prefixes:
+        arguments |= {f"{prefix}upgrades": upgrades, f"{prefix}downgrades": downgrades}
+    return arguments
 
 
-def _check(path: Path) -> None:
+def _check(path: Path, place: Place, program: str) -> None:
+    """Refuse a revision without a call for these tables, with what to do instead."""
+    wanted = {f"upgrade_{place.bind}"} if place.bind else {"upgrade", "upgrade_"}
     text = path.read_text(encoding="utf-8")
-    if "import apoq.migrations" not in text or "apoq.migrations.upgrade(op" not in text:
-        path.unlink()
+    if "import apoq.migrations" in text and any(call.function in wanted for call in calls_in(path)):
+        return
+    binds = re.findall(r"^def upgrade_(\w+)\(", text, re.MULTILINE)
+    if binds:
+        given = f", and has no {place.bind!r}" if place.bind else ""
         raise Failure(
-            "your script.py.mako has no place for what apoq would write (${imports}, ${upgrades}): make an "
-            "empty revision, and write `apoq.migrations.upgrade(op, version=…)` into its upgrade function"
+            f"this history is one of several databases{given}: name that of apoq's tables with --bind "
+            f"({', '.join(binds)})"
         )
+    if place.bind and "def upgrade(" in text:
+        raise Failure(
+            f"apoq's tables are in the bind {place.bind!r}, and this history is one of a single database: "
+            "begin one of several (`flask db init --multidb`); or make the tables there with `flask apoq "
+            "migrate`; or give --bind '' if this env.py leads to that bind"
+        )
+    raise Failure(
+        "your script.py.mako has no place for what apoq would write (${imports}, ${upgrades}): make an empty "
+        f"revision (`{program} revision`), and write `apoq.migrations.upgrade(op, version={LATEST})` into "
+        "its upgrade function"
+    )
 
 
-def _say_what_is_next(env: Path, program: str) -> None:
-    text = env.read_text(encoding="utf-8") if env.exists() else ""
+def _say_what_is_next(env: Path, program: str, heads: str) -> None:
+    text = env.read_text(encoding="utf-8", errors="replace") if env.exists() else ""
     is_flask = program.startswith("flask")
-    steps = [f"Run `{program} upgrade`." if is_flask else f"Run `{program} upgrade head`."]
+    steps = [
+        f"Run `{program} upgrade`." if is_flask and heads == "head" else f"Run `{program} upgrade {heads}`."
+    ]
     if "apoq.migrations" not in text:
         first, call = f"In {_relative(env)}", "context.configure"
         if is_flask:

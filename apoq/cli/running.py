@@ -15,6 +15,7 @@ from apoq.cli import logs
 from apoq.cli.exits import BadUsage
 from apoq.cli.status import PERIOD, Status, every, is_wanted
 from apoq.cli.supervisor import Supervisor, again, check_platform, hold, take_lifeline
+from apoq.cli.values import patience
 from apoq.worker import Worker
 from apoq.worker.worker import GRACE
 
@@ -33,7 +34,7 @@ _OPTIONS = (
     ),
     click.option(
         "--timeout",
-        type=click.FloatRange(min=0),
+        type=patience,
         default=GRACE.total_seconds(),
         show_default=True,
         metavar="SECONDS",

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from apoq.cli.exits import Failure, warn
 from apoq.cli.looking import looking, missing
-from apoq.cli.output import confirm
+from apoq.cli.output import confirm, has_cursor
 from apoq.cli.target import Target
 from apoq.cli.values import past_time
 from apoq.cli.wording import tasks
@@ -28,7 +28,8 @@ MOST: Final = 100_000
 BATCH: Final = 100
 """Tasks that one transaction changes at most: it is to hold no lock for long."""
 
-TASK_ID: Final = click.IntRange(-(2**63), 2**63 - 1)
+FIRST_ID, LAST_ID = -(2**63), 2**63 - 1
+TASK_ID: Final = click.IntRange(FIRST_ID, LAST_ID)
 """A task's id, on the command line."""
 
 REASONS: Final = 10
@@ -138,7 +139,7 @@ def progress(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
     """Show how far something long has come, on a terminal's stderr."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
-    if not console.is_terminal or (total is not None and total <= BATCH):
+    if not has_cursor(console) or (total is not None and total <= BATCH):
         yield lambda _count: None
         return
     with Progress(*columns, console=console, transient=True) as bar:

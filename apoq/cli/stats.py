@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext, suppress
 from typing import Any, Final
 
 import click
@@ -12,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from apoq.cli.figures import QUEUES, Figures, figures
-from apoq.cli.output import console, json_option, show, show_json, table, widest
+from apoq.cli.output import console, has_cursor, json_option, show, show_json, table, widest
 from apoq.cli.target import Target
 from apoq.cli.values import duration
 from apoq.cli.wording import clean, length, number, size, tasks
@@ -57,14 +58,17 @@ def command(target: Target, *, by_type: bool, watch: bool, every: Any, as_json: 
 
 
 def _watch(target: Target, found: Figures, *, by_type: bool, every: float) -> None:
-    with Live(shown(found, WIDEST), console=console(), screen=True, auto_refresh=False) as live:
-        try:
-            while True:
-                live.update(shown(found, WIDEST), refresh=True)
-                time.sleep(max(every, found.took * (1 / SHARE - 1)))
-                found = figures(target, by_type=by_type)
-        except KeyboardInterrupt:
-            return
+    out = console()
+    # Where the cursor can't be moved, one below the other.
+    screen = Live(console=out, screen=True, auto_refresh=False) if has_cursor(out) else None
+    with screen or nullcontext(), suppress(KeyboardInterrupt):
+        while True:
+            if screen is not None:
+                screen.update(shown(found, WIDEST), refresh=True)
+            else:
+                out.print(shown(found, widest(WIDEST)), "")
+            time.sleep(max(every, found.took * (1 / SHARE - 1)))
+            found = figures(target, by_type=by_type)
 
 
 def shown(found: Figures, most: int | None = None) -> RenderableType:

@@ -10,6 +10,7 @@ from typing import Final
 
 import click
 
+from apoq.cli.streams import has_colors, is_terminal
 from apoq.worker.tally import Tally
 
 PERIOD: Final = 5.0
@@ -28,7 +29,7 @@ class Status:
         now = time.monotonic()
         if tally != self._last:
             rate = (tally.completed - self._last.completed) / max(now - self._last_at, 0.001)
-            click.secho(line(tally, rate), err=True, dim=True)
+            click.secho(line(tally, rate), err=True, dim=True, color=has_colors(sys.stderr))
         self._last, self._last_at = tally, now
 
 
@@ -45,7 +46,7 @@ def line(tally: Tally, rate: float) -> str:
 
 def is_wanted() -> bool:
     """Tell whether somebody looks."""
-    return sys.stderr.isatty()
+    return is_terminal(sys.stderr)
 
 
 def every(period: float, call: Callable[[], None]) -> None:

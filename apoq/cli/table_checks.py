@@ -14,8 +14,9 @@ from apoq.cli.figures import Figures
 from apoq.cli.finding import BAD, OK, WARNING, Finding
 from apoq.cli.wording import clean, length, tasks
 from apoq.migrations import LATEST, current
+from apoq.migrations.places import ambiguous, where_looked, why_missing
 from apoq.migrations.steps import newer
-from apoq.preflight import ROLE, only_adds, problems
+from apoq.preflight import ROLE, ids_problem, only_adds, problems
 from apoq.statements.claim import CHANGED
 from apoq.statements.count import COUNTED
 from apoq.statements.server import holders, indexes_naming, server, vacuuming
@@ -53,18 +54,24 @@ def check_role(connection: sa.Connection, schema: str | None) -> Iterator[Findin
 
 
 def check_version(connection: sa.Connection, schema: str | None) -> Iterator[Finding]:
-    """Tell whether the tables are this library's."""
+    """Tell whether the tables are this library's, and which are used if there are several."""
     found = current(connection, schema)
     if found == LATEST:
         yield Finding(OK, "tables", f"at version {LATEST}, this library's")
+        if schema is None and (problem := ambiguous(connection)):
+            yield Finding(WARNING, "tables", problem.text, problem.fix)
         return
     if found > LATEST:
         yield Finding(BAD, "tables", newer(found), "pip install --upgrade apoq")
         return
+    if not found and (problem := why_missing(connection, schema)):
+        yield Finding(BAD, "tables", problem.text, problem.fix)
+        return
     where = "" if schema is None else f" in the schema {schema!r}"
-    text = f"at version {found}, and this library wants {LATEST}" if found else f"there are none{where}"
+    none = f"there are none{where}, in {where_looked(connection, schema)}"
+    text = f"at version {found}, and this library wants {LATEST}" if found else none
     option = "" if schema is None else f" --schema {shlex.quote(schema)}"
-    cure = f"apoq migrate{option}, or alembic upgrade head where your migrations include apoq's"
+    cure = f"apoq migrate{option}, or alembic upgrade head if your migrations include apoq's"
     yield Finding(BAD, "tables", text, cure)
 
 
@@ -95,6 +102,12 @@ def check_indexes(connection: sa.Connection, schema: str | None) -> Iterator[Fin
         yield Finding(
             WARNING, "indexes", text, f"DROP INDEX CONCURRENTLY {name}, if nothing of yours needs it"
         )
+
+
+def check_ids(connection: sa.Connection, schema: str | None) -> Iterator[Finding]:
+    """Tell whether new tasks get ids that are free."""
+    if problem := ids_problem(connection, schema):
+        yield Finding(BAD, problem.subject, problem.text, problem.fix)
 
 
 def check_horizon(connection: sa.Connection) -> Iterator[Finding]:

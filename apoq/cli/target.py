@@ -8,16 +8,24 @@ from typing import Any, Final
 
 import sqlalchemy as sa
 import sqlalchemy.exc
-from sqlalchemy import URL
+from sqlalchemy import URL, event
 
 from apoq.cli.exits import BadUsage, explained
 from apoq.connections import prepare_where_kept
-from apoq.databases import database_url
-from apoq.errors import UnsupportedDatabase
+from apoq.databases import check_engine, database_url
+from apoq.errors import ApoqError
 from apoq.migrations import check
 
 CONNECT_TIMEOUT: Final = 10
 """Seconds after which a server that doesn't answer is unreachable, unless the URL says otherwise."""
+
+READABLE: Final = """
+    SET LOCAL client_encoding = 'UTF8';
+    SET LOCAL DateStyle = 'ISO';
+    SET LOCAL IntervalStyle = 'postgres';
+    SET LOCAL quote_all_identifiers = off
+"""
+"""What psycopg reads, and the model is compared with, whatever the database, role or engine say."""
 
 VARIABLES: Final = ("APOQ_DATABASE_URL", "DATABASE_URL")
 """What names the database where ``--database-url`` doesn't; the first that is set counts."""
@@ -36,26 +44,34 @@ class Target:
         self._url = url
         self._engine = engine
         self._is_own = engine is None
+        self._readable: sa.Engine | None = None
         self.schema = schema
 
     @property
     def url(self) -> URL:
         """The database's URL, for psycopg 3. Fails where there is none, or none that can be read."""
-        return _read(self._url) if self._engine is None else self._engine.url
+        if self._engine is None:
+            return _read(self._url)
+        check_engine(self._engine)
+        return self._engine.url
 
     @property
     def engine(self) -> sa.Engine:
-        """An engine to it, the same each time."""
+        """An engine to it, the same each time, for transactions in READ COMMITTED that psycopg can read."""
         if self._engine is None:
             self._engine = self.create_engine()
-        return self._engine
+        if self._readable is None:
+            # With events of its own: an application's engine stays as it is.
+            self._readable = self._engine.execution_options(isolation_level="READ COMMITTED")
+            event.listen(self._readable, "begin", lambda begun: begun.exec_driver_sql(READABLE))
+        return self._readable
 
     def create_engine(self, **options: Any) -> sa.Engine:
         """Make an engine to it with options of one's own."""
         url = self.url
-        arguments: dict[str, Any] = {"fallback_application_name": "apoq"}
-        if "connect_timeout" not in url.query:
-            arguments["connect_timeout"] = CONNECT_TIMEOUT
+        defaults = {"connect_timeout": CONNECT_TIMEOUT, "client_encoding": "utf8"}
+        arguments = {name: value for name, value in defaults.items() if name not in url.query}
+        arguments["fallback_application_name"] = "apoq"
         engine = sa.create_engine(url, connect_args=arguments, **options)
         prepare_where_kept(engine)
         return engine
@@ -82,11 +98,5 @@ def _read(url: str | None) -> URL:
         raise BadUsage(f"which database? Give --database-url, or set {' or '.join(VARIABLES)}")
     try:
         return database_url(url)
-    except UnsupportedDatabase as error:
+    except ApoqError as error:
         raise BadUsage(str(error)) from None
-    except (sqlalchemy.exc.ArgumentError, ValueError):
-        # What they say has parts of the URL in it, and one of them is the password.
-        raise BadUsage(
-            "the database's URL can't be read: it has the form postgresql://user:password@host:5432/name. "
-            "Special characters in a password are written with per cent signs, such as %40 for @ or %2F for /"
-        ) from None

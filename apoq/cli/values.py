@@ -11,6 +11,7 @@ from typing import Any, Final
 from click import BadParameter
 
 from apoq.durations import read_duration
+from apoq.retry import seconds
 
 _EXAMPLE: Final = "2031-05-04T12:00Z"
 
@@ -25,6 +26,24 @@ def duration(value: Any) -> timedelta:
         raise BadParameter(f"{value!r} is no duration: write 90s, 15m, 2h, 1d, 1w or 1h30m.") from None
     except OverflowError:
         raise BadParameter(f"{value} is longer than the calendar.") from None
+
+
+def age(value: Any) -> timedelta:
+    """Read how long ago something was, within the calendar."""
+    length = duration(value)
+    try:
+        datetime.now(UTC) - length
+    except OverflowError:
+        raise BadParameter(f"{value} ago is before the calendar begins.") from None
+    return length
+
+
+def patience(value: Any) -> float:
+    """Read how long to wait, in seconds."""
+    try:
+        return seconds(float(value), "it")
+    except ValueError:
+        raise BadParameter(f"{value} is not a number of seconds between zero and a century.") from None
 
 
 def time(value: Any) -> datetime:
@@ -49,10 +68,7 @@ def past_time(value: Any) -> datetime:
         return value
     if not value[-1:].islower():  # as a unit does, and no time in ISO 8601
         return time(value)
-    try:
-        return datetime.now(UTC) - duration(value)
-    except OverflowError:
-        raise BadParameter(f"{value} ago is before the calendar begins.") from None
+    return datetime.now(UTC) - age(value)
 
 
 def json_value(value: Any) -> Any:
@@ -72,10 +88,13 @@ def json_value(value: Any) -> Any:
 
 
 def _contents(value: str) -> str:
+    # JSON is UTF-8, whatever encoding the terminal has.
     if value == "-":
-        return sys.stdin.read()
+        if sys.stdin is None:
+            raise OSError("stdin is closed")
+        return sys.stdin.buffer.read().decode("utf-8-sig")
     if value.startswith("@"):
-        return Path(value[1:]).read_text("utf-8")
+        return Path(value[1:]).read_text("utf-8-sig")
     return value
 
 

@@ -13,7 +13,7 @@ from apoq.cli.exits import explained
 from apoq.cli.group import Commands
 from apoq.cli.running import run_worker, worker_options
 from apoq.cli.target import Target
-from apoq.databases import check_dialect
+from apoq.databases import check_engine
 from apoq.flask.installed import KEY, Installed
 from apoq.twins import sync_twin
 
@@ -29,9 +29,10 @@ def _aim(ctx: click.Context) -> None:
     with explained():
         found = _installed()
         engine = found.database.engine
-        check_dialect(engine.dialect)
+        check_engine(engine)
     if "migrate" in current_app.extensions:  # Flask-Migrate's
-        ctx.default_map = {"revision": {"directory": current_app.extensions["migrate"].directory}}
+        directory = current_app.extensions["migrate"].directory
+        ctx.default_map = {"revision": {"directory": directory, "bind": found.database.bind}}
     if isinstance(engine, AsyncEngine):
         engine = sync_twin(engine)
         ctx.call_on_close(engine.dispose)

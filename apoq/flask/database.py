@@ -9,14 +9,12 @@ from typing import Any
 
 from flask import Flask, current_app, has_app_context
 from sqlalchemy import Connection, Engine
-from sqlalchemy.exc import UnboundExecutionError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_scoped_session
 from sqlalchemy.orm import Session, scoped_session
 
 from apoq.databases import sync_side
 from apoq.errors import ApoqError, UnsupportedSession
-from apoq.model import Task
-from apoq.sessions import AsyncioSession, SyncSession
+from apoq.sessions import AsyncioSession, SyncSession, bind_of
 
 AnySession = Session | AsyncSession | scoped_session[Any] | async_scoped_session[Any]
 
@@ -33,12 +31,10 @@ class Database:
         *,
         bind: str | None,
         session: Callable[[], AnySession] | None,
-        mapped: type[Task],
     ) -> None:
         self._app = app
         self._bind = bind
         self._session = session
-        self._mapped = mapped
 
     @cached_property
     def engine(self) -> Engine | AsyncEngine:
@@ -49,6 +45,18 @@ class Database:
         with nullcontext() if is_current else self._app.app_context():
             engine = self._target().engine
         return AsyncEngine(engine) if engine.dialect.is_async else engine
+
+    @property
+    def bind(self) -> str:
+        """The bind of that engine, as Flask-Migrate's template for several binds names its functions.
+
+        "" is the default one; so is any that leads to the same database.
+        """
+        own, engines = sync_side(self.engine), self._engines()
+        default = engines.pop(None, None)
+        if default is None or _place(sync_side(default.engine)) == _place(own):
+            return ""
+        return next((key or "" for key, each in engines.items() if sync_side(each.engine) is own), "")
 
     def session(self) -> Session | AsyncSession:
         """Answer the session of the current application context."""
@@ -65,10 +73,7 @@ class Database:
             given = given()
         session = self.session() if given is None else given
         if isinstance(session, Session | AsyncSession):
-            try:
-                engine: Engine | AsyncEngine = session.get_bind(self._mapped.__mapper__).engine
-            except UnboundExecutionError:
-                return session  # the queue says what to do
+            engine: Engine | AsyncEngine = bind_of(_sync(session)).engine
         elif isinstance(session, Connection | AsyncConnection):
             engine = session.engine
         else:
@@ -105,7 +110,7 @@ class Database:
     def _target(self) -> Any:
         """Where apoq's tables are: an engine, or the connection that a test has put in its place."""
         if self._bind is None:
-            return self.session().get_bind(self._mapped.__mapper__)
+            return bind_of(_sync(self.session()))
         self._extension()
         engines = self._engines()
         if self._bind not in engines:
@@ -122,6 +127,10 @@ class Database:
             return _place(engine) != _place(own)
         # One engine may reach the database past the other's pooler.
         return engine.url.database != own.url.database
+
+
+def _sync(session: Session | AsyncSession) -> Session:
+    return session.sync_session if isinstance(session, AsyncSession) else session
 
 
 def _place(engine: Engine | AsyncEngine) -> str:

@@ -78,7 +78,7 @@ class Apoq:
             raise RuntimeError(f"the application {app.name!r} has an Apoq already: call init_app once")
         settings = Settings.read(app.config)
         queue = settings.make_queue(self._queue)
-        database = Database(app, bind=settings.bind, session=self._session, mapped=queue.task_class)
+        database = Database(app, bind=settings.bind, session=self._session)
         app.extensions[KEY] = Installed(app, settings, (queue, *self._others), database, self)
         app.cli.add_command(group())
         if settings.embedded_worker:

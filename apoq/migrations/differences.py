@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import sqlalchemy as sa
 
+from apoq.databases import check_untranslated
 from apoq.model import Base
 from apoq.payload import check_schema
+
+if TYPE_CHECKING:  # Alembic takes 0.2 s to import
+    from alembic.migration import MigrationContext
 
 _INVALID: Final = sa.text(
     "SELECT indexrelid::regclass::text FROM pg_index WHERE indrelid = to_regclass(:name) AND NOT indisvalid"
@@ -16,9 +20,10 @@ _INVALID: Final = sa.text(
 
 
 def differences(connection: sa.Connection, schema: str | None = None) -> list[str]:
-    """Answer what the tables lack, or have otherwise than the model, a sentence each.
+    """Return what the tables lack, or have otherwise than the model, a sentence each.
 
-    Columns with their types, defaults and nullability, indexes, and the CHECK. What somebody has added to the
+    Columns with their types, defaults and nullability, indexes, and the CHECK. Other names of indexes and of
+    the CHECK are no difference: a naming convention may have given them. What somebody has added to the
     tables, such as an index or a column of their own, is theirs.
     """
     # Here, for `import apoq` shall not import Alembic.
@@ -26,6 +31,7 @@ def differences(connection: sa.Connection, schema: str | None = None) -> list[st
     from alembic.migration import MigrationContext  # noqa: PLC0415
 
     schema = check_schema(schema)
+    check_untranslated(connection.get_execution_options(), schema)
     metadata = sa.MetaData()
     tables = [
         table.to_metadata(metadata, schema=schema or sa.schema.SchemaConst.RETAIN_SCHEMA)
@@ -46,7 +52,14 @@ def differences(connection: sa.Connection, schema: str | None = None) -> list[st
             "compare_server_default": True,
         },
     )
-    found = [sentence for diff in compare_metadata(context, metadata) for sentence in _sentences(diff)]
+    diffs = compare_metadata(context, metadata)
+    others = [diff[1] for diff in diffs if diff[0] == "remove_index"]
+    found = [
+        sentence
+        for diff in diffs
+        if not (diff[0] == "add_index" and any(_is_same(context, diff[1], other) for other in others))
+        for sentence in _sentences(diff)
+    ]
     missing = {
         table for table in tables if not sa.inspect(connection).has_table(table.name, schema=table.schema)
     }
@@ -54,6 +67,20 @@ def differences(connection: sa.Connection, schema: str | None = None) -> list[st
         if table not in missing:
             found += _checks(connection, table) + _indexes(connection, table)
     return sorted(set(found))
+
+
+def _is_same(context: MigrationContext, index: sa.Index, other: sa.Index) -> bool:
+    """Return whether an index that was found has the columns and rows of one that is wanted."""
+    return (
+        index.table.name == other.table.name  # type: ignore[union-attr]
+        and context.impl.compare_indexes(index, other).is_equal
+        and _where(index) == _where(other)
+    )
+
+
+def _where(index: sa.Index) -> set[str]:
+    where = index.dialect_options["postgresql"]["where"]
+    return set() if where is None else _literals(str(where))
 
 
 def _sentences(diff: Any) -> list[str]:
@@ -81,15 +108,15 @@ def _default(default: Any) -> str:
 
 
 def _checks(connection: sa.Connection, table: sa.Table) -> list[str]:
-    found = {
-        check["name"]: check["sqltext"]
+    found = [
+        _literals(check["sqltext"])
         for check in sa.inspect(connection).get_check_constraints(table.name, schema=table.schema)
-    }
+    ]
     wanted = [check for check in table.constraints if isinstance(check, sa.CheckConstraint)]
     return [
         f"the CHECK {check.name} is missing, or another one"
         for check in wanted
-        if _literals(found.get(str(check.name), "")) != _literals(str(check.sqltext))
+        if _literals(str(check.sqltext)) not in found
     ]
 
 
@@ -103,8 +130,7 @@ def _indexes(connection: sa.Connection, table: sa.Table) -> list[str]:
     other = [
         f"the index {index.name} is missing, or another one"
         for index in table.indexes
-        if index.name in found
-        and _literals(found[index.name]) != _literals(str(index.dialect_options["postgresql"]["where"]))
+        if index.name in found and _literals(found[index.name]) != _where(index)
     ]
     name = connection.dialect.identifier_preparer.format_table(table)
     invalid = connection.scalars(_INVALID, {"name": name})
@@ -112,5 +138,5 @@ def _indexes(connection: sa.Connection, table: sa.Table) -> list[str]:
 
 
 def _literals(condition: str) -> set[str]:
-    """Answer the strings in a condition, which PostgreSQL writes in a form of its own."""
+    """Return the strings in a condition, which PostgreSQL writes in a form of its own."""
     return set(re.findall(r"'([^']*)'", condition))

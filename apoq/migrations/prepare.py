@@ -9,8 +9,9 @@ from typing import Any, Final, overload
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from apoq.databases import check_dialect
+from apoq.databases import check_engine
 from apoq.errors import NotPrepared, preparing
+from apoq.migrations.places import another_set, where_looked, why_missing
 from apoq.migrations.steps import LATEST, current, newer, upgrade
 
 # Each starter in a transaction that sees, once it has waited for its turn, what the others did in theirs.
@@ -30,20 +31,23 @@ def prepare(
 ) -> Coroutine[Any, Any, None] | None:
     """Run the pending migrations of apoq's tables, in one transaction; an `AsyncEngine` is awaited.
 
-    Safe at every deploy and start: any number of starters take turns, and where nothing is to be done it
-    reads the version and writes nothing. A database of the Node.js original is adopted, its tasks kept.
+    Safe at every deploy and start: any number of starters take turns, and if nothing is to be done it
+    reads the version and writes nothing. A database of the Node.js original is adopted, its tasks kept. If
+    the tables are there without their version, as in a copy of the schema alone, it is recorded.
 
-    Raises `NotPrepared` where the database is newer than this library, or is in no encoding.
+    Raises `NotPrepared` if the database is newer than this library, or is in no encoding. Without `schema`,
+    it makes no second set of tables: it raises `NotPrepared` if the search_path leads to none, and another
+    schema has some.
     """
     if isinstance(engine, AsyncEngine):
-        check_dialect(engine.dialect)
+        check_engine(engine)
         return _prepare_async(engine.execution_options(**OPTIONS), schema)
     if not isinstance(engine, sa.Engine):
         raise TypeError(
             f"prepare takes an Engine or an AsyncEngine, not {type(engine).__qualname__}: "
             "on a connection of yours, call apoq.migrations.upgrade"
         )
-    check_dialect(engine.dialect)
+    check_engine(engine)
     with _readable(), engine.execution_options(**OPTIONS).begin() as connection:
         _prepare(connection, schema)
     return None
@@ -76,6 +80,8 @@ def _prepare(connection: sa.Connection, schema: str | None) -> None:
         from alembic.operations import Operations  # noqa: PLC0415
 
         _check_encoding(connection)
+        if not version and schema is None and (problem := another_set(connection)):
+            raise NotPrepared(f"{problem.text}: {problem.fix}")
         upgrade(Operations(MigrationContext.configure(connection)), schema=schema)
 
 
@@ -84,15 +90,19 @@ def check(connection: sa.Connection, schema: str | None = None) -> None:
     version = current(connection, schema)
     if version > LATEST:
         raise NotPrepared(newer(version))
-    if version < LATEST:
-        raise NotPrepared(missing(schema, version))
+    if version == LATEST:
+        return
+    if version:
+        raise NotPrepared(missing(schema, f"are at version {version}"))
+    if problem := why_missing(connection, schema):
+        raise NotPrepared(f"{problem.text}: {problem.fix}")
+    raise NotPrepared(missing(schema, f"are missing, in {where_looked(connection, schema)}"))
 
 
-def missing(schema: str | None, version: int = 0) -> str:
-    """Say that the tables are not there, or too old, and how to mend it."""
+def missing(schema: str | None, what: str = "are missing") -> str:
+    """Say that the tables are not there, or too old, and what to do."""
     where = "" if schema is None else f" in the schema {schema!r}"
-    what = f"are at version {version}" if version else "are missing"
-    return f"apoq's tables{where} {what}, and this library wants version {LATEST}: {preparing(schema)}"
+    return f"apoq's tables{where} {what}; this library wants version {LATEST}: {preparing(schema)}"
 
 
 def _check_encoding(connection: sa.Connection) -> None:

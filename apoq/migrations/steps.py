@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 import sqlalchemy as sa
 
+from apoq.databases import check_untranslated
 from apoq.errors import NotPrepared
 from apoq.migrations import v0001
+from apoq.migrations.differences import differences
+from apoq.migrations.places import home, warn_of_another_set
 from apoq.payload import check_schema
 from apoq.preflight import check_unsharded
 from apoq.statements.preflight import lock_holder, lock_timeout
@@ -24,6 +27,9 @@ VERSION_TABLE: Final = "apoq_migrations"
 """The original's name; the table is Alembic's version table."""
 
 TABLES: Final = frozenset({"apoq_tasks", "apoq_workers", "apoq_claims", VERSION_TABLE})
+
+OWN: Final = ("apoq_workers", "apoq_claims")
+"""Those that the original doesn't have."""
 
 LOCK_KEY: Final = 97112111113
 """The original's: the bytes of "apoq" in decimal."""
@@ -47,26 +53,42 @@ def upgrade(op: Operations | ModuleType, *, version: int = LATEST, schema: str |
             apoq.migrations.upgrade(op, version=1)
 
     Part of the revision's transaction, online and with ``--sql``. A version reached already is passed over.
+    Warns if it makes a second set of tables because the search_path leads to none of those that there are.
     Offline, where the database can't be asked, it begins at the version before.
     """
     operations: Any = op
     schema = _checked(schema)
     _check_version(version, lowest=1)
+    has_some = False
     if operations.get_context().as_sql:
         operations.execute(_lock_statement())
         start = version - 1
     else:
         connection = operations.get_bind()
+        check_untranslated(connection.get_execution_options(), schema)
         lock(connection)
+        is_unnamed = schema is None
+        if is_unnamed and (found := home(connection)) is not None:
+            schema = _checked(found)
         adopt(connection, schema)
         start = current(connection, schema)
         if start < version:
             check_unsharded(connection, schema)
+            if is_unnamed:
+                warn_of_another_set(connection)
+            has_some = not start and any(
+                sa.inspect(connection).has_table(each, schema=schema) for each in OWN
+            )
     if start >= version:
         return
     for step in range(start + 1, version + 1):
         STEPS[step].upgrade(operations, schema)
     _record(operations, version, schema)
+    if has_some and version == LATEST and (wrong := differences(operations.get_bind(), schema)):
+        raise NotPrepared(
+            f"tables of these names existed without a version, and are not apoq's: {'; '.join(wrong)}. "
+            "Drop or rename them, and try again"
+        )
 
 
 def downgrade(op: Operations | ModuleType, *, version: int = 0, schema: str | None = None) -> None:
@@ -82,6 +104,7 @@ def downgrade(op: Operations | ModuleType, *, version: int = 0, schema: str | No
         start = version + 1
     else:
         connection = operations.get_bind()
+        check_untranslated(connection.get_execution_options(), schema)
         lock(connection)
         start = current(connection, schema)
         if start > LATEST:
@@ -94,8 +117,9 @@ def downgrade(op: Operations | ModuleType, *, version: int = 0, schema: str | No
 
 
 def current(connection: sa.Connection, schema: str | None = None) -> int:
-    """Answer the version of the tables in a database; 0 where there are none, or only the original's."""
-    if not _is_ours(connection, check_schema(schema)):
+    """Return the version of the tables in a database; 0 if there are none, or only the original's."""
+    check_untranslated(connection.get_execution_options(), check_schema(schema))
+    if not _is_ours(connection, schema):
         return 0
     found = connection.scalar(sa.select(_table(schema).c.version_num))
     return int(found) if found else 0
@@ -132,7 +156,7 @@ def adopt(connection: sa.Connection, schema: str | None = None) -> bool:
 
 
 def newer(version: int) -> str:
-    """Say that the tables are of a later library than this, and how to mend it."""
+    """Say that the tables are of a later library than this, and what to do."""
     return (
         f"apoq's tables are at version {version}, and this library knows them up to version {LATEST}: "
         "upgrade the library (pip install --upgrade apoq)"

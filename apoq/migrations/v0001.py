@@ -1,7 +1,10 @@
 """Version 1: the task table, a superset of the Node.js original's, the workers', and their claims'.
 
 Each step is harmless where it has been taken already, so that a database made by the original (at either
-of its two versions) comes out the same as a new one, with its tasks kept, online and offline.
+of its two versions) comes out the same as a new one, with its tasks kept, online and offline. So does one
+with the tables and no record of their version, such as a copy of the schema alone.
+
+All names are final (`op.f`): the naming convention of a user's metadata doesn't change them.
 """
 
 from __future__ import annotations
@@ -47,13 +50,14 @@ def upgrade(op: Operations, schema: str | None = None) -> None:
         op.execute(sa.schema.CreateSchema(schema, if_not_exists=True))
     op.create_table(
         "apoq_tasks",
-        sa.Column("id", sa.BigInteger, primary_key=True),
+        sa.Column("id", sa.BigInteger, nullable=False),
         sa.Column("created_at", TIME, server_default=NOW, nullable=False),
         sa.Column("process_at", TIME, server_default=NOW, nullable=False),
         sa.Column("completed_at", TIME),
         sa.Column("data", JSONB, server_default=sa.text("'{}'::jsonb"), nullable=False),
         sa.Column("type", sa.Text, nullable=False),
         sa.Column("state", sa.Text, server_default="pending", nullable=False),
+        sa.PrimaryKeyConstraint("id", name=op.f("apoq_tasks_pkey")),
         schema=schema,
         if_not_exists=True,
     )
@@ -99,47 +103,53 @@ def upgrade(op: Operations, schema: str | None = None) -> None:
         sa.Column("has_parts", sa.Boolean, server_default=sa.false(), nullable=False),
     ):
         op.add_column("apoq_tasks", column, schema=schema, if_not_exists=True)
+    check = op.f("apoq_tasks_state_check")
+    op.drop_constraint(check, "apoq_tasks", schema=schema, if_exists=True)  # there is no ADD … IF NOT EXISTS
     op.create_check_constraint(
-        "apoq_tasks_state_check",
+        check,
         "apoq_tasks",
         "state IN ('pending', 'waiting', 'running', 'completed', 'failed', 'cancelled')",
         schema=schema,
     )
     # The original's indexes that no statement uses. A third one stays, for its workers may still run.
     for name in ("apoq_tasks_type_idx", "apoq_tasks_state_idx"):
-        op.drop_index(name, "apoq_tasks", schema=schema, if_exists=True)
+        op.drop_index(op.f(name), "apoq_tasks", schema=schema, if_exists=True)
     op.create_index(
-        "apoq_tasks_open_idx",
+        op.f("apoq_tasks_open_idx"),
         "apoq_tasks",
         ["queue", sa.text("priority DESC"), "process_at", "id"],
         schema=schema,
         postgresql_where=sa.text("ended_as IS NULL AND NOT waits"),
+        if_not_exists=True,
     )
     op.create_index(
-        "apoq_tasks_waiting_idx",
+        op.f("apoq_tasks_waiting_idx"),
         "apoq_tasks",
         ["queue", "id"],
         schema=schema,
         postgresql_where=sa.text("waits"),
+        if_not_exists=True,
     )
     op.create_index(
-        "apoq_tasks_completed_idx",
+        op.f("apoq_tasks_completed_idx"),
         "apoq_tasks",
         ["queue", "completed_at"],
         schema=schema,
         postgresql_where=sa.text("ended_as = 'completed'"),
+        if_not_exists=True,
     )
     op.create_index(
-        "apoq_tasks_failed_idx",
+        op.f("apoq_tasks_failed_idx"),
         "apoq_tasks",
         ["queue", sa.text("coalesce(cancelled_at, failed_at, process_at)")],
         schema=schema,
         postgresql_where=sa.text("ended_as IN ('failed', 'cancelled')"),
+        if_not_exists=True,
     )
     _alter(op, "apoq_tasks", schema, _set(STORAGE))
     op.create_table(
         "apoq_workers",
-        sa.Column("id", sa.Uuid, primary_key=True),
+        sa.Column("id", sa.Uuid, nullable=False),
         sa.Column("host", sa.Text, nullable=False),
         sa.Column("pid", sa.Integer, nullable=False),
         sa.Column("version", sa.Text, nullable=False),
@@ -151,14 +161,18 @@ def upgrade(op: Operations, schema: str | None = None) -> None:
         sa.Column("grace", INTERVAL, nullable=False),
         sa.Column("backend_pid", sa.Integer),
         sa.Column("backend_start", TIME),
+        sa.PrimaryKeyConstraint("id", name=op.f("apoq_workers_pkey")),
         schema=schema,
+        if_not_exists=True,
     )
     op.create_table(
         "apoq_claims",
-        sa.Column("worker_id", sa.Uuid, primary_key=True),
-        sa.Column("number", sa.BigInteger, primary_key=True, autoincrement=False),
+        sa.Column("worker_id", sa.Uuid, nullable=False),
+        sa.Column("number", sa.BigInteger, autoincrement=False, nullable=False),
         sa.Column("task_ids", ARRAY(sa.BigInteger), nullable=False),
+        sa.PrimaryKeyConstraint("worker_id", "number", name=op.f("apoq_claims_pkey")),
         schema=schema,
+        if_not_exists=True,
     )
     # To compress a thousand ids would take most of a claim's time.
     _alter(op, "apoq_claims", schema, "ALTER task_ids SET STORAGE EXTERNAL, " + _set(CLAIMS_STORAGE))

@@ -65,6 +65,12 @@ def load_worker(config_uri: str) -> Worker:
         return make_worker(global_registries.last)
     except Misconfigured:
         raise
+    except configparser.InterpolationError as error:
+        # Its message has the value in it, which may be a URL with a password.
+        raise Misconfigured(
+            f"{config_uri}: {error.option} in [{error.section}] can't be read: write a % as %%, and say what "
+            "each %(name)s refers to"
+        ) from None
     except (configparser.Error, ConfigurationError, OSError, LookupError, PlasterError) as error:
         if isinstance(error, KeyError | IndexError):
             raise  # the application's own

@@ -13,13 +13,13 @@ from pyramid.registry import Registry
 from pyramid.request import Request, apply_request_extensions
 from pyramid.threadlocal import RequestContext
 from sqlalchemy import Engine
-from sqlalchemy.exc import UnboundExecutionError
 from sqlalchemy.orm import Session, scoped_session
 
+from apoq.errors import UnsupportedSession
 from apoq.model import Task
 from apoq.options import Options
 from apoq.pyramid.settings import Misconfigured, Settings
-from apoq.sessions import COMMITS_WITH
+from apoq.sessions import COMMITS_WITH, bind_of
 from apoq.worker import RunningTask, Worker
 
 logger = logging.getLogger(__name__)
@@ -71,13 +71,11 @@ class Requests:
         with self._request() as request:
             session = session_of(request, settings.session)
             try:
-                self.engine: Engine = session.get_bind(Task.__mapper__).engine
-                """What the application's sessions are bound to."""
-            except UnboundExecutionError as error:
-                raise Misconfigured(
-                    f"`request.{settings.session}` has no engine for apoq's tables: "
-                    "add `apoq.Task` to its binds"
-                ) from error
+                found = session() if isinstance(session, scoped_session) else session
+                self.engine: Engine = bind_of(found).engine
+                """What the application's sessions write tasks to."""
+            except UnsupportedSession as error:
+                raise Misconfigured(f"`request.{settings.session}` can't be used: {error}") from error
             _release(session)
 
     @contextmanager

@@ -11,7 +11,6 @@ from typing import Any, Final, TypeVar
 
 from pyramid.exceptions import ConfigurationError
 from pyramid.settings import aslist, truthy
-from sqlalchemy.exc import ArgumentError
 
 from apoq.databases import database_url
 from apoq.durations import read_duration
@@ -159,11 +158,7 @@ def _base_url(value: Any) -> str:
 
 
 def _database_url(value: Any) -> str:
-    try:
-        return database_url(_text(value)).render_as_string(hide_password=False)
-    except (ApoqError, ArgumentError, ValueError):
-        # Not what was there, for it holds a password.
-        raise ValueError("is a PostgreSQL URL, such as postgresql://user@host/database") from None
+    return database_url(_text(value)).render_as_string(hide_password=False)
 
 
 READERS: Final[dict[str, Callable[[Any], Any]]] = {

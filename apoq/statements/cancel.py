@@ -10,9 +10,12 @@ from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.sql.dml import ReturningUpdate
 
 from apoq.model import task_class, tasks_table
+from apoq.statements.portable import portable
 from apoq.states import CANCELLABLE, CANCELLED, alternatives
 
 _CANCELLABLE: Final[ColumnElement[bool]] = literal_column(f"state IN {alternatives(CANCELLABLE)}", Boolean)
+
+_RETURNED: Final = ("id", "state", "cancelled_at", "error", "claimed_at")
 
 
 @cache
@@ -36,6 +39,6 @@ def cancel(schema: str | None) -> ReturningUpdate[Any]:
             error=cast(bindparam("reason", type_=Text), JSONB),
         )
         # claimed_at, for who has never been claimed isn't running.
-        .returning(tasks.c.id, tasks.c.state, tasks.c.cancelled_at, tasks.c.error, tasks.c.claimed_at)
+        .returning(*(portable(name, tasks.c[name]) for name in _RETURNED))
         .execution_options(synchronize_session="fetch")
     )

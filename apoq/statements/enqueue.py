@@ -14,6 +14,7 @@ from sqlalchemy.types import Integer
 
 from apoq.model import task_class, tasks_table
 from apoq.reading import read_json
+from apoq.statements.portable import portable, read_row
 from apoq.states import PENDING
 
 
@@ -52,7 +53,7 @@ def enqueue(schema: str | None, *, mapped: bool = True) -> Insert:
     statement = (
         insert(task_class(schema) if mapped else table)
         .values(**_values(), created_at=func.now(), data=data)
-        .returning(table.c.id, table.c.created_at, table.c.process_at)
+        .returning(*(portable(name, table.c[name]) for name in ("id", "created_at", "process_at")))
     )
     return statement.execution_options(dml_strategy="raw") if mapped else statement
 
@@ -69,7 +70,7 @@ def added_row(parameters: Mapping[str, Any], answer: Mapping[Any, Any]) -> dict[
         "retry_delay": parameters["task_retry_delay"],
         "timeout": parameters["task_timeout"],
         "meta": None if parameters["task_meta"] is None else read_json(parameters["task_meta"]),
-        **answer,
+        **read_row(answer),
     }
 
 

@@ -1,20 +1,38 @@
 """Look at what keeps a role from working on a database, or from migrating it.
 
-From PostgreSQL's catalogues alone, which every role may read: a role without rights has to be told which ones
-it lacks.
+From PostgreSQL's catalogues, which every role may read: a role without rights has to be told which ones it
+lacks.
 """
 
 from __future__ import annotations
 
 from functools import cache
 
-from sqlalchemy import Text, TextClause, bindparam, text
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Integer,
+    Select,
+    Text,
+    TextClause,
+    bindparam,
+    cast,
+    column,
+    func,
+    select,
+    table,
+    text,
+)
 from sqlalchemy.dialects.postgresql import ARRAY
+
+from apoq.model import tasks_table
 
 
 @cache
 def session() -> TextClause:
     """Return the roles and the database of this session, quoted, and whether and why it can't write.
+
+    And its search_path, with the schema in which that makes new tables: null if none there exists.
 
     `read_only_source` is where `default_transaction_read_only` is set, in the words of `pg_settings`.
     """
@@ -22,6 +40,8 @@ def session() -> TextClause:
         SELECT quote_ident(current_user) AS role,
                quote_ident(session_user) AS login,
                quote_ident(current_database()) AS database,
+               current_setting('search_path') AS search_path,
+               current_schema() AS current_schema,
                pg_is_in_recovery() AS is_standby,
                current_setting('transaction_read_only') = 'on' AS is_read_only,
                CASE setting WHEN 'on' THEN source END AS read_only_source
@@ -85,6 +105,80 @@ def tables() -> TextClause:
           END
         ORDER BY relname, is_reachable DESC
     """).bindparams(bindparam("names", type_=ARRAY(Text)), bindparam("schema", type_=Text))
+
+
+@cache
+def places() -> TextClause:
+    """Return the schemas of this database that have an apoq_tasks, with those of the tables `names` there.
+
+    First those that the search_path leads to, in its order. `is_named` says whether it names one, be it that
+    this role may not use that (`is_usable`), and so doesn't see it (`is_visible`).
+    """
+    return text("""
+        SELECT nspname AS schema,
+               quote_ident(nspname) AS quoted,
+               array_agg(CAST(relname AS text)) AS tables,
+               bool_or(nspname = ANY (current_schemas(false))) AS is_visible,
+               bool_or(strpos(
+                   ',' || replace(
+                       replace(current_setting('search_path'), ' ', ''), '"$user"', quote_ident(current_user)
+                   ) || ',',
+                   ',' || quote_ident(nspname) || ','
+               ) > 0) AS is_named,
+               bool_or(has_schema_privilege(schemas.oid, 'USAGE')) AS is_usable
+        FROM pg_catalog.pg_class JOIN pg_catalog.pg_namespace AS schemas ON schemas.oid = relnamespace
+        WHERE relname = ANY (:names) AND relkind IN ('r', 'p', 'v', 'm', 'f') AND left(nspname, 3) <> 'pg_'
+        GROUP BY nspname
+        HAVING bool_or(relname = 'apoq_tasks')
+        ORDER BY array_position(current_schemas(false), nspname), nspname
+    """).bindparams(bindparam("names", type_=ARRAY(Text)))
+
+
+@cache
+def id_source() -> TextClause:
+    """Return what gives new tasks of the table `oid` their ids: whether there is a default, and its sequence.
+
+    `schema` and `name` are the sequence's (`quoted`: both, for SQL). They are null if the default is another
+    one, and if this role may not read the sequence or the ids.
+    """
+    return text("""
+        SELECT has_default, nspname AS schema, relname AS name,
+               quote_ident(nspname) || '.' || quote_ident(relname) AS quoted
+        FROM (
+            SELECT atthasdef OR attidentity <> '' AS has_default,
+                   has_column_privilege(attrelid, attnum, 'SELECT') AS is_readable,
+                   -- A default depends on its sequence, and the sequence of an identity on its column.
+                   coalesce(
+                       (SELECT refobjid
+                        FROM pg_catalog.pg_depend JOIN pg_catalog.pg_sequence ON seqrelid = refobjid
+                        WHERE classid = CAST('pg_catalog.pg_attrdef' AS regclass) AND objid = defaults.oid
+                        LIMIT 1),
+                       (SELECT objid
+                        FROM pg_catalog.pg_depend JOIN pg_catalog.pg_sequence ON seqrelid = objid
+                        WHERE refobjid = attrelid AND refobjsubid = attnum AND deptype = 'i'
+                        LIMIT 1)
+                   ) AS sequence
+            FROM pg_catalog.pg_attribute
+            LEFT JOIN pg_catalog.pg_attrdef AS defaults ON adrelid = attrelid AND adnum = attnum
+            WHERE attrelid = CAST(:oid AS oid) AND attname = 'id'
+        ) AS ids
+        LEFT JOIN (
+            pg_catalog.pg_class AS sequences
+            JOIN pg_catalog.pg_namespace AS sequence_schemas ON sequence_schemas.oid = relnamespace
+            JOIN pg_catalog.pg_sequence ON seqrelid = sequences.oid AND seqincrement > 0
+        ) ON sequences.oid = sequence AND is_readable
+            AND CASE relkind WHEN 'S' THEN has_sequence_privilege(sequences.oid, 'SELECT') END
+    """)
+
+
+def last_ids(schema: str | None, sequence: str, sequence_schema: str) -> Select[tuple[int, int]]:
+    """Return the next id that a sequence gives, and the highest that a task has; null if there is no task."""
+    tasks = tasks_table(schema)
+    values = table(
+        sequence, column("last_value", BigInteger), column("is_called", Boolean), schema=sequence_schema
+    )
+    next_id = values.c.last_value + cast(values.c.is_called, Integer)
+    return select(next_id, select(func.max(tasks.c.id)).scalar_subquery())
 
 
 @cache

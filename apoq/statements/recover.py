@@ -8,6 +8,7 @@ from typing import Any
 from sqlalchemy import (
     ColumnElement,
     Delete,
+    FromClause,
     Select,
     Text,
     Update,
@@ -47,12 +48,7 @@ def rescue(schema: str | None) -> Update:
     held = tasks_table(schema).alias("held")
     orphans = (
         select(held.c.id)
-        .where(
-            noted(schema, held, _is_of_dead(schema)),
-            runs(held),
-            # Another may have taken it since.
-            held.c.worker_id == any_(_dead()),
-        )
+        .where(_is_held_by_dead(schema, held))
         .order_by(held.c.id)
         .limit(bindparam("at_most", type_=Integer))
         .offset(bindparam("passed_over", 0, type_=Integer))
@@ -62,6 +58,13 @@ def rescue(schema: str | None) -> Update:
     )
     tasks = tasks_table(schema)
     return update(tasks).where(tasks.c.id == orphans.c.id).values(_rescued(schema))
+
+
+@cache
+def held_by_dead(schema: str | None) -> Select[Any]:
+    """Return how many running tasks the workers `dead` hold."""
+    held = tasks_table(schema).alias("held")
+    return select(func.count()).select_from(held).where(_is_held_by_dead(schema, held))
 
 
 @cache
@@ -104,6 +107,11 @@ def _rescued(schema: str | None) -> dict[str, ColumnElement[Any]]:
         "failed_at": case((ahead, tasks.c.failed_at), else_=func.clock_timestamp()),
         "error": cast(bindparam("reason", type_=Text), JSONB),
     }
+
+
+def _is_held_by_dead(schema: str | None, held: FromClause) -> ColumnElement[bool]:
+    # Another worker may have taken it since.
+    return and_(noted(schema, held, _is_of_dead(schema)), runs(held), held.c.worker_id == any_(_dead()))
 
 
 def _is_of_dead(schema: str | None) -> ColumnElement[bool]:

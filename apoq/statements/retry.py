@@ -10,6 +10,7 @@ from sqlalchemy.dialects.postgresql import INTERVAL
 from sqlalchemy.sql.dml import ReturningUpdate
 
 from apoq.model import task_class, tasks_table
+from apoq.statements.portable import portable
 from apoq.states import FINAL, PENDING, alternatives
 
 _ENDED: Final[ColumnElement[bool]] = literal_column(f"state IN {alternatives(FINAL)}", Boolean)
@@ -44,6 +45,6 @@ def retry(schema: str | None) -> ReturningUpdate[Any]:
             _ENDED,
         )
         .values(new)
-        .returning(tasks.c.id, *(tasks.c[name] for name in new))
+        .returning(*(portable(name, tasks.c[name]) for name in ("id", *new)))
         .execution_options(synchronize_session="fetch")
     )

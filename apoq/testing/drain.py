@@ -18,6 +18,7 @@ from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.util import await_only
 from sqlalchemy.util.concurrency import in_greenlet
 
+from apoq.databases import check_untranslated
 from apoq.errors import InvalidProcessor, glimpse
 from apoq.model import Task, detached, tasks_table
 from apoq.outcomes import Outcome, WorkerDied
@@ -147,8 +148,10 @@ class _Drain:
     def _execute(
         self, queue: Queue, statement: Executable, parameters: Mapping[str, Any]
     ) -> CursorResult[Any]:
+        connection = connection_of(self._inner)
+        check_untranslated(connection.get_execution_options(), queue.schema)
         with clear_errors(queue.schema):
-            return connection_of(self._inner).execute(statement, parameters)
+            return connection.execute(statement, parameters)
 
     def _due(self) -> Iterator[tuple[Crew, Queue, Position]]:
         """Find out where something is due, and where a claim of it begins."""

@@ -9,6 +9,7 @@ from typing import Any, Final, overload
 from sqlalchemy import Connection, select
 
 from apoq.conversion import NoForm, reread
+from apoq.databases import check_untranslated
 from apoq.errors import glimpse
 from apoq.model import DEFAULT_QUEUE, Task, detached, tasks_table
 from apoq.queue import Queue
@@ -170,6 +171,7 @@ class _Wanted:
         if not isinstance(inner, Connection):
             inner.flush()
         connection = connection_of(inner)
+        check_untranslated(connection.get_execution_options(), self.schema)
         with clear_errors(self.schema):
             rows = connection.execute(select(*tasks.c).where(*conditions).order_by(tasks.c.id)).mappings()
             found = [row for row in rows if self._matches(row["data"])]

@@ -12,12 +12,12 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_s
 from sqlalchemy.orm import Session, scoped_session
 from sqlalchemy.util.concurrency import in_greenlet
 
+from apoq import sessions
 from apoq.connections import is_missing
 from apoq.databases import check_dialect
 from apoq.errors import NotPrepared, UnsupportedSession
 from apoq.migrations.prepare import missing
 from apoq.model import Task, detached
-from apoq.sessions import bind_of
 from apoq.strangers import instead_of, is_mock, kind_of, refusal
 
 TestSession = Session | scoped_session[Session] | Connection
@@ -52,8 +52,7 @@ def inside(
 def connection_of(inner: Inner) -> Connection:
     """Answer the connection on which apoq's statements are executed, in a transaction."""
     if isinstance(inner, Session):
-        bind_of(inner)
-        connection = inner.connection(bind_arguments={"mapper": Task})
+        connection = sessions.connection_of(inner, sessions.bind_of(inner))
     else:
         connection = inner
     check_dialect(connection.dialect)

@@ -13,6 +13,7 @@ from apoq.events import COMPLETED as TASK_COMPLETED
 from apoq.events import Events
 from apoq.model import tasks_table
 from apoq.outcomes import Release
+from apoq.statements.portable import portable, read_row
 from apoq.statements.settle import AS_COMPLETED, complete, complete_last, remove, remove_last
 from apoq.worker.running import AnyRunningTask
 
@@ -46,7 +47,10 @@ class Completion:
         parameters = {"task_id": task.id, "held_under": task.token}
         statement = complete_last(schema) if self.keep else remove_last(schema)
         if self.is_heard:
-            return connection.execute(_returning(statement, schema, full=True), parameters).mappings().first()
+            # On the processor's connection, which may be of any DateStyle.
+            found = connection.execute(_returning(statement, schema, full=True, is_ours=False), parameters)
+            row = found.mappings().first()
+            return None if row is None else read_row(row)
         # Each task has one of these, and nothing is read back: as text, it takes half of SQLAlchemy's time.
         text, _ = compiled(statement)
         written = connection.exec_driver_sql(text, parameters)
@@ -59,11 +63,19 @@ def told(schema: str | None) -> list[ColumnElement[Any]]:
 
 
 @cache
-def _returning(statement: Update | Delete, schema: str | None, *, full: bool) -> Executable:
+def _returning(
+    statement: Update | Delete, schema: str | None, *, full: bool, is_ours: bool = True
+) -> Executable:
     tasks = tasks_table(schema)
-    columns = told(schema) if full else [tasks.c.id]
+    columns: dict[str, ColumnElement[Any]] = {
+        str(column.key): column for column in (told(schema) if full else [tasks.c.id])
+    }
     if isinstance(statement, Delete):
         # What is deleted is told of as it would stand there.
-        ended = {name: value.label(name) for name, value in AS_COMPLETED.items()}
-        columns = [ended.get(column.key or "", column) for column in columns]
-    return statement.returning(*columns)
+        columns |= {name: value for name, value in AS_COMPLETED.items() if name in columns}
+    write = portable if not is_ours else _as_it_is
+    return statement.returning(*(write(name, value) for name, value in columns.items()))
+
+
+def _as_it_is(name: str, value: ColumnElement[Any]) -> ColumnElement[Any]:
+    return value.label(name)

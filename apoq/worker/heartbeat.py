@@ -25,8 +25,8 @@ from apoq.payload import encode
 from apoq.queue import Queue
 from apoq.statements.arrays import array_text
 from apoq.statements.heartbeat import beat_and_look, forget, leave
-from apoq.statements.recover import forget_dead, rescue
-from apoq.worker.failures import Outage
+from apoq.statements.recover import forget_dead, held_by_dead, rescue
+from apoq.worker.failures import Failures, Outage
 from apoq.worker.isolation import Isolation
 from apoq.worker.lease import Lease
 from apoq.worker.narrowing import Narrowing
@@ -58,12 +58,20 @@ REASON: Final = encode(report(WorkerDied(WorkerDied.__doc__)))
 class Presence:
     """What the worker shows of itself in one schema, and what it knows of the others there."""
 
-    def __init__(self, schema: str | None, lease: Lease, grace: float) -> None:
+    def __init__(
+        self, schema: str | None, queues: list[str], lease: Lease, grace: float, outage: Outage
+    ) -> None:
         self.schema = schema
+        self.queues = queues
+        """The names of the worker's queues there."""
         self.lease = lease
         self.peers = Peers(grace)
         self.looked_at = -math.inf
         self.narrowing = Narrowing(RESCUED_AT_ONCE)
+        where = "" if schema is None else f" in the schema {schema!r}"
+        self.rescuing = Failures(f"the rescue of tasks of dead workers{where}", outage)
+        self.has_told = False
+        """Whether the log says that a task can't be rescued."""
         self.has_lapsed = True
         """Whether the end of the lease has been reported; at first it has none."""
 
@@ -99,7 +107,14 @@ class Heartbeat:
         self._interval = lease.total_seconds() / BEATS
         self._grace = self._interval * GRACE
         self._presences = [
-            Presence(schema, Lease(lease.total_seconds(), self._grace), self._grace) for schema in schemas
+            Presence(
+                schema,
+                [queue.name for queue in queues if queue.schema == schema],
+                Lease(lease.total_seconds(), self._grace),
+                self._grace,
+                outage,
+            )
+            for schema in schemas
         ]
         self._isolation: Isolation[Presence] = Isolation(_describe, outage)
         self._engine = own_engine(engine, lock_timeout=f"{self._interval * LOCK_TIMEOUT * 1_000:.0f}ms")
@@ -110,7 +125,6 @@ class Heartbeat:
         self._row = {
             "worker_host": platform.node(),
             "worker_version": version("apoq"),
-            "worker_queues": [queue.name for queue in queues],
             "worker_concurrency": concurrency,
             "lease": lease,
             "grace": lease / BEATS * GRACE,
@@ -177,7 +191,8 @@ class Heartbeat:
         if began - presence.looked_at > self._grace:
             presence.peers.forget()  # this one was away itself
         found = self._execute(
-            beat_and_look(schema), parameters | {"known": array_text(self._known(schema))}
+            beat_and_look(schema),
+            parameters | {"worker_queues": presence.queues, "known": array_text(self._known(schema))},
         ).fetchall()
         presence.lease.renew(began)
         presence.has_lapsed = False
@@ -206,19 +221,41 @@ class Heartbeat:
             except DatabaseError as error:
                 if is_away(error):
                     raise
-                if not is_caused_by_a_row(error):
-                    logger.warning("tasks of dead workers can't be made pending again: %s", error)
+                if not self._can_go_on_without(error, presence, parameters):
+                    presence.rescuing.failed(error)
                     return
-                # A batch survives its worst member: the others are rescued without it.
-                if narrowing.refused():
-                    logger.warning("a task of a dead worker can't be made pending again: %s", error)
                 continue
             if rescued:
                 logger.warning("%d tasks of workers that died are pending again", rescued)
                 self._on_rescued()
             has_more = narrowing.written(rescued)
         if not has_more:
+            presence.rescuing.recovered()
+            presence.has_told = narrowing.kept > 0
             self._execute(forget_dead(presence.schema), parameters)
+
+    def _can_go_on_without(
+        self, error: DatabaseError, presence: Presence, parameters: dict[str, Any]
+    ) -> bool:
+        """Return whether a task was to blame that is now passed over, or will be found among fewer."""
+        narrowing = presence.narrowing
+        if not is_caused_by_a_row(error):
+            return False
+        # A batch survives its worst member: the others are rescued without it.
+        if not narrowing.refused():
+            return True
+        [(held,)] = self._execute(held_by_dead(presence.schema), parameters).fetchall()
+        if narrowing.passed_over > held:  # so it was none of them, as if a trigger refuses the statement
+            narrowing.written(0)
+            return False
+        if not presence.has_told:
+            presence.has_told = True
+            logger.warning(
+                "a task of a dead worker can't be made pending again, and stays running; others are rescued, "
+                "and this one is tried again at each heartbeat: %s",
+                error,
+            )
+        return True
 
     def _execute(self, statement: Executable, parameters: dict[str, Any]) -> Answer:
         return execute(self._engine, statement, parameters, timeout=self._grace)

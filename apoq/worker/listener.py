@@ -14,11 +14,11 @@ import psycopg
 from psycopg import sql
 from psycopg.pq.misc import PGnotify
 from sqlalchemy import URL, Engine, create_engine
-from sqlalchemy.exc import ArgumentError
 from sqlalchemy.pool import PoolProxiedConnection
 
 from apoq.connections import ANSWER_TIMEOUT, execute, is_direct, own_engine
 from apoq.databases import database_url
+from apoq.errors import InvalidURL
 from apoq.statements.hint import CANCELLED, CHANNEL, Hint, hint
 from apoq.watch import cut, watch
 
@@ -84,9 +84,8 @@ def listen_engine(url: str | URL) -> Engine:
         raise TypeError(f"listen_url is a URL that leads to the server itself, not {type(url).__qualname__}")
     try:
         parsed = database_url(url)
-    except (ArgumentError, ValueError):
-        # What SQLAlchemy says may quote a part of a password.
-        raise ValueError("listen_url is no URL, such as postgresql://user@host:5432/database") from None
+    except InvalidURL as error:
+        raise InvalidURL(f"listen_url: {error}") from None
     return own_engine(create_engine(parsed))
 
 
