@@ -148,7 +148,7 @@ class Task(Base):
             "id",
             postgresql_where=text("ended_as IS NULL AND NOT waits"),
         ),
-        Index("apoq_tasks_waiting_idx", "queue", "id", postgresql_where=text("waits")),
+        Index(conv("apoq_tasks_waiting_idx"), "queue", "id", postgresql_where=text("waits")),
         # What the pruner deletes from, the oldest first.
         Index(
             conv("apoq_tasks_completed_idx"),
