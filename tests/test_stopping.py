@@ -361,27 +361,23 @@ class TestStopWithoutTheDatabase:
 class TestWhatIsClaimedWhileItStops:
     def test_is_given_back_at_once(self, engine, worker, monkeypatch):
         """A claim is under way, and its answer comes after the stop has begun."""
-        begun, may_end, ran = threading.Event(), threading.Event(), []
-        worker.use("hold", lambda task: (begun.set(), may_end.wait(SOON)))
-        worker.use("t", lambda task: ran.append(task.id))
-        add(engine, type_="hold")
-        worker.start()
-        assert begun.wait(SOON)
-        task_id = add(engine)
+        begun, may_end, claimed, ran = threading.Event(), threading.Event(), threading.Event(), []
         parts = worker._life.parts
-        until(lambda: load(engine, task_id).state == "completed")
-        ran.clear()
-        claimed = threading.Event()
         claim = parts.claimer.claim
 
         def claim_late(*arguments):
             found = claim(*arguments)
-            if found:
+            if begun.is_set() and found:
                 claimed.set()
                 until(lambda: parts.slots._is_closed)
             return found
 
         monkeypatch.setattr(parts.claimer, "claim", claim_late)
+        worker.use("hold", lambda task: (begun.set(), may_end.wait(SOON)))
+        worker.use("t", lambda task: ran.append(task.id))
+        add(engine, type_="hold")
+        worker.start()
+        assert begun.wait(SOON)
         task_id = add(engine)
         assert claimed.wait(SOON)
         stopping = threading.Thread(target=worker.stop)
