@@ -101,10 +101,34 @@ def test_a_long_answer_is_not_overdue_while_it_arrives(slow):
 def test_a_server_that_falls_silent_is_cut_after_that_long(own):
     began = time.monotonic()
 
-    with pytest.raises(psycopg.OperationalError):
+    with pytest.raises(
+        psycopg.OperationalError,
+        match=r"^the server has not answered for 0\.2 s: apoq has cut the connection$",
+    ):
         execute(own, sa.select(sa.func.pg_sleep(30)), {}, timeout=0.2)
 
     assert time.monotonic() < began + 10
+
+
+def test_after_its_limit_an_engine_waits_for_no_answer_and_sends_nothing(own):
+    watch.limit(own, time.monotonic() + 0.2)
+    with pytest.raises(psycopg.OperationalError, match=r"^the worker is stopping: apoq waits no longer"):
+        execute(own, sa.select(sa.func.pg_sleep(30)), {})
+    with pytest.raises(psycopg.OperationalError, match=r"^the worker is stopping: apoq waits no longer"):
+        execute(own, sa.text("SELECT 1"), {})
+
+    watch.limit(own, None)
+
+    assert execute(own, sa.text("SELECT 1"), {}).fetchall() == [(1,)]
+
+
+def test_what_the_server_has_ended_is_its_own_error(own, engine):
+    with engine.connect() as other:
+        pid = execute(own, sa.select(sa.func.pg_backend_pid()), {}).fetchall()[0][0]
+        other.execute(sa.select(sa.func.pg_terminate_backend(pid)))
+
+    with pytest.raises(psycopg.OperationalError, match="terminating connection"):
+        execute(own, sa.text("SELECT 1"), {})
 
 
 @cancels
