@@ -78,6 +78,7 @@ OperationalErrors to psycopg: a deadlock, a limit of the server, a lock that cou
 _READ_ONLY: Final = "25006"
 """SQLSTATE of a server that is no longer the primary, or not yet: after a failover, another one is."""
 
+_OWNER: Final = "apoq.owner"
 _IS_DIRECT: Final = "apoq.is_direct"
 _IS_POOLED: Final = "apoq_is_pooled"
 _BEGIN: Final = "apoq.begin"
@@ -123,11 +124,9 @@ def own_engine(engine: Engine, *, lock_timeout: str = "0") -> Engine:
     def prepare(connection: Any, record: ConnectionPoolEntry) -> None:
         read_anything(connection)
         connection.autocommit = True
-        watch.begin(connection, ANSWER_TIMEOUT)
-        try:
+        record.info[_OWNER] = own
+        with watch.awaiting(connection, ANSWER_TIMEOUT, own):
             set_up(connection, record)
-        finally:
-            watch.end(connection)
 
     def set_up(connection: Any, record: ConnectionPoolEntry) -> None:
         # What it has prepared, the driver deallocates at a ROLLBACK, and all else that is prepared as well.
@@ -181,7 +180,7 @@ def execute(
         return _execute(where, statement, parameters, timeout)
     pooled = where.raw_connection()
     try:
-        answer = _execute(pooled, statement, parameters, timeout, where)
+        answer = _execute(pooled, statement, parameters, timeout)
     except BaseException as error:
         pooled.invalidate(error)
         _note(where, error)
@@ -193,11 +192,8 @@ def execute(
 def prepare_statement(pooled: PoolProxiedConnection, statement: Executable) -> bytes:
     """Prepare a statement on a connection that leads straight to the server; answer its name there."""
     connection: Any = pooled.dbapi_connection
-    watch.begin(connection, ANSWER_TIMEOUT)
-    try:
+    with watch.awaiting(connection, ANSWER_TIMEOUT, pooled.info[_OWNER]):
         return libpq.prepare(connection, statement, pooled.info.setdefault(_PREPARED, set()))
-    finally:
-        watch.end(connection)
 
 
 def _execute(
@@ -205,11 +201,9 @@ def _execute(
     statement: Executable,
     parameters: Mapping[str, Any],
     timeout: float,
-    owner: Engine | None = None,
 ) -> Answer:
     connection: Any = pooled.dbapi_connection  # psycopg's own, even where the pool knows of it no more
-    watch.begin(connection, timeout, owner)
-    try:
+    with watch.awaiting(connection, timeout, pooled.info[_OWNER]):
         if is_direct(pooled):
             prepared = pooled.info.setdefault(_PREPARED, set())
             return libpq.execute(connection, statement, parameters, prepared=prepared)
@@ -217,8 +211,6 @@ def _execute(
         answer = libpq.execute(connection, statement, parameters, prepared=None)
         connection.commit()
         return answer
-    finally:
-        watch.end(connection)
 
 
 @cache

@@ -23,6 +23,7 @@ from sqlalchemy.pool import PoolProxiedConnection
 from apoq import libpq
 from apoq.connections import ANSWER_TIMEOUT, execute, is_direct, own_engine, prepare_statement, renew
 from apoq.statements.hint import FLUSH_NOTHING, Hint, hint, notify
+from apoq.watch import is_ending
 
 logger = logging.getLogger(__name__)
 
@@ -169,7 +170,8 @@ class Hinter:
         try:
             threads.serve(self)
         except RuntimeError as error:
-            if not self._has_warned:
+            # At the end of the program, none can be: the workers find the task when they look by themselves.
+            if not self._has_warned and not is_ending():
                 self._has_warned = True
                 logger.warning(
                     "no thread can be started to notify the workers, which find tasks when they look by "

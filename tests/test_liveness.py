@@ -115,7 +115,7 @@ class TestAnEndedLease:
         worker.use("t", lambda task: ran.append(task.id))
         worker.use("coroutine", coroutine)
         yield ran
-        worker._life.parts.coroutines.stop()
+        worker._life.parts.coroutines.stop(SOON)
         worker._life.parts.slots.stop()
         worker._life.parts.engine.dispose()
 

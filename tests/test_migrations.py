@@ -1057,7 +1057,11 @@ class TestTheWheel:
         """A top-level alembic/ in it would be installed into Alembic itself."""
         tops = {name.split("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
 
-        assert {top for top in tops if not top.endswith(".dist-info")} == {"apoq", "apoq_pytest.py"}
+        assert {top for top in tops if not top.endswith(".dist-info")} == {
+            "apoq",
+            "apoq_program.py",
+            "apoq_pytest.py",
+        }
 
     def test_it_says_that_it_is_typed(self, wheel):
         assert "apoq/py.typed" in zipfile.ZipFile(wheel).namelist()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -377,3 +379,37 @@ def test_an_embedded_worker_is_started_by_a_later_request(worker, limit, monkeyp
     embedded_worker.serve()
 
     until(worker.healthy)
+
+
+AT_THE_END = """
+import atexit, sys, threading
+import sqlalchemy as sa
+from sqlalchemy.orm import Session
+from apoq import Queue
+
+start = threading.Thread.start
+
+def refuse(thread):
+    # As Python 3.12 and later do, whatever this one does.
+    if not threading.main_thread().is_alive():
+        raise RuntimeError("can't create new thread at interpreter shutdown")
+    start(thread)
+
+threading.Thread.start = refuse
+engine = sa.create_engine(sys.argv[1])
+
+@atexit.register
+def add():
+    with Session(engine) as session, session.begin():
+        Queue().add(session, "t")
+    with engine.begin() as connection:
+        Queue().add(connection, "t")
+"""
+
+
+def test_what_is_added_at_the_end_of_a_program_is_added_without_a_word(engine, url):
+    command = [sys.executable, "-c", AT_THE_END, url.render_as_string(hide_password=False)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=SOON)
+
+    assert (done.stdout, done.stderr) == ("", "")
+    assert count(engine) == 2

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
+
+import pytest
 
 
 def patience(seconds: float) -> Callable[..., float]:
@@ -18,3 +21,12 @@ def patience(seconds: float) -> Callable[..., float]:
         return time.monotonic() - began
 
     return until
+
+
+def catches(pid: int, number: int) -> bool:
+    """Tell whether a process has a handler for a signal."""
+    status = Path(f"/proc/{pid}/status")
+    if not status.exists():
+        pytest.skip("only Linux tells which signals a process catches")
+    (caught,) = [line.split()[1] for line in status.read_text().splitlines() if line.startswith("SigCgt")]
+    return bool(int(caught, 16) >> (number - 1) & 1)

@@ -12,11 +12,13 @@ from typing import Any
 import click
 
 from apoq.cli import logs
+from apoq.cli.ending import Ending
 from apoq.cli.exits import BadUsage
 from apoq.cli.status import PERIOD, Status, every, is_wanted
-from apoq.cli.supervisor import Supervisor, again, check_platform, hold, take_lifeline
+from apoq.cli.supervisor import Supervisor, again, check_platform, obey, report, take_lifeline
 from apoq.cli.values import patience
 from apoq.worker import Worker
+from apoq.worker.signals import caught, end_as_pid_1
 from apoq.worker.worker import GRACE
 
 logger = logging.getLogger(__name__)
@@ -64,11 +66,15 @@ def run_worker(
 
     With `processes`, this one starts its own command line that many times, and calls `make` in none but them.
     """
+    end_as_pid_1()
     lifeline = take_lifeline()
     if processes is not None and lifeline is None:
         check_platform()
         logs.set_up(log_format, log_level)
         sys.exit(Supervisor(again(), processes, timeout=timeout).run())
+    ending = Ending(timeout)
+    if lifeline is not None:
+        obey(lifeline, ending.stop)
     worker = make()
     logs.set_up(log_format, log_level)
     try:
@@ -81,16 +87,22 @@ def run_worker(
             "processor given (worker.use), in what was imported"
         )
     logger.info("working %s", ", ".join(worker.types))
-    # What a second Ctrl-C does, for `Worker.run` catches the first.
+    # What a second Ctrl-C does, for the first is caught.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    if lifeline is not None:
-        worker.run(timeout=timeout, on_start=lambda stop: hold(lifeline, worker, stop))
-    elif is_wanted():
-        status = Status()
-        worker.run(timeout=timeout, on_start=lambda _: every(PERIOD, lambda: status.say(worker.tally())))
+    status = Status()
+
+    def begin(_stop: object) -> None:
+        if lifeline is not None:
+            report(lifeline, worker)
+        elif is_wanted():
+            every(PERIOD, lambda: status.say(worker.tally()))
+
+    with caught() as signals:
+        ending.watch(signals)
+        worker._run_until(signals, timeout, on_start=begin, on_stop=ending.begin)  # noqa: SLF001 - our own
+    ending.has_stopped = True
+    if lifeline is None and is_wanted():
         status.say(worker.tally())
-    else:
-        worker.run(timeout=timeout)
 
 
 def _names(queues: str) -> list[str]:

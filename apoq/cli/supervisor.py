@@ -38,9 +38,16 @@ LONGEST_BACKOFF: Final = 30.0
 LONG_LIFE: Final = 60.0
 """Seconds after which the death of a child is no longer taken for one of a series."""
 
+LOOK: Final = 0.5
+LAST_LOOK: Final = 0.05
+"""Seconds between two looks whether a child has ended: at work, and once they are to stop."""
+
 REPORT_PERIOD: Final = 1.0
-MARGIN: Final = 5.0
-"""Seconds that a child has beside its own time-out to stop, before it is killed."""
+MARGIN: Final = 2.75
+"""Seconds that a child has beside its own time-out to stop, before it is killed.
+
+A little more than it takes to end itself (`apoq.cli.ending`).
+"""
 
 
 class Child:
@@ -53,6 +60,8 @@ class Child:
         self.tally = Tally()
         self.is_ready = False
         self.process: subprocess.Popen[bytes] | None = None
+        self._has_started = False
+        """Whether the worker of this process has: it may run tasks."""
         self._socket: socket.socket | None = None
         self._rest = b""
         self._before = Tally()
@@ -73,12 +82,16 @@ class Child:
         self._socket.setblocking(False)
         selector.register(self._socket, selectors.EVENT_READ, self)
         self.starts_at, self._started_at, self._rest = None, time.monotonic(), b""
+        self._has_started = False
 
     def stop(self) -> None:
         """Tell it to stop."""
         if self._socket is not None:
             with suppress(ConnectionError):
                 self._socket.send(b"stop")
+        if self.process is not None and not self._has_started:
+            # It may not read that for a while, such as when Python or the application is being imported.
+            self.process.terminate()
 
     def hear(self, selector: selectors.BaseSelector) -> None:
         """Read what it has reported."""
@@ -94,7 +107,7 @@ class Child:
             return
         *lines, self._rest = (self._rest + read).split(b"\n")
         if lines:
-            self.is_ready = True
+            self.is_ready = self._has_started = True
             running, *counts = map(int, lines[-1].split())
             added = (count + more for count, more in zip(self._before[1:], counts, strict=True))
             self.tally = Tally(running, *added)
@@ -152,7 +165,7 @@ class Supervisor:
         self._children[0].start(self._command, self._selector)
         try:
             while (code := self._turn()) is None:
-                for key, _ in self._selector.select(0.5):
+                for key, _ in self._selector.select(LOOK if self._stops_at is None else LAST_LOOK):
                     if key.data is None:
                         asleep.recv(4096)
                     else:
@@ -209,10 +222,11 @@ class Supervisor:
                 self._kill()
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
+                os._exit(128 + number)  # the kernel ignores the default for PID 1
             self._stops_at = time.monotonic() + self._timeout + MARGIN
-            logger.info("stopping %d worker processes", len(self._children))
             for child in self._children:
                 child.stop()
+            logger.info("stopping %d worker processes", len(self._children))
 
     def _kill(self) -> None:
         for child in self._children:
@@ -251,8 +265,8 @@ def take_lifeline() -> socket.socket | None:
     return lifeline
 
 
-def hold(lifeline: socket.socket, worker: Worker, stop: Callable[[], None]) -> None:
-    """Report how a worker comes along, and stop it when the supervisor says so, or is gone."""
+def obey(lifeline: socket.socket, stop: Callable[[], None]) -> None:
+    """Call `stop` when the supervisor says so, or is gone; from now on, also while the worker starts."""
 
     def wait() -> None:
         told = b""
@@ -262,11 +276,16 @@ def hold(lifeline: socket.socket, worker: Worker, stop: Callable[[], None]) -> N
             logger.warning("the supervisor is gone: this worker stops, too")
         stop()
 
-    def report() -> None:
+    threading.Thread(target=wait, name="apoq-lifeline", daemon=True).start()
+
+
+def report(lifeline: socket.socket, worker: Worker) -> None:
+    """Tell the supervisor how a worker comes along: now, every second and at the end."""
+
+    def send() -> None:
         with suppress(OSError):  # nobody reads
             lifeline.send(b"%d %d %d %d %d\n" % worker.tally(), socket.MSG_DONTWAIT)
 
-    report()
-    atexit.register(report)  # the last word
-    threading.Thread(target=wait, name="apoq-lifeline", daemon=True).start()
-    every(REPORT_PERIOD, report)
+    send()
+    atexit.register(send)  # the last word
+    every(REPORT_PERIOD, send)

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from typing import Any, Final
 
+from apoq.worker.executor import DaemonExecutor
+
+logger = logging.getLogger(__name__)
+
 CLEAN_UP: Final = 2.0
 """Seconds that a coroutine has to end after it was cancelled."""
+
+BLOCKED: Final = 0.25
+"""Seconds after which a loop that doesn't respond is taken for blocked by a coroutine."""
 
 
 class Coroutines:
@@ -20,6 +28,8 @@ class Coroutines:
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
+        self.is_blocked = False
+        """Whether a coroutine has kept the loop from responding, as `cancel` has found out."""
 
     def use(self, loop: asyncio.AbstractEventLoop | None) -> None:
         """Run on the application's loop; None: on one of its own, begun when the first coroutine comes."""
@@ -53,22 +63,27 @@ class Coroutines:
             raise
         return asyncio.run_coroutine_threadsafe(coroutine, loop).result(timeout)
 
-    def cancel(self) -> None:
-        """Cancel what runs, and wait a moment for it to end."""
+    def cancel(self, timeout: float) -> None:
+        """Cancel what runs, and wait so many seconds for it to end."""
         if self._loop is not None and self._loop.is_running():
-            # A loop that doesn't answer is blocked by a coroutine, which ends some time or with the process.
-            with suppress(TimeoutError):
-                self.run(self._cancel(), CLEAN_UP + 1)
+            try:
+                self.run(self._cancel(timeout), timeout + BLOCKED)
+            except TimeoutError:
+                self.is_blocked = True  # until that coroutine ends, or with the process
 
     def is_current(self) -> bool:
         """Tell whether the caller is on this loop, which it would block by waiting."""
+        if self._thread is not None:
+            # Not the running loop: with gevent, all threads are greenlets of one, and see the same loop run.
+            return threading.current_thread() is self._thread
         try:
             return asyncio.get_running_loop() is self._loop
         except RuntimeError:
             return False
 
-    def stop(self) -> None:
-        """End the loop, if it is the worker's own."""
+    def stop(self, timeout: float) -> None:
+        """End the loop, if it is the worker's own, and wait so many seconds for it."""
+        self.is_blocked = False
         with self._lock:
             loop, thread = self._loop, self._thread
             self._loop = self._thread = None
@@ -76,13 +91,14 @@ class Coroutines:
             with suppress(RuntimeError):  # it has ended by itself
                 loop.call_soon_threadsafe(loop.stop)
             # Where a coroutine blocks it, it ends when that does.
-            thread.join(CLEAN_UP)
+            thread.join(timeout)
 
     def _running_loop(self) -> asyncio.AbstractEventLoop:
         with self._lock:  # slots ask for it at once, and an engine serves one loop only
             if self._loop is None:
                 try:
                     loop = asyncio.new_event_loop()
+                    loop.set_default_executor(DaemonExecutor())
                 except OSError as error:  # too many open files
                     raise RuntimeError(f"no event loop can be made: {error}") from error
                 thread = threading.Thread(target=self._run, args=(loop,), name="apoq-loop", daemon=True)
@@ -97,6 +113,15 @@ class Coroutines:
             return self._loop
 
     def _run(self, loop: asyncio.AbstractEventLoop) -> None:
+        with suppress(RuntimeError):  # there is none
+            asyncio.get_running_loop()
+            logger.critical(
+                "this worker's coroutine functions can't run: with gevent, all threads are greenlets of one, "
+                "and another event loop runs there already. Run only one worker with coroutine functions in "
+                "this process, or the worker in a process without gevent"
+            )
+            loop.close()
+            return
         asyncio.set_event_loop(loop)
         try:
             loop.run_forever()
@@ -104,12 +129,12 @@ class Coroutines:
             loop.run_until_complete(loop.shutdown_asyncgens())
             loop.close()
 
-    async def _cancel(self) -> None:
+    async def _cancel(self, timeout: float) -> None:  # noqa: ASYNC109 - what still runs then goes on
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
         if tasks:
-            await asyncio.wait(tasks, timeout=CLEAN_UP)
+            await asyncio.wait(tasks, timeout=timeout)
 
     def _spawn(self, function: Callable[[Any], Coroutine[Any, Any, None]], argument: object) -> None:
         # The loop itself holds tasks only weakly.

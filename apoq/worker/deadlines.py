@@ -75,9 +75,9 @@ class Deadlines:
         )
         return None if earliest == math.inf else earliest - time.monotonic()
 
-    def stop(self) -> None:
-        """Watch nothing more."""
-        self._loop.stop()
+    def stop(self, timeout: float) -> None:
+        """Watch nothing more, and wait so many seconds for what is being ended."""
+        self._loop.stop(timeout)
         self._until.clear()
         self._wakes_at = math.inf
 

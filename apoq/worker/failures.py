@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Final
 
 from apoq.connections import is_away
+from apoq.watch import Stopped
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +109,8 @@ class Failures:
 
     def failed(self, error: BaseException) -> float:
         """Note a failure, and log it if it is time to; return the seconds until the next try."""
+        if isinstance(error, Stopped):
+            return LONGEST_BACKOFF
         self.count += 1
         if self._duration is None:
             self._duration = Duration(self._clock)

@@ -26,6 +26,7 @@ from apoq.queue import Queue
 from apoq.statements.arrays import array_text
 from apoq.statements.heartbeat import beat_and_look, forget, leave
 from apoq.statements.recover import forget_dead, held_by_dead, rescue
+from apoq.watch import Stopped
 from apoq.worker.failures import Failures, Outage
 from apoq.worker.isolation import Isolation
 from apoq.worker.lease import Lease
@@ -117,7 +118,7 @@ class Heartbeat:
             for schema in schemas
         ]
         self._isolation: Isolation[Presence] = Isolation(_describe, outage)
-        self._engine = own_engine(engine, lock_timeout=f"{self._interval * LOCK_TIMEOUT * 1_000:.0f}ms")
+        self.engine = own_engine(engine, lock_timeout=f"{self._interval * LOCK_TIMEOUT * 1_000:.0f}ms")
         self._known = known
         self._on_rescued = on_rescued
         self._on_unknown = on_unknown
@@ -144,6 +145,8 @@ class Heartbeat:
         self._look_at_leases()  # the whole process may have been frozen until now
         try:
             pause = self.beat()
+        except Stopped:
+            raise  # the lease holds as long as it takes to stop
         except Exception:
             for presence in self._presences:
                 presence.lease.shorten()
@@ -173,7 +176,7 @@ class Heartbeat:
             "worker_id": self.worker_id,
             "by_worker": self.worker_id,
             "worker_pid": os.getpid(),
-            "is_direct": keeps_session(self._engine),
+            "is_direct": keeps_session(self.engine),
         }
 
         return min(
@@ -258,7 +261,7 @@ class Heartbeat:
         return True
 
     def _execute(self, statement: Executable, parameters: dict[str, Any]) -> Answer:
-        return execute(self._engine, statement, parameters, timeout=self._grace)
+        return execute(self.engine, statement, parameters, timeout=self._grace)
 
     def _look_at_leases(self) -> None:
         lapsed = [each for each in self._presences if not each.lease.is_held and not each.has_lapsed]
@@ -276,7 +279,7 @@ class Heartbeat:
 
     def dispose(self) -> None:
         """Close its connection."""
-        self._engine.dispose()
+        self.engine.dispose()
 
     def leave(self) -> None:
         """Remove the worker's row: it holds nothing any more."""

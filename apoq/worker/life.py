@@ -5,16 +5,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from typing import Final
+import time
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any, Final
 from uuid import uuid4
 
-from sqlalchemy import Engine, select
+from sqlalchemy import Connection, Engine, select
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.orm import Session, defer
 from sqlalchemy.orm.attributes import set_committed_value
 
 from apoq import preflight
-from apoq.connections import is_away
+from apoq.connections import ANSWER_TIMEOUT, is_away
 from apoq.errors import NotPrepared
 from apoq.events import Events
 from apoq.migrations.prepare import check
@@ -22,12 +25,14 @@ from apoq.model import Task, detached
 from apoq.queue import Queue
 from apoq.registry import Registry
 from apoq.states import COMPLETED
+from apoq.watch import watch
 from apoq.worker.attempts import Ended
+from apoq.worker.loop import Loop
 from apoq.worker.options import WorkerOptions
-from apoq.worker.parts import PATIENCE, Parts
+from apoq.worker.parts import OVERTIME, PATIENCE, Parts, left_until
 from apoq.worker.running import KNOWN
 from apoq.worker.slots import released
-from apoq.worker.tally import Tally
+from apoq.worker.tally import Counter, Tally
 from apoq.worker.threads import RETRY_INTERVAL
 
 logger = logging.getLogger(__name__)
@@ -47,7 +52,9 @@ class Life:
         events: Events,
         options: WorkerOptions,
     ) -> None:
-        self.parts = Parts(engine, queues, registry, events, options)
+        self._counter = Counter()
+        self._make_parts = partial(Parts, engine, queues, registry, events, options, self._counter)
+        self.parts = self._make_parts()
         self._schemas = {queue.schema for queue in queues}
         self._lock = threading.RLock()
         self._enlisted = 0
@@ -55,9 +62,15 @@ class Life:
         self._has_entered = False
         self._begins_later = False
         """Whether the heartbeat's thread starts the others: when the database, and each thread, is there."""
+        self._beginning = threading.Lock()
+        self._is_entering = False
+        self.stops = 0
+        """How often it was told to stop: what was to start before that doesn't."""
+        self._is_spent = False
+        """Whether a thread hasn't ended with its stop, such as one that waits for a connection to be made."""
         self._looked_at: set[str | None] = set()
         """The schemas of which the log has what is in a worker's way there."""
-        self._beating = self.parts.loop("apoq-heartbeat", self._beat)
+        self._beating = self._make_beating()
 
     @property
     def is_enlisted(self) -> bool:
@@ -80,7 +93,7 @@ class Life:
 
     def tally(self) -> Tally:
         """Answer how many tasks run now, and what became of those that have ended."""
-        return self.parts.counter.tally(len(self.parts.slots.running()))
+        return self._counter.tally(len(self.parts.slots.running()))
 
     def work(self) -> Task | None:
         """Claim, run and settle one due task on the caller's thread."""
@@ -108,17 +121,20 @@ class Life:
         finally:
             self.discharge()
 
-    def start(self, loop: asyncio.AbstractEventLoop | None) -> bool:
-        """Start the threads; tell whether they hadn't started before."""
-        parts = self.parts
-        if parts.is_current():
+    def start(self, loop: asyncio.AbstractEventLoop | None, stops: int) -> bool:
+        """Start the threads; tell whether they hadn't started before.
+
+        Not if it was told to stop since `stops` was read, be it while this waits for the database.
+        """
+        if self.parts.is_current():
             return False  # it runs, or the caller wouldn't; and a stop may be waiting for the caller
         with self._lock:
-            if self._is_started:
+            if self._is_started or self.stops != stops:
                 return False
+            self._replace_spent()
+            parts = self.parts
             parts.coroutines.use(loop)
-            parts.claimer.hint()
-            parts.listener.open()
+            parts.open()
             self._is_started = True
             try:
                 self.enlist(wait=False)
@@ -127,6 +143,9 @@ class Life:
                 parts.listener.close()
                 raise
             try:
+                if self.stops != stops:
+                    self._end(0.0)
+                    return False
                 if not self._begins_later:
                     parts.start()
             except BaseException:
@@ -135,21 +154,32 @@ class Life:
         return True
 
     def stop(self, patience: float | None) -> bool:
-        """Stop the threads; tell whether they had started."""
+        """Stop the threads; tell whether they had started, and have been stopped."""
         if self._is_started:
             # Before the lock is taken, for another thread that stops holds it while it waits for this one.
             self._refuse_to_wait_for_itself()
-        with self._lock:
+        self.stops += 1
+        timeout = -1.0 if patience is None else min(patience + OVERTIME, threading.TIMEOUT_MAX)
+        if self._is_started and self._is_entering:
+            # A start waits for the database, with the lock. It finds that it isn't wanted any more.
+            self.parts.limit(time.monotonic())
+            timeout = OVERTIME
+        if not self._lock.acquire(timeout=timeout):
+            return False
+        try:
             if not self._is_started:
                 return False
             self._refuse_to_wait_for_itself()
             self._end(patience)
+        finally:
+            self._lock.release()
         return True
 
     def enlist(self, *, wait: bool = True) -> None:
         """Show that this worker lives, before it claims anything; in its own time, unless told to `wait`."""
-        parts = self.parts
         with self._lock:
+            self._replace_spent()
+            parts = self.parts
             self._enlisted += 1
             if self._enlisted > 1:
                 return
@@ -159,10 +189,13 @@ class Life:
             self._looked_at.clear()
             try:
                 try:
+                    self._is_entering = True
                     self._enter()
                 except BaseException as error:
                     if wait or not is_away(error):
                         raise
+                finally:
+                    self._is_entering = False
                 self._begins_later = not self._has_entered
                 self._beating.start()
                 parts.recalling.start()
@@ -170,21 +203,34 @@ class Life:
                 self.discharge()
                 raise
 
-    def discharge(self) -> None:
-        """Undo one `enlist`; with the last of them the worker's row and its connections go."""
+    def discharge(self, by: float | None = None) -> None:
+        """Undo one `enlist`; with the last of them the worker's row and its connections go, by then."""
         parts = self.parts
         with self._lock:
             self._enlisted -= 1
             if self._enlisted == 0:
-                parts.deadlines.stop()
-                parts.recalling.stop()
-                self._beating.stop()
-                try:
-                    if self._has_entered:
-                        parts.heartbeat.leave()
-                except Exception as error:  # noqa: BLE001 - the lease ends by itself
-                    logger.warning("this worker's row could not be removed, and will be: %s", error)
-                parts.dispose()
+                if by is None:
+                    parts.limit(by := time.monotonic() + PATIENCE)
+                parts.deadlines.stop(left_until(by))
+                parts.end(parts.recalling, by)
+                parts.end(self._beating, by)
+                parts.dispose(by)
+                loops = (self._beating, parts.recalling, *parts.loops)
+                self._is_spent = any(loop.is_alive for loop in loops)
+            if not self._is_spent:
+                parts.limit(None)
+
+    def _make_beating(self) -> Loop:
+        parts = self.parts
+        return parts.loop("apoq-heartbeat", partial(self._beat, parts), partial(self._leave, parts))
+
+    def _leave(self, parts: Parts) -> None:
+        """Remove the worker's row; the last thing that its heartbeat does."""
+        try:
+            if self._has_entered:
+                parts.heartbeat.leave()
+        except Exception as error:  # noqa: BLE001 - the lease ends by itself
+            logger.warning("this worker's row could not be removed, and will be: %s", error)
 
     def _enter(self) -> None:
         refused = [error for schema in self._schemas if (error := self._refused(schema)) is not None]
@@ -203,7 +249,8 @@ class Life:
 
         Raises `UnsupportedDatabase` if no worker may work on them.
         """
-        with self.parts.engine.begin() as connection:
+        engine = self.parts.engine
+        with engine.connect() as connection, _watched(connection, engine), connection.begin():
             if schema not in self._looked_at:  # the database may be away for several of these
                 preflight.check(connection, schema)
                 self._looked_at.add(schema)
@@ -214,22 +261,32 @@ class Life:
         return None
 
     def _end(self, patience: float | None) -> None:
-        if self._begins_later:
-            self._beating.stop()  # or else it might begin to work just now
-        self.parts.stop(patience)
+        with self._beginning:
+            self._begins_later = False
+        by = self.parts.stop(patience)
         self._is_started = False
         # Last: until here, what runs is this worker's.
-        self.discharge()
+        self.discharge(by)
 
-    def _beat(self) -> float | None:
+    def _replace_spent(self) -> None:
+        """Have other parts, if a thread of these hasn't ended: whatever it still does is nobody's concern."""
+        if self._is_spent and not self._enlisted:
+            on_death = self.parts.on_death
+            self.parts = self._make_parts()
+            self.parts.on_death = on_death
+            self._beating = self._make_beating()
+            self._is_spent = False
+
+    def _beat(self, parts: Parts) -> float | None:
         if not self._has_entered:
             self._enter()
-        pause = self.parts.heartbeat.turn()
-        if self._begins_later:
-            self.parts.start()
-            self._begins_later = False
-        if self.parts.missing:
-            self.parts.retry_threads()
+        pause = parts.heartbeat.turn()
+        with self._beginning:
+            if self._begins_later and parts is self.parts:
+                parts.start()
+                self._begins_later = False
+        if parts.missing:
+            parts.retry_threads()
             pause = min(pause, RETRY_INTERVAL)
         return pause
 
@@ -256,3 +313,8 @@ class Life:
         # A completed task that isn't kept is gone: then it is returned as far as it is known here.
         known = {name: getattr(end.task, name) for name in KNOWN}
         return found or detached(end.task.from_queue.schema, known | {"state": COMPLETED})
+
+
+def _watched(connection: Connection, engine: Engine) -> AbstractContextManager[None]:
+    driver: Any = connection.connection.dbapi_connection
+    return watch.awaiting(driver, ANSWER_TIMEOUT, engine)

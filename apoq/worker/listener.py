@@ -228,6 +228,7 @@ class ListeningConnection:
     """A connection of an engine's that is the listener's alone, and what was heard on it."""
 
     def __init__(self, engine: Engine, waker: socket.socket) -> None:
+        self._engine = engine
         self.pooled = engine.raw_connection()
         self.is_direct = is_direct(self.pooled)
         self._driver = cast("psycopg.Connection[Any]", self.pooled.driver_connection)
@@ -247,11 +248,8 @@ class ListeningConnection:
 
     def execute(self, statement: LiteralString, *names: str) -> None:
         """Execute a statement with these names in it."""
-        watch.begin(self._driver, ANSWER_TIMEOUT)
-        try:
+        with watch.awaiting(self._driver, ANSWER_TIMEOUT, self._engine):
             self._driver.execute(sql.SQL(statement).format(*map(sql.Identifier, names)))
-        finally:
-            watch.end(self._driver)
 
     def listen(self, channels: Iterable[str], awaited: Iterable[Hint]) -> None:
         """Listen on these channels, for these hints, and for those of cancelled tasks."""

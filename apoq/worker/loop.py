@@ -28,10 +28,13 @@ class Loop:
         outage: Outage,
         *,
         on_death: Callable[[], None] = lambda: None,
+        on_stop: Callable[[], None] = lambda: None,
     ) -> None:
+        """`on_stop` is called on its thread after the last turn."""
         self._name = name
         self._turn = turn
         self._on_death = on_death
+        self._on_stop = on_stop
         self._woken = threading.Event()
         self._stopping = False
         self._failures = Failures(name, outage)
@@ -85,10 +88,14 @@ class Loop:
         """Tell whether the caller is on this loop's thread."""
         return self._thread is threading.current_thread()
 
-    def stop(self, timeout: float | None = None) -> bool:
-        """Take no more turns, and wait for the one under way; tell whether it has ended."""
+    def end(self) -> None:
+        """Take no more turns after the one under way, and don't wait for that."""
         self._stopping = True
         self.wake()
+
+    def stop(self, timeout: float | None = None) -> bool:
+        """Take no more turns, and wait for the one under way; tell whether it has ended."""
+        self.end()
         if self._thread is None or self.is_current():
             return True
         self._thread.join(timeout)
@@ -104,6 +111,7 @@ class Loop:
     def _run(self) -> None:
         try:
             self._take_turns()
+            self._on_stop()
         except BaseException:  # SystemExit would end it without a word
             logger.critical("%s has ended, and its worker is maimed: restart it", self._name, exc_info=True)
             self._on_death()
@@ -118,7 +126,7 @@ class Loop:
                 with self._turning:
                     pause = self._turn()
             except Exception as error:  # noqa: BLE001 - the next turn may succeed
-                self._sleep_through(self._failures.failed(error))
+                self._failed(error)
             else:
                 self.recovered()
                 self._woken.wait(pause)
@@ -130,6 +138,12 @@ class Loop:
     def is_failing_for(self, seconds: float) -> bool:
         """Tell whether all its turns have failed for longer than this."""
         return self._failures.is_failing_for(seconds)
+
+    def _failed(self, error: Exception) -> None:
+        if self._stopping:
+            logger.debug("%s has stopped, and its last turn failed", self._name, exc_info=error)
+        else:
+            self._sleep_through(self._failures.failed(error))
 
     def _sleep_through(self, pause: float) -> None:
         """Sleep, woken by nothing but `stop`: a loop that fails is not hurried by who waits for it."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Final
@@ -18,7 +20,7 @@ from apoq.queue import Queue
 from apoq.registry import Registry
 from apoq.statements.hint import has_tasks
 from apoq.statements.settle import LOCK_TIMEOUT
-from apoq.watch import watch
+from apoq.watch import LOOK, watch
 from apoq.worker.attempts import Ended, ended, overdue, run, run_coroutine
 from apoq.worker.claimer import Claimer
 from apoq.worker.completion import Completion
@@ -56,6 +58,15 @@ AFTERMATH: Final = 0.05
 PATIENCE: Final = 5.0
 """Seconds in which what has ended is settled, at the end."""
 
+OVERTIME: Final = 1.5
+"""Seconds after the time to stop in which that must be done."""
+
+CLEAN_UP: Final = 1.0
+"""Those of them in which cancelled coroutines may end."""
+
+CUT: Final = 0.25
+"""Seconds after which a thread has ended whose connection was cut."""
+
 BUSY: Final = 0.25
 """The same, where there is more: in which a priority that is new and higher is found."""
 
@@ -79,12 +90,15 @@ class Parts:
         registry: Registry,
         events: Events,
         options: WorkerOptions,
+        counter: Counter,
     ) -> None:
         self.outage = Outage(on_away=self._give_back_line)
         self.engine = own_engine(sync_side(engine), lock_timeout=LOCK_TIMEOUT)
         listening = self.engine if options.listen_url is None else listen_engine(options.listen_url)
+        self._listening_engine = listening
         self._schemas = tuple(dict.fromkeys(queue.schema for queue in queues))
         self._notices = self._new_notices()
+        self._by = math.inf
         self._beside: set[AnyRunningTask] = set()  # what runs in no slot, but on the thread of `work`
         self.coroutines = Coroutines()
         self.sessions = TaskSessions(engine, self.coroutines)
@@ -101,12 +115,12 @@ class Parts:
             on_lapse=self._lapsed,
         )
         self._completion = Completion(events, keep=options.keeps_completed)
-        self.counter = Counter()
+        self._counter = counter
         self.settler = Settler(
             self.engine,
             events,
             self._completion,
-            self.counter,
+            counter,
             self._schemas,
             self.outage,
             on_settled=self._settled,
@@ -182,7 +196,7 @@ class Parts:
         )
         self.on_death: Callable[[], None] = lambda: None
         """Called when a thread of the worker's has ended that shouldn't."""
-        self.settling = self.loop("apoq-settler", self.settler.turn)
+        self.settling = self.loop("apoq-settler", self.settler.turn, self._flush)
         self.claiming = self.loop("apoq-claimer", self.claimer.turn)
         self.scouting = self.loop("apoq-scout", self.scout.turn)
         self.recalling = self.loop("apoq-recaller", self.recaller.turn)
@@ -200,9 +214,17 @@ class Parts:
         )
         """Those that run from a start to a stop."""
 
-    def loop(self, name: str, turn: Callable[[], float | None]) -> Loop:
+    def loop(
+        self, name: str, turn: Callable[[], float | None], on_stop: Callable[[], None] = lambda: None
+    ) -> Loop:
         """Make a loop of this worker's."""
-        return Loop(name, turn, self.outage, on_death=self._died)
+        return Loop(name, turn, self.outage, on_death=self._died, on_stop=on_stop)
+
+    def open(self) -> None:
+        """Make ready to start."""
+        self.slots.open()
+        self.listener.open()
+        self.claimer.hint()
 
     def start(self) -> None:
         """Claim, run and settle from now on, each on its thread; RuntimeError if one can't be started."""
@@ -234,32 +256,59 @@ class Parts:
         self.claimer.hint()
         self.claiming.wake()
 
-    def stop(self, patience: float | None) -> None:
-        """Claim no more, give back what has not begun, and wait so many seconds for what runs."""
+    def stop(self, patience: float | None) -> float:
+        """Claim no more, give back what has not begun, and wait so many seconds for what runs.
+
+        Return when all else must be done as well, by time.monotonic(): from then on no statement is sent, and
+        the connections are cut on which an answer is awaited.
+        """
+        ends_at = math.inf if patience is None else time.monotonic() + patience
         for notice in self._notices.values():
             notice.is_given = True
-        self.scouting.stop()
-        self.claiming.stop()
-        self.pruning.stop()
-        self.sweeping.stop()
+        self.slots.close()
+        claiming = (self.scouting, self.claiming, self.pruning, self.sweeping)
+        for loop in claiming:
+            loop.end()
         self._give_back_line()
-        if not self.slots.wait_until_idle(patience):
+        is_idle = self.slots.wait_until_idle(patience)
+        by = min(time.monotonic() + PATIENCE, ends_at + OVERTIME)
+        self._by = by
+        self.limit(by)
+        if not is_idle:
             left = self.deadlines.withdraw(self.slots.abandon())
             logger.warning("%d tasks still ran when the time to stop was up, and are given back", len(left))
             self._give_back(left)
-            self.coroutines.cancel()
-        self._finish_settling()
+            self.coroutines.cancel(CLEAN_UP)
+        for loop in claiming:
+            self.end(loop, by)
+        if not self.end(self.settling, by):
+            logger.warning("what has ended could not be settled in time; others will run these tasks again")
         self.slots.stop()
         self.missing.clear()
         self.listener.stop()
-        self.listening.stop()
+        self.end(self.listening, by)
         self.listener.close()
         self._notices = self._new_notices()  # for the next start; those that run on are told to stop still
+        return by
 
-    def dispose(self) -> None:
-        """Close what was opened here."""
-        self.sessions.dispose()
-        self.coroutines.stop()
+    def end(self, loop: Loop, by: float) -> bool:
+        """Stop a loop, and wait until then for its last turn to end; tell whether it has."""
+        if loop.stop(left_until(by)):
+            return True
+        watch.cut_overdue()
+        return loop.stop(left_until(by + CUT))
+
+    def limit(self, by: float | None) -> None:
+        """Send no statement after this, by time.monotonic(), and cut what waits then; None: no limit."""
+        for engine in {self.engine, self.heartbeat.engine, self._listening_engine}:
+            watch.limit(engine, by)
+
+    def dispose(self, by: float) -> None:
+        """Close what was opened here, by then."""
+        if self.coroutines.is_blocked:
+            by = 0.0  # nothing more comes of waiting for that loop
+        self.sessions.dispose(left_until(by))
+        self.coroutines.stop(left_until(by))
         self.heartbeat.dispose()
         self.engine.dispose()
 
@@ -276,7 +325,7 @@ class Parts:
 
     def _put_ended(self, end: Ended) -> None:
         if end.row is not None and end.outcome is None and not self._completion.is_heard:
-            self.counter.count(None)
+            self._counter.count(None)
             self.claimer.settled([end.task.row])  # it is written already, and nobody is to be told
             return
         self.settler.put(end)
@@ -357,13 +406,18 @@ class Parts:
         for task in tasks:
             self._put_ended(released(task))
 
-    def _finish_settling(self) -> None:
-        self.settling.stop(timeout=PATIENCE)
+    def _flush(self) -> None:
+        """Settle what has ended; on the settler's thread, for it may have to connect, and that takes long."""
         try:
-            self.settler.flush(PATIENCE)
+            self.settler.flush(left_until(self._by - LOOK))
         except Exception as error:  # noqa: BLE001
             logger.warning("some tasks could not be settled; others will run them again: %s", error)
 
     def _wake_claimer(self) -> None:
         if self.claimer.waits_for_room:
             self.claiming.wake()
+
+
+def left_until(by: float) -> float:
+    """Return the seconds until this time, by time.monotonic(); zero after it."""
+    return max(0.0, by - time.monotonic())

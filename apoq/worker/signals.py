@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from queue import Empty, SimpleQueue
 from typing import Final
+
+STARTED: Final = -1
+"""What the queue has, beside signals, when the worker has started; zero is a stop without a signal."""
 
 LOOK: Final = 1.0
 """Seconds between two looks for a signal that has woken nobody."""
@@ -25,6 +29,7 @@ def caught() -> Iterator[SimpleQueue[int]]:
 
     def first(number: int, _frame: object) -> None:
         restore()  # here, so that it is so even while the worker starts
+        end_as_pid_1()
         signals.put(number)
 
     for number in before:
@@ -35,13 +40,27 @@ def caught() -> Iterator[SimpleQueue[int]]:
         restore()
 
 
-def wait(signals: SimpleQueue[int]) -> None:
-    """Wait for one of them, on the main thread."""
+def end_as_pid_1() -> None:
+    """Let signals end this process if it is PID 1, as that of a container is.
+
+    They end any other by default, and the kernel drops them for this one.
+    """
+    if os.getpid() == 1:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+            if signal.getsignal(number) == signal.SIG_DFL:
+                signal.signal(number, _end)
+
+
+def _end(number: int, _frame: object) -> None:
+    os._exit(128 + number)
+
+
+def wait(signals: SimpleQueue[int]) -> int:
+    """Wait for one of them, on the main thread, and return it."""
     while True:
         try:
-            signals.get(timeout=LOOK)
+            return signals.get(timeout=LOOK)
         except Empty:
             # Python calls a handler between two steps of the main thread. A signal that comes when it has
             # begun to wait, and isn't asleep yet, doesn't wake it: a few of a hundred that come at the start.
             continue
-        return

@@ -63,6 +63,7 @@ class Slots:
         self._on_low = on_low
         self._line: deque[Claimed] = deque()
         self._free = concurrency
+        self._is_closed = False
         self._lock = threading.RLock()
         self._idle = threading.Condition(self._lock)
         self._threads: list[threading.Thread] = []
@@ -100,11 +101,16 @@ class Slots:
     def put(self, tasks: Iterable[Claimed]) -> None:
         """Run these as slots are free, and let those that begin at once go first.
 
-        If a slot's thread can't be started, its task stays first in line, and its slot free.
+        If a slot's thread can't be started, its task stays first in line, and its slot free. If the slots
+        are closed, the tasks are given back.
         """
         has_begun = False
         refused: list[Claimed] = []
         with self._lock:
+            if self._is_closed:
+                for row in tasks:
+                    self._on_ended(released(self._make(row)))
+                return
             self._line.extend(tasks)
             for _ in range(self._free):
                 task = self._pop()
@@ -121,6 +127,15 @@ class Slots:
             self._line.extendleft(reversed(refused))
         if has_begun:
             time.sleep(GIVE_WAY)
+
+    def open(self) -> None:
+        """Let tasks begin."""
+        self._is_closed = False
+
+    def close(self) -> None:
+        """Let no more tasks begin; those that run go on."""
+        with self._lock:  # no `put` is under way then
+            self._is_closed = True
 
     def take_back(self, schemas: Container[str | None] | None = None) -> list[AnyRunningTask]:
         """Return those that have not begun, and forget them: all of them, or those of these schemas."""
@@ -176,6 +191,8 @@ class Slots:
         self._for_threads = SimpleQueue()
 
     def _pop(self) -> AnyRunningTask | None:
+        if self._is_closed:
+            return None
         try:
             row = self._line.popleft()
         except IndexError:

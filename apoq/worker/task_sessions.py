@@ -16,7 +16,7 @@ from apoq.errors import SessionMisused
 from apoq.outcomes import Outcome
 from apoq.twins import async_twin, sync_twin
 from apoq.watch import cut
-from apoq.worker.coroutines import CLEAN_UP, Coroutines
+from apoq.worker.coroutines import Coroutines
 
 _COMPLETING = "apoq.completing"
 _CONNECTION = "apoq.connection"
@@ -130,15 +130,15 @@ class TaskSessions:
                 if engine is not None:
                     renew(sync_side(engine))
 
-    def dispose(self) -> None:
-        """Close what was opened here; the engine that was given is its owner's."""
+    def dispose(self, timeout: float) -> None:
+        """Close what was opened here, within so many seconds; the engine that was given is its owner's."""
         with self._lock:
             if self._sync_twin is not None:
                 self._sync_twin.dispose()
             if self._async_twin is not None:
                 # The loop is blocked by a coroutine, whose connection it may be, or it has ended.
                 with suppress(TimeoutError, RuntimeError):
-                    self._coroutines.run(self._async_twin.dispose(), CLEAN_UP)
+                    self._coroutines.run(self._async_twin.dispose(), timeout)
             self._sync_twin = self._async_twin = None
 
     def _sync_engine(self) -> Engine:

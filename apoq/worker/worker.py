@@ -8,6 +8,8 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from datetime import datetime, timedelta
+from functools import partial
+from queue import SimpleQueue
 from typing import Any, Final
 
 from sqlalchemy import URL, Engine
@@ -24,7 +26,7 @@ from apoq.typed import TypedTask
 from apoq.worker.life import Life
 from apoq.worker.options import WorkerOptions
 from apoq.worker.process import PROCESS
-from apoq.worker.signals import caught, wait
+from apoq.worker.signals import STARTED, caught, wait
 from apoq.worker.tally import Tally
 
 logger = logging.getLogger(__name__)
@@ -198,10 +200,7 @@ class Worker:
         `NotPrepared` where apoq's tables are missing or at another version, and RuntimeError if the system
         allows no more threads.
         """
-        PROCESS.get_ready()
-        if self._life.start(loop):
-            PROCESS.watch(self)
-            logger.info("%r has started", self)
+        self._start(loop, self._life.stops)
 
     def stop(self, timeout: float | timedelta | None = None) -> None:
         """Claim no more, give back what has not begun, and wait for running tasks to end.
@@ -234,23 +233,8 @@ class Worker:
                 "run handles signals, which only the main thread can: elsewhere, call start and stop"
             )
         timeout = seconds(timeout, "a timeout")
-        is_maimed = threading.Event()
         with caught() as signals:
-
-            def die() -> None:
-                is_maimed.set()
-                signals.put(0)
-
-            self._life.parts.on_death = die
-            try:
-                self.start()
-                if on_start is not None:
-                    on_start(lambda: signals.put(0))
-                wait(signals)
-            finally:
-                self.stop(timeout)
-        if is_maimed.is_set():
-            raise RuntimeError("a thread of this worker has ended, as the log says, and so has the worker")
+            self._run_until(signals, timeout, on_start=on_start)
 
     def healthy(self) -> bool:
         """Tell whether the worker is at work: started, with all its threads, and heard by the database.
@@ -269,6 +253,55 @@ class Worker:
     def seen_at(self) -> datetime | None:
         """When the database last answered the worker's heartbeat, by this machine's clock."""
         return self._life.parts.heartbeat.seen_at
+
+    def _run_until(
+        self,
+        orders: SimpleQueue[int],
+        timeout: float,
+        *,
+        on_start: Callable[[Callable[[], None]], object] | None,
+        on_stop: Callable[[], object] = lambda: None,
+    ) -> None:
+        """Start, and stop as soon as there is anything in `orders`; `on_stop` is called before it stops."""
+        errors: list[BaseException] = []
+
+        def die() -> None:
+            errors.append(
+                RuntimeError("a thread of this worker has ended, as the log says, and so has the worker")
+            )
+            orders.put(0)
+
+        def begin() -> None:
+            try:
+                start()
+            except BaseException as error:  # noqa: BLE001 - it is raised by the main thread
+                errors.append(error)
+            orders.put(STARTED)
+
+        self._life.parts.on_death = die
+        # On a thread, for it may wait for the database, and this one is to notice a signal meanwhile.
+        start = partial(self._start, None, self._life.stops)
+        starting = threading.Thread(target=begin, name="apoq-starter", daemon=True)
+        try:
+            starting.start()
+            order = wait(orders)
+            if order == STARTED and not errors:
+                if on_start is not None:
+                    on_start(lambda: orders.put(0))
+                wait(orders)
+            elif not errors:
+                logger.info("%r is told to stop before it has started", self)
+        finally:
+            on_stop()
+            self.stop(timeout)
+        if errors:
+            raise errors[0]
+
+    def _start(self, loop: asyncio.AbstractEventLoop | None, stops: int) -> None:
+        PROCESS.get_ready()
+        if self._life.start(loop, stops):
+            PROCESS.watch(self)
+            logger.info("%r has started", self)
 
     def _new_life(self) -> Life:
         return Life(self._engine, self._queues, self._registry, self.events, self._options)
