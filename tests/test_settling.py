@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from operator import itemgetter
+from operator import attrgetter
 from uuid import UUID
 
 import pytest
@@ -21,7 +21,6 @@ from apoq import Retry, Task, Worker
 from apoq.model import ClaimRow
 from apoq.statements.recover import rescue
 from apoq.worker.attempts import ended
-from apoq.worker.running import ID
 
 SOON = 30.0
 
@@ -65,7 +64,7 @@ def end(engine, queue, worker) -> Iterator[Callable[..., Callable[[], object]]]:
             for number, times in enumerate(claims):
                 session.execute(CLAIMED_BEFORE, {"data": str(number), "times": times - 1})
         hold_lease(worker)
-        rows = sorted(worker._life.parts.claimer.claim(len(outcomes), len(outcomes)), key=itemgetter(ID))
+        rows = sorted(worker._life.parts.claimer.claim(len(outcomes), len(outcomes)), key=attrgetter("id"))
         for row, outcome in reversed(list(zip(rows, outcomes, strict=True))):
             worker._life.parts._put_ended(ended(worker._life.parts._make(row), outcome))
         return partial(worker._life.parts.settler.flush, SOON)
