@@ -6,10 +6,10 @@ from alembic import context
 from sqlalchemy import Connection, create_engine
 from sqlalchemy.pool import NullPool
 
-from apoq.databases import database_url
 from apoq.migrations import VERSION_TABLE, adopt, current, lock
 from apoq.migrations.places import warn_of_another_set
-from apoq.model import Base
+from apoq.postgres.urls import database_url
+from apoq.schema.models import Base
 
 
 def url():

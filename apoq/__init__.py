@@ -20,7 +20,10 @@ except ImportError as error:
         raise AttributeError(name)
 else:
     HAS_LIBPQ = True
-    from apoq.databases import database_url
+    from apoq.client.queue import Queue
+    from apoq.client.typed_task import TypedTask
+    from apoq.core.outcomes import Cancel, Retry, Snooze
+    from apoq.core.retry import exponential_backoff
     from apoq.errors import (
         ApoqError,
         InvalidData,
@@ -34,11 +37,8 @@ else:
         UnsupportedSession,
     )
     from apoq.migrations import prepare
-    from apoq.model import Task
-    from apoq.outcomes import Cancel, Retry, Snooze
-    from apoq.queue import Queue
-    from apoq.retry import exponential_backoff
-    from apoq.typed import TypedTask
+    from apoq.postgres.urls import database_url
+    from apoq.schema.models import Task
     from apoq.worker import AsyncRunningTask, RunningTask, Worker
 
 __all__ = [

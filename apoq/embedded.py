@@ -122,7 +122,7 @@ def database(*, settings: Mapping[str, str] | None = None) -> Iterator[str]:
     It is ``DATABASE_URL`` where that is set, else a private server that lives as long as the block.
     """
     if url := os.environ.get("DATABASE_URL"):
-        from apoq.databases import database_url  # noqa: PLC0415 - the keeper runs without site-packages
+        from apoq.postgres.urls import database_url  # noqa: PLC0415 - the keeper runs without site-packages
 
         yield database_url(url).render_as_string(hide_password=False)
     else:

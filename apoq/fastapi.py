@@ -24,8 +24,8 @@ from typing import Any, Final
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
+from apoq.core.retry import seconds
 from apoq.errors import glimpse
-from apoq.retry import seconds
 from apoq.worker import Worker
 
 GRACE: Final = timedelta(seconds=20)

@@ -8,8 +8,8 @@ import time
 import sqlalchemy as sa
 
 from apoq import Worker
-from apoq.model import claims_table
-from apoq.worker.lease import Lease
+from apoq.schema.models import claims_table
+from apoq.worker.liveness.lease import Lease
 
 AHEAD = {"free": 0}
 """What a claim for slots that are all busy asks for, beside its queue, its types and how many tasks."""

@@ -16,8 +16,8 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session, async_ses
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from apoq import InvalidData, Queue, Task, prepare
-from apoq.operations import BATCH_COUNT
-from apoq.statements.enqueue import enqueue, enqueue_many
+from apoq.client.operations import BATCH_COUNT
+from apoq.schema.statements.enqueue import enqueue, enqueue_many
 
 
 def count(engine: sa.Engine) -> int:
@@ -396,8 +396,8 @@ class TestAddMany:
 @pytest.fixture
 def small_batches(monkeypatch):
     """Let a COPY begin after the second task."""
-    monkeypatch.setattr("apoq.operations.FIRST_COUNT", 2)
-    monkeypatch.setattr("apoq.operations.BATCH_COUNT", 2)
+    monkeypatch.setattr("apoq.client.operations.FIRST_COUNT", 2)
+    monkeypatch.setattr("apoq.client.operations.BATCH_COUNT", 2)
 
 
 @contextmanager

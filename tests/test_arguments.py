@@ -37,8 +37,8 @@ from apoq import (
     RunningTask,
     Task,
 )
-from apoq.arguments import Arguments
-from apoq.losses import find_loss
+from apoq.core.arguments import Arguments
+from apoq.core.losses import find_loss
 from apoq.testing import assert_enqueued, enqueued
 
 T = TypeVar("T")

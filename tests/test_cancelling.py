@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from waiting import patience
 
 from apoq import AsyncRunningTask, InvalidTask, Queue, RunningTask, Task
-from apoq.states import CANCELLED, FINAL, STATES, TRANSITIONS
+from apoq.core.states import CANCELLED, FINAL, STATES, TRANSITIONS
 
 SOON = 10.0
 """Seconds within which what a test waits for has long happened."""

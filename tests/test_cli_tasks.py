@@ -19,9 +19,9 @@ from sqlalchemy.orm import Session
 from apoq import Queue, Task, prepare
 from apoq.cli import list as listing
 from apoq.cli import main, prune, selection
-from apoq.model import ClaimRow
-from apoq.statements import find
-from apoq.worker import pruner
+from apoq.schema.models import ClaimRow
+from apoq.schema.statements import find
+from apoq.worker.maintenance import pruner
 
 SECRET = "s3cr3t"
 

@@ -24,8 +24,8 @@ from sqlalchemy.orm import Session
 from apoq import Queue, Task
 from apoq.cli import logs, main
 from apoq.cli.status import line
-from apoq.model import WorkerRow
-from apoq.worker.tally import Tally
+from apoq.schema.models import WorkerRow
+from apoq.worker.settling.counters import Tally
 
 APP = """
 import os, sqlalchemy, threading, time

@@ -12,8 +12,8 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from apoq.connections import _IS_POOLED, execute, own_engine
-from apoq.libpq import _name
+from apoq.postgres.connections import _IS_POOLED, execute, own_engine
+from apoq.postgres.fast_path import _name
 
 
 def test_its_own_engine_needs_nothing_of_the_callers_pool(url):

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 from waiting import patience
 
 from apoq import Queue, Task, Worker, prepare
-from apoq.connections import _IS_POOLED, execute, own_engine
+from apoq.postgres.connections import _IS_POOLED, execute, own_engine
 
 SOON = 30.0
 

@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from apoq.events import COMPLETED, FAILED, NAMES, Events
+from apoq.core.events import COMPLETED, FAILED, NAMES, Events
 
 
 @pytest.fixture

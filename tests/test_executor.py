@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from apoq.worker.executor import MOST_THREADS, DaemonExecutor
+from apoq.worker.execution.daemon_threads import MOST_THREADS, DaemonExecutor
 
 SOON = 30.0
 

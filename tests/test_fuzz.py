@@ -266,8 +266,8 @@ def transactions(engine) -> Iterator[dict[str, Callable[[], Any]]]:
 def small_batches() -> Iterator[None]:
     """Let a COPY begin after the second task."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("apoq.operations.FIRST_COUNT", 2)
-        patch.setattr("apoq.operations.BATCH_COUNT", 2)
+        patch.setattr("apoq.client.operations.FIRST_COUNT", 2)
+        patch.setattr("apoq.client.operations.BATCH_COUNT", 2)
         yield
 
 

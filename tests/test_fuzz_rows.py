@@ -29,8 +29,8 @@ from sqlalchemy.orm import Session
 
 from apoq import Cancel, Queue, Retry, Snooze, Task, Worker
 from apoq.cli import main
-from apoq.connections import own_engine
-from apoq.states import STATES
+from apoq.core.states import STATES
+from apoq.postgres.connections import own_engine
 
 # The threads of a worker take their jitter from it, while Hypothesis makes the next example.
 pytestmark = pytest.mark.filterwarnings("ignore:Do not use the `random` module inside strategies")

@@ -15,8 +15,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, create_async_e
 from sqlalchemy.orm import Session
 from waiting import patience
 
-from apoq.hinter import LIMIT, LINGER
-from apoq.hints import _hinters
+from apoq.client.after_commit import _hinters
+from apoq.client.notifier import LIMIT, LINGER
 
 SOON = 10.0
 

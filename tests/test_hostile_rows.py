@@ -27,7 +27,7 @@ from sqlalchemy.orm import Session
 from waiting import patience
 
 from apoq import Queue, Snooze, Task, Worker
-from apoq.states import CANCELLED, COMPLETED, FAILED, PENDING
+from apoq.core.states import CANCELLED, COMPLETED, FAILED, PENDING
 
 SOON = 15.0
 """Seconds for what takes a hundredth of that on an idle machine."""

@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 from apoq import NotPrepared, Queue, prepare
 from apoq.cli import main
 from apoq.migrations import differences
-from apoq.preflight import Problem, ids_problem
+from apoq.schema.preflight import Problem, ids_problem
 
 RESTORED = "INSERT INTO {} (id, type) SELECT g, 't' FROM generate_series(1, 5) g"
 

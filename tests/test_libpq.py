@@ -13,9 +13,9 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY, INTERVAL
 
-from apoq.connections import _IS_POOLED, execute, own_engine
-from apoq.statements.hint import Hint
-from apoq.worker.listener import MOST_AT_ONCE, Heard, ListeningConnection
+from apoq.postgres.connections import _IS_POOLED, execute, own_engine
+from apoq.schema.statements.hint import Hint
+from apoq.worker.claiming.listener import MOST_AT_ONCE, Heard, ListeningConnection
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 from apoq import Queue, UnsupportedDatabase, Worker
 from apoq.flask import settings as flask_settings
 from apoq.pyramid import settings as pyramid_settings
-from apoq.worker import listener
+from apoq.worker.claiming import listener
 
 SOON = 10.0
 LONG = timedelta(hours=1)

@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session
 from waiting import patience
 
 from apoq import AsyncRunningTask, Queue, RunningTask, Task, Worker
-from apoq.model import WorkerRow
+from apoq.schema.models import WorkerRow
 
 SOON = 15.0
 

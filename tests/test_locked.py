@@ -13,8 +13,8 @@ from sqlalchemy.orm import Session
 from waiting import patience
 
 from apoq import Queue, RunningTask, Snooze, Task, prepare
-from apoq.connections import own_engine
-from apoq.worker import parts
+from apoq.postgres.connections import own_engine
+from apoq.worker import runtime
 
 SOON = 10.0
 
@@ -100,7 +100,7 @@ def test_who_cancels_two_that_are_being_settled_is_never_told_of_a_deadlock(engi
 def test_a_worker_that_stops_meanwhile_settles_the_others_and_says_what_it_leaves(
     engine, queue, running, caplog, monkeypatch
 ):
-    monkeypatch.setattr(parts, "PATIENCE", 0.5)
+    monkeypatch.setattr(runtime, "PATIENCE", 0.5)
     worker, task_ids, go_on = running
     with Session(engine) as session:
         queue.cancel(session, task_ids[0])
@@ -143,11 +143,11 @@ class TestAWholeTable:
     @pytest.fixture(autouse=True)
     def _impatient(self, monkeypatch) -> None:
         # As a worker's own engine is, that doesn't wait behind a migration.
-        monkeypatch.setattr(parts, "own_engine", partial(own_engine, lock_timeout="100ms"))
+        monkeypatch.setattr(runtime, "own_engine", partial(own_engine, lock_timeout="100ms"))
 
     def test_what_has_ended_is_settled_when_it_is_free(self, engine, running, caplog):
         _, task_ids, go_on = running
-        with caplog.at_level(logging.INFO, "apoq.worker.settler"), engine.connect() as migrating:
+        with caplog.at_level(logging.INFO, "apoq.worker.settling.settler"), engine.connect() as migrating:
             migrating.execute(sa.text("LOCK apoq_tasks"))
             go_on.set()
             settler = running[0]._life.parts.settler
@@ -188,7 +188,7 @@ class TestAWholeTable:
     def test_a_worker_that_stops_meanwhile_waits_no_longer_than_it_should(
         self, engine, running, caplog, monkeypatch
     ):
-        monkeypatch.setattr(parts, "PATIENCE", 0.5)
+        monkeypatch.setattr(runtime, "PATIENCE", 0.5)
         worker, task_ids, go_on = running
         with engine.connect() as migrating:
             migrating.execute(sa.text("LOCK apoq_tasks"))

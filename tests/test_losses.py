@@ -20,7 +20,7 @@ import pytest
 from markupsafe import Markup
 from pydantic import PrivateAttr, SecretStr
 
-from apoq.losses import Loss, find_loss
+from apoq.core.losses import Loss, find_loss
 
 T = TypeVar("T")
 NAIVE = datetime(2031, 5, 4, tzinfo=UTC).replace(tzinfo=None)

@@ -33,7 +33,7 @@ import apoq.migrations
 from apoq import InvalidTask, NotPrepared, Queue, UnsupportedDatabase, prepare
 from apoq.migrations import LATEST, steps
 from apoq.migrations.steps import LOCK_KEY
-from apoq.model import Base, Task
+from apoq.schema.models import Base, Task
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = sys.executable

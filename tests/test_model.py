@@ -37,30 +37,31 @@ from hypothesis.stateful import (
 from sqlalchemy.orm import Session
 
 from apoq import Cancel, Queue, Retry, RunningTask, Snooze, Task, Worker
-from apoq.connections import execute, own_engine
-from apoq.events import Events
-from apoq.outcomes import Release, Settlement, WorkerDied
-from apoq.payload import encode
-from apoq.registry import make_processor
-from apoq.statements.arrays import array_text
-from apoq.statements.claim import ClaimedTask, claim
-from apoq.statements.heartbeat import beat, beat_and_look, forget, leave
-from apoq.statements.notes import forget_settled
-from apoq.statements.prune import prune_completed, prune_failed
-from apoq.statements.recover import forget_dead, forget_unknown, give_back, rescue
-from apoq.statements.survey import survey
-from apoq.states import CANCELLED, COMPLETED, FAILED, PENDING, RUNNING
-from apoq.worker import notes, tally
-from apoq.worker.attempts import Ended, TaskLost, ended
-from apoq.worker.completion import Completion
+from apoq.core.events import Events
+from apoq.core.outcomes import Release, Settlement, WorkerDied
+from apoq.core.payload import encode
+from apoq.core.registry import make_processor
+from apoq.core.states import CANCELLED, COMPLETED, FAILED, PENDING, RUNNING
+from apoq.postgres.connections import execute, own_engine
+from apoq.schema.statements.arrays import array_text
+from apoq.schema.statements.claim import ClaimedTask, claim
+from apoq.schema.statements.heartbeat import beat, beat_and_look, forget, leave
+from apoq.schema.statements.notes import forget_settled
+from apoq.schema.statements.prune import prune_completed, prune_failed
+from apoq.schema.statements.recover import forget_dead, forget_unknown, give_back, rescue
+from apoq.schema.statements.survey import survey
+from apoq.worker.claiming import claim_log
+from apoq.worker.claiming.claim_log import Notes
+from apoq.worker.claiming.cursor import MOST_LEVELS, Position
+from apoq.worker.execution.attempts import Ended, TaskLost, ended
+from apoq.worker.execution.completion import Completion
+from apoq.worker.execution.running_task import Claim, Claimed, Notice
+from apoq.worker.execution.task_sessions import TaskSession
 from apoq.worker.failures import Outage
-from apoq.worker.lease import Lease
-from apoq.worker.notes import Notes
-from apoq.worker.peers import Peer
-from apoq.worker.position import MOST_LEVELS, Position
-from apoq.worker.running import Claim, Claimed, Notice
-from apoq.worker.settler import Settler
-from apoq.worker.task_sessions import TaskSession
+from apoq.worker.liveness.lease import Lease
+from apoq.worker.liveness.peers import Peer
+from apoq.worker.settling import counters
+from apoq.worker.settling.settler import Settler
 
 EXAMPLES = int(os.environ.get("APOQ_TEST_EXAMPLES", "0"))
 
@@ -347,7 +348,7 @@ class Tasks(RuleBasedStateMachine):
                 own,
                 Events(),
                 completion,
-                tally.Counter(),
+                counters.Counter(),
                 schemas=[None],
                 outage=Outage(),
                 on_settled=self._forget_attempts,
@@ -973,7 +974,7 @@ def own(engine):
 
 def test_whatever_happens_every_task_is_as_it_ought_to_be(engine, own, caplog, monkeypatch):
     caplog.set_level(logging.CRITICAL, "apoq")
-    monkeypatch.setattr(notes, "ENOUGH", 2)
+    monkeypatch.setattr(claim_log, "ENOUGH", 2)
     Tasks.reached.clear()
     # The same each time, and then at random where that shows too little: what is drawn depends on the modules
     # that happen to be loaded.

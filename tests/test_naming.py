@@ -11,7 +11,7 @@ from alembic.operations import Operations
 from sqlalchemy.pool import NullPool
 
 import apoq.migrations
-from apoq.model import Base
+from apoq.schema.models import Base
 
 CONVENTION = {
     "ck": "ck_%(table_name)s_%(constraint_name)s",

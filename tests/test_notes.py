@@ -14,8 +14,8 @@ from sqlalchemy.orm import Session
 from waiting import patience
 
 from apoq import Queue, Task, Worker
-from apoq.model import ClaimRow, WorkerRow
-from apoq.worker.notes import ENOUGH
+from apoq.schema.models import ClaimRow, WorkerRow
+from apoq.worker.claiming.claim_log import ENOUGH
 
 SOON = 20.0
 """Seconds within which what a test waits for has long happened."""

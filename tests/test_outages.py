@@ -17,9 +17,9 @@ from sqlalchemy.orm import Session
 from waiting import patience
 
 from apoq import Queue, Task, Worker, prepare
-from apoq.worker import life
+from apoq.worker import lifecycle
 from apoq.worker.failures import Failures, Outage
-from apoq.worker.lease import Lease
+from apoq.worker.liveness.lease import Lease
 
 SOON = 30.0
 
@@ -317,7 +317,7 @@ def test_it_is_healthy_from_start_to_stop(make_worker):
 
 def test_it_is_not_healthy_while_every_claim_fails(engine, queue, make_worker, monkeypatch, caplog):
     """Its heartbeats go on, and so it holds its lease."""
-    monkeypatch.setattr(life, "TOLERATED", 0.3)
+    monkeypatch.setattr(lifecycle, "TOLERATED", 0.3)
     worker = make_worker()
     worker.use("t", lambda task: None)
     worker.start()
@@ -339,7 +339,7 @@ def test_it_is_not_healthy_while_every_claim_fails(engine, queue, make_worker, m
 
 
 def test_it_is_not_healthy_while_every_settlement_fails(worker, monkeypatch):
-    monkeypatch.setattr(life, "TOLERATED", 0.3)
+    monkeypatch.setattr(lifecycle, "TOLERATED", 0.3)
     worker.start()
     until(worker.healthy)
     settling = worker._life.parts.settling
@@ -379,7 +379,7 @@ def test_a_connection_that_the_worker_itself_has_cut_is_no_outage(make_worker, c
 
 @pytest.mark.parametrize("kind", ["plain", "coroutine"])
 def test_what_was_claimed_and_has_not_begun_loses_no_attempt_when_the_server_stops(queue, kind, caplog):
-    caplog.set_level(logging.CRITICAL, "apoq.worker.settler")
+    caplog.set_level(logging.CRITICAL, "apoq.worker.settling.settler")
     sleep = sa.text("SELECT pg_sleep(0.001)")
     slots = 4
 

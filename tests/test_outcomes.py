@@ -11,8 +11,7 @@ from decimal import Decimal
 import pytest
 
 from apoq import Cancel, Retry, Snooze, exponential_backoff
-from apoq.errors import InvalidProcessor
-from apoq.outcomes import (
+from apoq.core.outcomes import (
     MESSAGE_LIMIT,
     MOST,
     TRACEBACK_LIMIT,
@@ -24,9 +23,10 @@ from apoq.outcomes import (
     report,
     settle,
 )
-from apoq.payload import encode
-from apoq.retry import LONGEST_DELAY, RetryPolicy, seconds
-from apoq.states import COMPLETED, FINAL, PENDING, RUNNING, STATES, TRANSITIONS
+from apoq.core.payload import encode
+from apoq.core.retry import LONGEST_DELAY, RetryPolicy, seconds
+from apoq.core.states import COMPLETED, FINAL, PENDING, RUNNING, STATES, TRANSITIONS
+from apoq.errors import InvalidProcessor
 
 POLICY = RetryPolicy(2, lambda fail_count: 10 * fail_count)
 BOUND = 100

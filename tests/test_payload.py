@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apoq import ApoqError, InvalidData, InvalidTask
-from apoq.payload import MAX_DATA_SIZE, MAX_TYPE_LENGTH, check_name, check_type, encode
+from apoq.core.payload import MAX_DATA_SIZE, MAX_TYPE_LENGTH, check_name, check_type, encode
 
 NAN = float("nan")
 INFINITY = float("inf")

@@ -7,7 +7,7 @@ from uuid import UUID
 
 import pytest
 
-from apoq.worker.peers import GONE, Peer, Peers
+from apoq.worker.liveness.peers import GONE, Peer, Peers
 
 OWN_GRACE = 3.0
 GRACE = 10.0

@@ -29,10 +29,10 @@ from waiting import patience
 
 from apoq import AsyncRunningTask, Queue, RunningTask, Task, Worker, prepare
 from apoq.cli import main
-from apoq.connections import SESSION, execute, own_engine
 from apoq.embedded import _new_folder, _server_user
-from apoq.statements.hint import CHANNEL
-from apoq.worker import listener
+from apoq.postgres.connections import SESSION, execute, own_engine
+from apoq.schema.statements.hint import CHANNEL
+from apoq.worker.claiming import listener
 
 PROGRAM = shutil.which("pgbouncer") or shutil.which("pgbouncer", path="/usr/sbin:/usr/local/sbin")
 pytestmark = pytest.mark.skipif(PROGRAM is None, reason="no pgbouncer here: apt-get install pgbouncer")

@@ -16,8 +16,8 @@ import apoq.migrations
 from apoq import NotPrepared, Queue, Worker, prepare
 from apoq.cli import main
 from apoq.migrations import LATEST, current, differences
-from apoq.model import Base
-from apoq.preflight import problems
+from apoq.schema.models import Base
+from apoq.schema.preflight import problems
 
 TABLES = {"apoq_tasks", "apoq_workers", "apoq_claims", "apoq_migrations"}
 

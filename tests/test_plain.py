@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from apoq import InvalidData, InvalidTask
-from apoq.plain import plain_number
+from apoq.core.plain import plain_number
 from apoq.testing import assert_enqueued
 
 

@@ -16,27 +16,27 @@ from sqlalchemy.schema import CreateIndex
 
 from apoq import Queue, Task
 from apoq.cli.looking import SETTINGS
-from apoq.connections import SESSION
-from apoq.sessions import _compiled
-from apoq.statements.arrays import array_text
-from apoq.statements.cancel import cancel
-from apoq.statements.claim import CHANGED, claim
-from apoq.statements.count import COUNTED, count, count_running, count_types, queues, table_size
-from apoq.statements.find import details, find, find_ids, find_queues, horizon
-from apoq.statements.heartbeat import leave
-from apoq.statements.locked import locked
-from apoq.statements.lost import lost
-from apoq.statements.prune import (
+from apoq.client.session_adapters import _compiled
+from apoq.postgres.connections import SESSION
+from apoq.schema.statements.arrays import array_text
+from apoq.schema.statements.cancel import cancel
+from apoq.schema.statements.claim import CHANGED, claim
+from apoq.schema.statements.count import COUNTED, count, count_running, count_types, queues, table_size
+from apoq.schema.statements.find import details, find, find_ids, find_queues, horizon
+from apoq.schema.statements.heartbeat import leave
+from apoq.schema.statements.locked import locked
+from apoq.schema.statements.lost import lost
+from apoq.schema.statements.prune import (
     count_prunable_completed,
     count_prunable_failed,
     prune_completed,
     prune_failed,
 )
-from apoq.statements.recover import forget_dead, give_back, rescue
-from apoq.statements.retry import retry
-from apoq.statements.settle import complete, remove, settle
-from apoq.statements.survey import survey
-from apoq.worker.position import Position
+from apoq.schema.statements.recover import forget_dead, give_back, rescue
+from apoq.schema.statements.retry import retry
+from apoq.schema.statements.settle import complete, remove, settle
+from apoq.schema.statements.survey import survey
+from apoq.worker.claiming.cursor import Position
 
 MILLION_ROWS = """
     INSERT INTO apoq_tasks

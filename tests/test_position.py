@@ -14,13 +14,13 @@ from claims import AHEAD, held_leases
 from sqlalchemy.orm import Session
 
 from apoq import Queue, Task
-from apoq.connections import execute, own_engine
-from apoq.registry import Registry, make_processor
-from apoq.statements.claim import ClaimedTask, claim
-from apoq.statements.survey import survey
+from apoq.core.registry import Registry, make_processor
+from apoq.postgres.connections import execute, own_engine
+from apoq.schema.statements.claim import ClaimedTask, claim
+from apoq.schema.statements.survey import survey
+from apoq.worker.claiming.cursor import MOST_LEVELS, SLACK, START, Position
+from apoq.worker.claiming.scanner import Scout
 from apoq.worker.failures import Outage
-from apoq.worker.position import MOST_LEVELS, SLACK, START, Position
-from apoq.worker.scout import Scout
 
 SOON = 10.0
 NOW = 1_800_000_000.25

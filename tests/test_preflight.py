@@ -13,7 +13,7 @@ from waiting import patience
 
 from apoq import Queue, Worker, prepare
 from apoq.errors import UnsupportedDatabase
-from apoq.preflight import (
+from apoq.schema.preflight import (
     CITUS,
     READ_ONLY,
     RIGHTS,

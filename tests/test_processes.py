@@ -19,11 +19,11 @@ from sqlalchemy.orm import Session
 from waiting import patience
 
 from apoq import Task
-from apoq.registry import make_processor
-from apoq.statements.claim import claim
-from apoq.statements.recover import rescue
-from apoq.worker.claimer import workable
-from apoq.worker.position import Position
+from apoq.core.registry import make_processor
+from apoq.schema.statements.claim import claim
+from apoq.schema.statements.recover import rescue
+from apoq.worker.claiming.claimer import workable
+from apoq.worker.claiming.cursor import Position
 
 SOON = 60.0
 

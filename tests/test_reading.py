@@ -9,8 +9,8 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from apoq import Task
-from apoq.connections import _IS_POOLED, execute, own_engine
-from apoq.reading import read_anything
+from apoq.postgres.connections import _IS_POOLED, execute, own_engine
+from apoq.postgres.loaders import read_anything
 
 INTERVALS = {
     "5000000 years": timedelta.max,

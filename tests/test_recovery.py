@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 from waiting import patience
 
 from apoq import Queue, RunningTask, Task, prepare
-from apoq.statements.hint import CHANNEL
+from apoq.schema.statements.hint import CHANNEL
 from apoq.worker.failures import FIRST_BACKOFF, LONGEST_BACKOFF, Failures, Outage, backoff
 from apoq.worker.loop import Loop
 

@@ -11,10 +11,10 @@ from claims import held_leases
 from sqlalchemy.orm import Session
 
 from apoq import Cancel, Queue, RunningTask, Task
-from apoq.connections import own_engine
-from apoq.worker import pruner
+from apoq.postgres.connections import own_engine
 from apoq.worker.failures import Outage
-from apoq.worker.pruner import Pruner
+from apoq.worker.maintenance import pruner
+from apoq.worker.maintenance.pruner import Pruner
 
 DAY = timedelta(days=1)
 

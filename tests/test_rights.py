@@ -19,8 +19,8 @@ from waiting import patience
 
 from apoq import Queue, Retry, Task, Worker
 from apoq.cli import main
-from apoq.model import tasks_table
-from apoq.preflight import RIGHTS, only_adds, problems
+from apoq.schema.models import tasks_table
+from apoq.schema.preflight import RIGHTS, only_adds, problems
 
 until = patience(20)
 

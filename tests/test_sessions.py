@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from apoq import Queue, RunningTask, Task, Worker
-from apoq.statements.settle import complete_last, remove_last
+from apoq.schema.statements.settle import complete_last, remove_last
 
 
 def add(engine, data=None) -> int:

@@ -18,9 +18,9 @@ from sqlalchemy.orm import Session
 from waiting import patience
 
 from apoq import Retry, Task, Worker
-from apoq.model import ClaimRow
-from apoq.statements.recover import rescue
-from apoq.worker.attempts import ended
+from apoq.schema.models import ClaimRow
+from apoq.schema.statements.recover import rescue
+from apoq.worker.execution.attempts import ended
 
 SOON = 30.0
 

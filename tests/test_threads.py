@@ -17,9 +17,9 @@ from sqlalchemy.orm import Session
 from waiting import patience
 
 from apoq import AsyncRunningTask, Queue, RunningTask, Task, Worker
-from apoq.hinter import threads
-from apoq.worker import embedded
-from apoq.worker.embedded import EmbeddedWorker
+from apoq.client.notifier import threads
+from apoq.worker import in_process
+from apoq.worker.in_process import EmbeddedWorker
 from apoq.worker.process import PROCESS
 
 SOON = 20.0
@@ -343,7 +343,7 @@ def test_a_worker_whose_loop_has_ended_is_not_healthy(engine, worker):
 def test_the_next_commit_notifies_workers_if_the_one_before_could_start_no_thread(
     engine, make_worker, limit, caplog
 ):
-    caplog.set_level(logging.WARNING, "apoq.hinter")
+    caplog.set_level(logging.WARNING, "apoq.client.notifier")
     ran = threading.Semaphore(0)
     worker = make_worker(poll_interval=timedelta(minutes=10))
     worker.use("t", lambda task: ran.release())
@@ -368,7 +368,7 @@ def test_the_next_commit_notifies_workers_if_the_one_before_could_start_no_threa
 
 
 def test_an_embedded_worker_is_started_by_a_later_request(worker, limit, monkeypatch, caplog):
-    monkeypatch.setattr(embedded, "PATIENCE", 0.0)
+    monkeypatch.setattr(in_process, "PATIENCE", 0.0)
     begin: Callable[[], Worker] = lambda: worker  # noqa: E731
     embedded_worker = EmbeddedWorker(begin, name="shop")
     limit.refuse("apoq-starter")

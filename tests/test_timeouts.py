@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 from waiting import patience
 
 from apoq import AsyncRunningTask, Queue, RunningTask, Task
-from apoq.worker.coroutines import CLEAN_UP
+from apoq.worker.execution.event_loop import CLEAN_UP
 
 SOON = 10.0
 """Seconds within which what a test waits for has long happened."""

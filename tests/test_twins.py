@@ -17,8 +17,8 @@ from sqlalchemy.orm import Session
 from waiting import patience
 
 from apoq import Task, UnsupportedDatabase, Worker, prepare
-from apoq.connections import own_engine
-from apoq.twins import async_twin, sync_twin
+from apoq.postgres.connections import own_engine
+from apoq.postgres.engine_twins import async_twin, sync_twin
 
 SOON = 30.0
 

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 from waiting import patience
 
 from apoq import Queue, Task, prepare
-from apoq.worker import sweep
+from apoq.worker.maintenance import sweep
 
 SOON = 20.0
 

@@ -19,11 +19,11 @@ from sqlalchemy.orm import Session
 from waiting import patience
 
 from apoq import Queue, prepare
-from apoq.hinter import PAUSE, Hinter
-from apoq.hints import _hinters
-from apoq.statements.hint import CANCELLED, CHANNEL
-from apoq.worker import listener
-from apoq.worker.recaller import REST
+from apoq.client.after_commit import _hinters
+from apoq.client.notifier import PAUSE, Hinter
+from apoq.schema.statements.hint import CANCELLED, CHANNEL
+from apoq.worker.claiming import listener
+from apoq.worker.liveness.lost_tasks import REST
 
 SOON = 10.0
 

@@ -17,9 +17,9 @@ from sqlalchemy.orm import Session
 from waiting import patience
 
 from apoq import Worker
-from apoq import watch as watching
-from apoq.connections import execute, own_engine
-from apoq.watch import Watch, watch
+from apoq.postgres import watchdog as watching
+from apoq.postgres.connections import execute, own_engine
+from apoq.postgres.watchdog import Watch, watch
 
 SOON = 30.0
 
@@ -235,8 +235,8 @@ class TestWithoutAThread:
     def test_a_statement_is_executed_unwatched_and_a_later_one_is_watched(
         self, own, threads, monkeypatch, caplog
     ):
-        monkeypatch.setattr("apoq.connections.watch", fresh := Watch())
-        monkeypatch.setattr("apoq.libpq.watch", fresh)
+        monkeypatch.setattr("apoq.postgres.connections.watch", fresh := Watch())
+        monkeypatch.setattr("apoq.postgres.fast_path.watch", fresh)
         with caplog.at_level(logging.WARNING, "apoq"):
             for _ in range(3):
                 assert execute(own, sa.text("SELECT 1"), {}).fetchall() == [(1,)]

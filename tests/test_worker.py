@@ -27,8 +27,8 @@ from apoq import (
     Worker,
     prepare,
 )
-from apoq.statements.claim import claim
-from apoq.worker.position import Position
+from apoq.schema.statements.claim import claim
+from apoq.worker.claiming.cursor import Position
 
 SOON = 10.0
 """Seconds within which what a test waits for has long happened."""

@@ -9,8 +9,8 @@ import click
 from apoq.cli.output import json_option, show_json
 from apoq.cli.target import Target
 from apoq.cli.values import duration, json_value, time
-from apoq.model import DEFAULT_QUEUE
-from apoq.queue import Queue
+from apoq.client.queue import Queue
+from apoq.schema.models import DEFAULT_QUEUE
 
 
 @click.command("add")

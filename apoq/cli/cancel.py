@@ -10,8 +10,8 @@ import sqlalchemy as sa
 from apoq.cli.output import yes_option
 from apoq.cli.selection import TASK_ID, Words, act, filters, select
 from apoq.cli.target import Target
-from apoq.queue import Queue
-from apoq.states import PENDING, RUNNING
+from apoq.client.queue import Queue
+from apoq.core.states import PENDING, RUNNING
 
 _WORDS: Final = Words("cancel", "Cancelled", "only a task that is pending or running can be cancelled")
 _STATES: Final = (PENDING, RUNNING)

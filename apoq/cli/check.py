@@ -8,7 +8,7 @@ from apoq.cli.exits import Failure, shown
 from apoq.cli.output import json_option, show_json
 from apoq.cli.target import Target
 from apoq.migrations import LATEST, differences
-from apoq.preflight import ids_problem
+from apoq.schema.preflight import ids_problem
 
 
 @click.command("check")

@@ -18,11 +18,11 @@ from sqlalchemy.orm import Session
 
 from apoq.cli.exits import Failure
 from apoq.cli.output import console, has_cursor
+from apoq.client.queue import Queue
+from apoq.core.states import COMPLETED
 from apoq.embedded import EmbeddedUnavailable, PostgreSQL
 from apoq.migrations import prepare
-from apoq.model import Task
-from apoq.queue import Queue
-from apoq.states import COMPLETED
+from apoq.schema.models import Task
 from apoq.worker import RunningTask, Worker
 
 WORKERS: Final = 3

@@ -13,11 +13,14 @@ from rich.table import Table
 from rich.text import Text
 
 from apoq.cli.exits import Failure, Unreachable, explained
-from apoq.cli.figures import figures
-from apoq.cli.finding import BAD, OK, WARNING, Finding
+from apoq.cli.looking import looking
 from apoq.cli.output import json_option, show, show_json
-from apoq.cli.server_checks import check_clock, check_connections, check_server, check_way
-from apoq.cli.table_checks import (
+from apoq.cli.target import Target
+from apoq.monitor.check import BAD, OK, WARNING, Finding
+from apoq.monitor.formatting import clean
+from apoq.monitor.server_checks import check_clock, check_connections, check_server, check_way
+from apoq.monitor.stats import figures
+from apoq.monitor.table_checks import (
     check_horizon,
     check_ids,
     check_indexes,
@@ -27,9 +30,7 @@ from apoq.cli.table_checks import (
     check_version,
     check_workers,
 )
-from apoq.cli.target import Target
-from apoq.cli.wording import clean
-from apoq.preflight import SCHEMA
+from apoq.schema.preflight import SCHEMA
 
 _MARKS: Final = {OK: Text("✓", "green"), WARNING: Text("!", "yellow"), BAD: Text("✗", "red bold")}
 
@@ -89,7 +90,8 @@ def examine(target: Target) -> Iterator[Finding]:
 
 
 def _check_figures(target: Target) -> Iterator[Finding]:
-    found = figures(target)
+    with looking(target) as connection:
+        found = figures(connection, target.schema)
     yield from check_workers(found)
     yield from check_queues(found)
 

@@ -15,10 +15,10 @@ import sqlalchemy.exc
 from sqlalchemy import URL
 
 from apoq.cli.streams import NARROWEST, is_terminal
-from apoq.cli.wording import clean
-from apoq.databases import without_password
 from apoq.errors import ApoqError, NotPrepared
 from apoq.migrations.prepare import NO_ENCODING
+from apoq.monitor.formatting import clean
+from apoq.postgres.urls import without_password
 
 
 class Failure(click.ClickException):

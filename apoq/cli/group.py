@@ -14,8 +14,8 @@ from apoq.cli.commands import COMMANDS, EXITS
 from apoq.cli.exits import BadUsage, explained
 from apoq.cli.streams import writing
 from apoq.cli.target import VARIABLES, Target
+from apoq.core.payload import check_schema
 from apoq.errors import InvalidTask
-from apoq.payload import check_schema
 
 
 class Commands(click.Group):

@@ -15,10 +15,10 @@ from apoq.cli.looking import looking, task_json
 from apoq.cli.output import json_option, show, show_json_lines, table, widest
 from apoq.cli.selection import FIRST_ID, LAST_ID, TASK_ID, filters
 from apoq.cli.target import Target
-from apoq.cli.wording import ago, clean, length
-from apoq.model import DEFAULT_QUEUE
-from apoq.statements.find import LOOKED_AT, find, horizon
-from apoq.states import COMPLETED, FAILED, PENDING, RUNNING, STATES
+from apoq.core.states import COMPLETED, FAILED, PENDING, RUNNING, STATES
+from apoq.monitor.formatting import ago, clean, length
+from apoq.schema.models import DEFAULT_QUEUE
+from apoq.schema.statements.find import LOOKED_AT, find, horizon
 
 STYLES: Final = {PENDING: "", RUNNING: "cyan", COMPLETED: "green", FAILED: "red"}
 """The colour of a state."""

@@ -16,9 +16,9 @@ from typing import Any
 from sqlalchemy.engine import url
 
 from apoq.cli.exits import BadUsage, Failure
-from apoq.databases import UNREADABLE, without_password
+from apoq.client.queue import Queue
 from apoq.errors import ApoqError
-from apoq.queue import Queue
+from apoq.postgres.urls import UNREADABLE, without_password
 from apoq.worker import Worker
 
 _OURS = str(Path(__file__).parent)

@@ -12,7 +12,7 @@ import click
 
 from apoq.cli.output import json_text
 from apoq.cli.streams import has_colors, is_terminal
-from apoq.cli.wording import clean
+from apoq.monitor.formatting import clean
 
 FORMATS: Final = ("text", "json")
 LEVELS: Final = ("debug", "info", "warning", "error", "critical")

@@ -15,7 +15,7 @@ import sqlalchemy.exc
 from apoq.cli.exits import Failure
 from apoq.cli.target import Target
 from apoq.migrations import check
-from apoq.reading import read_anything
+from apoq.postgres.loaders import read_anything
 
 PATIENCE: Final = 15
 """Seconds after which the server ends a statement that only looks: it would keep it from its work."""

@@ -13,16 +13,16 @@ from apoq.cli.output import confirm, json_option, show_json, yes_option
 from apoq.cli.selection import progress
 from apoq.cli.target import Target
 from apoq.cli.values import age
-from apoq.cli.wording import tasks
-from apoq.connections import own_engine
-from apoq.statements.count import COUNTED, queues
-from apoq.statements.prune import (
+from apoq.monitor.formatting import tasks
+from apoq.postgres.connections import own_engine
+from apoq.schema.statements.count import COUNTED, queues
+from apoq.schema.statements.prune import (
     count_prunable_completed,
     count_prunable_failed,
     prune_completed,
     prune_failed,
 )
-from apoq.worker.pruner import Rule
+from apoq.worker.maintenance.pruner import Rule
 
 QUEUES: Final = 10_000
 """Queues that are looked through at most."""

@@ -10,8 +10,8 @@ import sqlalchemy as sa
 from apoq.cli.output import yes_option
 from apoq.cli.selection import TASK_ID, Words, act, filters, select
 from apoq.cli.target import Target
-from apoq.queue import Queue
-from apoq.states import FAILED, FINAL
+from apoq.client.queue import Queue
+from apoq.core.states import FAILED, FINAL
 
 _WORDS: Final = Words("retry", "Retried", "only a task that has ended can be retried")
 

@@ -17,10 +17,10 @@ from apoq.cli.looking import looking, missing
 from apoq.cli.output import confirm, has_cursor
 from apoq.cli.target import Target
 from apoq.cli.values import past_time
-from apoq.cli.wording import tasks
-from apoq.queue import Queue
-from apoq.statements.arrays import array_text
-from apoq.statements.find import details, find_ids, find_queues
+from apoq.client.queue import Queue
+from apoq.monitor.formatting import tasks
+from apoq.schema.statements.arrays import array_text
+from apoq.schema.statements.find import details, find_ids, find_queues
 
 MOST: Final = 100_000
 """Tasks that one command changes at most."""

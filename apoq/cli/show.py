@@ -18,8 +18,8 @@ from apoq.cli.looking import looking, missing, task_json
 from apoq.cli.output import json_option, show, show_json
 from apoq.cli.selection import TASK_ID
 from apoq.cli.target import Target
-from apoq.cli.wording import ago, clean
-from apoq.statements.find import details
+from apoq.monitor.formatting import ago, clean
+from apoq.schema.statements.find import details
 
 _LINES: Final = 40
 """Of data that are shown."""

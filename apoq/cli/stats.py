@@ -12,13 +12,14 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from apoq.cli.figures import QUEUES, Figures, figures
+from apoq.cli.looking import looking
 from apoq.cli.output import console, has_cursor, json_option, show, show_json, table, widest
 from apoq.cli.target import Target
 from apoq.cli.values import duration
-from apoq.cli.wording import clean, length, number, size, tasks
-from apoq.statements.count import COUNTED
-from apoq.states import COMPLETED, FAILED, PENDING, RUNNING
+from apoq.core.states import COMPLETED, FAILED, PENDING, RUNNING
+from apoq.monitor.formatting import clean, length, number, size, tasks
+from apoq.monitor.stats import QUEUES, Figures, figures
+from apoq.schema.statements.count import COUNTED
 
 SHARE: Final = 0.05
 """The share of its time that --watch spends in the database at most."""
@@ -48,13 +49,18 @@ def command(target: Target, *, by_type: bool, watch: bool, every: Any, as_json: 
     """
     if watch and as_json:
         raise click.UsageError("--watch is for people: call `apoq stats --json` as often as you like.")
-    found = figures(target, by_type=by_type)
+    found = _figures(target, by_type=by_type)
     if as_json:
         show_json(found.as_json())
     elif watch:
         _watch(target, found, by_type=by_type, every=every.total_seconds())
     else:
         show(shown(found, widest(WIDEST)))
+
+
+def _figures(target: Target, *, by_type: bool) -> Figures:
+    with looking(target) as connection:
+        return figures(connection, target.schema, by_type=by_type)
 
 
 def _watch(target: Target, found: Figures, *, by_type: bool, every: float) -> None:
@@ -68,7 +74,7 @@ def _watch(target: Target, found: Figures, *, by_type: bool, every: float) -> No
             else:
                 out.print(shown(found, widest(WIDEST)), "")
             time.sleep(max(every, found.took * (1 / SHARE - 1)))
-            found = figures(target, by_type=by_type)
+            found = _figures(target, by_type=by_type)
 
 
 def shown(found: Figures, most: int | None = None) -> RenderableType:

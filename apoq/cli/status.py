@@ -11,7 +11,7 @@ from typing import Final
 import click
 
 from apoq.cli.streams import has_colors, is_terminal
-from apoq.worker.tally import Tally
+from apoq.worker.settling.counters import Tally
 
 PERIOD: Final = 5.0
 """Seconds between two lines."""

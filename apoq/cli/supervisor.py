@@ -26,7 +26,7 @@ from typing import Final
 from apoq.cli.exits import BadUsage
 from apoq.cli.status import PERIOD, Status, every, is_wanted
 from apoq.worker import Worker
-from apoq.worker.tally import Tally
+from apoq.worker.settling.counters import Tally
 
 logger = logging.getLogger(__name__)
 

@@ -11,10 +11,10 @@ import sqlalchemy.exc
 from sqlalchemy import URL, event
 
 from apoq.cli.exits import BadUsage, explained
-from apoq.connections import prepare_where_kept
-from apoq.databases import check_engine, database_url
 from apoq.errors import ApoqError
 from apoq.migrations import check
+from apoq.postgres.connections import prepare_where_kept
+from apoq.postgres.urls import check_engine, database_url
 
 CONNECT_TIMEOUT: Final = 10
 """Seconds after which a server that doesn't answer is unreachable, unless the URL says otherwise."""

@@ -10,8 +10,8 @@ from typing import Any, Final
 
 from click import BadParameter
 
-from apoq.durations import read_duration
-from apoq.retry import seconds
+from apoq.core.durations import read_duration
+from apoq.core.retry import seconds
 
 _EXAMPLE: Final = "2031-05-04T12:00Z"
 

@@ -14,7 +14,7 @@ from apoq.cli.exits import BadUsage
 from apoq.cli.loading import load, located
 from apoq.cli.running import run_worker, worker_options
 from apoq.cli.target import Target
-from apoq.queue import Queue
+from apoq.client.queue import Queue
 from apoq.worker import Worker
 
 POOL_SIZE: Final = 5

@@ -13,9 +13,9 @@ from apoq.cli.exits import explained
 from apoq.cli.group import Commands
 from apoq.cli.running import run_worker, worker_options
 from apoq.cli.target import Target
-from apoq.databases import check_engine
 from apoq.flask.installed import KEY, Installed
-from apoq.twins import sync_twin
+from apoq.postgres.engine_twins import sync_twin
+from apoq.postgres.urls import check_engine
 
 
 def group() -> click.Group:

@@ -12,9 +12,9 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_scoped_session
 from sqlalchemy.orm import Session, scoped_session
 
-from apoq.databases import sync_side
+from apoq.client.session_adapters import AsyncioSession, SyncSession, bind_of
 from apoq.errors import ApoqError, UnsupportedSession
-from apoq.sessions import AsyncioSession, SyncSession, bind_of
+from apoq.postgres.urls import sync_side
 
 AnySession = Session | AsyncSession | scoped_session[Any] | async_scoped_session[Any]
 

@@ -12,18 +12,18 @@ from sqlalchemy.ext.asyncio import async_sessionmaker
 from sqlalchemy.orm import sessionmaker
 from typing_extensions import ParamSpec
 
+from apoq.client.queue import Queue
+from apoq.client.session_adapters import AsyncioSession, SyncSession
+from apoq.core.options import Options
+from apoq.core.registry import ProcessorOptions, Running, make_processor
+from apoq.core.retry import DEFAULT_RETRY_LIMIT, RetryDelay, exponential_backoff
 from apoq.errors import InvalidProcessor, glimpse
 from apoq.flask.commands import group
 from apoq.flask.database import AnySession, Database
 from apoq.flask.installed import KEY, Installed, serve
 from apoq.flask.settings import Settings
 from apoq.flask.tasks import AppTask, Decorator
-from apoq.model import Task
-from apoq.options import Options
-from apoq.queue import Queue
-from apoq.registry import ProcessorOptions, Running, make_processor
-from apoq.retry import DEFAULT_RETRY_LIMIT, RetryDelay, exponential_backoff
-from apoq.sessions import AsyncioSession, SyncSession
+from apoq.schema.models import Task
 from apoq.worker import Worker
 
 F = TypeVar("F", bound=Callable[..., Any])

@@ -8,12 +8,12 @@ from typing import Any, Final, Protocol
 
 from flask import Flask
 
+from apoq.client.queue import Queue
 from apoq.flask.contexts import context_for
 from apoq.flask.database import Database
 from apoq.flask.settings import Settings
-from apoq.queue import Queue
 from apoq.worker import Worker
-from apoq.worker.embedded import EmbeddedWorker
+from apoq.worker.in_process import EmbeddedWorker
 
 KEY: Final = "apoq"
 """Where it stands: ``app.extensions["apoq"]``."""

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Final, Self
 
-from apoq.model import DEFAULT_QUEUE
-from apoq.queue import Queue
-from apoq.retry import seconds
+from apoq.client.queue import Queue
+from apoq.core.retry import seconds
+from apoq.schema.models import DEFAULT_QUEUE
 
 PREFIX: Final = "APOQ_"
 

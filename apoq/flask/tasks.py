@@ -11,11 +11,11 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_s
 from sqlalchemy.orm import Session, scoped_session
 from typing_extensions import ParamSpec
 
-from apoq.model import Task
-from apoq.options import Options
-from apoq.registry import Running
-from apoq.sessions import AsyncioSession, SyncSession
-from apoq.typed import Call, TypedTask
+from apoq.client.session_adapters import AsyncioSession, SyncSession
+from apoq.client.typed_task import Call, TypedTask
+from apoq.core.options import Options
+from apoq.core.registry import Running
+from apoq.schema.models import Task
 
 P = ParamSpec("P")
 C = ParamSpec("C", default=P)

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import sqlalchemy as sa
 
-from apoq.databases import check_untranslated
-from apoq.model import Base
-from apoq.payload import check_schema
+from apoq.core.payload import check_schema
+from apoq.postgres.urls import check_untranslated
+from apoq.schema.models import Base
 
 if TYPE_CHECKING:  # Alembic takes 0.2 s to import
     from alembic.migration import MigrationContext

@@ -9,8 +9,8 @@ from typing import Final, NamedTuple
 import sqlalchemy as sa
 
 from apoq.errors import NotPrepared
-from apoq.preflight import RIGHTS, SCHEMA, TABLE, Problem
-from apoq.statements import preflight as statements
+from apoq.schema.preflight import RIGHTS, SCHEMA, TABLE, Problem
+from apoq.schema.statements import preflight as statements
 
 NAMED: Final = 3
 """Schemas that a message names, at most: there may be one for each tenant."""

@@ -9,10 +9,10 @@ from typing import Any, Final, overload
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from apoq.databases import check_engine
 from apoq.errors import NotPrepared, preparing
 from apoq.migrations.places import another_set, where_looked, why_missing
 from apoq.migrations.steps import LATEST, current, newer, upgrade
+from apoq.postgres.urls import check_engine
 
 # Each starter in a transaction that sees, once it has waited for its turn, what the others did in theirs.
 OPTIONS: Final[dict[str, Any]] = {"isolation_level": "READ COMMITTED"}

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 import sqlalchemy as sa
 
-from apoq.databases import check_untranslated
+from apoq.core.payload import check_schema
 from apoq.errors import NotPrepared
 from apoq.migrations import v0001
 from apoq.migrations.differences import differences
 from apoq.migrations.places import home, warn_of_another_set
-from apoq.payload import check_schema
-from apoq.preflight import check_unsharded
-from apoq.statements.preflight import lock_holder, lock_timeout
+from apoq.postgres.urls import check_untranslated
+from apoq.schema.preflight import check_unsharded
+from apoq.schema.statements.preflight import lock_holder, lock_timeout
 
 if TYPE_CHECKING:
     from alembic.operations import Operations

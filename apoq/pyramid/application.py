@@ -7,13 +7,13 @@ from typing import Any, Final
 
 from pyramid.registry import Registry
 
+from apoq.client.queue import Queue
+from apoq.core.registry import ProcessorOptions
 from apoq.errors import InvalidProcessor
 from apoq.pyramid.requests import Requests
 from apoq.pyramid.settings import Misconfigured, Settings
-from apoq.queue import Queue
-from apoq.registry import ProcessorOptions
 from apoq.worker import Worker
-from apoq.worker.embedded import EmbeddedWorker
+from apoq.worker.in_process import EmbeddedWorker
 
 _KEY: Final = "apoq"
 

@@ -15,11 +15,11 @@ from pyramid.threadlocal import RequestContext
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session, scoped_session
 
+from apoq.client.session_adapters import COMMITS_WITH, bind_of
+from apoq.core.options import Options
 from apoq.errors import UnsupportedSession
-from apoq.model import Task
-from apoq.options import Options
 from apoq.pyramid.settings import Misconfigured, Settings
-from apoq.sessions import COMMITS_WITH, bind_of
+from apoq.schema.models import Task
 from apoq.worker import RunningTask, Worker
 
 logger = logging.getLogger(__name__)

@@ -12,10 +12,10 @@ from typing import Any, Final, TypeVar
 from pyramid.exceptions import ConfigurationError
 from pyramid.settings import aslist, truthy
 
-from apoq.databases import database_url
-from apoq.durations import read_duration
+from apoq.client.queue import Queue
+from apoq.core.durations import read_duration
 from apoq.errors import ApoqError
-from apoq.queue import Queue
+from apoq.postgres.urls import database_url
 
 PREFIX: Final = "apoq."
 

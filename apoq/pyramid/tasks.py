@@ -10,12 +10,12 @@ from typing import Any, Final, TypeVar, Unpack
 import venusian
 from pyramid.threadlocal import get_current_request
 
+from apoq.client.queue import Queue
+from apoq.client.typed_task import TypedTask
+from apoq.core.registry import ProcessorOptions, is_coroutine_function, make_processor
 from apoq.errors import InvalidProcessor, glimpse
 from apoq.pyramid.application import Application
 from apoq.pyramid.settings import Misconfigured
-from apoq.queue import Queue
-from apoq.registry import ProcessorOptions, is_coroutine_function, make_processor
-from apoq.typed import TypedTask
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -16,9 +16,9 @@ from sqlalchemy import Connection, event, func
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_session
 from sqlalchemy.orm import Session
 
+from apoq.client.session_adapters import CLOCK
 from apoq.errors import glimpse
-from apoq.model import Task
-from apoq.sessions import CLOCK
+from apoq.schema.models import Task
 from apoq.testing.inside import AsyncTestSession, Inner, TestSession, connection_of, inside
 
 _READS = re.compile(r"\b(?:now|statement_timestamp|clock_timestamp)\(\)")

@@ -18,10 +18,10 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
 
-from apoq.databases import database_url
 from apoq.embedded import database
 from apoq.errors import ApoqError
 from apoq.migrations import prepare
+from apoq.postgres.urls import database_url
 
 _FAST: Final = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
 """Of a server of the tests' own: nothing in it is to outlive them."""

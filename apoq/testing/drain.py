@@ -18,16 +18,16 @@ from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.util import await_only
 from sqlalchemy.util.concurrency import in_greenlet
 
-from apoq.databases import check_untranslated
+from apoq.client.queue import Queue
+from apoq.client.session_adapters import CLOCK
+from apoq.core.outcomes import Outcome, WorkerDied
+from apoq.core.states import FAILED, PENDING
 from apoq.errors import InvalidProcessor, glimpse
-from apoq.model import Task, detached, tasks_table
-from apoq.outcomes import Outcome, WorkerDied
-from apoq.queue import Queue
-from apoq.sessions import CLOCK
-from apoq.statements.claim import claim
-from apoq.statements.data import read_data
-from apoq.statements.survey import survey
-from apoq.states import FAILED, PENDING
+from apoq.postgres.urls import check_untranslated
+from apoq.schema.models import Task, detached, tasks_table
+from apoq.schema.statements.claim import claim
+from apoq.schema.statements.data import read_data
+from apoq.schema.statements.survey import survey
 from apoq.testing.clock import travel
 from apoq.testing.inline import Crew, InLineDeadlines, crew_of, held
 from apoq.testing.inside import (
@@ -40,11 +40,10 @@ from apoq.testing.inside import (
     inside,
 )
 from apoq.worker import Worker
-from apoq.worker.attempts import Ended, TaskLost, ended, run, run_coroutine
-from apoq.worker.claimer import has_attempts, workable
-from apoq.worker.lease import Lease
-from apoq.worker.position import MOST_LEVELS, Position
-from apoq.worker.running import (
+from apoq.worker.claiming.claimer import has_attempts, workable
+from apoq.worker.claiming.cursor import MOST_LEVELS, Position
+from apoq.worker.execution.attempts import Ended, TaskLost, ended, run, run_coroutine
+from apoq.worker.execution.running_task import (
     AnyRunningTask,
     AsyncRunningTask,
     Claim,
@@ -53,8 +52,9 @@ from apoq.worker.running import (
     RunningTask,
     longest_data,
 )
-from apoq.worker.settler import settlement_arrays, write_settlements
-from apoq.worker.task_sessions import AsyncTaskSession, TaskSession
+from apoq.worker.execution.task_sessions import AsyncTaskSession, TaskSession
+from apoq.worker.liveness.lease import Lease
+from apoq.worker.settling.settler import settlement_arrays, write_settlements
 
 FOR_EVER: Final = Lease(math.inf, math.inf)
 """Tasks that run in the caller's transaction can't be taken by another worker."""

@@ -8,12 +8,13 @@ from typing import Any, Final, overload
 
 from sqlalchemy import Connection, select
 
-from apoq.conversion import NoForm, reread
-from apoq.databases import check_untranslated
+from apoq.client.queue import Queue
+from apoq.client.typed_task import TypedTask
+from apoq.core.conversion import NoForm, reread
+from apoq.core.states import PENDING
 from apoq.errors import glimpse
-from apoq.model import DEFAULT_QUEUE, Task, detached, tasks_table
-from apoq.queue import Queue
-from apoq.states import PENDING
+from apoq.postgres.urls import check_untranslated
+from apoq.schema.models import DEFAULT_QUEUE, Task, detached, tasks_table
 from apoq.testing.inside import (
     AsyncTestSession,
     Inner,
@@ -23,7 +24,6 @@ from apoq.testing.inside import (
     connection_of,
     inside,
 )
-from apoq.typed import TypedTask
 
 AnyTypedTask = TypedTask[..., Any, ...]
 

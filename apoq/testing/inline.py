@@ -9,17 +9,17 @@ from typing import Any
 
 from sqlalchemy import Connection
 
+from apoq.client.queue import Queue
+from apoq.core.events import Events
+from apoq.core.registry import Processor, Registry
 from apoq.errors import InvalidProcessor
-from apoq.events import Events
-from apoq.queue import Queue
-from apoq.registry import Processor, Registry
-from apoq.statements.arrays import array_text
+from apoq.schema.statements.arrays import array_text
 from apoq.worker import Worker
-from apoq.worker.attempts import overdue
-from apoq.worker.completion import Completion
-from apoq.worker.deadlines import Deadlines
+from apoq.worker.execution.attempts import overdue
+from apoq.worker.execution.completion import Completion
+from apoq.worker.execution.deadlines import Deadlines
+from apoq.worker.execution.running_task import AnyRunningTask
 from apoq.worker.failures import Outage
-from apoq.worker.running import AnyRunningTask
 from apoq.worker.threads import MissingThreads
 
 

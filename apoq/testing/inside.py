@@ -12,13 +12,13 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_s
 from sqlalchemy.orm import Session, scoped_session
 from sqlalchemy.util.concurrency import in_greenlet
 
-from apoq import sessions
-from apoq.connections import is_missing
-from apoq.databases import check_dialect
+from apoq.client import session_adapters
+from apoq.client.unsupported_sessions import instead_of, is_mock, kind_of, refusal
 from apoq.errors import NotPrepared, UnsupportedSession
 from apoq.migrations.prepare import missing
-from apoq.model import Task, detached
-from apoq.strangers import instead_of, is_mock, kind_of, refusal
+from apoq.postgres.connections import is_missing
+from apoq.postgres.urls import check_dialect
+from apoq.schema.models import Task, detached
 
 TestSession = Session | scoped_session[Session] | Connection
 AsyncTestSession = AsyncSession | async_scoped_session[AsyncSession] | AsyncConnection
@@ -52,7 +52,7 @@ def inside(
 def connection_of(inner: Inner) -> Connection:
     """Answer the connection on which apoq's statements are executed, in a transaction."""
     if isinstance(inner, Session):
-        connection = sessions.connection_of(inner, sessions.bind_of(inner))
+        connection = session_adapters.connection_of(inner, session_adapters.bind_of(inner))
     else:
         connection = inner
     check_dialect(connection.dialect)

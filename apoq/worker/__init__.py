@@ -1,6 +1,6 @@
 """What runs tasks."""
 
-from apoq.worker.running import AsyncRunningTask, RunningTask
+from apoq.worker.execution.running_task import AsyncRunningTask, RunningTask
 from apoq.worker.worker import Worker
 
 __all__ = ["AsyncRunningTask", "RunningTask", "Worker"]

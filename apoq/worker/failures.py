@@ -9,8 +9,8 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from apoq.connections import is_away
-from apoq.watch import Stopped
+from apoq.postgres.connections import is_away
+from apoq.postgres.watchdog import Stopped
 
 logger = logging.getLogger(__name__)
 

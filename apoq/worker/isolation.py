@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
-from apoq.connections import is_away
+from apoq.postgres.connections import is_away
 from apoq.worker.failures import Failures, Outage
 
 K = TypeVar("K")

@@ -15,19 +15,19 @@ from typing import Any, Final
 from sqlalchemy import URL, Engine
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from apoq.databases import check_engine, check_untranslated, sync_side
+from apoq.client.queue import Queue
+from apoq.client.typed_task import TypedTask
+from apoq.core.events import Events
+from apoq.core.registry import Middleware, Processor, Registry, make_processor
+from apoq.core.retry import DEFAULT_RETRY_LIMIT, RetryDelay, exponential_backoff, seconds
 from apoq.errors import InvalidProcessor
-from apoq.events import Events
-from apoq.model import Task
-from apoq.queue import Queue
-from apoq.registry import Middleware, Processor, Registry, make_processor
-from apoq.retry import DEFAULT_RETRY_LIMIT, RetryDelay, exponential_backoff, seconds
-from apoq.typed import TypedTask
-from apoq.worker.life import Life
+from apoq.postgres.urls import check_engine, check_untranslated, sync_side
+from apoq.schema.models import Task
+from apoq.worker.lifecycle import Life
 from apoq.worker.options import WorkerOptions
 from apoq.worker.process import PROCESS
+from apoq.worker.settling.counters import Tally
 from apoq.worker.signals import STARTED, caught, wait
-from apoq.worker.tally import Tally
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 
 from apoq import Queue, Worker, database_url, prepare
 from apoq.embedded import PostgreSQL
-from apoq.worker import claimer, listener
+from apoq.worker.claiming import claimer, listener
 
 TASKS = 300
 PAUSE = 0.02

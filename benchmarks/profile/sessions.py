@@ -16,10 +16,11 @@ import sqlalchemy as sa
 from sqlalchemy.engine import make_url
 from sqlalchemy.orm import Session
 
-from apoq import database_url, libpq, prepare
-from apoq.connections import compiled
+from apoq import database_url, prepare
 from apoq.embedded import PostgreSQL
-from apoq.statements.settle import complete_last
+from apoq.postgres import fast_path
+from apoq.postgres.connections import compiled
+from apoq.schema.statements.settle import complete_last
 
 ROUNDS = 20
 TRANSACTIONS = 50
@@ -56,13 +57,13 @@ def kinds() -> dict[str, Do]:
     return {
         "a plain loop": lambda _connection, _task: None,
         "+ SELECT 1, by libpq": lambda connection, _task: _driver(connection).pgconn.exec_(b"SELECT 1"),
-        "+ an update of a bare table, by libpq": lambda connection, task: libpq.execute(
+        "+ an update of a bare table, by libpq": lambda connection, task: fast_path.execute(
             _driver(connection), of_bare, task, prepared=prepared
         ),
-        "+ the completion, by libpq, prepared": lambda connection, task: libpq.execute(
+        "+ the completion, by libpq, prepared": lambda connection, task: fast_path.execute(
             _driver(connection), statement, task, prepared=prepared
         ),
-        "+ … not prepared": lambda connection, task: libpq.execute(
+        "+ … not prepared": lambda connection, task: fast_path.execute(
             _driver(connection), statement, task, prepared=None
         ),
         "+ … by psycopg's cursor": lambda connection, task: _driver(connection).execute(text, task),

@@ -19,13 +19,13 @@ import sqlalchemy as sa
 from sqlalchemy.engine import make_url
 
 from apoq import database_url, prepare
-from apoq.connections import execute, own_engine
 from apoq.embedded import PostgreSQL
-from apoq.model import tasks_table
-from apoq.statements.arrays import array_text
-from apoq.statements.claim import claim
-from apoq.statements.settle import complete
-from apoq.worker.claimer import MOST_AT_ONCE
+from apoq.postgres.connections import execute, own_engine
+from apoq.schema.models import tasks_table
+from apoq.schema.statements.arrays import array_text
+from apoq.schema.statements.claim import claim
+from apoq.schema.statements.settle import complete
+from apoq.worker.claiming.claimer import MOST_AT_ONCE
 
 TASKS = 60_000
 RUNS = 7

@@ -1,0 +1,1 @@
+"""What callers use, in their own transactions."""

@@ -1,0 +1,1 @@
+"""Plain Python: what a task, a retry or an option is. No database."""

@@ -1,0 +1,237 @@
+"""A function's arguments as JSON, by their names, and back, by its annotations."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from functools import partial
+from inspect import BoundArguments, Parameter, Signature
+from types import NoneType, UnionType
+from typing import Any, Final, Union, get_args, get_origin, get_type_hints
+
+from apoq.core.annotations import check_type
+from apoq.core.conversion import ERRORS, NoForm, convert, explain, find_mismatch, plain, reread
+from apoq.core.losses import find_loss
+from apoq.core.payload import encode
+from apoq.core.plain import MAPPED, class_name, is_mapped
+from apoq.core.registry import Running
+from apoq.errors import InvalidData, InvalidProcessor, InvalidTask, MismatchedData, glimpse
+
+
+class UnknownAnnotation(InvalidProcessor):
+    """An annotation names what isn't there; the module may well define it further down."""
+
+
+class Arguments:
+    """How the arguments of a function travel."""
+
+    follow_task = False
+    """Whether the function gets the running task before them."""
+
+    def __init__(self, function: Callable[..., Any], name: str, *, is_coroutine: bool) -> None:
+        """Look at a task's function; `InvalidProcessor` where an argument of it couldn't travel."""
+        self._name = name
+        signature = _signature(function, name)
+        parameters = list(signature.parameters.values())
+        for parameter in parameters[1:]:
+            _check_kind(parameter, name)
+        annotations = _annotations(function, name)
+        if parameters and _is_running(annotations.get(parameters[0].name)):
+            self.follow_task = True
+            _check_running(annotations[parameters.pop(0).name], name, is_coroutine=is_coroutine)
+        self._types: dict[str, Any] = {}
+        self._required: list[str] = []
+        self._rest = ""
+        self._rest_type: Any = None
+        self._exact: dict[str, frozenset[type]] = {}
+        self._rest_exact: frozenset[type] = frozenset()
+        for parameter in parameters:
+            _check_kind(parameter, name)
+            type_ = annotations.get(parameter.name, Any)
+            _check_type(type_, parameter.name, name)
+            if parameter.kind is Parameter.VAR_KEYWORD:
+                self._rest, self._rest_type, self._rest_exact = parameter.name, type_, _exact(type_)
+                continue
+            self._types[parameter.name], self._exact[parameter.name] = type_, _exact(type_)
+            if parameter.default is Parameter.empty:
+                self._required.append(parameter.name)
+        self._signature = Signature([_shown(parameter, annotations) for parameter in parameters])
+
+    def write(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Return the given arguments of a call as JSON; `InvalidTask` if they don't fit or would change."""
+        return self._write_bound(self._signature.bind, args, kwargs)
+
+    def write_some(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Answer some of a call's arguments as JSON, to look for the call by them; raises as `write` does."""
+        return self._write_bound(self._signature.bind_partial, (), kwargs)
+
+    def _write_bound(
+        self, bind: Callable[..., BoundArguments], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        try:
+            given = bind(*args, **kwargs).arguments
+        except TypeError as error:
+            raise InvalidTask(f"{self._name}() {error}: its parameters are {self._signature}") from None
+        given |= given.pop(self._rest, {})
+        return {name: self._write(name, value) for name, value in given.items()}
+
+    def read(self, data: Any) -> dict[str, Any]:
+        """Answer the arguments that a task's data holds; `MismatchedData` where they don't fit."""
+        if not isinstance(data, dict):
+            raise MismatchedData(
+                f"the data of {self._name!r} is an object of its arguments, such as "
+                f"{{'user_id': 7}}, not {glimpse(data)}"
+            )
+        arguments = {name: self._read(name, value) for name, value in data.items()}
+        for name in self._required:
+            if name not in arguments:
+                raise MismatchedData(
+                    f"the argument {name!r} of {self._name!r} is missing in the task's data: where the "
+                    "parameter is new, give it a default until tasks of before are done"
+                )
+        return arguments
+
+    def _write(self, name: str, value: Any) -> Any:
+        if type(value) in self._exact.get(name, self._rest_exact):
+            return value
+        type_, path = self._type(name), f"data[{name!r}]"
+        if is_mapped(type(value)):
+            raise InvalidData(path, MAPPED)
+        if type_ is Any and not isinstance(value, _JSON):
+            raise InvalidData(
+                path,
+                f"{class_name(value)} is not JSON, and converted only if {self._name!r} annotates "
+                f"its parameter: {glimpse(value)}",
+            )
+        document = cause = None
+        try:
+            document = value if type_ is Any else plain(value)
+            read = reread(document)
+            loss = find_loss(value, read if type_ is Any else convert(read, type_))
+        except ERRORS as error:
+            loss, cause = explain(error), error.__cause__
+        if loss:
+            encode(document, sys.maxsize, path)  # raises if JSON can't hold it, and says where
+            loss = find_mismatch(value, type_) or loss
+            reason = f"{loss.reason}, for {self._name!r}"
+            if value is None:
+                reason = f"{reason.replace('`null`', '`None`')}: an id is None until its object is flushed"
+            raise InvalidData(f"{path}{loss.path}", reason) from cause
+        return document
+
+    def _read(self, name: str, value: Any) -> Any:
+        type_ = self._type(name)
+        if type_ is None:
+            raise MismatchedData(
+                f"{self._name!r} has no parameter for the argument {name!r} of the task's data: where it is "
+                "gone, take it and ignore it until tasks of before are done"
+            )
+        if type_ is Any:
+            return value
+        try:
+            return convert(value, type_)
+        except ERRORS as error:
+            path, reason = explain(error)
+            at = path and f", at {name}{path}"
+            raise MismatchedData(
+                f"the argument {name!r} of {self._name!r} doesn't fit: {reason}{at}: where the "
+                "parameter has changed, take its old form, too, until tasks of before are done"
+            ) from error.__cause__
+
+    def _type(self, name: str) -> Any:
+        return self._types.get(name, self._rest_type)
+
+
+_JSON = (type(None), bool, int, float, str, list, tuple, dict)
+
+
+_EXACT: Final = frozenset({NoneType, bool, int, float, str})
+"""The types whose values are the same in JSON."""
+
+
+def _exact(type_: Any) -> frozenset[type]:
+    """Return the types of which a value needs no conversion, if it is annotated so."""
+    if type_ is Any:
+        return _EXACT
+    members = get_args(type_) if get_origin(type_) in {Union, UnionType} else (type_,)
+    return _EXACT.intersection(member for member in members if isinstance(member, type))
+
+
+def _signature(function: Callable[..., Any], name: str) -> Signature:
+    try:
+        return inspect.signature(function)
+    except NameError as error:  # from Python 3.14 on, which evaluates the annotations here
+        raise _unknown(name, error) from None
+    except (TypeError, ValueError) as error:
+        raise InvalidProcessor(f"the parameters of {name!r} can't be known: {error}") from None
+
+
+def _annotations(function: Callable[..., Any], name: str) -> Mapping[str, Any]:
+    while isinstance(function, partial):
+        function = function.func
+    function = inspect.unwrap(function)
+    if not inspect.isroutine(function):
+        function = type(function).__call__
+    try:
+        hints = get_type_hints(function, include_extras=True)
+        return {of: Any if type_ is object else type_ for of, type_ in hints.items()}
+    except NameError as error:
+        raise _unknown(name, error) from None
+    except (AttributeError, SyntaxError, TypeError) as error:
+        raise InvalidProcessor(f"the annotations of {name!r} can't be read: {error}") from None
+
+
+def _unknown(name: str, error: NameError) -> UnknownAnnotation:
+    return UnknownAnnotation(
+        f"the annotations of {name!r}, by which its arguments are converted, can't be read: {error}: "
+        "import or define it at the top level of its module, not under TYPE_CHECKING alone"
+    )
+
+
+def _shown(parameter: Parameter, annotations: Mapping[str, Any]) -> Parameter:
+    return parameter.replace(annotation=annotations.get(parameter.name, Parameter.empty))
+
+
+def _check_kind(parameter: Parameter, name: str) -> None:
+    match parameter.kind:
+        case Parameter.VAR_POSITIONAL:
+            raise InvalidProcessor(
+                f"{name!r} takes *{parameter.name}, and arguments travel by their names: give it a parameter "
+                "for each, or one that is a list"
+            )
+        case Parameter.POSITIONAL_ONLY:
+            raise InvalidProcessor(
+                f"the parameter {parameter.name!r} of {name!r} is positional-only, and arguments travel by "
+                "their names: leave out the `/`"
+            )
+    if parameter.name in {"self", "cls"} and parameter.annotation is Parameter.empty:
+        raise InvalidProcessor(
+            f"{name!r} is a method, whose {parameter.name!r} can't travel: make it a function or a "
+            "staticmethod"
+        )
+
+
+def _check_running(type_: type[Running], name: str, *, is_coroutine: bool) -> None:
+    if type_.is_async != is_coroutine:
+        kind, function = ("AsyncRunningTask", "coroutine") if is_coroutine else ("RunningTask", "plain")
+        raise InvalidProcessor(
+            f"{name!r} is a {function} function, so the task that it gets is annotated {kind}"
+        )
+
+
+def _check_type(type_: Any, parameter: str, name: str) -> None:
+    if _is_running(type_):
+        raise InvalidProcessor(f"{name!r} gets the running task as its first parameter, not as {parameter!r}")
+    try:
+        check_type(type_)
+    except NameError as error:
+        raise _unknown(name, error) from None
+    except NoForm as error:
+        raise InvalidProcessor(
+            f"the parameter {parameter!r} of {name!r} can't travel as JSON: {error}"
+        ) from None
+
+
+def _is_running(type_: Any) -> bool:
+    return isinstance(type_, type) and issubclass(type_, Running)

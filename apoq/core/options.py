@@ -1,0 +1,100 @@
+"""What may be said of a task when it is added: checked before any statement is sent."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime, timedelta
+from typing import Any, TypedDict
+
+from apoq.core.payload import check_time, encode
+from apoq.core.plain import plain_number
+from apoq.core.retry import LONGEST_DELAY, seconds, time_limit
+from apoq.errors import InvalidTask, glimpse
+
+HIGHEST_LIMIT = 2**31 - 2
+
+MAX_META_SIZE = 4 * 1024
+"""Bytes of JSON that a task's `meta` may take."""
+
+RESERVED_META = ("traceparent", "tracestate")
+"""Keys of `meta` in which traces are passed on."""
+
+_LOWEST_PRIORITY, _HIGHEST_PRIORITY = -(2**15), 2**15 - 1
+
+
+class Options(TypedDict, total=False):
+    """What may be said of a task when it is added, beside its type and data."""
+
+    delay: timedelta | None
+    process_at: datetime | None
+    priority: int
+    retry_limit: int | None
+    retry_delay: float | timedelta | None
+    timeout: float | timedelta | None
+    meta: Mapping[str, Any] | None
+
+
+def checked(
+    delay: timedelta | None = None,
+    process_at: datetime | None = None,
+    priority: int = 0,
+    retry_limit: int | None = None,
+    retry_delay: float | timedelta | None = None,
+    timeout: float | timedelta | None = None,
+    meta: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Answer these options as parameters of a statement; `InvalidTask` where a task can't have them."""
+    return {
+        **_when(delay, process_at),
+        "task_priority": integer("priority", priority, _LOWEST_PRIORITY, _HIGHEST_PRIORITY),
+        "task_retry_limit": (
+            None if retry_limit is None else integer("retry_limit", retry_limit, 0, HIGHEST_LIMIT)
+        ),
+        "task_retry_delay": None if retry_delay is None else _retry_delay(retry_delay),
+        "task_timeout": None if timeout is None else _timeout(timeout),
+        "task_meta": None if meta is None or meta == {} else _meta(meta),
+    }
+
+
+def integer(name: str, value: object, lowest: int, highest: int) -> int:
+    """Answer a whole number within bounds; `InvalidTask` where it is none."""
+    number = plain_number(value)
+    if not isinstance(number, int) or not lowest <= number <= highest:
+        raise InvalidTask(f"{name} is a whole number from {lowest} to {highest}, not {glimpse(value)}")
+    return number
+
+
+def _when(delay: timedelta | None, process_at: datetime | None) -> dict[str, Any]:
+    if delay is not None and process_at is not None:
+        raise InvalidTask("give a delay or process_at, not both")
+    if delay is not None:
+        if not isinstance(delay, timedelta):
+            raise InvalidTask(f"delay is a timedelta, such as timedelta(seconds=30), not {glimpse(delay)}")
+        if not timedelta() <= delay <= LONGEST_DELAY:
+            raise InvalidTask(f"a delay is between zero and a century, not {delay}")
+    if process_at is not None:
+        check_time(process_at)
+    return {"task_delay": delay, "task_process_at": process_at}
+
+
+def _retry_delay(value: float | timedelta) -> timedelta:
+    try:
+        return timedelta(seconds=seconds(value))
+    except (TypeError, ValueError) as error:
+        raise InvalidTask(f"retry_delay: {error}") from None
+
+
+def _meta(value: object) -> str:
+    if not isinstance(value, Mapping):
+        raise InvalidTask(f"meta must be a dict, such as {{'request_id': '…'}}, got {glimpse(value)}")
+    for key in RESERVED_META:
+        if key in value:
+            raise InvalidTask(f"meta must not have the key {key!r}, which is reserved for tracing")
+    return encode(dict(value), MAX_META_SIZE, "meta")
+
+
+def _timeout(value: float | timedelta) -> timedelta:
+    try:
+        return time_limit(value)
+    except (TypeError, ValueError) as error:
+        raise InvalidTask(f"timeout: {error}") from None

@@ -1,0 +1,165 @@
+"""Which processor works which type of task."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from functools import partial, wraps
+from typing import Any, ClassVar, TypedDict
+
+from apoq.core.payload import check_type
+from apoq.core.retry import DEFAULT_RETRY_LIMIT, RetryDelay, RetryPolicy, exponential_backoff, time_limit
+from apoq.errors import InvalidProcessor, InvalidTask
+
+Middleware = Callable[[Any], AbstractContextManager[object]]
+"""Returns, for a running task, a context manager in which its processor is called."""
+
+
+class ProcessorOptions(TypedDict, total=False):
+    """What may be said of a processor; see `Worker.use`."""
+
+    retry_limit: int
+    retry_delay: RetryDelay
+    timeout: float | timedelta | None
+
+
+class Running:
+    """A claimed task, as its processor sees it."""
+
+    __slots__ = ()
+
+    data: Any
+    is_async: ClassVar[bool]
+    """Whether it is for a coroutine function."""
+
+
+@dataclass(frozen=True, slots=True)
+class Processor:
+    """A function that works a type of task, how its failures are retried, and how long it may take."""
+
+    function: Callable[[Any], Any]
+    policy: RetryPolicy
+    is_coroutine: bool
+    timeout: float | None = None
+    """In seconds."""
+
+    def policy_for(self, retry_limit: int | None, retry_delay: timedelta | None) -> RetryPolicy:
+        """Answer the policy for a task, which may have a limit or a delay of its own."""
+        if retry_limit is None and retry_delay is None:
+            return self.policy
+        return RetryPolicy(
+            # Whatever a row says makes a policy: one that raised here would stop the whole claim.
+            self.policy.limit if retry_limit is None else max(0, retry_limit),
+            self.policy.delay if retry_delay is None else lambda _fail_count: retry_delay,
+        )
+
+
+def make_processor(
+    type_: str,
+    function: Callable[..., Any],
+    *,
+    retry_limit: int = DEFAULT_RETRY_LIMIT,
+    retry_delay: RetryDelay = exponential_backoff,
+    timeout: float | timedelta | None = None,
+) -> Processor:
+    """Make the processor of a type; `InvalidProcessor` where it can't be one."""
+    check_processed(type_)
+    if not callable(function):
+        raise InvalidProcessor(f"the processor of {type_!r} is a function of the task, not {function!r}")
+    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+        raise InvalidProcessor(
+            f"the processor of {type_!r} is a generator function, of which a call runs nothing: "
+            "leave out its `yield`"
+        )
+    policy = RetryPolicy(retry_limit, retry_delay)
+    try:
+        limit = None if timeout is None else time_limit(timeout).total_seconds()
+    except (TypeError, ValueError) as error:
+        raise InvalidProcessor(f"timeout: {error}") from None
+    return Processor(function, policy, is_coroutine_function(function), limit)
+
+
+def check_processed(type_: str) -> None:
+    """Raise `InvalidProcessor` where no task can have this type."""
+    try:
+        check_type(type_)
+    except InvalidTask as error:
+        raise InvalidProcessor(str(error)) from None
+
+
+class Registry:
+    """The processors of one worker: by type, in all of its queues or in one of them."""
+
+    def __init__(self, middleware: Middleware | Iterable[Middleware] = ()) -> None:
+        self._middleware = (middleware,) if callable(middleware) else tuple(middleware)
+        for each in self._middleware:
+            if not callable(each):
+                raise TypeError(
+                    "middleware must be a function that takes a running task and returns a context manager, "
+                    f"or a list of such functions, got {each!r}"
+                )
+        self._everywhere: dict[str, Processor] = {}
+        self._by_queue: dict[Hashable, dict[str, Processor]] = {}
+
+    def of(self, queue: Hashable) -> Mapping[str, Processor]:
+        """Answer the processors of a queue's types."""
+        return self._by_queue.get(queue, self._everywhere)
+
+    def use(self, type_: str, processor: Processor) -> None:
+        """Work a type in all queues; `InvalidProcessor` where it has a processor already, in any of them."""
+        for queue in (None, *self._by_queue):
+            self.check_free(queue, type_)
+        processor = self._within_middleware(processor)
+        # New dicts: the claimer reads them on another thread.
+        self._everywhere = {**self._everywhere, type_: processor}
+        self._by_queue = {
+            queue: {**processors, type_: processor} for queue, processors in self._by_queue.items()
+        }
+
+    def put(self, queue: Hashable, type_: str, processor: Processor) -> None:
+        """Work a type in one queue; `InvalidProcessor` where it has a processor there already."""
+        self.check_free(queue, type_)
+        processors = {**self.of(queue), type_: self._within_middleware(processor)}
+        self._by_queue = {**self._by_queue, queue: processors}
+
+    def check_free(self, queue: Hashable, type_: str) -> None:
+        """Raise `InvalidProcessor` where a type has a processor already."""
+        if found := self.of(queue).get(type_):
+            raise InvalidProcessor(
+                f"the type {type_!r} has a processor already, {found.function!r}: a type has one, by one "
+                "`use` or one `@queue.task`"
+            )
+
+    def _within_middleware(self, processor: Processor) -> Processor:
+        function = processor.function
+        for middleware in reversed(self._middleware):
+            function = _within(middleware, function, is_coroutine=processor.is_coroutine)
+        return replace(processor, function=function)
+
+
+def _within(
+    middleware: Middleware, function: Callable[[Any], Any], *, is_coroutine: bool
+) -> Callable[[Any], Any]:
+    @wraps(function)
+    def call(task: Any) -> Any:
+        with middleware(task):
+            return function(task)
+
+    @wraps(function)
+    async def call_coroutine(task: Any) -> Any:
+        with middleware(task):
+            return await function(task)
+
+    return call_coroutine if is_coroutine else call
+
+
+def is_coroutine_function(function: Callable[..., Any]) -> bool:
+    """Tell whether calling it answers a coroutine."""
+    while isinstance(function, partial):
+        function = function.func
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
+        getattr(function, "__call__", None)  # noqa: B004 - an object whose __call__ is a coroutine function
+    )

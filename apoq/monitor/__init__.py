@@ -1,0 +1,1 @@
+"""Reads queues, workers and tables, for people and programs; it writes nothing."""

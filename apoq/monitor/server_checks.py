@@ -1,0 +1,184 @@
+"""Examines the server, and the way to it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any, Final
+from uuid import uuid4
+
+import sqlalchemy as sa
+from psycopg import sql
+
+from apoq.monitor.check import BAD, OK, WARNING, Finding
+from apoq.monitor.formatting import length
+from apoq.postgres.connections import execute, keeps_session, own_engine
+from apoq.schema.statements.hint import CHANNEL, hint
+from apoq.schema.statements.server import clock, connections, server
+
+OLDEST: Final = 150_000
+"""PostgreSQL 15, as `server_version_num` writes it."""
+
+STRANGERS: Final = {
+    "CockroachDB": "CockroachDB",
+    "Aurora DSQL": "Aurora DSQL",
+    ".dsql.": "Aurora DSQL",
+    "-YB-": "YugabyteDB",
+    "Redshift": "Amazon Redshift",
+    "Greenplum": "Greenplum",
+    "CrateDB": "CrateDB",
+    "Materialize": "Materialize",
+    "openGauss": "openGauss",
+    "RisingWave": "RisingWave",
+}
+"""Who speaks PostgreSQL's protocol and lacks what a queue needs: by their version() or the server's name."""
+
+PATIENCE: Final = 3.0
+"""Seconds within which a hint must have arrived."""
+
+SKEW: Final = 1.0
+"""Seconds that two clocks may differ."""
+
+SHORT: Final = 60.0
+"""Seconds: what ends sooner cuts off processors."""
+
+CROWDED, FULL = 0.8, 0.95
+"""The share of the server's connections that are taken."""
+
+
+def check_server(connection: sa.Connection) -> Iterator[Finding]:
+    """Tell what it is, and whether apoq works there."""
+    found = connection.execute(server()).mappings().one()
+    yield _flavour(found, connection.engine.url.host or "")
+    encoding = found["server_encoding"]
+    if encoding == "UTF8":
+        yield Finding(OK, "encoding", "UTF8")
+    else:
+        cure = "CREATE DATABASE … TEMPLATE template0 ENCODING 'UTF8', and move there"
+        yield Finding(BAD, "encoding", f"{encoding}, which can't hold every text", cure)
+    yield from _timeouts(found)
+
+
+def _flavour(found: sa.RowMapping, host: str) -> Finding:
+    for sign, name in STRANGERS.items():
+        if sign in found["version"] or sign in host:
+            cure = "use PostgreSQL 15 or later; on Aurora, Aurora PostgreSQL"
+            return Finding(BAD, "server", f"{name}, on which apoq doesn't work", cure)
+    version = found["server_version"]
+    if int(found["server_version_num"] or 0) < OLDEST:
+        return Finding(
+            BAD, "server", f"PostgreSQL {version} is too old", "upgrade it to PostgreSQL 15 or later"
+        )
+    return Finding(OK, "server", f"PostgreSQL {version}")
+
+
+def _timeouts(found: sa.RowMapping) -> Iterator[Finding]:
+    """Look for settings that end what a processor does; apoq's own connections have settings of their own."""
+    whom = {
+        "statement_timeout": "statements of processors in task.session",
+        "idle_in_transaction_session_timeout": "processors that rest after they have used task.session",
+        "transaction_timeout": "processors that use task.session",
+    }
+    is_clean = True
+    for name, hurt in whom.items():
+        seconds = _seconds(found[name])
+        if 0 < seconds < SHORT:
+            is_clean = False
+            yield Finding(
+                WARNING,
+                "timeouts",
+                f"{name} is {length(seconds)}: it ends {hurt} for longer",
+                f"ALTER ROLE … SET {name} = '10min' for the role of the workers, if they need longer",
+            )
+    if is_clean:
+        yield Finding(OK, "timeouts", "none that cuts a processor off within a minute")
+
+
+def _seconds(setting: str | None) -> float:
+    """Read a setting, such as 0, 500ms, 30s or 10min."""
+    units = {"ms": 0.001, "s": 1, "min": 60, "h": 3_600, "d": 86_400}
+    text = setting or "0"
+    unit = text.lstrip("0123456789")
+    return float(text.removesuffix(unit) or 0) * units.get(unit, 0.001)
+
+
+def check_clock(connection: sa.Connection) -> Iterator[Finding]:
+    """Compare the server's clock with this machine's."""
+    connection.execute(clock())  # the next one is compiled, and its connection is warm
+    before = time.time()
+    there: float = connection.execute(clock()).scalar_one()
+    here = (before + time.time()) / 2
+    ahead = there - here
+    if abs(ahead) < SKEW:
+        yield Finding(OK, "clock", f"{abs(ahead) * 1_000:,.0f} ms from this machine's")
+        return
+    yield Finding(
+        WARNING,
+        "clock",
+        f"the server's is {length(abs(ahead))} {'ahead of' if ahead > 0 else 'behind'} this machine's",
+        "let both follow NTP; until then, add tasks with delay= rather than process_at=",
+    )
+
+
+def check_connections(connection: sa.Connection) -> Iterator[Finding]:
+    """Tell how many connections are left."""
+    found = connection.execute(server()).mappings().one()
+    most = int(found["max_connections"]) - int(found["superuser_reserved_connections"])
+    taken: int = connection.execute(connections()).scalar_one()
+    text = f"{taken:,} of {most:,} are taken"
+    cure = "fewer or smaller pools, a pooler such as PgBouncer, or a higher max_connections"
+    if taken < CROWDED * most:
+        yield Finding(OK, "connections", text)
+    else:
+        yield Finding(BAD if taken >= FULL * most else WARNING, "connections", text, cure)
+
+
+def check_way(engine: sa.Engine) -> Iterator[Finding]:
+    """Tell whether a pooler is in between, and whether hints arrive."""
+    own = own_engine(engine)
+    try:
+        is_direct = keeps_session(own)
+        if is_direct:
+            yield Finding(OK, "pooler", "none in between")
+        else:
+            yield Finding(
+                WARNING,
+                "pooler",
+                "there is one in between, such as PgBouncer in transaction mode; apoq works through it",
+                'create_engine(…, connect_args={"prepare_threshold": None}) for your own engines there',
+            )
+        took = _hint(own)
+    finally:
+        own.dispose()
+    if took is not None:
+        yield Finding(OK, "hints", f"arrive within {max(1, round(took * 1_000))} ms")
+        return
+    yield Finding(
+        WARNING,
+        "hints",
+        "don't arrive: an idle worker finds tasks when it looks by itself, every 2 s",
+        "Worker(…, listen_url=…) with a URL that leads past the pooler, to the server itself",
+    )
+
+
+def _hint(own: sa.Engine) -> float | None:
+    """Send a hint on a channel of its own, as a worker does; answer the seconds that it took to arrive."""
+    channel = f"{CHANNEL}_{uuid4().hex}"
+    name = sql.Identifier(channel)
+    pooled = own.raw_connection()
+    connection: Any = pooled.driver_connection
+    pooled.detach()
+    try:
+        connection.execute(sql.SQL("LISTEN {}").format(name))
+        took = None
+        for _ in range(2):  # the first one makes the connection on which it is sent
+            began = time.monotonic()
+            execute(own, hint(), {"channel": channel, "payload": ""})
+            if not list(connection.notifies(timeout=PATIENCE, stop_after=1)):
+                return None
+            took = time.monotonic() - began
+        return took
+    finally:
+        # What listened behind a pooler is a session of others from now on.
+        connection.execute(sql.SQL("UNLISTEN {}").format(name))
+        connection.close()

@@ -1,0 +1,157 @@
+"""The figures of queues and workers, each counted up to a bound."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Any, Final
+
+import sqlalchemy as sa
+
+from apoq.core.states import RUNNING
+from apoq.schema.statements.count import COUNTED, count, count_running, count_types, queues, table_size
+from apoq.schema.statements.workers import workers
+
+QUEUES: Final = 100
+WORKERS: Final = 1_000
+"""Queues and workers that are looked at, at most."""
+
+MINUTE: Final = 60.0
+
+
+@dataclass
+class QueueFigures:
+    """What is in a queue. A count of one more than `COUNTED` says that there may be any number."""
+
+    name: str
+    due: int
+    later: int
+    waiting: int
+    running: int
+    completed: int
+    failed: int
+    cancelled: int
+    lag: float | None
+    """For how many seconds the first of the due tasks has been due."""
+    per_minute: float
+    """Tasks that completed in the last minute; their rate, where they were too many to count."""
+    last_hour: int
+
+
+@dataclass
+class WorkerFigures:
+    """A worker, as it was last seen."""
+
+    id: str
+    host: str
+    pid: int
+    version: str
+    queues: list[str]
+    concurrency: int
+    running: int
+    up_for: float
+    unseen_for: float
+    is_alive: bool
+
+
+@dataclass
+class TypeFigures:
+    """How many tasks of a type there are in each state, of those that were looked at."""
+
+    queue: str
+    type: str
+    counts: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class Figures:
+    """All of them, at one point in time."""
+
+    queues: list[QueueFigures]
+    has_more_queues: bool
+    workers: list[WorkerFigures]
+    orphans: int
+    """Running tasks that no live worker holds."""
+    unnoted: int
+    """Running tasks that no claim has noted, so that the usual sweep doesn't find them."""
+    rows: int
+    """Of the task table, by the planner's estimate; -1 where it has none yet."""
+    bytes: int
+    types: list[TypeFigures] = field(default_factory=list)
+    took: float = 0.0
+    """Seconds to find them."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Make what programs get."""
+        return {"counted_up_to": COUNTED, **asdict(self)}
+
+
+def figures(connection: sa.Connection, schema: str | None, *, by_type: bool = False) -> Figures:
+    """Count, with statements that read alone; what ended long ago and was pruned is in no figure."""
+    began = time.monotonic()
+    found = _count(connection, schema, by_type=by_type)
+    found.took = time.monotonic() - began
+    return found
+
+
+def _count(connection: sa.Connection, schema: str | None, *, by_type: bool) -> Figures:
+    def rows(statement: sa.Select[*tuple[Any, ...]], **parameters: Any) -> list[sa.RowMapping]:
+        return list(connection.execute(statement, parameters).mappings())
+
+    names = [row["queue"] for row in rows(queues(schema), at_most=QUEUES + 1)]
+    running = rows(count_running(schema))
+    seen = rows(workers(schema), at_most=WORKERS)
+    alive = {row["id"] for row in seen if row["is_alive"]}
+
+    def running_where(column: str, value: object) -> int:
+        return sum(row["number"] for row in running if row[column] == value)
+
+    (size,) = rows(table_size(schema))
+    found = Figures(
+        queues=[],
+        workers=[_worker(row, running_where("worker_id", row["id"])) for row in seen],
+        orphans=sum(row["number"] for row in running if row["is_noted"] and row["worker_id"] not in alive),
+        unnoted=sum(row["number"] for row in running if not row["is_noted"]),
+        has_more_queues=len(names) > QUEUES,
+        rows=size["rows"],
+        bytes=size["bytes"],
+    )
+    for name in names[:QUEUES]:
+        (counts,) = rows(count(schema), from_queue=name)
+        found.queues.append(_queue(name, counts, running_where("queue", name)))
+        if by_type:
+            mine = [row for row in running if row["queue"] == name]
+            found.types += _types(name, rows(count_types(schema), from_queue=name), mine)
+    return found
+
+
+_COUNTS: Final = ("due", "later", "waiting", "lag", "completed", "failed", "cancelled")
+
+
+def _queue(name: str, counts: sa.RowMapping, running: int) -> QueueFigures:
+    per_minute = counts["minute"]
+    if per_minute > COUNTED:
+        per_minute = counts["minute"] / max(counts["minute_began"], 0.001) * MINUTE
+    return QueueFigures(
+        name=name,
+        running=running,
+        per_minute=per_minute,
+        last_hour=counts["hour"],
+        **{
+            key: counts[key] for key in ("due", "later", "waiting", "lag", "completed", "failed", "cancelled")
+        },
+    )
+
+
+def _worker(row: sa.RowMapping, running: int) -> WorkerFigures:
+    shown = ("host", "pid", "version", "queues", "concurrency", "up_for", "unseen_for", "is_alive")
+    return WorkerFigures(id=str(row["id"]), running=running, **{name: row[name] for name in shown})
+
+
+def _types(queue: str, ended: list[sa.RowMapping], running: list[sa.RowMapping]) -> list[TypeFigures]:
+    found: dict[str, TypeFigures] = {}
+    for row in (*ended, *running):
+        state = row.get("state", RUNNING)
+        counts = found.setdefault(row["type"], TypeFigures(queue, row["type"])).counts
+        counts[state] = counts.get(state, 0) + row["number"]
+    return sorted(found.values(), key=lambda each: each.type)

@@ -1,0 +1,184 @@
+"""Examines apoq's tables, and who works on them."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from datetime import timedelta
+from importlib.metadata import version
+from typing import Final
+
+import sqlalchemy as sa
+
+from apoq.migrations import LATEST, current
+from apoq.migrations.places import ambiguous, where_looked, why_missing
+from apoq.migrations.steps import newer
+from apoq.monitor.check import BAD, OK, WARNING, Finding
+from apoq.monitor.formatting import clean, length, tasks
+from apoq.monitor.stats import Figures
+from apoq.schema.preflight import ROLE, ids_problem, only_adds, problems
+from apoq.schema.statements.claim import CHANGED
+from apoq.schema.statements.count import COUNTED
+from apoq.schema.statements.server import holders, indexes_naming, server, vacuuming
+
+DEAD: Final = 50_000
+"""Dead rows that are no trouble yet, where there are fewer live ones."""
+
+LONG: Final = timedelta(minutes=5)
+"""For so long a transaction may hold what vacuum wants to remove."""
+
+LATE: Final = 60.0
+"""Seconds that a task may have been due."""
+
+TAKEN_BACK: Final = timedelta(minutes=2)
+"""So long it takes, about, until a worker's sweep takes back a running task that no claim has noted.
+
+A pass begins at most 72 s after the last one, and finds it; the next one, some 5 s later, takes it back. The
+walk itself takes its time if there are many tasks.
+"""
+
+NAMED: Final = 3
+"""Of what is the same, that are named."""
+
+
+def check_role(connection: sa.Connection, schema: str | None) -> Iterator[Finding]:
+    """Look for what keeps this role from working here; one that only adds tasks needn't be able to."""
+    found = problems(connection, schema)
+    if only_adds(connection, schema):
+        grants = "; ".join(problem.fix for problem in found if problem.subject == ROLE)
+        text = "this role can add tasks, and can't work them"
+        yield Finding(WARNING, ROLE, text, f"{grants}, if it is to work them")
+        found = [problem for problem in found if problem.subject != ROLE]
+    for problem in found:
+        yield Finding(BAD, problem.subject, problem.text, problem.fix)
+
+
+def check_version(connection: sa.Connection, schema: str | None) -> Iterator[Finding]:
+    """Tell whether the tables are this library's, and which are used if there are several."""
+    found = current(connection, schema)
+    if found == LATEST:
+        yield Finding(OK, "tables", f"at version {LATEST}, this library's")
+        if schema is None and (problem := ambiguous(connection)):
+            yield Finding(WARNING, "tables", problem.text, problem.fix)
+        return
+    if found > LATEST:
+        yield Finding(BAD, "tables", newer(found), "pip install --upgrade apoq")
+        return
+    if not found and (problem := why_missing(connection, schema)):
+        yield Finding(BAD, "tables", problem.text, problem.fix)
+        return
+    where = "" if schema is None else f" in the schema {schema!r}"
+    none = f"there are none{where}, in {where_looked(connection, schema)}"
+    text = f"at version {found}, and this library wants {LATEST}" if found else none
+    option = "" if schema is None else f" --schema {shlex.quote(schema)}"
+    cure = f"apoq migrate{option}, or alembic upgrade head if your migrations include apoq's"
+    yield Finding(BAD, "tables", text, cure)
+
+
+def check_vacuum(connection: sa.Connection, schema: str | None) -> Iterator[Finding]:
+    """Tell whether dead rows are removed: each task leaves some behind."""
+    found = connection.execute(vacuuming(schema)).mappings().one()
+    setting = connection.execute(server()).mappings().one()["autovacuum"]
+    dead, live = found["n_dead_tup"], found["n_live_tup"]
+    text = f"about {dead:,} dead rows"
+    if "autovacuum_enabled=false" in found["options"]:
+        cure = f"ALTER TABLE {_name(schema)} RESET (autovacuum_enabled)"
+        yield Finding(BAD, "vacuum", f"autovacuum is off for the task table; {text}", cure)
+    elif setting != "on":
+        yield Finding(
+            BAD, "vacuum", f"autovacuum is off; {text}", "ALTER SYSTEM SET autovacuum = on, and reload"
+        )
+    elif dead > max(DEAD, live):
+        cure = f"end what is named below, if anything; then VACUUM {_name(schema)}"
+        yield Finding(WARNING, "vacuum", f"{text}, more than live ones", cure)
+    else:
+        yield Finding(OK, "vacuum", f"autovacuum is on; {text}")
+
+
+def check_indexes(connection: sa.Connection, schema: str | None) -> Iterator[Finding]:
+    """Look for indexes that make each claim write to every index."""
+    for name in connection.scalars(indexes_naming(schema), {"columns": list(CHANGED)}):
+        text = f"{name} names what a claim changes, so each claim writes to every index of the task table"
+        yield Finding(
+            WARNING, "indexes", text, f"DROP INDEX CONCURRENTLY {name}, if nothing of yours needs it"
+        )
+
+
+def check_ids(connection: sa.Connection, schema: str | None) -> Iterator[Finding]:
+    """Tell whether new tasks get ids that are free."""
+    if problem := ids_problem(connection, schema):
+        yield Finding(BAD, problem.subject, problem.text, problem.fix)
+
+
+def check_horizon(connection: sa.Connection) -> Iterator[Finding]:
+    """Look for what keeps dead rows from being removed, and so makes every queue slower."""
+    found = connection.execute(holders(), {"longer_than": LONG}).mappings().all()
+    if not found:
+        text = f"nothing has held up vacuum for {length(LONG.total_seconds())}"
+        yield Finding(OK, "transactions", text)
+    for row in found[:NAMED]:
+        name = clean(row["name"])
+        match row["kind"]:
+            case "session":
+                text = f"{name} has been in a transaction for {length(row['age'])}, and is {row['state']}"
+                cure = f"SELECT pg_terminate_backend({row['pid']}), and mend the program that left it open"
+            case "prepared transaction":
+                text = f"{name!r} has been prepared for {length(row['age'])}"
+                cure = "COMMIT PREPARED or ROLLBACK PREPARED '{}'".format(name.replace("'", "''"))
+            case _:
+                text = f"the replication slot {name!r} isn't in use, and holds up vacuum"
+                cure = f"start its replica, or SELECT pg_drop_replication_slot('{name}')"
+        yield Finding(WARNING, "transactions", text, cure)
+
+
+def check_workers(found: Figures) -> Iterator[Finding]:
+    """Tell who is at work, and who has died."""
+    alive = [worker for worker in found.workers if worker.is_alive]
+    dead = [worker for worker in found.workers if not worker.is_alive]
+    ours = version("apoq")
+    others = sorted({worker.version for worker in alive} - {ours})
+    if not alive:
+        yield Finding(WARNING, "workers", "none is alive", "apoq worker yourmodule:queue")
+    elif others:
+        text = f"{len(alive):,} alive, some with apoq {', '.join(others)}; this is {ours}"
+        yield Finding(WARNING, "workers", text, "restart them with the same version, when that suits you")
+    else:
+        yield Finding(OK, "workers", f"{len(alive):,} alive")
+    for worker in dead[:NAMED]:
+        text = f"{clean(worker.host)}, process {worker.pid}, was last seen {length(worker.unseen_for)} ago"
+        cure = "look into its log; live workers take over its tasks, and forget it an hour after"
+        yield Finding(WARNING, "workers", text, cure)
+    if found.orphans:
+        text = f"{tasks(found.orphans, COUNTED)} running whose worker is not alive"
+        if alive:
+            yield Finding(
+                WARNING, "running", text, "wait some seconds: live workers take them over by themselves"
+            )
+        else:
+            yield Finding(BAD, "running", text, "start a worker, which takes them over")
+    if found.unnoted:
+        text = f"{tasks(found.unnoted, COUNTED)} running that no claim has noted, as after a partial restore"
+        wait = f"a worker takes them back within about {length(TAKEN_BACK.total_seconds())}"
+        yield Finding(WARNING, "running", text, f"wait: {wait}" if alive else f"start a worker: {wait}")
+
+
+def check_queues(found: Figures) -> Iterator[Finding]:
+    """Look for tasks that wait for too long, and for those that nobody works."""
+    worked = {name for worker in found.workers if worker.is_alive for name in worker.queues}
+    late = [queue for queue in found.queues if (queue.lag or 0) > LATE]
+    if not late:
+        yield Finding(OK, "queues", f"no task has been due for {length(LATE)}")
+    for queue in late[:NAMED]:
+        text = f"{clean(queue.name)!r} has had a task due for {length(queue.lag or 0)}"
+        if queue.name not in worked:
+            cure = "start a worker that is given this queue"
+            yield Finding(BAD, "queues", f"{text}, and no live worker", cure)
+        else:
+            cure = "more workers, or a processor for its type: see `apoq list --state pending`"
+            yield Finding(WARNING, "queues", text, cure)
+    if len(late) > NAMED:
+        yield Finding(WARNING, "queues", f"{len(late) - NAMED:,} more have such tasks", "apoq stats")
+
+
+def _name(schema: str | None) -> str:
+    return "apoq_tasks" if schema is None else f"{schema}.apoq_tasks"

@@ -1,0 +1,1 @@
+"""How apoq talks to PostgreSQL; it knows no task."""

@@ -1,0 +1,1 @@
+"""What lies in the database: the tables, and each statement on them."""

@@ -1,0 +1,231 @@
+"""Find what keeps workers from working here: tables of the wrong kind, missing rights, a read-only session.
+
+A worker looks at its start, and `apoq doctor` whenever it is called.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from typing import Any, Final, NamedTuple
+
+from sqlalchemy import Connection
+
+from apoq.errors import UnsupportedDatabase
+from apoq.schema.statements.preflight import (
+    citus_method,
+    citus_schemas,
+    citus_shards,
+    id_source,
+    last_ids,
+    session,
+    tables,
+)
+
+logger = logging.getLogger(__name__)
+
+RIGHTS: Final[Mapping[str, tuple[str, ...]]] = {
+    "apoq_tasks": ("SELECT", "UPDATE", "DELETE"),
+    "apoq_workers": ("SELECT", "INSERT", "UPDATE", "DELETE"),
+    "apoq_claims": ("SELECT", "INSERT", "DELETE"),
+    "apoq_migrations": ("SELECT",),
+}
+"""What a worker does with each table, and so what its role needs. Inserting tasks isn't part of it."""
+
+TABLE, CITUS = "table", "citus"
+READ_ONLY, SCHEMA, ROLE, ROW_SECURITY = "read-only", "schema", "rights", "row security"
+IDS = "ids"
+"""The subjects of problems."""
+
+_KINDS: Final = {
+    "p": "a partitioned table",
+    "v": "a view",
+    "m": "a materialized view",
+    "f": "a foreign table",
+}
+
+_ORDINARY: Final = (
+    "and apoq works on an ordinary table only: workers identify the tasks that they claim by ctid, which is "
+    "unique within one table"
+)
+_CITUS: Final = "sharded by Citus, on which workers don't work"
+
+
+class Problem(NamedTuple):
+    """One thing that keeps workers from working."""
+
+    subject: str
+    text: str
+    """What is."""
+    fix: str
+    """What to do about it: the SQL."""
+    is_fatal: bool = False
+    """Whether a worker must not even try, because it would harm other tasks, or fail at every statement."""
+
+
+def check(connection: Connection, schema: str | None = None) -> None:
+    """Raise `UnsupportedDatabase` if workers can't work on these tables; log what else is in their way.
+
+    For a worker's start. Missing rights are only logged, because they may be granted while it runs.
+    """
+    for problem in problems(connection, schema):
+        if problem.is_fatal:
+            raise UnsupportedDatabase(f"{problem.text}: {problem.fix}")
+        logger.error("%s: %s", problem.text, problem.fix)
+
+
+def problems(connection: Connection, schema: str | None = None) -> list[Problem]:
+    """Return what keeps this role from working the tasks of a schema, the fatal ones first.
+
+    Missing tables are none of these; see `apoq.migrations.check`.
+    """
+    who = connection.execute(session()).mappings().one()
+    found = _tables(connection, schema)
+    locked = [row for row in found if not row["is_reachable"]]
+    if locked:
+        name, role = locked[0]["schema"], who["role"]
+        text = f"the role {role} may not use the schema {name}, in which apoq's tables are"
+        return [Problem(SCHEMA, text, f"GRANT USAGE ON SCHEMA {name} TO {role}")]
+    return [
+        *(problem for row in found if row["name"] == "apoq_tasks" for problem in _kind(connection, row)),
+        *_split(found),
+        *_read_only(who),
+        *(problem for row in found for problem in _rights(row, who["role"])),
+        *(problem for row in found for problem in _row_security(row, who["role"])),
+    ]
+
+
+def ids_problem(connection: Connection, schema: str | None = None) -> Problem | None:
+    """Return why new tasks get no ids, or those of others, as after a restore without the sequence."""
+    row = next((row for row in _tables(connection, schema) if row["name"] == "apoq_tasks"), None)
+    source = row and connection.execute(id_source(), {"oid": row["oid"]}).mappings().first()
+    if row is None or not source:
+        return None
+    name = row["qualified"]
+    if not source["has_default"]:
+        sequence = f"{row['schema']}.apoq_tasks_id_seq"
+        fix = (
+            f"CREATE SEQUENCE IF NOT EXISTS {sequence} OWNED BY {name}.id; "
+            f"ALTER TABLE {name} ALTER id SET DEFAULT nextval({_literal(sequence)}); "
+            f"{_setval(sequence, name)}"
+        )
+        return Problem(IDS, f"{name}.id has no default, so no task can be added", fix)
+    if source["name"] is None:
+        return None
+    next_id, highest = tuple(connection.execute(last_ids(schema, source["name"], source["schema"])).one())
+    if highest is None or highest < next_id:
+        return None
+    text = f"the next new task gets the id {next_id}, and there are tasks up to id {highest}: adding fails"
+    return Problem(IDS, text, _setval(source["quoted"], name))
+
+
+def only_adds(connection: Connection, schema: str | None = None) -> bool:
+    """Tell whether this role can add tasks, and isn't meant to work them: it may at most cancel and retry."""
+    return any(
+        row["may_insert"] and "DELETE" not in row["rights"]
+        for row in _tables(connection, schema)
+        if row["name"] == "apoq_tasks" and row["is_reachable"]
+    )
+
+
+def check_unsharded(connection: Connection, schema: str | None = None) -> None:
+    """Raise `UnsupportedDatabase` if Citus shards the schema in which apoq's tables are to be made."""
+    citus = connection.execute(citus_schemas(), {"schema": schema}).mappings().one()
+    if not citus["has_citus"]:
+        return
+    if citus["oid"] is None and citus["shards_new"]:
+        raise UnsupportedDatabase(
+            f"a new schema {citus['name']!r} would be {_CITUS}: create it by yourself after "
+            "SET citus.enable_schema_based_sharding = off, and try again"
+        )
+    if connection.scalar(citus_shards(), {"oid": citus["oid"]}):
+        raise UnsupportedDatabase(
+            f"the schema {citus['name']!r} is {_CITUS}: "
+            f"SELECT citus_schema_undistribute({_literal(citus['name'])}), and try again"
+        )
+
+
+def _tables(connection: Connection, schema: str | None) -> list[Any]:
+    parameters = {"names": list(RIGHTS), "schema": schema}
+    return list(connection.execute(tables(), parameters).mappings())
+
+
+def _kind(connection: Connection, row: Any) -> Iterator[Problem]:
+    """Look for a task table whose rows are in several tables, or on other servers."""
+    name = row["qualified"]
+    if row["kind"] in _KINDS:
+        fix = (
+            "`apoq migrate --schema NAME` makes the tables in another schema, for Queue(schema=…): move there"
+        )
+        yield Problem(TABLE, f"{name} is {_KINDS[row['kind']]}, {_ORDINARY}", fix, is_fatal=True)
+    elif row["parent"]:
+        what, fix = (
+            ("a partition", f"ALTER TABLE {row['parent']} DETACH PARTITION {name}")
+            if row["is_partition"]
+            else ("a child table", f"ALTER TABLE {name} NO INHERIT {row['parent']}")
+        )
+        yield Problem(TABLE, f"{name} is {what} of {row['parent']}, {_ORDINARY}", fix, is_fatal=True)
+    elif row["children"]:
+        fix = "; ".join(f"ALTER TABLE {child} NO INHERIT {name}" for child in row["children"])
+        text = f"{name} has child tables that inherit from it, {_ORDINARY}"
+        yield Problem(TABLE, text, fix, is_fatal=True)
+    if row["has_citus"] and (method := connection.scalar(citus_method(), {"oid": row["oid"]})):
+        function, what = (
+            ("citus_schema_undistribute", row["schema"]) if method == "n" else ("undistribute_table", name)
+        )
+        yield Problem(CITUS, f"{name} is {_CITUS}", f"SELECT {function}({_literal(what)})", is_fatal=True)
+
+
+def _split(found: list[Any]) -> Iterator[Problem]:
+    """Look for a search_path that leads to one set of tables for some names, and to another for others."""
+    if len({row["schema"] for row in found}) > 1:
+        names = ", ".join(row["qualified"] for row in found)
+        text = f"the search_path leads to tables of different schemas: {names}"
+        fix = "let it lead to one schema with all of apoq's tables, or give that (--schema, Queue(schema=…))"
+        yield Problem(TABLE, text, fix)
+
+
+def _read_only(who: Any) -> Iterator[Problem]:
+    if who["is_standby"]:
+        fix = "connect to the primary; with several hosts in the URL, by target_session_attrs=read-write"
+        yield Problem(READ_ONLY, "this server is a standby, which can't be written to", fix)
+    elif who["is_read_only"]:
+        setting = "default_transaction_read_only"
+        resets = {
+            "user": f"ALTER ROLE {who['login']} RESET {setting}",
+            "database user": f"ALTER ROLE {who['login']} IN DATABASE {who['database']} RESET {setting}",
+            "database": f"ALTER DATABASE {who['database']} RESET {setting}",
+            "global": f"ALTER ROLE ALL RESET {setting}",
+            "configuration file": f"ALTER SYSTEM SET {setting} = off; SELECT pg_reload_conf()",
+        }
+        source = who["read_only_source"]
+        fix = resets.get(source, f"let nothing in the URL, in PGOPTIONS or in the program set {setting}")
+        yield Problem(READ_ONLY, "transactions are read-only here, and a worker has to write", fix)
+
+
+def _rights(row: Any, role: str) -> Iterator[Problem]:
+    lacking = [right for right in RIGHTS[row["name"]] if right not in row["rights"]]
+    if lacking:
+        text = f"the role {role} lacks {', '.join(lacking)} on {row['qualified']}, which a worker needs"
+        yield Problem(ROLE, text, f"GRANT {', '.join(lacking)} ON {row['qualified']} TO {role}")
+
+
+def _row_security(row: Any, role: str) -> Iterator[Problem]:
+    if row["is_guarded"]:
+        text = (
+            f"row-level security on {row['qualified']} may hide rows from the role {role}, and a worker "
+            "works only what it sees"
+        )
+        fix = (
+            f"CREATE POLICY apoq_worker ON {row['qualified']} TO {role} USING (true), if no policy there is "
+            f"restrictive; else ALTER TABLE {row['qualified']} DISABLE ROW LEVEL SECURITY"
+        )
+        yield Problem(ROW_SECURITY, text, fix)
+
+
+def _setval(sequence: str, table: str) -> str:
+    return f"SELECT setval({_literal(sequence)}, (SELECT max(id) FROM {table}))"  # noqa: S608 - it is shown only
+
+
+def _literal(name: str) -> str:
+    return "'" + name.replace("'", "''") + "'"

@@ -1,0 +1,235 @@
+"""Take due tasks, so that nobody else does."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, Final, Generic, NamedTuple, TypeVar
+
+from sqlalchemy import (
+    CTE,
+    VARCHAR,
+    BigInteger,
+    ColumnElement,
+    Double,
+    Integer,
+    Numeric,
+    Select,
+    SmallInteger,
+    Text,
+    Uuid,
+    all_,
+    and_,
+    any_,
+    bindparam,
+    case,
+    cast,
+    func,
+    literal_column,
+    null,
+    or_,
+    select,
+    true,
+    tuple_,
+    union_all,
+    update,
+)
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB
+from sqlalchemy.sql.dml import ReturningUpdate
+
+from apoq.schema.models import tasks_table
+from apoq.schema.statements.arrays import bigints
+from apoq.schema.statements.literals import EPOCH, LAST_BUT_ONE, LAST_BUT_ONE_BIGINT, ONE, RUNNING, ZERO
+from apoq.schema.statements.notes import note
+from apoq.schema.statements.states import is_pending
+
+CHANGED: Final = ("state", "token", "attempt", "worker_id", "claimed_at", "claimed_ahead")
+"""The columns that a claim writes to. Where an index names one of them, it writes to every index, too."""
+
+
+C = TypeVar("C")
+
+
+class ClaimedTask(NamedTuple, Generic[C]):
+    """What `claim` returns of a task, in this order, and the claim that it belongs to.
+
+    A thousand wait at once, and the garbage collector looks at each object again and again: as objects with
+    more in them, they would take a third of a busy worker's time. So more is made when a task begins.
+    """
+
+    id: int
+    type: str
+    data: str | None
+    """Its JSON; None or cut off if it is large."""
+    priority: int
+    created_at: float
+    """In seconds since 1970, as all times here."""
+    process_at: float
+    attempt: int
+    fail_count: int
+    token: int
+    retry_limit: int | None
+    retry_delay: float | None
+    """In seconds."""
+    timeout: float | None
+    """In seconds."""
+    meta: str | None
+    """Its JSON; None if it is large."""
+    claim: C
+    """Added by the worker."""
+
+
+COLUMNS: Final = ClaimedTask._fields[:-1]
+"""Those of a claimed task that the database returns."""
+
+LONGEST: Final = 8_000
+"""Bytes that data takes when it is stored, and characters of its text, at most, to be in a claim's answer."""
+
+
+@cache
+def claim(
+    schema: str | None,
+    *,
+    ahead: bool = False,
+    passes_over: bool = False,
+    overflows: bool = False,
+    bare: bool = False,
+) -> ReturningUpdate[Any]:
+    """Mark up to `at_most` due tasks of `from_queue` and `of_types` as running; return them in no order.
+
+    Of the priorities of `priorities`, the first first, and in each behind a position: the `process_at`, in
+    seconds since 1970, of `behind_times` and the id of `behind_ids`. So a claim walks through nothing that is
+    known to be taken, even if a long transaction elsewhere keeps it from being vacuumed away. `overflows`:
+    after these, all that are lower than `lower_than`.
+
+    `ahead`: they may be more than find one of the `free` slots at once. Then what was taken from a dead
+    worker before is passed over, because it may kill this one, too, and must not take tasks with it that
+    merely waited.
+
+    `passes_over`: not those with the ids `passed_over`.
+
+    `bare`: all data and metadata is null, as that which is large always is.
+
+    `retry_limits`: a JSON object, of each type's limit. A task that has failed more often than that, or than
+    its own limit, is taken to be ended, and doesn't begin.
+
+    The attempt is counted here, and not when it ends: one that kills its worker counts as well. Times are
+    returned as seconds since 1970, and data as text, because most of them are never read. Data that takes
+    more than `LONGEST` bytes is null, and its text is cut off after one character more: it is read when the
+    task begins. So a claim is soon answered, and what waits for a slot takes little memory.
+
+    What is taken is written down, as the `number` of the claims of `by_worker`.
+    """
+    tasks = tasks_table(schema)
+    place: ColumnElement[Any] = literal_column("ctid")
+    picked = _picked(schema, place, ahead=ahead, passes_over=passes_over, overflows=overflows)
+    limits = cast(bindparam("retry_limits", type_=Text), JSONB)
+    # Numeric, because Python's numbers may be longer than any integer here.
+    its_types_limit = cast(func.jsonb_extract_path_text(limits, tasks.c.type), Numeric)
+    is_spent = and_(
+        tasks.c.fail_count > ZERO,  # most have never failed, and nothing more is asked of them
+        tasks.c.fail_count > func.coalesce(tasks.c.retry_limit, its_types_limit),
+    )
+    # Nor has that begun which is to be ended: if this worker dies, it doesn't count.
+    may_not_have_begun = is_spent
+    if ahead:
+        count = select(func.count()).select_from(picked).scalar_subquery()
+        may_not_have_begun = or_(count > bindparam("free", type_=BigInteger), is_spent)
+    returned: dict[str, ColumnElement[Any]] = {
+        "data": cast(null(), Text) if bare else short_text(tasks.c.data),
+        "meta": cast(null(), Text) if bare else short_text(tasks.c.meta),
+        "created_at": func.date_part(EPOCH, tasks.c.created_at, type_=Double),
+        "process_at": func.date_part(EPOCH, tasks.c.process_at, type_=Double),
+        # In seconds, because an interval may be longer than Python's.
+        "retry_delay": func.date_part(EPOCH, tasks.c.retry_delay, type_=Double),
+        "timeout": func.date_part(EPOCH, tasks.c.timeout, type_=Double),
+    }
+    return (
+        update(tasks)
+        # By where they stand, and as an array: by id, or joined, it takes the server a tenth longer. What is
+        # locked stays in its place. What another session has moved meanwhile, by writing to it between this
+        # statement's beginning and the lock, is left to another claim.
+        .where(place == any_(func.array(select(picked.c.ctid).scalar_subquery())))
+        .values(
+            state=RUNNING,
+            # Whatever another program has written there, no task is in the way of all others.
+            token=func.least(tasks.c.token, LAST_BUT_ONE_BIGINT) + ONE,
+            attempt=func.least(tasks.c.attempt, LAST_BUT_ONE) + ONE,
+            worker_id=bindparam("by_worker", type_=Uuid),
+            claimed_at=func.now(),
+            claimed_ahead=may_not_have_begun,
+        )
+        .returning(*(returned.get(name, tasks.c[name]) for name in COLUMNS))
+        .add_cte(note(schema, picked).cte("note"))
+    )
+
+
+@cache
+def next_due(
+    schema: str | None, *, ahead: bool = False, passes_over: bool = False, overflows: bool = False
+) -> Select[tuple[int]]:
+    """Return the ids of the tasks that `claim` would take with the same parameters, without taking them."""
+    place: ColumnElement[Any] = literal_column("ctid")
+    picked = _picked(schema, place, ahead=ahead, passes_over=passes_over, overflows=overflows)
+    return select(picked.c.id)
+
+
+def _picked(
+    schema: str | None, place: ColumnElement[Any], *, ahead: bool, passes_over: bool, overflows: bool
+) -> CTE:
+    """Lock due tasks, and return where they stand and their ids."""
+    tasks = tasks_table(schema)
+    levels = (
+        func.unnest(
+            cast(bindparam("priorities", type_=Text), ARRAY(SmallInteger)),
+            cast(bindparam("behind_times", type_=Text), ARRAY(Double)),
+            cast(bindparam("behind_ids", type_=Text), ARRAY(BigInteger)),
+        )
+        .table_valued("priority", "behind_time", "behind_id")
+        .render_derived("levels")
+    )
+    limit = bindparam("at_most", type_=BigInteger)
+    conditions = [
+        tasks.c.queue == bindparam("from_queue", type_=Text),
+        is_pending(tasks),
+        tasks.c.process_at <= func.now(),
+        tasks.c.type == any_(bindparam("of_types", type_=ARRAY(Text))),
+    ]
+    if ahead:
+        conditions.append(tasks.c.rescue_count <= ZERO)
+    if passes_over:
+        conditions.append(tasks.c.id != all_(bigints("passed_over")))
+    due = select(place, tasks.c.id).where(*conditions).limit(limit)
+    # Others claim at the same time: what they hold is passed over, not waited for.
+    due = due.with_for_update(skip_locked=True)
+    # One index scan for each priority: future tasks of a higher priority are not walked through to find due
+    # ones of a lower. The outer limit ends the scans early, so no row is locked without being taken, unless
+    # its data is large.
+    level = (
+        due.where(
+            tasks.c.priority == levels.c.priority,
+            tuple_(tasks.c.process_at, tasks.c.id)
+            > tuple_(func.to_timestamp(levels.c.behind_time), levels.c.behind_id),
+        )
+        .order_by(tasks.c.process_at, tasks.c.id)
+        .lateral("due")
+    )
+    first = select(*level.c).select_from(levels.join(level, true()))
+    if overflows:
+        rest = (
+            due.where(tasks.c.priority < bindparam("lower_than", type_=SmallInteger))
+            .order_by(tasks.c.priority.desc(), tasks.c.process_at, tasks.c.id)
+            .subquery("rest")
+        )
+        found = union_all(first, select(*rest.c)).subquery("found")
+        first = select(*found.c)
+    return first.limit(limit).cte("picked")
+
+
+def short_text(data: ColumnElement[Any]) -> ColumnElement[str | None]:
+    """Return data as text: null if it is large, and its beginning if it is long as text only.
+
+    As a number is that has an exponent: jsonb stores 1e100000 in a few bytes.
+    """
+    is_short = func.pg_column_size(data, type_=Integer) <= literal_column(str(LONGEST), Integer)
+    # A cast to varchar(n) cuts off, and for what is shorter takes less time than left() does.
+    return case((is_short, cast(cast(data, Text), VARCHAR(LONGEST + 1))))

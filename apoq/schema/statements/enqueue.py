@@ -1,0 +1,147 @@
+"""Add tasks, in the transaction of whoever executes these."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
+from typing import Any, Final
+
+from psycopg import sql
+from sqlalchemy import Insert, Select, SmallInteger, Text, bindparam, cast, column, func, insert, select
+from sqlalchemy.dialects.postgresql import INTERVAL, JSONB, TIMESTAMP
+from sqlalchemy.sql.elements import ColumnElement
+from sqlalchemy.types import Integer
+
+from apoq.core.states import PENDING
+from apoq.postgres.loaders import read_json
+from apoq.schema.models import task_class, tasks_table
+from apoq.schema.statements.portable import portable, read_row
+
+
+def _given() -> dict[str, ColumnElement[Any]]:
+    # Where one is NULL, the column's default is meant.
+    return {
+        "queue": bindparam("task_queue", type_=Text),
+        "type": bindparam("task_type", type_=Text),
+        "priority": bindparam("task_priority", type_=SmallInteger),
+        # now() is when the caller's transaction began, which may be long ago: a delay counts from the call.
+        "process_at": func.coalesce(
+            bindparam("task_process_at", type_=TIMESTAMP(timezone=True)),
+            func.clock_timestamp() + bindparam("task_delay", type_=INTERVAL),
+        ),
+        "retry_limit": bindparam("task_retry_limit", type_=Integer),
+        "retry_delay": bindparam("task_retry_delay", type_=INTERVAL),
+        "timeout": bindparam("task_timeout", type_=INTERVAL),
+        "meta": cast(bindparam("task_meta", type_=Text), JSONB),
+    }
+
+
+def _values() -> dict[str, ColumnElement[Any]]:
+    given = _given()
+    return {**given, "process_at": func.coalesce(given["process_at"], func.now())}
+
+
+# Into the mapped class, and not its table, where somebody listens to ORM statements: zope.sqlalchemy commits
+# a session only when it has seen one. "raw" leaves the parameters' names to us.
+
+
+@cache
+def enqueue(schema: str | None, *, mapped: bool = True) -> Insert:
+    """Add one task, and answer what of its row the server alone knows; `mapped`: in an ORM statement."""
+    data = cast(bindparam("task_data", type_=Text), JSONB)
+    table = tasks_table(schema)
+    statement = (
+        insert(task_class(schema) if mapped else table)
+        .values(**_values(), created_at=func.now(), data=data)
+        .returning(*(portable(name, table.c[name]) for name in ("id", "created_at", "process_at")))
+    )
+    return statement.execution_options(dml_strategy="raw") if mapped else statement
+
+
+def added_row(parameters: Mapping[str, Any], answer: Mapping[Any, Any]) -> dict[str, Any]:
+    """Put together the row that `enqueue` has added; to send all of it back would cost a sixth of it."""
+    return {
+        **_UNTOUCHED,
+        "queue": parameters["task_queue"],
+        "type": parameters["task_type"],
+        "data": read_json(parameters["task_data"]),
+        "priority": parameters["task_priority"],
+        "retry_limit": parameters["task_retry_limit"],
+        "retry_delay": parameters["task_retry_delay"],
+        "timeout": parameters["task_timeout"],
+        "meta": None if parameters["task_meta"] is None else read_json(parameters["task_meta"]),
+        **read_row(answer),
+    }
+
+
+_UNTOUCHED: Final[dict[str, Any]] = {
+    **dict.fromkeys(tasks_table(None).c.keys()),
+    "state": PENDING,
+    "fail_count": 0,
+    "attempt": 0,
+    "rescue_count": 0,
+    "token": 0,
+    "claimed_ahead": False,
+    "waits": False,
+    "unique_until_end": False,
+    "blockers": 0,
+    "is_followed": False,
+    "has_parts": False,
+}
+"""What the table's defaults make of a task that nobody has claimed."""
+
+
+@cache
+def enqueue_many(schema: str | None) -> Insert:
+    """Add a task for each line of a text, its data in JSON; all their options are the same."""
+    # One text with all of them: an array of texts would have to be quoted, one by one. And lines, which
+    # JSON writes as \\n in its strings: PostgreSQL takes them apart faster than the elements of an array.
+    lines = func.string_to_table(bindparam("task_data", type_=Text), "\n")
+    documents = lines.table_valued(column("document", Text)).render_derived("documents")
+    values = {**_values(), "created_at": func.now()}
+    return (
+        insert(task_class(schema))
+        .from_select([*values, "data"], select(*values.values(), cast(documents.c.document, JSONB)))
+        .execution_options(dml_strategy="raw")
+    )
+
+
+@cache
+def copied_values(schema: str | None) -> Select[*tuple[Any, ...]]:
+    """Answer what is given beside the data, as texts for COPY; no row where it may not COPY.
+
+    What isn't given is NULL. PostgreSQL refuses a COPY to roles that are subject to row-level security.
+    """
+    values = _given()
+    # In a form that is read alike whatever the session's DateStyle and time zone.
+    values["process_at"] = func.to_char(func.timezone("UTC", values["process_at"]), _TIME)
+    refused = func.row_security_active(_table(schema).as_string())
+    return select(*(cast(value, Text).label(name) for name, value in values.items())).where(~refused)
+
+
+@cache
+def copy_many(schema: str | None, *given: str) -> sql.Composed:
+    """Add a task for each line that follows, in COPY's text form; see `copy_lines`.
+
+    Of the columns that are given: to read all of them from each line takes the server a tenth longer than to
+    put in their defaults.
+    """
+    columns = sql.SQL(", ").join(map(sql.Identifier, [*given, "data"]))
+    return sql.SQL("COPY {} ({}) FROM STDIN").format(_table(schema), columns)
+
+
+def copy_lines(given: Iterable[str], documents: Iterable[str]) -> Iterator[str]:
+    """Make the lines for `copy_many`, of the columns that are given and each task's data in JSON."""
+    start = "".join(text.translate(_ESCAPES) + "\t" for text in given)
+    for document in documents:
+        # JSON escapes a tab or a newline by itself.
+        yield start + document.replace("\\", r"\\") + "\n"
+
+
+_TIME = 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'
+_ESCAPES = str.maketrans({"\\": r"\\", "\t": r"\t", "\n": r"\n", "\r": r"\r"})
+
+
+def _table(schema: str | None) -> sql.Identifier:
+    name = tasks_table(schema).name
+    return sql.Identifier(name) if schema is None else sql.Identifier(schema, name)

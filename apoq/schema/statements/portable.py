@@ -1,0 +1,42 @@
+"""Times and intervals as numbers, for the caller's connection: its DateStyle and IntervalStyle may be any.
+
+psycopg reads one of each as text. On apoq's own connections they are sent in binary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from sqlalchemy import ColumnElement, Numeric, cast, extract
+from sqlalchemy.dialects.postgresql import INTERVAL, TIMESTAMP
+
+from apoq.postgres.loaders import read_length, read_time
+from apoq.schema.models import tasks_table
+
+_READERS: Final = {TIMESTAMP: read_time, INTERVAL: read_length}
+_COLUMNS: Final = {
+    column.name: _READERS[type(column.type)]
+    for column in tasks_table(None).c
+    if type(column.type) in _READERS
+}
+"""Those columns of a task that are sent as numbers, and what reads them."""
+
+
+def portable(name: str, value: ColumnElement[Any]) -> ColumnElement[Any]:
+    """Return the value of a task's column in a form for `read_row`."""
+    if name not in _COLUMNS:
+        return value.label(name)
+    seconds: ColumnElement[Any] = cast(extract("epoch", value), Numeric)
+    if _COLUMNS[name] is read_length:
+        # As psycopg counts: a year of an interval is 365 days, not 365.25.
+        seconds -= cast(extract("year", value), Numeric) * 21_600
+    return seconds.label(name)
+
+
+def read_row(row: Mapping[Any, Any]) -> dict[str, Any]:
+    """Read a task's columns that were returned by `portable`."""
+    return {
+        name: _COLUMNS[name](value) if value is not None and name in _COLUMNS else value
+        for name, value in row.items()
+    }

@@ -1,0 +1,231 @@
+"""Look at what keeps a role from working on a database, or from migrating it.
+
+From PostgreSQL's catalogues, which every role may read: a role without rights has to be told which ones it
+lacks.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Integer,
+    Select,
+    Text,
+    TextClause,
+    bindparam,
+    cast,
+    column,
+    func,
+    select,
+    table,
+    text,
+)
+from sqlalchemy.dialects.postgresql import ARRAY
+
+from apoq.schema.models import tasks_table
+
+
+@cache
+def session() -> TextClause:
+    """Return the roles and the database of this session, quoted, and whether and why it can't write.
+
+    And its search_path, with the schema in which that makes new tables: null if none there exists.
+
+    `read_only_source` is where `default_transaction_read_only` is set, in the words of `pg_settings`.
+    """
+    return text("""
+        SELECT quote_ident(current_user) AS role,
+               quote_ident(session_user) AS login,
+               quote_ident(current_database()) AS database,
+               current_setting('search_path') AS search_path,
+               current_schema() AS current_schema,
+               pg_is_in_recovery() AS is_standby,
+               current_setting('transaction_read_only') = 'on' AS is_read_only,
+               CASE setting WHEN 'on' THEN source END AS read_only_source
+        FROM pg_catalog.pg_settings WHERE name = 'default_transaction_read_only'
+    """)
+
+
+@cache
+def tables() -> TextClause:
+    """Return what each of the tables `names` is, and what this role may do with it.
+
+    In the schema `schema`, or, where that is null, in the first of the search_path that has it.
+    """
+    return text("""
+        SELECT DISTINCT ON (relname)
+               relname AS name,
+               format('%I.%I', nspname, relname) AS qualified,
+               quote_ident(nspname) AS schema,
+               CAST(tables.oid AS bigint) AS oid,
+               CAST(relkind AS text) AS kind,
+               (SELECT CAST(CAST(inhparent AS regclass) AS text)
+                FROM pg_catalog.pg_inherits WHERE inhrelid = tables.oid LIMIT 1) AS parent,
+               relispartition AS is_partition,
+               ARRAY(SELECT CAST(CAST(inhrelid AS regclass) AS text)
+                     FROM pg_catalog.pg_inherits WHERE inhparent = tables.oid) AS children,
+               has_schema_privilege(schemas.oid, 'USAGE') AS is_reachable,
+               ARRAY(SELECT privilege FROM unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) AS privilege
+                     WHERE has_table_privilege(tables.oid, privilege)) AS rights,
+               has_any_column_privilege(tables.oid, 'INSERT')
+                   AND has_any_column_privilege(tables.oid, 'SELECT')
+                   AND NOT EXISTS (
+                       SELECT FROM pg_catalog.pg_depend
+                       JOIN pg_catalog.pg_class AS owned ON owned.oid = objid
+                       WHERE classid = CAST('pg_catalog.pg_class' AS regclass) AND refclassid = classid
+                         AND refobjid = tables.oid
+                         AND CASE owned.relkind WHEN 'S' THEN NOT has_sequence_privilege(objid, 'USAGE') END
+                   ) AS may_insert,
+               -- A policy for all commands that lets everything through is as good as none, unless a
+               -- restrictive one stands beside it.
+               row_security_active(tables.oid) AND NOT coalesce((
+                   SELECT bool_and(polpermissive)
+                          AND bool_or(polcmd = '*' AND pg_get_expr(polqual, polrelid) = 'true'
+                                      AND coalesce(pg_get_expr(polwithcheck, polrelid), 'true') = 'true')
+                   FROM pg_catalog.pg_policy
+                   WHERE polrelid = tables.oid
+                     AND EXISTS (SELECT FROM unnest(polroles) AS of_role
+                                 WHERE CASE of_role WHEN 0 THEN true ELSE pg_has_role(of_role, 'USAGE') END)
+               ), false) AS is_guarded,
+               to_regclass('pg_catalog.pg_dist_partition') IS NOT NULL AS has_citus
+        FROM pg_catalog.pg_class AS tables
+        JOIN pg_catalog.pg_namespace AS schemas ON schemas.oid = relnamespace
+        WHERE relname = ANY (:names) AND relkind IN ('r', 'p', 'v', 'm', 'f')
+          AND CASE
+              WHEN CAST(:schema AS text) IS NOT NULL THEN nspname = :schema
+              WHEN has_schema_privilege(schemas.oid, 'USAGE') THEN pg_table_is_visible(tables.oid)
+              -- PostgreSQL passes over it in the search_path, because this role may not use it.
+              ELSE strpos(
+                  ',' || replace(current_setting('search_path'), ' ', '') || ',',
+                  ',' || quote_ident(nspname) || ','
+              ) > 0
+          END
+        ORDER BY relname, is_reachable DESC
+    """).bindparams(bindparam("names", type_=ARRAY(Text)), bindparam("schema", type_=Text))
+
+
+@cache
+def places() -> TextClause:
+    """Return the schemas of this database that have an apoq_tasks, with those of the tables `names` there.
+
+    First those that the search_path leads to, in its order. `is_named` says whether it names one, be it that
+    this role may not use that (`is_usable`), and so doesn't see it (`is_visible`).
+    """
+    return text("""
+        SELECT nspname AS schema,
+               quote_ident(nspname) AS quoted,
+               array_agg(CAST(relname AS text)) AS tables,
+               bool_or(nspname = ANY (current_schemas(false))) AS is_visible,
+               bool_or(strpos(
+                   ',' || replace(
+                       replace(current_setting('search_path'), ' ', ''), '"$user"', quote_ident(current_user)
+                   ) || ',',
+                   ',' || quote_ident(nspname) || ','
+               ) > 0) AS is_named,
+               bool_or(has_schema_privilege(schemas.oid, 'USAGE')) AS is_usable
+        FROM pg_catalog.pg_class JOIN pg_catalog.pg_namespace AS schemas ON schemas.oid = relnamespace
+        WHERE relname = ANY (:names) AND relkind IN ('r', 'p', 'v', 'm', 'f') AND left(nspname, 3) <> 'pg_'
+        GROUP BY nspname
+        HAVING bool_or(relname = 'apoq_tasks')
+        ORDER BY array_position(current_schemas(false), nspname), nspname
+    """).bindparams(bindparam("names", type_=ARRAY(Text)))
+
+
+@cache
+def id_source() -> TextClause:
+    """Return what gives new tasks of the table `oid` their ids: whether there is a default, and its sequence.
+
+    `schema` and `name` are the sequence's (`quoted`: both, for SQL). They are null if the default is another
+    one, and if this role may not read the sequence or the ids.
+    """
+    return text("""
+        SELECT has_default, nspname AS schema, relname AS name,
+               quote_ident(nspname) || '.' || quote_ident(relname) AS quoted
+        FROM (
+            SELECT atthasdef OR attidentity <> '' AS has_default,
+                   has_column_privilege(attrelid, attnum, 'SELECT') AS is_readable,
+                   -- A default depends on its sequence, and the sequence of an identity on its column.
+                   coalesce(
+                       (SELECT refobjid
+                        FROM pg_catalog.pg_depend JOIN pg_catalog.pg_sequence ON seqrelid = refobjid
+                        WHERE classid = CAST('pg_catalog.pg_attrdef' AS regclass) AND objid = defaults.oid
+                        LIMIT 1),
+                       (SELECT objid
+                        FROM pg_catalog.pg_depend JOIN pg_catalog.pg_sequence ON seqrelid = objid
+                        WHERE refobjid = attrelid AND refobjsubid = attnum AND deptype = 'i'
+                        LIMIT 1)
+                   ) AS sequence
+            FROM pg_catalog.pg_attribute
+            LEFT JOIN pg_catalog.pg_attrdef AS defaults ON adrelid = attrelid AND adnum = attnum
+            WHERE attrelid = CAST(:oid AS oid) AND attname = 'id'
+        ) AS ids
+        LEFT JOIN (
+            pg_catalog.pg_class AS sequences
+            JOIN pg_catalog.pg_namespace AS sequence_schemas ON sequence_schemas.oid = relnamespace
+            JOIN pg_catalog.pg_sequence ON seqrelid = sequences.oid AND seqincrement > 0
+        ) ON sequences.oid = sequence AND is_readable
+            AND CASE relkind WHEN 'S' THEN has_sequence_privilege(sequences.oid, 'SELECT') END
+    """)
+
+
+def last_ids(schema: str | None, sequence: str, sequence_schema: str) -> Select[tuple[int, int]]:
+    """Return the next id that a sequence gives, and the highest that a task has; null if there is no task."""
+    tasks = tasks_table(schema)
+    values = table(
+        sequence, column("last_value", BigInteger), column("is_called", Boolean), schema=sequence_schema
+    )
+    next_id = values.c.last_value + cast(values.c.is_called, Integer)
+    return select(next_id, select(func.max(tasks.c.id)).scalar_subquery())
+
+
+@cache
+def citus_method() -> TextClause:
+    """Return how Citus distributes the table `oid`, such as 'n' in a sharded schema; only on Citus."""
+    return text("""
+        SELECT CAST(partmethod AS text) FROM pg_catalog.pg_dist_partition
+        WHERE CAST(logicalrelid AS oid) = CAST(:oid AS oid)
+    """)
+
+
+@cache
+def citus_schemas() -> TextClause:
+    """Return what Citus does with schemas: `has_citus`, `shards_new` ones; and the schema's name and oid."""
+    return text("""
+        SELECT to_regclass('pg_catalog.pg_dist_schema') IS NOT NULL AS has_citus,
+               coalesce(current_setting('citus.enable_schema_based_sharding', true), '') = 'on' AS shards_new,
+               coalesce(CAST(:schema AS text), current_schema()) AS name,
+               (SELECT CAST(oid AS bigint) FROM pg_catalog.pg_namespace
+                WHERE nspname = coalesce(CAST(:schema AS text), current_schema())) AS oid
+    """)
+
+
+@cache
+def citus_shards() -> TextClause:
+    """Return whether Citus shards the schema `oid`; only on Citus."""
+    return text("""
+        SELECT EXISTS (SELECT FROM pg_catalog.pg_dist_schema WHERE CAST(schemaid AS oid) = CAST(:oid AS oid))
+    """)
+
+
+@cache
+def lock_holder() -> TextClause:
+    """Return a session that holds the advisory lock `key`."""
+    return text("""
+        SELECT pid, usename, application_name
+        FROM pg_catalog.pg_locks JOIN pg_catalog.pg_stat_activity USING (pid)
+        WHERE locktype = 'advisory' AND granted AND database = datid AND objsubid = 1
+          AND CAST(classid AS bigint) = CAST(:key AS bigint) >> 32
+          AND CAST(objid AS bigint) = CAST(:key AS bigint) & 4294967295
+    """)
+
+
+@cache
+def lock_timeout() -> TextClause:
+    """Return this session's lock_timeout in seconds; 0 for none."""
+    return text("""
+        SELECT CAST(setting AS double precision) / 1000
+        FROM pg_catalog.pg_settings WHERE name = 'lock_timeout'
+    """)

@@ -1,0 +1,81 @@
+"""Delete what nobody needs any more, a bounded number of rows at a time."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from sqlalchemy import ColumnElement, Delete, Select, Text, bindparam, delete, func, select
+from sqlalchemy.dialects.postgresql import INTERVAL
+from sqlalchemy.types import Integer
+
+from apoq.core.states import CANCELLED, COMPLETED, FAILED
+from apoq.schema.models import tasks_table
+from apoq.schema.statements.states import ended_as
+
+
+@cache
+def prune_completed(schema: str | None) -> Delete:
+    """Delete up to `at_most` tasks of `from_queue` that completed longer than `keep` ago.
+
+    The oldest first, but for the first few that are `passed_over`: none, unless told otherwise.
+    """
+    return _prune(schema, _old_completed(schema))
+
+
+@cache
+def prune_failed(schema: str | None) -> Delete:
+    """Delete up to `at_most` tasks of `from_queue` that failed, or were cancelled, longer than `keep` ago."""
+    return _prune(schema, _old_failed(schema))
+
+
+@cache
+def count_prunable_completed(schema: str | None) -> Select[*tuple[Any, ...]]:
+    """Answer how many tasks `prune_completed` would delete, `at_most`."""
+    return _count(_old_completed(schema))
+
+
+@cache
+def count_prunable_failed(schema: str | None) -> Select[*tuple[Any, ...]]:
+    """Answer how many tasks `prune_failed` would delete, `at_most`."""
+    return _count(_old_failed(schema))
+
+
+def _old_completed(schema: str | None) -> Select[*tuple[Any, ...]]:
+    tasks = tasks_table(schema)
+    return _old(schema, ended_as(tasks, COMPLETED), tasks.c.completed_at)
+
+
+def _old_failed(schema: str | None) -> Select[*tuple[Any, ...]]:
+    tasks = tasks_table(schema)
+    # The Node.js original doesn't say when a task failed: then it was due about that time.
+    ended_at = func.coalesce(tasks.c.cancelled_at, tasks.c.failed_at, tasks.c.process_at)
+    return _old(schema, ended_as(tasks, FAILED, CANCELLED), ended_at)
+
+
+def _old(
+    schema: str | None, ended: ColumnElement[bool], ended_at: ColumnElement[object]
+) -> Select[*tuple[Any, ...]]:
+    tasks = tasks_table(schema)
+    return (
+        select(tasks.c.id)
+        .where(
+            ended,
+            tasks.c.queue == bindparam("from_queue", type_=Text),
+            ended_at < func.now() - bindparam("keep", type_=INTERVAL),
+        )
+        .order_by(ended_at)
+        .limit(bindparam("at_most", type_=Integer))
+    )
+
+
+def _prune(schema: str | None, old: Select[*tuple[Any, ...]]) -> Delete:
+    tasks = tasks_table(schema)
+    # Several workers prune, and somebody may be retrying one of these.
+    passed_over = bindparam("passed_over", 0, type_=Integer)
+    taken = old.offset(passed_over).with_for_update(skip_locked=True).cte("old")
+    return delete(tasks).where(tasks.c.id == taken.c.id)
+
+
+def _count(old: Select[*tuple[Any, ...]]) -> Select[*tuple[Any, ...]]:
+    return select(func.count()).select_from(old.subquery("old"))

@@ -1,0 +1,50 @@
+"""Try an ended task again, in the transaction of whoever executes this."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, Final
+
+from sqlalchemy import BigInteger, Boolean, ColumnElement, Text, bindparam, func, literal_column, null, update
+from sqlalchemy.dialects.postgresql import INTERVAL
+from sqlalchemy.sql.dml import ReturningUpdate
+
+from apoq.core.states import FINAL, PENDING, alternatives
+from apoq.schema.models import task_class, tasks_table
+from apoq.schema.statements.portable import portable
+
+_ENDED: Final[ColumnElement[bool]] = literal_column(f"state IN {alternatives(FINAL)}", Boolean)
+
+
+@cache
+def retry(schema: str | None) -> ReturningUpdate[Any]:
+    """Make the task `task_id` of `from_queue`, which has ended, pending again, with all its attempts.
+
+    Its token stays, for it never shrinks, and so does its last error, until the next one.
+    """
+    tasks = tasks_table(schema)
+    new = {
+        "state": PENDING,
+        # now() is when the caller's transaction began, which may be long ago: a delay counts from the call.
+        "process_at": func.coalesce(
+            func.clock_timestamp() + bindparam("task_delay", type_=INTERVAL), func.now()
+        ),
+        "attempt": 0,
+        "fail_count": 0,
+        "rescue_count": 0,
+        "completed_at": null(),
+        "failed_at": null(),
+        "cancelled_at": null(),
+    }
+    # The mapped class, not its table, so that a session knows of the change.
+    return (
+        update(task_class(schema))
+        .where(
+            tasks.c.id == bindparam("task_id", type_=BigInteger),
+            tasks.c.queue == bindparam("from_queue", type_=Text),
+            _ENDED,
+        )
+        .values(new)
+        .returning(*(portable(name, tasks.c[name]) for name in ("id", *new)))
+        .execution_options(synchronize_session="fetch")
+    )

@@ -1,0 +1,1 @@
+"""Takes due tasks from the database."""

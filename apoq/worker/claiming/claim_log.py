@@ -1,0 +1,85 @@
+"""What a worker's claims have written down, for others to find if it dies."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import count
+from typing import Final
+
+from apoq.worker.execution.running_task import Claimed
+
+ENOUGH: Final = 16
+"""Notes that one statement forgets, at least: each of its own would be one more a claim."""
+
+
+@dataclass
+class _Left:
+    schema: str | None
+    size: int
+
+
+class Notes:
+    """Knows of each claim how many of its tasks aren't settled yet, and which notes nobody needs any more."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        # Not from 1: nobody else can write down what this worker is about to claim.
+        self._numbers = count(secrets.randbits(48))
+        self._under_way: dict[int, str | None] = {}
+        self._left: dict[int, _Left] = {}
+        self._done: dict[str | None, list[int]] = {}
+
+    def begin(self, schema: str | None) -> int:
+        """Return the number of the next claim, which is under way until `claimed` or `failed`."""
+        with self._lock:
+            number = next(self._numbers)
+            self._under_way[number] = schema
+        return number
+
+    def known(self, schema: str | None) -> list[int]:
+        """Return the claims whose notes may be there, as far as the worker knows."""
+        with self._lock:
+            known = [number for number, its in self._under_way.items() if its == schema]
+            known += [number for number, left in self._left.items() if left.schema == schema]
+            return known + self._done.get(schema, [])
+
+    def done(self, schema: str | None) -> list[int]:
+        """Return the claims of which everything is settled, and whose notes are to go: none, or many."""
+        with self._lock:
+            done = self._done.get(schema, ())
+            return list(done) if len(done) >= ENOUGH else []
+
+    def claimed(self, number: int, size: int) -> None:
+        """Remember how many tasks a claim has taken."""
+        with self._lock:
+            schema = self._under_way.pop(number)
+            if size:
+                self._left[number] = _Left(schema, size)
+            else:
+                # It may have noted what another session has changed meanwhile, and so didn't take.
+                self._done.setdefault(schema, []).append(number)
+
+    def failed(self, number: int) -> None:
+        """Forget a claim that has failed: should it commit nevertheless, the worker knows nothing of it."""
+        with self._lock:
+            del self._under_way[number]
+
+    def settled(self, tasks: list[Claimed]) -> None:
+        """Remember that these are settled."""
+        numbers = Counter([row.claim.number for row in tasks])
+        with self._lock:
+            for number, size in numbers.items():
+                left = self._left[number]
+                left.size -= size
+                if left.size == 0:
+                    del self._left[number]
+                    self._done.setdefault(left.schema, []).append(number)
+
+    def forgotten(self, schema: str | None, numbers: Iterable[int]) -> None:
+        """Remember that the notes of these claims are gone."""
+        with self._lock:
+            self._done[schema] = [number for number in self._done.get(schema, ()) if number not in numbers]

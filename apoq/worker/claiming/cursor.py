@@ -1,0 +1,162 @@
+"""How far into a queue a worker has claimed."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any, Final, NamedTuple
+
+from apoq.schema.statements.arrays import array_text
+from apoq.schema.statements.claim import ClaimedTask
+
+START: Final = (-math.inf, 0)
+
+SLACK: Final = 0.5
+"""Seconds by which a task may be committed later than one that is due after it, and still be seen at once."""
+
+MOST_LEVELS: Final = 64
+"""Priorities that a claim looks into one by one; if there are more, it looks through the others together."""
+
+FIRST_PASS, LONGEST_PASS = 15.0, 600.0
+"""Seconds for which a task is passed over that the server refused to claim: at first, and at most."""
+
+MOST_PASSED_OVER: Final = 1_000
+"""Tasks that are passed over at once, at most."""
+
+_LOWEST_TIME: Final = -210_866_803_200.0
+"""The first moment of PostgreSQL's calendar, in seconds since 1970; before it there is -infinity alone."""
+
+_LOWEST_ID: Final = -(2**63)
+
+
+class First(NamedTuple):
+    """A row of `survey`."""
+
+    priority: int | None
+    """None: there is no task."""
+    process_at: float
+    id: int
+    now: float
+    is_rescued: bool
+
+
+class Position:
+    """For each priority, the `process_at` and id behind which the next claim looks.
+
+    Under a transaction that is open for long, anywhere in the database, every task that was ever taken since
+    is still in the index, and a claim from the start would walk through all of them. What is behind the
+    position, such as a task that was committed late or given back, is found by the next survey, which
+    puts the position back.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.is_careful = False
+        """Whether the first task that is due was taken from a dead worker, and so is to begin at once."""
+        self.first_due: tuple[int, int] | None = None
+        """The priority and id of the task that was the first to be due at the last survey."""
+        self.lower_than: int | None = None
+        """If there are more priorities than levels: the lowest level, below which a claim looks as well."""
+        self._passed_over: dict[int, tuple[float, float]] = {}
+        self._be_at({0: START})
+
+    def parameters(self) -> dict[str, str]:
+        """Return the position as `claim` takes it, the highest priority first."""
+        return self._written
+
+    def passed_over(self) -> list[int]:
+        """Return the ids of the tasks that are passed over, because the server refused to claim them."""
+        if not self._passed_over:
+            return []
+        now = time.monotonic()
+        return [id_ for id_, (until, _) in list(self._passed_over.items()) if until > now]
+
+    def pass_over(self, task_id: int) -> float:
+        """Pass over a task for some time, each time longer; return for how many seconds."""
+        with self._lock:
+            _, before = self._passed_over.pop(task_id, (0.0, FIRST_PASS / 2))
+            seconds = min(2 * before, LONGEST_PASS)
+            if len(self._passed_over) >= MOST_PASSED_OVER:
+                self._passed_over.pop(
+                    next(iter(self._passed_over))
+                )  # the one that was refused the longest ago
+            self._passed_over[task_id] = time.monotonic() + seconds, seconds
+        return seconds
+
+    def claimed(self, tasks: Sequence[ClaimedTask[Any]], *, is_all: bool) -> None:
+        """Move behind the tasks of a claim, which are in order; `is_all`: it found no more than these."""
+        ends = {task.priority: (task.process_at, task.id) for task in tasks}
+        with self._lock:
+            moved = dict(self._levels)
+            for priority, (at, id_) in ends.items():
+                if self.lower_than is not None and priority < self.lower_than:
+                    continue
+                end = (_within(at - SLACK), 0) if is_all else (at, id_)
+                moved[priority] = max(end, moved.get(priority, START))
+            self._be_at(moved)
+
+    def surveyed(self, rows: Iterable[Sequence[Any]], *, known: bool = False) -> float:
+        """Take over what a survey has found, the highest priority first; return the seconds until one is due.
+
+        `known`: it has looked into the known priorities alone. Else at up to one more than `MOST_LEVELS`.
+        """
+        found: dict[int, tuple[float, int]] = {}
+        due_in = math.inf
+        is_careful = False
+        first_due: tuple[int, int] | None = None
+        now = -math.inf
+        firsts = [First(*row) for row in rows]
+        for first in firsts:
+            now = first.now
+            if first.priority is None:
+                continue
+            due_in = min(due_in, first.process_at - now)
+            is_due = first.process_at <= now
+            if is_due and first_due is None:
+                first_due, is_careful = (first.priority, first.id), first.is_rescued
+            found[first.priority] = _before(first.process_at, first.id) if is_due else (now - SLACK, 0)
+        with self._lock:
+            lower_than = self.lower_than if known else None
+            if not known and len(found) > MOST_LEVELS:
+                *_, lower_than, _last = found
+                del found[_last]
+            # Those that have no task now may get one at any time, and claims are to see it at once.
+            for priority in self._levels:
+                if len(found) < MOST_LEVELS and (lower_than is None or priority >= lower_than):
+                    found.setdefault(priority, (now - SLACK, 0))
+            self.lower_than = lower_than
+            self._be_at(found)
+            self.is_careful, self.first_due = is_careful, first_due
+        # What is due in the lower ones isn't known.
+        return due_in if lower_than is None else min(due_in, 0.0)
+
+    def _be_at(self, levels: dict[int, tuple[float, int]]) -> None:
+        self._levels = levels
+        # Written now, and not when it is asked for: then, a task waits.
+        priorities, ends = zip(*sorted(levels.items(), reverse=True), strict=True)
+        times, ids = zip(*ends, strict=True)
+        self._written = {
+            "priorities": array_text(priorities),
+            "behind_times": array_text(times),
+            "behind_ids": array_text(ids),
+        }
+        if self.lower_than is not None:
+            self._written["lower_than"] = str(self.lower_than)
+
+
+_MICROSECOND = 1e-6 / 2
+
+
+def _before(at: float, id_: int) -> tuple[float, int]:
+    """Return a position behind which this task is found."""
+    # Far from now, a float doesn't tell microseconds apart. And there is no id before the first.
+    if not math.isinf(at) and (math.ulp(at) >= _MICROSECOND or id_ == _LOWEST_ID):
+        return _within(at - max(math.ulp(at), 1e-6)), 0
+    return _within(at), max(id_ - 1, _LOWEST_ID)
+
+
+def _within(at: float) -> float:
+    """Return a time that the server can read: -infinity for what is before its calendar."""
+    return at if at >= _LOWEST_TIME else -math.inf

@@ -1,0 +1,311 @@
+"""Hears hints, and wakes the claimer."""
+
+from __future__ import annotations
+
+import logging
+import selectors
+import socket
+import time
+from collections.abc import Callable, Iterable
+from typing import Any, Final, LiteralString, NamedTuple, Self, cast
+from uuid import uuid4
+
+import psycopg
+from psycopg import sql
+from psycopg.pq.misc import PGnotify
+from sqlalchemy import URL, Engine, create_engine
+from sqlalchemy.pool import PoolProxiedConnection
+
+from apoq.errors import InvalidURL
+from apoq.postgres.connections import ANSWER_TIMEOUT, execute, is_direct, own_engine
+from apoq.postgres.urls import database_url
+from apoq.postgres.watchdog import cut, watch
+from apoq.schema.statements.hint import CANCELLED, CHANNEL, Hint, hint
+
+logger = logging.getLogger(__name__)
+
+CHECK_INTERVAL: Final = 15.0
+"""Seconds of silence after which the connection is asked whether it is still there."""
+
+PATIENCE: Final = 5.0
+"""Seconds within which a hint that was sent to try a connection must have arrived."""
+
+RETRY: Final = 60.0
+"""Seconds after which it is tried again whether hints arrive.
+
+Ten times as many through a pooler, where each try may leave a session of others behind that listens: it hears
+nothing there, but each NOTIFY wakes it.
+"""
+
+MOST_AT_ONCE: Final = 1_000
+"""Notifications after which those that were read are acted upon, even if there are more."""
+
+LONGEST_ID: Final = len(str(2**63 - 1))
+"""Digits of a task's id, at most."""
+
+CROWD: Final = 100
+"""Notifications at once that are too many for claims on the same connection.
+
+A session of the server's that has notifications to send reads no statement before it has sent them.
+"""
+
+CROWD_TIME: Final = 1.0
+"""Seconds for which claims then are made elsewhere."""
+
+FLOOD_TIME: Final = 1.0
+"""Seconds after which the listener gives up, if there are always more notifications than it has read.
+
+Any role that may connect can send them. What isn't read stays in the server's queue, which all share, and the
+server takes as much time to send them as the worker to read them.
+"""
+
+REST: Final = 5
+"""How many times as long as reading and acting took it is to the next time: as after a claim."""
+
+LONGEST_REST: Final = 0.02
+"""Seconds to it, at most."""
+
+
+class Heard(NamedTuple):
+    """The notifications that were read at once."""
+
+    number: int
+    is_hinted: bool
+    """Whether any of them was awaited."""
+    cancelled: set[int]
+    """The ids of tasks that may have been cancelled."""
+    is_all: bool
+    """Whether there were no more."""
+
+
+def listen_engine(url: str | URL) -> Engine:
+    """Make an engine for the listener's connection alone, to the same database by another way."""
+    if not isinstance(url, str | URL):
+        raise TypeError(f"listen_url is a URL that leads to the server itself, not {type(url).__qualname__}")
+    try:
+        parsed = database_url(url)
+    except InvalidURL as error:
+        raise InvalidURL(f"listen_url: {error}") from None
+    return own_engine(create_engine(parsed))
+
+
+class Listener:
+    """Listens on a connection of its own; without it, tasks are found when the worker looks by itself.
+
+    A pooler in transaction mode takes a LISTEN, and then gives the session that listens to somebody else. So
+    it is tried first whether what is sent through `engine` arrives on a connection of `listening`. Where the
+    two are the same, who takes a hint gets the connection that heard it, to execute on meanwhile.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        listening: Engine,
+        awaited: frozenset[Hint],
+        *,
+        on_hint: Callable[[PoolProxiedConnection | None], None],
+        on_cancelled: Callable[[set[int]], None],
+        on_listening: Callable[[], None],
+    ) -> None:
+        self._engine = engine
+        self._listening = listening
+        self._awaited = awaited
+        self._on_hint = on_hint
+        self._on_cancelled = on_cancelled
+        self._on_listening = on_listening
+        self._stopping = False
+        self._has_warned = False
+        self._is_flooded = False
+        self._connection: ListeningConnection | None = None
+
+    def open(self) -> None:
+        """Make ready to listen."""
+        self._stopping = False
+        # Waiting for the connection is ended by a byte that is written here.
+        self._wake_receiver, self._wake_sender = socket.socketpair()
+
+    def turn(self) -> float | None:
+        """Listen until told to stop; where no hints arrive, answer when to try again."""
+        with ListeningConnection(self._listening, self._wake_receiver) as connection:
+            self._connection = connection
+            try:
+                if self._hears(connection):
+                    self._listen(connection)
+            except psycopg.Error:
+                if not connection.is_cut:
+                    raise
+                return 0.0  # the server has done nothing: it was cut here
+            finally:
+                self._connection = None
+        return RETRY if connection.is_direct else 10 * RETRY
+
+    def renew(self) -> None:
+        """Listen on another connection: this one may be dead without a word."""
+        connection = self._connection
+        if connection is not None:
+            connection.cut()
+
+    def stop(self) -> None:
+        """End the turn that is under way."""
+        self._stopping = True
+        self._wake_sender.send(b"\0")
+
+    def close(self) -> None:
+        """Close what wakes it."""
+        self._wake_receiver.close()
+        self._wake_sender.close()
+
+    def _hears(self, connection: ListeningConnection) -> bool:
+        """Tell whether hints arrive on a connection, by sending one; if not, say so, once."""
+        # On a channel of its own. Behind a pooler, what listens there is a session of others from now on, and
+        # they are to get none of the workers' hints.
+        trial = Hint(f"{CHANNEL}_{uuid4().hex}", "")
+        connection.listen([trial.channel], {trial})
+        execute(self._engine, hint(), trial._asdict())
+        deadline = time.monotonic() + PATIENCE
+        is_heard = False
+        while not is_heard and not self._stopping and (left := deadline - time.monotonic()) > 0:
+            is_heard = connection.wait(left).is_hinted
+        connection.execute("UNLISTEN {}", trial.channel)
+        if is_heard:
+            logger.debug("hints arrive")
+            self._has_warned = False
+        elif not self._stopping:
+            logger.log(
+                logging.DEBUG if self._has_warned else logging.WARNING,
+                "no hints arrive on the connection that listens, as behind a pooler in transaction mode: "
+                "tasks are found by looking, every poll_interval. To have them found at once, give "
+                "Worker(…, listen_url=…) a URL that leads to the same database past the pooler",
+            )
+            self._has_warned = True
+        return is_heard
+
+    def _listen(self, connection: ListeningConnection) -> None:
+        connection.listen([CANCELLED, CHANNEL], self._awaited)
+        self._on_listening()
+        # By another way than the worker's own, its role need not be allowed to claim.
+        ours = connection.pooled if self._listening is self._engine else None
+        # What was added before this connection listened has given its hint to nobody.
+        self._on_hint(ours)
+        began = caught_up_at = time.monotonic()
+        crowded_until = 0.0
+        while not self._stopping:
+            heard = connection.wait(CHECK_INTERVAL)
+            woke_at = time.monotonic()
+            if heard.is_all:
+                caught_up_at = woke_at
+            elif woke_at - caught_up_at > FLOOD_TIME:
+                self._give_up()
+                return
+            if heard.number > CROWD:
+                crowded_until = woke_at + CROWD_TIME
+            if heard.is_hinted:
+                self._on_hint(ours if woke_at > crowded_until else None)
+            if heard.cancelled:
+                self._on_cancelled(heard.cancelled)
+            if self._is_flooded and heard.is_all and woke_at - began > CHECK_INTERVAL:
+                self._is_flooded = False
+                logger.warning("notifications are read again")
+            if not heard.number and not self._stopping:
+                connection.execute("SELECT 1")
+            # Reading included, which has begun before; so that a stream of notifications costs a share of the
+            # time only.
+            rest = min(LONGEST_REST, REST * (time.monotonic() - connection.woke_at))
+            time.sleep(max(0.0, connection.woke_at + rest - time.monotonic()))
+
+    def _give_up(self) -> None:
+        logger.log(
+            logging.DEBUG if self._is_flooded else logging.WARNING,
+            "notifications arrive faster than they can be read: this worker reads none for %d s, and finds "
+            "tasks by looking, every poll_interval. To see who sends them, look for NOTIFY and pg_notify in "
+            "pg_stat_activity",
+            RETRY,
+        )
+        self._is_flooded = True
+
+
+class ListeningConnection:
+    """A connection of an engine's that is the listener's alone, and what was heard on it."""
+
+    def __init__(self, engine: Engine, waker: socket.socket) -> None:
+        self._engine = engine
+        self.pooled = engine.raw_connection()
+        self.is_direct = is_direct(self.pooled)
+        self._driver = cast("psycopg.Connection[Any]", self.pooled.driver_connection)
+        self.pooled.detach()
+        self._driver.autocommit = True
+        self.woke_at = 0.0
+        """When `wait` has found something to read, by time.monotonic()."""
+        self.is_cut = False
+        self._awaited: frozenset[tuple[bytes, bytes]] = frozenset()
+        self._forget()
+        # What comes beside the answer to a statement. Not by Connection.add_notify_handler: for it the driver
+        # decodes each, and raises an error if one isn't text in the connection's encoding.
+        self._driver.pgconn.notify_handler = self._note
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._driver, selectors.EVENT_READ)
+        self._selector.register(waker, selectors.EVENT_READ)
+
+    def execute(self, statement: LiteralString, *names: str) -> None:
+        """Execute a statement with these names in it."""
+        with watch.awaiting(self._driver, ANSWER_TIMEOUT, self._engine):
+            self._driver.execute(sql.SQL(statement).format(*map(sql.Identifier, names)))
+
+    def listen(self, channels: Iterable[str], awaited: Iterable[Hint]) -> None:
+        """Listen on these channels, for these hints, and for those of cancelled tasks."""
+        self._awaited = frozenset((hint.channel.encode(), hint.payload.encode()) for hint in awaited)
+        # In one statement: once there is much to send on the first channel, the server would read no second.
+        names = [*channels]
+        self.execute("; ".join(["LISTEN {}"] * len(names)), *names)
+
+    def wait(self, seconds: float) -> Heard:
+        """Wait for notifications, until the time is up or the waker has something to read."""
+        if self._driver.closed:
+            # A claim has found it lost; its socket is gone, and there is nothing to wait for.
+            raise psycopg.OperationalError("the connection that listens is lost")
+        if not self._count:
+            self._selector.select(seconds)
+        self.woke_at = time.monotonic()
+        # Past Connection.notifies, which takes 0.1 ms to find out what is there already.
+        pgconn = self._driver.pgconn
+        is_all = False
+        while not is_all and self._count < MOST_AT_ONCE:
+            before = self._count
+            pgconn.consume_input()
+            while notify := pgconn.notifies():
+                self._note(notify)
+            is_all = self._count == before
+        heard = Heard(self._count, self._is_hinted, self._cancelled, is_all)
+        self._forget()
+        return heard
+
+    def cut(self) -> None:
+        """End it, from another thread."""
+        self.is_cut = True
+        cut(self._driver)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._selector.close()
+        self.pooled.close()
+        self._driver.close()
+
+    def _forget(self) -> None:
+        self._count, self._is_hinted = 0, False
+        self._cancelled: set[int] = set()
+
+    def _note(self, notify: PGnotify) -> None:
+        # Any role may notify, of anything, and as often as it likes: kept is only what can be meant for this
+        # worker, and not more than can be looked at.
+        self._count += 1
+        if notify.relname == _CANCELLED:
+            is_id = notify.extra.isdigit() and len(notify.extra) <= LONGEST_ID
+            if is_id and len(self._cancelled) < MOST_AT_ONCE:
+                self._cancelled.add(int(notify.extra))
+        elif (notify.relname, notify.extra) in self._awaited:
+            self._is_hinted = True
+
+
+_CANCELLED: Final = CANCELLED.encode()

@@ -1,0 +1,194 @@
+"""Run a processor once, and see what comes of it."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import sys
+import traceback
+from collections.abc import Mapping
+from contextvars import copy_context
+from typing import Any, NamedTuple
+
+from sqlalchemy.orm import Session
+
+from apoq.core.outcomes import Release, Settlement, Unreachable, settle
+from apoq.errors import InvalidProcessor, SessionMisused
+from apoq.worker.execution.completion import Completion
+from apoq.worker.execution.deadlines import Deadlines
+from apoq.worker.execution.event_loop import CLEAN_UP
+from apoq.worker.execution.isolated_context import Apart
+from apoq.worker.execution.running_task import RECALLED, AnyRunningTask, AsyncRunningTask, RunningTask
+from apoq.worker.execution.task_sessions import TaskSession, could_not_connect
+from apoq.worker.failures import brief
+
+
+class TaskLost(Exception):
+    """The task was taken from this worker while it ran; nothing is written to it any more."""
+
+
+class Ended(NamedTuple):
+    """An attempt that has ended, and what is to be written about it."""
+
+    task: AnyRunningTask
+    outcome: BaseException | None
+    settlement: Settlement | None
+    """None: it is completed."""
+    row: Mapping[Any, Any] | None = None
+    """Where the completion has been committed with ``task.session``: the task's row, or its id alone."""
+
+
+def ended(task: AnyRunningTask, outcome: BaseException | None, row: Mapping[Any, Any] | None = None) -> Ended:
+    """Decide what becomes of a task whose attempt ended so."""
+    if outcome is None:
+        return Ended(task, None, None, row)
+    settlement = settle(outcome, attempt=task.attempt, fail_count=task.fail_count, policy=task.policy)
+    return Ended(task, outcome, settlement, row)
+
+
+def is_late(end: Ended) -> bool:
+    """Tell whether the attempt was ended before, by its timeout."""
+    return isinstance(end.outcome, TaskLost) and end.task.notice is not RECALLED
+
+
+def run(task: RunningTask, completion: Completion, deadlines: Deadlines) -> Ended:
+    """Run a plain processor on this thread."""
+    return copy_context().run(_run, task, completion, deadlines)
+
+
+async def run_coroutine(task: AsyncRunningTask, completion: Completion, deadlines: Deadlines) -> Ended:
+    """Run a coroutine processor on this event loop."""
+    return await Apart(_run_coroutine(task, completion, deadlines))
+
+
+def _run(task: RunningTask, completion: Completion, deadlines: Deadlines) -> Ended:
+    row = outcome = None
+    try:
+        task.read()
+        if task.notice is RECALLED:
+            raise TaskLost  # noqa: TRY301 - between the line and its slot
+        limit = task.timeout
+        answer = task.processor.function(task) if limit is None else _run_within(limit, task, deadlines)
+        if answer is not None:
+            _refuse_awaitable(task, answer)
+        if task.opened is not None:
+            row = _complete_in(task.opened, task, completion)
+    except BaseException as error:  # noqa: BLE001 - even SystemExit is one task's failure, not the worker's
+        outcome = _outcome(task, error)
+    if task.opened is not None:
+        _close(task.opened)
+    return ended(task, outcome, row)
+
+
+async def _run_coroutine(task: AsyncRunningTask, completion: Completion, deadlines: Deadlines) -> Ended:
+    row = outcome = None
+    try:
+        if task.has_data:
+            task.read()
+        else:
+            await asyncio.to_thread(task.read)
+        limit = task.timeout
+        if limit is None:
+            await task.call()
+        else:
+            await _await_within(limit, task, deadlines)
+        if task.opened is not None:
+            row = await task.opened.run_sync(_complete_in_async, task, completion)
+    except BaseException as error:  # noqa: BLE001
+        outcome = _outcome(task, error)
+    if task.opened is not None:
+        try:
+            await task.opened.run_sync(_close)
+        except BaseException as error:  # noqa: BLE001 - cancelled once more, while it was closed
+            outcome = outcome or (None if row is not None else error)
+    return ended(task, outcome, row)
+
+
+def _outcome(task: AnyRunningTask, error: BaseException) -> BaseException:
+    # What was lost is lost. And where the worker itself has cut the session off, the error comes of that.
+    if isinstance(error, TaskLost):
+        return error
+    if task.is_cut_off:
+        return Release()
+    return Unreachable(brief(error)) if could_not_connect(error) else error
+
+
+def overdue(limit: float, thread_id: int = 0) -> TimeoutError:
+    """Make the error of an attempt that took more than these seconds, and is still on this thread."""
+    error = TimeoutError(f"ran longer than its timeout of {limit:.10g} s")
+    frame = sys._current_frames().get(thread_id)  # noqa: SLF001 - public, whatever its name says
+    if frame is not None:
+        error.add_note(f"At that time it was here:\n{''.join(traceback.format_stack(frame))}")
+    return error
+
+
+def _run_within(limit: float, task: RunningTask, deadlines: Deadlines) -> Any:
+    """Run the function, which nothing can stop; raise `TaskLost` where its attempt was ended meanwhile."""
+    deadlines.watch(task, limit)
+    try:
+        answer = task.processor.function(task)
+    except KeyboardInterrupt:
+        deadlines.forget(task)
+        raise  # meant for the program, whenever it comes
+    except BaseException as error:
+        if deadlines.forget(task):
+            raise
+        raise TaskLost from error
+    if not deadlines.forget(task):
+        raise TaskLost
+    return answer
+
+
+async def _await_within(limit: float, task: AsyncRunningTask, deadlines: Deadlines) -> None:
+    """Await the function, and cancel it at the limit; `TaskLost` where it took no notice for too long."""
+    error: BaseException | None = None
+    deadlines.watch(task, limit, CLEAN_UP)
+    try:
+        async with asyncio.timeout(limit) as scope:
+            await task.call()
+    except BaseException as raised:  # noqa: BLE001
+        error = raised
+    if not deadlines.forget(task):
+        raise TaskLost from error
+    if scope.expired():
+        # Whatever it made of the cancellation.
+        raise overdue(limit) from error
+    if error is not None:
+        raise error
+
+
+def _complete_in(session: TaskSession, task: AnyRunningTask, completion: Completion) -> Mapping[Any, Any]:
+    """Commit the processor's writes and the task's completion, or neither."""
+    session.flush()
+    row = completion.write(session.connection(), task)
+    if row is None:
+        session.rollback()
+        # Settled like any failure: where the task was lost, as it is nearly always, nothing is written.
+        raise SessionMisused(
+            "task.session has changed the task itself, so that it could not be completed, and all that was "
+            "written there is undone: to end the task otherwise, raise Cancel, Retry or Snooze"
+        )
+    session.commit_completion()
+    return row
+
+
+def _complete_in_async(session: Session, task: AnyRunningTask, completion: Completion) -> Mapping[Any, Any]:
+    assert isinstance(session, TaskSession)
+    return _complete_in(session, task, completion)
+
+
+def _close(session: Session) -> None:
+    try:
+        session.close()
+    except Exception:  # noqa: BLE001 - the connection is broken, and so its transaction is rolled back
+        session.invalidate()
+
+
+def _refuse_awaitable(task: AnyRunningTask, value: Any) -> None:
+    if inspect.isawaitable(value):
+        if inspect.iscoroutine(value):
+            value.close()
+        raise InvalidProcessor(
+            f"the processor of {task.type!r} is a plain function that answered an awaitable, which nobody "
+            "awaits: make it `async def`"
+        )

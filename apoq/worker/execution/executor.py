@@ -1,0 +1,293 @@
+"""Where claimed tasks run: a number of slots, on threads and on an event loop."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Container, Iterable
+from contextlib import suppress
+from queue import SimpleQueue
+from typing import Final
+
+from apoq.core.outcomes import Release
+from apoq.worker.execution.attempts import Ended, ended, run, run_coroutine
+from apoq.worker.execution.completion import Completion
+from apoq.worker.execution.deadlines import Deadlines
+from apoq.worker.execution.event_loop import Coroutines
+from apoq.worker.execution.running_task import AnyRunningTask, AsyncRunningTask, Claimed, RunningTask
+from apoq.worker.threads import MissingThreads
+
+GIVE_WAY: Final = 0.0001
+"""Seconds in which a thread that was given a task wakes up and has taken the interpreter.
+
+From a thread that goes on meanwhile it would have to wait for that, asleep once more.
+"""
+
+
+class Slots:
+    """At most `concurrency` tasks at once: plain functions on threads, coroutine functions on an event loop.
+
+    What is put here and finds no slot waits in line. A slot that has ended a task takes the next one from
+    the line by itself, whichever of the two kinds it is, so a busy worker's slots wait for nobody.
+    """
+
+    def __init__(
+        self,
+        concurrency: int,
+        coroutines: Coroutines,
+        completion: Completion,
+        deadlines: Deadlines,
+        missing: MissingThreads,
+        *,
+        make: Callable[[Claimed], AnyRunningTask],
+        on_ended: Callable[[Ended], None],
+        on_low: Callable[[], None],
+    ) -> None:
+        self.concurrency = concurrency
+        self.low_water = 0
+        """`on_low` is called when no more tasks than this are in line."""
+        self.run_time: float | None = None
+        """What a task takes, in seconds: an average in which the last few dozen count."""
+        self._coroutines = coroutines
+        self._completion = completion
+        self._deadlines = deadlines
+        self._missing = missing
+        self._make = make
+        self._on_ended = on_ended
+        self._on_low = on_low
+        self._line: deque[Claimed] = deque()
+        self._free = concurrency
+        self._is_closed = False
+        self._lock = threading.RLock()
+        self._idle = threading.Condition(self._lock)
+        self._threads: list[threading.Thread] = []
+        self._on_threads = 0
+        """How many slots have a task on a thread."""
+        self._for_threads: SimpleQueue[RunningTask | None] = SimpleQueue()
+        # By identity: a task that was given back may run here again before its first run has ended.
+        self._running: set[AnyRunningTask] = set()
+
+    @property
+    def load(self) -> int:
+        """How many tasks run or are in line."""
+        return self.concurrency - self._free + len(self._line)
+
+    @property
+    def free(self) -> int:
+        """How many slots have nothing to do."""
+        return self._free
+
+    @property
+    def waiting_since(self) -> float | None:
+        """When the first in line was claimed, by time.monotonic()."""
+        if not self._line:
+            return None
+        try:
+            batch = self._line[0].claim
+        except IndexError:  # it has just begun
+            return None
+        return batch.claimed_at
+
+    def is_current(self) -> bool:
+        """Tell whether the caller is on one of these threads."""
+        return threading.current_thread() in self._threads
+
+    def put(self, tasks: Iterable[Claimed]) -> None:
+        """Run these as slots are free, and let those that begin at once go first.
+
+        If a slot's thread can't be started, its task stays first in line, and its slot free. If the slots
+        are closed, the tasks are given back.
+        """
+        has_begun = False
+        refused: list[Claimed] = []
+        with self._lock:
+            if self._is_closed:
+                for row in tasks:
+                    self._on_ended(released(self._make(row)))
+                return
+            self._line.extend(tasks)
+            for _ in range(self._free):
+                task = self._pop()
+                if task is None:
+                    break
+                self._free -= 1
+                self._running.add(task)
+                if self._begin(task):
+                    has_begun = True
+                else:
+                    self._free += 1
+                    self._running.discard(task)
+                    refused.append(task.row)
+            self._line.extendleft(reversed(refused))
+        if has_begun:
+            time.sleep(GIVE_WAY)
+
+    def open(self) -> None:
+        """Let tasks begin."""
+        self._is_closed = False
+
+    def close(self) -> None:
+        """Let no more tasks begin; those that run go on."""
+        with self._lock:  # no `put` is under way then
+            self._is_closed = True
+
+    def take_back(self, schemas: Container[str | None] | None = None) -> list[AnyRunningTask]:
+        """Return those that have not begun, and forget them: all of them, or those of these schemas."""
+        taken: list[Claimed] = []
+        others: list[Claimed] = []
+        with self._lock:
+            with suppress(IndexError):
+                while True:
+                    # One by one, because slots take from the line meanwhile.
+                    row = self._line.popleft()
+                    batch = row.claim
+                    is_meant = schemas is None or batch.from_queue.schema in schemas
+                    (taken if is_meant else others).append(row)
+            self._line.extendleft(reversed(others))
+        return [self._make(row) for row in taken]
+
+    def recall(self, tasks: list[Claimed]) -> list[Claimed]:
+        """Tell those that run to stop: they run in vain. Forget and answer those that have not begun."""
+        waiting = []
+        for row in tasks:
+            with suppress(ValueError):  # it has begun
+                self._line.remove(row)
+                waiting.append(row)
+        recalled = {id(row) for row in tasks}
+        for task in self.running():
+            if id(task.row) in recalled:
+                task.recall()
+        return waiting
+
+    def running(self) -> list[AnyRunningTask]:
+        """Answer those that run now."""
+        return list(self._running)
+
+    def abandon(self) -> list[AnyRunningTask]:
+        """Answer those that run now; they are the caller's from here on, and how they end isn't told."""
+        running = []
+        while self._running:
+            with suppress(KeyError):  # the last one has just ended
+                running.append(self._running.pop())
+        return running
+
+    def wait_until_idle(self, timeout: float | None) -> bool:
+        """Wait until nothing runs; tell whether that is so."""
+        with self._idle:
+            return self._idle.wait_for(lambda: self._free == self.concurrency, timeout)
+
+    def stop(self) -> None:
+        """Let the threads end; those that still run a task end with it."""
+        for _ in self._threads:
+            self._for_threads.put(None)
+        self._threads.clear()
+        # Another, for what is left in this one is meant for those threads.
+        self._for_threads = SimpleQueue()
+
+    def _pop(self) -> AnyRunningTask | None:
+        if self._is_closed:
+            return None
+        try:
+            row = self._line.popleft()
+        except IndexError:
+            return None
+        return self._make(row)
+
+    def _begin(self, task: AnyRunningTask) -> bool:
+        """Hand a task to its thread or to the loop; return False if that could not be started."""
+        if isinstance(task, AsyncRunningTask):
+            try:
+                self._coroutines.spawn(self._coroutine_slot, task)
+            except RuntimeError as error:
+                self._missing.add(self._coroutines.open, error)
+                return False
+            return True
+        if len(self._threads) <= self._on_threads:  # none of them is idle
+            try:
+                self._add_thread()
+            except RuntimeError as error:
+                self._missing.add(self._add_thread, error)
+                return False
+        self._on_threads += 1
+        self._for_threads.put(task)
+        return True
+
+    def _add_thread(self) -> None:
+        with self._lock:
+            if len(self._threads) < self.concurrency:
+                thread = threading.Thread(
+                    target=self._thread_slots,
+                    args=(self._for_threads,),
+                    name=f"apoq-slot-{len(self._threads) + 1}",
+                    daemon=True,
+                )
+                thread.start()
+                self._threads.append(thread)
+
+    def _begin_elsewhere(self, task: AnyRunningTask, *, on_thread: bool) -> None:
+        """Go on with a task of the other kind, in the slot of one that has ended."""
+        with self._lock:
+            self._on_threads -= on_thread
+            has_begun = self._begin(task)
+        if not has_begun:
+            self._ended(released(task), time.monotonic())
+            with self._lock:
+                self._free += 1
+                self._idle.notify_all()
+
+    def _thread_slots(self, tasks: SimpleQueue[RunningTask | None]) -> None:
+        while (begun := tasks.get()) is not None:
+            task: AnyRunningTask | None = begun
+            while isinstance(task, RunningTask):
+                started = time.monotonic()
+                is_held = task.row.claim.lease.ends_at > started
+                end = run(task, self._completion, self._deadlines) if is_held else released(task)
+                self._ended(end, started)
+                task = self._next(on_thread=True)
+            if task is not None:
+                self._begin_elsewhere(task, on_thread=True)
+
+    async def _coroutine_slot(self, begun: AsyncRunningTask) -> None:
+        task: AnyRunningTask | None = begun
+        while isinstance(task, AsyncRunningTask):
+            started = time.monotonic()
+            is_held = task.row.claim.lease.ends_at > started
+            end = await run_coroutine(task, self._completion, self._deadlines) if is_held else released(task)
+            self._ended(end, started)
+            task = self._next(on_thread=False)
+        if task is not None:
+            self._begin_elsewhere(task, on_thread=False)
+
+    def _ended(self, end: Ended, started: float) -> None:
+        took = time.monotonic() - started
+        # Threads may overwrite each other's sample: an average doesn't mind.
+        self.run_time = took if self.run_time is None else self.run_time + (took - self.run_time) / 16
+        try:
+            self._running.remove(end.task)
+        except KeyError:
+            # It was given back meanwhile; if it had committed before, that holds.
+            if end.row is None:
+                return
+        self._on_ended(end)
+
+    def _next(self, *, on_thread: bool) -> AnyRunningTask | None:
+        """Return the next in line, to run in the same slot; free the slot if there is none."""
+        task = self._pop()
+        if task is None:
+            with self._lock:
+                task = self._pop()
+                if task is None:
+                    self._free += 1
+                    self._on_threads -= on_thread
+                    self._idle.notify_all()
+        if task is not None:
+            self._running.add(task)
+        if len(self._line) <= self.low_water:
+            self._on_low()
+        return task
+
+
+def released(task: AnyRunningTask) -> Ended:
+    """Give a task back."""
+    return ended(task, Release())

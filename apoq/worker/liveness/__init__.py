@@ -1,0 +1,1 @@
+"""Shows that this worker lives, and sees when others don't."""

@@ -1,0 +1,292 @@
+"""Shows that the worker is alive, and rescues the tasks of those that aren't."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from importlib.metadata import version
+from typing import Any, Final
+from uuid import UUID
+
+from psycopg import DatabaseError
+from psycopg.errors import LockNotAvailable
+from sqlalchemy import Engine, Executable
+
+from apoq.client.queue import Queue
+from apoq.core.outcomes import WorkerDied, report
+from apoq.core.payload import encode
+from apoq.postgres.connections import execute, is_away, is_caused_by_a_row, keeps_session, own_engine
+from apoq.postgres.fast_path import Answer
+from apoq.postgres.watchdog import Stopped
+from apoq.schema.statements.arrays import array_text
+from apoq.schema.statements.heartbeat import beat_and_look, forget, leave
+from apoq.schema.statements.recover import forget_dead, held_by_dead, rescue
+from apoq.worker.failures import Failures, Outage
+from apoq.worker.isolation import Isolation
+from apoq.worker.liveness.lease import Lease
+from apoq.worker.liveness.peers import Peer, Peers
+from apoq.worker.maintenance.narrowing import Narrowing
+
+logger = logging.getLogger(__name__)
+
+BEATS: Final = 5
+"""Heartbeats to a lease: a worker counts as dead when it has missed this many."""
+
+GRACE: Final = 1.5
+"""Heartbeats after which a worker counts as dead whose connection is gone."""
+
+LOCK_TIMEOUT: Final = 0.5
+"""Heartbeats for which one waits for a lock on the tasks, before it does without a rescue."""
+
+SOONEST: Final = 0.05
+"""Seconds between two heartbeats, at least, when another worker is about to count as dead."""
+
+RESCUED_AT_ONCE: Final = 1_000
+
+FORGOTTEN_AFTER: Final = timedelta(hours=1)
+"""For so long the row of a dead worker is kept, for people to read."""
+
+REASON: Final = encode(report(WorkerDied(WorkerDied.__doc__)))
+"""The error of a task that was taken from a dead worker."""
+
+
+class Presence:
+    """What the worker shows of itself in one schema, and what it knows of the others there."""
+
+    def __init__(
+        self, schema: str | None, queues: list[str], lease: Lease, grace: float, outage: Outage
+    ) -> None:
+        self.schema = schema
+        self.queues = queues
+        """The names of the worker's queues there."""
+        self.lease = lease
+        self.peers = Peers(grace)
+        self.looked_at = -math.inf
+        self.narrowing = Narrowing(RESCUED_AT_ONCE)
+        where = "" if schema is None else f" in the schema {schema!r}"
+        self.rescuing = Failures(f"the rescue of tasks of dead workers{where}", outage)
+        self.has_told = False
+        """Whether the log says that a task can't be rescued."""
+        self.has_lapsed = True
+        """Whether the end of the lease has been reported; at first it has none."""
+
+
+class Heartbeat:
+    """Renews the worker's lease in each schema several times before it ends; all times are the database's.
+
+    It has a connection of its own. A worker whose lease has ended counts as dead, and so does one whose
+    connection is gone and that is not back within its grace: by what it has written itself, whatever the
+    settings of those that read it. Any other makes its running tasks pending again.
+
+    A schema in which it fails, such as one that was dropped, doesn't stop it in the others.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        queues: tuple[Queue, ...],
+        outage: Outage,
+        *,
+        concurrency: int,
+        lease: timedelta,
+        known: Callable[[str | None], Sequence[int]],
+        on_rescued: Callable[[], None],
+        on_unknown: Callable[[], None],
+        on_lapse: Callable[[list[str | None]], None],
+    ) -> None:
+        """`known` returns the worker's own claims in a schema; `on_unknown` is called if there are others.
+
+        `on_lapse` is called with the schemas in which the lease has ended.
+        """
+        schemas = sorted({queue.schema for queue in queues}, key=lambda schema: schema or "")
+        self._interval = lease.total_seconds() / BEATS
+        self._grace = self._interval * GRACE
+        self._presences = [
+            Presence(
+                schema,
+                [queue.name for queue in queues if queue.schema == schema],
+                Lease(lease.total_seconds(), self._grace),
+                self._grace,
+                outage,
+            )
+            for schema in schemas
+        ]
+        self._isolation: Isolation[Presence] = Isolation(_describe, outage)
+        self.engine = own_engine(engine, lock_timeout=f"{self._interval * LOCK_TIMEOUT * 1_000:.0f}ms")
+        self._known = known
+        self._on_rescued = on_rescued
+        self._on_unknown = on_unknown
+        self._on_lapse = on_lapse
+        self._row = {
+            "worker_host": platform.node(),
+            "worker_version": version("apoq"),
+            "worker_concurrency": concurrency,
+            "lease": lease,
+            "grace": lease / BEATS * GRACE,
+        }
+        self._forgets_at = 0.0
+        self.worker_id = UUID(int=0)
+        self.seen_at: datetime | None = None
+        """When the database last answered."""
+
+    @property
+    def leases(self) -> dict[str | None, Lease]:
+        """The worker's lease in each schema."""
+        return {presence.schema: presence.lease for presence in self._presences}
+
+    def turn(self) -> float:
+        """Beat and rescue; return when to do so again."""
+        self._look_at_leases()  # the whole process may have been frozen until now
+        try:
+            pause = self.beat()
+        except Stopped:
+            raise  # the lease holds as long as it takes to stop
+        except Exception:
+            for presence in self._presences:
+                presence.lease.shorten()
+                presence.peers.forget()
+            raise
+        finally:
+            self._look_at_leases()
+        if self._forgets_at < time.monotonic():
+            self.forget()
+        return pause
+
+    def enter(self) -> None:
+        """Beat for the first time.
+
+        Rescues the tasks of workers that have been gone for long, too, because this one may not live for
+        long, as one that works a few tasks and ends.
+        """
+        self._beat_in_all(is_first=True)
+
+    def beat(self) -> float:
+        """Renew the leases, and rescue the tasks of dead workers; return the seconds until the next beat."""
+        return self._beat_in_all(is_first=False)
+
+    def _beat_in_all(self, *, is_first: bool) -> float:
+        parameters = {
+            **self._row,
+            "worker_id": self.worker_id,
+            "by_worker": self.worker_id,
+            "worker_pid": os.getpid(),
+            "is_direct": keeps_session(self.engine),
+        }
+
+        return min(
+            self._isolation.call(
+                presence,
+                self._presences,
+                partial(self._beat_in, presence, parameters, is_first=is_first),
+                self._interval,
+            )
+            for presence in self._presences
+        )
+
+    def _beat_in(self, presence: Presence, parameters: dict[str, Any], *, is_first: bool) -> float:
+        schema, began = presence.schema, time.monotonic()
+        if began - presence.looked_at > self._grace:
+            presence.peers.forget()  # this one was away itself
+        found = self._execute(
+            beat_and_look(schema),
+            parameters | {"worker_queues": presence.queues, "known": array_text(self._known(schema))},
+        ).fetchall()
+        presence.lease.renew(began)
+        presence.has_lapsed = False
+        presence.looked_at = began
+        self.seen_at = datetime.now(UTC)
+        if found[0][0]:
+            self._on_unknown()
+        peers = [Peer(*row[1:]) for row in found if row[1] is not None]
+        dead, next_death = presence.peers.look(peers, time.monotonic())
+        if is_first:
+            dead = [peer.id for peer in peers if peer.is_long_gone]
+        if dead:
+            self._rescue(presence, dead)
+        return max(SOONEST, min(self._interval, next_death))
+
+    def _rescue(self, presence: Presence, dead: list[UUID]) -> None:
+        parameters = {"dead": dead, "reason": REASON}
+        narrowing, ends_at = presence.narrowing, time.monotonic() + self._interval / 2
+        has_more = True
+        while has_more and time.monotonic() < ends_at:
+            try:
+                rescued = self._execute(rescue(presence.schema), parameters | narrowing.parameters).rowcount
+            except LockNotAvailable:
+                logger.info("apoq_tasks is locked, by a migration perhaps: nothing can be rescued now")
+                return
+            except DatabaseError as error:
+                if is_away(error):
+                    raise
+                if not self._can_go_on_without(error, presence, parameters):
+                    presence.rescuing.failed(error)
+                    return
+                continue
+            if rescued:
+                logger.warning("%d tasks of workers that died are pending again", rescued)
+                self._on_rescued()
+            has_more = narrowing.written(rescued)
+        if not has_more:
+            presence.rescuing.recovered()
+            presence.has_told = narrowing.kept > 0
+            self._execute(forget_dead(presence.schema), parameters)
+
+    def _can_go_on_without(
+        self, error: DatabaseError, presence: Presence, parameters: dict[str, Any]
+    ) -> bool:
+        """Return whether a task was to blame that is now passed over, or will be found among fewer."""
+        narrowing = presence.narrowing
+        if not is_caused_by_a_row(error):
+            return False
+        # A batch survives its worst member: the others are rescued without it.
+        if not narrowing.refused():
+            return True
+        [(held,)] = self._execute(held_by_dead(presence.schema), parameters).fetchall()
+        if narrowing.passed_over > held:  # so it was none of them, as if a trigger refuses the statement
+            narrowing.written(0)
+            return False
+        if not presence.has_told:
+            presence.has_told = True
+            logger.warning(
+                "a task of a dead worker can't be made pending again, and stays running; others are rescued, "
+                "and this one is tried again at each heartbeat: %s",
+                error,
+            )
+        return True
+
+    def _execute(self, statement: Executable, parameters: dict[str, Any]) -> Answer:
+        return execute(self.engine, statement, parameters, timeout=self._grace)
+
+    def _look_at_leases(self) -> None:
+        lapsed = [each for each in self._presences if not each.lease.is_held and not each.has_lapsed]
+        for presence in lapsed:
+            presence.has_lapsed = True
+        if lapsed:
+            self._on_lapse([presence.schema for presence in lapsed])
+
+    def forget(self) -> None:
+        """Remove the rows of workers that died long ago."""
+        self._forgets_at = time.monotonic() + FORGOTTEN_AFTER.total_seconds() / 10
+        for presence in self._presences:
+            its_schema = partial(self._execute, forget(presence.schema), {"keep": FORGOTTEN_AFTER})
+            self._isolation.call(presence, self._presences, its_schema, None)
+
+    def dispose(self) -> None:
+        """Close its connection."""
+        self.engine.dispose()
+
+    def leave(self) -> None:
+        """Remove the worker's row: it holds nothing any more."""
+        for presence in self._presences:
+            if not self._isolation.is_failing(presence):
+                self._execute(leave(presence.schema), {"worker_id": self.worker_id})
+
+
+def _describe(presence: Presence) -> str:
+    return "the heartbeat" if presence.schema is None else f"the heartbeat in the schema {presence.schema!r}"

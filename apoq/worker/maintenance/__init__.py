@@ -1,0 +1,1 @@
+"""Deletes old tasks, and finds what was missed."""

@@ -1,0 +1,110 @@
+"""Deletes what ended long ago."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Mapping
+from datetime import timedelta
+from functools import partial
+from typing import Final
+
+from psycopg import DatabaseError
+from sqlalchemy import Delete, Engine
+
+from apoq.client.queue import Queue
+from apoq.postgres.connections import execute, is_caused_by_a_row
+from apoq.schema.statements.prune import prune_completed, prune_failed
+from apoq.worker.failures import Outage
+from apoq.worker.isolation import Isolation
+from apoq.worker.liveness.lease import Lease
+from apoq.worker.maintenance.narrowing import Narrowing
+
+logger = logging.getLogger(__name__)
+
+BATCH: Final = 1_000
+"""Rows that one statement deletes at most."""
+
+SHARE: Final = 0.05
+"""The share of its time that the pruner spends in the database while there is something to delete."""
+
+TIMEOUT: Final = 60.0
+"""Seconds that one such statement may take."""
+
+INTERVAL: Final = 60.0
+"""Seconds after which it looks again."""
+
+
+class Rule:
+    """Which of a queue's tasks are deleted, and how many at once."""
+
+    def __init__(self, statement: Delete, from_queue: str, keep: timedelta) -> None:
+        self.deleted = 0
+        self._statement = statement
+        self._parameters = {"from_queue": from_queue, "keep": keep}
+        self._narrowing = Narrowing(BATCH)
+        self._has_told = False
+
+    def __str__(self) -> str:
+        return f"the pruning of the queue {self._parameters['from_queue']!r}"
+
+    @property
+    def kept(self) -> int:
+        """How many the last pass has left, because they can't be deleted."""
+        return self._narrowing.kept
+
+    def prune(self, engine: Engine) -> bool:
+        """Delete a batch; return whether there may be more."""
+        try:
+            found = execute(
+                engine, self._statement, self._parameters | self._narrowing.parameters, timeout=TIMEOUT
+            )
+        except DatabaseError as error:
+            if not is_caused_by_a_row(error):
+                raise
+            # Such as a task to which a row of the application's points.
+            if self._narrowing.refused() and not self._has_told:
+                self._has_told = True
+                logger.warning("a task that ended long ago can't be deleted, and stays: %s", error)
+            return True
+        self.deleted += found.rowcount
+        return self._narrowing.written(found.rowcount)
+
+
+class Pruner:
+    """Deletes the ended tasks of a worker's queues when their time is over, in small bites."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        queues: tuple[Queue, ...],
+        leases: Mapping[str | None, Lease],
+        outage: Outage,
+        *,
+        keep_completed: timedelta | None,
+        keep_failed: timedelta | None,
+    ) -> None:
+        self._engine = engine
+        self._isolation: Isolation[Rule] = Isolation(str, outage)
+        self._rules = [
+            (leases[queue.schema], Rule(prune(queue.schema), queue.name, keep))
+            for queue in queues
+            for prune, keep in ((prune_completed, keep_completed), (prune_failed, keep_failed))
+            if keep is not None
+        ]
+
+    def turn(self) -> float | None:
+        """Delete a batch of each kind; answer when to go on."""
+        began = time.monotonic()
+        if self.prune():
+            return (time.monotonic() - began) * (1 / SHARE - 1)
+        return INTERVAL * random.uniform(0.9, 1.1)  # noqa: S311 - workers needn't prune together
+
+    def prune(self) -> bool:
+        """Delete a batch of each kind; tell whether there may be more."""
+        more = False
+        rules = [rule for lease, rule in self._rules if lease.is_held]
+        for rule in rules:
+            more |= self._isolation.call(rule, rules, partial(rule.prune, self._engine), False)
+        return more

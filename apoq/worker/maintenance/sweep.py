@@ -1,0 +1,147 @@
+"""Rescues running tasks that no claim has noted."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Final
+
+from sqlalchemy import Engine
+
+from apoq.postgres.connections import execute
+from apoq.schema.statements.arrays import array_text
+from apoq.schema.statements.recover import rescue_unnoted
+from apoq.schema.statements.unnoted import next_level, unnoted
+from apoq.worker.failures import Outage
+from apoq.worker.isolation import Isolation
+from apoq.worker.liveness.heartbeat import REASON
+from apoq.worker.liveness.lease import Lease
+
+logger = logging.getLogger(__name__)
+
+WALK: Final = 1_000
+"""Tasks that one statement looks at, at most."""
+
+TURN: Final = 0.05
+"""Seconds that a turn takes, about, before the sweep rests."""
+
+SHARE: Final = 0.02
+"""The share of its time that the sweep spends in the database."""
+
+INTERVAL: Final = 60.0
+"""Seconds between two passes that find nothing."""
+
+MOST_SUSPECTS: Final = 1_000
+"""Tasks that are remembered from one pass to the next, at most."""
+
+BEFORE_ALL: Final = {"queue": "", "priority": 2**15 - 1}
+START: Final = {"time": "-infinity", "id": -(2**63)}
+
+
+@dataclass
+class _Pass:
+    """One walk through the tasks of a schema that have not ended."""
+
+    level: dict[str, Any] | None = None
+    """The queue and the priority that it has come to; None before the first."""
+    behind: dict[str, Any] = field(default_factory=lambda: START)
+    suspects: set[tuple[int, int]] = field(default_factory=set)
+    """Ids and tokens of the tasks that this pass has found."""
+    seen_before: set[tuple[int, int]] = field(default_factory=set)
+    """Those that the last pass has found."""
+
+
+class Sweep:
+    """Walks through all tasks that have not ended, slowly, and rescues those that run without a claim's note.
+
+    Workers find what a dead one held by the notes of its claims. Where these are missing, as after a restore
+    or a replication of the task table alone, nobody else would find such a task. One is rescued if it is
+    found in two passes, between which a worker that is alive has had the time to show it.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        leases: Mapping[str | None, Lease],
+        outage: Outage,
+        *,
+        grace: float,
+        on_rescued: Callable[[], None],
+    ) -> None:
+        """`grace`: seconds between two passes, at least."""
+        self._engine = engine
+        self._leases = leases
+        self._passes = {schema: _Pass() for schema in leases}
+        self._isolation: Isolation[str | None] = Isolation(_describe, outage)
+        self._grace = grace
+        self._on_rescued = on_rescued
+        self._pause = grace
+        self._begins_at: float | None = None
+
+    def turn(self) -> float | None:
+        """Walk on for a while; return when to go on."""
+        began = time.monotonic()
+        if self._begins_at is None:
+            self._begins_at = began + self._grace  # a worker that starts has other things to do
+        if began < self._begins_at:
+            return self._begins_at - began
+        schemas = [schema for schema, lease in self._leases.items() if lease.is_held]
+        is_over = True
+        for schema in schemas:
+            is_over &= self._isolation.call(schema, schemas, partial(self._walk, schema), True)
+        took = time.monotonic() - began
+        if not is_over:
+            return max(1.0, took * (1 / SHARE - 1))
+        has_suspects = any(each.seen_before for each in self._passes.values())
+        self._pause = self._grace if has_suspects else min(INTERVAL, 4 * self._pause)
+        return max(self._grace, self._pause) * random.uniform(1.0, 1.2)  # noqa: S311 - workers needn't walk together
+
+    def _walk(self, schema: str | None) -> bool:
+        """Go on with the pass through a schema; return whether it is over."""
+        ends_at = time.monotonic() + TURN
+        while time.monotonic() < ends_at:
+            if not self._step(schema, self._passes[schema]):
+                return True
+        return False
+
+    def _step(self, schema: str | None, its: _Pass) -> bool:
+        """Look at the next tasks; return whether there may be more."""
+        if its.level is None:
+            its.level = self._level_after(schema, BEFORE_ALL)
+        else:
+            parameters = {**its.level, **its.behind, "at_most": WALK}
+            rows = execute(self._engine, unnoted(schema), parameters).fetchall()
+            found = [(task_id, token) for task_id, token, _, _, is_unnoted in rows if is_unnoted]
+            its.suspects.update(found[: MOST_SUSPECTS - len(its.suspects)])
+            if again := [task for task in found if task in its.seen_before]:
+                self._rescue(schema, again)
+            if rows and rows[-1][_NUMBER] == WALK:
+                its.behind = {"id": rows[-1][_ID], "time": rows[-1][_TIME]}
+                return True
+            its.level, its.behind = self._level_after(schema, its.level), START
+        if its.level is None:
+            its.suspects, its.seen_before = set(), its.suspects
+        return its.level is not None
+
+    def _level_after(self, schema: str | None, level: dict[str, Any]) -> dict[str, Any] | None:
+        rows = execute(self._engine, next_level(schema), level).fetchall()
+        return dict(zip(("queue", "priority"), rows[0], strict=True)) if rows else None
+
+    def _rescue(self, schema: str | None, tasks: list[tuple[int, int]]) -> None:
+        ids, tokens = zip(*tasks, strict=True)
+        parameters = {"ids": array_text(ids), "tokens": array_text(tokens), "reason": REASON}
+        if rescued := execute(self._engine, rescue_unnoted(schema), parameters).rowcount:
+            logger.warning("running tasks that no worker had are pending again: %d", rescued)
+            self._on_rescued()
+
+
+_ID, _, _TIME, _NUMBER = range(4)
+"""Where these are in a row of `unnoted`."""
+
+
+def _describe(schema: str | None) -> str:
+    return "the sweep" if schema is None else f"the sweep of the schema {schema!r}"

@@ -1,0 +1,417 @@
+"""The parts of a worker, and what they tell each other."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Final
+
+from sqlalchemy import Engine
+from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.pool import PoolProxiedConnection
+
+from apoq.client.queue import Queue
+from apoq.core.events import Events
+from apoq.core.registry import Registry
+from apoq.postgres.connections import own_engine
+from apoq.postgres.urls import sync_side
+from apoq.postgres.watchdog import LOOK, watch
+from apoq.schema.statements.hint import has_tasks
+from apoq.schema.statements.settle import LOCK_TIMEOUT
+from apoq.worker.claiming.claim_log import Notes
+from apoq.worker.claiming.claimer import Claimer
+from apoq.worker.claiming.cursor import Position
+from apoq.worker.claiming.listener import Listener, listen_engine
+from apoq.worker.claiming.scanner import Scout
+from apoq.worker.execution.attempts import Ended, ended, overdue, run, run_coroutine
+from apoq.worker.execution.completion import Completion
+from apoq.worker.execution.deadlines import Deadlines
+from apoq.worker.execution.event_loop import Coroutines
+from apoq.worker.execution.executor import Slots, released
+from apoq.worker.execution.running_task import AnyRunningTask, AsyncRunningTask, Claimed, Notice, RunningTask
+from apoq.worker.execution.task_sessions import TaskSessions
+from apoq.worker.failures import Outage
+from apoq.worker.liveness.heartbeat import BEATS, GRACE, Heartbeat
+from apoq.worker.liveness.lost_tasks import Recaller
+from apoq.worker.loop import Loop
+from apoq.worker.maintenance.pruner import Pruner
+from apoq.worker.maintenance.sweep import Sweep
+from apoq.worker.options import WorkerOptions
+from apoq.worker.settling.counters import Counter
+from apoq.worker.settling.settler import Settler
+from apoq.worker.threads import MissingThreads
+
+logger = logging.getLogger(__name__)
+
+AFTERMATH: Final = 0.05
+"""Seconds after a claim in which the scout looks whether that was all."""
+
+PATIENCE: Final = 5.0
+"""Seconds in which what has ended is settled, at the end."""
+
+OVERTIME: Final = 1.5
+"""Seconds after the time to stop in which that must be done."""
+
+CLEAN_UP: Final = 1.0
+"""Those of them in which cancelled coroutines may end."""
+
+CUT: Final = 0.25
+"""Seconds after which a thread has ended whose connection was cut."""
+
+BUSY: Final = 0.25
+"""The same, where there is more: in which a priority that is new and higher is found."""
+
+
+class Parts:
+    """Claimer, slots, settler and the others, joined: a task goes from one to the next.
+
+    .. code-block:: text
+
+        listener ─hint─▶ claimer ─rows─▶ slots ─ends─▶ settler
+        scout ─────────▶    ▲               │ room
+        heartbeat ─────▶    └───────────────┘
+
+    None of them knows another one but through what is passed to it here.
+    """
+
+    def __init__(
+        self,
+        engine: Engine | AsyncEngine,
+        queues: tuple[Queue, ...],
+        registry: Registry,
+        events: Events,
+        options: WorkerOptions,
+        counter: Counter,
+    ) -> None:
+        self.outage = Outage(on_away=self._give_back_line)
+        self.engine = own_engine(sync_side(engine), lock_timeout=LOCK_TIMEOUT)
+        listening = self.engine if options.listen_url is None else listen_engine(options.listen_url)
+        self._listening_engine = listening
+        self._schemas = tuple(dict.fromkeys(queue.schema for queue in queues))
+        self._notices = self._new_notices()
+        self._by = math.inf
+        self._beside: set[AnyRunningTask] = set()  # what runs in no slot, but on the thread of `work`
+        self.coroutines = Coroutines()
+        self.sessions = TaskSessions(engine, self.coroutines)
+        notes = Notes()
+        self.heartbeat = Heartbeat(
+            sync_side(engine),
+            queues,
+            self.outage,
+            concurrency=options.concurrency,
+            lease=options.lease,
+            known=notes.known,
+            on_rescued=self.hint,
+            on_unknown=self._doubt,
+            on_lapse=self._lapsed,
+        )
+        self._completion = Completion(events, keep=options.keeps_completed)
+        self._counter = counter
+        self.settler = Settler(
+            self.engine,
+            events,
+            self._completion,
+            counter,
+            self._schemas,
+            self.outage,
+            on_settled=self._settled,
+            on_given_up=self._given_up,
+            on_pending=self._look,
+        )
+        self.missing = MissingThreads(self.outage)
+        self.deadlines = Deadlines(self._put_overdue, self.outage, self.missing)
+        self.slots = Slots(
+            options.concurrency,
+            self.coroutines,
+            self._completion,
+            self.deadlines,
+            self.missing,
+            make=self._make,
+            on_ended=self._put_ended,
+            on_low=self._wake_claimer,
+        )
+        positions = {queue: Position() for queue in queues}
+        self.scout = Scout(
+            self.engine,
+            positions,
+            registry,
+            self.heartbeat.leases,
+            self.outage,
+            poll_interval=options.poll_interval.total_seconds(),
+            on_due=self.hint,
+        )
+        self.claimer = Claimer(
+            self.engine,
+            queues,
+            registry,
+            self.slots,
+            notes,
+            self.outage,
+            positions=positions,
+            leases=self.heartbeat.leases,
+            on_claim=self._claimed,
+            make=self._make,
+            put_ended=self._put_ended,
+        )
+        self.listener = Listener(
+            self.engine,
+            listening,
+            frozenset(has_tasks(queue.schema, queue.name) for queue in queues),
+            on_hint=self._hinted,
+            on_cancelled=self._cancelled,
+            on_listening=self._listens,
+        )
+        self.recaller = Recaller(
+            self.engine,
+            self._schemas,
+            self.outage,
+            held=lambda: list(self.claimer.held.values()),
+            running=lambda: [*self.slots.running(), *self._beside],
+            interval=options.lease.total_seconds() / BEATS,
+            on_lost=self._lost,
+        )
+        pruner = Pruner(
+            self.engine,
+            queues,
+            self.heartbeat.leases,
+            self.outage,
+            keep_completed=options.keep_completed,
+            keep_failed=options.keep_failed,
+        )
+        sweep = Sweep(
+            self.engine,
+            self.heartbeat.leases,
+            self.outage,
+            grace=options.lease.total_seconds() / BEATS * GRACE,
+            on_rescued=self.hint,
+        )
+        self.on_death: Callable[[], None] = lambda: None
+        """Called when a thread of the worker's has ended that shouldn't."""
+        self.settling = self.loop("apoq-settler", self.settler.turn, self._flush)
+        self.claiming = self.loop("apoq-claimer", self.claimer.turn)
+        self.scouting = self.loop("apoq-scout", self.scout.turn)
+        self.recalling = self.loop("apoq-recaller", self.recaller.turn)
+        self.listening = self.loop("apoq-listener", self.listener.turn)
+        self.pruning = self.loop("apoq-pruner", pruner.turn)
+        self.sweeping = self.loop("apoq-sweep", sweep.turn)
+        # The claimer is last: if one of them can't be started, nothing has been claimed.
+        self.loops = (
+            self.settling,
+            self.listening,
+            self.scouting,
+            self.pruning,
+            self.sweeping,
+            self.claiming,
+        )
+        """Those that run from a start to a stop."""
+
+    def loop(
+        self, name: str, turn: Callable[[], float | None], on_stop: Callable[[], None] = lambda: None
+    ) -> Loop:
+        """Make a loop of this worker's."""
+        return Loop(name, turn, self.outage, on_death=self._died, on_stop=on_stop)
+
+    def open(self) -> None:
+        """Make ready to start."""
+        self.slots.open()
+        self.listener.open()
+        self.claimer.hint()
+
+    def start(self) -> None:
+        """Claim, run and settle from now on, each on its thread; RuntimeError if one can't be started."""
+        for loop in self.loops:
+            loop.start()
+
+    def retry_threads(self) -> None:
+        """Try again to start the threads that could not be started."""
+        self.missing.retry()
+        self.slots.put(())  # what waits for them
+
+    def run_beside(self, task: AnyRunningTask) -> Ended:
+        """Run a task on the caller's thread, beside those in the slots."""
+        self._beside.add(task)
+        try:
+            if isinstance(task, AsyncRunningTask):
+                end: Ended = self.coroutines.run(run_coroutine(task, self._completion, self.deadlines))
+                return end
+            return run(task, self._completion, self.deadlines)
+        finally:
+            self._beside.discard(task)
+
+    def is_current(self) -> bool:
+        """Tell whether the caller is a processor or a listener of this worker's, on a thread of its own."""
+        return self.slots.is_current() or self.settling.is_current()
+
+    def hint(self) -> None:
+        """Look for due tasks now."""
+        self.claimer.hint()
+        self.claiming.wake()
+
+    def stop(self, patience: float | None) -> float:
+        """Claim no more, give back what has not begun, and wait so many seconds for what runs.
+
+        Return when all else must be done as well, by time.monotonic(): from then on no statement is sent, and
+        the connections are cut on which an answer is awaited.
+        """
+        ends_at = math.inf if patience is None else time.monotonic() + patience
+        for notice in self._notices.values():
+            notice.is_given = True
+        self.slots.close()
+        claiming = (self.scouting, self.claiming, self.pruning, self.sweeping)
+        for loop in claiming:
+            loop.end()
+        self._give_back_line()
+        is_idle = self.slots.wait_until_idle(patience)
+        by = min(time.monotonic() + PATIENCE, ends_at + OVERTIME)
+        self._by = by
+        self.limit(by)
+        if not is_idle:
+            left = self.deadlines.withdraw(self.slots.abandon())
+            logger.warning("%d tasks still ran when the time to stop was up, and are given back", len(left))
+            self._give_back(left)
+            self.coroutines.cancel(CLEAN_UP)
+        for loop in claiming:
+            self.end(loop, by)
+        if not self.end(self.settling, by):
+            logger.warning("what has ended could not be settled in time; others will run these tasks again")
+        self.slots.stop()
+        self.missing.clear()
+        self.listener.stop()
+        self.end(self.listening, by)
+        self.listener.close()
+        self._notices = self._new_notices()  # for the next start; those that run on are told to stop still
+        return by
+
+    def end(self, loop: Loop, by: float) -> bool:
+        """Stop a loop, and wait until then for its last turn to end; tell whether it has."""
+        if loop.stop(left_until(by)):
+            return True
+        watch.cut_overdue()
+        return loop.stop(left_until(by + CUT))
+
+    def limit(self, by: float | None) -> None:
+        """Send no statement after this, by time.monotonic(), and cut what waits then; None: no limit."""
+        for engine in {self.engine, self.heartbeat.engine, self._listening_engine}:
+            watch.limit(engine, by)
+
+    def dispose(self, by: float) -> None:
+        """Close what was opened here, by then."""
+        if self.coroutines.is_blocked:
+            by = 0.0  # nothing more comes of waiting for that loop
+        self.sessions.dispose(left_until(by))
+        self.coroutines.stop(left_until(by))
+        self.heartbeat.dispose()
+        self.engine.dispose()
+
+    def _died(self) -> None:
+        self.on_death()
+
+    def _make(self, row: Claimed) -> AnyRunningTask:
+        batch = row.claim
+        processor = batch.processors[row.type]
+        notice = self._notices[batch.from_queue.schema]
+        if processor.is_coroutine:
+            return AsyncRunningTask(row, processor, self.sessions.open_async, notice)
+        return RunningTask(row, processor, self.sessions.open, notice)
+
+    def _put_ended(self, end: Ended) -> None:
+        if end.row is not None and end.outcome is None and not self._completion.is_heard:
+            self._counter.count(None)
+            self.claimer.settled([end.task.row])  # it is written already, and nobody is to be told
+            return
+        self.settler.put(end)
+        self.settling.wake()
+
+    def _put_overdue(self, task: AnyRunningTask, thread_id: int) -> None:
+        self._put_ended(ended(task, overdue(task.timeout or 0.0, thread_id)))
+        if not self.settling.is_alive:
+            self.settler.turn()  # nobody else takes turns beside `work`
+
+    def _settled(self, tasks: list[Claimed]) -> None:
+        self.claimer.settled(tasks)
+
+    def _given_up(self, task: Claimed) -> None:
+        self.claimer.given_up(task)
+
+    def _lapsed(self, schemas: list[str | None]) -> None:
+        logger.warning(
+            "the lease%s could not be renewed in time: tasks that have not begun are given back, and what "
+            "running ones have written in task.session is undone, because other workers may run them now",
+            "" if len(schemas) == len(self._schemas) else f" in {', '.join(map(repr, schemas))}",
+        )
+        for schema in schemas:
+            self._notices[schema].is_given = True
+            self._notices[schema] = Notice()  # for what is claimed when it is renewed
+        self._give_back(self.slots.take_back(schemas))
+        for task in self.slots.running():
+            if task.from_queue.schema in schemas:
+                task.cut_off()
+        if not any(lease.is_held for lease in self.heartbeat.leases.values()):
+            # It isn't one schema, it is the connection. Else the others would find out one by one.
+            watch.cut_all(self.engine)
+            self.listener.renew()
+            self.sessions.renew()
+
+    def _doubt(self) -> None:
+        self.claimer.doubt()
+        self.hint()
+
+    def _new_notices(self) -> dict[str | None, Notice]:
+        return {schema: Notice() for schema in self._schemas}
+
+    def _hinted(self, connection: PoolProxiedConnection | None) -> None:
+        self.claimer.hint()
+        # On the connection that has just heard: its session is awake, where another has to wake up first.
+        self.claiming.take_turn(partial(self.claimer.turn, connection))
+
+    def _cancelled(self, ids: set[int]) -> None:
+        if self.recaller.hint(ids):
+            self.recalling.wake()
+
+    def _lost(self, tasks: list[Claimed]) -> None:
+        self.claimer.settled(self.slots.recall(tasks))
+        for task in list(self._beside):
+            if any(task.row is row for row in tasks):
+                task.recall()
+
+    def _listens(self) -> None:
+        self.listening.recovered()
+
+    def _claimed(self, count: int, wanted: int) -> None:
+        # Was that all? Where nothing was found, whoever gave the hint may have meant something else.
+        self._look(BUSY if count == wanted else AFTERMATH if count else 0.0)
+
+    def _look(self, seconds: float = 0.0) -> None:
+        if self.scout.look_in(seconds):
+            self.scouting.wake()
+
+    def _give_back_line(self) -> None:
+        """Give back what has not begun.
+
+        Also if the database is away: each would fail as soon as it used its session, one after the other.
+        What is claimed from then on may begin, for a claim that succeeds shows that the database is back.
+        """
+        self._give_back(self.slots.take_back())
+
+    def _give_back(self, tasks: list[AnyRunningTask]) -> None:
+        for task in tasks:
+            self._put_ended(released(task))
+
+    def _flush(self) -> None:
+        """Settle what has ended; on the settler's thread, for it may have to connect, and that takes long."""
+        try:
+            self.settler.flush(left_until(self._by - LOOK))
+        except Exception as error:  # noqa: BLE001
+            logger.warning("some tasks could not be settled; others will run them again: %s", error)
+
+    def _wake_claimer(self) -> None:
+        if self.claimer.waits_for_room:
+            self.claiming.wake()
+
+
+def left_until(by: float) -> float:
+    """Return the seconds until this time, by time.monotonic(); zero after it."""
+    return max(0.0, by - time.monotonic())

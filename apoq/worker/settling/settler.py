@@ -1,0 +1,419 @@
+"""Writes what became of tasks, many at once."""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import cache
+from operator import attrgetter
+from typing import Any, Final, NamedTuple, TypeVar
+
+from psycopg import DatabaseError
+from psycopg.errors import LockNotAvailable
+from sqlalchemy import Engine, Executable
+
+from apoq.core import events, states
+from apoq.core.events import Events
+from apoq.core.outcomes import Settlement, Unreachable
+from apoq.core.payload import encode
+from apoq.postgres.connections import execute, is_caused_by_a_row
+from apoq.schema.models import detached, tasks_table
+from apoq.schema.statements.arrays import array_text
+from apoq.schema.statements.locked import locked
+from apoq.schema.statements.settle import settle
+from apoq.worker.execution.attempts import Ended, TaskLost, is_late
+from apoq.worker.execution.completion import Completion, told
+from apoq.worker.execution.running_task import Claimed, short_data
+from apoq.worker.failures import Outage
+from apoq.worker.isolation import Isolation
+from apoq.worker.settling.counters import Counter
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+LOOK: Final = 0.25
+"""Seconds between two looks whether what somebody had locked is free."""
+
+LONGEST_LOOK: Final = 4.0
+"""The same, where a whole table stays locked: each look waits for it, and holds up what is beside it."""
+
+OUTAGE: Final = 10.0
+"""Seconds without a task that couldn't connect after which the next one is news again."""
+
+Rows = dict[int, Mapping[Any, Any] | None]
+"""The tasks that were written, by their id; with their rows, where somebody wants to hear of them."""
+
+
+class Unsettled(NamedTuple):
+    """What has ended in one schema, and how it is written."""
+
+    write: Callable[[str | None, list[Any]], None]
+    schema: str | None
+    ended: list[Any]
+    """Claimed rows, of what has completed, or else `Ended`."""
+    is_locked: bool = False
+    """Whether some of it was locked by somebody else, the last time."""
+    looks_at: float = 0.0
+    """When it is tried again, after that."""
+
+
+class Closed(NamedTuple):
+    """A schema whose whole table is locked."""
+
+    until: float
+    pause: float
+
+
+class Settler:
+    """Takes ended attempts as they come, and settles all that there are with each write.
+
+    What can't be written because the database is away is kept, and written when it is back. What somebody
+    has locked, such as a caller who cancels it and has not committed yet, is put off, and the others go on.
+    So is a schema whose whole table is locked, as by a migration, or which has been dropped.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        events_: Events,
+        completion: Completion,
+        counter: Counter,
+        schemas: Sequence[str | None],
+        outage: Outage,
+        *,
+        on_settled: Callable[[list[Claimed]], None],
+        on_given_up: Callable[[Claimed], None],
+        on_pending: Callable[[float], None],
+    ) -> None:
+        """`on_pending` is called with the seconds until a task that was settled is due again.
+
+        `on_given_up` with a task to which nothing can be written.
+        """
+        self._engine = engine
+        self._completion = completion
+        self._counter = counter
+        self._events = events_
+        self._on_settled = on_settled
+        self._on_given_up = on_given_up
+        self._on_pending = on_pending
+        # Most attempts complete, and nothing more is to be known of them.
+        self._completed: deque[Claimed] = deque()
+        self._ended: deque[Ended] = deque()
+        self._large: dict[int, Any] = {}
+        """The data of those that have completed whose rows don't have it, by the `id()` of the row."""
+        self._unsettled: deque[Unsettled] = deque()
+        self._put_off: list[Unsettled] = []
+        self._closed: dict[str | None, Closed] = {}
+        self._schemas = schemas
+        self._isolation: Isolation[str | None] = Isolation(_describe, outage)
+        self._unreachable_at = -math.inf
+        self._lock = threading.Lock()
+
+    def put(self, end: Ended) -> None:
+        """Settle this soon; the caller wakes whoever takes the turns."""
+        if end.outcome is None and end.row is None:
+            if not end.task.has_data and self._completion.is_heard:
+                self._large[id(end.task.row)] = end.task.data
+            self._completed.append(end.task.row)
+        else:
+            self._ended.append(end)
+
+    def turn(self) -> float | None:
+        """Settle all that have ended."""
+        with self._lock:
+            for unsettled in [*self._taken_back(), *self._taken_ended()]:
+                is_due = self._looks_at(unsettled) <= time.monotonic()
+                (self._unsettled if is_due else self._put_off).append(unsettled)
+            while self._unsettled:
+                self._write_first()
+        if self._completed or self._ended:
+            return 0.0
+        looks_at = min(map(self._looks_at, self._put_off), default=None)
+        return None if looks_at is None else max(0.0, looks_at - time.monotonic())
+
+    def flush(self, patience: float) -> None:
+        """Settle all that have ended, waiting so many seconds for what somebody has locked."""
+        deadline = time.monotonic() + patience
+        while (pause := self.turn()) is not None and (left := deadline - time.monotonic()) > 0:
+            time.sleep(min(pause, max(left, LOOK)))  # so that the last look comes at the end
+        if count := sum(len(unsettled.ended) for unsettled in self._put_off):
+            logger.warning(
+                "%d tasks are locked, or in a schema that fails, and could not be settled; other workers may "
+                "run them again",
+                count,
+            )
+
+    def _taken_back(self) -> list[Unsettled]:
+        taken, self._put_off = self._put_off, []
+        return taken
+
+    def _taken_ended(self) -> Iterator[Unsettled]:
+        for schema, rows in _by_schema(_taken(self._completed), _schema_of).items():
+            yield Unsettled(self._complete, schema, rows)
+        for schema, ends in _by_schema(_taken(self._ended), lambda end: _schema_of(end.task.row)).items():
+            yield Unsettled(self._settle, schema, ends)
+
+    def _looks_at(self, unsettled: Unsettled) -> float:
+        closed = self._closed.get(unsettled.schema)
+        return unsettled.looks_at if closed is None else closed.until
+
+    def _write_first(self) -> None:
+        """Write the first of what is unsettled, or put in its place what is to be written instead."""
+        schema = self._unsettled[0].schema
+        if not self._isolation.call(schema, self._schemas, self._try_first, otherwise=False):
+            unsettled = self._unsettled.popleft()
+            self._put_off.append(unsettled._replace(looks_at=time.monotonic() + LOOK))
+
+    def _try_first(self) -> bool:
+        unsettled = self._unsettled[0]
+        try:
+            if unsettled.is_locked:
+                unsettled = self._unsettled[0] = self._put_off_locked(unsettled)
+            if unsettled.ended:
+                unsettled.write(unsettled.schema, unsettled.ended)
+        except LockNotAvailable:
+            if unsettled.is_locked:
+                self._close(unsettled.schema)  # for nothing of it could even be looked at
+            else:
+                self._unsettled[0] = unsettled._replace(is_locked=True)
+        except DatabaseError as error:
+            if not is_caused_by_a_row(error):
+                raise  # all of it is still there when the database, the table or the right is back
+            self._unsettled.popleft()
+            self._unsettled.extendleft(reversed(self._parted(unsettled, error)))
+        else:
+            self._unsettled.popleft()
+        return True
+
+    def _put_off_locked(self, unsettled: Unsettled) -> Unsettled:
+        """Put off what is locked, and answer the rest."""
+        ids = array_text([_row(one).id for one in unsettled.ended])
+        found = {id_ for (id_,) in execute(self._engine, locked(unsettled.schema), {"ids": ids})}
+        self._closed.pop(unsettled.schema, None)
+        if found:
+            waiting = [one for one in unsettled.ended if _row(one).id in found]
+            looks_at = time.monotonic() + LOOK
+            self._put_off.append(unsettled._replace(ended=waiting, looks_at=looks_at))
+        free = [one for one in unsettled.ended if _row(one).id not in found]
+        return unsettled._replace(ended=free, is_locked=False)
+
+    def _close(self, schema: str | None) -> None:
+        """Put off all of a schema whose table is locked, the longer the longer it is."""
+        before = self._closed.get(schema)
+        if before is None:
+            logger.info("apoq_tasks is locked, by a migration perhaps: what has ended is settled after that")
+        pause = LOOK if before is None else min(LONGEST_LOOK, 2 * before.pause)
+        self._closed[schema] = Closed(time.monotonic() + pause, pause)
+        # The next one asks first whether the table is free: that waits for the table at most, and for no row.
+        self._put_off += [one._replace(is_locked=True) for one in self._unsettled if one.schema == schema]
+        self._unsettled = deque(one for one in self._unsettled if one.schema != schema)
+
+    def _complete(self, schema: str | None, tasks: list[Claimed]) -> None:
+        tasks.sort(key=attrgetter("id"))
+        rows = self._execute_completion(schema, tasks)
+        self._counter.count(None, len(rows))
+        for task in tasks:
+            if task.id not in rows:
+                _log_lost(task)
+            elif row := rows[task.id]:
+                data = self._large.get(id(task))
+                known = {"data": short_data(task) if data is None else data}
+                self._events.emit(events.COMPLETED, detached(schema, {**row, **known}))
+        for task in tasks if self._large else ():
+            self._large.pop(id(task), None)
+        self._on_settled(tasks)
+
+    def _settle(self, schema: str | None, ends: list[Ended]) -> None:
+        ends.sort(key=lambda end: end.task.id)
+        rows: Rows = {end.task.id: end.row for end in ends if end.row is not None}
+        unwritten = [end for end in ends if end.row is None and not isinstance(end.outcome, TaskLost)]
+        if unwritten:
+            rows |= self._execute_settlement(schema, unwritten)
+        for end in ends:
+            if is_late(end):
+                _log_late(end.task.row)
+            elif isinstance(end.outcome, TaskLost) or end.task.id not in rows:
+                _log_lost(end.task.row)
+            else:
+                self._tell(end, rows[end.task.id])
+                self._counter.count(end.settlement)
+        # One that took too long is settled as that, and not when it returns at last.
+        self._on_settled([end.task.row for end in ends if not is_late(end)])
+        for end in ends:
+            if end.settlement is not None and end.settlement.state == states.PENDING:
+                self._on_pending(end.settlement.delay or 0.0)
+
+    def _parted(self, unsettled: Unsettled, error: DatabaseError) -> list[Unsettled]:
+        """Part what the server refuses: a batch survives its worst member, written without its error."""
+        if len(unsettled.ended) > 1:
+            return [unsettled._replace(ended=[one]) for one in unsettled.ended]
+        [one] = unsettled.ended
+        logger.error("what became of task %d could not be written", _row(one).id, exc_info=error)
+        if isinstance(one, Ended) and one.settlement is not None:
+            without = {"class": type(one.outcome).__name__, "message": "", "traceback": ""}
+            if one.settlement.error != without:
+                bare = one._replace(settlement=one.settlement._replace(error=without))
+                return [unsettled._replace(ended=[bare])]
+        logger.error("task %d is run again when this worker stops", _row(one).id)
+        self._on_given_up(_row(one))
+        return []
+
+    def _execute_completion(self, schema: str | None, tasks: list[Claimed]) -> Rows:
+        is_heard, token = self._completion.is_heard, tasks[0].token
+        alike = all(task.token == token for task in tasks)
+        statement = self._completion.statement(schema, full=is_heard, alike=alike)
+        held = {"held_under": token} if alike else _tokens(tasks)
+        return self._execute(statement, tasks, held, is_heard=is_heard)
+
+    def _execute_settlement(self, schema: str | None, ends: list[Ended]) -> Rows:
+        is_heard = self._events.heard(events.FAILED) or self._events.heard(events.RETRIED)
+        tasks = [end.task.row for end in ends]
+        return self._execute(
+            write_settlements(schema, full=is_heard),
+            tasks,
+            _tokens(tasks) | settlement_arrays(ends),
+            is_heard=is_heard,
+        )
+
+    def _execute(
+        self, statement: Executable, tasks: list[Claimed], arrays: dict[str, Any], *, is_heard: bool
+    ) -> Rows:
+        ids = [task.id for task in tasks]
+        parameters = {"ids": array_text(ids), **arrays}
+        if is_heard:
+            found = execute(self._engine, statement, parameters)
+            return {row["id"]: row for row in found.mappings()}
+        written = execute(self._engine, statement, parameters)
+        if written.rowcount == len(ids):
+            return dict.fromkeys(ids)  # none was lost, as nearly always: their ids needn't be read
+        return dict.fromkeys(id_ for (id_,) in written.fetchall())
+
+    def _tell(self, end: Ended, row: Mapping[Any, Any] | None) -> None:
+        if isinstance(end.outcome, Unreachable):
+            self._log_unreachable(end.outcome)
+        elif end.outcome is not None:
+            _log(end)
+        match end.settlement:
+            case None:
+                name = events.COMPLETED
+            case Settlement(state=states.FAILED):
+                name = events.FAILED
+            case Settlement(state=states.PENDING, error=dict()):
+                name = events.RETRIED
+            case _:
+                return
+        if row is not None and self._events.heard(name):
+            errors = () if end.outcome is None else (end.outcome,)
+            known = {**row, "data": end.task.known_data()}
+            self._events.emit(name, detached(end.task.from_queue.schema, known), *errors)
+
+    def _log_unreachable(self, outcome: Unreachable) -> None:
+        """Say it once for an outage, and not for each of its tasks."""
+        last, self._unreachable_at = self._unreachable_at, time.monotonic()
+        if self._unreachable_at > last + OUTAGE:
+            logger.warning(
+                "task.session could not connect: %s; its tasks are pending again, with no attempt used up, "
+                "and are tried again every second or two until it can",
+                outcome,
+            )
+
+
+@cache
+def write_settlements(schema: str | None, *, full: bool) -> Executable:
+    """Write the settlements of `settlement_arrays` to the tasks of `ids`; return their ids, or more."""
+    tasks = tasks_table(schema)
+    return settle(schema).returning(*(told(schema) if full else [tasks.c.id]))
+
+
+def _describe(schema: str | None) -> str:
+    return "settling tasks" if schema is None else f"settling tasks in the schema {schema!r}"
+
+
+def _schema_of(row: Claimed) -> str | None:
+    batch = row.claim
+    return batch.from_queue.schema
+
+
+def _row(one: Claimed | Ended) -> Claimed:
+    return one.task.row if isinstance(one, Ended) else one
+
+
+def _tokens(tasks: list[Claimed]) -> dict[str, Any]:
+    return {"tokens": array_text([task.token for task in tasks])}
+
+
+def _taken(ended: deque[T]) -> list[T]:
+    """Empty this, while others add to it."""
+    taken = []
+    with suppress(IndexError):
+        while True:
+            taken.append(ended.popleft())
+    return taken
+
+
+def _by_schema(batch: list[T], schema_of: Callable[[T], str | None]) -> dict[str | None, list[T]]:
+    """Part what ended into lists that one statement can write."""
+    parts: dict[str | None, list[T]] = {}
+    for one in batch:
+        parts.setdefault(schema_of(one), []).append(one)
+    return parts
+
+
+def _log_lost(row: Claimed) -> None:
+    logger.info(
+        "task %d (%s) was taken from this worker before it ended here; nothing was written to it",
+        row.id,
+        row.type,
+    )
+
+
+def _log_late(row: Claimed) -> None:
+    logger.info(
+        "task %d (%s) has returned after its timeout, which had ended its attempt; "
+        "nothing more was written to it",
+        row.id,
+        row.type,
+    )
+
+
+def settlement_arrays(ends: list[Ended]) -> dict[str, list[Any]]:
+    """Answer the settlements as parameters."""
+    settlements = [end.settlement for end in ends if end.settlement is not None]
+    return {
+        "states": [settlement.state for settlement in settlements],
+        "attempts": [settlement.attempt for settlement in settlements],
+        "fail_counts": [settlement.fail_count for settlement in settlements],
+        "delays": [settlement.delay for settlement in settlements],
+        "errors": [
+            None if settlement.error is None else encode(settlement.error) for settlement in settlements
+        ],
+    }
+
+
+def _log(end: Ended) -> None:
+    task, settlement = end.task, end.settlement
+    match settlement:
+        case Settlement(state=states.FAILED):
+            logger.error(
+                "task %d (%s) failed for good, with failure %d",
+                task.id,
+                task.type,
+                settlement.fail_count,
+                exc_info=end.outcome,
+            )
+        case Settlement(state=states.PENDING, error=dict(error)):
+            logger.warning(
+                "task %d (%s) failed (failure %d), and is tried again in %g s: %s: %s",
+                task.id,
+                task.type,
+                settlement.fail_count,
+                settlement.delay,
+                error["class"],
+                error["message"],
+            )
