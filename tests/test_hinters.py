@@ -112,7 +112,8 @@ def test_many_pools_have_a_few_threads_and_connections_and_all_hints_arrive(
             assert len(threads()) <= LIMIT + 1
         for _ in engines:
             assert ran.acquire(timeout=SOON)
-        assert connections() <= before + LIMIT + 1
+        # Before idle ones would be closed anyway; the server takes a moment to end a session.
+        until(lambda: connections() <= before + LIMIT + 1, timeout=LINGER / 2)
 
 
 @pytest.mark.parametrize("add", [add_by_session, add_by_connection])
