@@ -14,7 +14,7 @@ from apoq.cli.exits import BadUsage, explained
 from apoq.errors import ApoqError
 from apoq.migrations import check
 from apoq.postgres.connections import prepare_where_kept
-from apoq.postgres.urls import check_engine, database_url
+from apoq.postgres.urls import check_engine, check_untranslated, database_url
 
 CONNECT_TIMEOUT: Final = 10
 """Seconds after which a server that doesn't answer is unreachable, unless the URL says otherwise."""
@@ -53,6 +53,7 @@ class Target:
         if self._engine is None:
             return _read(self._url)
         check_engine(self._engine)
+        check_untranslated(self._engine.get_execution_options(), self.schema)
         return self._engine.url
 
     @property
