@@ -46,10 +46,15 @@ def run(monkeypatch) -> Callable[..., Result]:
 
 
 class TestTheGroup:
-    def test_it_is_a_program(self):
+    def test_it_is_a_program(self, monkeypatch, capsys):
         (script,) = entry_points(group="console_scripts", name="apoq")
+        monkeypatch.setattr(sys, "argv", ["apoq", "--version"])
 
-        assert script.load() is main
+        with pytest.raises(SystemExit) as ended:
+            script.load()()
+
+        assert ended.value.code == 0
+        assert "0.1.0" in capsys.readouterr().out
 
     def test_it_is_a_module(self):
         command = [sys.executable, "-m", "apoq", "--version"]
