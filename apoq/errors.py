@@ -6,11 +6,11 @@
     ├── InvalidTask            (ValueError)   a type, data or an option that no task can have
     │   └── InvalidData                       data that jsonb can't hold or a task can't get back
     ├── InvalidProcessor       (ValueError)   a processor, or its retry options, that can't be used
-    ├── MismatchedData         (ValueError)   a typed task's data that doesn't fit its function
+    ├── InvalidArguments         (ValueError)   a typed task's data that doesn't fit its function
     ├── InvalidURL             (ValueError)   a database's URL that can't be read, or has unknown options
     ├── UnsupportedDatabase    (TypeError)    not PostgreSQL through psycopg 3, or tables that can't be worked
     ├── UnsupportedSession     (TypeError)    not something that a task can be added through
-    ├── NotPrepared                           apoq's tables are missing, at another version, or lack ids
+    ├── SchemaMismatch                           apoq's tables are missing, at another version, or lack ids
     ├── SessionMisused                        `task.session` was committed, or ended its own task
     └── apoq.pyramid.Misconfigured (ConfigurationError)
                                               a setting or a processor that an application can't have
@@ -59,7 +59,7 @@ class InvalidProcessor(ApoqError, ValueError):
     """A processor that can't be configured: its type has one already, or its options make no sense."""
 
 
-class MismatchedData(ApoqError, ValueError):
+class InvalidArguments(ApoqError, ValueError):
     """A typed task's data that doesn't fit the parameters of its function (any more); this attempt fails."""
 
 
@@ -78,7 +78,7 @@ class UnsupportedSession(ApoqError, TypeError):
     """Something that a task can't be added through."""
 
 
-class NotPrepared(ApoqError):
+class SchemaMismatch(ApoqError):
     """apoq's tables are missing, at another version than this library's, or give new tasks no free ids."""
 
 

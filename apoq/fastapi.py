@@ -48,7 +48,7 @@ class lifespan(AbstractAsyncContextManager[None]):  # noqa: N801 - called as if 
     At the end running tasks have `timeout` (seconds or a timedelta; None: as long as they like) to end in,
     while the loop goes on; what still runs then is given back, with no attempt used up. Where the database is
     away, the application starts, and work begins when it is there. Where apoq's tables are missing or at
-    another version, it doesn't start: `NotPrepared` says what to do.
+    another version, it doesn't start: `SchemaMismatch` says what to do.
     """
 
     def __init__(self, worker: Worker, *, timeout: float | timedelta | None = GRACE) -> None:

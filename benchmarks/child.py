@@ -15,7 +15,7 @@ from array import array
 from pathlib import Path
 from typing import Any
 
-from benchmarks.contender import Contender, Tally, Work
+from benchmarks.contender import Contender, Work, WorkerStats
 from benchmarks.contenders import contender
 
 
@@ -148,7 +148,7 @@ def clients(one: Contender, *, first: int, threads: int, seconds: float, most: i
 
 def work(one: Contender, *, capacity: int, path: str, **options: Any) -> None:
     """Work tasks until told to stop; meanwhile answer how far it has come."""
-    todo = Work(Tally(capacity), threading.Event(), **options)
+    todo = Work(WorkerStats(capacity), threading.Event(), **options)
     began = go()
     threading.Thread(target=_answers, args=(todo, began, path), daemon=True).start()
     one.work(todo)

@@ -21,7 +21,7 @@ def document(number: int) -> dict[str, Any]:
     return {"n": number, "padding": PADDING}
 
 
-class Tally:
+class WorkerStats:
     """Which tasks were handled, and when: in memory that is there from the start, safe between threads."""
 
     def __init__(self, capacity: int) -> None:
@@ -52,7 +52,7 @@ class Tally:
 class Work:
     """What a worker is asked to do until `stop` is set."""
 
-    tally: Tally
+    tally: WorkerStats
     stop: threading.Event
     concurrency: int = 4
     kind: str = "plain"

@@ -104,9 +104,9 @@ def offer(
         try:
             with Session(engine) as session:
                 for type_, chosen in (("ledger", 0), ("noop", 1)):
-                    datas = [{"number": n} for n in range(number, until) if (n % 3 > 0) == chosen]
-                    if datas:
-                        queue.add_many(session, type_, datas)
+                    items = [{"number": n} for n in range(number, until) if (n % 3 > 0) == chosen]
+                    if items:
+                        queue.add_many(session, type_, items)
                 session.flush()
                 is_committing = True
                 session.commit()

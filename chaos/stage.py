@@ -44,13 +44,14 @@ STEADY = 3.0
 """Seconds for which full speed must last to count; it counts from when it began."""
 
 UNFINISHED = """
-    SELECT type, state, left(worker_id::text, 4), token, fail_count, count(*), min(process_at)::text
+    SELECT type, state, left(worker_id::text, 4), claim_token, fail_count, count(*), min(process_at)::text
     FROM tasks WHERE state <> 'completed' GROUP BY 1, 2, 3, 4, 5 ORDER BY 6 LIMIT 20
 """
 
 FOUND = """
     WITH found AS MATERIALIZED (
-        SELECT (data->>'number')::bigint AS number, type, state, attempt, token, fail_count, rescue_count
+        SELECT (data->>'number')::bigint AS number, type, state, attempt, claim_token, fail_count,
+            rescue_count
         FROM tasks
     ), effects AS MATERIALIZED (SELECT number, count(*) AS times FROM ledger GROUP BY number)
     SELECT
@@ -64,7 +65,7 @@ FOUND = """
             + (SELECT count(*) FROM effects WHERE number NOT IN (SELECT number FROM found)) AS doubled,
         count(*) FILTER (WHERE state = 'completed' AND type <> 'noop' AND times IS NULL) AS effects_lost,
         coalesce(sum(attempt - 1) FILTER (WHERE state = 'completed'), 0)::bigint AS wasted,
-        coalesce(sum(token - 1) FILTER (WHERE token > 0), 0)::bigint AS claimed_again,
+        coalesce(sum(claim_token - 1) FILTER (WHERE claim_token > 0), 0)::bigint AS claimed_again,
         coalesce(sum(fail_count), 0)::bigint AS failures,
         coalesce(sum(rescue_count), 0)::bigint AS rescued
     FROM found LEFT JOIN effects USING (number)
@@ -224,7 +225,7 @@ class Stage:
         act()
         now = time.monotonic()
         if found:
-            query = "SELECT id, token FROM apoq_tasks WHERE state = 'running' AND worker_id = %s"
+            query = "SELECT id, claim_token FROM apoq_tasks WHERE state = 'running' AND worker_id = %s"
             held = self.ask(query, found[0][0])
             self._watcher.victims.append(Victim(now, [row[0] for row in held], [row[1] for row in held]))
         return now

@@ -24,18 +24,18 @@ SOME = 0.25
 SAMPLE = """
     SELECT
         (SELECT sum(last_value)::bigint FROM pg_sequences WHERE sequencename = 'apoq_tasks_id_seq'),
-        (SELECT count(*) FROM tasks WHERE queue = 'default' AND ended_as = 'completed'
+        (SELECT count(*) FROM tasks WHERE queue = 'default' AND final_state = 'completed'
             AND completed_at > now() - interval '1 s'),
-        (SELECT count(DISTINCT worker_id) FROM tasks WHERE queue = 'default' AND ended_as = 'completed'
+        (SELECT count(DISTINCT worker_id) FROM tasks WHERE queue = 'default' AND final_state = 'completed'
             AND completed_at > now() - interval '2 s'),
         (SELECT coalesce(extract(epoch FROM now() - min(process_at)), 0) FROM tasks
-            WHERE ended_as IS NULL AND state = 'pending' AND process_at <= now())
+            WHERE final_state IS NULL AND state = 'pending' AND process_at <= now())
 """
 """Read by the partial indexes, so that it stays cheap when there are millions of rows."""
 
 LEFT = """
     SELECT id FROM apoq_tasks JOIN unnest(%s::bigint[], %s::bigint[]) AS held (id, token) USING (id)
-    WHERE state <> 'completed' AND (state = 'pending' OR apoq_tasks.token = held.token)
+    WHERE state <> 'completed' AND (state = 'pending' OR apoq_tasks.claim_token = held.token)
 """
 """Of what a victim held: what hasn't begun anew, nor been completed."""
 

@@ -6,6 +6,7 @@ import math
 import time
 
 import sqlalchemy as sa
+from probe import runtime
 
 from apoq import Worker
 from apoq.schema.models import claims_table
@@ -26,7 +27,7 @@ WAITS = "query LIKE '%picked%' AND wait_event_type = 'Lock'"
 
 def hold_up(connection: sa.Connection, worker: Worker, schema: str | None = None) -> None:
     """Let each claim of a worker that takes anything wait until this transaction ends."""
-    claimer = worker._life.parts.claimer
+    claimer = runtime(worker).claimer
     next_number = next(claimer._notes._numbers)
     notes = [
         {"worker_id": claimer.worker_id, "number": next_number + ahead, "task_ids": []}
@@ -44,7 +45,7 @@ def held_leases() -> dict[str | None, Lease]:
 
 def hold_lease(worker: Worker) -> None:
     """Let a worker that hasn't started claim."""
-    for lease in worker._life.parts.heartbeat.leases.values():
+    for lease in runtime(worker).heartbeat.leases.values():
         lease.renew(time.monotonic())
 
 

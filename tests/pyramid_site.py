@@ -77,7 +77,7 @@ def add_on_the_third_attempt(request):
 
 def health(request):
     worker = request.apoq.worker
-    return Response("healthy" if worker is not None and worker.healthy() else "no worker")
+    return Response("healthy" if worker is not None and worker.is_healthy() else "no worker")
 
 
 def process_id(_request):

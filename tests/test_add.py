@@ -359,7 +359,7 @@ class TestAddMany:
         read = sent = 0
         furthest = 0
 
-        def datas():
+        def items():
             nonlocal read, furthest
             for n in range(100_000):
                 read += 1
@@ -374,7 +374,7 @@ class TestAddMany:
             session.connection()
             sa.event.listen(shared_engine, "before_cursor_execute", before)
             try:
-                assert queue.add_many(session, "t", datas()) == 100_000
+                assert queue.add_many(session, "t", items()) == 100_000
             finally:
                 sa.event.remove(shared_engine, "before_cursor_execute", before)
                 session.rollback()
@@ -497,16 +497,16 @@ class TestCopy:
 
     def test_odd_texts_come_back(self, session):
         names = [text for text in ODD_TEXTS if text]
-        datas = [{text: [text]} for text in ODD_TEXTS]
+        items = [{text: [text]} for text in ODD_TEXTS]
 
         for name in names:
-            Queue(name).add_many(session, name, datas)
+            Queue(name).add_many(session, name, items)
 
         for name in names:
             found = session.execute(
                 sa.select(Task.type, Task.data).where(Task.queue == name).order_by(Task.id)
             ).all()
-            assert found == [(name, data) for data in datas]
+            assert found == [(name, data) for data in items]
 
     @pytest.mark.parametrize("schema", ['Odd "name"', "a:b", "ü 💖", "select"])
     def test_a_schema_may_have_any_name(self, engine, schema):
@@ -535,7 +535,7 @@ class TestCopy:
         assert session.scalars(sa.select(Task.id)).all() == []
 
     def test_data_that_json_cannot_hold_is_named_and_a_savepoint_helps(self, session, queue):
-        with pytest.raises(InvalidData, match=r"^datas\[3\]\['x'\]: set is not JSON"), session.begin_nested():
+        with pytest.raises(InvalidData, match=r"^items\[3\]\['x'\]: set is not JSON"), session.begin_nested():
             queue.add_many(session, "t", [1, 2, 3, {"x": {4}}, 5])
 
         assert session.scalars(sa.select(Task.id)).all() == []
@@ -598,11 +598,11 @@ class TestCopy:
     def test_an_iterator_may_read_from_the_same_session(self, session, queue):
         numbers = session.scalars(sa.text("SELECT generate_series(1, 10)").execution_options(yield_per=2))
 
-        def datas():
+        def items():
             for number in numbers:
                 yield [number, session.scalar(sa.text("SELECT 1"))]
 
-        assert queue.add_many(session, "t", datas()) == 10
+        assert queue.add_many(session, "t", items()) == 10
 
     @pytest.mark.parametrize("autocommit", [False, True])
     @pytest.mark.parametrize("pipeline", [False, True])
@@ -623,7 +623,7 @@ class TestCopy:
             async with await psycopg.AsyncConnection.connect(psycopg_dsn(url)) as connection:
                 async with connection.pipeline() if pipeline else nullcontext():
                     assert await queue.add_many(connection, "t", [1, 2, 3, 4, 5]) == 5
-                with pytest.raises(InvalidData, match=r"^datas\[2\]"):
+                with pytest.raises(InvalidData, match=r"^items\[2\]"):
                     async with connection.transaction():
                         await queue.add_many(connection, "t", [1, 2, {3}])
 
@@ -658,7 +658,7 @@ class TestCopy:
             async with kinds[kind]() as session:
                 with inserts(async_engine.sync_engine) as statements:
                     assert await queue.add_many(session, "t", [1, 2, 3, 4, 5]) == 5
-                with pytest.raises(InvalidData, match=r"^datas\[2\]"):
+                with pytest.raises(InvalidData, match=r"^items\[2\]"):
                     async with session.begin_nested():
                         await queue.add_many(session, "t", [1, 2, {3}])
                 await session.commit()

@@ -29,10 +29,10 @@ from sqlalchemy.orm import Session, registry
 
 from apoq import (
     AsyncRunningTask,
+    InvalidArguments,
     InvalidData,
     InvalidProcessor,
     InvalidTask,
-    MismatchedData,
     Queue,
     RunningTask,
     Task,
@@ -65,7 +65,7 @@ class Right(enum.Flag):
 
 
 @dataclass
-class Line:
+class NotifyConnection:
     sku: str
     price: Decimal
 
@@ -74,7 +74,7 @@ class Line:
 class Order:
     id: UUID
     at: datetime
-    lines: list[Line] = field(default_factory=list)
+    lines: list[NotifyConnection] = field(default_factory=list)
     parent: Order | None = None
 
 
@@ -229,7 +229,7 @@ ROUND_TRIPS: dict[str, tuple[Any, Any, Any]] = {
     "object": (dict[str, object], {"a": [1, None]}, {"a": [1, None]}),
     "dataclass": (
         Order,
-        Order(ID, AT, [Line("a", Decimal("1.50"))], Order(ID, AT)),
+        Order(ID, AT, [NotifyConnection("a", Decimal("1.50"))], Order(ID, AT)),
         {
             "id": str(ID),
             "at": "2031-05-04T03:02:01.000999+02:00",
@@ -309,7 +309,9 @@ class TestRoundTrips:
                 Order,
                 id=st.uuids(),
                 at=st.datetimes(timezones=st.just(UTC)),
-                lines=st.lists(st.builds(Line, sku=st.text(), price=st.decimals(allow_nan=False))),
+                lines=st.lists(
+                    st.builds(NotifyConnection, sku=st.text(), price=st.decimals(allow_nan=False))
+                ),
             )
         )
     )
@@ -482,16 +484,16 @@ class Further(Address):
 
 
 @dataclass
-class Discounted(Line):
+class Discounted(NotifyConnection):
     percent: int
 
 
 @dataclass
-class Inherited(Line):
+class Inherited(NotifyConnection):
     pass
 
 
-class NotDeclared(Line):
+class NotDeclared(NotifyConnection):
     def __init__(self, sku: str, price: Decimal, note: str) -> None:
         super().__init__(sku, price)
         self.note = note
@@ -512,7 +514,7 @@ def counted(model: Any, name: str, value: int) -> Any:
     return model
 
 
-LINE = Line("a", Decimal(1))
+LINE = NotifyConnection("a", Decimal(1))
 REFUND = Refund(AT, 500)
 LOGIN = Login(user="ada", tokens=["s3cret"])
 
@@ -554,17 +556,27 @@ LOST: dict[str, tuple[Any, Any, str, str]] = {
     "what is not validated": (Open, Open.model_construct(id="1"), ".id", "as int, not as str"),
     "a time in an extra field": (Open, Open(id=1, at=AT), ".at", "as str, not as datetime"),
     "a subclass of a dataclass": (
-        list[Line],
+        list[NotifyConnection],
         [LINE, Discounted("a", Decimal(1), 5)],
         "[1]",
         "it would come back as Line, not as Discounted: annotate it as Discounted, or give Line",
     ),
-    "a subclass without fields": (Line | None, Inherited("a", Decimal(1)), "", "as Line, not as Inherited"),
+    "a subclass without fields": (
+        NotifyConnection | None,
+        Inherited("a", Decimal(1)),
+        "",
+        "as Line, not as Inherited",
+    ),
     "no field": (NotDeclared, NotDeclared("a", Decimal(1), "b"), ".note", "it would not come back"),
     "a field that is set again": (Reset, counted(Reset(), "count", 5), ".count", "another value, 0"),
     "a subclass of a struct": (Struct, REFUND, "", "as Struct, not as Refund"),
     "a key": (Address, Further(country="x"), "['country']", "it would not come back: leave it out"),
-    "a dict for a dataclass": (Line, {"sku": "a", "price": Decimal(1)}, "", "as Line, not as dict"),
+    "a dict for a dataclass": (
+        NotifyConnection,
+        {"sku": "a", "price": Decimal(1)},
+        "",
+        "as Line, not as dict",
+    ),
     "a list for a set": (set[int], [1, 1], "", "as set, not as list"),
     "keys that are one": (dict[int | str, int], {1: 1, "1": 2}, "[1]", "it would not come back"),
     "a large int for a float": (float, 2**53 + 1, "", "another value, 9007199254740992.0"),
@@ -630,7 +642,7 @@ class TestLosses:
             log_in.call(ada=LOGIN)
 
     def test_a_validator_that_fails_names_the_place_when_it_is_read(self):
-        with pytest.raises(MismatchedData, match=r"at value\[0\]\.tokens\[1\]"):
+        with pytest.raises(InvalidArguments, match=r"at value\[0\]\.tokens\[1\]"):
             arguments_of(list[Login]).read({"value": [{"user": "a", "tokens": ["x", 5]}]})
 
 
@@ -688,7 +700,10 @@ class TestWrongCalls:
                 "Expected `uuid`, got `str`",
             ),
             (
-                {"user_id": 7, "order": Order(ID, AT, [Line("a", Decimal(1)), Line("b", 1.5)])},  # type: ignore[arg-type]
+                {
+                    "user_id": 7,
+                    "order": Order(ID, AT, [NotifyConnection("a", Decimal(1)), NotifyConnection("b", 1.5)]),
+                },  # type: ignore[arg-type]
                 "data['order'].lines[1].price",
                 "Expected `decimal`, got `float`",
             ),

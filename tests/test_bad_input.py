@@ -12,6 +12,7 @@ from datetime import UTC, datetime, timedelta, timezone
 import psycopg
 import pytest
 import sqlalchemy as sa
+from probe import runtime
 from sqlalchemy.dialects import registry as dialects
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
@@ -20,8 +21,8 @@ from apoq import (
     InvalidData,
     InvalidProcessor,
     InvalidTask,
-    NotPrepared,
     Queue,
+    SchemaMismatch,
     Task,
     UnsupportedDatabase,
     UnsupportedSession,
@@ -111,10 +112,10 @@ class TestData:
             queue.add(session, "t", {"x": value})
 
     def test_add_many_names_the_task_and_sends_none_of_its_batch(self, session, queue, value, message):
-        datas = [{"x": 1}] * 17 + [{"x": value}]
+        items = [{"x": 1}] * 17 + [{"x": value}]
 
-        with refused(session, InvalidData, rf"^datas\[17\].*{message}"):
-            queue.add_many(session, "t", datas)
+        with refused(session, InvalidData, rf"^items\[17\].*{message}"):
+            queue.add_many(session, "t", items)
 
     def test_a_mapped_task_is_not_made(self, session, value, message):
         with refused(session, InvalidData, rf"^data.*{message}"):
@@ -128,23 +129,23 @@ class TestData:
 
 
 def test_add_many_refuses_a_batch_whole_and_says_where(session, queue):
-    with refused(session, InvalidData, r"^datas\[17\]\['x'\]: set is not JSON"):
+    with refused(session, InvalidData, r"^items\[17\]\['x'\]: set is not JSON"):
         queue.add_many(session, "t", [{"x": n if n != 17 else {n}} for n in range(40)])
 
 
-@pytest.mark.parametrize("datas", ["text", b"bytes", {"a": 1}])
-def test_add_many_of_one_tasks_data_is_refused(session, queue, datas):
+@pytest.mark.parametrize("items", ["text", b"bytes", {"a": 1}])
+def test_add_many_of_one_tasks_data_is_refused(session, queue, items):
     with refused(session, InvalidTask, "takes the data of many tasks"):
-        queue.add_many(session, "t", datas)
+        queue.add_many(session, "t", items)
 
 
 def test_what_an_iterable_raises_is_the_callers(session, queue):
-    def datas():
+    def items():
         yield 1
         raise LookupError("mine")
 
     with refused(session, LookupError, "mine"):
-        queue.add_many(session, "t", datas())
+        queue.add_many(session, "t", items())
 
 
 def test_the_limit_of_data_is_the_queues(session):
@@ -155,7 +156,7 @@ def test_the_limit_of_data_is_the_queues(session):
         InvalidData, match=r"11 bytes of JSON are over the limit of 10: .*Queue\(max_data_size"
     ):
         queue.add(session, "t", "x" * 9)
-    with pytest.raises(InvalidData, match=r"datas\[1\]"):
+    with pytest.raises(InvalidData, match=r"items\[1\]"):
         queue.add_many(session, "t", ["x", "x" * 9])
     assert count(session) == 1
 
@@ -490,21 +491,21 @@ def add_through_async_psycopg(url: sa.URL, queue: Queue) -> None:
 )
 class TestWithoutTables:
     def test_adding_says_which_command_to_run(self, empty_url, queue, add):
-        with pytest.raises(NotPrepared, match=r"`apoq\.prepare\(engine\)`, or `alembic upgrade head`"):
+        with pytest.raises(SchemaMismatch, match=r"`apoq\.prepare\(engine\)`, or `alembic upgrade head`"):
             add(empty_url, queue)
 
     def test_adding_to_the_originals_table_says_so_too(self, empty_url, queue, add):
         with psycopg.connect(psycopg_dsn(empty_url)) as connection:
             connection.execute(ORIGINAL)
 
-        with pytest.raises(NotPrepared, match=r"`apoq\.prepare\(engine\)`"):
+        with pytest.raises(SchemaMismatch, match=r"`apoq\.prepare\(engine\)`"):
             add(empty_url, queue)
 
         with psycopg.connect(psycopg_dsn(empty_url)) as connection:
             assert connection.execute("SELECT count(*) FROM apoq_tasks").fetchone() == (0,)
 
     def test_the_message_names_the_schema_of_the_queue(self, url, add):
-        with pytest.raises(NotPrepared, match=r"`apoq\.prepare\(engine, schema='jobs'\)`"):
+        with pytest.raises(SchemaMismatch, match=r"`apoq\.prepare\(engine, schema='jobs'\)`"):
             add(url, Queue(schema="jobs"))
 
 
@@ -630,7 +631,7 @@ class TestWorkers:
         before = set(threading.enumerate())
 
         with pytest.raises(
-            NotPrepared, match=r"apoq\.prepare\(engine" if schema is None else "schema='jobs'"
+            SchemaMismatch, match=r"apoq\.prepare\(engine" if schema is None else "schema='jobs'"
         ):
             getattr(worker, act)()
 
@@ -643,17 +644,17 @@ class TestWorkers:
     def test_without_tables_it_leaves_no_connection(self, empty_url, act):
         engine = sa.create_engine(empty_url)
         worker = Worker(engine)
-        with pytest.raises(NotPrepared):
+        with pytest.raises(SchemaMismatch):
             getattr(worker, act)()
 
-        assert worker._life.parts.engine.pool.checkedin() == 0
+        assert runtime(worker).engine.pool.checkedin() == 0
         engine.dispose()
 
     def test_it_starts_once_the_tables_are_there(self, empty_url, queue):
         engine = sa.create_engine(empty_url)
         worker = Worker(engine)
         worker.use("t", nothing)
-        with pytest.raises(NotPrepared):
+        with pytest.raises(SchemaMismatch):
             worker.work()
 
         prepare(engine)
@@ -696,7 +697,7 @@ def test_tasks_of_a_type_that_nobody_configured_wait_untouched_and_unmentioned(e
     worker.stop()
 
     task = task_of(engine, waiting)
-    assert (task.state, task.attempt, task.token, task.fail_count) == ("pending", 0, 0, 0)
+    assert (task.state, task.attempt, task.claim_token, task.fail_count) == ("pending", 0, 0, 0)
     assert "nobody's" not in caplog.text
     assert f"task {waiting}" not in caplog.text
 

@@ -12,6 +12,7 @@ import pytest
 import sqlalchemy as sa
 import transaction
 import zope.sqlalchemy
+from probe import runtime
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
 from waiting import patience
@@ -96,7 +97,9 @@ class TestInTheCallersTransaction:
     @pytest.mark.parametrize("state", ["completed", "failed", "cancelled"])
     def test_what_has_ended_is_retried_with_all_its_attempts(self, session, queue, state):
         error = {"class": "E", "message": "m", "traceback": ""}
-        task = Task(type="t", state=state, attempt=6, fail_count=6, token=9, rescue_count=1, error=error)
+        task = Task(
+            type="t", state=state, attempt=6, fail_count=6, claim_token=9, rescue_count=1, error=error
+        )
         task.completed_at = task.failed_at = task.cancelled_at = sa.func.now()
         session.add(task)
         session.flush()
@@ -106,7 +109,7 @@ class TestInTheCallersTransaction:
         session.expire(task)
         assert (task.state, task.attempt, task.fail_count, task.rescue_count) == ("pending", 0, 0, 0)
         assert (task.completed_at, task.failed_at, task.cancelled_at) == (None, None, None)
-        assert (task.token, task.error) == (9, error)
+        assert (task.claim_token, task.error) == (9, error)
 
     def test_a_retry_may_have_a_delay(self, session, queue):
         task = Task(type="t", state="failed")
@@ -269,7 +272,7 @@ class TestARunningTask:
         def process(task: RunningTask) -> None:
             task.session.execute(sa.text("INSERT INTO ledger VALUES (:id)"), {"id": task.id})
             begun.set()
-            until(lambda: task.stopping)
+            until(lambda: task.should_stop)
             told.set()
 
         worker = make_worker(lease=timedelta(seconds=LONG))
@@ -326,7 +329,7 @@ class TestARunningTask:
         def process(task: RunningTask) -> None:
             begun.set()
             go_on.wait(SOON)
-            told.append(task.stopping)
+            told.append(task.should_stop)
 
         worker = make_worker(lease=timedelta(seconds=3))
         worker.use("t", process)
@@ -337,8 +340,8 @@ class TestARunningTask:
         with Session(engine) as session:
             Queue().cancel(session, task_id)
             session.rollback()
-        looked = worker._life.parts.recaller._look
-        worker._life.parts.recaller._look = lambda *args: (looked(*args), go_on.set())
+        looked = runtime(worker).recaller._look
+        runtime(worker).recaller._look = lambda *args: (looked(*args), go_on.set())
 
         until(lambda: load(engine, task_id).state == "completed")
         assert told == [False]
@@ -348,7 +351,7 @@ class TestARunningTask:
 
         def process(task: RunningTask) -> None:
             begun.set()
-            until(lambda: task.stopping)
+            until(lambda: task.should_stop)
             told.set()
 
         worker = make_worker(lease=timedelta(seconds=0.5))
@@ -367,7 +370,7 @@ class TestARunningTask:
 
         def process(task: RunningTask) -> None:
             begun.set()
-            until(lambda: task.stopping)
+            until(lambda: task.should_stop)
             told.set()
 
         worker = make_worker(lease=timedelta(seconds=0.5))
@@ -392,7 +395,7 @@ class TestARunningTask:
 
         worker = make_worker(concurrency=1, lease=timedelta(seconds=LONG))
         worker.use("t", process)
-        worker._life.parts.slots.run_time = 0.001  # so that it claims ahead
+        runtime(worker).slots.run_time = 0.001  # so that it claims ahead
         first, second = add(engine), add(engine)
         worker.start()
         assert begun.wait(SOON)
@@ -400,7 +403,7 @@ class TestARunningTask:
 
         assert cancel(engine, second) is True
 
-        until(lambda: second not in {row[0] for row in worker._life.parts.claimer.held.values()})
+        until(lambda: second not in {row[0] for row in runtime(worker).claimer.held.values()})
         go_on.set()
         until(lambda: load(engine, first).state == "completed")
         worker.stop()
@@ -413,7 +416,7 @@ class TestARunningTask:
 
         def process(task: RunningTask) -> None:
             cancel(engine, task_id)
-            until(lambda: task.stopping)
+            until(lambda: task.should_stop)
 
         worker.use("t", process)
 
@@ -427,7 +430,7 @@ class TestARunningTask:
         attempts: list[int] = []
 
         def process(task: RunningTask) -> None:
-            attempts.append(task.token)
+            attempts.append(task.claim_token)
             if len(attempts) == 1:
                 begun.set()
                 go_on.wait(SOON)

@@ -79,7 +79,7 @@ def enlist(engine) -> Callable[..., object]:
             statement = sa.insert(WorkerRow).values(
                 id=sa.func.gen_random_uuid(),
                 queues=list(queues or ["default"]),
-                seen_at=sa.func.clock_timestamp() - seen,
+                last_heartbeat_at=sa.func.clock_timestamp() - seen,
                 expires_at=sa.func.clock_timestamp() - seen + lease,
                 grace=lease * 0.3,
                 **values,
@@ -129,8 +129,8 @@ class TestStats:
         assert 299 < default.pop("lag") < 330
         assert default == {
             "name": "default",
-            "due": 2,
-            "later": 2,
+            "ready": 2,
+            "scheduled": 2,
             "waiting": 0,
             "running": 1,
             "completed": 3,
@@ -139,7 +139,7 @@ class TestStats:
             "per_minute": 1,
             "last_hour": 2,
         }
-        assert (mails["name"], mails["due"], mails["completed"]) == ("mails", 1, 0)
+        assert (mails["name"], mails["ready"], mails["completed"]) == ("mails", 1, 0)
 
     @pytest.mark.parametrize("state", ["pending", "running", "completed", "failed"])
     def test_a_queue_is_known_by_its_tasks_in_any_state(self, run, add, state):
@@ -156,7 +156,7 @@ class TestStats:
         with engine.begin() as connection:
             Queue().add_many(connection, "t", [{}] * (count.COUNTED + 500))
 
-        assert self.figures(run)["queues"][0]["due"] == count.COUNTED + 1
+        assert self.figures(run)["queues"][0]["ready"] == count.COUNTED + 1
         assert "10,000+" in run("stats").output
 
     def test_of_what_can_not_be_counted_the_rate_is_told(self, run, engine):

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from queue import Queue as Line
+from queue import Queue as NotifyConnection
 
 import pytest
 import sqlalchemy as sa
@@ -25,7 +25,7 @@ from apoq import Queue, Task
 from apoq.cli import logs, main
 from apoq.cli.status import line
 from apoq.schema.models import WorkerRow
-from apoq.worker.settling.counters import Tally
+from apoq.worker.settling.counters import WorkerStats
 
 APP = """
 import os, sqlalchemy, threading, time
@@ -89,7 +89,7 @@ class Program:
             stderr=subprocess.STDOUT,
             text=True,
         )
-        self._lines: Line[str] = Line()
+        self._lines: NotifyConnection[str] = NotifyConnection()
         self.output = ""
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -393,17 +393,17 @@ class TestWhatIsToBeWorked:
 class TestAdjust:
     def test_an_unknown_queue_is_refused(self, worker):
         with pytest.raises(ValueError, match="queues are default, not emails"):
-            worker.adjust(queues=["emails"])
+            worker._adjust(queues=["emails"])
 
     def test_no_queue_is_refused(self, worker):
         with pytest.raises(ValueError, match="queues are default"):
-            worker.adjust(queues=[])
+            worker._adjust(queues=[])
 
     def test_it_is_refused_while_the_worker_runs(self, worker):
         worker.start()
 
         with pytest.raises(RuntimeError, match="before it starts"):
-            worker.adjust(concurrency=2)
+            worker._adjust(concurrency=2)
 
     def test_it_works_only_these_queues(self, make_worker, engine):
         worker = make_worker(Queue("a"), Queue("b"))
@@ -412,7 +412,7 @@ class TestAdjust:
             Queue("a").add(session, "say")
             id_ = Queue("b").add(session, "say").id
 
-        worker.adjust(queues=["b"])
+        worker._adjust(queues=["b"])
 
         assert worker.work().id == id_
         assert worker.work() is None
@@ -432,7 +432,7 @@ class TestTheStatus:
         while worker.work():
             pass
 
-        assert worker.tally() == Tally(running=0, completed=2, retried=1, failed=1, cancelled=0)
+        assert worker.stats() == WorkerStats(running=0, completed=2, retried=1, failed=1, cancelled=0)
 
     def test_and_what_runs_just_now(self, worker, engine):
         running, end = threading.Event(), threading.Event()
@@ -442,20 +442,20 @@ class TestTheStatus:
 
         worker.start()
         running.wait(PATIENCE)
-        tally = worker.tally()
+        tally = worker.stats()
         end.set()
 
-        assert tally == Tally(running=1)
+        assert tally == WorkerStats(running=1)
 
     def test_it_is_a_line_that_fits(self):
-        said = line(Tally(64, 12_345_678, 1_234, 567, 89), 12_345)
+        said = line(WorkerStats(64, 12_345_678, 1_234, 567, 89), 12_345)
 
         assert said.strip() == (
             "64 running, 12,345,678 done (12,345/s), 1,234 retried, 567 failed, 89 cancelled"
         )
 
     def test_it_leaves_out_what_has_not_happened(self):
-        assert line(Tally(0, 3), 1.4).strip() == "0 running, 3 done (1/s), 0 failed"
+        assert line(WorkerStats(0, 3), 1.4).strip() == "0 running, 3 done (1/s), 0 failed"
 
 
 class TestTheLog:

@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 import sqlalchemy as sa
 
-from apoq import InvalidTask, NotPrepared, Queue, RunningTask, Task, UnsupportedSession, Worker
+from apoq import InvalidTask, Queue, RunningTask, SchemaMismatch, Task, UnsupportedSession, Worker
 from apoq.migrations import downgrade_sql, upgrade_sql
 
 django = pytest.importorskip("django")
@@ -168,7 +168,7 @@ class TestAdding:
         nowhere = Queue(schema="nowhere")
         with transaction.atomic():
             queue.add(connection.connection, "kept")
-            with pytest.raises(NotPrepared), transaction.atomic():
+            with pytest.raises(SchemaMismatch), transaction.atomic():
                 nowhere.add(connection.connection, "lost")
 
         assert types() == ["kept"]
@@ -178,7 +178,7 @@ class TestAdding:
         nowhere = Queue(schema="nowhere")
         with transaction.atomic():
             queue.add(connection.connection, "lost")
-            with pytest.raises(NotPrepared):
+            with pytest.raises(SchemaMismatch):
                 nowhere.add(connection.connection, "lost")
 
         assert types() == []
@@ -275,7 +275,10 @@ class TestMigrations:
 
     @pytest.mark.usefixtures("missing")
     def test_without_it_the_first_task_says_what_is_missing(self):
-        with pytest.raises(NotPrepared, match='relation "apoq_tasks" does not exist'), transaction.atomic():
+        with (
+            pytest.raises(SchemaMismatch, match='relation "apoq_tasks" does not exist'),
+            transaction.atomic(),
+        ):
             queue.add(connection.connection, "t")
 
 

@@ -20,6 +20,7 @@ from typing import Self
 
 import pytest
 import sqlalchemy as sa
+from probe import lifecycle
 from sqlalchemy.orm import Session
 from waiting import patience
 
@@ -182,7 +183,7 @@ class TestFork:
             assert entered.wait(30)
             stopping = threading.Thread(target=worker.stop)
             stopping.start()
-            until(lambda: not worker._life._lock.acquire(blocking=False))
+            until(lambda: not lifecycle(worker)._lock.acquire(blocking=False))
             if (child := os.fork()) == 0:
                 worker.stop()
                 add()
@@ -328,7 +329,7 @@ class TestThreads:
 
             starting.join(SOON)
             assert not starting.is_alive()
-        assert not worker._life.is_enlisted
+        assert not lifecycle(worker).is_enlisted
 
     def test_a_processor_that_starts_or_stops_its_worker_does_not_hang_the_stop(self, engine, worker, queue):
         entered, stopping, refused = threading.Event(), threading.Event(), []
@@ -349,7 +350,7 @@ class TestThreads:
         assert entered.wait(SOON)
         stopper = threading.Thread(target=worker.stop, args=(10,))  # it would give the task back then
         stopper.start()
-        until(lambda: not worker._life._lock.acquire(blocking=False))
+        until(lambda: not lifecycle(worker)._lock.acquire(blocking=False))
         stopping.set()
         stopper.join(SOON)
 
@@ -534,7 +535,7 @@ def test_a_thread_that_ends_is_not_missed_in_silence(run):
             "WHERE datname = current_database() AND pid <> pg_backend_pid()"
         )
         until(lambda: "apoq-scout" not in [thread.name for thread in threading.enumerate()])
-        print("healthy:", worker.healthy())
+        print("healthy:", worker.is_healthy())
         exits.clear()
         worker.stop()
     """)
@@ -725,13 +726,13 @@ def test_a_program_whose_worker_has_lost_a_thread_ends_with_an_error(run):
         logging.disable()
 
         def end():
-            worker._life.parts.claiming._turn = lambda: sys.exit("enough")
-            worker._life.parts.hint()
+            runtime(worker).claiming._turn = lambda: sys.exit("enough")
+            runtime(worker).hint()
 
         try:
             worker.run(on_start=lambda stop: end())
         except RuntimeError as error:
-            print(error, worker.healthy(), one("SELECT count(*) FROM apoq_workers"))
+            print(error, worker.is_healthy(), one("SELECT count(*) FROM apoq_workers"))
     """)
 
     assert (

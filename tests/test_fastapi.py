@@ -22,7 +22,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
-from apoq import AsyncRunningTask, NotPrepared, Queue, RunningTask, Task, Worker, prepare
+from apoq import AsyncRunningTask, Queue, RunningTask, SchemaMismatch, Task, Worker, prepare
 from apoq.fastapi import lifespan, transaction
 
 queue = Queue()
@@ -92,9 +92,9 @@ class TestTheLifespan:
             @asynccontextmanager
             async def own(_app: FastAPI) -> AsyncIterator[dict[str, str]]:
                 async with lifespan(worker):
-                    seen.append(worker.healthy())
+                    seen.append(worker.is_healthy())
                     yield {"name": "Ada"}
-                seen.append(worker.healthy())
+                seen.append(worker.is_healthy())
 
             app = FastAPI(lifespan=own)
             async with app.router.lifespan_context(app) as state:
@@ -155,7 +155,7 @@ class TestTheLifespan:
             worker = Worker(engine, queue)
 
             async def health(_request: Request) -> JSONResponse:
-                return JSONResponse({}, 200 if worker.healthy() else 503)
+                return JSONResponse({}, 200 if worker.is_healthy() else 503)
 
             app = Starlette(routes=[Route("/health", health)], lifespan=lifespan(worker))
             async with alive(app) as client:
@@ -182,7 +182,7 @@ class TestItsEnd:
 
             async def process(task: AsyncRunningTask) -> None:
                 runs.set()
-                while not task.stopping:  # noqa: ASYNC110 - it is what a processor does
+                while not task.should_stop:  # noqa: ASYNC110 - it is what a processor does
                     await asyncio.sleep(0.001)
                 await task.session.execute(sa.text("SELECT 1"))
 
@@ -224,7 +224,7 @@ class TestItsEnd:
             with pytest.raises(ZeroDivisionError):
                 async with lifespan(worker):
                     raise ZeroDivisionError
-            assert not worker.healthy()
+            assert not worker.is_healthy()
 
         on(url, main)
 
@@ -236,7 +236,7 @@ class TestItsEnd:
             start.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await start
-            assert not worker.healthy()
+            assert not worker.is_healthy()
             async with engine.connect() as connection:
                 assert await connection.scalar(sa.text("SELECT count(*) FROM apoq_workers")) == 0
 
@@ -250,7 +250,7 @@ class TestTheDatabase:
             worker = Worker(create_async_engine("postgresql+psycopg://127.0.0.1:1/nothing"), queue)
 
             async def health(_request: Request) -> JSONResponse:
-                return JSONResponse({"worker": worker.healthy()})
+                return JSONResponse({"worker": worker.is_healthy()})
 
             app = Starlette(routes=[Route("/health", health)], lifespan=lifespan(worker))
             async with alive(app) as client:
@@ -260,7 +260,7 @@ class TestTheDatabase:
 
     def test_without_our_tables_it_does_not_start_and_says_why(self, empty_url):
         async def main(engine: AsyncEngine) -> None:
-            with pytest.raises(NotPrepared, match=r"apoq's tables are missing.*run `apoq migrate`"):
+            with pytest.raises(SchemaMismatch, match=r"apoq's tables are missing.*run `apoq migrate`"):
                 async with alive(FastAPI(lifespan=lifespan(Worker(engine, queue)))):
                     pass
 

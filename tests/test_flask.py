@@ -697,21 +697,21 @@ class TestSettings:
 
     def test_the_environment_may_say_them(self, monkeypatch):
         monkeypatch.setenv("FLASK_APOQ_CONCURRENCY", "8")
-        monkeypatch.setenv("FLASK_APOQ_EMBEDDED_WORKER", "true")
+        monkeypatch.setenv("FLASK_APOQ_IN_PROCESS_WORKER", "true")
         app = Flask("shop")
         app.config.from_prefixed_env()
         Apoq(app)
 
         settings = app.extensions["apoq"].settings
-        assert (settings.worker, settings.embedded_worker) == ({"concurrency": 8}, True)
+        assert (settings.worker, settings.in_process_worker) == ({"concurrency": 8}, True)
 
     def test_what_is_no_duration_is_named(self):
         with pytest.raises(TypeError, match="APOQ_LEASE is a number of seconds or a timedelta, not '3 s'"):
             self.read(APOQ_LEASE="3 s")
 
-    def test_the_embedded_worker_is_a_question_of_yes_or_no(self):
-        with pytest.raises(TypeError, match="APOQ_EMBEDDED_WORKER is True or False, not 'yes'"):
-            self.read(APOQ_EMBEDDED_WORKER="yes")
+    def test_the_in_process_worker_is_a_question_of_yes_or_no(self):
+        with pytest.raises(TypeError, match="APOQ_IN_PROCESS_WORKER is True or False, not 'yes'"):
+            self.read(APOQ_IN_PROCESS_WORKER="yes")
 
     def test_a_queue_is_named_or_given(self):
         emails = Queue("emails", schema="jobs")

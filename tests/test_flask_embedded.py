@@ -47,7 +47,7 @@ PROGRAM = """
 
         @app.get("/health")
         def health():
-            return ("well", 200) if apoq.healthy() else ("ill", 503)
+            return ("well", 200) if apoq.is_healthy() else ("ill", 503)
 
         return app
 """
@@ -95,7 +95,7 @@ def serve(tmp_path, url, empty_url) -> Iterator[Callable[..., Server]]:
                 "PATH": os.environ["PATH"],
                 "HOME": str(tmp_path),
                 "DATABASE_URL": url.render_as_string(hide_password=False),
-                "FLASK_APOQ_EMBEDDED_WORKER": "true",
+                "FLASK_APOQ_IN_PROCESS_WORKER": "true",
                 "PYTHONUNBUFFERED": "1",
                 **environment,
             },
@@ -166,7 +166,7 @@ CONFIGURATION = """
 
 def test_the_servers_hooks_may_start_and_stop_it(serve, url, engine, tmp_path):
     (tmp_path / "gunicorn.conf.py").write_text(textwrap.dedent(CONFIGURATION))
-    server = serve(url, *GUNICORN, FLASK_APOQ_EMBEDDED_WORKER="false")
+    server = serve(url, *GUNICORN, FLASK_APOQ_IN_PROCESS_WORKER="false")
 
     until(lambda: one(engine, WORKERS) == 2, what="both work", alive=server.process)
     server.end()
@@ -181,7 +181,7 @@ def test_where_it_cannot_start_the_server_serves_and_says_so(serve, empty_url):
     until(lambda: "can't start" in server.process.output(), what="it says so", alive=server.process)
     assert server.health() == 503
     said = server.process.output()
-    assert "the embedded worker of 'app' can't start" in said
+    assert "the in-process worker of 'app' can't start" in said
     assert "apoq's tables are missing" in said
 
 
@@ -197,7 +197,7 @@ class TestInThisProcess:
     @pytest.fixture
     def app(self, db, apoq, url) -> Iterator[Flask]:
         app = Flask("shop")
-        app.config.update(SQLALCHEMY_DATABASE_URI=url, APOQ_EMBEDDED_WORKER=True)
+        app.config.update(SQLALCHEMY_DATABASE_URI=url, APOQ_IN_PROCESS_WORKER=True)
         db.init_app(app)
         apoq.init_app(app)
         yield app
@@ -206,16 +206,16 @@ class TestInThisProcess:
             db.engine.dispose()
 
     def test_the_first_request_starts_it(self, app, apoq, engine):
-        assert not app.extensions["apoq"].healthy()
+        assert not app.extensions["apoq"].is_healthy()
 
         app.test_client().get("/")
 
-        until(app.extensions["apoq"].healthy, what="it is healthy")
+        until(app.extensions["apoq"].is_healthy, what="it is healthy")
 
     def test_one_that_could_not_start_is_tried_again(self, db, empty_url, monkeypatch, caplog):
         monkeypatch.setattr("apoq.worker.in_process.PATIENCE", 0)
         app = Flask("shop")
-        app.config.update(SQLALCHEMY_DATABASE_URI=empty_url, APOQ_EMBEDDED_WORKER=True)
+        app.config.update(SQLALCHEMY_DATABASE_URI=empty_url, APOQ_IN_PROCESS_WORKER=True)
         db.init_app(app)
         Apoq(app)
         installed = app.extensions["apoq"]
@@ -225,7 +225,7 @@ class TestInThisProcess:
         until(lambda: "CRITICAL" in caplog.text, what="it says that it can't")
         with app.app_context():
             prepare(db.engine)
-        until(lambda: client.get("/") and installed.healthy(), what="it is healthy")
+        until(lambda: client.get("/") and installed.is_healthy(), what="it is healthy")
 
         installed.worker.stop()
         with app.app_context():
@@ -233,22 +233,22 @@ class TestInThisProcess:
 
     def test_no_request_starts_it_again_once_it_was_stopped(self, app, apoq):
         app.test_client().get("/")
-        until(app.extensions["apoq"].healthy, what="it is healthy")
+        until(app.extensions["apoq"].is_healthy, what="it is healthy")
         app.extensions["apoq"].worker.stop()
 
         app.test_client().get("/")
 
-        assert not app.extensions["apoq"].healthy()
+        assert not app.extensions["apoq"].is_healthy()
 
     def test_tests_start_none(self, app, engine):
         app.testing = True
 
         app.test_client().get("/")
 
-        assert app.extensions["apoq"]._embedded._began_in == 0
+        assert app.extensions["apoq"]._in_process._began_in == 0
 
     def test_commands_start_none(self, app):
         result = app.test_cli_runner().invoke(args=["apoq", "check"])
 
         assert result.exit_code == 0, result.output
-        assert app.extensions["apoq"]._embedded._began_in == 0
+        assert app.extensions["apoq"]._in_process._began_in == 0

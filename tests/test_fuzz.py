@@ -18,6 +18,7 @@ import pytest
 import sqlalchemy as sa
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from probe import lifecycle
 from sqlalchemy.orm import Session
 
 from apoq import InvalidData, InvalidTask, Queue, Task, UnsupportedSession, Worker
@@ -138,7 +139,7 @@ def deep(draw: st.DrawFn) -> Any:
     return data
 
 
-datas = st.one_of(sound, unsound, deep())
+items = st.one_of(sound, unsound, deep())
 
 anything = st.one_of(texts, integers, floats, foreign, st.none(), st.lists(st.integers(), max_size=2))
 
@@ -245,9 +246,11 @@ def received(engine) -> Iterator[Callable[[], dict[int, Any]]]:
             pass
         return dict(found)
 
-    worker._life.enlist()  # so that each of the tasks doesn't find new connections and a heartbeat of its own
+    lifecycle(
+        worker
+    ).enlist()  # so that each of the tasks doesn't find new connections and a heartbeat of its own
     yield work
-    worker._life.discharge()
+    lifecycle(worker).discharge()
 
 
 @pytest.fixture(scope="module")
@@ -304,7 +307,7 @@ def stored(engine: sa.Engine, ids: list[int]) -> list[Task]:
 
 
 @fuzz(250)
-@given(kind=kinds, data=datas)
+@given(kind=kinds, data=items)
 def test_data_are_refused_or_come_back(engine, transactions, received, kind, data):
     ids, refusal = add(transactions[kind], lambda session: queue.add(session, "t", data))
 
@@ -320,7 +323,7 @@ def test_data_are_refused_or_come_back(engine, transactions, received, kind, dat
 
 
 @fuzz(150)
-@given(kind=kinds, many=st.lists(sound | datas, max_size=7), make=st.sampled_from([list, tuple, iter]))
+@given(kind=kinds, many=st.lists(sound | items, max_size=7), make=st.sampled_from([list, tuple, iter]))
 def test_the_data_of_many_are_refused_or_come_back(engine, transactions, received, kind, many, make):
     ids, refusal = add(
         transactions[kind], lambda session: queue.add_many(session, "t", make(many)), in_savepoint=True
@@ -329,7 +332,7 @@ def test_the_data_of_many_are_refused_or_come_back(engine, transactions, receive
     if refusal:
         assert isinstance(refusal, InvalidData)
         first = next(index for index, data in enumerate(many) if not is_json(data))
-        assert refusal.path.startswith(f"datas[{first}]")
+        assert refusal.path.startswith(f"items[{first}]")
         assert ids == []
     else:
         tasks, found = stored(engine, ids), received()

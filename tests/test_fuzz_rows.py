@@ -25,6 +25,7 @@ import sqlalchemy.exc
 from click.testing import CliRunner
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
+from probe import lifecycle, runtime
 from sqlalchemy.orm import Session
 
 from apoq import Cancel, Queue, Retry, Snooze, Task, Worker
@@ -235,10 +236,10 @@ columns: dict[str, st.SearchStrategy[str | None]] = {
     "timeout": intervals | st.none(),
     "attempt": ints,
     "rescue_count": ints,
-    "token": bigints,
+    "claim_token": bigints,
     "worker_id": uuids | st.none(),
     "claimed_at": times | st.none(),
-    "claimed_ahead": st.sampled_from(["t", "f"]),
+    "prefetched": st.sampled_from(["t", "f"]),
     "failed_at": times | st.none(),
     "cancelled_at": times | st.none(),
     "error": json_texts | st.none(),
@@ -294,7 +295,7 @@ worker_rows = st.fixed_dictionaries(
     },
     optional={
         "started_at": times,
-        "seen_at": times,
+        "last_heartbeat_at": times,
         "backend_pid": ints | st.none(),
         "backend_start": times | st.none(),
     },
@@ -341,13 +342,13 @@ def write(connection: sa.Connection, table: str, row: Row, own: UUID | None) -> 
 
 _TYPES = {
     "apoq_tasks": {
-        **dict.fromkeys(("id", "token"), "bigint"),
+        **dict.fromkeys(("id", "claim_token"), "bigint"),
         **dict.fromkeys(("fail_count", "retry_limit", "attempt", "rescue_count"), "int"),
         **dict.fromkeys(("data", "error"), "jsonb"),
         **dict.fromkeys(("retry_delay", "timeout"), "interval"),
         "priority": "smallint",
         "worker_id": "uuid",
-        "claimed_ahead": "boolean",
+        "prefetched": "boolean",
     },
     "apoq_claims": {"worker_id": "uuid", "number": "bigint", "task_ids": "bigint[]"},
     "apoq_workers": {
@@ -460,7 +461,7 @@ class Works:
     @property
     def own(self) -> UUID | None:
         """The id of the worker, as it stands in the tables."""
-        return self._worker and self._worker._life.parts.claimer.worker_id
+        return self._worker and runtime(self._worker).claimer.worker_id
 
     def stop(self) -> None:
         if self._worker is not None:
@@ -480,7 +481,7 @@ class Works:
         ids = write_all(self._engine, table, given_rows, self.own)
         if late := undone(self._engine, ids):
             return [late, *self._complaints.heard]
-        return [*self._complaints.heard] + ([] if self._worker.healthy() else ["it isn't healthy"])
+        return [*self._complaints.heard] + ([] if self._worker.is_healthy() else ["it isn't healthy"])
 
     def check(self, table: str, given_rows: list[Row]) -> None:
         """See that these rows hold nobody up; if they do, name those that do so by themselves."""
@@ -571,7 +572,7 @@ def test_no_task_makes_work_raise(engine, works, given_rows):
         row if row["type"] not in {"fails", "retries"} else row | {"type": "t"} for row in given_rows
     ]
     ids = write_all(engine, "apoq_tasks", given_rows, None)
-    worker._life.enlist()  # so that each call doesn't find new connections
+    lifecycle(worker).enlist()  # so that each call doesn't find new connections
     try:
         for _ in range(len(given_rows) + 2 * len(ids)):
             try:
@@ -584,7 +585,7 @@ def test_no_task_makes_work_raise(engine, works, given_rows):
             )
             assert connection.scalar(statement, {"ids": ids}) == 0, ", ".join(map(repr, given_rows))
     finally:
-        worker._life.discharge()
+        lifecycle(worker).discharge()
         empty(engine)
 
 
@@ -616,9 +617,9 @@ def rescues(engine: sa.Engine, given_rows: list[Row]) -> str:
 
 @fuzz(20)
 @given(given_rows=st.lists(worker_rows, min_size=1, max_size=6))
-@example(given_rows=[SEEN | {"seen_at": "294276-12-31 23:59:59.999999+00"}])
-@example(given_rows=[SEEN | {"seen_at": "infinity"}])
-@example(given_rows=[SEEN | {"seen_at": "-infinity"}])
+@example(given_rows=[SEEN | {"last_heartbeat_at": "294276-12-31 23:59:59.999999+00"}])
+@example(given_rows=[SEEN | {"last_heartbeat_at": "infinity"}])
+@example(given_rows=[SEEN | {"last_heartbeat_at": "-infinity"}])
 def test_no_row_of_a_worker_keeps_the_tasks_of_dead_ones(engine, works, given_rows):
     works.begin_again()
 
@@ -679,8 +680,8 @@ def strict(text: str) -> Any:
         {"type": "t", "state": "completed"},
     ],
     worker_rows_=[
-        SEEN | {"seen_at": "-infinity", "queues": "{NULL}"},
-        SEEN | {"id": str(UUID(int=1)), "seen_at": "infinity", "started_at": "infinity"},
+        SEEN | {"last_heartbeat_at": "-infinity", "queues": "{NULL}"},
+        SEEN | {"id": str(UUID(int=1)), "last_heartbeat_at": "infinity", "started_at": "infinity"},
     ],
     claim_rows_=[],
 )

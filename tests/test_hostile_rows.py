@@ -114,7 +114,7 @@ def claims(engine: sa.Engine) -> int:
 
 
 H1 = {
-    "a token that can't grow": "(type, token) VALUES ('t', 9223372036854775807)",
+    "a token that can't grow": "(type, claim_token) VALUES ('t', 9223372036854775807)",
     "due since the first moment": "(type, process_at) VALUES ('t', '4714-11-24 00:00:00+00 BC')",
     "a retry_delay of five million years": "(type, retry_delay) VALUES ('t', '5000000 years')",
     "an infinite retry_delay": "(type, retry_delay) VALUES ('t', 'infinity')",
@@ -133,8 +133,8 @@ SIBLINGS = (
     "(id, type, priority) VALUES (-9223372036854775806, 't', 32767)",
     "(id, type, priority) VALUES (9223372036854775806, 't', -32768)",
     "(id, type) VALUES (9223372036854775807, 't')",
-    "(type, token, fail_count, rescue_count) VALUES ('t', 9223372036854775807, 1, 1)",
-    "(type, token) VALUES ('t', -9223372036854775808)",
+    "(type, claim_token, fail_count, rescue_count) VALUES ('t', 9223372036854775807, 1, 1)",
+    "(type, claim_token) VALUES ('t', -9223372036854775808)",
     "(type, fail_count, attempt, retry_limit) VALUES ('t', 2147483647, 2147483647, 2147483647)",
     "(type, fail_count, attempt, retry_limit) VALUES ('t', -2147483648, -2147483648, -2147483648)",
     "(type, rescue_count) VALUES ('t', 2147483647)",
@@ -183,7 +183,7 @@ class TestARowThatAnybodyMayWrite:
 
         until(lambda: not left(engine))
         self.ends(engine, caplog, id_)
-        assert worker.healthy()
+        assert worker.is_healthy()
         worker.stop()
         assert claims(engine) == 0
 
@@ -198,7 +198,7 @@ class TestARowThatAnybodyMayWrite:
         for _ in range(3):
             all_are_done(engine, queue)
         self.ends(engine, caplog, id_)
-        assert worker.healthy()
+        assert worker.is_healthy()
         worker.stop()
         assert claims(engine) == 0
 
@@ -226,7 +226,7 @@ class TestARowThatAnybodyMayWrite:
         all_are_done(engine, good, 5_000)
 
         assert fastest(engine, good, worker) < 0.1
-        assert worker.healthy()
+        assert worker.is_healthy()
 
 
 class TestManyOfThemAtOnce:
@@ -245,7 +245,7 @@ class TestManyOfThemAtOnce:
         until(lambda: not left(engine))
         until(lambda: all(state_of(engine, id_) in ENDED for id_ in ids))
         # More than these, where a timeout below zero has led to a retry.
-        until(lambda: sum(worker.tally()[1:]) >= 60 + len(ids))
+        until(lambda: sum(worker.stats()[1:]) >= 60 + len(ids))
         worker.stop()
         assert claims(engine) == 0
         assert failures(caplog) == []
@@ -259,7 +259,7 @@ class TestManyOfThemAtOnce:
 
         all_are_done(engine, queue)
         until(lambda: all(task.error or task.state in ENDED for task in tasks(engine, ids)))
-        assert worker.healthy()
+        assert worker.is_healthy()
         worker.stop()
         assert (claims(engine), failures(caplog)) == (0, [])
 
@@ -288,7 +288,7 @@ class TestManyOfThemAtOnce:
         worker.use("t", lambda task: ended.wait(SOON))
         ids = write_hostile(engine)
         worker.start()
-        until(lambda: worker.tally().running >= 10)
+        until(lambda: worker.stats().running >= 10)
 
         worker.stop(timeout=0)
 
@@ -370,7 +370,7 @@ class TestARowThatTheServerRefuses:
             add(engine, queue, 20)
             until(lambda: not self.innocents(engine))
         assert state_of(engine, bad) == PENDING
-        until(worker.healthy)
+        until(worker.is_healthy)
         worker.stop()
         assert claims(engine) == 0
 
@@ -386,7 +386,7 @@ class TestARowThatTheServerRefuses:
 
         until(lambda: not self.innocents(engine), 2 * SOON)
         until(lambda: all(named_at_error(caplog, id_) for id_ in bad), 2 * SOON)
-        until(worker.healthy)
+        until(worker.is_healthy)
 
     def test_a_row_that_comes_to_an_idle_worker_is_passed_over(self, engine, queue, worker, refuse, caplog):
         refuse(f"{self.BAD} AND NEW.state = 'running'")
@@ -475,9 +475,9 @@ class TestARowThatTheServerRefuses:
 
         until(lambda: not self.innocents(engine))
         until(lambda: named_at_error(caplog, bad))
-        until(lambda: worker.tally().completed == 40)
+        until(lambda: worker.stats().completed == 40)
         assert not listens or (len(told), bad in told) == (40, False)
-        assert worker.healthy()
+        assert worker.is_healthy()
         assert failures(caplog) == []
 
     def test_a_failure_that_is_refused_is_named_and_the_others_are_written(
@@ -493,7 +493,7 @@ class TestARowThatTheServerRefuses:
 
         until(lambda: scalar(engine, "SELECT count(*) FROM apoq_tasks WHERE state = 'failed'") == 20)
         until(lambda: named_at_error(caplog, bad))
-        assert worker.healthy()
+        assert worker.is_healthy()
 
 
 def test_a_worker_whose_every_claim_fails_is_not_healthy_until_they_succeed(engine, queue, worker, caplog):
@@ -512,10 +512,10 @@ def test_a_worker_whose_every_claim_fails_is_not_healthy_until_they_succeed(engi
     )
     add(engine, queue, 10)
 
-    until(lambda: not worker.healthy(), 30)
+    until(lambda: not worker.is_healthy(), 30)
     execute(engine, "DROP TRIGGER own ON apoq_tasks")
     until(lambda: not left(engine), 60)
-    until(worker.healthy)
+    until(worker.is_healthy)
     worker.stop()
     assert claims(engine) == 0
 
@@ -555,7 +555,7 @@ PROGRAM = """
 DRAINED = """
     good = wait("type = 'good' AND state <> 'completed'", 20)
     bad = wait("type = 't' AND state IN ('pending', 'running')", 20)
-    is_healthy = worker.healthy()
+    is_healthy = worker.is_healthy()
     worker.stop(5)
     print(json.dumps({"good": good, "bad": bad, "grew": memory("VmHWM") - first, "is_healthy": is_healthy}))
 """
@@ -718,7 +718,7 @@ class TestARowThatCannotBeReadBack:
 
         worker.start()
 
-        until(lambda: worker.tally().completed == 601)
+        until(lambda: worker.stats().completed == 601)
         until(lambda: len(told) == 601)
         assert failures(caplog) == []
 
@@ -859,7 +859,7 @@ class TestRowsThatADeadWorkerLeft:
 
     ORPHANS = """
         INSERT INTO apoq_tasks
-            (type, state, worker_id, rescue_count, fail_count, attempt, claimed_ahead, claimed_at)
+            (type, state, worker_id, rescue_count, fail_count, attempt, prefetched, claimed_at)
         SELECT 't', 'running', '{worker_id}', {rescue_count}, {fail_count}, {attempt}, {ahead}, now()
         FROM generate_series(1, {number})
     """
@@ -883,8 +883,8 @@ class TestRowsThatADeadWorkerLeft:
 
         until(lambda: state_of(engine, innocent) == COMPLETED, 2 * SOON)
         until(lambda: not scalar(engine, "SELECT count(*) FROM apoq_tasks WHERE state = 'running'"))
-        until(lambda: worker.tally().running == 0)
-        assert worker.healthy()
+        until(lambda: worker.stats().running == 0)
+        assert worker.is_healthy()
         worker.stop()
         assert claims(engine) == 0
 
@@ -922,7 +922,7 @@ class TestForgedRescues:
         worker.use("good", nothing)
         worker.start()
         # Looking at the table would take more than the work itself.
-        took = until(lambda: worker.tally().completed >= self.BACKLOG, 4 * SOON)
+        took = until(lambda: worker.stats().completed >= self.BACKLOG, 4 * SOON)
         worker.stop()
         return took
 
@@ -960,7 +960,7 @@ class TestForgedNotes:
 
         for _ in range(3):
             all_are_done(engine, queue)
-        assert worker.healthy()
+        assert worker.is_healthy()
 
 
 PAYLOADS = {
@@ -994,14 +994,14 @@ class TestNotifications:
             until(lambda: not left(engine), 2)
 
         assert failures(caplog) == []
-        assert worker.healthy()
+        assert worker.is_healthy()
 
     def test_forged_cancellations_of_a_running_task_cost_few_lookups(self, engine, queue, worker):
         ended = threading.Event()
         worker.use("long", lambda task: ended.wait(SOON))
         add(engine, queue, type_="long")
         worker.start()
-        until(lambda: worker.tally().running == 1)
+        until(lambda: worker.stats().running == 1)
         id_ = scalar(engine, "SELECT max(id) FROM apoq_tasks")
         began = time.monotonic()
 
@@ -1017,7 +1017,7 @@ class TestNotifications:
 
         took = time.monotonic() - began
         ended.set()
-        until(lambda: worker.tally().completed == 1)
+        until(lambda: worker.stats().completed == 1)
         worker.stop()  # what it has counted arrives when its connections end
         scans = "SELECT idx_scan FROM pg_stat_user_tables WHERE relname = 'apoq_tasks'"
         until(lambda: scalar(engine, scans))
@@ -1085,7 +1085,7 @@ class TestAnotherEncoding:
         all_are_done(engine, queue)
         until(lambda: received)
         assert received == ["€💥"]
-        assert worker.healthy()
+        assert worker.is_healthy()
         worker.stop()
         assert failures(caplog) == []
 

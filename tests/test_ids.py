@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from click.testing import CliRunner, Result
 from sqlalchemy.orm import Session
 
-from apoq import NotPrepared, Queue, prepare
+from apoq import Queue, SchemaMismatch, prepare
 from apoq.cli import main
 from apoq.migrations import differences
 from apoq.schema.preflight import Problem, ids_problem
@@ -138,10 +138,13 @@ def test_the_commands_that_add_say_it_in_one_line(engine, sql):
 def test_adding_has_a_clear_error(engine, sql, queue, rename):
     sql(RESTORED.format("apoq_tasks") + ";" + rename)
 
-    with Session(engine) as session, pytest.raises(NotPrepared, match="the sequence of apoq_tasks"):
+    with Session(engine) as session, pytest.raises(SchemaMismatch, match="the sequence of apoq_tasks"):
         queue.add(session, "t")
-    with Session(engine) as session, pytest.raises(NotPrepared, match="the sequence of apoq_tasks"):
+    with Session(engine) as session, pytest.raises(SchemaMismatch, match="the sequence of apoq_tasks"):
         queue.add_many(session, "t", [None] * 5_000)
     dsn = engine.url.set(drivername="postgresql").render_as_string(hide_password=False)
-    with psycopg.connect(dsn) as connection, pytest.raises(NotPrepared, match="the sequence of apoq_tasks"):
+    with (
+        psycopg.connect(dsn) as connection,
+        pytest.raises(SchemaMismatch, match="the sequence of apoq_tasks"),
+    ):
         queue.add(connection, "t")

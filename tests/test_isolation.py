@@ -10,12 +10,13 @@ from uuid import uuid4
 
 import pytest
 import sqlalchemy as sa
+from probe import runtime
 from psycopg import OperationalError
 from sqlalchemy.orm import Session
 from waiting import patience
 
 from apoq import Queue, Task, Worker, prepare
-from apoq.errors import NotPrepared
+from apoq.errors import SchemaMismatch
 from apoq.worker.failures import Outage
 from apoq.worker.isolation import Isolation
 
@@ -92,7 +93,7 @@ class TestASchemaThatIsGone:
         worker = make_worker(*queues)
         worker.use("t", lambda task: None)
         worker.start()
-        until(worker.healthy)
+        until(worker.is_healthy)
         return worker
 
     def add(self, engine: sa.Engine, *queues: Queue) -> None:
@@ -112,7 +113,7 @@ class TestASchemaThatIsGone:
     def test_stops_neither_the_others_nor_their_leases(self, engine, queues, worker, caplog):
         default, here, _ = queues
         self.drop(engine)
-        lease = worker._life.parts.heartbeat.leases["gone"]
+        lease = runtime(worker).heartbeat.leases["gone"]
         until(lambda: not lease.is_held)  # it has been gone for longer than the grace
 
         waits = []
@@ -123,7 +124,7 @@ class TestASchemaThatIsGone:
             waits.append(time.monotonic() - began)
 
         assert sorted(waits)[10] < 0.5
-        assert worker.healthy()
+        assert worker.is_healthy()
         failed = [message for message in caplog.messages if "'gone'" in message and "failed" in message]
         assert len(failed) <= 8  # each part of the worker once, and the heartbeat again
 
@@ -153,7 +154,7 @@ class TestASchemaThatIsGone:
     def test_is_worked_again_when_it_is_there_again(self, engine, queues, worker):
         *_, gone = queues
         self.drop(engine)
-        until(lambda: not worker._life.parts.heartbeat.leases["gone"].is_held)
+        until(lambda: not runtime(worker).heartbeat.leases["gone"].is_held)
 
         prepare(engine, schema="gone")
         self.add(engine, gone)
@@ -175,7 +176,7 @@ class TestASchemaThatIsGone:
         assert "this worker does without the queues there" in caplog.text
 
     def test_if_none_is_there_a_worker_does_not_start(self, engine, make_worker):
-        with pytest.raises(NotPrepared):
+        with pytest.raises(SchemaMismatch):
             make_worker(Queue(schema="nowhere"), Queue(schema="neither")).start()
 
 
@@ -204,7 +205,7 @@ def test_a_queue_whose_claim_the_server_refuses_delays_no_other(engine, make_wor
         until(partial(is_completed, engine, task_id))
         assert time.monotonic() - began < 2
 
-    assert worker.healthy()
+    assert worker.is_healthy()
 
 
 def is_completed(engine: sa.Engine, task_id: int) -> bool:
@@ -242,7 +243,7 @@ class TestARightThatIsGone:
             with engine.begin() as connection:
                 connection.exec_driver_sql(f"GRANT UPDATE ON apoq_tasks TO {role}")
 
-            until(lambda: worker.tally().completed == 2)
+            until(lambda: worker.stats().completed == 2)
         finally:
             worker.stop()
             its_engine.dispose()

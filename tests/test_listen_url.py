@@ -9,6 +9,7 @@ from datetime import timedelta
 
 import pytest
 import sqlalchemy as sa
+from probe import runtime
 from proxy import Proxy
 from sqlalchemy.orm import Session
 
@@ -44,11 +45,11 @@ def test_nothing_but_hints_goes_that_way(engine, url, make_worker):
     worker = make_worker(poll_interval=LONG, listen_url=url)
     worker.use("t", lambda task: ran.set())
     listening = threading.Event()
-    listens = worker._life.parts.listener._on_listening
-    worker._life.parts.listener._on_listening = lambda: listens() or listening.set()
+    listens = runtime(worker).listener._on_listening
+    runtime(worker).listener._on_listening = lambda: listens() or listening.set()
     worker.start()
     assert listening.wait(SOON)
-    pid = worker._life.parts.listener._connection.pooled.dbapi_connection.info.backend_pid
+    pid = runtime(worker).listener._connection.pooled.dbapi_connection.info.backend_pid
     with Session(engine) as session, session.begin():
         Queue().add(session, "t")
     assert ran.wait(SOON)
@@ -67,15 +68,15 @@ def test_where_it_goes_silent_the_worker_listens_again(engine, url, make_worker,
     worker = make_worker(poll_interval=LONG, listen_url=proxy.url)
     worker.use("t", lambda task: ran.release())
     listening, deadline = threading.Event(), time.monotonic() + 2 * SOON
-    listens = worker._life.parts.listener._on_listening
-    worker._life.parts.listener._on_listening = lambda: listens() or listening.set()
+    listens = runtime(worker).listener._on_listening
+    runtime(worker).listener._on_listening = lambda: listens() or listening.set()
     worker.start()
     assert listening.wait(SOON)
-    before = worker._life.parts.listener._connection
+    before = runtime(worker).listener._connection
 
     proxy.cut()
     proxy.heal()
-    while worker._life.parts.listener._connection in (None, before):
+    while runtime(worker).listener._connection in (None, before):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     for _ in range(3):

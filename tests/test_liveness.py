@@ -14,6 +14,7 @@ from uuid import uuid4
 import pytest
 import sqlalchemy as sa
 from claims import hold_lease, note
+from probe import runtime
 from sqlalchemy.orm import Session
 from waiting import patience
 
@@ -38,11 +39,11 @@ def load(engine) -> Task:
 
 def seen_past_its_lease(engine, worker_id) -> None:
     """Wait until the database has seen a worker for longer than its lease would be without a heartbeat."""
-    seen_at = sa.text("SELECT seen_at FROM apoq_workers WHERE id = :id")
+    last_heartbeat_at = sa.text("SELECT last_heartbeat_at FROM apoq_workers WHERE id = :id")
 
     def look():
         with engine.connect() as connection:
-            return connection.scalar(seen_at, {"id": worker_id})
+            return connection.scalar(last_heartbeat_at, {"id": worker_id})
 
     first = look()
     until(lambda: look() > first + LEASE * 1.5)
@@ -94,7 +95,7 @@ class TestTheHeartbeat:
 
         stopping = threading.Thread(target=worker.stop)
         stopping.start()
-        until(lambda: worker._life.parts._notices[None].is_given)
+        until(lambda: runtime(worker)._notices[None].is_given)
         seen_past_its_lease(engine, load(engine).worker_id)
         may_end.set()
         stopping.join(SOON)
@@ -115,34 +116,34 @@ class TestAnEndedLease:
         worker.use("t", lambda task: ran.append(task.id))
         worker.use("coroutine", coroutine)
         yield ran
-        worker._life.parts.coroutines.stop(SOON)
-        worker._life.parts.slots.stop()
-        worker._life.parts.engine.dispose()
+        runtime(worker).coroutines.stop(SOON)
+        runtime(worker).slots.stop()
+        runtime(worker).engine.dispose()
 
     def test_claims_nothing(self, engine, worker, ran):
         add(engine)
 
-        worker._life.parts.claimer.turn()
+        runtime(worker).claimer.turn()
 
-        assert load(engine).token == 0
+        assert load(engine).claim_token == 0
 
     @pytest.mark.parametrize("type_", ["t", "coroutine"])
     def test_begins_nothing_and_what_was_claimed_is_given_back(self, engine, worker, ran, type_):
         add(engine, type_=type_)
 
         hold_lease(worker)
-        claimed = worker._life.parts.claimer.claim(1, 1)
-        worker._life.parts.heartbeat.leases[None].ends_at = time.monotonic()
-        worker._life.parts.slots.put(claimed)
-        until(lambda: worker._life.parts.settler.turn() or load(engine).state == "pending")
+        claimed = runtime(worker).claimer.claim(1, 1)
+        runtime(worker).heartbeat.leases[None].ends_at = time.monotonic()
+        runtime(worker).slots.put(claimed)
+        until(lambda: runtime(worker).settler.turn() or load(engine).state == "pending")
 
-        assert (load(engine).token, load(engine).attempt, ran) == (1, 0, [])
+        assert (load(engine).claim_token, load(engine).attempt, ran) == (1, 0, [])
 
 
 def test_a_worker_whose_lease_has_ended_completes_nothing(engine, worker):
     def process(task: RunningTask) -> None:
         task.session.execute(sa.text("INSERT INTO ledger VALUES (:id)"), {"id": task.id})
-        worker._life.parts.heartbeat.leases[
+        runtime(worker).heartbeat.leases[
             None
         ].ends_at = time.monotonic()  # as if it had been frozen just here
 
@@ -246,8 +247,8 @@ class TestLeasesOfDifferentLengths:
         until(lambda: attempts)
 
         short.start()
-        seen_past_its_lease(engine, short._life.parts.heartbeat.worker_id)
-        seen_past_its_lease(engine, short._life.parts.heartbeat.worker_id)
+        seen_past_its_lease(engine, runtime(short).heartbeat.worker_id)
+        seen_past_its_lease(engine, runtime(short).heartbeat.worker_id)
         may_end.set()
         until(lambda: load(engine).state == "completed")
 
@@ -269,20 +270,22 @@ class TestLeasesOfDifferentLengths:
             connection.execute(sa.insert(WorkerRow).values(id=dead, **row))
         worker = make_worker(lease=rescuer)
         worker.start()
-        until(worker.healthy)
+        until(worker.is_healthy)
 
-        until(lambda: worker._life.parts.heartbeat.beat() and load(engine).state == "pending")
+        until(lambda: runtime(worker).heartbeat.beat() and load(engine).state == "pending")
 
     def test_the_row_of_one_with_a_lease_of_hours_is_not_forgotten(self, engine, make_worker):
         worker, other = make_worker(lease=timedelta(hours=10)), make_worker()
         worker.start()
-        until(worker.healthy)
+        until(worker.is_healthy)
         with engine.begin() as connection:
-            connection.exec_driver_sql("UPDATE apoq_workers SET seen_at = seen_at - interval '90 minutes'")
+            connection.exec_driver_sql(
+                "UPDATE apoq_workers SET last_heartbeat_at = last_heartbeat_at - interval '90 minutes'"
+            )
 
         other.start()
-        until(other.healthy)
-        other._life.parts.heartbeat.forget()
+        until(other.is_healthy)
+        runtime(other).heartbeat.forget()
 
         with engine.connect() as connection:
             assert connection.scalar(sa.text("SELECT count(*) FROM apoq_workers")) == 2
@@ -303,17 +306,21 @@ def test_a_step_of_the_servers_clock_takes_no_task_from_a_live_worker(engine, ma
     add(engine)
     for worker in workers:
         worker.start()
-        until(worker.healthy)
+        until(worker.is_healthy)
     until(lambda: attempts)
 
     for _ in range(3):
         with engine.begin() as connection:
             connection.exec_driver_sql(
-                f"UPDATE apoq_workers SET seen_at = seen_at - interval '{step}', "
+                f"UPDATE apoq_workers SET last_heartbeat_at = last_heartbeat_at - interval '{step}', "
                 f"expires_at = expires_at - interval '{step}'"
             )
-        seen_at = workers[0].seen_at
-        until(lambda seen_at=seen_at: all(worker.seen_at > seen_at + LEASE for worker in workers))
+        last_heartbeat_at = workers[0].last_heartbeat_at
+        until(
+            lambda last_heartbeat_at=last_heartbeat_at: all(
+                worker.last_heartbeat_at > last_heartbeat_at + LEASE for worker in workers
+            )
+        )
     may_end.set()
     until(lambda: load(engine).state == "completed")
 
@@ -327,7 +334,7 @@ class TestAttemptsThatHaveBegun:
         worker = make_worker(concurrency=1, lease=LEASE)
         worker.use("short", lambda task: None)
         worker.use("t", lambda task: may_end.wait(4 * SOON))
-        worker._life.parts.slots.run_time = 0.0001  # so it claims ahead
+        runtime(worker).slots.run_time = 0.0001  # so it claims ahead
         with Session(engine) as session, session.begin():
             task_id = Queue().add(session, "t").id
             Queue().add_many(session, "short", range(50))
@@ -335,22 +342,22 @@ class TestAttemptsThatHaveBegun:
 
         until(lambda: begun(engine, task_id))
         with engine.connect() as connection:
-            ahead = sa.select(sa.func.count()).where(Task.state == "running", Task.claimed_ahead)
+            ahead = sa.select(sa.func.count()).where(Task.state == "running", Task.prefetched)
             assert connection.scalar(ahead) == 50
 
     def test_one_that_finds_a_free_slot_at_once_was_not_claimed_ahead(self, engine, worker, may_end):
         worker.use("t", lambda task: may_end.wait(4 * SOON))
-        worker._life.parts.slots.run_time = 0.0001
+        runtime(worker).slots.run_time = 0.0001
         worker.start()
-        until(worker.healthy)
+        until(worker.is_healthy)
 
         add(engine)
 
         until(lambda: load(engine).state == "running")
-        assert not load(engine).claimed_ahead
+        assert not load(engine).prefetched
 
 
 def begun(engine: sa.Engine, task_id: int) -> bool:
     with Session(engine) as session:
         task = session.get_one(Task, task_id)
-        return task.state == "running" and not task.claimed_ahead
+        return task.state == "running" and not task.prefetched

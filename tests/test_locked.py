@@ -9,12 +9,13 @@ from functools import partial
 
 import pytest
 import sqlalchemy as sa
+from probe import runtime
 from sqlalchemy.orm import Session
 from waiting import patience
 
 from apoq import Queue, RunningTask, Snooze, Task, prepare
 from apoq.postgres.connections import own_engine
-from apoq.worker import runtime
+from apoq.worker import runtime as runtime_module
 
 SOON = 10.0
 
@@ -100,7 +101,7 @@ def test_who_cancels_two_that_are_being_settled_is_never_told_of_a_deadlock(engi
 def test_a_worker_that_stops_meanwhile_settles_the_others_and_says_what_it_leaves(
     engine, queue, running, caplog, monkeypatch
 ):
-    monkeypatch.setattr(runtime, "PATIENCE", 0.5)
+    monkeypatch.setattr(runtime_module, "PATIENCE", 0.5)
     worker, task_ids, go_on = running
     with Session(engine) as session:
         queue.cancel(session, task_ids[0])
@@ -123,7 +124,7 @@ def test_work_waits_for_it(engine, queue, worker):
         add(engine)
 
         def roll_back() -> None:
-            until(lambda: worker._life.parts.settler._put_off)
+            until(lambda: runtime(worker).settler._put_off)
             session.rollback()
 
         thread = threading.Thread(target=roll_back)
@@ -143,14 +144,14 @@ class TestAWholeTable:
     @pytest.fixture(autouse=True)
     def _impatient(self, monkeypatch) -> None:
         # As a worker's own engine is, that doesn't wait behind a migration.
-        monkeypatch.setattr(runtime, "own_engine", partial(own_engine, lock_timeout="100ms"))
+        monkeypatch.setattr(runtime_module, "own_engine", partial(own_engine, lock_timeout="100ms"))
 
     def test_what_has_ended_is_settled_when_it_is_free(self, engine, running, caplog):
         _, task_ids, go_on = running
         with caplog.at_level(logging.INFO, "apoq.worker.settling.settler"), engine.connect() as migrating:
             migrating.execute(sa.text("LOCK apoq_tasks"))
             go_on.set()
-            settler = running[0]._life.parts.settler
+            settler = runtime(running[0]).settler
             until(lambda: settler._closed)
             first = settler._closed[None]
             until(lambda: settler._closed[None].pause > first.pause)
@@ -188,13 +189,13 @@ class TestAWholeTable:
     def test_a_worker_that_stops_meanwhile_waits_no_longer_than_it_should(
         self, engine, running, caplog, monkeypatch
     ):
-        monkeypatch.setattr(runtime, "PATIENCE", 0.5)
+        monkeypatch.setattr(runtime_module, "PATIENCE", 0.5)
         worker, task_ids, go_on = running
         with engine.connect() as migrating:
             migrating.execute(sa.text("LOCK apoq_tasks"))
             go_on.set()
-            until(lambda: not worker._life.parts.slots.running())
-            worker._life.parts._finish_settling()
+            until(lambda: not runtime(worker).slots.running())
+            runtime(worker)._finish_settling()
             migrating.rollback()
 
         assert f"{len(task_ids)} tasks are locked" in caplog.text

@@ -94,7 +94,7 @@ class Plain:
         vars(self).update(attributes)
 
 
-class Slots:
+class Executor:
     __slots__ = ("x",)
 
     def __init__(self, x: int) -> None:
@@ -180,7 +180,7 @@ SAME: dict[str, tuple[Any, Any]] = {
     "equal by itself": (Lenient(1, 2), Lenient(1, 3)),
     "deque": (deque([1]), deque([1])),
     "object": (Plain(x=[Plain(y=1)]), Plain(x=[Plain(y=1)])),
-    "slots": (Slots(1), Slots(1)),
+    "slots": (Executor(1), Executor(1)),
     "nothing to compare": (object(), object()),
 }
 
@@ -245,7 +245,7 @@ LOST: dict[str, tuple[Any, Any, str, str]] = {
     ),
     "in a generic": (Page(items=[True]), Page[int](items=[1]), ".items[0]", "as int, not as bool"),
     "another generic": (Page(items=[1]), Login(), "", "as Login, not as Page"),
-    "slots": (Slots(1), Slots(2), ".x", "another value, 2"),
+    "slots": (Executor(1), Executor(2), ".x", "another value, 2"),
     "function": (print, len, "", "another value"),
     "no answer": (Array(), Array(), "", "another value"),
 }

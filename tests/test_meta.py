@@ -177,7 +177,7 @@ class TestWaitingTasks:
 
         with Session(engine) as session:
             task = session.get_one(Task, waiting)
-            assert (task.state, task.ended_as, task.waits) == ("waiting", None, True)
+            assert (task.state, task.final_state, task.waits) == ("waiting", None, True)
 
     def test_it_can_be_cancelled_but_not_retried(self, engine, waiting):
         with Session(engine) as session, session.begin():
@@ -194,4 +194,4 @@ class TestWaitingTasks:
     def test_the_command_line_shows_it(self, run, waiting):
         assert run("list", "--state", "waiting")["id"] == waiting
         [figures] = run("stats")["queues"]
-        assert (figures["waiting"], figures["due"]) == (1, 0)
+        assert (figures["waiting"], figures["ready"]) == (1, 0)

@@ -30,7 +30,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
 
 import apoq.migrations
-from apoq import InvalidTask, NotPrepared, Queue, UnsupportedDatabase, prepare
+from apoq import InvalidTask, Queue, SchemaMismatch, UnsupportedDatabase, prepare
 from apoq.migrations import LATEST, steps
 from apoq.migrations.steps import LOCK_KEY
 from apoq.schema.models import Base, Task
@@ -400,7 +400,7 @@ class TestPrepare:
                 lambda: asyncio.run(prepare(create_async_engine(empty_url, poolclass=NullPool))),
             ):
                 with pytest.raises(
-                    NotPrepared, match=rf"waited 0\.2 s .* process {pid} \(role .*, 'forgetful'\)"
+                    SchemaMismatch, match=rf"waited 0\.2 s .* process {pid} \(role .*, 'forgetful'\)"
                 ) as raised:
                     start()
                 assert f"SELECT pg_terminate_backend({pid})" in str(raised.value)
@@ -444,7 +444,7 @@ class TestPrepare:
     def test_all_or_nothing_is_done(self, empty_engine, empty_url):
         execute(empty_url, "CREATE TABLE apoq_workers (mine text)")
 
-        with pytest.raises(NotPrepared, match="not apoq's: the column apoq_workers"):
+        with pytest.raises(SchemaMismatch, match="not apoq's: the column apoq_workers"):
             prepare(empty_engine)
 
         assert tables(empty_url) == {"apoq_workers"}
@@ -470,7 +470,7 @@ class TestPrepare:
 
         with empty_engine.begin() as connection:
             apoq.migrations.lock(connection)
-            with pytest.raises(NotPrepared, match=r"waited 0\.001 s"):
+            with pytest.raises(SchemaMismatch, match=r"waited 0\.001 s"):
                 prepare(hasty)
 
     def test_with_nothing_to_do_the_right_to_look_is_enough(self, role):
@@ -486,7 +486,7 @@ class TestPrepare:
     def test_a_newer_database_wants_a_newer_library(self, engine, url):
         execute(url, "UPDATE apoq_migrations SET version_num = '0099'")
 
-        with pytest.raises(NotPrepared, match=r"at version 99, .* up to version \d+: .* --upgrade apoq"):
+        with pytest.raises(SchemaMismatch, match=r"at version 99, .* up to version \d+: .* --upgrade apoq"):
             prepare(engine)
 
     @pytest.mark.filterwarnings("ignore::ResourceWarning")  # SQLAlchemy 2.0 loses what it can't read from
@@ -494,14 +494,14 @@ class TestPrepare:
     def test_a_database_without_an_encoding_is_refused(self, ascii_url, query):
         engine = sa.create_engine(ascii_url.update_query_dict(query), poolclass=NullPool)
 
-        with pytest.raises(NotPrepared, match=r"encoding is SQL_ASCII, .* ENCODING 'UTF8'"):
+        with pytest.raises(SchemaMismatch, match=r"encoding is SQL_ASCII, .* ENCODING 'UTF8'"):
             prepare(engine)
 
     @pytest.mark.filterwarnings("ignore::ResourceWarning")
     def test_a_database_without_an_encoding_is_refused_to_an_async_engine(self, ascii_url):
         engine = create_async_engine(ascii_url, poolclass=NullPool)
 
-        with pytest.raises(NotPrepared, match=r"encoding is SQL_ASCII, .* ENCODING 'UTF8'"):
+        with pytest.raises(SchemaMismatch, match=r"encoding is SQL_ASCII, .* ENCODING 'UTF8'"):
             asyncio.run(prepare(engine))
 
     def test_another_database_is_refused(self):
@@ -611,20 +611,20 @@ class TestCheck:
         with (
             empty_engine.connect() as connection,
             pytest.raises(
-                NotPrepared, match=r"are missing, .*`apoq\.prepare\(engine\)`, or `alembic upgrade"
+                SchemaMismatch, match=r"are missing, .*`apoq\.prepare\(engine\)`, or `alembic upgrade"
             ),
         ):
             apoq.migrations.check(connection)
 
     def test_the_command_can_be_pasted_whatever_the_schema_is_called(self, engine):
-        with engine.begin() as connection, pytest.raises(NotPrepared, match="--schema 'my Jobs'`"):
+        with engine.begin() as connection, pytest.raises(SchemaMismatch, match="--schema 'my Jobs'`"):
             apoq.migrations.check(connection, "my Jobs")
 
     def test_a_schema_is_named_too(self, engine):
         with (
             engine.connect() as connection,
             pytest.raises(
-                NotPrepared, match=r"in the schema 'jobs' .*`apoq\.prepare\(engine, schema='jobs'\)`"
+                SchemaMismatch, match=r"in the schema 'jobs' .*`apoq\.prepare\(engine, schema='jobs'\)`"
             ),
         ):
             apoq.migrations.check(connection, "jobs")
@@ -632,13 +632,16 @@ class TestCheck:
     def test_the_originals_tables_are_not_enough(self, original):
         engine = sa.create_engine(original(2), poolclass=NullPool)
 
-        with engine.connect() as connection, pytest.raises(NotPrepared, match="are missing"):
+        with engine.connect() as connection, pytest.raises(SchemaMismatch, match="are missing"):
             apoq.migrations.check(connection)
 
     def test_a_newer_database_wants_a_newer_library(self, engine, url):
         execute(url, "UPDATE apoq_migrations SET version_num = '0099'")
 
-        with engine.connect() as connection, pytest.raises(NotPrepared, match="pip install --upgrade apoq"):
+        with (
+            engine.connect() as connection,
+            pytest.raises(SchemaMismatch, match="pip install --upgrade apoq"),
+        ):
             apoq.migrations.check(connection)
 
 
@@ -945,14 +948,14 @@ class TestARevisionOfTheUsersOwn:
     def test_a_version_that_this_library_has_not_is_refused(self, engine, beyond):
         with (
             engine.begin() as connection,
-            pytest.raises(NotPrepared, match=f"from version 1 to {LATEST}, not {beyond}"),
+            pytest.raises(SchemaMismatch, match=f"from version 1 to {LATEST}, not {beyond}"),
         ):
             apoq.migrations.upgrade(Operations(MigrationContext.configure(connection)), version=beyond)
 
     def test_a_newer_database_is_not_taken_down(self, engine, url):
         execute(url, "UPDATE apoq_migrations SET version_num = '0099'")
 
-        with engine.begin() as connection, pytest.raises(NotPrepared, match="pip install --upgrade apoq"):
+        with engine.begin() as connection, pytest.raises(SchemaMismatch, match="pip install --upgrade apoq"):
             apoq.migrations.downgrade(Operations(MigrationContext.configure(connection)))
 
     def test_offline_a_schema_is_created(self, empty_url):
@@ -1105,5 +1108,5 @@ class TestSQL:
         assert tables(empty_url, "jobs") == TABLES
 
     def test_a_version_that_this_library_does_not_know_is_refused(self):
-        with pytest.raises(NotPrepared, match="install the apoq that does"):
+        with pytest.raises(SchemaMismatch, match="install the apoq that does"):
             apoq.migrations.upgrade_sql(version=LATEST + 1)

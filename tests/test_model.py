@@ -34,6 +34,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from probe import runtime
 from sqlalchemy.orm import Session
 
 from apoq import Cancel, Queue, Retry, RunningTask, Snooze, Task, Worker
@@ -51,11 +52,11 @@ from apoq.schema.statements.prune import prune_completed, prune_failed
 from apoq.schema.statements.recover import forget_dead, forget_unknown, give_back, rescue
 from apoq.schema.statements.survey import survey
 from apoq.worker.claiming import claim_log
-from apoq.worker.claiming.claim_log import Notes
-from apoq.worker.claiming.cursor import MOST_LEVELS, Position
-from apoq.worker.execution.attempts import Ended, TaskLost, ended
+from apoq.worker.claiming.claim_log import ClaimLog
+from apoq.worker.claiming.cursor import MOST_LEVELS, ClaimCursor
+from apoq.worker.execution.attempts import AttemptResult, TaskLost, ended
 from apoq.worker.execution.completion import Completion
-from apoq.worker.execution.running_task import Claim, Claimed, Notice
+from apoq.worker.execution.running_task import Claim, Claimed, StopSignal
 from apoq.worker.execution.task_sessions import TaskSession
 from apoq.worker.failures import Outage
 from apoq.worker.liveness.lease import Lease
@@ -80,10 +81,11 @@ LIMITS = {"a": 1, "b": 0, "c": 2}
 """The types of tasks, and how often each is retried."""
 
 EVERYTHING = sa.text("""
-    SELECT id, queue, type, priority, state, attempt, fail_count, token, worker_id, error->>'class' AS error,
+    SELECT id, queue, type, priority, state, attempt, fail_count, claim_token, worker_id,
+        error->>'class' AS error,
         completed_at IS NOT NULL AS is_completed, cancelled_at IS NOT NULL AS is_cancelled,
         failed_at IS NOT NULL AS has_failed, claimed_at IS NOT NULL AS was_claimed,
-        rescue_count, claimed_ahead,
+        rescue_count, prefetched,
         date_part('epoch', process_at) AS process_at,
         date_part('epoch', process_at - clock_timestamp()) / 3600 AS due_in
     FROM apoq_tasks
@@ -92,7 +94,8 @@ BESIDE = sa.text("""
     SELECT array(SELECT task_id FROM ledger ORDER BY task_id) AS effects,
         array(SELECT id FROM apoq_workers ORDER BY id) AS workers,
         array(
-            SELECT floor(date_part('epoch', clock_timestamp() - seen_at) / 3600) FROM apoq_workers ORDER BY id
+            SELECT floor(date_part('epoch', clock_timestamp() - last_heartbeat_at) / 3600)
+            FROM apoq_workers ORDER BY id
         ) AS unseen
 """)
 NOTED = sa.text("SELECT worker_id, unnest(task_ids) AS id FROM apoq_claims")
@@ -100,7 +103,7 @@ WRITE = sa.text("INSERT INTO ledger VALUES (:id)")
 
 TIMES = {
     "apoq_tasks": ["created_at", "process_at", "claimed_at", "completed_at", "failed_at", "cancelled_at"],
-    "apoq_workers": ["started_at", "seen_at", "expires_at"],
+    "apoq_workers": ["started_at", "last_heartbeat_at", "expires_at"],
 }
 
 CUT = sa.text("UPDATE apoq_workers SET backend_pid = 0, backend_start = 'epoch' WHERE id = :id")
@@ -134,8 +137,8 @@ class Known:
     attempt: int = 0
     fail_count: int = 0
     rescue_count: int = 0
-    claimed_ahead: bool = False
-    token: int = 0
+    prefetched: bool = False
+    claim_token: int = 0
     worker_id: UUID | None = None
     error: str | None = None
     has_failed: bool = False
@@ -152,16 +155,16 @@ class Known:
         """Whether it has no attempt left: then it is claimed to be ended, and doesn't begin."""
         return self.fail_count > self.limit
 
-    def is_held_under(self, token: int) -> bool:
-        return self.state == RUNNING and self.token == token
+    def is_held_under(self, claim_token: int) -> bool:
+        return self.state == RUNNING and self.claim_token == claim_token
 
     def claimed(self, worker_id: UUID, *, ahead: bool = False) -> None:
         self.state = RUNNING
-        self.claimed_ahead = ahead or self.is_spent
+        self.prefetched = ahead or self.is_spent
         self.begun += not self.is_spent
         self.worker_id = worker_id
         self.attempt += 1
-        self.token += 1
+        self.claim_token += 1
 
     def given_back(self) -> None:
         self.state = PENDING
@@ -172,7 +175,7 @@ class Known:
         self.state = PENDING
         self.error = WorkerDied.__name__
         self.rescue_count += 1
-        if self.claimed_ahead:
+        if self.prefetched:
             # Nobody knows whether it had begun; from now on it won't be claimed unless it can begin at once.
             self.attempt -= 1
             self.may_begin_once_more |= not self.is_spent
@@ -217,14 +220,14 @@ class Known:
             "attempt": self.attempt,
             "fail_count": self.fail_count,
             "rescue_count": self.rescue_count,
-            "claimed_ahead": self.claimed_ahead,
-            "token": self.token,
+            "prefetched": self.prefetched,
+            "claim_token": self.claim_token,
             "worker_id": self.worker_id,
             "error": self.error,
             "is_completed": self.state == COMPLETED,
             "is_cancelled": self.state == CANCELLED,
             "has_failed": self.has_failed,
-            "was_claimed": self.token > 0,
+            "was_claimed": self.claim_token > 0,
         }
 
 
@@ -236,9 +239,11 @@ class Hand:
     types: list[str]
     keeps: bool
     """Whether it marks completed tasks, or deletes them."""
-    positions: dict[Queue, Position] = field(default_factory=lambda: {queue: Position() for queue in QUEUES})
+    positions: dict[Queue, ClaimCursor] = field(
+        default_factory=lambda: {queue: ClaimCursor() for queue in QUEUES}
+    )
     held: dict[int, Attempt] = field(default_factory=dict)
-    notes: Notes = field(default_factory=Notes)
+    notes: ClaimLog = field(default_factory=ClaimLog)
     is_doubtful: bool = False
     beats: bool = True
 
@@ -260,7 +265,7 @@ class Attempt:
         return self.task.fail_count > self.task.policy.limit
 
     def __repr__(self) -> str:
-        return f"task {self.task.id} under token {self.task.token}"
+        return f"task {self.task.id} under token {self.task.claim_token}"
 
 
 @dataclass(eq=False)
@@ -602,7 +607,7 @@ class Tasks(RuleBasedStateMachine):
 
         found = self.worker.work()
 
-        id_ = self.worker._life.parts.claimer.worker_id
+        id_ = runtime(self.worker).claimer.worker_id
         while due and due[0].is_spent:
             self.reached["a task without attempts left"] += 1
             doomed = due.pop(0)
@@ -611,7 +616,7 @@ class Tasks(RuleBasedStateMachine):
         assert (found and found.id) == (due[0].id if due else None)
         if due:
             due[0].claimed(id_)
-            self.handed_out.add((due[0].id, due[0].token))
+            self.handed_out.add((due[0].id, due[0].claim_token))
             if self.ended.settlement is not None:
                 due[0].settled(self.ended.settlement, self.now)
             else:
@@ -793,7 +798,7 @@ class Tasks(RuleBasedStateMachine):
         for task in self.tasks.values():
             is_counted = task.state in {RUNNING, COMPLETED, CANCELLED} and not task.waited
             assert task.attempt == task.fail_count + is_counted
-            assert task.token >= task.attempt
+            assert task.claim_token >= task.attempt
             assert task.begun <= task.limit + 1 + task.may_begin_once_more
             assert task.fail_count <= task.limit + 1
             # A claim that is to end it counts as one more until it does, or for good where a caller cancels
@@ -869,7 +874,7 @@ class Tasks(RuleBasedStateMachine):
     def _by_id(self) -> list[Known]:
         return [self.tasks[id_] for id_ in sorted(self.tasks)]
 
-    def _claimable(self, types: list[str], queue: Queue, position: Position | None) -> list[Known]:
+    def _claimable(self, types: list[str], queue: Queue, position: ClaimCursor | None) -> list[Known]:
         """Answer what a claim ought to take, in order: all that is due, or what is behind a position."""
         locked = self._locked()
 
@@ -901,16 +906,16 @@ class Tasks(RuleBasedStateMachine):
                 ),
                 PROCESSORS[row.type],
                 lambda: TaskSession(self.engine),
-                Notice(),
+                StopSignal(),
             )
             known.claimed(hand.id, ahead=ahead)
-            assert (task.attempt, task.fail_count, task.token) == (
+            assert (task.attempt, task.fail_count, task.claim_token) == (
                 known.attempt,
                 known.fail_count,
-                known.token,
+                known.claim_token,
             )
-            assert (task.id, task.token) not in self.handed_out, "two hold it under the same token"
-            self.handed_out.add((task.id, task.token))
+            assert (task.id, task.claim_token) not in self.handed_out, "two hold it under one token"
+            self.handed_out.add((task.id, task.claim_token))
             if is_answered:
                 attempt = Attempt(hand, task)
                 if attempt.is_doomed:
@@ -919,9 +924,9 @@ class Tasks(RuleBasedStateMachine):
                 hand.held[task.id] = attempt
                 self.attempts.append(attempt)
 
-    def _may_write(self, end: Ended) -> bool:
+    def _may_write(self, end: AttemptResult) -> bool:
         known = self.tasks.get(end.task.id)
-        is_held = known is not None and known.is_held_under(end.task.token)
+        is_held = known is not None and known.is_held_under(end.task.claim_token)
         self.reached["a write" if is_held else "a write to a lost task"] += 1
         return is_held
 

@@ -10,6 +10,7 @@ from uuid import uuid4
 import pytest
 import sqlalchemy as sa
 from claims import hold_lease, note
+from probe import runtime
 from sqlalchemy.orm import Session
 from waiting import patience
 
@@ -103,7 +104,7 @@ def test_what_it_could_not_write_is_found_by_the_next(engine, make_worker):
     worker = make_worker(lease=timedelta(seconds=1))
     worker.use("t", lambda task: None)
     worker.start()
-    until(lambda: not worker._life.parts.claimer.held and noted(engine))
+    until(lambda: not runtime(worker).claimer.held and noted(engine))
     worker.stop()
     assert (state(engine, task_id), noted(engine)) == ("running", [[task_id]])
 
@@ -120,11 +121,13 @@ def test_what_it_could_not_write_is_found_by_the_next(engine, make_worker):
 def test_what_somebody_is_changing_is_given_back_once_it_is_free(engine, worker):
     """A claim's answer was lost, and one of its tasks is being cancelled, in a transaction that goes on."""
     worker.use("t", lambda task: None)
-    claimer = worker._life.parts.claimer
+    claimer = runtime(worker).claimer
     first, second = add(engine, 2)
     with engine.begin() as connection:
         connection.execute(
-            sa.text("UPDATE apoq_tasks SET state = 'running', attempt = 1, token = 1, worker_id = :its"),
+            sa.text(
+                "UPDATE apoq_tasks SET state = 'running', attempt = 1, claim_token = 1, worker_id = :its"
+            ),
             {"its": claimer.worker_id},
         )
         note(connection)
@@ -138,11 +141,11 @@ def test_what_somebody_is_changing_is_given_back_once_it_is_free(engine, worker)
     assert [row.id for row in claimer.claim(2, 2)] == [first]
     assert noted(engine) == [[second], [first]]
     assert claimer._doubt_ends is None
-    worker._life.parts.engine.dispose()
+    runtime(worker).engine.dispose()
 
 
 def look_in_vain(worker: Worker) -> None:
-    parts = worker._life.parts
+    parts = runtime(worker)
     parts.claimer._doubt_ends = time.monotonic() + 60
     looked_at = parts.claimer._looked_at
     parts.hint()
@@ -155,7 +158,11 @@ def commit_late(engine: sa.Engine, worker: Worker) -> int:
         task_id = connection.scalar(
             sa.insert(Task)
             .values(
-                type="t", state="running", attempt=1, token=1, worker_id=worker._life.parts.claimer.worker_id
+                type="t",
+                state="running",
+                attempt=1,
+                claim_token=1,
+                worker_id=runtime(worker).claimer.worker_id,
             )
             .returning(Task.id)
         )
@@ -171,7 +178,7 @@ class TestAClaimThatCommitsLate:
         ran = threading.Event()
         worker.use("t", lambda task: ran.set())
         worker.start()
-        until(lambda: worker._life.parts.claimer._rested_at)
+        until(lambda: runtime(worker).claimer._rested_at)
         look_in_vain(worker)
 
         commit_late(engine, worker)
@@ -216,7 +223,7 @@ def test_the_row_of_a_dead_worker_stays_while_a_task_of_its_is_locked(engine, ma
     with Session(engine) as session, session.begin():
         long_ago = sa.text("now() - interval '1 day'")
         row = {"host": "h", "pid": 1, "version": "0", "queues": [], "concurrency": 1}
-        row |= {"seen_at": long_ago, "expires_at": long_ago, "grace": timedelta()}
+        row |= {"last_heartbeat_at": long_ago, "expires_at": long_ago, "grace": timedelta()}
         session.execute(sa.insert(WorkerRow).values(id=dead, **row))
         session.execute(sa.update(Task).values(state="running", worker_id=dead))
         note(session.connection())
@@ -224,16 +231,16 @@ def test_the_row_of_a_dead_worker_stays_while_a_task_of_its_is_locked(engine, ma
     with engine.connect() as holding:
         holding.execute(sa.select(Task.id).with_for_update())
         worker = make_worker(lease=timedelta(seconds=1))
-        worker._life.parts.heartbeat.forget()
+        runtime(worker).heartbeat.forget()
         worker.start()
-        until(worker.healthy)
-        worker._life.parts.heartbeat.forget()
+        until(worker.is_healthy)
+        runtime(worker).heartbeat.forget()
         with Session(engine) as session:
             assert session.get(WorkerRow, dead)
         assert noted(engine) == [[task_id]]
 
     until(lambda: state(engine, task_id) == "pending")
     until(lambda: noted(engine) == [])
-    worker._life.parts.heartbeat.forget()
+    runtime(worker).heartbeat.forget()
     with Session(engine) as session:
         assert session.get(WorkerRow, dead) is None

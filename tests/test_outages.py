@@ -11,13 +11,14 @@ from datetime import timedelta
 import pytest
 import sqlalchemy as sa
 from claims import WAITS, hold_up
+from probe import lifecycle, runtime
 from proxy import Proxy
 from restarting import restartable
 from sqlalchemy.orm import Session
 from waiting import patience
 
 from apoq import Queue, Task, Worker, prepare
-from apoq.worker import lifecycle
+from apoq.worker import lifecycle as lifecycle_module
 from apoq.worker.failures import Failures, Outage
 from apoq.worker.liveness.lease import Lease
 
@@ -103,12 +104,12 @@ def test_one_that_is_started_before_its_server_begins_when_that_is_there(url, en
     add(engine, queue)
     with caplog.at_level(logging.WARNING, "apoq"):
         worker.start()
-        assert not worker.healthy()
+        assert not worker.is_healthy()
         assert not ran.wait(0.5)
 
         there = Proxy(url, proxy.url.port)
         assert ran.wait(SOON)
-        until(worker.healthy)
+        until(worker.is_healthy)
         until(lambda: any("is back, after" in message for message in caplog.messages))
         worker.stop()
         there.close()
@@ -128,12 +129,12 @@ def test_after_a_cut_without_a_word_it_works_on(proxy, far_worker, engine, queue
         assert ran.acquire(timeout=SOON)
 
         proxy.cut()
-        until(lambda: not far_worker.healthy())
+        until(lambda: not far_worker.is_healthy())
         time.sleep(1)
         proxy.heal()
         add(engine, queue)
         assert ran.acquire(timeout=SOON)
-        until(far_worker.healthy)
+        until(far_worker.is_healthy)
 
     assert len([message for message in caplog.messages if "is away" in message]) == 1
 
@@ -148,9 +149,9 @@ def test_after_a_cut_without_a_word_it_hears_hints_again(proxy, far, engine, que
     assert ran.acquire(timeout=SOON)
 
     proxy.cut()
-    until(lambda: not worker.healthy())
+    until(lambda: not worker.is_healthy())
     proxy.heal()
-    until(worker.healthy)
+    until(worker.is_healthy)
     began = time.monotonic()
     for _ in range(3):
         add(engine, queue)
@@ -166,7 +167,7 @@ def test_what_is_claimed_after_the_worker_has_gone_on_without_it_is_given_back(
     ran = threading.Event()
     far_worker.use("t", lambda task: ran.set())
     far_worker.start()
-    claimer = far_worker._life.parts.claimer
+    claimer = runtime(far_worker).claimer
     until(lambda: claimer._rested_at)
     with engine.connect() as connection:
         hold_up(connection, far_worker)
@@ -204,7 +205,7 @@ def test_a_processor_whose_session_is_cut_off_gives_its_slot_free_and_uses_up_no
     add(engine, queue)
     assert begun.wait(SOON)
     proxy.cut()
-    until(lambda: not worker.healthy())
+    until(lambda: not worker.is_healthy())
     time.sleep(1)
     proxy.heal()
     # Its transaction is still open at the server, which doesn't know that nobody will ever end it.
@@ -225,16 +226,16 @@ def test_a_lapsed_worker_claims_nothing_and_starts_nothing(engine, queue, make_w
     first = add(engine, queue)
     until(lambda: ran == [first])
     # As if the whole process had been frozen.
-    worker._life.parts.heartbeat.leases[None].ends_at = time.monotonic() - 1
-    worker._life._beating.stop()
+    runtime(worker).heartbeat.leases[None].ends_at = time.monotonic() - 1
+    lifecycle(worker)._beating.stop()
     may_end.set()
     second = add(engine, queue)
     time.sleep(0.5)
 
     assert ran == [first]
-    assert not worker.healthy()
+    assert not worker.is_healthy()
 
-    worker._life.parts.heartbeat.turn()
+    runtime(worker).heartbeat.turn()
     until(lambda: ran == [first, second])
 
 
@@ -284,7 +285,7 @@ def test_what_ends_while_the_server_is_read_only_is_written_when_it_is_so_no_mor
         )
         may_end.set()
         # The first time, its connection has ended; and then the server is read-only.
-        until(lambda: worker._life.parts.settling._failures.count > 2)
+        until(lambda: runtime(worker).settling._failures.count > 2)
         connection.exec_driver_sql(f"ALTER DATABASE {url.database} SET default_transaction_read_only = off")
         until(lambda: count(quiet, Task.state == "completed", Task.attempt == 1) == 1)
 
@@ -293,56 +294,56 @@ def test_a_migration_that_locks_the_tasks_does_not_cost_the_worker_its_lease(eng
     worker = make_worker(lease=timedelta(seconds=3))
     worker.use("t", lambda task: None)
     worker.start()
-    until(worker.healthy)
+    until(worker.is_healthy)
     with engine.begin() as connection:
         connection.execute(sa.text("LOCK apoq_tasks"))
         deadline = time.monotonic() + 5
         while time.monotonic() < deadline:
-            assert worker._life.parts.heartbeat.leases[None].is_held
+            assert runtime(worker).heartbeat.leases[None].is_held
             time.sleep(0.05)
 
 
 def test_it_is_healthy_from_start_to_stop(make_worker):
     worker = make_worker()
-    assert not worker.healthy()
-    assert worker.seen_at is None
+    assert not worker.is_healthy()
+    assert worker.last_heartbeat_at is None
 
     worker.start()
-    until(worker.healthy)
-    assert worker.seen_at is not None
+    until(worker.is_healthy)
+    assert worker.last_heartbeat_at is not None
 
     worker.stop()
-    assert not worker.healthy()
+    assert not worker.is_healthy()
 
 
 def test_it_is_not_healthy_while_every_claim_fails(engine, queue, make_worker, monkeypatch, caplog):
     """Its heartbeats go on, and so it holds its lease."""
-    monkeypatch.setattr(lifecycle, "TOLERATED", 0.3)
+    monkeypatch.setattr(lifecycle_module, "TOLERATED", 0.3)
     worker = make_worker()
     worker.use("t", lambda task: None)
     worker.start()
-    until(worker.healthy)
+    until(worker.is_healthy)
     with engine.begin() as connection:
         connection.exec_driver_sql(
             "ALTER TABLE apoq_claims ADD CONSTRAINT nothing CHECK (number < 0) NOT VALID"
         )
     add(engine, queue)
 
-    until(lambda: not worker.healthy())
-    assert worker._life.parts.heartbeat.leases[None].is_held
+    until(lambda: not worker.is_healthy())
+    assert runtime(worker).heartbeat.leases[None].is_held
     assert "apoq-claimer failed, and is tried again until it succeeds" in caplog.text
 
     with engine.begin() as connection:
         connection.exec_driver_sql("ALTER TABLE apoq_claims DROP CONSTRAINT nothing")
-    until(worker.healthy)
+    until(worker.is_healthy)
     until(lambda: count(engine, Task.state == "completed", Task.attempt == 1) == 1)
 
 
 def test_it_is_not_healthy_while_every_settlement_fails(worker, monkeypatch):
-    monkeypatch.setattr(lifecycle, "TOLERATED", 0.3)
+    monkeypatch.setattr(lifecycle_module, "TOLERATED", 0.3)
     worker.start()
-    until(worker.healthy)
-    settling = worker._life.parts.settling
+    until(worker.is_healthy)
+    settling = runtime(worker).settling
     turn = settling._turn
 
     def fail() -> None:
@@ -350,10 +351,10 @@ def test_it_is_not_healthy_while_every_settlement_fails(worker, monkeypatch):
 
     settling._turn = fail
     settling.wake()
-    until(lambda: not worker.healthy())
+    until(lambda: not worker.is_healthy())
 
     settling._turn = turn
-    until(worker.healthy)
+    until(worker.is_healthy)
 
 
 def test_a_connection_that_the_worker_itself_has_cut_is_no_outage(make_worker, caplog):
@@ -361,7 +362,7 @@ def test_a_connection_that_the_worker_itself_has_cut_is_no_outage(make_worker, c
     caplog.set_level(logging.WARNING, "apoq")
     worker = make_worker(poll_interval=timedelta(hours=1))
     worker.start()
-    parts = worker._life.parts
+    parts = runtime(worker)
 
     def listens() -> bool:
         return parts.listener._connection is not None and parts.listener._connection._awaited == LISTENS
@@ -397,10 +398,10 @@ def test_what_was_claimed_and_has_not_begun_loses_no_attempt_when_the_server_sto
         with Session(quiet) as session, session.begin():
             queue.add_many(session, "t", range(2_000))
         worker.start()
-        until(lambda: worker.tally().completed > 100 and worker._life.parts.slots.load > 5 * slots)
+        until(lambda: worker.stats().completed > 100 and runtime(worker).slots.load > 5 * slots)
 
         server.stop()
-        until(lambda: worker._life.parts.slots.load == 0)
+        until(lambda: runtime(worker).slots.load == 0)
         server.start()
 
         until(lambda: count(quiet, Task.state.in_(["pending", "running"])) == 0, timeout=90)

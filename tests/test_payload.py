@@ -219,7 +219,7 @@ class TestWhatItDoesNotHold:
         assert str(error).endswith(": datetime.datetime(2026, 1, 2, 0, 0, tzinfo=datetime.timezone.utc)")
 
     def test_the_path_begins_with_the_name_that_it_is_given(self):
-        assert fault({"x": b""}, name="datas[17]").path == "datas[17]['x']"
+        assert fault({"x": b""}, name="items[17]").path == "items[17]['x']"
 
     def test_the_first_fault_is_the_one_named(self):
         assert fault([{"a": 1}, {"b": NAN}, {"c": b""}]).path == "data[1]['b']"

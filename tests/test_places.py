@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 from sqlalchemy.pool import NullPool
 
 import apoq.migrations
-from apoq import NotPrepared, Queue, Worker, prepare
+from apoq import Queue, SchemaMismatch, Worker, prepare
 from apoq.cli import main
 from apoq.migrations import LATEST, current, differences
 from apoq.schema.models import Base
@@ -91,7 +91,7 @@ def tables(engine: sa.Engine) -> dict[str, set[str]]:
 
 class TestALostSearchPath:
     def test_check_says_where_they_are_and_what_to_do(self, app, engine):
-        with pytest.raises(NotPrepared) as caught:
+        with pytest.raises(SchemaMismatch) as caught:
             check(engine)
 
         message = str(caught.value)
@@ -108,7 +108,7 @@ class TestALostSearchPath:
         assert tables(engine) == {"app": TABLES}
 
     def test_nor_does_prepare(self, app, engine):
-        with pytest.raises(NotPrepared, match="in the schema 'app'"):
+        with pytest.raises(SchemaMismatch, match="in the schema 'app'"):
             prepare(engine)
 
         assert tables(engine) == {"app": TABLES}
@@ -137,25 +137,25 @@ class TestALostSearchPath:
     def test_a_worker_says_it_and_doesnt_start(self, app, engine):
         worker = Worker(engine, Queue())
 
-        with pytest.raises(NotPrepared, match="in the schema 'app'"):
+        with pytest.raises(SchemaMismatch, match="in the schema 'app'"):
             worker.start()
 
     def test_of_many_schemas_some_are_named(self, engine, sql):
         for number in range(5):
             prepare(engine, schema=f"t{number}")
 
-        with pytest.raises(NotPrepared, match=r"in the schemas 't0', 't1', 't2' and 2 more"):
+        with pytest.raises(SchemaMismatch, match=r"in the schemas 't0', 't1', 't2' and 2 more"):
             check(engine)
 
     def test_a_schema_in_the_path_that_the_role_may_not_use_is_a_grant(self, app, connect, role):
-        with pytest.raises(NotPrepared, match=f"GRANT USAGE ON SCHEMA app TO {role}"):
+        with pytest.raises(SchemaMismatch, match=f"GRANT USAGE ON SCHEMA app TO {role}"):
             check(connect("app,public", role))
 
     def test_one_that_is_named_like_another_role_is_too(self, connect, role, sql):
         """As `"$user"` leads to it."""
         prepare(connect(role=role))
 
-        with pytest.raises(NotPrepared, match=f"in the schema '{role}'"):
+        with pytest.raises(SchemaMismatch, match=f"in the schema '{role}'"):
             check(connect())
 
     def test_what_another_application_has_for_itself_is_in_nobodys_way(self, app, connect, role):
@@ -164,7 +164,9 @@ class TestALostSearchPath:
         assert tables(app) == {"app": TABLES, role: TABLES}
 
     def test_a_schema_that_is_named_explicitly_is_made(self, app, engine):
-        with pytest.raises(NotPrepared, match=r"in the schema 'jobs' are missing.* some in the schema 'app'"):
+        with pytest.raises(
+            SchemaMismatch, match=r"in the schema 'jobs' are missing.* some in the schema 'app'"
+        ):
             check(engine, "jobs")
 
         with warnings.catch_warnings():
@@ -176,7 +178,7 @@ class TestALostSearchPath:
 
 class TestNoTablesAtAll:
     def test_the_database_is_named_for_it_may_be_the_wrong_one(self, engine):
-        with pytest.raises(NotPrepared, match=f"are missing, .*in the database {engine.url.database}"):
+        with pytest.raises(SchemaMismatch, match=f"are missing, .*in the database {engine.url.database}"):
             check(engine)
 
     def test_a_search_path_without_a_schema_is_said(self, connect):
@@ -229,7 +231,7 @@ class TestTablesWithoutTheirVersion:
         prepare(engine)
         lose(engine)
 
-        with pytest.raises(NotPrepared, match=r"exist, but no version is recorded.*`apoq migrate`"):
+        with pytest.raises(SchemaMismatch, match=r"exist, but no version is recorded.*`apoq migrate`"):
             check(engine)
 
     def test_migrate_records_it_and_keeps_the_tasks(self, engine, lose):
@@ -271,7 +273,7 @@ class TestTablesWithoutTheirVersion:
         prepare(engine, schema="jobs")
         lose(connect("jobs"))
 
-        with pytest.raises(NotPrepared, match=r"in the schema 'jobs' exist.*`apoq migrate --schema jobs`"):
+        with pytest.raises(SchemaMismatch, match=r"in the schema 'jobs' exist.*`apoq migrate --schema jobs`"):
             check(engine, "jobs")
         prepare(engine, schema="jobs")
         check(engine, "jobs")

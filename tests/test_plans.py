@@ -36,7 +36,7 @@ from apoq.schema.statements.recover import forget_dead, give_back, rescue
 from apoq.schema.statements.retry import retry
 from apoq.schema.statements.settle import complete, remove, settle
 from apoq.schema.statements.survey import survey
-from apoq.worker.claiming.cursor import Position
+from apoq.worker.claiming.cursor import ClaimCursor
 
 MILLION_ROWS = """
     INSERT INTO apoq_tasks
@@ -92,7 +92,7 @@ CLAIM = {**OURS, **AHEAD, "retry_limits": '{"ours": 5}', "at_most": 500, "by_wor
 STATEMENTS = [
     pytest.param(
         claim(None, ahead=True),
-        {**CLAIM, **Position().parameters()},
+        {**CLAIM, **ClaimCursor().parameters()},
         {"apoq_tasks_open_idx"},
         id="claim",
     ),
@@ -257,7 +257,7 @@ def test_each_index_is_needed():
 
 def test_a_claim_reads_few_pages_however_many_rows_are_in_front(million):
     """Those in the future and of a higher priority cost one look into the index."""
-    plan = claimed(million, {**CLAIM, **Position().parameters()})
+    plan = claimed(million, {**CLAIM, **ClaimCursor().parameters()})
     updated = next(node for node in nodes(plan) if node["Node Type"] == "ModifyTable")
     looked = next(node for node in nodes(plan) if node.get("Index Name") == "apoq_tasks_open_idx")
 
@@ -270,7 +270,7 @@ def test_a_claim_reads_few_pages_however_many_rows_are_in_front(million):
 
 def test_nor_does_a_claim_after_a_survey_read_many_where_all_that_is_due_is_of_other_types(million):
     mine = {"from_queue": "default", "of_types": ["rare"]}
-    position = Position()
+    position = ClaimCursor()
     with million.connect() as connection:
         position.surveyed(connection.execute(survey(None), mine | {"at_most": 65}))
 
@@ -294,7 +294,7 @@ def test_a_claim_of_plain_tasks_is_heap_only(engine):
     with Session(engine) as session, session.begin():
         Queue().add_many(session, "ours", [{}] * 50, meta={"tenant": 7})
     with engine.begin() as connection:
-        parameters = {**CLAIM, **Position().parameters()}
+        parameters = {**CLAIM, **ClaimCursor().parameters()}
         taken = connection.execute(claim(None, ahead=True), parameters).all()
         updated = connection.execute(
             sa.text(

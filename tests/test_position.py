@@ -11,6 +11,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 import sqlalchemy as sa
 from claims import AHEAD, held_leases
+from probe import runtime
 from sqlalchemy.orm import Session
 
 from apoq import Queue, Task
@@ -18,8 +19,8 @@ from apoq.core.registry import Registry, make_processor
 from apoq.postgres.connections import execute, own_engine
 from apoq.schema.statements.claim import ClaimedTask, claim
 from apoq.schema.statements.survey import survey
-from apoq.worker.claiming.cursor import MOST_LEVELS, SLACK, START, Position
-from apoq.worker.claiming.scanner import Scout
+from apoq.worker.claiming.cursor import MOST_LEVELS, SLACK, START, ClaimCursor
+from apoq.worker.claiming.scanner import QueueScanner
 from apoq.worker.failures import Outage
 
 SOON = 10.0
@@ -31,60 +32,60 @@ def row(id_: int, priority: int, process_at: float) -> ClaimedTask:
     return ClaimedTask(**dict.fromkeys(ClaimedTask._fields) | known)
 
 
-def levels(position: Position) -> dict[int, tuple[float, int]]:
+def levels(position: ClaimCursor) -> dict[int, tuple[float, int]]:
     return dict(position._levels)
 
 
 class TestPosition:
     def test_it_begins_at_the_start_of_the_default_priority(self):
-        assert Position().parameters() == {
+        assert ClaimCursor().parameters() == {
             "priorities": "{0}",
             "behind_times": "{-inf}",
             "behind_ids": "{0}",
         }
 
     def test_after_a_full_claim_it_is_behind_the_last_row_of_each_priority(self):
-        position = Position()
+        position = ClaimCursor()
         position.claimed([row(7, 5, NOW), row(3, 0, NOW), row(4, 0, NOW + 1)], is_all=False)
 
         assert levels(position) == {5: (NOW, 7), 0: (NOW + 1, 4)}
         assert position.parameters()["priorities"] == "{5,0}"
 
     def test_after_a_claim_that_came_short_it_leaves_room_for_late_commits(self):
-        position = Position()
+        position = ClaimCursor()
         position.claimed([row(3, 0, NOW)], is_all=True)
 
         assert levels(position) == {0: (NOW - SLACK, 0)}
 
     def test_no_claim_puts_it_back(self):
-        position = Position()
+        position = ClaimCursor()
         position.claimed([row(9, 0, NOW)], is_all=False)
         position.claimed([row(10, 0, NOW)], is_all=True)
 
         assert levels(position) == {0: (NOW, 9)}
 
     def test_a_survey_puts_it_back_before_the_first_due_task(self):
-        position = Position()
+        position = ClaimCursor()
         position.claimed([row(9, 0, NOW)], is_all=False)
 
         assert position.surveyed([(0, NOW - 60, 5, NOW, False)]) == -60
         assert levels(position) == {0: (NOW - 60, 4)}
 
     def test_a_survey_that_finds_nothing_due_moves_it_past_what_is_of_other_types(self):
-        position = Position()
+        position = ClaimCursor()
 
         assert position.surveyed([(5, NOW + 60, 8, NOW, True)]) == 60
         assert levels(position) == {0: (NOW - SLACK, 0), 5: (NOW - SLACK, 0)}
 
     def test_a_survey_of_an_empty_queue_moves_it_past_what_was_taken(self):
-        position = Position()
+        position = ClaimCursor()
         position.claimed([row(9, 0, NOW)], is_all=False)
 
         assert position.surveyed([(None, None, None, NOW + 5, None)]) == math.inf
         assert levels(position) == {0: (NOW + 5 - SLACK, 0)}
 
     def test_a_survey_moves_it_on_where_it_names_other_priorities_only(self):
-        position = Position()
+        position = ClaimCursor()
         position.claimed([row(9, 0, NOW)], is_all=False)
 
         position.surveyed([(7, NOW, 3, NOW + 5, False)])
@@ -92,7 +93,7 @@ class TestPosition:
         assert levels(position) == {7: (NOW, 2), 0: (NOW + 5 - SLACK, 0)}
 
     def test_it_is_careful_while_what_was_rescued_is_due(self):
-        position = Position()
+        position = ClaimCursor()
         position.surveyed([(0, NOW - 1, 3, NOW, True)])
         assert position.is_careful
 
@@ -100,7 +101,7 @@ class TestPosition:
         assert not position.is_careful
 
     def test_priorities_that_were_used_up_are_forgotten_in_the_end(self):
-        position = Position()
+        position = ClaimCursor()
         for priority in range(3 * MOST_LEVELS):
             position.surveyed([(priority, NOW, 1, NOW, False)])
 
@@ -110,8 +111,14 @@ class TestPosition:
 def test_a_survey_that_had_to_wait_for_the_server_once_does_not_silence_the_scout(own, engine):
     registry = Registry()
     registry.use("t", make_processor("t", print))
-    scout = Scout(
-        own, {Queue(): Position()}, registry, held_leases(), Outage(), poll_interval=0.1, on_due=lambda: None
+    scout = QueueScanner(
+        own,
+        {Queue(): ClaimCursor()},
+        registry,
+        held_leases(),
+        Outage(),
+        poll_interval=0.1,
+        on_due=lambda: None,
     )
     scout.survey()
     with engine.begin() as connection:
@@ -147,7 +154,7 @@ def test_behind_a_survey_a_claim_finds_the_task_whenever_it_was_due(engine, own,
             {"at": process_at},
         )
     ours = {"from_queue": "default", "of_types": ["t"], "at_most": 5}
-    position = Position()
+    position = ClaimCursor()
     position.claimed([row(10**9, 0, NOW * 2)], is_all=False)
 
     assert position.surveyed(execute(own, survey(None), ours)) < 0
@@ -197,9 +204,9 @@ def test_beside_a_held_snapshot_a_claim_walks_through_nothing_that_was_taken(eng
             "by_worker": uuid.uuid4(),
         }
         with engine.connect() as connection:
-            from_the_start = pages(connection, {**asked, **Position().parameters()})
+            from_the_start = pages(connection, {**asked, **ClaimCursor().parameters()})
             from_here = pages(
-                connection, {**asked, **worker._life.parts.claimer._sources[0].position.parameters()}
+                connection, {**asked, **runtime(worker).claimer._sources[0].position.parameters()}
             )
 
     assert 3 * from_here < from_the_start
@@ -279,7 +286,7 @@ def test_looking_in_vain_leaves_nothing_behind(worker):
     for _ in range(3):
         assert worker.work() is None
 
-    assert worker._life.parts.claimer._moves == []
+    assert runtime(worker).claimer._moves == []
 
 
 def test_every_queue_has_a_position_of_its_own(engine, make_worker):
@@ -293,7 +300,7 @@ def test_every_queue_has_a_position_of_its_own(engine, make_worker):
             queue.add(session, "t")
         assert ran.acquire(timeout=SOON)
 
-    assert all(levels(source.position)[0] > START for source in worker._life.parts.claimer._sources)
+    assert all(levels(source.position)[0] > START for source in runtime(worker).claimer._sources)
 
 
 def test_a_due_task_that_another_session_has_locked_costs_an_idle_worker_little(engine, make_worker):
@@ -301,11 +308,11 @@ def test_a_due_task_that_another_session_has_locked_costs_an_idle_worker_little(
     worker = make_worker(poll_interval=timedelta(seconds=1))
     worker.use("t", lambda task: None)
     looks = []
-    survey_ = worker._life.parts.scout.survey
+    survey_ = runtime(worker).scout.survey
     with Session(engine) as session, session.begin():
         Queue().add(session, "t")
         session.flush()
-    worker._life.parts.scout.survey = lambda **how: looks.append(time.monotonic()) or survey_(**how)
+    runtime(worker).scout.survey = lambda **how: looks.append(time.monotonic()) or survey_(**how)
     with engine.begin() as connection:
         connection.execute(sa.text("SELECT 1 FROM apoq_tasks FOR UPDATE"))
         worker.start()

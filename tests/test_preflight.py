@@ -66,7 +66,7 @@ def works(engine: sa.Engine, queue: Queue) -> bool:
     worker.use("t", lambda task: None)
     worker.start()
     try:
-        return bool(until(lambda: worker.tally().completed))
+        return bool(until(lambda: worker.stats().completed))
     finally:
         worker.stop()
 
@@ -351,7 +351,7 @@ class TestStart:
             (record,) = caplog.records
             assert (record.levelname, "CREATE POLICY apoq_worker" in record.message) == ("ERROR", True)
             sql("DROP POLICY hidden ON apoq_tasks; ALTER TABLE apoq_tasks DISABLE ROW LEVEL SECURITY")
-            until(lambda: worker.tally().completed)
+            until(lambda: worker.stats().completed)
         finally:
             worker.stop()
 

@@ -23,7 +23,7 @@ from apoq.core.registry import make_processor
 from apoq.schema.statements.claim import claim
 from apoq.schema.statements.recover import rescue
 from apoq.worker.claiming.claimer import workable
-from apoq.worker.claiming.cursor import Position
+from apoq.worker.claiming.cursor import ClaimCursor
 
 SOON = 60.0
 
@@ -293,7 +293,7 @@ def test_a_claim_that_is_to_end_a_task_counts_no_attempt_where_its_worker_dies(
         "at_most": 1,
         "by_worker": uuid4(),
         "number": 1,
-        **Position().parameters(),
+        **ClaimCursor().parameters(),
     }
     with Session(engine) as session, session.begin():
         queue.add(session, "t")

@@ -14,7 +14,7 @@ from psycopg.rows import class_row, dict_row, namedtuple_row, scalar_row
 from psycopg.types.json import set_json_loads
 from psycopg.types.string import TextLoader
 
-from apoq import NotPrepared, Queue, Task
+from apoq import Queue, SchemaMismatch, Task
 
 DATA = {"colour": "100 % 💖", "sizes": [1, 2.5, None]}
 
@@ -155,7 +155,7 @@ def test_in_a_pipeline_what_is_missing_is_said(empty_url, queue):
     dsn = empty_url.set(drivername="postgresql").render_as_string(hide_password=False)
     with (
         psycopg.connect(dsn) as connection,
-        pytest.raises(NotPrepared, match="apoq_tasks"),
+        pytest.raises(SchemaMismatch, match="apoq_tasks"),
         connection.pipeline(),
     ):
         queue.add(connection, "t")

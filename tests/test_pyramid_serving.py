@@ -188,23 +188,23 @@ def conflicting(_global_config, **settings):
 class TestAnEmbeddedWorker:
     @pytest.fixture
     def site(self, engine):
-        """An application with an embedded worker, in this process."""
+        """An application with an in-process worker, in this process."""
         Base.metadata.create_all(engine)
         url = engine.url.render_as_string(hide_password=False)
-        settings = {"sqlalchemy.url": url, "apoq.embedded_worker": "true"}
+        settings = {"sqlalchemy.url": url, "apoq.in_process_worker": "true"}
         site = pyramid_site.main({}, **settings)
         yield site
-        Application.of(site.registry).embedded.stop()
+        Application.of(site.registry).in_process.stop()
         site.registry["dbsession_factory"].kw["bind"].dispose()
 
     def test_starts_with_the_first_request(self, site):
-        worker = Application.of(site.registry).embedded
+        worker = Application.of(site.registry).in_process
         browser = TestApp(site)
-        assert not worker.healthy()
+        assert not worker.is_healthy()
 
         browser.get("/health")
 
-        until(worker.healthy, what="it works")
+        until(worker.is_healthy, what="it works")
         assert browser.get("/health").text == "healthy"
 
     def test_there_is_none_unless_asked_for(self, engine):
@@ -224,7 +224,7 @@ class TestAnEmbeddedWorker:
         assert "tries again: apoq's tables are missing" in said.getMessage()
 
     def test_one_in_each_process_of_gunicorn_runs_each_task_once(self, write_ini, serve, notes, engine):
-        ini = write_ini(embedded_worker="true")
+        ini = write_ini(in_process_worker="true")
         command = ["gunicorn", "--paste", ini, "--preload", "--workers", "2", "--bind", "127.0.0.1:{port}"]
         browser = serve(*command)
         # Begun by the first request that each of them serves.
@@ -237,7 +237,7 @@ class TestAnEmbeddedWorker:
         assert notes() == [f"{number:02}" for number in range(20)]
 
     def test_a_reload_does_it_no_harm(self, write_ini, serve, notes):
-        ini = write_ini(embedded_worker="true")
+        ini = write_ini(in_process_worker="true")
         browser = serve("pserve", "--reload", ini, "http_port={port}")
         first = browser.get("/process_id").text
         browser.get("/add", params={"text": "before"})

@@ -52,9 +52,9 @@ def test_the_workers(name, text, value):
         ("queues", "\nemails\nreports", ("emails", "reports")),
         ("schema", "jobs", "jobs"),
         ("base_url", "https://example.com/shop/", "https://example.com/shop"),
-        ("embedded_worker", "true", True),
-        ("embedded_worker", "off", False),
-        ("embedded_worker", True, True),
+        ("in_process_worker", "true", True),
+        ("in_process_worker", "off", False),
+        ("in_process_worker", True, True),
     ],
 )
 def test_the_others(name, text, value):
@@ -74,7 +74,7 @@ def test_the_others(name, text, value):
         ("lease", "9" * 30 + " days", "is a time such as"),
         ("keep_failed", "", "is a time such as"),
         ("keep_failed", timedelta(-1), "is not negative"),
-        ("embedded_worker", "perhaps", "is true or false, not 'perhaps'"),
+        ("in_process_worker", "perhaps", "is true or false, not 'perhaps'"),
         ("session", "request.dbsession", "is the name of a request's attribute, such as dbsession"),
         ("session", "", "is the name of a request's attribute"),
         ("queue", "", "is empty: leave it out, or say what it is"),

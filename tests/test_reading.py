@@ -88,7 +88,7 @@ def test_any_row_of_a_worker_is_read(engine):
     with engine.begin() as connection:
         connection.exec_driver_sql(
             "INSERT INTO apoq_workers "
-            "(id, host, pid, version, queues, concurrency, started_at, seen_at, expires_at, grace) "
+            "(id, host, pid, version, queues, concurrency, started_at, last_heartbeat_at, expires_at, grace) "
             "VALUES (gen_random_uuid(), '', -1, '', '{{a,NULL},{\"\",b}}', -1, 'infinity', '-infinity', "
             "'infinity', '-178000000 years')"
         )
@@ -98,11 +98,14 @@ def test_any_row_of_a_worker_is_read(engine):
         )
     own = own_engine(engine)
 
-    ((queues, started_at, seen_at),) = execute(
-        own, sa.text("SELECT queues, started_at, seen_at FROM apoq_workers"), {}
+    ((queues, started_at, last_heartbeat_at),) = execute(
+        own, sa.text("SELECT queues, started_at, last_heartbeat_at FROM apoq_workers"), {}
     )
     assert queues == [["a", None], ["", "b"]]
-    assert (started_at, seen_at) == (datetime.max.replace(tzinfo=UTC), datetime.min.replace(tzinfo=UTC))
+    assert (started_at, last_heartbeat_at) == (
+        datetime.max.replace(tzinfo=UTC),
+        datetime.min.replace(tzinfo=UTC),
+    )
     assert len(execute(own, sa.text("SELECT * FROM apoq_claims"), {}).fetchall()) == 2
     own.dispose()
 

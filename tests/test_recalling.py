@@ -10,6 +10,7 @@ from datetime import timedelta
 import psycopg
 import pytest
 import sqlalchemy as sa
+from probe import runtime
 from sqlalchemy.orm import Session
 from waiting import patience
 
@@ -57,13 +58,13 @@ class TestCoroutines:
         add(engine, "block")
         assert blocking.wait(SOON)
         task_id = add(engine)
-        until(lambda: task_id in {task.id for task in worker._life.parts.slots.running()})
+        until(lambda: task_id in {task.id for task in runtime(worker).slots.running()})
 
         cancel(engine, task_id)
 
-        until(lambda: all(task.stopping for task in worker._life.parts.slots.running() if task.id == task_id))
+        until(lambda: all(task.should_stop for task in runtime(worker).slots.running() if task.id == task_id))
         go_on.set()
-        until(lambda: worker._life.parts.slots.load == 0)
+        until(lambda: runtime(worker).slots.load == 0)
         assert ran == []
 
     def test_one_that_waits_for_the_database_is_undone_and_leaves_no_connection_behind(
@@ -84,7 +85,7 @@ class TestCoroutines:
 
         cancel(engine, task_id)
 
-        until(lambda: worker._life.parts.slots.load == 0)
+        until(lambda: runtime(worker).slots.load == 0)
         sleeping = sa.text("SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'SELECT pg_sleep%'")
         with engine.connect() as connection:
             assert connection.scalar(sa.text("SELECT count(*) FROM ledger")) == 0
@@ -136,15 +137,18 @@ class TestCoroutines:
         worker.start()
         task_id = add(engine)
         assert begun.wait(SOON)
-        tell = worker._life.parts.recaller._on_lost
-        worker._life.parts.recaller._on_lost = lambda tasks: (tell(tasks), looked.release(len(tasks) or 1))
+        tell = runtime(worker).recaller._on_lost
+        runtime(worker).recaller._on_lost = lambda tasks: (
+            tell(tasks),
+            looked.release(len(tasks) or 1),
+        )
 
         cancel(engine, task_id)
 
         for _ in range(5):
             assert looked.acquire(timeout=SOON)
         go_on.set()
-        until(lambda: worker._life.parts.slots.load == 0)
+        until(lambda: runtime(worker).slots.load == 0)
         assert cancellations == ["the task is this worker's no more"]
         assert load(engine, task_id).state == "cancelled"
         with engine.connect() as connection:
@@ -159,9 +163,9 @@ class TestFunctions:
 
         def process(task: RunningTask) -> None:
             begun.release()
-            until(lambda: task.stopping or go_on.is_set())
-            if task.stopping:
-                stopped.append(task.token)
+            until(lambda: task.should_stop or go_on.is_set())
+            if task.should_stop:
+                stopped.append(task.claim_token)
 
         worker = make_worker(lease=timedelta(seconds=0.5))
         worker.use("t", process)
@@ -187,8 +191,8 @@ class TestFunctions:
 
         def process(task: RunningTask) -> None:
             begun.release()
-            until(lambda: task.stopping or go_on.is_set())
-            if task.stopping:
+            until(lambda: task.should_stop or go_on.is_set())
+            if task.should_stop:
                 stopped.append(task.from_queue.schema)
 
         worker = make_worker(Queue(), jobs, lease=RARELY)
@@ -213,7 +217,7 @@ class TestFunctions:
 
         def process(task: RunningTask) -> None:
             begun.set()
-            until(lambda: task.stopping)
+            until(lambda: task.should_stop)
             stopping.set()
             told.wait(SOON)
             task.session.execute(sa.text("INSERT INTO ledger VALUES (:id)"), {"id": task.id})
@@ -242,7 +246,7 @@ def test_the_log_has_a_line_when_it_is_told_and_one_when_it_has_ended(engine, ma
 
     def process(task: RunningTask) -> None:
         begun.set()
-        until(lambda: task.stopping)
+        until(lambda: task.should_stop)
         raise ValueError("what it fails with is nobody's business any more")
 
     worker = make_worker(lease=RARELY)
@@ -253,7 +257,7 @@ def test_the_log_has_a_line_when_it_is_told_and_one_when_it_has_ended(engine, ma
 
     cancel(engine, task_id)
 
-    until(lambda: worker._life.parts.claimer.held == {})
+    until(lambda: runtime(worker).claimer.held == {})
     assert [record.getMessage() for record in caplog.records if record.name != "apoq.worker.worker"] == [
         f"these tasks are this worker's no more, and are told to stop: {task_id}",
         f"task {task_id} (t) was taken from this worker before it ended here; nothing was written to it",

@@ -10,6 +10,7 @@ from datetime import timedelta
 import pytest
 import sqlalchemy as sa
 from claims import WAITS, hold_up, note
+from probe import runtime
 from sqlalchemy.orm import Session
 from waiting import patience
 
@@ -74,12 +75,12 @@ def test_what_was_claimed_while_the_connection_broke_is_given_back(engine, queue
     worker = make_worker()
     worker.use("t", lambda task: ran.set())
     worker.use("other", lambda task: None)
-    listener, listens = worker._life.parts.listener, threading.Event()
+    listener, listens = runtime(worker).listener, threading.Event()
     hint = listener._on_hint
     listener._on_hint = lambda connection: hint(connection) or listens.set()
     worker.start()
     assert listens.wait(SOON)
-    claimer, claiming = worker._life.parts.claimer, worker._life.parts.claiming
+    claimer, claiming = runtime(worker).claimer, runtime(worker).claiming
     until(lambda: not claimer._hinted and claimer._rested_at < time.monotonic())
     until(lambda: not claiming._turning.locked())
     connection_that_listens = listener._connection
@@ -88,13 +89,13 @@ def test_what_was_claimed_while_the_connection_broke_is_given_back(engine, queue
         queue.add(connection, "t")
         connection.execute(
             sa.text(
-                "UPDATE apoq_tasks SET state = 'running', token = 1, attempt = 1, "
+                "UPDATE apoq_tasks SET state = 'running', claim_token = 1, attempt = 1, "
                 "worker_id = (SELECT id FROM apoq_workers)"
             )
         )
         note(connection)
         if by == "its own":
-            worker._life.parts.hint()
+            runtime(worker).hint()
         else:
             with engine.begin() as other:
                 other.execute(sa.func.pg_notify(CHANNEL, queue.name).select())
@@ -117,7 +118,7 @@ def test_what_one_queue_has_given_runs_although_the_next_ones_claim_fails(engine
     worker = make_worker(queue, other)
     worker.use("t", lambda task: None)
     worker.start()
-    until(lambda: worker._life.parts.claimer._rested_at)
+    until(lambda: runtime(worker).claimer._rested_at)
     with engine.connect() as connection:
         hold_up(connection, worker, schema="other")
         with Session(engine) as session, session.begin():
@@ -433,7 +434,7 @@ def test_a_heartbeat_goes_on_while_a_migration_locks_the_tasks(engine, queue, ma
         worker.start()
         locked = "apoq_tasks is locked, by a migration perhaps: nothing can be rescued now"
         until(lambda: caplog.messages.count(locked) > 1)
-        assert worker._life.parts.heartbeat.leases[None].is_held
+        assert runtime(worker).heartbeat.leases[None].is_held
 
     until(lambda: count(engine, Task.state == "pending") == 1)
     assert not [message for message in caplog.messages if "can't be made pending" in message]
@@ -463,8 +464,8 @@ class TestARescueThatIsRefused:
             worker.start()
             until(said)
             for _ in range(3):
-                before = worker.seen_at
-                until(lambda before=before: worker.seen_at != before)
+                before = worker.last_heartbeat_at
+                until(lambda before=before: worker.last_heartbeat_at != before)
             return said()
 
         return refusals

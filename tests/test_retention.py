@@ -205,7 +205,7 @@ class TestZero:
     def test_a_task_that_was_taken_away_is_not_deleted(self, engine, queue, make_worker):
         def process(task: RunningTask) -> None:
             with engine.begin() as connection:
-                connection.execute(sa.update(Task).values(token=Task.token + 1))
+                connection.execute(sa.update(Task).values(claim_token=Task.claim_token + 1))
 
         worker = make_worker(keep_completed=timedelta())
         worker.use("t", process)

@@ -27,7 +27,7 @@ until = patience(20)
 SCRIPTS = [block.code for block in pages.blocks(pages.DOCS / "deploying.md", "sql")]
 ADDS, CHANGES, WORKS, READS, WORK_POLICY, ADD_POLICY = SCRIPTS
 INSERTED = set(re.search(r"INSERT \((.*?)\)", ADDS).group(1).split(", "))
-OTHERS = {column.name for column in tasks_table(None).c} - INSERTED - {"ended_as"}
+OTHERS = {column.name for column in tasks_table(None).c} - INSERTED - {"final_state"}
 
 
 @pytest.fixture
@@ -102,8 +102,8 @@ def test_what_one_role_has_added_another_one_works(grant, engine, queue):
     worker.use("writes", write)
     worker.start()
     try:
-        until(lambda: (worker.tally().completed, worker.tally().failed) == (added + 1, 1))
-        assert worker.healthy()
+        until(lambda: (worker.stats().completed, worker.stats().failed) == (added + 1, 1))
+        assert worker.is_healthy()
     finally:
         worker.stop()
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 from flask import Flask
+from probe import runtime
 from pyramid.config import Configurator
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
@@ -111,7 +112,7 @@ def test_what_it_adds_starts_at_once(queue, session, make_worker):
     worker = make_worker(poll_interval=LONG)
     worker.use("t", lambda task: ran.release())
     worker.start()
-    until(lambda: worker._life.parts.scout._next_look > time.monotonic() + 60)
+    until(lambda: runtime(worker).scout._next_look > time.monotonic() + 60)
 
     for _ in range(2):
         queue.add(session, "t")
@@ -126,7 +127,7 @@ def test_what_it_cancels_stops_at_once(engine, queue, routing, make_worker):
     def process(task) -> None:
         started.set()
         with suppress(AssertionError):
-            until(lambda: task.stopping)
+            until(lambda: task.should_stop)
             stopped.set()
 
     worker = make_worker(poll_interval=LONG, lease=timedelta(minutes=5))
@@ -167,7 +168,7 @@ def test_an_asyncio_session_does_the_same(url, replica, engine, queue, make_work
     worker = make_worker(poll_interval=LONG)
     worker.use("t", lambda task: ran.set())
     worker.start()
-    until(lambda: worker._life.parts.scout._next_look > time.monotonic() + 60)
+    until(lambda: runtime(worker).scout._next_look > time.monotonic() + 60)
 
     async def main() -> None:
         primary, other = create_async_engine(url), create_async_engine(replica.url)

@@ -47,12 +47,14 @@ def test_it_is_written_whether_or_not_it_is_kept_and_heard(engine, make_worker, 
         left = [(task.id, task.state) for task in session.scalars(sa.select(Task))]
     assert left == ([(task_id, "completed")] if keep else [])
     assert ledger(engine) == [task_id]
-    assert [(task.id, task.state, task.data, task.token) for task in told] == (
+    assert [(task.id, task.state, task.data, task.claim_token) for task in told] == (
         [(task_id, "completed", {"n": 1}, 1)] if heard else []
     )
 
 
-@pytest.mark.parametrize("change", [{"token": Task.token + 1}, {"state": "pending"}, {"state": "cancelled"}])
+@pytest.mark.parametrize(
+    "change", [{"claim_token": Task.claim_token + 1}, {"state": "pending"}, {"state": "cancelled"}]
+)
 @pytest.mark.parametrize("keep", [timedelta(), timedelta(days=1)])
 @pytest.mark.parametrize("heard", [True, False])
 def test_a_lost_task_is_left_as_it_is(engine, make_worker, change, keep, heard):

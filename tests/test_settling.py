@@ -13,6 +13,7 @@ from uuid import UUID
 import pytest
 import sqlalchemy as sa
 from claims import hold_lease, note
+from probe import runtime
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Session
 from waiting import patience
@@ -34,7 +35,9 @@ REFUSE = """
 """What somebody has added to the table, and what can't be written because of it."""
 
 
-CLAIMED_BEFORE = sa.text("UPDATE apoq_tasks SET token = token + :times WHERE data = CAST(:data AS jsonb)")
+CLAIMED_BEFORE = sa.text(
+    "UPDATE apoq_tasks SET claim_token = claim_token + :times WHERE data = CAST(:data AS jsonb)"
+)
 
 
 def refuse(engine: sa.Engine, condition: str) -> None:
@@ -64,13 +67,13 @@ def end(engine, queue, worker) -> Iterator[Callable[..., Callable[[], object]]]:
             for number, times in enumerate(claims):
                 session.execute(CLAIMED_BEFORE, {"data": str(number), "times": times - 1})
         hold_lease(worker)
-        rows = sorted(worker._life.parts.claimer.claim(len(outcomes), len(outcomes)), key=attrgetter("id"))
+        rows = sorted(runtime(worker).claimer.claim(len(outcomes), len(outcomes)), key=attrgetter("id"))
         for row, outcome in reversed(list(zip(rows, outcomes, strict=True))):
-            worker._life.parts._put_ended(ended(worker._life.parts._make(row), outcome))
-        return partial(worker._life.parts.settler.flush, SOON)
+            runtime(worker)._put_ended(ended(runtime(worker)._make(row), outcome))
+        return partial(runtime(worker).settler.flush, SOON)
 
     yield end
-    worker._life.parts.engine.dispose()
+    runtime(worker).engine.dispose()
 
 
 @pytest.mark.parametrize(
@@ -90,7 +93,7 @@ class TestABatch:
     ):
         write = end(outcome, outcome, outcome, claims=claims)
         with engine.begin() as connection:
-            connection.exec_driver_sql("UPDATE apoq_tasks SET token = token + 1 WHERE data = '1'")
+            connection.exec_driver_sql("UPDATE apoq_tasks SET claim_token = claim_token + 1 WHERE data = '1'")
 
         write()
 
@@ -194,9 +197,9 @@ class TestTheSweep:
         worker.start()
 
         until(lambda: [task.state for task in tasks(engine)].count("completed") == 3)
-        first = worker.seen_at
-        until(lambda: worker.seen_at - first > timedelta(seconds=1.5))
-        assert worker.healthy()
+        first = worker.last_heartbeat_at
+        until(lambda: worker.last_heartbeat_at - first > timedelta(seconds=1.5))
+        assert worker.is_healthy()
         assert [task.state for task in tasks(engine)] == ["running", "completed"] * 2 + ["completed"]
 
     def test_takes_the_oldest_first(self, engine):
@@ -213,7 +216,7 @@ class TestTheSweep:
 
     def test_takes_no_attempt_from_what_was_claimed_ahead(self, engine):
         with engine.begin() as connection:
-            connection.exec_driver_sql("UPDATE apoq_tasks SET claimed_ahead = true WHERE data IN ('1', '2')")
+            connection.exec_driver_sql("UPDATE apoq_tasks SET prefetched = true WHERE data IN ('1', '2')")
             sweep(connection)
 
         used = [(task.attempt, task.fail_count) for task in tasks(engine)]

@@ -15,6 +15,7 @@ from datetime import timedelta
 
 import pytest
 import sqlalchemy as sa
+from probe import lifecycle, runtime
 from proxy import Proxy
 from sqlalchemy.orm import Session
 from waiting import catches, patience
@@ -46,13 +47,13 @@ class TestStoppingTasks:
 
         def function(task: RunningTask) -> None:
             begun.set()
-            while not task.stopping:
+            while not task.should_stop:
                 time.sleep(0.005)
             raise Snooze(0)
 
         async def coroutine(task: AsyncRunningTask) -> None:
             begun.set()
-            while not task.stopping:  # noqa: ASYNC110 - as a processor with much to do looks at it
+            while not task.should_stop:  # noqa: ASYNC110 - as a processor with much to do looks at it
                 await asyncio.sleep(0.005)
             raise Snooze(0)
 
@@ -71,10 +72,10 @@ class TestStoppingTasks:
         seen = []
 
         def function(task: RunningTask) -> None:
-            seen.append(task.stopping)
+            seen.append(task.should_stop)
 
         async def coroutine(task: AsyncRunningTask) -> None:
-            seen.append(task.stopping)
+            seen.append(task.should_stop)
 
         worker.use("t", function if kind == "function" else coroutine, timeout=3600)
         add(engine)
@@ -101,7 +102,7 @@ class TestStoppingTasks:
         worker.start()
         until(lambda: len(runs) == 2)
 
-        assert [task.stopping for task in runs] == [True, False]
+        assert [task.should_stop for task in runs] == [True, False]
         assert (runs[0].id, runs[1].id) == (task_id, task_id)
         may_end.set()
         worker.stop()
@@ -130,9 +131,9 @@ class TestLapse:
 
         def process(task: RunningTask) -> None:
             runs.append(task)
-            seen.append(task.stopping)
+            seen.append(task.should_stop)
             if len(runs) == 1:
-                until(lambda: task.stopping)
+                until(lambda: task.should_stop)
                 raise Snooze(0)
 
         far_worker.use("t", process)
@@ -164,7 +165,7 @@ class TestLapse:
         far_worker.start()
         assert begun.wait(SOON)
         proxy.cut()
-        until(lambda: far_worker._life.parts.slots.free == 4)
+        until(lambda: runtime(far_worker).slots.free == 4)
         proxy.heal()
         until(lambda: load(engine, task_id).state == "completed", 30)
         far_worker.stop()
@@ -183,7 +184,7 @@ class TestStop:
 
         def function(task: RunningTask) -> None:
             begun.release()
-            while not task.stopping:
+            while not task.should_stop:
                 time.sleep(0.001)
             time.sleep(0.02)
             raise ValueError("interrupted")
@@ -255,12 +256,12 @@ class TestStop:
         worker.start()
         assert begun.wait(SOON)
         task_id = add(engine)
-        until(lambda: worker._life.parts.slots.free == 2)
+        until(lambda: runtime(worker).slots.free == 2)
 
         threading.Timer(0.5, may_end.set).start()
         worker.stop(timeout=0)
 
-        until(lambda: worker._life.parts.slots.free == 4)
+        until(lambda: runtime(worker).slots.free == 4)
         task = load(engine, task_id)
         assert (task.state, task.attempt, task.fail_count) == ("pending", 0, 0)
 
@@ -277,7 +278,7 @@ class TestStop:
         worker.start()
         assert begun.wait(SOON)
 
-        loop = worker._life.parts.coroutines._thread
+        loop = runtime(worker).coroutines._thread
         began = time.monotonic()
         worker.stop(timeout=0)
 
@@ -324,7 +325,7 @@ class TestStopWithoutTheDatabase:
         far_worker.use("hold", lambda task: (begun.set(), done.wait(SOON)))
         far_worker.use("t", lambda task: done.set())
         far_worker.start()
-        until(far_worker.healthy)
+        until(far_worker.is_healthy)
         if is_busy:
             add(engine, type_="hold")
             assert begun.wait(SOON)
@@ -346,7 +347,7 @@ class TestStopWithoutTheDatabase:
         add(engine)
         starting = threading.Thread(target=far_worker.start)
         starting.start()
-        until(lambda: far_worker._life._is_entering)
+        until(lambda: lifecycle(far_worker)._is_entering)
 
         began = time.monotonic()
         far_worker.stop(timeout=SOON)
@@ -354,7 +355,7 @@ class TestStopWithoutTheDatabase:
         assert time.monotonic() - began < 3
         proxy.heal()
         starting.join(SOON)
-        assert not far_worker._life.is_enlisted
+        assert not lifecycle(far_worker).is_enlisted
         assert load(engine, 1).state == "pending"
 
 
@@ -362,7 +363,7 @@ class TestWhatIsClaimedWhileItStops:
     def test_is_given_back_at_once(self, engine, worker, monkeypatch):
         """A claim is under way, and its answer comes after the stop has begun."""
         begun, may_end, claimed, ran = threading.Event(), threading.Event(), threading.Event(), []
-        parts = worker._life.parts
+        parts = runtime(worker)
         claim = parts.claimer.claim
 
         def claim_late(*arguments):
@@ -403,13 +404,13 @@ def test_a_loop_that_runs_on_the_same_thread_does_not_keep_it_from_stopping(engi
     worker.start()
     assert done.wait(SOON)
 
-    asyncio._set_running_loop(worker._life.parts.coroutines._loop)
+    asyncio._set_running_loop(runtime(worker).coroutines._loop)
     try:
         worker.stop()
     finally:
         asyncio._set_running_loop(None)
 
-    assert not worker.healthy()
+    assert not worker.is_healthy()
 
 
 PROGRAM = """
@@ -422,7 +423,7 @@ PROGRAM = """
             sum(range(1000))
 
     def polite(task):
-        while not task.stopping:
+        while not task.should_stop:
             sum(range(1000))
         raise Snooze(0)
 

@@ -16,13 +16,13 @@ from sqlalchemy.pool import NullPool
 from apoq import (
     AsyncRunningTask,
     Cancel,
+    InvalidArguments,
     InvalidData,
     InvalidProcessor,
     InvalidTask,
-    MismatchedData,
-    NotPrepared,
     Queue,
     Retry,
+    SchemaMismatch,
     SessionMisused,
     Snooze,
     Task,
@@ -455,7 +455,7 @@ def test_a_coroutine_runs_on_a_session_that_is_not_asyncio_s(session, queue, wor
 
 def test_an_attempt_that_takes_too_long_has_failed(session, queue, worker):
     def slow(task):
-        while not task.stopping:
+        while not task.should_stop:
             pass
 
     async def slow_coroutine(task):
@@ -749,9 +749,9 @@ def test_a_database_without_the_tables_says_what_to_do(empty_url, worker):
     engine = sa.create_engine(empty_url, poolclass=NullPool)
     worker.use("greet", note)
 
-    with Session(engine) as session, pytest.raises(NotPrepared, match="prepare"):
+    with Session(engine) as session, pytest.raises(SchemaMismatch, match="prepare"):
         drain(session, worker)
-    with Session(engine) as session, pytest.raises(NotPrepared, match="prepare"):
+    with Session(engine) as session, pytest.raises(SchemaMismatch, match="prepare"):
         enqueued(session)
 
 
@@ -869,7 +869,7 @@ def test_a_worker_of_the_queue_runs_them_too(session, typed, shared_engine):
 def test_data_that_does_not_fit_is_raised(session, typed):
     typed.queue.add(session, "greet", {"user": 7})
 
-    with pytest.raises(MismatchedData, match="no parameter for the argument 'user'"):
+    with pytest.raises(InvalidArguments, match="no parameter for the argument 'user'"):
         drain(session, typed.queue)
 
 

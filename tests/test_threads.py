@@ -12,6 +12,7 @@ from datetime import timedelta
 
 import pytest
 import sqlalchemy as sa
+from probe import runtime
 from proxy import Proxy
 from sqlalchemy.orm import Session
 from waiting import patience
@@ -19,7 +20,7 @@ from waiting import patience
 from apoq import AsyncRunningTask, Queue, RunningTask, Task, Worker
 from apoq.client.notifier import threads
 from apoq.worker import in_process
-from apoq.worker.in_process import EmbeddedWorker
+from apoq.worker.in_process import InProcessWorker
 from apoq.worker.process import PROCESS
 
 SOON = 20.0
@@ -98,17 +99,17 @@ class TestSlots:
     def test_run_what_has_waited_for_a_thread(self, engine, worker, ran, limit, caplog):
         caplog.set_level(logging.WARNING, "apoq")
         worker.start()
-        until(worker.healthy)
+        until(worker.is_healthy)
         limit.refuse("apoq-slot", "apoq-loop")
         add(engine, number=6)
 
         until(lambda: limit.refused)
-        until(lambda: not worker.healthy())
-        until(lambda: worker.tally().running == 0)
+        until(lambda: not worker.is_healthy())
+        until(lambda: worker.stats().running == 0)
         limit.lift()
 
         until(lambda: count(engine, Task.state == "completed", Task.attempt == 1) == 6)
-        until(worker.healthy)
+        until(worker.is_healthy)
         assert len(ran) == len(set(ran)) == 6
         first, last = caplog.messages
         assert first == f"starting a thread failed, and is tried again until it succeeds: {FULL}"
@@ -118,22 +119,22 @@ class TestSlots:
         worker.start()
         limit.refuse("apoq-slot", "apoq-loop")
         add(engine)
-        until(lambda: not worker.healthy() and worker._life.parts.missing)
+        until(lambda: not worker.is_healthy() and runtime(worker).missing)
         with Session(engine) as session, session.begin():
             session.execute(sa.delete(Task))
-        until(lambda: worker._life.parts.slots.load == 0)
-        assert not worker.healthy()
+        until(lambda: runtime(worker).slots.load == 0)
+        assert not worker.is_healthy()
 
         limit.lift()
 
-        until(worker.healthy)
+        until(worker.is_healthy)
         assert ran == []
 
     def test_give_back_what_they_could_not_begin_when_the_worker_stops(self, engine, worker, ran, limit):
         worker.start()
         limit.refuse("apoq-slot", "apoq-loop")
         add(engine, number=6)
-        until(lambda: worker._life.parts.missing)
+        until(lambda: runtime(worker).missing)
 
         worker.stop()
 
@@ -177,19 +178,19 @@ def test_a_slot_that_ends_a_task_of_one_kind_does_not_lose_the_next_one_of_the_o
     worker.start()
     add(engine, "first")
     assert begun.wait(SOON)
-    worker._life.parts.slots.run_time = 0.1  # so that the next one is claimed ahead
+    runtime(worker).slots.run_time = 0.1  # so that the next one is claimed ahead
     add(engine, "then")
-    until(lambda: worker._life.parts.slots.load == 2)
+    until(lambda: runtime(worker).slots.load == 2)
     limit.refuse("apoq-slot", "apoq-loop")
 
     may_end.set()
 
     until(lambda: count(engine, Task.type == "then", Task.state == "pending", Task.attempt == 0) == 1)
-    assert not worker.healthy()
+    assert not worker.is_healthy()
     assert not ran.is_set()
     limit.lift()
     until(lambda: count(engine, Task.state == "completed", Task.attempt == 1) == 2)
-    until(worker.healthy)
+    until(worker.is_healthy)
 
 
 def test_a_timeout_holds_as_soon_as_a_thread_can_watch_over_it(engine, make_worker, limit):
@@ -202,17 +203,17 @@ def test_a_timeout_holds_as_soon_as_a_thread_can_watch_over_it(engine, make_work
     worker = make_worker(lease=SHORT)
     worker.use("t", process, retry_limit=0, timeout=0.1)
     worker.start()
-    until(worker.healthy)
+    until(worker.is_healthy)
     limit.refuse("apoq-deadlines")
     add(engine)
     assert begun.wait(SOON)
-    until(lambda: not worker.healthy())
+    until(lambda: not worker.is_healthy())
     assert count(engine, Task.state == "running") == 1
 
     limit.lift()
 
     until(lambda: count(engine, Task.state == "failed") == 1)
-    until(worker.healthy)
+    until(worker.is_healthy)
     may_end.set()
 
 
@@ -246,15 +247,15 @@ class TestStart:
             worker.start()
 
         assert own_threads() <= before
-        assert not worker.healthy()
+        assert not worker.is_healthy()
         assert worker not in PROCESS._started
         with engine.connect() as connection:
             assert connection.scalar(sa.text("SELECT count(*) FROM apoq_workers")) == 0
-        assert count(engine, Task.state == "pending", Task.token == 0) == 1
+        assert count(engine, Task.state == "pending", Task.claim_token == 0) == 1
         limit.lift()
         worker.start()
         assert ran.wait(SOON)
-        until(worker.healthy)
+        until(worker.is_healthy)
 
     def test_is_completed_by_the_heartbeat_if_the_database_came_later(self, url, engine, limit):
         proxy = Proxy(url)
@@ -269,12 +270,12 @@ class TestStart:
 
         there = Proxy(url, proxy.url.port)
         until(lambda: limit.refused > 3)
-        assert not worker.healthy()
-        assert worker._life.parts.heartbeat.leases[None].is_held
+        assert not worker.is_healthy()
+        assert runtime(worker).heartbeat.leases[None].is_held
         limit.lift()
 
         assert ran.wait(SOON)
-        until(worker.healthy)
+        until(worker.is_healthy)
         worker.stop()
         there.close()
         far.dispose()
@@ -291,7 +292,7 @@ def test_a_coroutine_that_can_not_be_run_by_work_is_given_back(engine, worker, l
     with pytest.raises(RuntimeError, match=FULL):
         worker.work()
 
-    assert count(engine, Task.state == "pending", Task.attempt == 0, Task.token == 1) == 1
+    assert count(engine, Task.state == "pending", Task.attempt == 0, Task.claim_token == 1) == 1
     limit.lift()
     assert worker.work().state == "completed"
 
@@ -312,13 +313,13 @@ def test_a_loop_that_can_not_be_made_is_made_later(engine, worker, monkeypatch):
     worker.use("t", process)
     worker.start()
     add(engine)
-    until(lambda: worker._life.parts.missing)
-    assert not worker.healthy()
+    until(lambda: runtime(worker).missing)
+    assert not worker.is_healthy()
 
     is_full.clear()
 
     until(lambda: count(engine, Task.state == "completed", Task.attempt == 1) == 1)
-    until(worker.healthy)
+    until(worker.is_healthy)
 
 
 def test_a_worker_whose_loop_has_ended_is_not_healthy(engine, worker):
@@ -331,11 +332,11 @@ def test_a_worker_whose_loop_has_ended_is_not_healthy(engine, worker):
 
     worker.use("t", end_the_loop)
     worker.start()
-    until(worker.healthy)
+    until(worker.is_healthy)
     add(engine)
     assert ended.wait(SOON)
 
-    until(lambda: not worker.healthy())
+    until(lambda: not worker.is_healthy())
     worker.stop(timeout=0)
     assert count(engine, Task.state == "pending") == 1
 
@@ -348,7 +349,7 @@ def test_the_next_commit_notifies_workers_if_the_one_before_could_start_no_threa
     worker = make_worker(poll_interval=timedelta(minutes=10))
     worker.use("t", lambda task: ran.release())
     worker.start()
-    until(lambda: worker._life.parts.listening.is_alive and worker._life.parts.listener._connection)
+    until(lambda: runtime(worker).listening.is_alive and runtime(worker).listener._connection)
     limit.refuse("apoq-hints")
     for _ in range(3):
         add(engine)
@@ -367,18 +368,18 @@ def test_the_next_commit_notifies_workers_if_the_one_before_could_start_no_threa
     ]
 
 
-def test_an_embedded_worker_is_started_by_a_later_request(worker, limit, monkeypatch, caplog):
+def test_an_in_process_worker_is_started_by_a_later_request(worker, limit, monkeypatch, caplog):
     monkeypatch.setattr(in_process, "PATIENCE", 0.0)
     begin: Callable[[], Worker] = lambda: worker  # noqa: E731
-    embedded_worker = EmbeddedWorker(begin, name="shop")
+    in_process_worker = InProcessWorker(begin, name="shop")
     limit.refuse("apoq-starter")
-    embedded_worker.serve()
+    in_process_worker.serve()
     assert FULL in caplog.text
 
     limit.lift()
-    embedded_worker.serve()
+    in_process_worker.serve()
 
-    until(worker.healthy)
+    until(worker.is_healthy)
 
 
 AT_THE_END = """

@@ -12,6 +12,7 @@ from datetime import timedelta
 
 import pytest
 import sqlalchemy as sa
+from probe import runtime
 from sqlalchemy.orm import Session
 from waiting import patience
 
@@ -83,7 +84,7 @@ class TestCoroutines:
 
         assert worker.work().state == "completed"
         assert ledger(engine) == [task_id]
-        assert not worker._life.parts.deadlines._until
+        assert not runtime(worker).deadlines._until
 
     def test_a_timeout_of_its_own_is_its_own(self, engine, worker):
         async def process(_task: AsyncRunningTask) -> None:
@@ -104,7 +105,7 @@ class TestCoroutines:
             try:
                 await asyncio.sleep(LONG)
             except asyncio.CancelledError:
-                seen.append(task.stopping)
+                seen.append(task.should_stop)
                 if late == "raises":
                     raise ValueError("in the middle of it") from None
 
@@ -146,7 +147,7 @@ class TestCoroutines:
         assert took >= CLEAN_UP
         assert (load(engine, task_id).attempt, ledger(engine)) == (2, [task_id])
         assert told == ["ran longer than its timeout of 2 s", "completed"]
-        assert worker._life.parts.slots.free == 4
+        assert runtime(worker).slots.free == 4
 
 
 class TestFunctions:
@@ -154,9 +155,9 @@ class TestFunctions:
         seen = []
 
         def dawdle(task: RunningTask) -> None:
-            seen.append(task.stopping)
+            seen.append(task.should_stop)
             until(lambda: failed(engine, task.id))
-            seen.append(task.stopping)
+            seen.append(task.should_stop)
 
         worker.use("t", dawdle, timeout=0.05)
         add(engine)
@@ -196,7 +197,7 @@ class TestFunctions:
         assert (task.state, task.attempt, task.fail_count) == ("completed", 2, 1)
         assert ledger(engine) == [task_id]
         assert told == [TimeoutError, "completed"]
-        assert worker._life.parts.slots.free == 4
+        assert runtime(worker).slots.free == 4
 
     @pytest.mark.parametrize("late", ["returns", "writes", "raises"])
     def test_whatever_it_comes_to_late_is_refused(self, engine, worker, late, caplog):
@@ -235,15 +236,15 @@ class TestFunctions:
         until(lambda: load(engine, task_id).state == "running")
         with engine.connect() as holding:
             holding.execute(sa.select(Task.id).where(Task.id == task_id).with_for_update())
-            until(lambda: worker._life.parts.settler._put_off)
+            until(lambda: runtime(worker).settler._put_off)
             returns.set()
             until(lambda: "has returned after its timeout" in caplog.text)
 
-            assert [row.id for row in worker._life.parts.claimer.held.values()] == [task_id]
-            assert worker._life.parts.claimer._notes._left
+            assert [row.id for row in runtime(worker).claimer.held.values()] == [task_id]
+            assert runtime(worker).claimer._notes._left
 
         until(lambda: failed(engine, task_id))
-        until(lambda: not worker._life.parts.claimer._notes._left)
+        until(lambda: not runtime(worker).claimer._notes._left)
 
     def test_its_slot_stays_taken_until_it_returns(self, engine, make_worker):
         worker = make_worker(concurrency=1)
@@ -261,7 +262,7 @@ class TestFunctions:
         second = add(engine, "second")
         threading.Event().wait(0.2)
 
-        assert (order, load(engine, second).attempt, worker._life.parts.slots.free) == ([], 0, 0)
+        assert (order, load(engine, second).attempt, runtime(worker).slots.free) == ([], 0, 0)
         may_end.set()
         until(lambda: load(engine, second).state == "completed")
         assert order == ["first", "second"]
@@ -373,7 +374,7 @@ class TestLimits:
         for _ in range(20):
             assert done.acquire(timeout=SOON)
 
-        assert worker._life.parts.deadlines._loop._thread is None
+        assert runtime(worker).deadlines._loop._thread is None
 
     def test_those_that_have_ended_are_forgotten(self, engine, worker):
         done = threading.Semaphore(0)
@@ -385,7 +386,10 @@ class TestLimits:
             assert done.acquire(timeout=SOON)
         worker.stop()
 
-        assert (worker._life.parts.deadlines._until, worker._life.parts.deadlines._over) == ({}, set())
+        assert (runtime(worker).deadlines._until, runtime(worker).deadlines._over) == (
+            {},
+            set(),
+        )
         with engine.connect() as connection:
             assert connection.scalar(sa.text("SELECT count(*) FROM apoq_tasks WHERE fail_count > 0")) == 0
 
@@ -433,8 +437,8 @@ def test_an_attempt_that_ends_at_its_limit_is_settled_once(engine, make_worker, 
 
     assert ledger(engine) == [task.id for task in tasks() if task.data % 2]
     for task in tasks():
-        assert task.attempt == task.fail_count + 1 == task.token
+        assert task.attempt == task.fail_count + 1 == task.claim_token
         assert (told["completed", task.id], told["retried", task.id]) == (1, task.fail_count)
     others = {task.fail_count for task in tasks() if task.data % 5}
     assert len(others) > 1, "it was no race"
-    assert worker._life.parts.deadlines._over == set()
+    assert runtime(worker).deadlines._over == set()

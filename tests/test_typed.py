@@ -410,7 +410,7 @@ class TestMismatchedData:
     def test_the_attempt_fails_with_a_message_that_names_the_argument_and_the_task(self, fail, data, message):
         task = fail(data)
 
-        assert task.error["class"] == "MismatchedData"
+        assert task.error["class"] == "InvalidArguments"
         assert task.error["message"].startswith(message)
 
     def test_it_is_tried_again_for_a_deploy_may_cure_it(self, fail, engine, queue):

@@ -8,6 +8,7 @@ from uuid import uuid4
 
 import pytest
 import sqlalchemy as sa
+from probe import runtime
 from sqlalchemy.orm import Session
 from waiting import patience
 
@@ -23,7 +24,7 @@ LEASE = timedelta(seconds=1)
 
 def add_running(engine: sa.Engine, queue: Queue | None = None, **columns: object) -> int:
     queue = queue or Queue()
-    values = {"state": "running", "attempt": 1, "token": 1, "worker_id": uuid4(), **columns}
+    values = {"state": "running", "attempt": 1, "claim_token": 1, "worker_id": uuid4(), **columns}
     with Session(engine) as session, session.begin():
         task_id = queue.add(session, "t").id
         session.flush()
@@ -99,10 +100,10 @@ def test_one_that_a_live_worker_has_is_left_to_it(engine, queue, make_worker):
         connection.exec_driver_sql("TRUNCATE apoq_claims")
     second.start()
 
-    passes = second._life.parts.sweeping._turn.__self__._passes[None]
+    passes = runtime(second).sweeping._turn.__self__._passes[None]
     until(lambda: passes.level is None)
     for _ in range(2):
-        second._life.parts.sweeping._turn()
+        runtime(second).sweeping._turn()
     may_end.set()
     until(lambda: load(engine).state == "completed")
 

@@ -14,13 +14,14 @@ from itertools import pairwise
 import psycopg
 import pytest
 import sqlalchemy as sa
+from probe import runtime
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 from waiting import patience
 
 from apoq import Queue, prepare
 from apoq.client.after_commit import _hinters
-from apoq.client.notifier import PAUSE, Hinter
+from apoq.client.notifier import PAUSE, Notifier
 from apoq.schema.statements.hint import CANCELLED, CHANNEL
 from apoq.worker.claiming import listener
 from apoq.worker.liveness.lost_tasks import REST
@@ -43,13 +44,13 @@ def started(make_worker):
 
 
 def is_idle(worker) -> bool:
-    parts = worker._life.parts
+    parts = runtime(worker)
     return not parts.claimer._hinted and parts.scout._next_look > time.monotonic() + 60
 
 
 def start(worker) -> None:
     """Start a worker, and wait until it listens and nothing keeps it busy."""
-    listener, listens = worker._life.parts.listener, threading.Event()
+    listener, listens = runtime(worker).listener, threading.Event()
     hint = listener._on_hint
     listener._on_hint = lambda connection: hint(connection) or listens.set()
     worker.start()
@@ -59,7 +60,7 @@ def start(worker) -> None:
 
 def listening_session(worker) -> int:
     """Answer the number of the server's session that gives a started worker its hints."""
-    return worker._life.parts.listener._connection.pooled.dbapi_connection.info.backend_pid
+    return runtime(worker).listener._connection.pooled.dbapi_connection.info.backend_pid
 
 
 @contextmanager
@@ -178,7 +179,7 @@ def test_where_nothing_hints_it_is_found_within_the_poll_interval(engine, url, q
     worker.use("t", lambda task: ran.set())
     worker.start()
     # It has looked, and sleeps.
-    until(lambda: worker._life.parts.scout._next_look > time.monotonic() + 0.5)
+    until(lambda: runtime(worker).scout._next_look > time.monotonic() + 0.5)
 
     with psycopg.connect(
         url.set(drivername="postgresql").render_as_string(hide_password=False)
@@ -192,7 +193,7 @@ def test_an_idle_worker_looks_for_nothing_before_its_poll_interval_is_over(make_
     """Nor for each of its slots: all that the database hears from it is that it lives."""
     worker = make_worker(poll_interval=LONG, lease=timedelta(seconds=0.5))
     worker.use("t", lambda task: None)
-    parts = worker._life.parts
+    parts = runtime(worker)
     looks: list[str] = []
 
     def noted(look):
@@ -203,8 +204,8 @@ def test_an_idle_worker_looks_for_nothing_before_its_poll_interval_is_over(make_
 
     def beats(count: int) -> None:
         for _ in range(count):
-            last = worker.seen_at
-            until(lambda last=last: worker.seen_at != last)
+            last = worker.last_heartbeat_at
+            until(lambda last=last: worker.last_heartbeat_at != last)
 
     worker.start()
     until(lambda: {"survey", "claim"} <= set(looks))
@@ -231,7 +232,7 @@ def test_a_sleep_ends_when_the_next_task_is_due(engine, queue, make_worker):
 def test_a_retry_is_started_when_it_is_due(engine, queue, make_worker):
     ran = threading.Event()
     worker = make_worker(poll_interval=LONG)
-    scout = worker._life.parts.scout
+    scout = runtime(worker).scout
 
     def process(task) -> None:
         if task.fail_count == 0:
@@ -267,21 +268,21 @@ def test_what_was_added_just_before_the_worker_listened_is_found(engine, url, qu
     ran = threading.Event()
     worker = make_worker(poll_interval=LONG)
     worker.use("t", lambda task: ran.set())
-    hears = worker._life.parts.listener._hears
+    hears = runtime(worker).listener._hears
 
     def hears_later(connection) -> bool:
         heard = hears(connection)
         until(
             lambda: (
-                not worker._life.parts.claimer._hinted
-                and worker._life.parts.scout._next_look > time.monotonic() + 60
+                not runtime(worker).claimer._hinted
+                and runtime(worker).scout._next_look > time.monotonic() + 60
             )
         )
         with psycopg.connect(url.set(drivername="postgresql").render_as_string(hide_password=False)) as other:
             queue.add(other, "t")
         return heard
 
-    worker._life.parts.listener._hears = hears_later
+    runtime(worker).listener._hears = hears_later
     worker.start()
 
     assert ran.wait(SOON)
@@ -318,7 +319,7 @@ def line(engine, queue):
     return line
 
 
-def add(engine, queue) -> Hinter:
+def add(engine, queue) -> Notifier:
     """Add a task; answer who sends the engine's hints."""
     with Session(engine) as session, session.begin():
         queue.add(session, "t")
@@ -491,22 +492,22 @@ class TestNotificationsOfOthers:
     def test_that_forge_a_cancellation_lead_to_few_looks(self, engine, queue, make_worker):
         begun = threading.Event()
         worker = make_worker(lease=timedelta(seconds=60))
-        worker.use("t", lambda task: begun.set() or until(lambda: task.stopping, timeout=3 * SOON))
+        worker.use("t", lambda task: begun.set() or until(lambda: task.should_stop, timeout=3 * SOON))
         worker.start()
         add(engine, queue)
         assert begun.wait(SOON)
-        [task] = worker._life.parts.slots.running()
+        [task] = runtime(worker).slots.running()
         looked_at: list[float] = []
-        recaller = worker._life.parts.recaller
+        recaller = runtime(worker).recaller
         look = recaller._look
         recaller._look = lambda *rows: looked_at.append(time.monotonic()) or look(*rows)
 
         with flooding(engine, CANCELLED, f"'{task.id}'"):
             until(lambda: len(looked_at) > 10)
-            assert not task.stopping
+            assert not task.should_stop
             with Session(engine) as session, session.begin():
                 queue.cancel(session, task.id)
-            until(lambda: task.stopping)
+            until(lambda: task.should_stop)
 
         assert min(later - sooner for sooner, later in pairwise(looked_at)) >= REST
 
@@ -519,7 +520,7 @@ class TestNotificationsOfOthers:
         worker = make_worker(poll_interval=timedelta(seconds=0.2))
         worker.use("t", lambda task: ran.release())
         worker.start()
-        until(lambda: worker._life.parts.listener._connection)
+        until(lambda: runtime(worker).listener._connection)
 
         with flooding(engine, CHANNEL):
             until(lambda: "notifications arrive faster than they can be read" in caplog.text)

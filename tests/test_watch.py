@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import psycopg
 import pytest
 import sqlalchemy as sa
+from probe import runtime
 from proxy import Proxy
 from psycopg import capabilities
 from sqlalchemy.orm import Session
@@ -19,7 +20,7 @@ from waiting import patience
 from apoq import Worker
 from apoq.postgres import watchdog as watching
 from apoq.postgres.connections import execute, own_engine
-from apoq.postgres.watchdog import Watch, watch
+from apoq.postgres.watchdog import Watchdog, watch
 
 SOON = 30.0
 
@@ -164,7 +165,7 @@ def test_a_session_of_a_task_that_is_cut_off_is_cancelled_too(engine, quiet, que
         )
         until(lambda: looking.scalars(asleep).all())
         [session] = looking.scalars(asleep)
-        worker._life.parts._lapsed([None])
+        runtime(worker)._lapsed([None])
         # The task is given back, and may sleep again by then, in another session.
         until(lambda: session not in looking.scalars(asleep).all())
 
@@ -235,7 +236,7 @@ class TestWithoutAThread:
     def test_a_statement_is_executed_unwatched_and_a_later_one_is_watched(
         self, own, threads, monkeypatch, caplog
     ):
-        monkeypatch.setattr("apoq.postgres.connections.watch", fresh := Watch())
+        monkeypatch.setattr("apoq.postgres.connections.watch", fresh := Watchdog())
         monkeypatch.setattr("apoq.postgres.fast_path.watch", fresh)
         with caplog.at_level(logging.WARNING, "apoq"):
             for _ in range(3):

@@ -11,6 +11,7 @@ from uuid import uuid4
 import pytest
 import sqlalchemy as sa
 from claims import hold_lease
+from probe import runtime
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 from waiting import patience
@@ -28,7 +29,7 @@ from apoq import (
     prepare,
 )
 from apoq.schema.statements.claim import claim
-from apoq.worker.claiming.cursor import Position
+from apoq.worker.claiming.cursor import ClaimCursor
 
 SOON = 10.0
 """Seconds within which what a test waits for has long happened."""
@@ -298,7 +299,7 @@ class TestRetries:
         tasks = [worker.work() for _ in range(3)]
 
         assert [task.state for task in tasks] == ["pending", "pending", "completed"]
-        assert (tasks[-1].fail_count, tasks[-1].attempt, tasks[-1].token) == (2, 3, 3)
+        assert (tasks[-1].fail_count, tasks[-1].attempt, tasks[-1].claim_token) == (2, 3, 3)
 
 
 class TestOutcomes:
@@ -334,8 +335,8 @@ class TestOutcomes:
         assert task.process_at > datetime.now(UTC) + timedelta(seconds=30)
 
     def test_a_token_grows_even_where_an_attempt_is_taken_back(self, engine, worker):
-        assert self.run(engine, worker, Snooze(0)).token == 1
-        assert worker.work().token == 2
+        assert self.run(engine, worker, Snooze(0)).claim_token == 1
+        assert worker.work().claim_token == 2
 
 
 class TestTaskSession:
@@ -363,7 +364,7 @@ class TestTaskSession:
         def process(task: RunningTask) -> None:
             write(task)
             with engine.begin() as connection:
-                connection.execute(sa.update(Task).values(state="pending", token=Task.token + 1))
+                connection.execute(sa.update(Task).values(state="pending", claim_token=Task.claim_token + 1))
 
         worker.use("t", process)
         add(engine)
@@ -431,9 +432,9 @@ class TestTaskSession:
             lambda task: Queue().cancel(task.session, task.id),
             lambda task: task.session.delete(task.session.get(Task, task.id)),
             lambda task: setattr(task.session.get(Task, task.id), "state", "completed"),
-            lambda task: setattr(task.session.get(Task, task.id), "token", 0),
+            lambda task: setattr(task.session.get(Task, task.id), "claim_token", 0),
         ],
-        ids=["cancel", "delete", "state", "token"],
+        ids=["cancel", "delete", "state", "claim_token"],
     )
     def test_a_processor_may_not_end_its_task_there(self, engine, worker, end):
         def process(task: RunningTask) -> None:
@@ -559,7 +560,7 @@ class TestEvents:
             worker.events.on(name, lambda *arguments: heard.append(arguments))
 
         def process(task: RunningTask) -> None:
-            raise Snooze(0) if task.token == 1 else Cancel
+            raise Snooze(0) if task.claim_token == 1 else Cancel
 
         worker.use("t", process)
         add(engine)
@@ -666,8 +667,8 @@ class TestStartAndStop:
         worker.stop()
 
         task = load(engine, task_id)
-        assert (task.state, task.attempt, task.token) == ("completed", 1, 2)
-        assert worker._life.parts.slots.free == 4
+        assert (task.state, task.attempt, task.claim_token) == ("completed", 1, 2)
+        assert runtime(worker).slots.free == 4
 
     def test_a_coroutine_that_never_ends_is_cancelled_and_given_back(self, engine, worker):
         begun, cancelled = threading.Event(), threading.Event()
@@ -952,7 +953,7 @@ def test_claims_under_way_at_once_pass_over_each_others_tasks(engine):
     with engine.begin() as one, engine.begin() as other:
         other.exec_driver_sql("SET LOCAL lock_timeout = '2s'")
         claimed = [
-            sorted(connection.scalars(claim(None), asked | Position().parameters()))
+            sorted(connection.scalars(claim(None), asked | ClaimCursor().parameters()))
             for connection in (one, other)
         ]
 
@@ -965,15 +966,15 @@ def test_what_a_dead_worker_held_is_claimed_only_where_it_can_begin_at_once(engi
     fresh, rescued = add(engine), add(engine)
     with engine.begin() as connection:
         connection.execute(sa.update(Task).where(Task.id == rescued).values(rescue_count=1))
-    claimer = worker._life.parts.claimer
+    claimer = runtime(worker).claimer
     hold_lease(worker)
 
     more_than_find_a_slot, all_find_one = claimer.claim(3, 2), claimer.claim(3, 3)
-    worker._life.parts.engine.dispose()
+    runtime(worker).engine.dispose()
 
     assert [row.id for row in more_than_find_a_slot] == [fresh]
     assert [row.id for row in all_find_one] == [rescued]
-    assert not load(engine, rescued).claimed_ahead
+    assert not load(engine, rescued).prefetched
 
 
 @pytest.mark.parametrize(("free", "is_ahead"), [(0, True), (1, True), (2, False), (3, False)])
@@ -982,10 +983,10 @@ def test_tasks_are_claimed_ahead_if_there_are_more_of_them_than_free_slots(engin
     ids = [add(engine) for _ in range(2)]
     hold_lease(worker)
 
-    worker._life.parts.claimer.claim(1_000, free)
-    worker._life.parts.engine.dispose()
+    runtime(worker).claimer.claim(1_000, free)
+    runtime(worker).engine.dispose()
 
-    assert [load(engine, task_id).claimed_ahead for task_id in ids] == [is_ahead] * 2
+    assert [load(engine, task_id).prefetched for task_id in ids] == [is_ahead] * 2
 
 
 def test_a_claim_can_be_printed():

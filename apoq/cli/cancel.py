@@ -27,7 +27,7 @@ def command(target: Target, /, *, ids: tuple[int, ...], state: str | None, yes: 
     """Cancel tasks that are pending or running.
 
     Those with these IDs, or all that the options let through. A coroutine that runs is cancelled; a plain
-    function that runs is told by `task.stopping`, and what it still writes in `task.session` is undone.
+    function that runs is told by `task.should_stop`, and what it still writes in `task.session` is undone.
 
     \b
         apoq cancel 7

@@ -15,7 +15,7 @@ import sqlalchemy.exc
 from sqlalchemy import URL
 
 from apoq.cli.streams import NARROWEST, is_terminal
-from apoq.errors import ApoqError, NotPrepared
+from apoq.errors import ApoqError, SchemaMismatch
 from apoq.migrations.prepare import NO_ENCODING
 from apoq.monitor.formatting import clean
 from apoq.postgres.urls import without_password
@@ -125,7 +125,7 @@ def explained(url: URL | None = None) -> Iterator[None]:
     """Turn what can go wrong outside of the program into a `Failure`; anything else is a bug, and passes."""
     try:
         yield
-    except NotPrepared as error:
+    except SchemaMismatch as error:
         raise NotReady(_in_one_line(error)) from error
     except ApoqError as error:
         raise Failure(_in_one_line(error)) from error

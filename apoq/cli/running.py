@@ -78,7 +78,9 @@ def run_worker(
     worker = make()
     logs.set_up(log_format, log_level)
     try:
-        worker.adjust(queues=None if queues is None else _names(queues), concurrency=concurrency)
+        worker._adjust(  # noqa: SLF001 - our own
+            queues=None if queues is None else _names(queues), concurrency=concurrency
+        )
     except ValueError as error:
         raise BadUsage(str(error)) from error
     if not worker.types:
@@ -95,14 +97,14 @@ def run_worker(
         if lifeline is not None:
             report(lifeline, worker)
         elif is_wanted():
-            every(PERIOD, lambda: status.say(worker.tally()))
+            every(PERIOD, lambda: status.say(worker.stats()))
 
     with caught() as signals:
         ending.watch(signals)
         worker._run_until(signals, timeout, on_start=begin, on_stop=ending.begin)  # noqa: SLF001 - our own
     ending.has_stopped = True
     if lifeline is None and is_wanted():
-        status.say(worker.tally())
+        status.say(worker.stats())
 
 
 def _names(queues: str) -> list[str]:

@@ -45,7 +45,7 @@ def command(target: Target, *, by_type: bool, watch: bool, every: Any, as_json: 
 
     Counts are exact up to 10,000, and end there (10,000+), for counting must not become the database's work.
     What is done or failed was not pruned yet. Lag is for how long the first of the due tasks has been due. A
-    worker holds what runs in its slots, and short tasks that it has claimed ahead.
+    worker has claimed what runs in its slots, and short tasks ahead of that.
     """
     if watch and as_json:
         raise click.UsageError("--watch is for people: call `apoq stats --json` as often as you like.")
@@ -92,14 +92,14 @@ def shown(found: Figures, most: int | None = None) -> RenderableType:
 def _queues(found: Figures, most: int | None) -> Table:
     # Most applications have no task that waits.
     waiting = ["waiting"] if any(queue.waiting for queue in found.queues) else []
-    columns = ("queue", "due", "lag", "later", *waiting, "running", "per min", "done", "failed")
+    columns = ("queue", "ready", "lag", "scheduled", *waiting, "running", "per min", "done", "failed")
     made = table(*columns, right=columns[1:], widest=most)
     for queue in found.queues:
         made.add_row(
             Text(clean(queue.name)),
-            _count(queue.due, "bold"),
+            _count(queue.ready, "bold"),
             _lag(queue.lag),
-            _count(queue.later),
+            _count(queue.scheduled),
             *(_count(queue.waiting) for _ in waiting),
             _count(queue.running, "cyan"),
             _count(round(queue.per_minute), bound=None),
@@ -121,8 +121,8 @@ def _types(found: Figures, most: int | None) -> Table:
 
 
 def _workers(found: Figures, most: int | None) -> Table:
-    columns = ("worker", "queues", "slots", "holds", "up", "seen")
-    made = table(*columns, right={"slots", "holds", "up"}, widest=most)
+    columns = ("worker", "queues", "slots", "claimed", "up", "seen")
+    made = table(*columns, right={"slots", "claimed", "up"}, widest=most)
     for worker in found.workers[:SHOWN]:
         seen = f"{length(worker.unseen_for)} ago"
         made.add_row(

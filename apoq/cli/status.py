@@ -11,7 +11,7 @@ from typing import Final
 import click
 
 from apoq.cli.streams import has_colors, is_terminal
-from apoq.worker.settling.counters import Tally
+from apoq.worker.settling.counters import WorkerStats
 
 PERIOD: Final = 5.0
 """Seconds between two lines."""
@@ -21,10 +21,10 @@ class Status:
     """Writes a line to a terminal when there is something new to say."""
 
     def __init__(self) -> None:
-        self._last = Tally()
+        self._last = WorkerStats()
         self._last_at = time.monotonic()
 
-    def say(self, tally: Tally) -> None:
+    def say(self, tally: WorkerStats) -> None:
         """Write a line, unless nothing has changed."""
         now = time.monotonic()
         if tally != self._last:
@@ -33,12 +33,12 @@ class Status:
         self._last, self._last_at = tally, now
 
 
-def line(tally: Tally, rate: float) -> str:
+def line(tally: WorkerStats, rate: float) -> str:
     """Say it in a line that fits a terminal."""
     parts = [f"{tally.running:,} running", f"{tally.completed:,} done ({rate:,.0f}/s)"]
     parts += [
         f"{count:,} {name}"
-        for name, count in zip(Tally._fields[2:], tally[2:], strict=True)
+        for name, count in zip(WorkerStats._fields[2:], tally[2:], strict=True)
         if count or name == "failed"
     ]
     return "         " + ", ".join(parts)

@@ -26,7 +26,7 @@ from typing import Final
 from apoq.cli.exits import BadUsage
 from apoq.cli.status import PERIOD, Status, every, is_wanted
 from apoq.worker import Worker
-from apoq.worker.settling.counters import Tally
+from apoq.worker.settling.counters import WorkerStats
 
 logger = logging.getLogger(__name__)
 
@@ -57,14 +57,14 @@ class Child:
         self.number = number
         self.starts_at: float | None = None
         """When another one is to be started here."""
-        self.tally = Tally()
+        self.tally = WorkerStats()
         self.is_ready = False
         self.process: subprocess.Popen[bytes] | None = None
         self._has_started = False
         """Whether the worker of this process has: it may run tasks."""
         self._socket: socket.socket | None = None
         self._rest = b""
-        self._before = Tally()
+        self._before = WorkerStats()
         self._started_at = 0.0
         self._deaths = 0
 
@@ -110,7 +110,7 @@ class Child:
             self.is_ready = self._has_started = True
             running, *counts = map(int, lines[-1].split())
             added = (count + more for count, more in zip(self._before[1:], counts, strict=True))
-            self.tally = Tally(running, *added)
+            self.tally = WorkerStats(running, *added)
 
     def bury(self, selector: selectors.BaseSelector) -> int | None:
         """Answer how it ended, if it has; it is then gone, and what it did stays counted."""
@@ -198,7 +198,7 @@ class Supervisor:
         self._said_at = time.monotonic()
         if is_wanted():
             tallies = [child.tally for child in self._children]
-            self._status.say(Tally(*map(sum, zip(*tallies, strict=True))))
+            self._status.say(WorkerStats(*map(sum, zip(*tallies, strict=True))))
 
     def _stopping(self, stops_at: float) -> int | None:
         if all(child.process is None for child in self._children):
@@ -284,7 +284,7 @@ def report(lifeline: socket.socket, worker: Worker) -> None:
 
     def send() -> None:
         with suppress(OSError):  # nobody reads
-            lifeline.send(b"%d %d %d %d %d\n" % worker.tally(), socket.MSG_DONTWAIT)
+            lifeline.send(b"%d %d %d %d %d\n" % worker.stats(), socket.MSG_DONTWAIT)
 
     send()
     atexit.register(send)  # the last word

@@ -18,7 +18,7 @@ from sqlalchemy.engine import RootTransaction
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import Pool
 
-from apoq.client.notifier import PATIENCE, Hinter, threads
+from apoq.client.notifier import PATIENCE, Notifier, threads
 from apoq.schema.statements.hint import Hint
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ def _connection_commits(connection: Connection) -> None:
     _waiting[connection].clear()
 
 
-_hinters: WeakKeyDictionary[Pool, Hinter] = WeakKeyDictionary()
+_hinters: WeakKeyDictionary[Pool, Notifier] = WeakKeyDictionary()
 """By pool, because `Engine.execution_options` and an `AsyncEngine` make engines that share one."""
 _waiting: WeakKeyDictionary[Connection, set[Hint]] = WeakKeyDictionary()
 _inherited: list[object] = []
@@ -73,7 +73,7 @@ def _send(engine: Engine, hint_: Hint, transaction: RootTransaction | None = Non
         pool = engine.pool
         hinter = _hinters.get(pool)
         if hinter is None:
-            hinter = _hinters.setdefault(pool, Hinter(engine))
+            hinter = _hinters.setdefault(pool, Notifier(engine))
         hinter.send(hint_, transaction)
     except Exception:  # the caller has committed, and is not to be told otherwise
         logger.exception("a hint could not be given; the workers find the tasks when they look next")

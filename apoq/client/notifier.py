@@ -54,12 +54,12 @@ class Threads:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._owners: dict[threading.Thread, Hinter] = {}
-        self._sharers: deque[Hinter] = deque()
+        self._owners: dict[threading.Thread, Notifier] = {}
+        self._sharers: deque[Notifier] = deque()
         self._is_shared = False
         """Whether the thread that they share is running."""
 
-    def serve(self, hinter: Hinter) -> None:
+    def serve(self, hinter: Notifier) -> None:
         """Send a hinter's hints on a thread, until it has none; RuntimeError if none can be started."""
         with self._lock:
             if len(self._owners) < LIMIT:
@@ -80,7 +80,7 @@ class Threads:
         with self._lock:
             return self._is_shared or any(hinter.is_sending for hinter in self._owners.values())
 
-    def _run(self, hinter: Hinter) -> None:
+    def _run(self, hinter: Notifier) -> None:
         try:
             hinter.run()
         finally:
@@ -91,7 +91,7 @@ class Threads:
         while hinter := self._next():
             hinter.run_once()
 
-    def _next(self) -> Hinter | None:
+    def _next(self) -> Notifier | None:
         with self._lock:
             self._is_shared = bool(self._sharers)
             return self._sharers.popleft() if self._sharers else None
@@ -106,7 +106,7 @@ def _start_thread(target: Callable[..., None], *arguments: object) -> threading.
 threads = Threads()
 
 
-class Hinter:
+class Notifier:
     """Sends the hints of an engine and all others that share its connection pool.
 
     While there are few, from the caller's thread; else, from another.
@@ -119,7 +119,7 @@ class Hinter:
         self._is_served = False
         """Whether a thread sends what is pending."""
         self._has_warned = False
-        self._line = Line(self._engine)
+        self._line = NotifyConnection(self._engine)
         self._sent_at = -math.inf
         wakeups: SimpleQueue[None] = SimpleQueue()
         self._wakeups = wakeups
@@ -214,7 +214,7 @@ class Hinter:
             execute(self._engine, hint(), hint_._asdict())
 
 
-class Line:
+class NotifyConnection:
     """A connection on which a hint is sent without waiting for the answer: from whatever thread, at once."""
 
     def __init__(self, engine: Engine) -> None:

@@ -106,7 +106,7 @@ class Queue:
         `meta` is a dict for your application's own use, such as a request id or a tenant, of at most 4 KB of
         JSON; a processor reads it as ``task.meta``. The keys `traceparent` and `tracestate` are reserved.
 
-        Raises `InvalidTask` before anything is sent, and `NotPrepared` where the tables are missing.
+        Raises `InvalidTask` before anything is sent, and `SchemaMismatch` where the tables are missing.
         """
         if isinstance(session, str):
             raise UnsupportedSession(refusal(session))
@@ -120,7 +120,7 @@ class Queue:
         self,
         session: SyncSession,
         type: str,
-        datas: Iterable[Any],
+        items: Iterable[Any],
         **options: Unpack[Options],
     ) -> int: ...
     @overload
@@ -128,14 +128,14 @@ class Queue:
         self,
         session: AsyncioSession,
         type: str,
-        datas: Iterable[Any],
+        items: Iterable[Any],
         **options: Unpack[Options],
     ) -> Coroutine[Any, Any, int]: ...
     def add_many(
         self,
         session: SyncSession | AsyncioSession,
         type: str,
-        datas: Iterable[Any],
+        items: Iterable[Any],
         *,
         delay: timedelta | None = None,
         process_at: datetime | None = None,
@@ -145,11 +145,11 @@ class Queue:
         timeout: float | timedelta | None = None,
         meta: Mapping[str, Any] | None = None,
     ) -> int | Coroutine[Any, Any, int]:
-        """Add a task for each of `datas` in the transaction of `session`, and answer how many there were.
+        """Add a task for each of `items` in the transaction of `session`, and answer how many there were.
 
-        Sent in batches as `datas` yields them: a million tasks never stand in memory, nor in one
-        statement. Fastest where `datas` is a list or a tuple: what is beyond the first batch is sent by one
-        COPY then. Options as in `add`, the same for all. Where `datas` holds something that JSON can't,
+        Sent in batches as `items` yields them: a million tasks never stand in memory, nor in one
+        statement. Fastest where `items` is a list or a tuple: what is beyond the first batch is sent by one
+        COPY then. Options as in `add`, the same for all. Where `items` holds something that JSON can't,
         `InvalidData` says which; tasks before it may have been sent by then, and a COPY that fails fails the
         transaction, so let the error roll back, all or to a savepoint. On a psycopg connection in
         autocommit, each batch is committed by itself.
@@ -158,14 +158,14 @@ class Queue:
             raise UnsupportedSession(refusal(session))
         options = checked(delay, process_at, priority, retry_limit, retry_delay, timeout, meta)
         parameters = {"task_queue": self.name, "task_type": check_type(type), **options}
-        if isinstance(datas, str | bytes | dict) or not isinstance(datas, Iterable):
+        if isinstance(items, str | bytes | dict) or not isinstance(items, Iterable):
             raise InvalidTask(
-                f"add_many takes the data of many tasks, such as a list of dicts, not one {glimpse(datas)}"
+                f"add_many takes the data of many tasks, such as a list of dicts, not one {glimpse(items)}"
             )
-        total = len(datas) if isinstance(datas, list | tuple) else None
+        total = len(items) if isinstance(items, list | tuple) else None
         return through(
             session,
-            lambda caller: add_many(caller, self.schema, parameters, self._documents(datas), total),
+            lambda caller: add_many(caller, self.schema, parameters, self._documents(items), total),
         )
 
     @overload
@@ -183,7 +183,7 @@ class Queue:
         session or connection, await the answer. `reason` is kept in `Task.error`.
 
         A task that waits is not run. One that runs when you commit is told to stop: a coroutine is cancelled,
-        for a plain function `task.stopping` turns true. Whatever it comes to then is refused, and what it
+        for a plain function `task.should_stop` turns true. Whatever it comes to then is refused, and what it
         wrote to `task.session` undone. Its worker learns of it at once where a hint reaches it, else within
         its next heartbeats.
 
@@ -303,9 +303,9 @@ class Queue:
             for registry in registries:
                 registry.put(self, type_, task.processor)
 
-    def _documents(self, datas: Iterable[Any]) -> Iterator[str]:
-        for index, data in enumerate(datas):
-            yield encode(data, self.max_data_size, f"datas[{index}]")
+    def _documents(self, items: Iterable[Any]) -> Iterator[str]:
+        for index, data in enumerate(items):
+            yield encode(data, self.max_data_size, f"items[{index}]")
 
     def _id_of(self, task: Task | int) -> int:
         if isinstance(task, Task):

@@ -28,7 +28,7 @@ from sqlalchemy.util.concurrency import in_greenlet
 
 from apoq.client.after_commit import hint_after_connection_commit, hint_after_session_commit
 from apoq.client.unsupported_sessions import is_mock, kind_of, refusal
-from apoq.errors import NotPrepared, UnsupportedSession, preparing
+from apoq.errors import SchemaMismatch, UnsupportedSession, preparing
 from apoq.postgres.connections import compiled, is_missing
 from apoq.postgres.loaders import read_anything
 from apoq.postgres.urls import check_dialect, check_untranslated
@@ -384,12 +384,12 @@ def _clear_errors(statement: Any) -> Iterator[None]:
     except (DBAPIError, psycopg.Error) as error:
         cause: Any = getattr(error, "orig", error)
         if is_missing(error):
-            raise NotPrepared(
+            raise SchemaMismatch(
                 f"{cause.diag.message_primary}. Are apoq's tables missing, or at another version? Then "
                 f"{preparing(_schema(statement))}"
             ) from error
         if _is_taken_id(cause):
-            raise NotPrepared(
+            raise SchemaMismatch(
                 "the id of the new task is taken, because the sequence of apoq_tasks.id is behind, as after "
                 "a restore without it: `apoq doctor` shows the statement that sets it"
             ) from error

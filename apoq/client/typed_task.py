@@ -53,7 +53,7 @@ class TaskQueue(Protocol):
     def add(self, session: Any, type: str, data: Any, **options: Unpack[Options]) -> Any:
         """Add a task."""
 
-    def add_many(self, session: Any, type: str, datas: Iterable[Any], **options: Unpack[Options]) -> Any:
+    def add_many(self, session: Any, type: str, items: Iterable[Any], **options: Unpack[Options]) -> Any:
         """Add many tasks."""
 
 
@@ -140,9 +140,9 @@ class TypedTask(Generic[P, R_co, C]):
         """
         if not isinstance(calls, Iterable):
             raise InvalidTask(f"add_many takes many calls of {self.type!r}, not {glimpse(calls)}")
-        datas = self._datas(calls)
+        items = self._items(calls)
         return self.queue.add_many(
-            session, self.type, list(datas) if isinstance(calls, list | tuple) else datas, **self._options
+            session, self.type, list(items) if isinstance(calls, list | tuple) else items, **self._options
         )
 
     def call(self, *args: P.args, **kwargs: P.kwargs) -> Call[P]:
@@ -165,7 +165,7 @@ class TypedTask(Generic[P, R_co, C]):
     def __repr__(self) -> str:
         return f"<TypedTask {self.type!r} of {self.queue!r}>"
 
-    def _datas(self, calls: Iterable[Call[P]]) -> Iterator[dict[str, Any]]:
+    def _items(self, calls: Iterable[Call[P]]) -> Iterator[dict[str, Any]]:
         for index, call in enumerate(calls):
             if not isinstance(call, Call) or call.type != self.type:
                 raise InvalidTask(

@@ -16,7 +16,7 @@ from apoq.core.losses import find_loss
 from apoq.core.payload import encode
 from apoq.core.plain import MAPPED, class_name, is_mapped
 from apoq.core.registry import Running
-from apoq.errors import InvalidData, InvalidProcessor, InvalidTask, MismatchedData, glimpse
+from apoq.errors import InvalidArguments, InvalidData, InvalidProcessor, InvalidTask, glimpse
 
 
 class UnknownAnnotation(InvalidProcessor):
@@ -77,16 +77,16 @@ class Arguments:
         return {name: self._write(name, value) for name, value in given.items()}
 
     def read(self, data: Any) -> dict[str, Any]:
-        """Answer the arguments that a task's data holds; `MismatchedData` where they don't fit."""
+        """Answer the arguments that a task's data holds; `InvalidArguments` where they don't fit."""
         if not isinstance(data, dict):
-            raise MismatchedData(
+            raise InvalidArguments(
                 f"the data of {self._name!r} is an object of its arguments, such as "
                 f"{{'user_id': 7}}, not {glimpse(data)}"
             )
         arguments = {name: self._read(name, value) for name, value in data.items()}
         for name in self._required:
             if name not in arguments:
-                raise MismatchedData(
+                raise InvalidArguments(
                     f"the argument {name!r} of {self._name!r} is missing in the task's data: where the "
                     "parameter is new, give it a default until tasks of before are done"
                 )
@@ -123,7 +123,7 @@ class Arguments:
     def _read(self, name: str, value: Any) -> Any:
         type_ = self._type(name)
         if type_ is None:
-            raise MismatchedData(
+            raise InvalidArguments(
                 f"{self._name!r} has no parameter for the argument {name!r} of the task's data: where it is "
                 "gone, take it and ignore it until tasks of before are done"
             )
@@ -134,7 +134,7 @@ class Arguments:
         except ERRORS as error:
             path, reason = explain(error)
             at = path and f", at {name}{path}"
-            raise MismatchedData(
+            raise InvalidArguments(
                 f"the argument {name!r} of {self._name!r} doesn't fit: {reason}{at}: where the "
                 "parameter has changed, take its old form, too, until tasks of before are done"
             ) from error.__cause__

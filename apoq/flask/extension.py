@@ -81,7 +81,7 @@ class Apoq:
         database = Database(app, bind=settings.bind, session=self._session)
         app.extensions[KEY] = Installed(app, settings, (queue, *self._others), database, self)
         app.cli.add_command(group())
-        if settings.embedded_worker:
+        if settings.in_process_worker:
             request_started.connect(serve, app)
 
     @property
@@ -102,9 +102,9 @@ class Apoq:
         """The current application's worker in this process: for its `events`, `work`, `start` and `stop`."""
         return self.current.worker
 
-    def healthy(self) -> bool:
+    def is_healthy(self) -> bool:
         """Tell whether the current application's worker is at work in this process, for a health check."""
-        return self.current.healthy()
+        return self.current.is_healthy()
 
     @overload
     def add(
@@ -136,27 +136,27 @@ class Apoq:
     def add_many(
         self,
         type: str,
-        datas: Iterable[Any],
+        items: Iterable[Any],
         *,
         session: SyncSession | None = ...,
         **options: Unpack[Options],
     ) -> int: ...
     @overload
     def add_many(
-        self, type: str, datas: Iterable[Any], *, session: AsyncioSession, **options: Unpack[Options]
+        self, type: str, items: Iterable[Any], *, session: AsyncioSession, **options: Unpack[Options]
     ) -> Coroutine[Any, Any, int]: ...
     def add_many(
         self,
         type: str,
-        datas: Iterable[Any],
+        items: Iterable[Any],
         *,
         session: SyncSession | AsyncioSession | None = None,
         **options: Unpack[Options],
     ) -> int | Coroutine[Any, Any, int]:
-        """Add a task for each of `datas`, as `Queue.add_many` does; answer how many there were."""
+        """Add a task for each of `items`, as `Queue.add_many` does; answer how many there were."""
         current = self.current
         joined: Any = current.database.joined(session)
-        count: int | Coroutine[Any, Any, int] = current.queue.add_many(joined, type, datas, **options)
+        count: int | Coroutine[Any, Any, int] = current.queue.add_many(joined, type, items, **options)
         return count
 
     def use(self, type: str, processor: Callable[[Any], Any], **options: Unpack[ProcessorOptions]) -> None:
@@ -261,6 +261,6 @@ class CurrentQueue:
         """Add a task, in the current session where none is given."""
         return self._apoq.add(type, data, session=session, **options)
 
-    def add_many(self, session: Any, type: str, datas: Iterable[Any], **options: Unpack[Options]) -> Any:
+    def add_many(self, session: Any, type: str, items: Iterable[Any], **options: Unpack[Options]) -> Any:
         """Add many tasks."""
-        return self._apoq.add_many(type, datas, session=session, **options)
+        return self._apoq.add_many(type, items, session=session, **options)

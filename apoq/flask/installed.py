@@ -13,7 +13,7 @@ from apoq.flask.contexts import context_for
 from apoq.flask.database import Database
 from apoq.flask.settings import Settings
 from apoq.worker import Worker
-from apoq.worker.in_process import EmbeddedWorker
+from apoq.worker.in_process import InProcessWorker
 
 KEY: Final = "apoq"
 """Where it stands: ``app.extensions["apoq"]``."""
@@ -41,7 +41,7 @@ class Installed:
         self.owner = owner
         self._lock = threading.Lock()
         self._worker: Worker | None = None
-        self._embedded = EmbeddedWorker(lambda: self.worker, name=app.name)
+        self._in_process = InProcessWorker(lambda: self.worker, name=app.name)
 
     def __repr__(self) -> str:
         return f"<apoq in the application {self.app.name!r}: {self.queue!r}>"
@@ -62,14 +62,14 @@ class Installed:
                 self._worker = worker
             return self._worker
 
-    def healthy(self) -> bool:
+    def is_healthy(self) -> bool:
         """Tell whether the worker is at work in this process."""
-        return self._worker is not None and self._worker.healthy()
+        return self._worker is not None and self._worker.is_healthy()
 
     def serve(self) -> None:
         """Start the worker, beside the first request in each process: only what serves is to work tasks."""
         if not self.app.testing:
-            self._embedded.serve()
+            self._in_process.serve()
 
 
 def serve(app: Flask, **_: Any) -> None:

@@ -26,7 +26,7 @@ class Settings:
     """Where apoq's tables are, if not where the search_path leads."""
     bind: str | None = None
     """In which of Flask-SQLAlchemy's binds, or Lite's engines, they are."""
-    embedded_worker: bool = False
+    in_process_worker: bool = False
     """Whether each process that serves requests works tasks, too."""
     worker: Mapping[str, Any] = field(default_factory=dict, repr=False)
     """What else a `Worker` is told; its `listen_url` may have a password in it."""
@@ -34,14 +34,14 @@ class Settings:
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> Self:
         """Read them; a duration may be in seconds, as the environment has it."""
-        own = _given(config, ("queue", "schema", "bind", "embedded_worker"))
+        own = _given(config, ("queue", "schema", "bind", "in_process_worker"))
         worker = _given(config, ("concurrency", "listen_url"))
         for name, value in _given(config, _DURATIONS).items():
             key = PREFIX + name.upper()
             worker[name] = None if value is None else timedelta(seconds=seconds(value, key))
         settings = cls(**own, worker=worker)
-        if not isinstance(settings.embedded_worker, bool):
-            raise TypeError(f"APOQ_EMBEDDED_WORKER is True or False, not {settings.embedded_worker!r}")
+        if not isinstance(settings.in_process_worker, bool):
+            raise TypeError(f"APOQ_IN_PROCESS_WORKER is True or False, not {settings.in_process_worker!r}")
         return settings
 
     def make_queue(self, given: Queue | None) -> Queue:

@@ -8,7 +8,7 @@ from typing import Final, NamedTuple
 
 import sqlalchemy as sa
 
-from apoq.errors import NotPrepared
+from apoq.errors import SchemaMismatch
 from apoq.schema.preflight import RIGHTS, SCHEMA, TABLE, Problem
 from apoq.schema.statements import preflight as statements
 
@@ -46,7 +46,7 @@ def home(connection: sa.Connection) -> str | None:
     """Return the schema to which tables without a schema belong, unless PostgreSQL would choose it by itself.
 
     That is the one in which they are now, even if the search_path names others before it.
-    Raises `NotPrepared` if there are none, and no schema in which they could be made.
+    Raises `SchemaMismatch` if there are none, and no schema in which they could be made.
     """
     who = connection.execute(statements.session()).mappings().one()
     current: str | None = who["current_schema"]
@@ -54,7 +54,7 @@ def home(connection: sa.Connection) -> str | None:
         if place.is_visible:
             return None if place.schema == current else place.schema
     if current is None:
-        raise NotPrepared(
+        raise SchemaMismatch(
             f"no schema in the search_path ({who['search_path']}) exists, or may be used by the role "
             f"{who['role']}: create one, set the search_path, or give the schema"
         )

@@ -9,7 +9,7 @@ from typing import Any, Final, overload
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from apoq.errors import NotPrepared, preparing
+from apoq.errors import SchemaMismatch, preparing
 from apoq.migrations.places import another_set, where_looked, why_missing
 from apoq.migrations.steps import LATEST, current, newer, upgrade
 from apoq.postgres.urls import check_engine
@@ -35,8 +35,8 @@ def prepare(
     reads the version and writes nothing. A database of the Node.js original is adopted, its tasks kept. If
     the tables are there without their version, as in a copy of the schema alone, it is recorded.
 
-    Raises `NotPrepared` if the database is newer than this library, or is in no encoding. Without `schema`,
-    it makes no second set of tables: it raises `NotPrepared` if the search_path leads to none, and another
+    Raises `SchemaMismatch` if the database is newer than this library, or has no encoding. Without `schema`,
+    it makes no second set of tables: it raises `SchemaMismatch` if the search_path leads to none, and another
     schema has some.
     """
     if isinstance(engine, AsyncEngine):
@@ -67,13 +67,13 @@ def _readable() -> Iterator[None]:
     except TypeError as error:
         if "bytes-like" not in str(error):
             raise
-        raise NotPrepared(NO_ENCODING) from error
+        raise SchemaMismatch(NO_ENCODING) from error
 
 
 def _prepare(connection: sa.Connection, schema: str | None) -> None:
     version = current(connection, schema)
     if version > LATEST:
-        raise NotPrepared(newer(version))
+        raise SchemaMismatch(newer(version))
     if version < LATEST:
         # Here, for `import apoq` shall not import Alembic.
         from alembic.migration import MigrationContext  # noqa: PLC0415
@@ -81,22 +81,22 @@ def _prepare(connection: sa.Connection, schema: str | None) -> None:
 
         _check_encoding(connection)
         if not version and schema is None and (problem := another_set(connection)):
-            raise NotPrepared(f"{problem.text}: {problem.fix}")
+            raise SchemaMismatch(f"{problem.text}: {problem.fix}")
         upgrade(Operations(MigrationContext.configure(connection)), schema=schema)
 
 
 def check(connection: sa.Connection, schema: str | None = None) -> None:
-    """Raise `NotPrepared`, with what to do, unless the tables are at this library's version."""
+    """Raise `SchemaMismatch`, with what to do, unless the tables are at this library's version."""
     version = current(connection, schema)
     if version > LATEST:
-        raise NotPrepared(newer(version))
+        raise SchemaMismatch(newer(version))
     if version == LATEST:
         return
     if version:
-        raise NotPrepared(missing(schema, f"are at version {version}"))
+        raise SchemaMismatch(missing(schema, f"are at version {version}"))
     if problem := why_missing(connection, schema):
-        raise NotPrepared(f"{problem.text}: {problem.fix}")
-    raise NotPrepared(missing(schema, f"are missing, in {where_looked(connection, schema)}"))
+        raise SchemaMismatch(f"{problem.text}: {problem.fix}")
+    raise SchemaMismatch(missing(schema, f"are missing, in {where_looked(connection, schema)}"))
 
 
 def missing(schema: str | None, what: str = "are missing") -> str:
@@ -108,4 +108,4 @@ def missing(schema: str | None, what: str = "are missing") -> str:
 def _check_encoding(connection: sa.Connection) -> None:
     # Reached where the connection names an encoding of its own (client_encoding).
     if connection.scalar(sa.text("SHOW server_encoding")) == "SQL_ASCII":
-        raise NotPrepared(NO_ENCODING)
+        raise SchemaMismatch(NO_ENCODING)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 import sqlalchemy as sa
 
 from apoq.core.payload import check_schema
-from apoq.errors import NotPrepared
+from apoq.errors import SchemaMismatch
 from apoq.migrations import v0001
 from apoq.migrations.differences import differences
 from apoq.migrations.places import home, warn_of_another_set
@@ -85,7 +85,7 @@ def upgrade(op: Operations | ModuleType, *, version: int = LATEST, schema: str |
         STEPS[step].upgrade(operations, schema)
     _record(operations, version, schema)
     if has_some and version == LATEST and (wrong := differences(operations.get_bind(), schema)):
-        raise NotPrepared(
+        raise SchemaMismatch(
             f"tables of these names existed without a version, and are not apoq's: {'; '.join(wrong)}. "
             "Drop or rename them, and try again"
         )
@@ -108,7 +108,7 @@ def downgrade(op: Operations | ModuleType, *, version: int = 0, schema: str | No
         lock(connection)
         start = current(connection, schema)
         if start > LATEST:
-            raise NotPrepared(newer(start))
+            raise SchemaMismatch(newer(start))
     if start <= version:
         return
     for step in range(start, version, -1):
@@ -128,7 +128,7 @@ def current(connection: sa.Connection, schema: str | None = None) -> int:
 def lock(connection: sa.Connection) -> None:
     """Wait for other starters, and hold the lock to the end of the transaction.
 
-    Raises `NotPrepared` if another session holds it for longer than the session's `lock_timeout`, or, if
+    Raises `SchemaMismatch` if another session holds it for longer than the session's `lock_timeout`, or, if
     that is not set, for longer than `PATIENCE`.
     """
     # It tries again and again, because a wait that PostgreSQL ends would abort the transaction: then nobody
@@ -139,7 +139,7 @@ def lock(connection: sa.Connection) -> None:
         patience = patience or connection.scalar(lock_timeout()) or PATIENCE
         if time.monotonic() - began > patience:
             holder = connection.execute(lock_holder(), {"key": LOCK_KEY}).mappings().first()
-            raise NotPrepared(_held(holder, patience))
+            raise SchemaMismatch(_held(holder, patience))
         connection.execute(sa.select(sa.func.pg_sleep(PAUSE)))  # there, so that no event loop sleeps here
 
 
@@ -225,7 +225,7 @@ def _held(holder: sa.RowMapping | None, patience: float) -> str:
 
 def _check_version(version: int, *, lowest: int) -> None:
     if not lowest <= version <= LATEST:
-        raise NotPrepared(
+        raise SchemaMismatch(
             f"this apoq knows its tables from version {lowest} to {LATEST}, not {version}: "
             "install the apoq that does, or give another version"
         )

@@ -70,14 +70,14 @@ def upgrade(op: Operations, schema: str | None = None) -> None:
         sa.Column("timeout", INTERVAL),
         sa.Column("attempt", sa.Integer, server_default=ZERO, nullable=False),
         sa.Column("rescue_count", sa.Integer, server_default=ZERO, nullable=False),
-        sa.Column("token", sa.BigInteger, server_default=ZERO, nullable=False),
+        sa.Column("claim_token", sa.BigInteger, server_default=ZERO, nullable=False),
         sa.Column("worker_id", sa.Uuid),
         sa.Column("claimed_at", TIME),
-        sa.Column("claimed_ahead", sa.Boolean, server_default=sa.false(), nullable=False),
+        sa.Column("prefetched", sa.Boolean, server_default=sa.false(), nullable=False),
         sa.Column("failed_at", TIME),
         sa.Column("cancelled_at", TIME),
         sa.Column("error", JSONB),
-        sa.Column("ended_as", sa.Text, sa.Computed(ENDED_AS, persisted=True)),
+        sa.Column("final_state", sa.Text, sa.Computed(ENDED_AS, persisted=True)),
         sa.Column("waits", sa.Boolean, sa.Computed(WAITS, persisted=True)),
         sa.Column("meta", JSONB),
         # Of features to come: to add them to a table that is in use would be expensive. A plain task leaves
@@ -119,7 +119,7 @@ def upgrade(op: Operations, schema: str | None = None) -> None:
         "apoq_tasks",
         ["queue", sa.text("priority DESC"), "process_at", "id"],
         schema=schema,
-        postgresql_where=sa.text("ended_as IS NULL AND NOT waits"),
+        postgresql_where=sa.text("final_state IS NULL AND NOT waits"),
         if_not_exists=True,
     )
     op.create_index(
@@ -135,7 +135,7 @@ def upgrade(op: Operations, schema: str | None = None) -> None:
         "apoq_tasks",
         ["queue", "completed_at"],
         schema=schema,
-        postgresql_where=sa.text("ended_as = 'completed'"),
+        postgresql_where=sa.text("final_state = 'completed'"),
         if_not_exists=True,
     )
     op.create_index(
@@ -143,7 +143,7 @@ def upgrade(op: Operations, schema: str | None = None) -> None:
         "apoq_tasks",
         ["queue", sa.text("coalesce(cancelled_at, failed_at, process_at)")],
         schema=schema,
-        postgresql_where=sa.text("ended_as IN ('failed', 'cancelled')"),
+        postgresql_where=sa.text("final_state IN ('failed', 'cancelled')"),
         if_not_exists=True,
     )
     _alter(op, "apoq_tasks", schema, _set(STORAGE))
@@ -156,7 +156,7 @@ def upgrade(op: Operations, schema: str | None = None) -> None:
         sa.Column("queues", ARRAY(sa.Text), nullable=False),
         sa.Column("concurrency", sa.Integer, nullable=False),
         sa.Column("started_at", TIME, server_default=sa.func.clock_timestamp(), nullable=False),
-        sa.Column("seen_at", TIME, server_default=sa.func.clock_timestamp(), nullable=False),
+        sa.Column("last_heartbeat_at", TIME, server_default=sa.func.clock_timestamp(), nullable=False),
         sa.Column("expires_at", TIME, nullable=False),
         sa.Column("grace", INTERVAL, nullable=False),
         sa.Column("backend_pid", sa.Integer),

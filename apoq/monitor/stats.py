@@ -24,8 +24,10 @@ class QueueFigures:
     """What is in a queue. A count of one more than `COUNTED` says that there may be any number."""
 
     name: str
-    due: int
-    later: int
+    ready: int
+    """Pending tasks that are due."""
+    scheduled: int
+    """Pending tasks that are due later."""
     waiting: int
     running: int
     completed: int
@@ -125,7 +127,7 @@ def _count(connection: sa.Connection, schema: str | None, *, by_type: bool) -> F
     return found
 
 
-_COUNTS: Final = ("due", "later", "waiting", "lag", "completed", "failed", "cancelled")
+_COUNTS: Final = ("ready", "scheduled", "waiting", "lag", "completed", "failed", "cancelled")
 
 
 def _queue(name: str, counts: sa.RowMapping, running: int) -> QueueFigures:
@@ -137,9 +139,7 @@ def _queue(name: str, counts: sa.RowMapping, running: int) -> QueueFigures:
         running=running,
         per_minute=per_minute,
         last_hour=counts["hour"],
-        **{
-            key: counts[key] for key in ("due", "later", "waiting", "lag", "completed", "failed", "cancelled")
-        },
+        **{name: counts[name] for name in _COUNTS},
     )
 
 

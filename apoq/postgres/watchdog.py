@@ -52,7 +52,7 @@ class Wait(NamedTuple):
     """Why it was cut."""
 
 
-class Watch:
+class Watchdog:
     """Knows who waits for an answer, and until when; a thread, while there are any, cuts what is overdue."""
 
     def __init__(self) -> None:
@@ -216,7 +216,7 @@ def _cancel_blocking(request: Any) -> None:
         request.cancel()
 
 
-watch = Watch()
+watch = Watchdog()
 
 
 def _after_fork() -> None:

@@ -33,14 +33,14 @@ def includeme(config: Any) -> None:
     config.add_directive("add_apoq_task", add_apoq_task)
     config.add_directive("add_apoq_queue", add_apoq_queue)
     config.add_request_method(_request_tasks, "apoq", reify=True)
-    if application.settings.embedded_worker:
+    if application.settings.in_process_worker:
         config.add_subscriber(application.embed, ApplicationCreated)
         config.add_subscriber(application.serve, NewRequest)
 
 
 def _request_tasks(request: Any) -> RequestTasks:
     application = Application.of(request.registry)
-    return RequestTasks(request, application.settings, application.embedded)
+    return RequestTasks(request, application.settings, application.in_process)
 
 
 def make_worker(registry: Registry) -> Worker:

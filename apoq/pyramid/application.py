@@ -13,7 +13,7 @@ from apoq.errors import InvalidProcessor
 from apoq.pyramid.requests import Requests
 from apoq.pyramid.settings import Misconfigured, Settings
 from apoq.worker import Worker
-from apoq.worker.in_process import EmbeddedWorker
+from apoq.worker.in_process import InProcessWorker
 
 _KEY: Final = "apoq"
 
@@ -28,8 +28,8 @@ class Application:
         """By their types: the processors, and their options for `Worker.use`."""
         self.queues: list[Queue] = []
         """Those with typed tasks."""
-        self.embedded: Worker | None = None
-        self._starter: EmbeddedWorker | None = None
+        self.in_process: Worker | None = None
+        self._starter: InProcessWorker | None = None
 
     @classmethod
     def of(cls, registry: Registry) -> Application:
@@ -67,11 +67,11 @@ class Application:
         return worker
 
     def embed(self, _event: object) -> None:
-        """Make the embedded worker, so that it can't begin to work with a mistake in it."""
-        self.embedded = worker = self.make_worker()
-        self._starter = EmbeddedWorker(lambda: worker, name=self._registry.__name__)
+        """Make the in-process worker, so that it can't begin to work with a mistake in it."""
+        self.in_process = worker = self.make_worker()
+        self._starter = InProcessWorker(lambda: worker, name=self._registry.__name__)
 
     def serve(self, _event: object) -> None:
-        """Start the embedded worker beside the first request."""
+        """Start the in-process worker beside the first request."""
         if self._starter is not None:
             self._starter.serve()

@@ -33,7 +33,7 @@ class RequestTasks:
         self._session_name = settings.session
         self.queue = settings.make_queue()
         self.worker = worker
-        """The embedded worker of this process, where there is one: ask whether it is `healthy()`."""
+        """The in-process worker of this process, where there is one: ask whether it is `is_healthy()`."""
 
     @property
     def session(self) -> Session | scoped_session[Session]:
@@ -44,9 +44,9 @@ class RequestTasks:
         """Add a task, which is there when the request's transaction has committed; see `Queue.add`."""
         return self.queue.add(self.session, type, data, **options)
 
-    def add_many(self, type: str, datas: Iterable[Any], **options: Unpack[Options]) -> int:
-        """Add a task for each of `datas`, and answer how many there were; see `Queue.add_many`."""
-        return self.queue.add_many(self.session, type, datas, **options)
+    def add_many(self, type: str, items: Iterable[Any], **options: Unpack[Options]) -> int:
+        """Add a task for each of `items`, and answer how many there were; see `Queue.add_many`."""
+        return self.queue.add_many(self.session, type, items, **options)
 
     def cancel(self, task: Task | int, *, reason: str = "") -> bool:
         """Cancel a task, or the one with this id, and answer whether it did; see `Queue.cancel`."""

@@ -42,7 +42,7 @@ class Settings:
     schema: str | None = None
     base_url: str | None = None
     """What `request.route_url` begins with in a processor."""
-    embedded_worker: bool = False
+    in_process_worker: bool = False
     worker: Mapping[str, Any] = field(default_factory=dict, repr=False)
     """What else a `Worker` is told; its `listen_url` may have a password in it."""
 
@@ -167,7 +167,7 @@ READERS: Final[dict[str, Callable[[Any], Any]]] = {
     "queues": _names,
     "schema": _schema,
     "base_url": _base_url,
-    "embedded_worker": _boolean,
+    "in_process_worker": _boolean,
     "concurrency": _concurrency,
     "poll_interval": _interval,
     "lease": _interval,

@@ -92,19 +92,19 @@ class Task(Base):
     """Attempts begun, counted at the claim; a snooze or a release takes its own back."""
     rescue_count: Mapped[int] = mapped_column(Integer, server_default=text("0"))
     """How often it was taken from a worker that had died."""
-    token: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
+    claim_token: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
     """Grows with each claim and never shrinks: what a worker must show to write to the task."""
     worker_id: Mapped[UUID | None]
     """The worker that claimed it last."""
     claimed_at: Mapped[datetime | None]
-    claimed_ahead: Mapped[bool] = mapped_column(Boolean, server_default=false())
+    prefetched: Mapped[bool] = mapped_column(Boolean, server_default=false())
     """Whether it may not have begun: more were claimed with it than found a slot at once, or it was spent."""
     failed_at: Mapped[datetime | None]
     """When an attempt last failed."""
     cancelled_at: Mapped[datetime | None]
     error: Mapped[dict[str, str] | None] = mapped_column(JSONB(none_as_null=True))
     """The last failure: its `class`, `message` and `traceback`."""
-    ended_as: Mapped[str | None] = mapped_column(Computed(_ENDED_AS, persisted=True))
+    final_state: Mapped[str | None] = mapped_column(Computed(_ENDED_AS, persisted=True))
     """The state in which it has ended; None while it is pending, waiting or running. Kept by the database."""
     waits: Mapped[bool | None] = mapped_column(Boolean, Computed(_WAITS, persisted=True))
     """Whether its state is waiting. Kept by the database."""
@@ -146,7 +146,7 @@ class Task(Base):
             text("priority DESC"),
             "process_at",
             "id",
-            postgresql_where=text("ended_as IS NULL AND NOT waits"),
+            postgresql_where=text("final_state IS NULL AND NOT waits"),
         ),
         Index(conv("apoq_tasks_waiting_idx"), "queue", "id", postgresql_where=text("waits")),
         # What the pruner deletes from, the oldest first.
@@ -154,13 +154,13 @@ class Task(Base):
             conv("apoq_tasks_completed_idx"),
             "queue",
             "completed_at",
-            postgresql_where=text(f"ended_as = '{COMPLETED}'"),
+            postgresql_where=text(f"final_state = '{COMPLETED}'"),
         ),
         Index(
             conv("apoq_tasks_failed_idx"),
             "queue",
             text("coalesce(cancelled_at, failed_at, process_at)"),
-            postgresql_where=text(f"ended_as IN ('{FAILED}', '{CANCELLED}')"),
+            postgresql_where=text(f"final_state IN ('{FAILED}', '{CANCELLED}')"),
         ),
     )
 
@@ -205,7 +205,7 @@ class WorkerRow(Base):
     queues: Mapped[list[str]] = mapped_column(ARRAY(Text))
     concurrency: Mapped[int] = mapped_column(Integer)
     started_at: Mapped[datetime] = mapped_column(server_default=func.clock_timestamp())
-    seen_at: Mapped[datetime] = mapped_column(server_default=func.clock_timestamp())
+    last_heartbeat_at: Mapped[datetime] = mapped_column(server_default=func.clock_timestamp())
     """Its last heartbeat, by the database's clock."""
     expires_at: Mapped[datetime]
     """When its lease ends: until then it counts as alive, as long as its connection is there."""

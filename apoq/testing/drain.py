@@ -41,15 +41,15 @@ from apoq.testing.inside import (
 )
 from apoq.worker import Worker
 from apoq.worker.claiming.claimer import has_attempts, workable
-from apoq.worker.claiming.cursor import MOST_LEVELS, Position
-from apoq.worker.execution.attempts import Ended, TaskLost, ended, run, run_coroutine
+from apoq.worker.claiming.cursor import MOST_LEVELS, ClaimCursor
+from apoq.worker.execution.attempts import AttemptResult, TaskLost, ended, run, run_coroutine
 from apoq.worker.execution.running_task import (
     AnyRunningTask,
     AsyncRunningTask,
     Claim,
     Claimed,
-    Notice,
     RunningTask,
+    StopSignal,
     longest_data,
 )
 from apoq.worker.execution.task_sessions import AsyncTaskSession, TaskSession
@@ -121,7 +121,7 @@ class _Drain:
         self._errors = errors
         self._worker_id = uuid4()
         self._deadlines = InLineDeadlines()
-        self._notice = Notice()
+        self._notice = StopSignal()
         self._ended: dict[tuple[str | None, int], _Row] = {}
         self._runner: asyncio.Runner | None = None
         self._last: AnyRunningTask | None = None
@@ -153,11 +153,11 @@ class _Drain:
         with clear_errors(queue.schema):
             return connection.execute(statement, parameters)
 
-    def _due(self) -> Iterator[tuple[Crew, Queue, Position]]:
+    def _due(self) -> Iterator[tuple[Crew, Queue, ClaimCursor]]:
         """Find out where something is due, and where a claim of it begins."""
         for crew in self._crews:
             for queue in crew.queues:
-                position = Position()
+                position = ClaimCursor()
                 looked_for = {
                     "from_queue": queue.name,
                     "of_types": list(crew.processors(queue)),
@@ -184,7 +184,7 @@ class _Drain:
     def _fetch(self, row: Claimed) -> Sequence[Sequence[Any]]:
         batch = row.claim
         queue = batch.from_queue
-        parameters = {"task_id": row.id, "held_under": row.token, "longest_data": longest_data(queue)}
+        parameters = {"task_id": row.id, "held_under": row.claim_token, "longest_data": longest_data(queue)}
         return self._execute(queue, read_data(queue.schema), parameters).all()
 
     def _make(self, row: Claimed) -> AnyRunningTask:
@@ -222,12 +222,12 @@ class _Drain:
             )
             raise end.outcome
 
-    def _run(self, crew: Crew, task: AnyRunningTask) -> Ended:
+    def _run(self, crew: Crew, task: AnyRunningTask) -> AttemptResult:
         if isinstance(task, RunningTask):
             return run(task, crew.completion, self._deadlines)
         coroutine = run_coroutine(task, crew.completion, self._deadlines)
         if in_greenlet():
-            end: Ended = await_only(coroutine)
+            end: AttemptResult = await_only(coroutine)
             return end
         if self._runner is None:
             self._runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
@@ -249,7 +249,7 @@ class _Drain:
         else:
             savepoint.commit()
 
-    def _settle(self, crew: Crew, end: Ended) -> None:
+    def _settle(self, crew: Crew, end: AttemptResult) -> None:
         task, queue = end.task, end.task.from_queue
         row = end.row
         if row is None and not isinstance(end.outcome, TaskLost):
@@ -274,7 +274,7 @@ class _Drain:
         # One that isn't kept is in no session, for it isn't in the database.
         return answered(self._inner, row.schema, row.row) if row.is_kept else detached(row.schema, row.row)
 
-    def _is_raised(self, outcome: BaseException, end: Ended) -> bool:
+    def _is_raised(self, outcome: BaseException, end: AttemptResult) -> bool:
         if not isinstance(outcome, Exception | SystemExit):
             return True  # meant for the program, or for pytest
         if self._errors == "record" or isinstance(outcome, TaskLost):

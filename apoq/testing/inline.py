@@ -69,7 +69,11 @@ class InLineCompletion(Completion):
 
 def held(task: AnyRunningTask) -> dict[str, Any]:
     """Answer the parameters by which a statement finds a task that is still held."""
-    return {"ids": array_text([task.id]), "tokens": array_text([task.token]), "held_under": task.token}
+    return {
+        "ids": array_text([task.id]),
+        "tokens": array_text([task.claim_token]),
+        "held_under": task.claim_token,
+    }
 
 
 class InLineDeadlines(Deadlines):

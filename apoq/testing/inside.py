@@ -14,7 +14,7 @@ from sqlalchemy.util.concurrency import in_greenlet
 
 from apoq.client import session_adapters
 from apoq.client.unsupported_sessions import instead_of, is_mock, kind_of, refusal
-from apoq.errors import NotPrepared, UnsupportedSession
+from apoq.errors import SchemaMismatch, UnsupportedSession
 from apoq.migrations.prepare import missing
 from apoq.postgres.connections import is_missing
 from apoq.postgres.urls import check_dialect
@@ -83,5 +83,5 @@ def clear_errors(schema: str | None) -> Iterator[None]:
         yield
     except DBAPIError as error:
         if is_missing(error):
-            raise NotPrepared(missing(schema)) from error
+            raise SchemaMismatch(missing(schema)) from error
         raise

@@ -18,7 +18,7 @@ PATIENCE: Final = 10.0
 """Seconds after which a request tries again to start a worker that couldn't start."""
 
 
-class EmbeddedWorker:
+class InProcessWorker:
     """Starts a worker beside the first request that a process serves.
 
     So no script of the application's starts one, nor a parent that forks the processes that serve.
@@ -51,7 +51,7 @@ class EmbeddedWorker:
 
     def _failed(self, error: Exception) -> None:
         logger.critical(
-            "the embedded worker of %r can't start, and a request %d s from now tries again: %s",
+            "the in-process worker of %r can't start, and a request %d s from now tries again: %s",
             self._name,
             PATIENCE,
             error,

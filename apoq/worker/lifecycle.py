@@ -20,19 +20,19 @@ from apoq.client.queue import Queue
 from apoq.core.events import Events
 from apoq.core.registry import Registry
 from apoq.core.states import COMPLETED
-from apoq.errors import NotPrepared
+from apoq.errors import SchemaMismatch
 from apoq.migrations.prepare import check
 from apoq.postgres.connections import ANSWER_TIMEOUT, is_away
 from apoq.postgres.watchdog import watch
 from apoq.schema import preflight
 from apoq.schema.models import Task, detached
-from apoq.worker.execution.attempts import Ended
+from apoq.worker.execution.attempts import AttemptResult
 from apoq.worker.execution.executor import released
 from apoq.worker.execution.running_task import KNOWN
 from apoq.worker.loop import Loop
 from apoq.worker.options import WorkerOptions
-from apoq.worker.runtime import OVERTIME, PATIENCE, Parts, left_until
-from apoq.worker.settling.counters import Counter, Tally
+from apoq.worker.runtime import OVERTIME, PATIENCE, Runtime, left_until
+from apoq.worker.settling.counters import Counter, WorkerStats
 from apoq.worker.threads import RETRY_INTERVAL
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ TOLERATED: Final = 5.0
 """Seconds for which claims or settlements may fail before the worker isn't healthy any more."""
 
 
-class Life:
+class Lifecycle:
     """Enters a worker while it has started or `work` is called, and shows that it lives as long as that."""
 
     def __init__(
@@ -53,8 +53,8 @@ class Life:
         options: WorkerOptions,
     ) -> None:
         self._counter = Counter()
-        self._make_parts = partial(Parts, engine, queues, registry, events, options, self._counter)
-        self.parts = self._make_parts()
+        self._make_runtime = partial(Runtime, engine, queues, registry, events, options, self._counter)
+        self.runtime = self._make_runtime()
         self._schemas = {queue.schema for queue in queues}
         self._lock = threading.RLock()
         self._enlisted = 0
@@ -79,42 +79,42 @@ class Life:
 
     def is_healthy(self) -> bool:
         """Tell whether it has started, with all its threads, holds a lease, and claims and settles."""
-        parts = self.parts
-        loops = (self._beating, parts.recalling, *parts.loops)
+        runtime = self.runtime
+        loops = (self._beating, runtime.recalling, *runtime.loops)
         return (
             self._is_started
-            and any(lease.is_held for lease in parts.heartbeat.leases.values())
+            and any(lease.is_held for lease in runtime.heartbeat.leases.values())
             and all(loop.is_alive for loop in loops)
-            and not parts.missing
-            and not parts.coroutines.is_closed
-            and not parts.claiming.is_failing_for(TOLERATED)
-            and not parts.settling.is_failing_for(TOLERATED)
+            and not runtime.missing
+            and not runtime.coroutines.is_closed
+            and not runtime.claiming.is_failing_for(TOLERATED)
+            and not runtime.settling.is_failing_for(TOLERATED)
         )
 
-    def tally(self) -> Tally:
+    def stats(self) -> WorkerStats:
         """Answer how many tasks run now, and what became of those that have ended."""
-        return self._counter.tally(len(self.parts.slots.running()))
+        return self._counter.stats(len(self.runtime.slots.running()))
 
     def work(self) -> Task | None:
         """Claim, run and settle one due task on the caller's thread."""
         self.enlist()
-        parts = self.parts
+        runtime = self.runtime
         try:
-            task = parts.claimer.claim_one()
-            if task is None and parts.scout.survey() <= 0:
-                task = parts.claimer.claim_one()
+            task = runtime.claimer.claim_one()
+            if task is None and runtime.scout.survey() <= 0:
+                task = runtime.claimer.claim_one()
             if not self._is_started:
-                parts.settler.turn()
+                runtime.settler.turn()
             if task is None:
                 return None
             try:
-                end = parts.run_beside(task)
+                end = runtime.run_beside(task)
             except Exception:  # such as that no thread can be started for the loop of a coroutine
-                parts.settler.put(released(task))
-                parts.settler.flush(PATIENCE)
+                runtime.settler.put(released(task))
+                runtime.settler.flush(PATIENCE)
                 raise
-            parts.settler.put(end)
-            parts.settler.flush(PATIENCE)
+            runtime.settler.put(end)
+            runtime.settler.flush(PATIENCE)
             if isinstance(end.outcome, KeyboardInterrupt):
                 raise end.outcome  # meant for the program, not for the task that happened to run
             return self._load(end)
@@ -126,28 +126,28 @@ class Life:
 
         Not if it was told to stop since `stops` was read, be it while this waits for the database.
         """
-        if self.parts.is_current():
+        if self.runtime.is_current():
             return False  # it runs, or the caller wouldn't; and a stop may be waiting for the caller
         with self._lock:
             if self._is_started or self.stops != stops:
                 return False
             self._replace_spent()
-            parts = self.parts
-            parts.coroutines.use(loop)
-            parts.open()
+            runtime = self.runtime
+            runtime.coroutines.use(loop)
+            runtime.open()
             self._is_started = True
             try:
                 self.enlist(wait=False)
             except BaseException:
                 self._is_started = False
-                parts.listener.close()
+                runtime.listener.close()
                 raise
             try:
                 if self.stops != stops:
                     self._end(0.0)
                     return False
                 if not self._begins_later:
-                    parts.start()
+                    runtime.start()
             except BaseException:
                 self._end(0.0)  # nothing stays half started
                 raise
@@ -162,7 +162,7 @@ class Life:
         timeout = -1.0 if patience is None else min(patience + OVERTIME, threading.TIMEOUT_MAX)
         if self._is_started and self._is_entering:
             # A start waits for the database, with the lock. It finds that it isn't wanted any more.
-            self.parts.limit(time.monotonic())
+            self.runtime.limit(time.monotonic())
             timeout = OVERTIME
         if not self._lock.acquire(timeout=timeout):
             return False
@@ -179,12 +179,12 @@ class Life:
         """Show that this worker lives, before it claims anything; in its own time, unless told to `wait`."""
         with self._lock:
             self._replace_spent()
-            parts = self.parts
+            runtime = self.runtime
             self._enlisted += 1
             if self._enlisted > 1:
                 return
             # Fresh each time, so that nothing an earlier life of this worker left behind looks alive.
-            parts.claimer.worker_id = parts.heartbeat.worker_id = uuid4()
+            runtime.claimer.worker_id = runtime.heartbeat.worker_id = uuid4()
             self._has_entered = False
             self._looked_at.clear()
             try:
@@ -198,37 +198,37 @@ class Life:
                     self._is_entering = False
                 self._begins_later = not self._has_entered
                 self._beating.start()
-                parts.recalling.start()
+                runtime.recalling.start()
             except BaseException:
                 self.discharge()
                 raise
 
     def discharge(self, by: float | None = None) -> None:
         """Undo one `enlist`; with the last of them the worker's row and its connections go, by then."""
-        parts = self.parts
+        runtime = self.runtime
         with self._lock:
             self._enlisted -= 1
             if self._enlisted == 0:
                 if by is None:
-                    parts.limit(by := time.monotonic() + PATIENCE)
-                parts.deadlines.stop(left_until(by))
-                parts.end(parts.recalling, by)
-                parts.end(self._beating, by)
-                parts.dispose(by)
-                loops = (self._beating, parts.recalling, *parts.loops)
+                    runtime.limit(by := time.monotonic() + PATIENCE)
+                runtime.deadlines.stop(left_until(by))
+                runtime.end(runtime.recalling, by)
+                runtime.end(self._beating, by)
+                runtime.dispose(by)
+                loops = (self._beating, runtime.recalling, *runtime.loops)
                 self._is_spent = any(loop.is_alive for loop in loops)
             if not self._is_spent:
-                parts.limit(None)
+                runtime.limit(None)
 
     def _make_beating(self) -> Loop:
-        parts = self.parts
-        return parts.loop("apoq-heartbeat", partial(self._beat, parts), partial(self._leave, parts))
+        runtime = self.runtime
+        return runtime.loop("apoq-heartbeat", partial(self._beat, runtime), partial(self._leave, runtime))
 
-    def _leave(self, parts: Parts) -> None:
+    def _leave(self, runtime: Runtime) -> None:
         """Remove the worker's row; the last thing that its heartbeat does."""
         try:
             if self._has_entered:
-                parts.heartbeat.leave()
+                runtime.heartbeat.leave()
         except Exception as error:  # noqa: BLE001 - the lease ends by itself
             logger.warning("this worker's row could not be removed, and will be: %s", error)
 
@@ -239,74 +239,74 @@ class Life:
         for error in refused:
             # A tenant's schema may have been dropped.
             logger.error("%s; until then, this worker does without the queues there", error)
-        self.parts.heartbeat.enter()
+        self.runtime.heartbeat.enter()
         # Before the first claim, which wouldn't know of priorities otherwise.
-        self.parts.scout.survey()
+        self.runtime.scout.survey()
         self._has_entered = True
 
-    def _refused(self, schema: str | None) -> NotPrepared | None:
+    def _refused(self, schema: str | None) -> SchemaMismatch | None:
         """Log what is in a worker's way in a schema; return the error if its tables aren't this library's.
 
         Raises `UnsupportedDatabase` if no worker may work on them.
         """
-        engine = self.parts.engine
+        engine = self.runtime.engine
         with engine.connect() as connection, _watched(connection, engine), connection.begin():
             if schema not in self._looked_at:  # the database may be away for several of these
                 preflight.check(connection, schema)
                 self._looked_at.add(schema)
             try:
                 check(connection, schema)
-            except NotPrepared as error:
+            except SchemaMismatch as error:
                 return error
         return None
 
     def _end(self, patience: float | None) -> None:
         with self._beginning:
             self._begins_later = False
-        by = self.parts.stop(patience)
+        by = self.runtime.stop(patience)
         self._is_started = False
         # Last: until here, what runs is this worker's.
         self.discharge(by)
 
     def _replace_spent(self) -> None:
-        """Have other parts, if a thread of these hasn't ended: whatever it still does is nobody's concern."""
+        """Have another runtime if a thread of this one hasn't ended, whatever that still does."""
         if self._is_spent and not self._enlisted:
-            on_death = self.parts.on_death
-            self.parts = self._make_parts()
-            self.parts.on_death = on_death
+            on_death = self.runtime.on_death
+            self.runtime = self._make_runtime()
+            self.runtime.on_death = on_death
             self._beating = self._make_beating()
             self._is_spent = False
 
-    def _beat(self, parts: Parts) -> float | None:
+    def _beat(self, runtime: Runtime) -> float | None:
         if not self._has_entered:
             self._enter()
-        pause = parts.heartbeat.turn()
+        pause = runtime.heartbeat.turn()
         with self._beginning:
-            if self._begins_later and parts is self.parts:
-                parts.start()
+            if self._begins_later and runtime is self.runtime:
+                runtime.start()
                 self._begins_later = False
-        if parts.missing:
-            parts.retry_threads()
+        if runtime.missing:
+            runtime.retry_threads()
             pause = min(pause, RETRY_INTERVAL)
         return pause
 
     def _refuse_to_wait_for_itself(self) -> None:
-        if self.parts.coroutines.is_current():
+        if self.runtime.coroutines.is_current():
             raise RuntimeError(
                 "stop would block the event loop on which this worker's coroutines run: "
                 "`await asyncio.to_thread(worker.stop)`"
             )
-        if self.parts.is_current():
+        if self.runtime.is_current():
             raise RuntimeError(
                 "stop waits for the processors and listeners that run, and this is one of them: set a "
                 "threading.Event here, and call stop where you wait for it"
             )
 
-    def _load(self, end: Ended) -> Task:
+    def _load(self, end: AttemptResult) -> Task:
         mapped = end.task.from_queue.task_class
         # Its data is known, or was too large.
         its_row = select(mapped).where(mapped.id == end.task.id).options(defer(mapped.data))
-        with Session(self.parts.engine, expire_on_commit=False) as session, session.begin():
+        with Session(self.runtime.engine, expire_on_commit=False) as session, session.begin():
             found = session.scalar(its_row)
             if found is not None:
                 set_committed_value(found, "data", end.task.known_data())

@@ -21,21 +21,27 @@ from apoq.postgres.urls import sync_side
 from apoq.postgres.watchdog import LOOK, watch
 from apoq.schema.statements.hint import has_tasks
 from apoq.schema.statements.settle import LOCK_TIMEOUT
-from apoq.worker.claiming.claim_log import Notes
+from apoq.worker.claiming.claim_log import ClaimLog
 from apoq.worker.claiming.claimer import Claimer
-from apoq.worker.claiming.cursor import Position
+from apoq.worker.claiming.cursor import ClaimCursor
 from apoq.worker.claiming.listener import Listener, listen_engine
-from apoq.worker.claiming.scanner import Scout
-from apoq.worker.execution.attempts import Ended, ended, overdue, run, run_coroutine
+from apoq.worker.claiming.scanner import QueueScanner
+from apoq.worker.execution.attempts import AttemptResult, ended, overdue, run, run_coroutine
 from apoq.worker.execution.completion import Completion
 from apoq.worker.execution.deadlines import Deadlines
-from apoq.worker.execution.event_loop import Coroutines
-from apoq.worker.execution.executor import Slots, released
-from apoq.worker.execution.running_task import AnyRunningTask, AsyncRunningTask, Claimed, Notice, RunningTask
+from apoq.worker.execution.event_loop import EventLoopThread
+from apoq.worker.execution.executor import Executor, released
+from apoq.worker.execution.running_task import (
+    AnyRunningTask,
+    AsyncRunningTask,
+    Claimed,
+    RunningTask,
+    StopSignal,
+)
 from apoq.worker.execution.task_sessions import TaskSessions
 from apoq.worker.failures import Outage
 from apoq.worker.liveness.heartbeat import BEATS, GRACE, Heartbeat
-from apoq.worker.liveness.lost_tasks import Recaller
+from apoq.worker.liveness.lost_tasks import LostTaskMonitor
 from apoq.worker.loop import Loop
 from apoq.worker.maintenance.pruner import Pruner
 from apoq.worker.maintenance.sweep import Sweep
@@ -65,7 +71,7 @@ BUSY: Final = 0.25
 """The same, where there is more: in which a priority that is new and higher is found."""
 
 
-class Parts:
+class Runtime:
     """Claimer, slots, settler and the others, joined: a task goes from one to the next.
 
     .. code-block:: text
@@ -94,9 +100,9 @@ class Parts:
         self._notices = self._new_notices()
         self._by = math.inf
         self._beside: set[AnyRunningTask] = set()  # what runs in no slot, but on the thread of `work`
-        self.coroutines = Coroutines()
+        self.coroutines = EventLoopThread()
         self.sessions = TaskSessions(engine, self.coroutines)
-        notes = Notes()
+        notes = ClaimLog()
         self.heartbeat = Heartbeat(
             sync_side(engine),
             queues,
@@ -123,7 +129,7 @@ class Parts:
         )
         self.missing = MissingThreads(self.outage)
         self.deadlines = Deadlines(self._put_overdue, self.outage, self.missing)
-        self.slots = Slots(
+        self.slots = Executor(
             options.concurrency,
             self.coroutines,
             self._completion,
@@ -133,8 +139,8 @@ class Parts:
             on_ended=self._put_ended,
             on_low=self._wake_claimer,
         )
-        positions = {queue: Position() for queue in queues}
-        self.scout = Scout(
+        positions = {queue: ClaimCursor() for queue in queues}
+        self.scout = QueueScanner(
             self.engine,
             positions,
             registry,
@@ -164,7 +170,7 @@ class Parts:
             on_cancelled=self._cancelled,
             on_listening=self._listens,
         )
-        self.recaller = Recaller(
+        self.recaller = LostTaskMonitor(
             self.engine,
             self._schemas,
             self.outage,
@@ -230,12 +236,14 @@ class Parts:
         self.missing.retry()
         self.slots.put(())  # what waits for them
 
-    def run_beside(self, task: AnyRunningTask) -> Ended:
+    def run_beside(self, task: AnyRunningTask) -> AttemptResult:
         """Run a task on the caller's thread, beside those in the slots."""
         self._beside.add(task)
         try:
             if isinstance(task, AsyncRunningTask):
-                end: Ended = self.coroutines.run(run_coroutine(task, self._completion, self.deadlines))
+                end: AttemptResult = self.coroutines.run(
+                    run_coroutine(task, self._completion, self.deadlines)
+                )
                 return end
             return run(task, self._completion, self.deadlines)
         finally:
@@ -317,7 +325,7 @@ class Parts:
             return AsyncRunningTask(row, processor, self.sessions.open_async, notice)
         return RunningTask(row, processor, self.sessions.open, notice)
 
-    def _put_ended(self, end: Ended) -> None:
+    def _put_ended(self, end: AttemptResult) -> None:
         if end.row is not None and end.outcome is None and not self._completion.is_heard:
             self._counter.count(None)
             self.claimer.settled([end.task.row])  # it is written already, and nobody is to be told
@@ -344,7 +352,7 @@ class Parts:
         )
         for schema in schemas:
             self._notices[schema].is_given = True
-            self._notices[schema] = Notice()  # for what is claimed when it is renewed
+            self._notices[schema] = StopSignal()  # for what is claimed when it is renewed
         self._give_back(self.slots.take_back(schemas))
         for task in self.slots.running():
             if task.from_queue.schema in schemas:
@@ -359,8 +367,8 @@ class Parts:
         self.claimer.doubt()
         self.hint()
 
-    def _new_notices(self) -> dict[str | None, Notice]:
-        return {schema: Notice() for schema in self._schemas}
+    def _new_notices(self) -> dict[str | None, StopSignal]:
+        return {schema: StopSignal() for schema in self._schemas}
 
     def _hinted(self, connection: PoolProxiedConnection | None) -> None:
         self.claimer.hint()

@@ -23,10 +23,10 @@ from apoq.core.retry import DEFAULT_RETRY_LIMIT, RetryDelay, exponential_backoff
 from apoq.errors import InvalidProcessor
 from apoq.postgres.urls import check_engine, check_untranslated, sync_side
 from apoq.schema.models import Task
-from apoq.worker.lifecycle import Life
+from apoq.worker.lifecycle import Lifecycle
 from apoq.worker.options import WorkerOptions
 from apoq.worker.process import PROCESS
-from apoq.worker.settling.counters import Tally
+from apoq.worker.settling.counters import WorkerStats
 from apoq.worker.signals import STARTED, caught, wait
 
 logger = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ class Worker:
         self._registry = Registry(middleware)
         for queue in queues:
             queue.register_in(self._registry)
-        self._life = self._new_life()
+        self._lifecycle = self._new_life()
         PROCESS.enter(self, Worker._begin_anew)
 
     def __repr__(self) -> str:
@@ -130,12 +130,12 @@ class Worker:
         """Answer the processors of one of its queues, by the types of tasks that they work."""
         return self._registry.of(queue)
 
-    def adjust(self, *, queues: Iterable[str] | None = None, concurrency: int | None = None) -> None:
+    def _adjust(self, *, queues: Iterable[str] | None = None, concurrency: int | None = None) -> None:
         """Change what it was made for, before it starts: what the command line's options do.
 
         It works only those of its queues that have one of these names, or another number of tasks at once.
         """
-        if self._life.is_enlisted:
+        if self._lifecycle.is_enlisted:
             raise RuntimeError("adjust a worker before it starts")
         if queues is not None:
             names, known = set(queues), dict.fromkeys(queue.name for queue in self._queues)
@@ -146,7 +146,7 @@ class Worker:
             self._queues = tuple(queue for queue in self._queues if queue.name in names)
         if concurrency is not None:
             self._options = replace(self._options, concurrency=concurrency)
-        self._life = self._new_life()
+        self._lifecycle = self._new_life()
 
     def use(
         self,
@@ -166,9 +166,9 @@ class Worker:
 
         An attempt that runs longer than `timeout` (seconds or a timedelta; None: no limit) fails with a
         `TimeoutError`. A coroutine is cancelled for it. A plain function can't be stopped: at its limit
-        `task.stopping` turns true and the attempt has failed, so that the retry may begin, here or
+        `task.should_stop` turns true and the attempt has failed, so that the retry may begin, here or
         elsewhere. What the function still answers is refused, and what it wrote to `task.session` undone;
-        but it goes on, and its slot stays taken until it returns. So let it look at `task.stopping`, or
+        but it goes on, and its slot stays taken until it returns. So let it look at `task.should_stop`, or
         give what it waits for a timeout of its own.
 
         It is worked so in all queues of this worker. Raises `InvalidProcessor` where the type has a processor
@@ -182,36 +182,36 @@ class Worker:
             type, processor, retry_limit=retry_limit, retry_delay=retry_delay, timeout=timeout
         )
         self._registry.use(type, made)
-        self._life.parts.hint()
+        self._lifecycle.runtime.hint()
 
     def work(self) -> Task | None:
         """Claim, run and settle one due task on this thread; answer it, or None where nothing is due.
 
         It answers the task whether it completed or failed, as it then stands in the database.
-        Raises `NotPrepared` where apoq's tables are missing or at another version.
+        Raises `SchemaMismatch` where apoq's tables are missing or at another version.
         """
-        return self._life.work()
+        return self._lifecycle.work()
 
     def start(self, *, loop: asyncio.AbstractEventLoop | None = None) -> None:
         """Work in the background, on threads, until `stop`; return at once.
 
         Coroutine processors run on `loop`, the application's, or else on one of the worker's own. Touches no
         signals. Starting twice is harmless. Where the database is away, work begins when it is there. Raises
-        `NotPrepared` where apoq's tables are missing or at another version, and RuntimeError if the system
+        `SchemaMismatch` where apoq's tables are missing or at another version, and RuntimeError if the system
         allows no more threads.
         """
-        self._start(loop, self._life.stops)
+        self._start(loop, self._lifecycle.stops)
 
     def stop(self, timeout: float | timedelta | None = None) -> None:
         """Claim no more, give back what has not begun, and wait for running tasks to end.
 
-        From here on, `task.stopping` is true for those that run. After `timeout` (seconds or a timedelta;
+        From here on, `task.should_stop` is true for those that run. After `timeout` (seconds or a timedelta;
         None waits for ever) those that still do are given back too, with no attempt used up: coroutines are
         cancelled, and what a thread still does is not settled. Stopping twice, or before starting, is
         harmless.
         """
         patience = None if timeout is None else seconds(timeout, "a timeout")
-        if self._life.stop(patience):
+        if self._lifecycle.stop(patience):
             PROCESS.forget(self)
             logger.info("%r has stopped", self)
 
@@ -236,23 +236,23 @@ class Worker:
         with caught() as signals:
             self._run_until(signals, timeout, on_start=on_start)
 
-    def healthy(self) -> bool:
+    def is_healthy(self) -> bool:
         """Tell whether the worker is at work: started, with all its threads, and heard by the database.
 
         What a health check asks. It is false while the database is away, or every claim or settlement fails,
         for longer than a few seconds, and while a thread can't be started; and true again by itself when that
         is over.
         """
-        return self._life.is_healthy()
+        return self._lifecycle.is_healthy()
 
-    def tally(self) -> Tally:
+    def stats(self) -> WorkerStats:
         """Answer how many tasks run now, and what became of those that have ended since it was made."""
-        return self._life.tally()
+        return self._lifecycle.stats()
 
     @property
-    def seen_at(self) -> datetime | None:
+    def last_heartbeat_at(self) -> datetime | None:
         """When the database last answered the worker's heartbeat, by this machine's clock."""
-        return self._life.parts.heartbeat.seen_at
+        return self._lifecycle.runtime.heartbeat.last_heartbeat_at
 
     def _run_until(
         self,
@@ -278,9 +278,9 @@ class Worker:
                 errors.append(error)
             orders.put(STARTED)
 
-        self._life.parts.on_death = die
+        self._lifecycle.runtime.on_death = die
         # On a thread, for it may wait for the database, and this one is to notice a signal meanwhile.
-        start = partial(self._start, None, self._life.stops)
+        start = partial(self._start, None, self._lifecycle.stops)
         starting = threading.Thread(target=begin, name="apoq-starter", daemon=True)
         try:
             starting.start()
@@ -299,12 +299,12 @@ class Worker:
 
     def _start(self, loop: asyncio.AbstractEventLoop | None, stops: int) -> None:
         PROCESS.get_ready()
-        if self._life.start(loop, stops):
+        if self._lifecycle.start(loop, stops):
             PROCESS.watch(self)
             logger.info("%r has started", self)
 
-    def _new_life(self) -> Life:
-        return Life(self._engine, self._queues, self._registry, self.events, self._options)
+    def _new_life(self) -> Lifecycle:
+        return Lifecycle(self._engine, self._queues, self._registry, self.events, self._options)
 
     def _begin_anew(self) -> None:
         """Be a worker that hasn't started, in a child that was forked.
@@ -314,6 +314,6 @@ class Worker:
         SQLAlchemy advises.
         """
         engine = sync_side(self._engine)
-        PROCESS.keep(self._life, engine.pool)
+        PROCESS.keep(self._lifecycle, engine.pool)
         engine.dispose(close=False)
-        self._life = self._new_life()
+        self._lifecycle = self._new_life()

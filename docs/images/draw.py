@@ -44,7 +44,7 @@ def send(task: RunningTask) -> None:
 
 def report(task: RunningTask) -> None:
     """Run for as long as the worker does."""
-    while not task.stopping:
+    while not task.should_stop:
         time.sleep(0.05)
 
 

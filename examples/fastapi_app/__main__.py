@@ -18,7 +18,7 @@ logging.basicConfig(level=logging.INFO, format="%(message)s")
 logging.getLogger("mail.log").setLevel(logging.WARNING)
 
 with ExitStack() as stack:
-    os.environ.update(DATABASE_URL=stack.enter_context(database()), EMBEDDED_WORKER="1")
+    os.environ.update(DATABASE_URL=stack.enter_context(database()), IN_PROCESS_WORKER="1")
     if "SMTP_PORT" not in os.environ:
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]

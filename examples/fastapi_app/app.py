@@ -63,7 +63,7 @@ def send(message: EmailMessage) -> None:
 
 @asynccontextmanager
 async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-    works = os.environ.get("EMBEDDED_WORKER") == "1"  # or else `apoq worker app:worker` does
+    works = os.environ.get("IN_PROCESS_WORKER") == "1"  # or else `apoq worker app:worker` does
     async with apoq.fastapi.lifespan(worker) if works else nullcontext():
         yield
     await engine.dispose()
@@ -98,4 +98,4 @@ async def sign_up(
 
 @app.get("/health")
 async def health() -> JSONResponse:
-    return JSONResponse({"worker": worker.healthy()}, 200 if worker.healthy() else 503)
+    return JSONResponse({"worker": worker.is_healthy()}, 200 if worker.is_healthy() else 503)

@@ -24,7 +24,7 @@ class TestTheFastAPIApplication(Scenario):
     def test_a_web_server_of_several_processes_works_tasks_itself(self, application, variables, mailbox):
         port = free_port()
         command = [part.format(port=port) for part in WEB]
-        web = application.start(command, **variables, EMBEDDED_WORKER=1)
+        web = application.start(command, **variables, IN_PROCESS_WORKER=1)
 
         with ExitStack() as stack:
             stack.callback(web.end)

@@ -49,7 +49,7 @@ async def right(session: Session, async_session: AsyncSession) -> None:
     assert_type(await apoq.add("t", session=async_session), Task)
     assert_type(apoq.add_many("t", [1, 2]), int)
     assert_type(Queue().add(db.session, "t"), Task)
-    assert_type(apoq.healthy(), bool)
+    assert_type(apoq.is_healthy(), bool)
 
 
 def wrong(session: Session) -> None:

@@ -22,9 +22,9 @@ def begin(schema: str | None) -> Update:
     held = tasks.alias("held")
     begun = (
         select(held.c.id)
-        .join(found, and_(held.c.id == found.c.id, held.c.token == found.c.token))
-        .where(runs(held), held.c.claimed_ahead)
+        .join(found, and_(held.c.id == found.c.id, held.c.claim_token == found.c.token))
+        .where(runs(held), held.c.prefetched)
         .with_for_update(of=held, skip_locked=True)
         .cte("begun")
     )
-    return update(tasks).where(tasks.c.id == begun.c.id).values(claimed_ahead=false())
+    return update(tasks).where(tasks.c.id == begun.c.id).values(prefetched=false())

@@ -42,7 +42,7 @@ from apoq.schema.statements.literals import EPOCH, LAST_BUT_ONE, LAST_BUT_ONE_BI
 from apoq.schema.statements.notes import note
 from apoq.schema.statements.states import is_pending
 
-CHANGED: Final = ("state", "token", "attempt", "worker_id", "claimed_at", "claimed_ahead")
+CHANGED: Final = ("state", "claim_token", "attempt", "worker_id", "claimed_at", "prefetched")
 """The columns that a claim writes to. Where an index names one of them, it writes to every index, too."""
 
 
@@ -66,7 +66,7 @@ class ClaimedTask(NamedTuple, Generic[C]):
     process_at: float
     attempt: int
     fail_count: int
-    token: int
+    claim_token: int
     retry_limit: int | None
     retry_delay: float | None
     """In seconds."""
@@ -152,11 +152,11 @@ def claim(
         .values(
             state=RUNNING,
             # Whatever another program has written there, no task is in the way of all others.
-            token=func.least(tasks.c.token, LAST_BUT_ONE_BIGINT) + ONE,
+            claim_token=func.least(tasks.c.claim_token, LAST_BUT_ONE_BIGINT) + ONE,
             attempt=func.least(tasks.c.attempt, LAST_BUT_ONE) + ONE,
             worker_id=bindparam("by_worker", type_=Uuid),
             claimed_at=func.now(),
-            claimed_ahead=may_not_have_begun,
+            prefetched=may_not_have_begun,
         )
         .returning(*(returned.get(name, tasks.c[name]) for name in COLUMNS))
         .add_cte(note(schema, picked).cte("note"))

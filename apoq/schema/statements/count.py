@@ -36,7 +36,7 @@ from apoq.core.states import CANCELLED, COMPLETED, FAILED
 from apoq.schema.models import tasks_table, workers_table
 from apoq.schema.statements.literals import seconds_between
 from apoq.schema.statements.running import is_noted, is_running, open_queues
-from apoq.schema.statements.states import ended_as, is_pending
+from apoq.schema.statements.states import final_state, is_pending
 from apoq.schema.statements.survey import pending_priorities
 
 COUNTED: Final = 10_000
@@ -56,8 +56,8 @@ def queues(schema: str | None) -> Select[*tuple[Any, ...]]:
     found = union(
         select(open_queues(schema).c.queue).limit(_AT_MOST).subquery().select(),
         _names(schema, "waiting", tasks.c.waits),
-        _names(schema, "completed", ended_as(tasks, COMPLETED)),
-        _names(schema, "ended", ended_as(tasks, FAILED, CANCELLED)),
+        _names(schema, "completed", final_state(tasks, COMPLETED)),
+        _names(schema, "ended", final_state(tasks, FAILED, CANCELLED)),
         select(func.unnest(workers.c.queues, type_=Text)),
     ).subquery("found")
     name: ColumnElement[str] = found.c[0]
@@ -68,9 +68,10 @@ def queues(schema: str | None) -> Select[*tuple[Any, ...]]:
 def count(schema: str | None) -> Select[*tuple[Any, ...]]:
     """Count the tasks of `from_queue` by their state, up to one more than `COUNTED` of each.
 
-    Pending ones are `due` or `later`, and `lag` is for how many seconds the first has been due. Failed and
-    cancelled ones share a bound: more than `COUNTED` of both, and either may be more. `minute` and `hour` are
-    how many completed in the last of them, and `minute_began` and `hour_began` how many seconds ago the first
+    Pending ones are `ready` (due) or `scheduled` (due later), and `lag` is for how many seconds the first has
+    been due. Failed and cancelled ones share a bound: more than `COUNTED` of both, and either may be more.
+    `minute` and `hour` are how many completed in the last of them, and `minute_began` and `hour_began` how
+    many seconds ago the first
     of those did. For what is running, see `count_running`.
     """
     tasks = tasks_table(schema)
@@ -94,7 +95,7 @@ def count(schema: str | None) -> Select[*tuple[Any, ...]]:
     first = of_each(due.order_by(tasks.c.process_at), 1).subquery("first")
     lag = select(_seconds_since(func.min(first.c.process_at))).scalar_subquery()
 
-    completed = select(tasks.c.completed_at).where(tasks.c.queue == _QUEUE, ended_as(tasks, COMPLETED))
+    completed = select(tasks.c.completed_at).where(tasks.c.queue == _QUEUE, final_state(tasks, COMPLETED))
     latest = completed.order_by(tasks.c.completed_at.desc()).limit(COUNTED + 1)
 
     def lately(span: str) -> Subquery:
@@ -111,8 +112,8 @@ def count(schema: str | None) -> Select[*tuple[Any, ...]]:
         *(func.count().filter(ended.c.state == state).label(state) for state in (FAILED, CANCELLED))
     ).subquery("failures")
     return select(
-        _up_to_bound(of_each(due)).label("due"),
-        _up_to_bound(of_each(later)).label("later"),
+        _up_to_bound(of_each(due)).label("ready"),
+        _up_to_bound(of_each(later)).label("scheduled"),
         _up_to_bound(waiting).label("waiting"),
         lag.label("lag"),
         _up_to_bound(completed).label("completed"),
@@ -128,7 +129,7 @@ def count_types(schema: str | None) -> Select[*tuple[Any, ...]]:
     tasks = tasks_table(schema)
     mine = select(tasks.c.state, tasks.c.type).where(tasks.c.queue == _QUEUE)
     ended = _ended(schema)
-    completed = mine.where(ended_as(tasks, COMPLETED)).order_by(tasks.c.completed_at.desc())
+    completed = mine.where(final_state(tasks, COMPLETED)).order_by(tasks.c.completed_at.desc())
     pending = mine.where(is_pending(tasks))
     pending = pending.order_by(tasks.c.priority.desc(), tasks.c.process_at, tasks.c.id)
     found = union_all(
@@ -189,7 +190,7 @@ def _ended(schema: str | None) -> Select[*tuple[Any, ...]]:
     ended_at = func.coalesce(tasks.c.cancelled_at, tasks.c.failed_at, tasks.c.process_at)
     return (
         select(tasks.c.state, tasks.c.type)
-        .where(tasks.c.queue == _QUEUE, ended_as(tasks, FAILED, CANCELLED))
+        .where(tasks.c.queue == _QUEUE, final_state(tasks, FAILED, CANCELLED))
         .order_by(ended_at.desc())
     )
 

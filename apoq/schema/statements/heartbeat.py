@@ -52,7 +52,7 @@ def beat(schema: str | None) -> Insert:
     own = select(_activity.c.backend_start).where(_activity.c.pid == func.pg_backend_pid()).scalar_subquery()
     is_direct = bindparam("is_direct", type_=Boolean)
     renewed = {
-        "seen_at": func.clock_timestamp(),
+        "last_heartbeat_at": func.clock_timestamp(),
         "expires_at": func.clock_timestamp() + bindparam("lease", type_=INTERVAL),
         "grace": bindparam("grace", type_=INTERVAL),
         # Behind a pooler, the server's process is one that any client may use.
@@ -89,7 +89,7 @@ def beat_and_look(schema: str | None) -> Select[Any]:
     with_row = (
         select(
             workers.c.id,
-            _epoch(workers.c.seen_at).label("heartbeat"),
+            _epoch(workers.c.last_heartbeat_at).label("heartbeat"),
             _epoch(workers.c.grace).label("grace"),
             left,
             _is_gone(workers).label("is_gone"),
@@ -140,7 +140,7 @@ def _until(workers: FromClause) -> ColumnElement[float]:
 
     If not, it has died or will be back in a moment: then for its grace after its last heartbeat.
     """
-    grace = _epoch(workers.c.seen_at) + _epoch(workers.c.grace)
+    grace = _epoch(workers.c.last_heartbeat_at) + _epoch(workers.c.grace)
     return case((_is_gone(workers), grace), else_=_epoch(workers.c.expires_at))
 
 
@@ -158,8 +158,8 @@ def _is_long_gone(workers: FromClause) -> ColumnElement[bool]:
 
     All this with the server up: while it was away, no worker could renew its lease.
     """
-    lease = _epoch(workers.c.expires_at) - _epoch(workers.c.seen_at)
-    since = func.greatest(_epoch(workers.c.seen_at), _epoch(func.pg_postmaster_start_time()))
+    lease = _epoch(workers.c.expires_at) - _epoch(workers.c.last_heartbeat_at)
+    since = func.greatest(_epoch(workers.c.last_heartbeat_at), _epoch(func.pg_postmaster_start_time()))
     return and_(_is_gone(workers), since + 2 * lease < _now())
 
 

@@ -84,7 +84,7 @@ def rescue_unnoted(schema: str | None) -> Update:
     held = tasks.alias("held")
     orphans = (
         select(held.c.id)
-        .join(found, and_(held.c.id == found.c.id, held.c.token == found.c.token))
+        .join(found, and_(held.c.id == found.c.id, held.c.claim_token == found.c.token))
         .where(runs(held), ~is_noted(schema, held.c.id), ~alive(schema, held.c.worker_id))
         .with_for_update(of=held, skip_locked=True)
         .cte("orphans")
@@ -94,7 +94,7 @@ def rescue_unnoted(schema: str | None) -> Update:
 
 def _rescued(schema: str | None) -> dict[str, ColumnElement[Any]]:
     tasks = tasks_table(schema)
-    ahead = tasks.c.claimed_ahead
+    ahead = tasks.c.prefetched
     # Within the bounds of an integer, whatever another program has written there: a row that could not be
     # written would be in the way of others.
     return {

@@ -94,7 +94,7 @@ def held_as(
     tasks = tasks_table(schema)
     return and_(
         tasks.c.id == task_id,
-        tasks.c.token == token,
+        tasks.c.claim_token == token,
         runs(tasks),
     )
 

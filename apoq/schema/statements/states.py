@@ -17,7 +17,7 @@ def is_pending(tasks: FromClause) -> ColumnElement[bool]:
 
 def is_open(tasks: FromClause) -> ColumnElement[bool]:
     """Pick tasks that are pending or running: those in the index that a claim reads."""
-    return and_(tasks.c.ended_as.is_(None), ~tasks.c.waits)
+    return and_(tasks.c.final_state.is_(None), ~tasks.c.waits)
 
 
 def runs(tasks: FromClause) -> ColumnElement[bool]:
@@ -29,6 +29,6 @@ def runs(tasks: FromClause) -> ColumnElement[bool]:
     return func.coalesce(tasks.c.state, literal_column("''", Text)) == RUNNING
 
 
-def ended_as(tasks: FromClause, *ends: str) -> ColumnElement[bool]:
+def final_state(tasks: FromClause, *ends: str) -> ColumnElement[bool]:
     """Pick tasks that have ended in one of these states."""
-    return or_(*(tasks.c.ended_as == literal_column(f"'{state}'", Text) for state in ends))
+    return or_(*(tasks.c.final_state == literal_column(f"'{state}'", Text) for state in ends))

@@ -65,7 +65,7 @@ def unnoted(schema: str | None) -> Select[Any]:
     walk = (
         select(
             tasks.c.id,
-            tasks.c.token,
+            tasks.c.claim_token.label("token"),
             tasks.c.process_at,
             tasks.c.worker_id,
             runs(tasks).label("is_running"),

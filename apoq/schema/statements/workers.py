@@ -21,10 +21,10 @@ def workers(schema: str | None) -> Select[*tuple[Any, ...]]:
     rows = workers_table(schema).alias("worker")
     since = {
         name: seconds_between(time, func.clock_timestamp()).label(name)
-        for name, time in (("up_for", rows.c.started_at), ("unseen_for", rows.c.seen_at))
+        for name, time in (("up_for", rows.c.started_at), ("unseen_for", rows.c.last_heartbeat_at))
     }
     return (
         select(*rows.c, *since.values(), alive(schema, rows.c.id).label("is_alive"))
-        .order_by(rows.c.seen_at.desc(), rows.c.id)
+        .order_by(rows.c.last_heartbeat_at.desc(), rows.c.id)
         .limit(bindparam("at_most", type_=BigInteger))
     )

@@ -22,7 +22,7 @@ class _Left:
     size: int
 
 
-class Notes:
+class ClaimLog:
     """Knows of each claim how many of its tasks aren't settled yet, and which notes nobody needs any more."""
 
     def __init__(self) -> None:

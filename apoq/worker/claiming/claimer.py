@@ -28,10 +28,10 @@ from apoq.schema.statements.claim import COLUMNS, ClaimedTask, claim, next_due
 from apoq.schema.statements.data import read_data
 from apoq.schema.statements.notes import forget_settled
 from apoq.schema.statements.recover import forget_unknown, give_back
-from apoq.worker.claiming.claim_log import Notes
-from apoq.worker.claiming.cursor import Position
-from apoq.worker.execution.attempts import Ended, ended
-from apoq.worker.execution.executor import Slots, released
+from apoq.worker.claiming.claim_log import ClaimLog
+from apoq.worker.claiming.cursor import ClaimCursor
+from apoq.worker.execution.attempts import AttemptResult, ended
+from apoq.worker.execution.executor import Executor, released
 from apoq.worker.execution.running_task import AnyRunningTask, Claim, Claimed, longest_data
 from apoq.worker.failures import Outage
 from apoq.worker.isolation import Isolation
@@ -92,7 +92,7 @@ class _Source:
     """A queue that is claimed from, and what a claim from it asks each time."""
 
     queue: Queue
-    position: Position
+    position: ClaimCursor
     lease: Lease
     processors: Mapping[str, Processor] = field(default_factory=dict)
     by_worker: UUID | None = None
@@ -115,15 +115,15 @@ class Claimer:
         engine: Engine,
         queues: tuple[Queue, ...],
         registry: Registry,
-        slots: Slots,
-        notes: Notes,
+        slots: Executor,
+        notes: ClaimLog,
         outage: Outage,
         *,
-        positions: dict[Queue, Position],
+        positions: dict[Queue, ClaimCursor],
         leases: Mapping[str | None, Lease],
         on_claim: Callable[[int, int], None],
         make: Callable[[Claimed], AnyRunningTask],
-        put_ended: Callable[[Ended], None],
+        put_ended: Callable[[AttemptResult], None],
     ) -> None:
         self._engine = engine
         self._sources = [_Source(queue, positions[queue], leases[queue.schema]) for queue in queues]
@@ -143,7 +143,7 @@ class Claimer:
 
         Not by its own: it may be claimed once more while its last run goes on, and schemas count from 1 each.
         """
-        self._moves: list[tuple[Position, list[Claimed], bool]] = []
+        self._moves: list[tuple[ClaimCursor, list[Claimed], bool]] = []
         self._notes = notes
         self.waits_for_room = True
         """Whether a slot that is freed is a reason to take a turn."""
@@ -375,7 +375,7 @@ class Claimer:
         batch = row.claim
         parameters = {
             "task_id": row.id,
-            "held_under": row.token,
+            "held_under": row.claim_token,
             "longest_data": longest_data(batch.from_queue),
         }
         return execute(self._engine, read_data(batch.from_queue.schema), parameters).fetchall()

@@ -42,7 +42,7 @@ class First(NamedTuple):
     is_rescued: bool
 
 
-class Position:
+class ClaimCursor:
     """For each priority, the `process_at` and id behind which the next claim looks.
 
     Under a transaction that is open for long, anywhere in the database, every task that was ever taken since

@@ -17,7 +17,7 @@ from apoq.core.registry import Registry
 from apoq.postgres.connections import execute
 from apoq.schema.statements.arrays import array_text
 from apoq.schema.statements.survey import survey
-from apoq.worker.claiming.cursor import MOST_LEVELS, Position
+from apoq.worker.claiming.cursor import MOST_LEVELS, ClaimCursor
 from apoq.worker.failures import Outage
 from apoq.worker.isolation import Isolation
 from apoq.worker.liveness.lease import Lease
@@ -29,7 +29,7 @@ SURVEY_TIMEOUT: Final = 60.0
 """Seconds that a survey may take: beside a long transaction, it walks through all that was taken since."""
 
 
-class Scout:
+class QueueScanner:
     """Surveys the queues from their beginning: when a claim came short, and every now and then.
 
     It finds what stands behind a claim's position, priorities that no claim has looked into, and when the
@@ -41,7 +41,7 @@ class Scout:
     def __init__(
         self,
         engine: Engine,
-        positions: dict[Queue, Position],
+        positions: dict[Queue, ClaimCursor],
         registry: Registry,
         leases: Mapping[str | None, Lease],
         outage: Outage,

@@ -17,8 +17,8 @@ from apoq.errors import InvalidProcessor, SessionMisused
 from apoq.worker.execution.completion import Completion
 from apoq.worker.execution.deadlines import Deadlines
 from apoq.worker.execution.event_loop import CLEAN_UP
-from apoq.worker.execution.isolated_context import Apart
-from apoq.worker.execution.running_task import RECALLED, AnyRunningTask, AsyncRunningTask, RunningTask
+from apoq.worker.execution.isolated_context import IsolatedContext
+from apoq.worker.execution.running_task import LOST, AnyRunningTask, AsyncRunningTask, RunningTask
 from apoq.worker.execution.task_sessions import TaskSession, could_not_connect
 from apoq.worker.failures import brief
 
@@ -27,7 +27,7 @@ class TaskLost(Exception):
     """The task was taken from this worker while it ran; nothing is written to it any more."""
 
 
-class Ended(NamedTuple):
+class AttemptResult(NamedTuple):
     """An attempt that has ended, and what is to be written about it."""
 
     task: AnyRunningTask
@@ -38,34 +38,38 @@ class Ended(NamedTuple):
     """Where the completion has been committed with ``task.session``: the task's row, or its id alone."""
 
 
-def ended(task: AnyRunningTask, outcome: BaseException | None, row: Mapping[Any, Any] | None = None) -> Ended:
+def ended(
+    task: AnyRunningTask, outcome: BaseException | None, row: Mapping[Any, Any] | None = None
+) -> AttemptResult:
     """Decide what becomes of a task whose attempt ended so."""
     if outcome is None:
-        return Ended(task, None, None, row)
+        return AttemptResult(task, None, None, row)
     settlement = settle(outcome, attempt=task.attempt, fail_count=task.fail_count, policy=task.policy)
-    return Ended(task, outcome, settlement, row)
+    return AttemptResult(task, outcome, settlement, row)
 
 
-def is_late(end: Ended) -> bool:
+def is_late(end: AttemptResult) -> bool:
     """Tell whether the attempt was ended before, by its timeout."""
-    return isinstance(end.outcome, TaskLost) and end.task.notice is not RECALLED
+    return isinstance(end.outcome, TaskLost) and end.task.notice is not LOST
 
 
-def run(task: RunningTask, completion: Completion, deadlines: Deadlines) -> Ended:
+def run(task: RunningTask, completion: Completion, deadlines: Deadlines) -> AttemptResult:
     """Run a plain processor on this thread."""
     return copy_context().run(_run, task, completion, deadlines)
 
 
-async def run_coroutine(task: AsyncRunningTask, completion: Completion, deadlines: Deadlines) -> Ended:
+async def run_coroutine(
+    task: AsyncRunningTask, completion: Completion, deadlines: Deadlines
+) -> AttemptResult:
     """Run a coroutine processor on this event loop."""
-    return await Apart(_run_coroutine(task, completion, deadlines))
+    return await IsolatedContext(_run_coroutine(task, completion, deadlines))
 
 
-def _run(task: RunningTask, completion: Completion, deadlines: Deadlines) -> Ended:
+def _run(task: RunningTask, completion: Completion, deadlines: Deadlines) -> AttemptResult:
     row = outcome = None
     try:
         task.read()
-        if task.notice is RECALLED:
+        if task.notice is LOST:
             raise TaskLost  # noqa: TRY301 - between the line and its slot
         limit = task.timeout
         answer = task.processor.function(task) if limit is None else _run_within(limit, task, deadlines)
@@ -80,7 +84,9 @@ def _run(task: RunningTask, completion: Completion, deadlines: Deadlines) -> End
     return ended(task, outcome, row)
 
 
-async def _run_coroutine(task: AsyncRunningTask, completion: Completion, deadlines: Deadlines) -> Ended:
+async def _run_coroutine(
+    task: AsyncRunningTask, completion: Completion, deadlines: Deadlines
+) -> AttemptResult:
     row = outcome = None
     try:
         if task.has_data:

@@ -44,7 +44,7 @@ class Completion:
         if not task.lease.is_held:
             raise Release
         schema = task.from_queue.schema
-        parameters = {"task_id": task.id, "held_under": task.token}
+        parameters = {"task_id": task.id, "held_under": task.claim_token}
         statement = complete_last(schema) if self.keep else remove_last(schema)
         if self.is_heard:
             # On the processor's connection, which may be of any DateStyle.

@@ -20,7 +20,7 @@ BLOCKED: Final = 0.25
 """Seconds after which a loop that doesn't respond is taken for blocked by a coroutine."""
 
 
-class Coroutines:
+class EventLoopThread:
     """The application's event loop, where it gave one; else a loop of the worker's own, on a thread."""
 
     def __init__(self) -> None:

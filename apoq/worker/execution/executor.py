@@ -11,10 +11,10 @@ from queue import SimpleQueue
 from typing import Final
 
 from apoq.core.outcomes import Release
-from apoq.worker.execution.attempts import Ended, ended, run, run_coroutine
+from apoq.worker.execution.attempts import AttemptResult, ended, run, run_coroutine
 from apoq.worker.execution.completion import Completion
 from apoq.worker.execution.deadlines import Deadlines
-from apoq.worker.execution.event_loop import Coroutines
+from apoq.worker.execution.event_loop import EventLoopThread
 from apoq.worker.execution.running_task import AnyRunningTask, AsyncRunningTask, Claimed, RunningTask
 from apoq.worker.threads import MissingThreads
 
@@ -25,7 +25,7 @@ From a thread that goes on meanwhile it would have to wait for that, asleep once
 """
 
 
-class Slots:
+class Executor:
     """At most `concurrency` tasks at once: plain functions on threads, coroutine functions on an event loop.
 
     What is put here and finds no slot waits in line. A slot that has ended a task takes the next one from
@@ -35,13 +35,13 @@ class Slots:
     def __init__(
         self,
         concurrency: int,
-        coroutines: Coroutines,
+        coroutines: EventLoopThread,
         completion: Completion,
         deadlines: Deadlines,
         missing: MissingThreads,
         *,
         make: Callable[[Claimed], AnyRunningTask],
-        on_ended: Callable[[Ended], None],
+        on_ended: Callable[[AttemptResult], None],
         on_low: Callable[[], None],
     ) -> None:
         self.concurrency = concurrency
@@ -259,7 +259,7 @@ class Slots:
         if task is not None:
             self._begin_elsewhere(task, on_thread=False)
 
-    def _ended(self, end: Ended, started: float) -> None:
+    def _ended(self, end: AttemptResult, started: float) -> None:
         took = time.monotonic() - started
         # Threads may overwrite each other's sample: an average doesn't mind.
         self.run_time = took if self.run_time is None else self.run_time + (took - self.run_time) / 16
@@ -288,6 +288,6 @@ class Slots:
         return task
 
 
-def released(task: AnyRunningTask) -> Ended:
+def released(task: AnyRunningTask) -> AttemptResult:
     """Give a task back."""
     return ended(task, Release())

@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 T = TypeVar("T")
 
 
-class Apart(Generic[T]):
+class IsolatedContext(Generic[T]):
     """Awaits a coroutine, each of whose steps is taken in a copy of the caller's context.
 
     As in an asyncio task of its own, but in the caller's.

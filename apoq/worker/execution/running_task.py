@@ -64,7 +64,7 @@ def short_data(row: Claimed) -> Any:
         return error
 
 
-class Notice:
+class StopSignal:
     """How a worker tells all the tasks that it has claimed that they are to stop."""
 
     __slots__ = ("is_given",)
@@ -73,7 +73,7 @@ class Notice:
         self.is_given = is_given
 
 
-RECALLED: Final = Notice(is_given=True)
+LOST: Final = StopSignal(is_given=True)
 """What a task has instead, once it is known that it runs in vain."""
 
 
@@ -93,7 +93,7 @@ class _Running(Running, Generic[S]):
         row: Claimed,
         processor: Processor,
         open_session: Callable[[], S],
-        notice: Notice,
+        notice: StopSignal,
     ) -> None:
         self.row = row
         self.processor = processor
@@ -149,9 +149,9 @@ class _Running(Running, Generic[S]):
         return self.row.fail_count
 
     @property
-    def token(self) -> int:
+    def claim_token(self) -> int:
         """What this worker must show to write to the task: it grows with each claim."""
-        return self.row.token
+        return self.row.claim_token
 
     @property
     def lease(self) -> Lease:
@@ -186,7 +186,7 @@ class _Running(Running, Generic[S]):
         return found if isinstance(found, dict) else {}
 
     @property
-    def stopping(self) -> bool:
+    def should_stop(self) -> bool:
         """Whether this attempt should come to an end.
 
         Its worker is stopping, or has lost its lease (so that others may run the task), or the task was
@@ -253,7 +253,7 @@ class _Running(Running, Generic[S]):
 
     def recall(self) -> None:
         """Tell it, from another thread, that the task is this worker's no more."""
-        self.notice = RECALLED
+        self.notice = LOST
 
     def cut_off(self) -> None:
         """Undo what its session has written so far, from another thread: the worker's lease has ended."""
@@ -293,7 +293,7 @@ class AsyncRunningTask(_Running[AsyncTaskSession]):
         self._awaits = asyncio.current_task()
         try:
             # Only now, so that whoever recalls it sees one or the other.
-            if self.notice is RECALLED:
+            if self.notice is LOST:
                 raise asyncio.CancelledError(_IN_VAIN)
             await self.processor.function(self)
         finally:
@@ -327,7 +327,7 @@ KNOWN = (
     "process_at",
     "attempt",
     "fail_count",
-    "token",
+    "claim_token",
     "meta",
 )
 """What a running task knows of its row."""

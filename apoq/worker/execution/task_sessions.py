@@ -16,7 +16,7 @@ from apoq.postgres.connections import make_renewable, prepare_where_kept, renew
 from apoq.postgres.engine_twins import async_twin, sync_twin
 from apoq.postgres.urls import sync_side
 from apoq.postgres.watchdog import cut
-from apoq.worker.execution.event_loop import Coroutines
+from apoq.worker.execution.event_loop import EventLoopThread
 
 _COMPLETING = "apoq.completing"
 _CONNECTION = "apoq.connection"
@@ -107,7 +107,7 @@ def _mark_unconnected(context: ExceptionContext) -> None:
 class TaskSessions:
     """Opens the sessions of a worker's tasks, on the engine that the worker was given, or on its twin."""
 
-    def __init__(self, engine: Engine | AsyncEngine, coroutines: Coroutines) -> None:
+    def __init__(self, engine: Engine | AsyncEngine, coroutines: EventLoopThread) -> None:
         self._engine = engine
         _make_ready(sync_side(engine))
         self._coroutines = coroutines

@@ -132,7 +132,7 @@ class Heartbeat:
         }
         self._forgets_at = 0.0
         self.worker_id = UUID(int=0)
-        self.seen_at: datetime | None = None
+        self.last_heartbeat_at: datetime | None = None
         """When the database last answered."""
 
     @property
@@ -200,7 +200,7 @@ class Heartbeat:
         presence.lease.renew(began)
         presence.has_lapsed = False
         presence.looked_at = began
-        self.seen_at = datetime.now(UTC)
+        self.last_heartbeat_at = datetime.now(UTC)
         if found[0][0]:
             self._on_unknown()
         peers = [Peer(*row[1:]) for row in found if row[1] is not None]

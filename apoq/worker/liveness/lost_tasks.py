@@ -28,7 +28,7 @@ REST: Final = 0.05
 """Seconds from one look to the next, at least: any role may notify, and as often as it likes."""
 
 
-class Recaller:
+class LostTaskMonitor:
     """Looks which of the worker's tasks are its own no more: cancelled, deleted, or taken by others.
 
     Nothing depends on it, for whatever they come to is refused by their tokens. Tasks that have been here for
@@ -80,7 +80,7 @@ class Recaller:
         for row in held:
             batch = row.claim
             if batch.claimed_at < claimed_before or row.id in hinted:
-                parts.setdefault(batch.from_queue.schema, {})[row.id, row.token] = row
+                parts.setdefault(batch.from_queue.schema, {})[row.id, row.claim_token] = row
         try:
             self._for_each(parts, self._look)
             self._note_begun()
@@ -133,4 +133,4 @@ def _describe(schema: str | None) -> str:
 
 def _key(row: Claimed) -> tuple[str | None, int, int]:
     batch = row.claim
-    return batch.from_queue.schema, row.id, row.token
+    return batch.from_queue.schema, row.id, row.claim_token

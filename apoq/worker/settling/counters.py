@@ -9,7 +9,7 @@ from apoq.core import states
 from apoq.core.outcomes import Settlement
 
 
-class Tally(NamedTuple):
+class WorkerStats(NamedTuple):
     """What a worker is doing, and has done since it was made."""
 
     running: int = 0
@@ -26,7 +26,7 @@ class Counter:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._counts = dict.fromkeys(Tally._fields, 0)
+        self._counts = dict.fromkeys(WorkerStats._fields, 0)
 
     def count(self, settlement: Settlement | None, number: int = 1) -> None:
         """Count attempts that ended so; None is a completion."""
@@ -44,7 +44,7 @@ class Counter:
         with self._lock:
             self._counts[name] += number
 
-    def tally(self, running: int) -> Tally:
+    def stats(self, running: int) -> WorkerStats:
         """Answer the counts until now."""
         with self._lock:
-            return Tally(**self._counts | {"running": running})
+            return WorkerStats(**self._counts | {"running": running})

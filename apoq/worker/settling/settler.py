@@ -26,7 +26,7 @@ from apoq.schema.models import detached, tasks_table
 from apoq.schema.statements.arrays import array_text
 from apoq.schema.statements.locked import locked
 from apoq.schema.statements.settle import settle
-from apoq.worker.execution.attempts import Ended, TaskLost, is_late
+from apoq.worker.execution.attempts import AttemptResult, TaskLost, is_late
 from apoq.worker.execution.completion import Completion, told
 from apoq.worker.execution.running_task import Claimed, short_data
 from apoq.worker.failures import Outage
@@ -56,7 +56,7 @@ class Unsettled(NamedTuple):
     write: Callable[[str | None, list[Any]], None]
     schema: str | None
     ended: list[Any]
-    """Claimed rows, of what has completed, or else `Ended`."""
+    """Claimed rows, of what has completed, or else `AttemptResult`."""
     is_locked: bool = False
     """Whether some of it was locked by somebody else, the last time."""
     looks_at: float = 0.0
@@ -104,7 +104,7 @@ class Settler:
         self._on_pending = on_pending
         # Most attempts complete, and nothing more is to be known of them.
         self._completed: deque[Claimed] = deque()
-        self._ended: deque[Ended] = deque()
+        self._ended: deque[AttemptResult] = deque()
         self._large: dict[int, Any] = {}
         """The data of those that have completed whose rows don't have it, by the `id()` of the row."""
         self._unsettled: deque[Unsettled] = deque()
@@ -115,7 +115,7 @@ class Settler:
         self._unreachable_at = -math.inf
         self._lock = threading.Lock()
 
-    def put(self, end: Ended) -> None:
+    def put(self, end: AttemptResult) -> None:
         """Settle this soon; the caller wakes whoever takes the turns."""
         if end.outcome is None and end.row is None:
             if not end.task.has_data and self._completion.is_heard:
@@ -229,7 +229,7 @@ class Settler:
             self._large.pop(id(task), None)
         self._on_settled(tasks)
 
-    def _settle(self, schema: str | None, ends: list[Ended]) -> None:
+    def _settle(self, schema: str | None, ends: list[AttemptResult]) -> None:
         ends.sort(key=lambda end: end.task.id)
         rows: Rows = {end.task.id: end.row for end in ends if end.row is not None}
         unwritten = [end for end in ends if end.row is None and not isinstance(end.outcome, TaskLost)]
@@ -255,7 +255,7 @@ class Settler:
             return [unsettled._replace(ended=[one]) for one in unsettled.ended]
         [one] = unsettled.ended
         logger.error("what became of task %d could not be written", _row(one).id, exc_info=error)
-        if isinstance(one, Ended) and one.settlement is not None:
+        if isinstance(one, AttemptResult) and one.settlement is not None:
             without = {"class": type(one.outcome).__name__, "message": "", "traceback": ""}
             if one.settlement.error != without:
                 bare = one._replace(settlement=one.settlement._replace(error=without))
@@ -265,13 +265,13 @@ class Settler:
         return []
 
     def _execute_completion(self, schema: str | None, tasks: list[Claimed]) -> Rows:
-        is_heard, token = self._completion.is_heard, tasks[0].token
-        alike = all(task.token == token for task in tasks)
+        is_heard, token = self._completion.is_heard, tasks[0].claim_token
+        alike = all(task.claim_token == token for task in tasks)
         statement = self._completion.statement(schema, full=is_heard, alike=alike)
         held = {"held_under": token} if alike else _tokens(tasks)
         return self._execute(statement, tasks, held, is_heard=is_heard)
 
-    def _execute_settlement(self, schema: str | None, ends: list[Ended]) -> Rows:
+    def _execute_settlement(self, schema: str | None, ends: list[AttemptResult]) -> Rows:
         is_heard = self._events.heard(events.FAILED) or self._events.heard(events.RETRIED)
         tasks = [end.task.row for end in ends]
         return self._execute(
@@ -294,7 +294,7 @@ class Settler:
             return dict.fromkeys(ids)  # none was lost, as nearly always: their ids needn't be read
         return dict.fromkeys(id_ for (id_,) in written.fetchall())
 
-    def _tell(self, end: Ended, row: Mapping[Any, Any] | None) -> None:
+    def _tell(self, end: AttemptResult, row: Mapping[Any, Any] | None) -> None:
         if isinstance(end.outcome, Unreachable):
             self._log_unreachable(end.outcome)
         elif end.outcome is not None:
@@ -340,12 +340,12 @@ def _schema_of(row: Claimed) -> str | None:
     return batch.from_queue.schema
 
 
-def _row(one: Claimed | Ended) -> Claimed:
-    return one.task.row if isinstance(one, Ended) else one
+def _row(one: Claimed | AttemptResult) -> Claimed:
+    return one.task.row if isinstance(one, AttemptResult) else one
 
 
 def _tokens(tasks: list[Claimed]) -> dict[str, Any]:
-    return {"tokens": array_text([task.token for task in tasks])}
+    return {"tokens": array_text([task.claim_token for task in tasks])}
 
 
 def _taken(ended: deque[T]) -> list[T]:
@@ -382,7 +382,7 @@ def _log_late(row: Claimed) -> None:
     )
 
 
-def settlement_arrays(ends: list[Ended]) -> dict[str, list[Any]]:
+def settlement_arrays(ends: list[AttemptResult]) -> dict[str, list[Any]]:
     """Answer the settlements as parameters."""
     settlements = [end.settlement for end in ends if end.settlement is not None]
     return {
@@ -396,7 +396,7 @@ def settlement_arrays(ends: list[Ended]) -> dict[str, list[Any]]:
     }
 
 
-def _log(end: Ended) -> None:
+def _log(end: AttemptResult) -> None:
     task, settlement = end.task, end.settlement
     match settlement:
         case Settlement(state=states.FAILED):

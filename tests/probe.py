@@ -1,0 +1,17 @@
+"""What tests may see of a worker's inside: the only place that knows where its parts are."""
+
+from __future__ import annotations
+
+from apoq import Worker
+from apoq.worker.lifecycle import Lifecycle
+from apoq.worker.runtime import Runtime
+
+
+def lifecycle(worker: Worker) -> Lifecycle:
+    """Return what registers a worker."""
+    return worker._lifecycle
+
+
+def runtime(worker: Worker) -> Runtime:
+    """Return the parts of a worker."""
+    return worker._lifecycle.runtime
