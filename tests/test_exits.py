@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -337,3 +338,29 @@ class TestAsPID1:
 
         assert is_in_time(program.stop(signal.SIGTERM, pid))
         assert program.code == 0
+
+
+def test_a_program_that_goes_on_after_the_command_is_left_alone(tmp_path, url):
+    """Such as a test of the command line."""
+    (tmp_path / "app.py").write_text(APP)
+    program = """
+        import os, signal, threading, time
+        from apoq.cli import main
+        timer = threading.Timer(2, os.kill, (os.getpid(), signal.SIGTERM))
+        timer.start()
+        main(["worker", "app:queue", "--timeout", "0.3"], standalone_mode=False)
+        time.sleep(4)
+        raise SystemExit(7)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        cwd=tmp_path,
+        env={**os.environ, "DATABASE_URL": url.render_as_string(hide_password=False)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=SOON,
+    )
+
+    assert "has stopped" in done.stderr
+    assert done.returncode == 7

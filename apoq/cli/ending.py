@@ -7,7 +7,8 @@ import os
 import sys
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from queue import SimpleQueue
 from typing import Final
 
@@ -23,7 +24,8 @@ LOG_TIME: Final = 0.25
 class Ending:
     """Ends this process some time after it was told to stop, should it still be there.
 
-    A worker stops in time. But Python waits for the application's threads and exit handlers, for ever.
+    A worker stops in time. But Python waits for the application's threads and exit handlers, for ever. A
+    program that goes on after its worker has stopped, such as a test of it, is left alone.
     """
 
     def __init__(self, timeout: float) -> None:
@@ -31,15 +33,27 @@ class Ending:
         self._seconds = timeout + OVERTIME
         self._is_told = threading.Event()
         self._orders: SimpleQueue[int] | None = None
-        self.has_stopped = False
-        """Whether the worker has stopped: if the process has to be ended then, that is no failure."""
+        self._is_over = threading.Event()
+        """Set when the worker has stopped or failed."""
+        self._ends = threading.Event()
+        """Set when the program ends."""
+        self._exit_code = 1
 
-    def watch(self, orders: SimpleQueue[int]) -> None:
-        """Begin to watch, for a worker that stops when anything is put into `orders`."""
+    @contextmanager
+    def watch(self, orders: SimpleQueue[int]) -> Iterator[None]:
+        """Watch a worker that runs in the ``with`` block, and stops when anything is put into `orders`."""
         # Two threads, for the first may never return from the log: whoever reads that may be gone.
         threading.Thread(target=self._end, args=(True, 0.0), name="apoq-ending", daemon=True).start()
         threading.Thread(target=self._end, args=(False, LOG_TIME), name="apoq-ending", daemon=True).start()
         self._orders = orders
+        try:
+            yield
+            self._exit_code = 0
+        finally:
+            # Called before Python waits for any thread, for those of executors first of all. Nothing public
+            # is called then; `atexit` comes after that.
+            threading._register_atexit(self._ends.set)  # type: ignore[attr-defined]  # noqa: SLF001
+            self._is_over.set()
 
     def stop(self) -> None:
         """Have the worker stop; before there is one, end the process at once. From any thread."""
@@ -53,14 +67,18 @@ class Ending:
 
     def _end(self, is_logged: bool, more: float) -> None:
         self._is_told.wait()
-        time.sleep(self._seconds + more)
+        ends_at = time.monotonic() + self._seconds + more
+        if self._is_over.wait(self._seconds + more):
+            if not self._ends.wait(ends_at - time.monotonic()):
+                return  # the program goes on
+            time.sleep(max(0.0, ends_at - time.monotonic()))
         if is_logged:
             with suppress(Exception):
                 self._log()
-        os._exit(0 if self.has_stopped else 1)
+        os._exit(self._exit_code)
 
     def _log(self) -> None:
-        if self.has_stopped:
+        if self._is_over.is_set():
             others = [name for each in threading.enumerate() if not (name := each.name).startswith("apoq")]
             logger.warning(
                 "the worker has stopped, and its process is ended although something in it still runs: a "

@@ -99,10 +99,8 @@ def run_worker(
         elif is_wanted():
             every(PERIOD, lambda: status.say(worker.stats()))
 
-    with caught() as signals:
-        ending.watch(signals)
+    with caught() as signals, ending.watch(signals):
         worker._run_until(signals, timeout, on_start=begin, on_stop=ending.begin)  # noqa: SLF001 - our own
-    ending.has_stopped = True
     if lifeline is None and is_wanted():
         status.say(worker.stats())
 
