@@ -184,10 +184,15 @@ LOOKS = [
     pytest.param(
         queues(None),
         {"at_most": 100},
-        {"apoq_tasks_open_idx"} | ENDED,
+        {"apoq_tasks_open_idx", "apoq_tasks_waiting_idx"} | ENDED,
         id="queues",
     ),
-    pytest.param(count(None), {"from_queue": "default"}, {"apoq_tasks_open_idx"} | ENDED, id="count"),
+    pytest.param(
+        count(None),
+        {"from_queue": "default"},
+        {"apoq_tasks_open_idx", "apoq_tasks_waiting_idx"} | ENDED,
+        id="count",
+    ),
     pytest.param(
         count_types(None), {"from_queue": "default"}, {"apoq_tasks_open_idx"} | ENDED, id="count types"
     ),

@@ -30,7 +30,7 @@ LATE: Final = 10.0
 SHOWN: Final = 20
 """Workers in the table."""
 
-WIDEST: Final = 18
+WIDEST: Final = 12
 """Columns that a name has: with all the numbers beside it, that makes 80."""
 
 

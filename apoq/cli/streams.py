@@ -20,7 +20,7 @@ _PLAIN: Final = {"✓": "+", "✗": "x", "→": "->", "…": "...", "·": ".", "
 )
 """What stands for our own signs if an encoding doesn't have them."""
 
-_ERRORS: Final = "apoq.core.plain"
+_ERRORS: Final = "apoq.plain"
 
 
 def is_terminal(stream: Any) -> bool:
