@@ -23,10 +23,10 @@ from sqlalchemy.pool import NullPool
 
 from apoq import Queue, Worker, prepare
 from apoq.cli import main
-from apoq.cli.stats import WIDEST, shown
+from apoq.cli.stats import WIDEST, _figures, shown
 from apoq.cli.target import Target
 from apoq.embedded import PostgreSQL
-from apoq.monitor import server_checks, stats, table_checks
+from apoq.monitor import server_checks, table_checks
 from apoq.monitor.check import BAD, OK, WARNING
 from apoq.schema.models import ClaimRow, WorkerRow
 from apoq.schema.statements import count
@@ -246,7 +246,7 @@ class TestStats:
         add("a" * 200, queue="q" * 200, process_at=ago(days=9999))
         enlist("q" * 200, "r" * 200, host="h" * 200, seen=timedelta(days=9999))
         console = Console(width=80, record=True, file=io.StringIO())
-        console.print(shown(stats._figures(Target(engine=engine), by_type=True), WIDEST))
+        console.print(shown(_figures(Target(engine=engine), by_type=True), WIDEST))
 
         lines = console.export_text().splitlines()
         assert max(map(len, lines)) <= 80
