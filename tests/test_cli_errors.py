@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from uuid import uuid4
 
 import click
+import logging
 import pytest
 import sqlalchemy as sa
 from click.testing import CliRunner, Result
@@ -125,6 +126,16 @@ STATES = {
 }
 
 FEW = {state: STATES[state] for state in ("0A000", "25006", "42P01", "53300", "57014", "P0001", "XX000")}
+
+
+@pytest.fixture(autouse=True)
+def log() -> Iterator[None]:
+    """Undo what the worker's command does to the log of this process."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
 
 
 @pytest.fixture(scope="module")

@@ -82,13 +82,12 @@ _UNTOUCHED: Final[dict[str, Any]] = {
     "rescue_count": 0,
     "claim_token": 0,
     "prefetched": False,
-    "waits": False,
     "unique_until_end": False,
     "blockers": 0,
     "is_followed": False,
     "has_parts": False,
 }
-"""What the table's defaults make of a task that nobody has claimed."""
+"""What the table's defaults make of a task that nobody has claimed; generated columns are NULL until they are read."""
 
 
 @cache
