@@ -265,9 +265,9 @@ class TestInTime:
         assert "server closed the connection" not in program.output or database == "away"
 
     @pytest.mark.parametrize("processes", [ONE, TWO], ids=NUMBERS)
-    def test_while_it_imports(self, start, add, processes):
+    def test_while_it_imports_and_then_begins_nothing(self, start, add, processes):
         add("function")
-        program = start(*processes, IMPORT_TIME="60")
+        program = start(*processes, "--timeout", "60", IMPORT_TIME="2")
         program.wait_for("importing")
 
         assert is_in_time(program.stop())
@@ -282,7 +282,7 @@ class TestInTime:
                 assert is_in_time(program.stop())
 
 
-NAMESPACE = ("unshare", "--pid", "--fork", "--mount-proc")
+NAMESPACE = ("unshare", "--pid", "--fork", "--mount-proc", "--kill-child")
 
 
 def can_be_pid_1() -> bool:
