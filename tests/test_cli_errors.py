@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from uuid import uuid4
 
 import click
-import logging
 import pytest
 import sqlalchemy as sa
 from click.testing import CliRunner, Result

@@ -213,6 +213,8 @@ class Lifecycle:
                     runtime.limit(by := time.monotonic() + PATIENCE)
                 runtime.deadlines.stop(left_until(by))
                 runtime.end(runtime.recalling, by)
+                if not self._beating.is_alive:
+                    self._leave(runtime)  # no thread could be started that would do so
                 runtime.end(self._beating, by)
                 runtime.dispose(by)
                 loops = (self._beating, runtime.recalling, *runtime.loops)

@@ -281,9 +281,16 @@ class Runtime:
             logger.warning("%d tasks still ran when the time to stop was up, and are given back", len(left))
             self._give_back(left)
             self.coroutines.cancel(CLEAN_UP)
+            if self.coroutines.is_closed:
+                # They never end, and their transactions may hold the tasks' rows.
+                for task in left:
+                    if isinstance(task, AsyncRunningTask):
+                        task.cut_off()
         for loop in claiming:
             self.end(loop, by)
-        if not self.end(self.settling, by):
+        if not self.settling.is_alive:
+            self._flush()  # its thread has ended, or could not be started
+        elif not self.end(self.settling, by):
             logger.warning("what has ended could not be settled in time; others will run these tasks again")
         self.slots.stop()
         self.missing.clear()

@@ -87,7 +87,7 @@ _UNTOUCHED: Final[dict[str, Any]] = {
     "is_followed": False,
     "has_parts": False,
 }
-"""What the table's defaults make of a task that nobody has claimed; generated columns are NULL until they are read."""
+"""What defaults make of a task that nobody has claimed; generated columns are None until they are read."""
 
 
 @cache
