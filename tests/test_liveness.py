@@ -213,7 +213,7 @@ def test_a_clock_that_is_wrong_makes_no_difference(engine, url, hours):
             with engine.connect() as connection:
                 state = connection.scalar(sa.select(apoq.Task.state))
         worker.stop()
-        print(state, apoq.model.datetime.now(datetime.UTC).timestamp() - real())
+        print(state, apoq.schema.models.datetime.now(datetime.UTC).timestamp() - real())
     """
     ran = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code), url.render_as_string(hide_password=False)],

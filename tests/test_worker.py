@@ -935,7 +935,7 @@ def test_the_search_path_of_the_engine_is_the_workers(url, engine):
         connection.execute("SET search_path = tenant")
         connection.commit()
 
-    prepare(tenant)
+    prepare(tenant, schema="tenant")  # by its name, because there are tables in another schema
     worker = Worker(tenant)
     worker.use("t", lambda task: None)
     add(tenant)
