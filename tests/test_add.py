@@ -97,11 +97,15 @@ def test_a_task_is_answered_as_it_stands_in_the_database(engine, url, kind, opti
                 if kind != "session":
                     sa.event.listen(given, "do_orm_execute", lambda state: None)
         task = queue.add(given, "t", **options)
-        answered = {column: task.__dict__[column] for column, _ in Task.__table__.c.items()}
+        answered = {column: task.__dict__[column] for column in sa.inspect(Task).columns.keys()}
         given.commit()
 
     with engine.connect() as connection:
-        row = connection.execute(sa.select(Task.__table__).where(Task.id == answered["id"])).mappings().one()
+        row = (
+            connection.execute(sa.select(*sa.inspect(Task).columns).where(Task.id == answered["id"]))
+            .mappings()
+            .one()
+        )
     assert answered == dict(row)
 
 

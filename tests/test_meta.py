@@ -177,7 +177,7 @@ class TestWaitingTasks:
 
         with Session(engine) as session:
             task = session.get_one(Task, waiting)
-            assert (task.state, task.final_state, task.waits) == ("waiting", None, True)
+            assert (task.state, task.final_state) == ("waiting", None)
 
     def test_it_can_be_cancelled_but_not_retried(self, engine, waiting):
         with Session(engine) as session, session.begin():

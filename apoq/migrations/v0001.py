@@ -78,7 +78,6 @@ def upgrade(op: Operations, schema: str | None = None) -> None:
         sa.Column("cancelled_at", TIME),
         sa.Column("error", JSONB),
         sa.Column("final_state", sa.Text, sa.Computed(ENDED_AS, persisted=True)),
-        sa.Column("waits", sa.Boolean, sa.Computed(WAITS, persisted=True)),
         sa.Column("meta", JSONB),
         # Of features to come: to add them to a table that is in use would be expensive. A plain task leaves
         # them NULL, which takes one bit, or at their defaults.
@@ -101,6 +100,7 @@ def upgrade(op: Operations, schema: str | None = None) -> None:
         sa.Column("blockers", sa.Integer, server_default=ZERO, nullable=False),
         sa.Column("is_followed", sa.Boolean, server_default=sa.false(), nullable=False),
         sa.Column("has_parts", sa.Boolean, server_default=sa.false(), nullable=False),
+        sa.Column("waits", sa.Boolean, sa.Computed(WAITS, persisted=True)),
     ):
         op.add_column("apoq_tasks", column, schema=schema, if_not_exists=True)
     check = op.f("apoq_tasks_state_check")

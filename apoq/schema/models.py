@@ -11,6 +11,7 @@ from uuid import UUID
 from sqlalchemy import (
     BigInteger,
     CheckConstraint,
+    Column,
     Computed,
     Index,
     MetaData,
@@ -106,8 +107,6 @@ class Task(Base):
     """The last failure: its `class`, `message` and `traceback`."""
     final_state: Mapped[str | None] = mapped_column(Computed(_ENDED_AS, persisted=True))
     """The state in which it has ended; None while it is pending, waiting or running. Kept by the database."""
-    waits: Mapped[bool | None] = mapped_column(Boolean, Computed(_WAITS, persisted=True))
-    """Whether its state is waiting. Kept by the database."""
     meta: Mapped[dict[str, Any] | None] = mapped_column(JSONB(none_as_null=True))
     """The application's own notes about the task, such as a request's id or a tenant."""
 
@@ -185,6 +184,10 @@ class Task(Base):
         return f"<Task {' '.join(shown)}>"
 
 
+# Kept by the database for its indexes, and not mapped: an object that holds it could not be inserted again.
+cast("Table", Task.__table__).append_column(Column("waits", Boolean, Computed(_WAITS, persisted=True)))
+
+
 @event.listens_for(Task, "expire", propagate=True, raw=True)
 def _keep_id(state: InstanceState[Task], _attributes: object) -> None:
     # A worker may delete the row before the caller reads the id, and an AsyncSession could not load it then.
@@ -235,10 +238,10 @@ UPCOMING: Final = frozenset(
     (
         *("unique_key", "held_unique_key", "unique_until_end", "key", "slot", "pool_key", "pool_slot"),
         *("held_key", "held_pool_key", "waiting_since", "waiting_for", "blockers", "on_parent_failure"),
-        *("is_followed", "has_parts", "group_id", "schedule", "tick_at", "result"),
+        *("is_followed", "has_parts", "group_id", "schedule", "tick_at", "result", "waits"),
     )
 )
-"""Columns of features to come, which nothing reads or writes yet."""
+"""Columns that nobody needs to see: those of features to come, and one for the indexes."""
 
 
 @cache
@@ -250,7 +253,11 @@ def task_class(schema: str | None) -> type[Task]:
     mapped = type(
         f"Task_in_{schema}",
         (Task,),
-        {"__table__": table, "__mapper_args__": {"concrete": True}, "__doc__": f"`Task`, in {schema}."},
+        {
+            "__table__": table,
+            "__mapper_args__": {"concrete": True, "exclude_properties": ["waits"]},
+            "__doc__": f"`Task`, in {schema}.",
+        },
     )
     return cast("type[Task]", mapped)
 

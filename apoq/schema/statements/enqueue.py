@@ -7,14 +7,26 @@ from functools import cache
 from typing import Any, Final
 
 from psycopg import sql
-from sqlalchemy import Insert, Select, SmallInteger, Text, bindparam, cast, column, func, insert, select
+from sqlalchemy import (
+    Insert,
+    Select,
+    SmallInteger,
+    Text,
+    bindparam,
+    cast,
+    column,
+    func,
+    insert,
+    inspect,
+    select,
+)
 from sqlalchemy.dialects.postgresql import INTERVAL, JSONB, TIMESTAMP
 from sqlalchemy.sql.elements import ColumnElement
 from sqlalchemy.types import Integer
 
 from apoq.core.states import PENDING
 from apoq.postgres.loaders import read_json
-from apoq.schema.models import task_class, tasks_table
+from apoq.schema.models import Task, task_class, tasks_table
 from apoq.schema.statements.portable import portable, read_row
 
 
@@ -75,7 +87,7 @@ def added_row(parameters: Mapping[str, Any], answer: Mapping[Any, Any]) -> dict[
 
 
 _UNTOUCHED: Final[dict[str, Any]] = {
-    **dict.fromkeys(tasks_table(None).c.keys()),
+    **dict.fromkeys(inspect(Task).columns.keys()),
     "state": PENDING,
     "fail_count": 0,
     "attempt": 0,
