@@ -97,15 +97,12 @@ def test_a_task_is_answered_as_it_stands_in_the_database(engine, url, kind, opti
                 if kind != "session":
                     sa.event.listen(given, "do_orm_execute", lambda state: None)
         task = queue.add(given, "t", **options)
-        answered = {column: task.__dict__[column] for column in sa.inspect(Task).columns.keys()}
+        columns = list(sa.inspect(Task).columns)
+        answered = {column.name: task.__dict__[column.name] for column in columns}
         given.commit()
 
     with engine.connect() as connection:
-        row = (
-            connection.execute(sa.select(*sa.inspect(Task).columns).where(Task.id == answered["id"]))
-            .mappings()
-            .one()
-        )
+        row = connection.execute(sa.select(*columns).where(Task.id == answered["id"])).mappings().one()
     assert answered == dict(row)
 
 
