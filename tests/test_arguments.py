@@ -65,7 +65,7 @@ class Right(enum.Flag):
 
 
 @dataclass
-class NotifyConnection:
+class Line:
     sku: str
     price: Decimal
 
@@ -74,7 +74,7 @@ class NotifyConnection:
 class Order:
     id: UUID
     at: datetime
-    lines: list[NotifyConnection] = field(default_factory=list)
+    lines: list[Line] = field(default_factory=list)
     parent: Order | None = None
 
 
@@ -229,7 +229,7 @@ ROUND_TRIPS: dict[str, tuple[Any, Any, Any]] = {
     "object": (dict[str, object], {"a": [1, None]}, {"a": [1, None]}),
     "dataclass": (
         Order,
-        Order(ID, AT, [NotifyConnection("a", Decimal("1.50"))], Order(ID, AT)),
+        Order(ID, AT, [Line("a", Decimal("1.50"))], Order(ID, AT)),
         {
             "id": str(ID),
             "at": "2031-05-04T03:02:01.000999+02:00",
@@ -310,7 +310,7 @@ class TestRoundTrips:
                 id=st.uuids(),
                 at=st.datetimes(timezones=st.just(UTC)),
                 lines=st.lists(
-                    st.builds(NotifyConnection, sku=st.text(), price=st.decimals(allow_nan=False))
+                    st.builds(Line, sku=st.text(), price=st.decimals(allow_nan=False))
                 ),
             )
         )
@@ -484,16 +484,16 @@ class Further(Address):
 
 
 @dataclass
-class Discounted(NotifyConnection):
+class Discounted(Line):
     percent: int
 
 
 @dataclass
-class Inherited(NotifyConnection):
+class Inherited(Line):
     pass
 
 
-class NotDeclared(NotifyConnection):
+class NotDeclared(Line):
     def __init__(self, sku: str, price: Decimal, note: str) -> None:
         super().__init__(sku, price)
         self.note = note
@@ -514,7 +514,7 @@ def counted(model: Any, name: str, value: int) -> Any:
     return model
 
 
-LINE = NotifyConnection("a", Decimal(1))
+LINE = Line("a", Decimal(1))
 REFUND = Refund(AT, 500)
 LOGIN = Login(user="ada", tokens=["s3cret"])
 
@@ -556,13 +556,13 @@ LOST: dict[str, tuple[Any, Any, str, str]] = {
     "what is not validated": (Open, Open.model_construct(id="1"), ".id", "as int, not as str"),
     "a time in an extra field": (Open, Open(id=1, at=AT), ".at", "as str, not as datetime"),
     "a subclass of a dataclass": (
-        list[NotifyConnection],
+        list[Line],
         [LINE, Discounted("a", Decimal(1), 5)],
         "[1]",
         "it would come back as Line, not as Discounted: annotate it as Discounted, or give Line",
     ),
     "a subclass without fields": (
-        NotifyConnection | None,
+        Line | None,
         Inherited("a", Decimal(1)),
         "",
         "as Line, not as Inherited",
@@ -572,7 +572,7 @@ LOST: dict[str, tuple[Any, Any, str, str]] = {
     "a subclass of a struct": (Struct, REFUND, "", "as Struct, not as Refund"),
     "a key": (Address, Further(country="x"), "['country']", "it would not come back: leave it out"),
     "a dict for a dataclass": (
-        NotifyConnection,
+        Line,
         {"sku": "a", "price": Decimal(1)},
         "",
         "as Line, not as dict",
@@ -702,7 +702,7 @@ class TestWrongCalls:
             (
                 {
                     "user_id": 7,
-                    "order": Order(ID, AT, [NotifyConnection("a", Decimal(1)), NotifyConnection("b", 1.5)]),
+                    "order": Order(ID, AT, [Line("a", Decimal(1)), Line("b", 1.5)]),
                 },  # type: ignore[arg-type]
                 "data['order'].lines[1].price",
                 "Expected `decimal`, got `float`",
