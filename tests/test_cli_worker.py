@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from queue import Queue as NotifyConnection
+from queue import Queue as Line
 
 import pytest
 import sqlalchemy as sa
@@ -89,7 +89,7 @@ class Program:
             stderr=subprocess.STDOUT,
             text=True,
         )
-        self._lines: NotifyConnection[str] = NotifyConnection()
+        self._lines: Line[str] = Line()
         self.output = ""
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
