@@ -183,7 +183,7 @@ class TestFork:
             assert entered.wait(30)
             stopping = threading.Thread(target=worker.stop)
             stopping.start()
-            until(lambda: not lifecycle(worker)._lock.acquire(blocking=False))
+            until(lambda: not worker._lifecycle._lock.acquire(blocking=False))
             if (child := os.fork()) == 0:
                 worker.stop()
                 add()
@@ -240,7 +240,7 @@ class TestFork:
     def test_a_server_that_falls_silent_is_noticed_in_the_child(self, run):
         run("""
             import psycopg
-            from apoq.connections import execute, own_engine
+            from apoq.postgres.connections import execute, own_engine
             worker.start()  # and in the parent, a thread watches
             if (child := os.fork()) == 0:
                 try:
@@ -726,8 +726,8 @@ def test_a_program_whose_worker_has_lost_a_thread_ends_with_an_error(run):
         logging.disable()
 
         def end():
-            runtime(worker).claiming._turn = lambda: sys.exit("enough")
-            runtime(worker).hint()
+            worker._lifecycle.runtime.claiming._turn = lambda: sys.exit("enough")
+            worker._lifecycle.runtime.hint()
 
         try:
             worker.run(on_start=lambda stop: end())

@@ -84,7 +84,7 @@ def test_an_event_loop_takes_it(executor):
 
 PROGRAM = """
 import threading
-from apoq.worker.executor import DaemonExecutor
+from apoq.worker.execution.daemon_threads import DaemonExecutor
 begun = threading.Event()
 DaemonExecutor().submit(lambda: (begun.set(), threading.Event().wait()))
 begun.wait()
