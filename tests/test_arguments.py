@@ -309,9 +309,7 @@ class TestRoundTrips:
                 Order,
                 id=st.uuids(),
                 at=st.datetimes(timezones=st.just(UTC)),
-                lines=st.lists(
-                    st.builds(Line, sku=st.text(), price=st.decimals(allow_nan=False))
-                ),
+                lines=st.lists(st.builds(Line, sku=st.text(), price=st.decimals(allow_nan=False))),
             )
         )
     )
