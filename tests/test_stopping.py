@@ -141,7 +141,7 @@ class TestLapse:
         far_worker.start()
         until(lambda: runs)
         proxy.cut()
-        until(lambda: runs[0].stopping)
+        until(lambda: runs[0].should_stop)
         proxy.heal()
         until(lambda: load(engine, task_id).state == "completed", 30)
 
