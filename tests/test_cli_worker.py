@@ -442,10 +442,10 @@ class TestTheStatus:
 
         worker.start()
         running.wait(PATIENCE)
-        tally = worker.stats()
+        stats = worker.stats()
         end.set()
 
-        assert tally == WorkerStats(running=1)
+        assert stats == WorkerStats(running=1)
 
     def test_it_is_a_line_that_fits(self):
         said = line(WorkerStats(64, 12_345_678, 1_234, 567, 89), 12_345)

@@ -24,21 +24,21 @@ class Status:
         self._last = WorkerStats()
         self._last_at = time.monotonic()
 
-    def say(self, tally: WorkerStats) -> None:
+    def say(self, stats: WorkerStats) -> None:
         """Write a line, unless nothing has changed."""
         now = time.monotonic()
-        if tally != self._last:
-            rate = (tally.completed - self._last.completed) / max(now - self._last_at, 0.001)
-            click.secho(line(tally, rate), err=True, dim=True, color=has_colors(sys.stderr))
-        self._last, self._last_at = tally, now
+        if stats != self._last:
+            rate = (stats.completed - self._last.completed) / max(now - self._last_at, 0.001)
+            click.secho(line(stats, rate), err=True, dim=True, color=has_colors(sys.stderr))
+        self._last, self._last_at = stats, now
 
 
-def line(tally: WorkerStats, rate: float) -> str:
+def line(stats: WorkerStats, rate: float) -> str:
     """Say it in a line that fits a terminal."""
-    parts = [f"{tally.running:,} running", f"{tally.completed:,} done ({rate:,.0f}/s)"]
+    parts = [f"{stats.running:,} running", f"{stats.completed:,} done ({rate:,.0f}/s)"]
     parts += [
         f"{count:,} {name}"
-        for name, count in zip(WorkerStats._fields[2:], tally[2:], strict=True)
+        for name, count in zip(WorkerStats._fields[2:], stats[2:], strict=True)
         if count or name == "failed"
     ]
     return "         " + ", ".join(parts)

@@ -57,7 +57,7 @@ class Child:
         self.number = number
         self.starts_at: float | None = None
         """When another one is to be started here."""
-        self.tally = WorkerStats()
+        self.stats = WorkerStats()
         self.is_ready = False
         self.process: subprocess.Popen[bytes] | None = None
         self._has_started = False
@@ -110,7 +110,7 @@ class Child:
             self.is_ready = self._has_started = True
             running, *counts = map(int, lines[-1].split())
             added = (count + more for count, more in zip(self._before[1:], counts, strict=True))
-            self.tally = WorkerStats(running, *added)
+            self.stats = WorkerStats(running, *added)
 
     def bury(self, selector: selectors.BaseSelector) -> int | None:
         """Answer how it ended, if it has; it is then gone, and what it did stays counted."""
@@ -121,7 +121,7 @@ class Child:
         self._close(selector)
         code = self.process.returncode
         self.process = None
-        self._before = self.tally = self.tally._replace(running=0)
+        self._before = self.stats = self.stats._replace(running=0)
         return code
 
     def _close(self, selector: selectors.BaseSelector) -> None:
@@ -197,8 +197,8 @@ class Supervisor:
     def _say(self) -> None:
         self._said_at = time.monotonic()
         if is_wanted():
-            tallies = [child.tally for child in self._children]
-            self._status.say(WorkerStats(*map(sum, zip(*tallies, strict=True))))
+            stats = [child.stats for child in self._children]
+            self._status.say(WorkerStats(*map(sum, zip(*stats, strict=True))))
 
     def _stopping(self, stops_at: float) -> int | None:
         if all(child.process is None for child in self._children):
