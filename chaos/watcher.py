@@ -24,12 +24,12 @@ SOME = 0.25
 SAMPLE = """
     SELECT
         (SELECT sum(last_value)::bigint FROM pg_sequences WHERE sequencename = 'apoq_tasks_id_seq'),
-        (SELECT count(*) FROM tasks WHERE queue = 'default' AND final_state = 'completed'
+        (SELECT count(*) FROM tasks WHERE queue = 'default' AND indexed_state = 'completed'
             AND completed_at > now() - interval '1 s'),
-        (SELECT count(DISTINCT worker_id) FROM tasks WHERE queue = 'default' AND final_state = 'completed'
+        (SELECT count(DISTINCT worker_id) FROM tasks WHERE queue = 'default' AND indexed_state = 'completed'
             AND completed_at > now() - interval '2 s'),
         (SELECT coalesce(extract(epoch FROM now() - min(process_at)), 0) FROM tasks
-            WHERE final_state IS NULL AND state = 'pending' AND process_at <= now())
+            WHERE indexed_state IS NULL AND state = 'pending' AND process_at <= now())
 """
 """Read by the partial indexes, so that it stays cheap when there are millions of rows."""
 

@@ -283,7 +283,7 @@ class TestCheck:
             (
                 (
                     "DROP INDEX apoq_tasks_failed_idx; CREATE INDEX apoq_tasks_failed_idx ON apoq_tasks"
-                    " (queue, coalesce(cancelled_at, failed_at, process_at)) WHERE final_state = 'failed'"
+                    " (queue, coalesce(cancelled_at, failed_at, process_at)) WHERE indexed_state = 'failed'"
                 ),
                 "the index apoq_tasks_failed_idx is missing, or another one",
             ),

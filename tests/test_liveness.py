@@ -95,7 +95,7 @@ class TestTheHeartbeat:
 
         stopping = threading.Thread(target=worker.stop)
         stopping.start()
-        until(lambda: runtime(worker)._notices[None].is_given)
+        until(lambda: runtime(worker)._signals[None].is_given)
         seen_past_its_lease(engine, load(engine).worker_id)
         may_end.set()
         stopping.join(SOON)

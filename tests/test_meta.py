@@ -170,14 +170,14 @@ class TestWaitingTasks:
                 sa.text("INSERT INTO apoq_tasks (type, state) VALUES ('t', 'waiting') RETURNING id")
             )
 
-    def test_a_waiting_task_is_not_claimed_and_has_not_ended(self, engine, worker, waiting):
+    def test_a_waiting_task_is_not_claimed(self, engine, worker, waiting):
         worker.use("t", lambda task: None)
 
         assert worker.work() is None
 
         with Session(engine) as session:
             task = session.get_one(Task, waiting)
-            assert (task.state, task.final_state) == ("waiting", None)
+            assert (task.state, task.indexed_state) == ("waiting", "waiting")
 
     def test_it_can_be_cancelled_but_not_retried(self, engine, waiting):
         with Session(engine) as session, session.begin():

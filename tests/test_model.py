@@ -45,7 +45,7 @@ from apoq.core.registry import make_processor
 from apoq.core.states import CANCELLED, COMPLETED, FAILED, PENDING, RUNNING
 from apoq.postgres.connections import execute, own_engine
 from apoq.schema.statements.arrays import array_text
-from apoq.schema.statements.claim import ClaimedTask, claim
+from apoq.schema.statements.claim import ID, PRIORITY, PROCESS_AT, TYPE, claim
 from apoq.schema.statements.heartbeat import beat, beat_and_look, forget, leave
 from apoq.schema.statements.notes import forget_settled
 from apoq.schema.statements.prune import prune_completed, prune_failed
@@ -502,9 +502,9 @@ class Tasks(RuleBasedStateMachine):
             connection = self.own.connect()
             found = connection.execute(claim(None, ahead=ahead), parameters).all()
             connection.execute(PATIENCE)
-        rows: list[Any] = [ClaimedTask(*row, None) for row in found]
-        rows.sort(key=lambda row: (-row.priority, row.process_at, row.id))
-        assert [row.id for row in rows] == [task.id for task in front]
+        rows = [tuple(row) for row in found]
+        rows.sort(key=lambda row: (-row[PRIORITY], row[PROCESS_AT], row[ID]))
+        assert [row[ID] for row in rows] == [task.id for task in front]
 
         def finish(commit: bool) -> None:
             if end != "commit":
@@ -896,17 +896,27 @@ class Tasks(RuleBasedStateMachine):
         ]
         return sorted(found, key=lambda task: (-task.priority, self.process_at[task.id], task.id))
 
-    def _claimed(self, hand: Hand, rows: list[Any], number: int, *, ahead: bool, is_answered: bool) -> None:
+    def _claimed(
+        self, hand: Hand, rows: list[tuple[Any, ...]], number: int, *, ahead: bool, is_answered: bool
+    ) -> None:
         hand.is_doubtful |= not is_answered
         for row in rows:
-            known = self.tasks[row.id]
+            known = self.tasks[row[ID]]
             task = RunningTask(
-                row._replace(
-                    claim=Claim(Queue(known.queue), PROCESSORS, time.monotonic(), self.lease, list, number)
+                (
+                    *row,
+                    Claim(
+                        Queue(known.queue),
+                        PROCESSORS,
+                        time.monotonic(),
+                        self.lease,
+                        StopSignal(),
+                        list,
+                        number,
+                    ),
                 ),
-                PROCESSORS[row.type],
+                PROCESSORS[row[TYPE]],
                 lambda: TaskSession(self.engine),
-                StopSignal(),
             )
             known.claimed(hand.id, ahead=ahead)
             assert (task.attempt, task.fail_count, task.claim_token) == (
@@ -942,8 +952,8 @@ class Tasks(RuleBasedStateMachine):
                 if attempt.task.row is row and not attempt.is_settled:
                     attempt.is_settled = True
                     attempt.hand.notes.settled([row])
-                    if attempt.hand.held.get(row.id) is attempt:
-                        del attempt.hand.held[row.id]
+                    if attempt.hand.held.get(row[ID]) is attempt:
+                        del attempt.hand.held[row[ID]]
 
     def _end(self, transaction: Transaction, end: End) -> None:
         if end == "wait" and len(self.transactions) < MOST_OPEN:

@@ -85,9 +85,9 @@ def test_names_that_a_convention_has_changed_are_no_difference(engine):
 @pytest.mark.parametrize(
     ("columns", "where"),
     [
-        ("queue, completed_at", "final_state = 'failed'"),
+        ("queue, completed_at", "indexed_state = 'failed'"),
         ("queue, completed_at", "true"),
-        ("queue, failed_at", "final_state = 'completed'"),
+        ("queue, failed_at", "indexed_state = 'completed'"),
     ],
 )
 def test_an_index_of_another_name_on_other_rows_or_columns_is_none_of_ours(engine, columns, where):

@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 from apoq import Queue, Task
 from apoq.core.registry import Registry, make_processor
 from apoq.postgres.connections import execute, own_engine
-from apoq.schema.statements.claim import ClaimedTask, claim
+from apoq.schema.statements.claim import CLAIM, ID, PRIORITY, PROCESS_AT, claim
 from apoq.schema.statements.survey import survey
 from apoq.worker.claiming.cursor import MOST_LEVELS, SLACK, START, ClaimCursor
 from apoq.worker.claiming.scanner import QueueScanner
@@ -27,9 +27,9 @@ SOON = 10.0
 NOW = 1_800_000_000.25
 
 
-def row(id_: int, priority: int, process_at: float) -> ClaimedTask:
-    known = {"id": id_, "priority": priority, "process_at": process_at}
-    return ClaimedTask(**dict.fromkeys(ClaimedTask._fields) | known)
+def row(id_: int, priority: int, process_at: float) -> tuple[object, ...]:
+    known = {ID: id_, PRIORITY: priority, PROCESS_AT: process_at}
+    return tuple(known.get(at) for at in range(CLAIM))
 
 
 def levels(position: ClaimCursor) -> dict[int, tuple[float, int]]:

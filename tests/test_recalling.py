@@ -257,7 +257,7 @@ def test_the_log_has_a_line_when_it_is_told_and_one_when_it_has_ended(engine, ma
 
     cancel(engine, task_id)
 
-    until(lambda: runtime(worker).claimer.held == {})
+    until(lambda: not runtime(worker).claimer.held)
     assert [record.getMessage() for record in caplog.records if record.name != "apoq.worker.worker"] == [
         f"these tasks are this worker's no more, and are told to stop: {task_id}",
         f"task {task_id} (t) was taken from this worker before it ended here; nothing was written to it",

@@ -27,7 +27,7 @@ until = patience(20)
 SCRIPTS = [block.code for block in pages.blocks(pages.DOCS / "deploying.md", "sql")]
 ADDS, CHANGES, WORKS, READS, WORK_POLICY, ADD_POLICY = SCRIPTS
 INSERTED = set(re.search(r"INSERT \((.*?)\)", ADDS).group(1).split(", "))
-OTHERS = {column.name for column in tasks_table(None).c} - INSERTED - {"final_state"}
+OTHERS = {column.name for column in tasks_table(None).c} - INSERTED - {"indexed_state"}
 
 
 @pytest.fixture

@@ -240,7 +240,7 @@ class TestFunctions:
             returns.set()
             until(lambda: "has returned after its timeout" in caplog.text)
 
-            assert [row.id for row in runtime(worker).claimer.held.values()] == [task_id]
+            assert [row[0] for row in runtime(worker).claimer.held.values()] == [task_id]
             assert runtime(worker).claimer._notes._left
 
         until(lambda: failed(engine, task_id))

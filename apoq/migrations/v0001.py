@@ -20,9 +20,7 @@ if TYPE_CHECKING:  # Alembic takes 0.2 s to import, and a worker has no need of 
 TIME = TIMESTAMP(timezone=True)
 NOW = sa.func.now()
 ZERO = sa.text("0")
-ENDED_AS = "NULLIF(NULLIF(NULLIF(state, 'pending'::text), 'waiting'::text), 'running'::text)"
-WAITS = "state = 'waiting'::text"
-WHILE_RUNNING = "CASE WHEN state = 'running'::text THEN {} ELSE NULL::text END"
+INDEXED_STATE = "NULLIF(NULLIF(state, 'pending'::text), 'running'::text)"
 
 STORAGE = {
     # Room on each page for the new version of each of its rows that a claim writes: where it finds none, it
@@ -77,18 +75,16 @@ def upgrade(op: Operations, schema: str | None = None) -> None:
         sa.Column("failed_at", TIME),
         sa.Column("cancelled_at", TIME),
         sa.Column("error", JSONB),
-        sa.Column("final_state", sa.Text, sa.Computed(ENDED_AS, persisted=True)),
+        sa.Column("indexed_state", sa.Text, sa.Computed(INDEXED_STATE, persisted=True)),
         sa.Column("meta", JSONB),
         # Of features to come: to add them to a table that is in use would be expensive. A plain task leaves
-        # them NULL, which takes one bit, or at their defaults.
+        # them NULL, which takes one bit.
         sa.Column("unique_key", sa.Text),
         sa.Column("held_unique_key", sa.Text),
         sa.Column("key", sa.Text),
         sa.Column("slot", sa.Integer),
         sa.Column("pool_key", sa.Text),
         sa.Column("pool_slot", sa.Integer),
-        sa.Column("held_key", sa.Text, sa.Computed(WHILE_RUNNING.format("key"), persisted=True)),
-        sa.Column("held_pool_key", sa.Text, sa.Computed(WHILE_RUNNING.format("pool_key"), persisted=True)),
         sa.Column("waiting_since", TIME),
         sa.Column("waiting_for", sa.Text),
         sa.Column("on_parent_failure", sa.Text),
@@ -96,11 +92,10 @@ def upgrade(op: Operations, schema: str | None = None) -> None:
         sa.Column("schedule", sa.Text),
         sa.Column("tick_at", TIME),
         sa.Column("result", JSONB),
-        sa.Column("unique_until_end", sa.Boolean, server_default=sa.false(), nullable=False),
-        sa.Column("blockers", sa.Integer, server_default=ZERO, nullable=False),
-        sa.Column("is_followed", sa.Boolean, server_default=sa.false(), nullable=False),
-        sa.Column("has_parts", sa.Boolean, server_default=sa.false(), nullable=False),
-        sa.Column("waits", sa.Boolean, sa.Computed(WAITS, persisted=True)),
+        sa.Column("unique_until_end", sa.Boolean),
+        sa.Column("blockers", sa.Integer),
+        sa.Column("is_followed", sa.Boolean),
+        sa.Column("has_parts", sa.Boolean),
     ):
         op.add_column("apoq_tasks", column, schema=schema, if_not_exists=True)
     check = op.f("apoq_tasks_state_check")
@@ -119,7 +114,7 @@ def upgrade(op: Operations, schema: str | None = None) -> None:
         "apoq_tasks",
         ["queue", sa.text("priority DESC"), "process_at", "id"],
         schema=schema,
-        postgresql_where=sa.text("final_state IS NULL AND NOT waits"),
+        postgresql_where=sa.text("indexed_state IS NULL"),
         if_not_exists=True,
     )
     op.create_index(
@@ -127,7 +122,7 @@ def upgrade(op: Operations, schema: str | None = None) -> None:
         "apoq_tasks",
         ["queue", "id"],
         schema=schema,
-        postgresql_where=sa.text("waits"),
+        postgresql_where=sa.text("indexed_state = 'waiting'"),
         if_not_exists=True,
     )
     op.create_index(
@@ -135,7 +130,7 @@ def upgrade(op: Operations, schema: str | None = None) -> None:
         "apoq_tasks",
         ["queue", "completed_at"],
         schema=schema,
-        postgresql_where=sa.text("final_state = 'completed'"),
+        postgresql_where=sa.text("indexed_state = 'completed'"),
         if_not_exists=True,
     )
     op.create_index(
@@ -143,7 +138,7 @@ def upgrade(op: Operations, schema: str | None = None) -> None:
         "apoq_tasks",
         ["queue", sa.text("coalesce(cancelled_at, failed_at, process_at)")],
         schema=schema,
-        postgresql_where=sa.text("final_state IN ('failed', 'cancelled')"),
+        postgresql_where=sa.text("indexed_state IN ('failed', 'cancelled')"),
         if_not_exists=True,
     )
     _alter(op, "apoq_tasks", schema, _set(STORAGE))

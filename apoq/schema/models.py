@@ -11,7 +11,6 @@ from uuid import UUID
 from sqlalchemy import (
     BigInteger,
     CheckConstraint,
-    Column,
     Computed,
     Index,
     MetaData,
@@ -39,9 +38,7 @@ from apoq.core.states import CANCELLED, COMPLETED, FAILED, PENDING, RUNNING, STA
 DEFAULT_QUEUE = "default"
 
 # In PostgreSQL's own words, or else Alembic takes what it answers for another expression.
-_ENDED_AS: Final = f"NULLIF(NULLIF(NULLIF(state, '{PENDING}'::text), '{WAITING}'::text), '{RUNNING}'::text)"
-_WAITS: Final = f"state = '{WAITING}'::text"
-_WHILE_RUNNING: Final = f"CASE WHEN state = '{RUNNING}'::text THEN {{}} ELSE NULL::text END"
+_INDEXED_STATE: Final = f"NULLIF(NULLIF(state, '{PENDING}'::text), '{RUNNING}'::text)"
 
 
 class Base(DeclarativeBase):
@@ -105,22 +102,19 @@ class Task(Base):
     cancelled_at: Mapped[datetime | None]
     error: Mapped[dict[str, str] | None] = mapped_column(JSONB(none_as_null=True))
     """The last failure: its `class`, `message` and `traceback`."""
-    final_state: Mapped[str | None] = mapped_column(Computed(_ENDED_AS, persisted=True))
-    """The state in which it has ended; None while it is pending, waiting or running. Kept by the database."""
+    indexed_state: Mapped[str | None] = mapped_column(Computed(_INDEXED_STATE, persisted=True))
+    """The state, for indexes to find it by; None while it is pending or running. Kept by the database."""
     meta: Mapped[dict[str, Any] | None] = mapped_column(JSONB(none_as_null=True))
     """The application's own notes about the task, such as a request's id or a tenant."""
 
-    # The columns of features to come: a plain task leaves them NULL or at their defaults.
+    # The columns of features to come: a plain task leaves them NULL. Each row is written three times, and a
+    # column that holds something, or is generated, costs each of them more than one that is NULL.
     unique_key: Mapped[str | None]
     held_unique_key: Mapped[str | None]
     key: Mapped[str | None]
     slot: Mapped[int | None] = mapped_column(Integer)
     pool_key: Mapped[str | None]
     pool_slot: Mapped[int | None] = mapped_column(Integer)
-    held_key: Mapped[str | None] = mapped_column(Computed(_WHILE_RUNNING.format("key"), persisted=True))
-    held_pool_key: Mapped[str | None] = mapped_column(
-        Computed(_WHILE_RUNNING.format("pool_key"), persisted=True)
-    )
     waiting_since: Mapped[datetime | None]
     waiting_for: Mapped[str | None]
     on_parent_failure: Mapped[str | None]
@@ -128,10 +122,10 @@ class Task(Base):
     schedule: Mapped[str | None]
     tick_at: Mapped[datetime | None]
     result: Mapped[Any | None] = mapped_column(JSONB(none_as_null=True))
-    unique_until_end: Mapped[bool] = mapped_column(Boolean, server_default=false())
-    blockers: Mapped[int] = mapped_column(Integer, server_default=text("0"))
-    is_followed: Mapped[bool] = mapped_column(Boolean, server_default=false())
-    has_parts: Mapped[bool] = mapped_column(Boolean, server_default=false())
+    unique_until_end: Mapped[bool | None] = mapped_column(Boolean)
+    blockers: Mapped[int | None] = mapped_column(Integer)
+    is_followed: Mapped[bool | None] = mapped_column(Boolean)
+    has_parts: Mapped[bool | None] = mapped_column(Boolean)
 
     __table_args__ = (
         CheckConstraint(f"state IN {alternatives(STATES)}", name=conv("apoq_tasks_state_check")),
@@ -145,21 +139,26 @@ class Task(Base):
             text("priority DESC"),
             "process_at",
             "id",
-            postgresql_where=text("final_state IS NULL AND NOT waits"),
+            postgresql_where=text("indexed_state IS NULL"),
         ),
-        Index(conv("apoq_tasks_waiting_idx"), "queue", "id", postgresql_where=text("waits")),
+        Index(
+            conv("apoq_tasks_waiting_idx"),
+            "queue",
+            "id",
+            postgresql_where=text(f"indexed_state = '{WAITING}'"),
+        ),
         # What the pruner deletes from, the oldest first.
         Index(
             conv("apoq_tasks_completed_idx"),
             "queue",
             "completed_at",
-            postgresql_where=text(f"final_state = '{COMPLETED}'"),
+            postgresql_where=text(f"indexed_state = '{COMPLETED}'"),
         ),
         Index(
             conv("apoq_tasks_failed_idx"),
             "queue",
             text("coalesce(cancelled_at, failed_at, process_at)"),
-            postgresql_where=text(f"final_state IN ('{FAILED}', '{CANCELLED}')"),
+            postgresql_where=text(f"indexed_state IN ('{FAILED}', '{CANCELLED}')"),
         ),
     )
 
@@ -182,10 +181,6 @@ class Task(Base):
             f"{name}={self.__dict__[name]!r}" for name in ("id", "type", "state") if name in self.__dict__
         ]
         return f"<Task {' '.join(shown)}>"
-
-
-# Kept by the database for its indexes, and not mapped: an object that holds it could not be inserted again.
-cast("Table", Task.__table__).append_column(Column("waits", Boolean, Computed(_WAITS, persisted=True)))
 
 
 @event.listens_for(Task, "expire", propagate=True, raw=True)
@@ -237,11 +232,11 @@ class ClaimRow(Base):
 UPCOMING: Final = frozenset(
     (
         *("unique_key", "held_unique_key", "unique_until_end", "key", "slot", "pool_key", "pool_slot"),
-        *("held_key", "held_pool_key", "waiting_since", "waiting_for", "blockers", "on_parent_failure"),
-        *("is_followed", "has_parts", "group_id", "schedule", "tick_at", "result", "waits"),
+        *("waiting_since", "waiting_for", "blockers", "on_parent_failure", "is_followed", "has_parts"),
+        *("group_id", "schedule", "tick_at", "result"),
     )
 )
-"""Columns that nobody needs to see: those of features to come, and one for the indexes."""
+"""Columns that nobody needs to see yet: those of features to come."""
 
 
 @cache
@@ -253,11 +248,7 @@ def task_class(schema: str | None) -> type[Task]:
     mapped = type(
         f"Task_in_{schema}",
         (Task,),
-        {
-            "__table__": table,
-            "__mapper_args__": {"concrete": True, "exclude_properties": ["waits"]},
-            "__doc__": f"`Task`, in {schema}.",
-        },
+        {"__table__": table, "__mapper_args__": {"concrete": True}, "__doc__": f"`Task`, in {schema}."},
     )
     return cast("type[Task]", mapped)
 

@@ -25,7 +25,7 @@ from apoq.core.states import FAILED, PENDING
 from apoq.errors import InvalidProcessor, glimpse
 from apoq.postgres.urls import check_untranslated
 from apoq.schema.models import Task, detached, tasks_table
-from apoq.schema.statements.claim import claim
+from apoq.schema.statements.claim import CLAIM, TYPE, claim
 from apoq.schema.statements.data import read_data
 from apoq.schema.statements.survey import survey
 from apoq.testing.clock import travel
@@ -121,7 +121,7 @@ class _Drain:
         self._errors = errors
         self._worker_id = uuid4()
         self._deadlines = InLineDeadlines()
-        self._notice = StopSignal()
+        self._signal = StopSignal()
         self._ended: dict[tuple[str | None, int], _Row] = {}
         self._runner: asyncio.Runner | None = None
         self._last: AnyRunningTask | None = None
@@ -177,22 +177,22 @@ class _Drain:
             }
             statement = claim(queue.schema, overflows=position.lower_than is not None)
             for row in self._execute(queue, statement, parameters):
-                batch = Claim(queue, crew.processors(queue), time.monotonic(), FOR_EVER, self._fetch)
-                return crew, self._make(Claimed._make((*row, batch)))
+                batch = Claim(
+                    queue, crew.processors(queue), time.monotonic(), FOR_EVER, self._signal, self._fetch
+                )
+                return crew, self._make((*tuple(row), batch))
         return None
 
-    def _fetch(self, row: Claimed) -> Sequence[Sequence[Any]]:
-        batch = row.claim
-        queue = batch.from_queue
-        parameters = {"task_id": row.id, "held_under": row.claim_token, "longest_data": longest_data(queue)}
+    def _fetch(self, task: AnyRunningTask) -> Sequence[Sequence[Any]]:
+        queue = task.from_queue
+        parameters = {"task_id": task.id, "held_under": task.claim_token, "longest_data": longest_data(queue)}
         return self._execute(queue, read_data(queue.schema), parameters).all()
 
     def _make(self, row: Claimed) -> AnyRunningTask:
-        batch = row.claim
-        processor = batch.processors[row.type]
+        processor = row[CLAIM].processors[row[TYPE]]
         if processor.is_coroutine:
-            return AsyncRunningTask(row, processor, self._open_async, self._notice)
-        return RunningTask(row, processor, self._open, self._notice)
+            return AsyncRunningTask(row, processor, self._open_async)
+        return RunningTask(row, processor, self._open)
 
     def _open(self) -> TaskSession:
         return TaskSession(self._connection, join_transaction_mode="create_savepoint")

@@ -19,6 +19,7 @@ from apoq.core.registry import Registry
 from apoq.postgres.connections import own_engine
 from apoq.postgres.urls import sync_side
 from apoq.postgres.watchdog import LOOK, watch
+from apoq.schema.statements.claim import CLAIM, TYPE
 from apoq.schema.statements.hint import has_tasks
 from apoq.schema.statements.settle import LOCK_TIMEOUT
 from apoq.worker.claiming.claim_log import ClaimLog
@@ -97,7 +98,7 @@ class Runtime:
         listening = self.engine if options.listen_url is None else listen_engine(options.listen_url)
         self._listening_engine = listening
         self._schemas = tuple(dict.fromkeys(queue.schema for queue in queues))
-        self._notices = self._new_notices()
+        self._signals = {schema: StopSignal() for schema in self._schemas}
         self._by = math.inf
         self._beside: set[AnyRunningTask] = set()  # what runs in no slot, but on the thread of `work`
         self.coroutines = EventLoopThread()
@@ -158,6 +159,7 @@ class Runtime:
             self.outage,
             positions=positions,
             leases=self.heartbeat.leases,
+            signals=self._signals,
             on_claim=self._claimed,
             make=self._make,
             put_ended=self._put_ended,
@@ -265,8 +267,8 @@ class Runtime:
         the connections are cut on which an answer is awaited.
         """
         ends_at = math.inf if patience is None else time.monotonic() + patience
-        for notice in self._notices.values():
-            notice.is_given = True
+        for signal in self._signals.values():
+            signal.is_given = True
         self.slots.close()
         claiming = (self.scouting, self.claiming, self.pruning, self.sweeping)
         for loop in claiming:
@@ -297,7 +299,8 @@ class Runtime:
         self.listener.stop()
         self.end(self.listening, by)
         self.listener.close()
-        self._notices = self._new_notices()  # for the next start; those that run on are told to stop still
+        # For the next start; those that run on are told to stop still.
+        self._signals.update({schema: StopSignal() for schema in self._schemas})
         return by
 
     def end(self, loop: Loop, by: float) -> bool:
@@ -325,12 +328,10 @@ class Runtime:
         self.on_death()
 
     def _make(self, row: Claimed) -> AnyRunningTask:
-        batch = row.claim
-        processor = batch.processors[row.type]
-        notice = self._notices[batch.from_queue.schema]
+        processor = row[CLAIM].processors[row[TYPE]]
         if processor.is_coroutine:
-            return AsyncRunningTask(row, processor, self.sessions.open_async, notice)
-        return RunningTask(row, processor, self.sessions.open, notice)
+            return AsyncRunningTask(row, processor, self.sessions.open_async)
+        return RunningTask(row, processor, self.sessions.open)
 
     def _put_ended(self, end: AttemptResult) -> None:
         if end.row is not None and end.outcome is None and not self._completion.is_heard:
@@ -358,8 +359,8 @@ class Runtime:
             "" if len(schemas) == len(self._schemas) else f" in {', '.join(map(repr, schemas))}",
         )
         for schema in schemas:
-            self._notices[schema].is_given = True
-            self._notices[schema] = StopSignal()  # for what is claimed when it is renewed
+            self._signals[schema].is_given = True
+            self._signals[schema] = StopSignal()  # for what is claimed when it is renewed
         self._give_back(self.slots.take_back(schemas))
         for task in self.slots.running():
             if task.from_queue.schema in schemas:
@@ -373,9 +374,6 @@ class Runtime:
     def _doubt(self) -> None:
         self.claimer.doubt()
         self.hint()
-
-    def _new_notices(self) -> dict[str | None, StopSignal]:
-        return {schema: StopSignal() for schema in self._schemas}
 
     def _hinted(self, connection: PoolProxiedConnection | None) -> None:
         self.claimer.hint()

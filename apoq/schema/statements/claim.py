@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any, Final, Generic, NamedTuple, TypeVar
+from typing import Any, Final, TypeVar
 
 from sqlalchemy import (
     CTE,
@@ -48,38 +48,43 @@ CHANGED: Final = ("state", "claim_token", "attempt", "worker_id", "claimed_at", 
 
 C = TypeVar("C")
 
+ClaimedTask = tuple[
+    int,  # id
+    str,  # type
+    str | None,  # data: its JSON; None or cut off if it is large
+    int,  # priority
+    float,  # created_at, in seconds since 1970
+    float,  # process_at, the same
+    int,  # attempt
+    int,  # fail_count
+    int,  # claim_token
+    int | None,  # retry_limit
+    float | None,  # retry_delay, in seconds
+    float | None,  # timeout, in seconds
+    str | None,  # meta: its JSON; None if it is large
+    C,  # the claim that it belongs to, which the worker adds
+]
+"""What `claim` returns of a task, and the claim that it belongs to.
 
-class ClaimedTask(NamedTuple, Generic[C]):
-    """What `claim` returns of a task, in this order, and the claim that it belongs to.
+A thousand of these wait at once, and the garbage collector looks at each again and again. As objects of a
+class they would take a tenth of a busy worker's time: one is made when a task begins.
+"""
 
-    A thousand wait at once, and the garbage collector looks at each object again and again: as objects with
-    more in them, they would take a third of a busy worker's time. So more is made when a task begins.
-    """
-
-    id: int
-    type: str
-    data: str | None
-    """Its JSON; None or cut off if it is large."""
-    priority: int
-    created_at: float
-    """In seconds since 1970, as all times here."""
-    process_at: float
-    attempt: int
-    fail_count: int
-    claim_token: int
-    retry_limit: int | None
-    retry_delay: float | None
-    """In seconds."""
-    timeout: float | None
-    """In seconds."""
-    meta: str | None
-    """Its JSON; None if it is large."""
-    claim: C
-    """Added by the worker."""
-
-
-COLUMNS: Final = ClaimedTask._fields[:-1]
-"""Those of a claimed task that the database returns."""
+ID: Final = 0
+TYPE: Final = 1
+DATA: Final = 2
+PRIORITY: Final = 3
+CREATED_AT: Final = 4
+PROCESS_AT: Final = 5
+ATTEMPT: Final = 6
+FAIL_COUNT: Final = 7
+CLAIM_TOKEN: Final = 8
+RETRY_LIMIT: Final = 9
+RETRY_DELAY: Final = 10
+TIMEOUT: Final = 11
+META: Final = 12
+CLAIM: Final = 13
+"""Where these stand in a `ClaimedTask`."""
 
 LONGEST: Final = 8_000
 """Bytes that data takes when it is stored, and characters of its text, at most, to be in a claim's answer."""
@@ -134,15 +139,23 @@ def claim(
     if ahead:
         count = select(func.count()).select_from(picked).scalar_subquery()
         may_not_have_begun = or_(count > bindparam("free", type_=BigInteger), is_spent)
-    returned: dict[str, ColumnElement[Any]] = {
-        "data": cast(null(), Text) if bare else short_text(tasks.c.data),
-        "meta": cast(null(), Text) if bare else short_text(tasks.c.meta),
-        "created_at": func.date_part(EPOCH, tasks.c.created_at, type_=Double),
-        "process_at": func.date_part(EPOCH, tasks.c.process_at, type_=Double),
+    # As `ClaimedTask` says.
+    returned: tuple[ColumnElement[Any], ...] = (
+        tasks.c.id,
+        tasks.c.type,
+        cast(null(), Text) if bare else short_text(tasks.c.data),
+        tasks.c.priority,
+        func.date_part(EPOCH, tasks.c.created_at, type_=Double),
+        func.date_part(EPOCH, tasks.c.process_at, type_=Double),
+        tasks.c.attempt,
+        tasks.c.fail_count,
+        tasks.c.claim_token,
+        tasks.c.retry_limit,
         # In seconds, because an interval may be longer than Python's.
-        "retry_delay": func.date_part(EPOCH, tasks.c.retry_delay, type_=Double),
-        "timeout": func.date_part(EPOCH, tasks.c.timeout, type_=Double),
-    }
+        func.date_part(EPOCH, tasks.c.retry_delay, type_=Double),
+        func.date_part(EPOCH, tasks.c.timeout, type_=Double),
+        cast(null(), Text) if bare else short_text(tasks.c.meta),
+    )
     return (
         update(tasks)
         # By where they stand, and as an array: by id, or joined, it takes the server a tenth longer. What is
@@ -158,7 +171,7 @@ def claim(
             claimed_at=func.now(),
             prefetched=may_not_have_begun,
         )
-        .returning(*(returned.get(name, tasks.c[name]) for name in COLUMNS))
+        .returning(*returned)
         .add_cte(note(schema, picked).cte("note"))
     )
 

@@ -32,11 +32,11 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import INTERVAL
 
-from apoq.core.states import CANCELLED, COMPLETED, FAILED
+from apoq.core.states import CANCELLED, COMPLETED, FAILED, WAITING
 from apoq.schema.models import tasks_table, workers_table
 from apoq.schema.statements.literals import seconds_between
 from apoq.schema.statements.running import is_noted, is_running, open_queues
-from apoq.schema.statements.states import final_state, is_pending
+from apoq.schema.statements.states import is_in, is_pending
 from apoq.schema.statements.survey import pending_priorities
 
 COUNTED: Final = 10_000
@@ -55,9 +55,9 @@ def queues(schema: str | None) -> Select[*tuple[Any, ...]]:
     tasks, workers = tasks_table(schema), workers_table(schema)
     found = union(
         select(open_queues(schema).c.queue).limit(_AT_MOST).subquery().select(),
-        _names(schema, "waiting", tasks.c.waits),
-        _names(schema, "completed", final_state(tasks, COMPLETED)),
-        _names(schema, "ended", final_state(tasks, FAILED, CANCELLED)),
+        _names(schema, "waiting", is_in(tasks, WAITING)),
+        _names(schema, "completed", is_in(tasks, COMPLETED)),
+        _names(schema, "ended", is_in(tasks, FAILED, CANCELLED)),
         select(func.unnest(workers.c.queues, type_=Text)),
     ).subquery("found")
     name: ColumnElement[str] = found.c[0]
@@ -90,12 +90,12 @@ def count(schema: str | None) -> Select[*tuple[Any, ...]]:
         level = tasks_of_one.limit(at_most).lateral("level")
         return select(level.c.process_at).select_from(priorities.join(level, true()))
 
-    waiting = select(tasks.c.id).where(tasks.c.queue == _QUEUE, tasks.c.waits)
+    waiting = select(tasks.c.id).where(tasks.c.queue == _QUEUE, is_in(tasks, WAITING))
 
     first = of_each(due.order_by(tasks.c.process_at), 1).subquery("first")
     lag = select(_seconds_since(func.min(first.c.process_at))).scalar_subquery()
 
-    completed = select(tasks.c.completed_at).where(tasks.c.queue == _QUEUE, final_state(tasks, COMPLETED))
+    completed = select(tasks.c.completed_at).where(tasks.c.queue == _QUEUE, is_in(tasks, COMPLETED))
     latest = completed.order_by(tasks.c.completed_at.desc()).limit(COUNTED + 1)
 
     def lately(span: str) -> Subquery:
@@ -129,7 +129,7 @@ def count_types(schema: str | None) -> Select[*tuple[Any, ...]]:
     tasks = tasks_table(schema)
     mine = select(tasks.c.state, tasks.c.type).where(tasks.c.queue == _QUEUE)
     ended = _ended(schema)
-    completed = mine.where(final_state(tasks, COMPLETED)).order_by(tasks.c.completed_at.desc())
+    completed = mine.where(is_in(tasks, COMPLETED)).order_by(tasks.c.completed_at.desc())
     pending = mine.where(is_pending(tasks))
     pending = pending.order_by(tasks.c.priority.desc(), tasks.c.process_at, tasks.c.id)
     found = union_all(
@@ -190,7 +190,7 @@ def _ended(schema: str | None) -> Select[*tuple[Any, ...]]:
     ended_at = func.coalesce(tasks.c.cancelled_at, tasks.c.failed_at, tasks.c.process_at)
     return (
         select(tasks.c.state, tasks.c.type)
-        .where(tasks.c.queue == _QUEUE, final_state(tasks, FAILED, CANCELLED))
+        .where(tasks.c.queue == _QUEUE, is_in(tasks, FAILED, CANCELLED))
         .order_by(ended_at.desc())
     )
 

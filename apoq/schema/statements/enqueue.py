@@ -94,10 +94,6 @@ _UNTOUCHED: Final[dict[str, Any]] = {
     "rescue_count": 0,
     "claim_token": 0,
     "prefetched": False,
-    "unique_until_end": False,
-    "blockers": 0,
-    "is_followed": False,
-    "has_parts": False,
 }
 """What defaults make of a task that nobody has claimed; generated columns are None until they are read."""
 

@@ -11,7 +11,7 @@ from sqlalchemy.types import Integer
 
 from apoq.core.states import CANCELLED, COMPLETED, FAILED
 from apoq.schema.models import tasks_table
-from apoq.schema.statements.states import final_state
+from apoq.schema.statements.states import is_in
 
 
 @cache
@@ -43,14 +43,14 @@ def count_prunable_failed(schema: str | None) -> Select[*tuple[Any, ...]]:
 
 def _old_completed(schema: str | None) -> Select[*tuple[Any, ...]]:
     tasks = tasks_table(schema)
-    return _old(schema, final_state(tasks, COMPLETED), tasks.c.completed_at)
+    return _old(schema, is_in(tasks, COMPLETED), tasks.c.completed_at)
 
 
 def _old_failed(schema: str | None) -> Select[*tuple[Any, ...]]:
     tasks = tasks_table(schema)
     # The Node.js original doesn't say when a task failed: then it was due about that time.
     ended_at = func.coalesce(tasks.c.cancelled_at, tasks.c.failed_at, tasks.c.process_at)
-    return _old(schema, final_state(tasks, FAILED, CANCELLED), ended_at)
+    return _old(schema, is_in(tasks, FAILED, CANCELLED), ended_at)
 
 
 def _old(

@@ -29,7 +29,7 @@ from sqlalchemy import (
 from apoq.core import states
 from apoq.schema.models import claims_table, tasks_table
 from apoq.schema.statements.literals import RUNNING
-from apoq.schema.statements.states import final_state, is_open, is_pending, runs
+from apoq.schema.statements.states import is_in, is_open, is_pending, runs
 
 NOTED: Final = 100_000
 """Ids in notes that are looked up, at most."""
@@ -58,11 +58,9 @@ def in_state(schema: str | None, tasks: FromClause, state: str) -> ColumnElement
     """Pick the tasks of a state."""
     if state == states.PENDING:
         return is_pending(tasks)
-    if state == states.WAITING:
-        return tasks.c.waits
     if state == states.RUNNING:
         return is_running(schema, tasks)
-    return final_state(tasks, state)
+    return is_in(tasks, state)
 
 
 def open_queues(schema: str | None) -> CTE:

@@ -17,7 +17,7 @@ def is_pending(tasks: FromClause) -> ColumnElement[bool]:
 
 def is_open(tasks: FromClause) -> ColumnElement[bool]:
     """Pick tasks that are pending or running: those in the index that a claim reads."""
-    return and_(tasks.c.final_state.is_(None), ~tasks.c.waits)
+    return tasks.c.indexed_state.is_(None)
 
 
 def runs(tasks: FromClause) -> ColumnElement[bool]:
@@ -29,6 +29,6 @@ def runs(tasks: FromClause) -> ColumnElement[bool]:
     return func.coalesce(tasks.c.state, literal_column("''", Text)) == RUNNING
 
 
-def final_state(tasks: FromClause, *ends: str) -> ColumnElement[bool]:
-    """Pick tasks that have ended in one of these states."""
-    return or_(*(tasks.c.final_state == literal_column(f"'{state}'", Text) for state in ends))
+def is_in(tasks: FromClause, *states: str) -> ColumnElement[bool]:
+    """Pick tasks that are in one of these states; neither pending nor running ones, which no index names."""
+    return or_(*(tasks.c.indexed_state == literal_column(f"'{state}'", Text) for state in states))

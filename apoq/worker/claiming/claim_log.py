@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Final
 
+from apoq.schema.statements.claim import CLAIM
 from apoq.worker.execution.running_task import Claimed
 
 ENOUGH: Final = 16
@@ -70,7 +71,7 @@ class ClaimLog:
 
     def settled(self, tasks: list[Claimed]) -> None:
         """Remember that these are settled."""
-        numbers = Counter([row.claim.number for row in tasks])
+        numbers = Counter([row[CLAIM].number for row in tasks])
         with self._lock:
             for number, size in numbers.items():
                 left = self._left[number]

@@ -24,7 +24,7 @@ from apoq.postgres.connections import STATEMENT_TIMEOUT, execute, is_away, is_ca
 from apoq.postgres.fast_path import written
 from apoq.schema.models import ClaimRow
 from apoq.schema.statements.arrays import array_text
-from apoq.schema.statements.claim import COLUMNS, ClaimedTask, claim, next_due
+from apoq.schema.statements.claim import CLAIM, FAIL_COUNT, ID, PRIORITY, PROCESS_AT, claim, next_due
 from apoq.schema.statements.data import read_data
 from apoq.schema.statements.notes import forget_settled
 from apoq.schema.statements.recover import forget_unknown, give_back
@@ -32,7 +32,7 @@ from apoq.worker.claiming.claim_log import ClaimLog
 from apoq.worker.claiming.cursor import ClaimCursor
 from apoq.worker.execution.attempts import AttemptResult, ended
 from apoq.worker.execution.executor import Executor, released
-from apoq.worker.execution.running_task import AnyRunningTask, Claim, Claimed, longest_data
+from apoq.worker.execution.running_task import AnyRunningTask, Claim, Claimed, StopSignal, longest_data
 from apoq.worker.failures import Outage
 from apoq.worker.isolation import Isolation
 from apoq.worker.liveness.lease import Lease
@@ -71,9 +71,6 @@ MOST_REFUSED: Final = 5
 
 MOST_TRIES: Final = 20
 """Claims that one turn sends at most, to find what the server refuses."""
-
-_BY_AGE: Final = itemgetter(COLUMNS.index("process_at"), COLUMNS.index("id"))
-_BY_PRIORITY: Final = itemgetter(COLUMNS.index("priority"))
 
 
 def ahead(concurrency: int, run_time: float | None) -> int:
@@ -121,6 +118,7 @@ class Claimer:
         *,
         positions: dict[Queue, ClaimCursor],
         leases: Mapping[str | None, Lease],
+        signals: Mapping[str | None, StopSignal],
         on_claim: Callable[[int, int], None],
         make: Callable[[Claimed], AnyRunningTask],
         put_ended: Callable[[AttemptResult], None],
@@ -128,6 +126,7 @@ class Claimer:
         self._engine = engine
         self._sources = [_Source(queue, positions[queue], leases[queue.schema]) for queue in queues]
         self._leases = leases
+        self._signals = signals
         self._claiming: Isolation[_Source] = Isolation(
             lambda source: f"the claim from {source.queue!r}", outage
         )
@@ -143,7 +142,7 @@ class Claimer:
 
         Not by its own: it may be claimed once more while its last run goes on, and schemas count from 1 each.
         """
-        self._moves: list[tuple[ClaimCursor, list[Claimed], bool]] = []
+        self._moves: list[tuple[ClaimCursor, list[tuple[Any, ...]], bool]] = []
         self._notes = notes
         self.waits_for_room = True
         """Whether a slot that is freed is a reason to take a turn."""
@@ -240,7 +239,7 @@ class Claimer:
 
     def _startable(self, tasks: list[Claimed]) -> Iterator[Claimed]:
         for row in tasks:
-            if row.fail_count:
+            if row[FAIL_COUNT]:
                 task = self._make(row)
                 if not has_attempts(task):
                     self._put_ended(ended(task, WorkerDied(WorkerDied.__doc__)))
@@ -274,20 +273,21 @@ class Claimer:
             )
         number, rows = self._narrowly(source, limit, max(free, 0), where)
         # In two steps, for which C's functions do; the second leaves each priority in the order of the first.
-        rows.sort(key=_BY_AGE)
-        rows.sort(key=_BY_PRIORITY, reverse=True)
+        rows.sort(key=itemgetter(PROCESS_AT, ID))
+        rows.sort(key=itemgetter(PRIORITY), reverse=True)
         batch = Claim(
             queue,
             processors,
             time.monotonic(),
             source.lease,
+            self._signals[queue.schema],
             self._fetch,
             number,
             is_ahead=len(rows) > free,
         )
-        tasks: list[Claimed] = [ClaimedTask._make((*row, batch)) for row in rows]
-        if tasks:
-            self._moves.append((source.position, tasks, len(tasks) < limit))
+        if rows:
+            self._moves.append((source.position, rows, len(rows) < limit))
+        tasks: list[Claimed] = [(*row, batch) for row in rows]
         self.held.update({id(task): task for task in tasks})
         return tasks
 
@@ -370,15 +370,15 @@ class Claimer:
             parameters["passed_over"] = array_text(passed_over)
         return parameters
 
-    def _fetch(self, row: Claimed) -> list[tuple[Any, ...]]:
+    def _fetch(self, task: AnyRunningTask) -> list[tuple[Any, ...]]:
         """Read the data of a task that is too large for its claim's answer."""
-        batch = row.claim
+        queue = task.from_queue
         parameters = {
-            "task_id": row.id,
-            "held_under": row.claim_token,
-            "longest_data": longest_data(batch.from_queue),
+            "task_id": task.id,
+            "held_under": task.claim_token,
+            "longest_data": longest_data(queue),
         }
-        return execute(self._engine, read_data(batch.from_queue.schema), parameters).fetchall()
+        return execute(self._engine, read_data(queue.schema), parameters).fetchall()
 
     def _move(self) -> None:
         """Move the positions behind what was claimed: at once, but for the tasks, which begin before."""
@@ -425,7 +425,7 @@ class Claimer:
 
     def _give_back(self, schema: str | None) -> bool:
         """Give back what strays there are in a schema; return whether none is left."""
-        held = [task.id for task in list(self.held.values()) if task.claim.from_queue.schema == schema]
+        held = [row[ID] for row in list(self.held.values()) if row[CLAIM].from_queue.schema == schema]
         parameters = {
             "by_worker": self.worker_id,
             "known": array_text(self._notes.known(schema)),

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Final, NamedTuple
 
 from apoq.schema.statements.arrays import array_text
-from apoq.schema.statements.claim import ClaimedTask
+from apoq.schema.statements.claim import ID, PRIORITY, PROCESS_AT
 
 START: Final = (-math.inf, 0)
 
@@ -85,9 +85,9 @@ class ClaimCursor:
             self._passed_over[task_id] = time.monotonic() + seconds, seconds
         return seconds
 
-    def claimed(self, tasks: Sequence[ClaimedTask[Any]], *, is_all: bool) -> None:
+    def claimed(self, tasks: Sequence[Sequence[Any]], *, is_all: bool) -> None:
         """Move behind the tasks of a claim, which are in order; `is_all`: it found no more than these."""
-        ends = {task.priority: (task.process_at, task.id) for task in tasks}
+        ends = {task[PRIORITY]: (task[PROCESS_AT], task[ID]) for task in tasks}
         with self._lock:
             moved = dict(self._levels)
             for priority, (at, id_) in ends.items():

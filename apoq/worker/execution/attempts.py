@@ -50,7 +50,7 @@ def ended(
 
 def is_late(end: AttemptResult) -> bool:
     """Tell whether the attempt was ended before, by its timeout."""
-    return isinstance(end.outcome, TaskLost) and end.task.notice is not LOST
+    return isinstance(end.outcome, TaskLost) and end.task.signal is not LOST
 
 
 def run(task: RunningTask, completion: Completion, deadlines: Deadlines) -> AttemptResult:
@@ -69,7 +69,7 @@ def _run(task: RunningTask, completion: Completion, deadlines: Deadlines) -> Att
     row = outcome = None
     try:
         task.read()
-        if task.notice is LOST:
+        if task.signal is LOST:
             raise TaskLost  # noqa: TRY301 - between the line and its slot
         limit = task.timeout
         answer = task.processor.function(task) if limit is None else _run_within(limit, task, deadlines)

@@ -11,6 +11,7 @@ from queue import SimpleQueue
 from typing import Final
 
 from apoq.core.outcomes import Release
+from apoq.schema.statements.claim import CLAIM
 from apoq.worker.execution.attempts import AttemptResult, ended, run, run_coroutine
 from apoq.worker.execution.completion import Completion
 from apoq.worker.execution.deadlines import Deadlines
@@ -84,7 +85,7 @@ class Executor:
         if not self._line:
             return None
         try:
-            batch = self._line[0].claim
+            batch = self._line[0][CLAIM]
         except IndexError:  # it has just begun
             return None
         return batch.claimed_at
@@ -141,7 +142,7 @@ class Executor:
                 while True:
                     # One by one, because slots take from the line meanwhile.
                     row = self._line.popleft()
-                    batch = row.claim
+                    batch = row[CLAIM]
                     is_meant = schemas is None or batch.from_queue.schema in schemas
                     (taken if is_meant else others).append(row)
             self._line.extendleft(reversed(others))
@@ -241,7 +242,7 @@ class Executor:
             task: AnyRunningTask | None = begun
             while isinstance(task, RunningTask):
                 started = time.monotonic()
-                is_held = task.row.claim.lease.ends_at > started
+                is_held = task.row[CLAIM].lease.ends_at > started
                 end = run(task, self._completion, self._deadlines) if is_held else released(task)
                 self._ended(end, started)
                 task = self._next(on_thread=True)
@@ -252,7 +253,7 @@ class Executor:
         task: AnyRunningTask | None = begun
         while isinstance(task, AsyncRunningTask):
             started = time.monotonic()
-            is_held = task.row.claim.lease.ends_at > started
+            is_held = task.row[CLAIM].lease.ends_at > started
             end = await run_coroutine(task, self._completion, self._deadlines) if is_held else released(task)
             self._ended(end, started)
             task = self._next(on_thread=False)

@@ -6,8 +6,9 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any, Final, Generic, NamedTuple, TypeVar
+from typing import Any, Final, Generic, TypeVar, cast
 
 import psycopg
 
@@ -18,7 +19,24 @@ from apoq.core.registry import Processor, Running
 from apoq.core.retry import LONGEST_DELAY, RetryPolicy
 from apoq.postgres.connections import is_away
 from apoq.postgres.loaders import UnreadableData, read_json, read_time
-from apoq.schema.statements.claim import LONGEST, ClaimedTask
+from apoq.schema.statements.claim import (
+    ATTEMPT,
+    CLAIM,
+    CLAIM_TOKEN,
+    CREATED_AT,
+    DATA,
+    FAIL_COUNT,
+    ID,
+    LONGEST,
+    META,
+    PRIORITY,
+    PROCESS_AT,
+    RETRY_DELAY,
+    RETRY_LIMIT,
+    TIMEOUT,
+    TYPE,
+    ClaimedTask,
+)
 from apoq.worker.execution.task_sessions import AsyncTaskSession, TaskSession, cut_off, is_cut_off
 from apoq.worker.liveness.lease import Lease
 
@@ -27,7 +45,8 @@ S = TypeVar("S", bound=TaskSession | AsyncTaskSession)
 _LONGEST: Final = LONGEST_DELAY.total_seconds()
 
 
-class Claim(NamedTuple):
+@dataclass(slots=True, eq=False)
+class Claim:
     """Tasks that one statement has claimed."""
 
     from_queue: Queue
@@ -37,7 +56,9 @@ class Claim(NamedTuple):
     """By time.monotonic()."""
     lease: Lease
     """Of the worker, in the queue's schema."""
-    fetch: Callable[[Claimed], Sequence[Sequence[Any]]]
+    signal: StopSignal
+    """Given when these are to stop."""
+    fetch: Callable[[AnyRunningTask], Sequence[Sequence[Any]]]
     """Reads the data of one of them that is large, as `read_data` does."""
     number: int = 0
     """Of this worker's claims."""
@@ -59,7 +80,7 @@ def longest_data(queue: Queue) -> int:
 def short_data(row: Claimed) -> Any:
     """Read the data of a claimed row that has it; return the error if Python can't."""
     try:
-        return read_json(row.data or "")
+        return read_json(row[DATA] or "")
     except UnreadableData as error:
         return error
 
@@ -81,11 +102,11 @@ class _Running(Running, Generic[S]):
     __slots__ = (
         "data",
         "ends_at",
-        "notice",
         "open_session",
         "opened",
         "processor",
         "row",
+        "signal",
     )
 
     def __init__(
@@ -93,12 +114,11 @@ class _Running(Running, Generic[S]):
         row: Claimed,
         processor: Processor,
         open_session: Callable[[], S],
-        notice: StopSignal,
     ) -> None:
         self.row = row
         self.processor = processor
         self.open_session = open_session
-        self.notice = notice
+        self.signal = row[CLAIM].signal
         self.ends_at: float | None = None  # by time.monotonic(), once it runs with a limit
         self.opened: S | None = None
         self.data: Any = None
@@ -106,17 +126,17 @@ class _Running(Running, Generic[S]):
     @property
     def id(self) -> int:
         """The task's id, with which you find its row."""
-        return self.row.id
+        return self.row[ID]
 
     @property
     def type(self) -> str:
         """What kind of work it is."""
-        return self.row.type
+        return self.row[TYPE]
 
     @property
     def from_queue(self) -> Queue:
         """The queue that it came from."""
-        return self.row.claim.from_queue
+        return self.row[CLAIM].from_queue
 
     @property
     def queue(self) -> str:
@@ -126,49 +146,49 @@ class _Running(Running, Generic[S]):
     @property
     def priority(self) -> int:
         """Within a queue, what is higher is claimed first."""
-        return self.row.priority
+        return self.row[PRIORITY]
 
     @property
     def created_at(self) -> datetime:
         """When it was added."""
-        return read_time(self.row.created_at)
+        return read_time(self.row[CREATED_AT])
 
     @property
     def process_at(self) -> datetime:
         """When it was due."""
-        return read_time(self.row.process_at)
+        return read_time(self.row[PROCESS_AT])
 
     @property
     def attempt(self) -> int:
         """Which attempt this is: 1 is the first."""
-        return self.row.attempt
+        return self.row[ATTEMPT]
 
     @property
     def fail_count(self) -> int:
         """How many attempts have failed."""
-        return self.row.fail_count
+        return self.row[FAIL_COUNT]
 
     @property
     def claim_token(self) -> int:
         """What this worker must show to write to the task: it grows with each claim."""
-        return self.row.claim_token
+        return self.row[CLAIM_TOKEN]
 
     @property
     def lease(self) -> Lease:
         """Until when the task is the worker's own."""
-        return self.row.claim.lease
+        return self.row[CLAIM].lease
 
     @property
     def policy(self) -> RetryPolicy:
         """How its failures are retried."""
-        delay: float | None = self.row.retry_delay
+        delay: float | None = self.row[RETRY_DELAY]
         own = None if delay is None else timedelta(seconds=min(max(delay, 0.0), _LONGEST))
-        return self.processor.policy_for(self.row.retry_limit, own)
+        return self.processor.policy_for(self.row[RETRY_LIMIT], own)
 
     @property
     def timeout(self) -> float | None:
         """How many seconds an attempt may take; None: as long as it likes."""
-        own: float | None = self.row.timeout
+        own: float | None = self.row[TIMEOUT]
         # Whatever another program has written into the row, it is a limit.
         return self.processor.timeout if own is None else min(max(own, 0.0), _LONGEST)
 
@@ -178,7 +198,7 @@ class _Running(Running, Generic[S]):
 
         Empty as well if another program has written what is no JSON object, or larger than 8,000 bytes.
         """
-        text: str | None = self.row.meta
+        text: str | None = self.row[META]
         try:
             found = None if text is None else read_json(text)
         except UnreadableData:
@@ -195,14 +215,14 @@ class _Running(Running, Generic[S]):
         back with ``raise Snooze(0)``, which uses up no attempt. Past its own timeout, the attempt has failed
         already, and it just has to return; so it has where the task was cancelled.
         """
-        if self.notice.is_given:
+        if self.signal.is_given:
             return True
         return self.ends_at is not None and time.monotonic() >= self.ends_at
 
     @property
     def has_data(self) -> bool:
         """Whether all of its data came with the claim: not if it is large."""
-        text: str | None = self.row.data
+        text: str | None = self.row[DATA]
         return text is not None and len(text) <= LONGEST
 
     def known_data(self) -> Any:
@@ -214,16 +234,16 @@ class _Running(Running, Generic[S]):
 
         A task that is no longer owned is recalled. Raises `Unreachable` if the database is away.
         """
-        text: str | None = self.row.data
+        text: str | None = self.row[DATA]
         if text is not None and len(text) <= LONGEST:
             self.data = read_json(text)
         else:
             self._fetch()
 
     def _fetch(self) -> None:
-        batch = self.row.claim
+        batch = self.row[CLAIM]
         try:
-            found = batch.fetch(self.row)
+            found = batch.fetch(cast("AnyRunningTask", self))
         except psycopg.Error as error:
             if is_away(error):
                 raise Unreachable(str(error)) from error
@@ -253,7 +273,7 @@ class _Running(Running, Generic[S]):
 
     def recall(self) -> None:
         """Tell it, from another thread, that the task is this worker's no more."""
-        self.notice = LOST
+        self.signal = LOST
 
     def cut_off(self) -> None:
         """Undo what its session has written so far, from another thread: the worker's lease has ended."""
@@ -293,7 +313,7 @@ class AsyncRunningTask(_Running[AsyncTaskSession]):
         self._awaits = asyncio.current_task()
         try:
             # Only now, so that whoever recalls it sees one or the other.
-            if self.notice is LOST:
+            if self.signal is LOST:
                 raise asyncio.CancelledError(_IN_VAIN)
             await self.processor.function(self)
         finally:

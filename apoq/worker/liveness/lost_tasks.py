@@ -14,6 +14,7 @@ from sqlalchemy import Engine
 from apoq.postgres.connections import execute
 from apoq.schema.statements.arrays import array_text
 from apoq.schema.statements.begin import begin
+from apoq.schema.statements.claim import CLAIM, CLAIM_TOKEN, ID
 from apoq.schema.statements.lost import lost
 from apoq.worker.execution.running_task import AnyRunningTask, Claimed
 from apoq.worker.failures import Outage
@@ -62,7 +63,7 @@ class LostTaskMonitor:
 
     def hint(self, ids: Iterable[int]) -> bool:
         """Remember that these may have been cancelled; tell whether any is here."""
-        mine = {row.id for row in self._held()}.intersection(ids)
+        mine = {row[ID] for row in self._held()}.intersection(ids)
         with self._lock:
             self._hinted |= mine
         return bool(mine)
@@ -78,9 +79,9 @@ class LostTaskMonitor:
         self._logged &= {_key(row) for row in held}
         parts: dict[str | None, dict[tuple[int, int], Claimed]] = {}
         for row in held:
-            batch = row.claim
-            if batch.claimed_at < claimed_before or row.id in hinted:
-                parts.setdefault(batch.from_queue.schema, {})[row.id, row.claim_token] = row
+            batch = row[CLAIM]
+            if batch.claimed_at < claimed_before or row[ID] in hinted:
+                parts.setdefault(batch.from_queue.schema, {})[row[ID], row[CLAIM_TOKEN]] = row
         try:
             self._for_each(parts, self._look)
             self._note_begun()
@@ -96,7 +97,7 @@ class LostTaskMonitor:
 
         Or else, should this worker die now, their attempts would not count.
         """
-        begun = {_key(task.row) for task in self._running() if task.row.claim.is_ahead}
+        begun = {_key(task.row) for task in self._running() if task.row[CLAIM].is_ahead}
         self._begun &= begun
         parts: dict[str | None, list[tuple[int, int]]] = {}
         for schema, id_, token in begun - self._begun:
@@ -121,7 +122,7 @@ class LostTaskMonitor:
         if new := [row for row in gone if _key(row) not in self._logged]:
             logger.info(
                 "these tasks are this worker's no more, and are told to stop: %s",
-                ", ".join(str(id_) for id_ in sorted(row.id for row in new)),
+                ", ".join(str(id_) for id_ in sorted(row[ID] for row in new)),
             )
             self._logged.update(map(_key, new))
         self._on_lost(gone)
@@ -132,5 +133,5 @@ def _describe(schema: str | None) -> str:
 
 
 def _key(row: Claimed) -> tuple[str | None, int, int]:
-    batch = row.claim
-    return batch.from_queue.schema, row.id, row.claim_token
+    batch = row[CLAIM]
+    return batch.from_queue.schema, row[ID], row[CLAIM_TOKEN]

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
-from operator import attrgetter
+from operator import itemgetter
 from typing import Any, Final, NamedTuple, TypeVar
 
 from psycopg import DatabaseError
@@ -24,6 +24,7 @@ from apoq.core.payload import encode
 from apoq.postgres.connections import execute, is_caused_by_a_row
 from apoq.schema.models import detached, tasks_table
 from apoq.schema.statements.arrays import array_text
+from apoq.schema.statements.claim import CLAIM, CLAIM_TOKEN, ID, TYPE
 from apoq.schema.statements.locked import locked
 from apoq.schema.statements.settle import settle
 from apoq.worker.execution.attempts import AttemptResult, TaskLost, is_late
@@ -118,7 +119,7 @@ class Settler:
     def put(self, end: AttemptResult) -> None:
         """Settle this soon; the caller wakes whoever takes the turns."""
         if end.outcome is None and end.row is None:
-            if not end.task.has_data and self._completion.is_heard:
+            if self._completion.is_heard and not end.task.has_data:
                 self._large[id(end.task.row)] = end.task.data
             self._completed.append(end.task.row)
         else:
@@ -193,14 +194,14 @@ class Settler:
 
     def _put_off_locked(self, unsettled: Unsettled) -> Unsettled:
         """Put off what is locked, and answer the rest."""
-        ids = array_text([_row(one).id for one in unsettled.ended])
+        ids = array_text([_row(one)[ID] for one in unsettled.ended])
         found = {id_ for (id_,) in execute(self._engine, locked(unsettled.schema), {"ids": ids})}
         self._closed.pop(unsettled.schema, None)
         if found:
-            waiting = [one for one in unsettled.ended if _row(one).id in found]
+            waiting = [one for one in unsettled.ended if _row(one)[ID] in found]
             looks_at = time.monotonic() + LOOK
             self._put_off.append(unsettled._replace(ended=waiting, looks_at=looks_at))
-        free = [one for one in unsettled.ended if _row(one).id not in found]
+        free = [one for one in unsettled.ended if _row(one)[ID] not in found]
         return unsettled._replace(ended=free, is_locked=False)
 
     def _close(self, schema: str | None) -> None:
@@ -215,13 +216,13 @@ class Settler:
         self._unsettled = deque(one for one in self._unsettled if one.schema != schema)
 
     def _complete(self, schema: str | None, tasks: list[Claimed]) -> None:
-        tasks.sort(key=attrgetter("id"))
+        tasks.sort(key=itemgetter(ID))
         rows = self._execute_completion(schema, tasks)
         self._counter.count(None, len(rows))
         for task in tasks:
-            if task.id not in rows:
+            if task[ID] not in rows:
                 _log_lost(task)
-            elif row := rows[task.id]:
+            elif row := rows[task[ID]]:
                 data = self._large.get(id(task))
                 known = {"data": short_data(task) if data is None else data}
                 self._events.emit(events.COMPLETED, detached(schema, {**row, **known}))
@@ -254,19 +255,19 @@ class Settler:
         if len(unsettled.ended) > 1:
             return [unsettled._replace(ended=[one]) for one in unsettled.ended]
         [one] = unsettled.ended
-        logger.error("what became of task %d could not be written", _row(one).id, exc_info=error)
+        logger.error("what became of task %d could not be written", _row(one)[ID], exc_info=error)
         if isinstance(one, AttemptResult) and one.settlement is not None:
             without = {"class": type(one.outcome).__name__, "message": "", "traceback": ""}
             if one.settlement.error != without:
                 bare = one._replace(settlement=one.settlement._replace(error=without))
                 return [unsettled._replace(ended=[bare])]
-        logger.error("task %d is run again when this worker stops", _row(one).id)
+        logger.error("task %d is run again when this worker stops", _row(one)[ID])
         self._on_given_up(_row(one))
         return []
 
     def _execute_completion(self, schema: str | None, tasks: list[Claimed]) -> Rows:
-        is_heard, token = self._completion.is_heard, tasks[0].claim_token
-        alike = all(task.claim_token == token for task in tasks)
+        is_heard, token = self._completion.is_heard, tasks[0][CLAIM_TOKEN]
+        alike = len({task[CLAIM_TOKEN] for task in tasks}) == 1
         statement = self._completion.statement(schema, full=is_heard, alike=alike)
         held = {"held_under": token} if alike else _tokens(tasks)
         return self._execute(statement, tasks, held, is_heard=is_heard)
@@ -284,7 +285,7 @@ class Settler:
     def _execute(
         self, statement: Executable, tasks: list[Claimed], arrays: dict[str, Any], *, is_heard: bool
     ) -> Rows:
-        ids = [task.id for task in tasks]
+        ids = [task[ID] for task in tasks]
         parameters = {"ids": array_text(ids), **arrays}
         if is_heard:
             found = execute(self._engine, statement, parameters)
@@ -336,8 +337,7 @@ def _describe(schema: str | None) -> str:
 
 
 def _schema_of(row: Claimed) -> str | None:
-    batch = row.claim
-    return batch.from_queue.schema
+    return row[CLAIM].from_queue.schema
 
 
 def _row(one: Claimed | AttemptResult) -> Claimed:
@@ -345,7 +345,7 @@ def _row(one: Claimed | AttemptResult) -> Claimed:
 
 
 def _tokens(tasks: list[Claimed]) -> dict[str, Any]:
-    return {"tokens": array_text([task.claim_token for task in tasks])}
+    return {"tokens": array_text([task[CLAIM_TOKEN] for task in tasks])}
 
 
 def _taken(ended: deque[T]) -> list[T]:
@@ -368,8 +368,8 @@ def _by_schema(batch: list[T], schema_of: Callable[[T], str | None]) -> dict[str
 def _log_lost(row: Claimed) -> None:
     logger.info(
         "task %d (%s) was taken from this worker before it ended here; nothing was written to it",
-        row.id,
-        row.type,
+        row[ID],
+        row[TYPE],
     )
 
 
@@ -377,8 +377,8 @@ def _log_late(row: Claimed) -> None:
     logger.info(
         "task %d (%s) has returned after its timeout, which had ended its attempt; "
         "nothing more was written to it",
-        row.id,
-        row.type,
+        row[ID],
+        row[TYPE],
     )
 
 
