@@ -19,6 +19,7 @@ from waiting import patience
 
 from apoq import AsyncRunningTask, InvalidTask, Queue, RunningTask, Task
 from apoq.core.states import CANCELLED, FINAL, STATES, TRANSITIONS
+from apoq.schema.statements.claim import ID
 
 SOON = 10.0
 """Seconds within which what a test waits for has long happened."""
@@ -403,7 +404,7 @@ class TestARunningTask:
 
         assert cancel(engine, second) is True
 
-        until(lambda: second not in {row[0] for row in runtime(worker).claimer.held.values()})
+        until(lambda: second not in {row[ID] for row in runtime(worker).claimer.held.values()})
         go_on.set()
         until(lambda: load(engine, first).state == "completed")
         worker.stop()

@@ -16,6 +16,7 @@ from waiting import patience
 
 from apoq import Queue, Task, Worker
 from apoq.schema.models import ClaimRow, WorkerRow
+from apoq.schema.statements.claim import ID
 from apoq.worker.claiming.claim_log import ENOUGH
 
 SOON = 20.0
@@ -135,10 +136,10 @@ def test_what_somebody_is_changing_is_given_back_once_it_is_free(engine, worker)
     hold_lease(worker)
     with Session(engine) as session:
         Queue().cancel(session, first)
-        assert [row.id for row in claimer.claim(2, 2)] == [second]
+        assert [row[ID] for row in claimer.claim(2, 2)] == [second]
         assert [first, second] in noted(engine)
 
-    assert [row.id for row in claimer.claim(2, 2)] == [first]
+    assert [row[ID] for row in claimer.claim(2, 2)] == [first]
     assert noted(engine) == [[second], [first]]
     assert claimer._doubt_ends is None
     runtime(worker).engine.dispose()

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from operator import attrgetter
+from operator import itemgetter
 from uuid import UUID
 
 import pytest
@@ -20,6 +20,7 @@ from waiting import patience
 
 from apoq import Retry, Task, Worker
 from apoq.schema.models import ClaimRow
+from apoq.schema.statements.claim import ID
 from apoq.schema.statements.recover import rescue
 from apoq.worker.execution.attempts import ended
 
@@ -67,7 +68,7 @@ def end(engine, queue, worker) -> Iterator[Callable[..., Callable[[], object]]]:
             for number, times in enumerate(claims):
                 session.execute(CLAIMED_BEFORE, {"data": str(number), "times": times - 1})
         hold_lease(worker)
-        rows = sorted(runtime(worker).claimer.claim(len(outcomes), len(outcomes)), key=attrgetter("id"))
+        rows = sorted(runtime(worker).claimer.claim(len(outcomes), len(outcomes)), key=itemgetter(ID))
         for row, outcome in reversed(list(zip(rows, outcomes, strict=True))):
             runtime(worker)._put_ended(ended(runtime(worker)._make(row), outcome))
         return partial(runtime(worker).settler.flush, SOON)

@@ -17,6 +17,7 @@ from sqlalchemy.orm import Session
 from waiting import patience
 
 from apoq import AsyncRunningTask, Queue, RunningTask, Task
+from apoq.schema.statements.claim import ID
 from apoq.worker.execution.event_loop import CLEAN_UP
 
 SOON = 10.0
@@ -240,7 +241,7 @@ class TestFunctions:
             returns.set()
             until(lambda: "has returned after its timeout" in caplog.text)
 
-            assert [row[0] for row in runtime(worker).claimer.held.values()] == [task_id]
+            assert [row[ID] for row in runtime(worker).claimer.held.values()] == [task_id]
             assert runtime(worker).claimer._notes._left
 
         until(lambda: failed(engine, task_id))

@@ -28,7 +28,7 @@ from apoq import (
     Worker,
     prepare,
 )
-from apoq.schema.statements.claim import claim
+from apoq.schema.statements.claim import ID, claim
 from apoq.worker.claiming.cursor import ClaimCursor
 
 SOON = 10.0
@@ -972,8 +972,8 @@ def test_what_a_dead_worker_held_is_claimed_only_where_it_can_begin_at_once(engi
     more_than_find_a_slot, all_find_one = claimer.claim(3, 2), claimer.claim(3, 3)
     runtime(worker).engine.dispose()
 
-    assert [row.id for row in more_than_find_a_slot] == [fresh]
-    assert [row.id for row in all_find_one] == [rescued]
+    assert [row[ID] for row in more_than_find_a_slot] == [fresh]
+    assert [row[ID] for row in all_find_one] == [rescued]
     assert not load(engine, rescued).prefetched
 
 
