@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 
 import pytest
 
-from apoq.core.events import COMPLETED, FAILED, NAMES, Events
+from apoq.events import COMPLETED, FAILED, NAMES, Event, Events, OutageBegan, TasksRescued
 
 
 @pytest.fixture
@@ -69,7 +70,10 @@ def test_it_can_be_told_whether_anybody_listens(events):
 
 @pytest.mark.parametrize("name", ["completed", "task.complete", "", None, 5])
 def test_an_event_that_does_not_exist_is_refused_with_the_names_of_those_that_do(events, name):
-    with pytest.raises(ValueError, match=r"it is one of task\.completed, task\.failed, task\.retried$"):
+    with pytest.raises(
+        ValueError,
+        match=r"it is one of task\.completed, .*, or a class of apoq\.events$",
+    ):
         events.on(name, print)
 
 
@@ -119,3 +123,64 @@ def test_a_listener_that_is_added_by_a_listener_hears_the_next_event(events):
     events.emit(COMPLETED, 2)
 
     assert heard == [2]
+
+
+class TestAClassOfEvents:
+    @pytest.fixture
+    def rescued(self) -> TasksRescued:
+        return TasksRescued(3, None)
+
+    def test_its_listener_gets_the_event(self, events, rescued):
+        heard = []
+        events.on(TasksRescued, heard.append)
+
+        events.report(rescued)
+
+        assert heard == [rescued]
+
+    def test_its_listener_gets_the_events_of_the_classes_below_it(self, events, rescued):
+        heard = []
+        events.on(Event, heard.append)
+
+        events.report(rescued)
+
+        assert heard == [rescued]
+
+    def test_the_listener_of_another_class_is_not_called(self, events, rescued):
+        heard = []
+        events.on(OutageBegan, heard.append)
+
+        events.report(rescued)
+
+        assert heard == []
+
+    def test_a_listener_that_does_not_want_it_now_is_not_called(self, events, rescued):
+        heard = []
+        wants = [False, False, True, True]
+        events.on(TasksRescued, heard.append, when=lambda: wants.pop(0))
+
+        assert not events.heard(TasksRescued)
+        events.report(rescued)
+        assert heard == []
+
+        assert events.heard(TasksRescued)
+        events.report(rescued)
+        assert heard == [rescued]
+
+    def test_a_listener_that_raises_is_logged_with_the_class(self, events, rescued, caplog):
+        def raising(_event):
+            raise ValueError("oops")
+
+        events.on(TasksRescued, raising)
+
+        events.report(rescued)
+
+        assert "a listener of TasksRescued raised" in caplog.text
+
+    def test_another_class_is_refused(self, events):
+        with pytest.raises(ValueError, match=r"there is no event <class 'int'>"):
+            events.on(int, print)
+
+    def test_an_event_can_not_be_changed(self, rescued):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            rescued.count = 5

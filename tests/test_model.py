@@ -38,11 +38,11 @@ from probe import runtime
 from sqlalchemy.orm import Session
 
 from apoq import Cancel, Queue, Retry, RunningTask, Snooze, Task, Worker
-from apoq.core.events import Events
 from apoq.core.outcomes import Release, Settlement, WorkerDied
 from apoq.core.payload import encode
 from apoq.core.registry import make_processor
 from apoq.core.states import CANCELLED, COMPLETED, FAILED, PENDING, RUNNING
+from apoq.events import Events
 from apoq.postgres.connections import execute, own_engine
 from apoq.schema.statements.arrays import array_text
 from apoq.schema.statements.claim import ID, PRIORITY, PROCESS_AT, TYPE, claim
@@ -54,9 +54,10 @@ from apoq.schema.statements.survey import survey
 from apoq.worker.claiming import claim_log
 from apoq.worker.claiming.claim_log import ClaimLog
 from apoq.worker.claiming.cursor import MOST_LEVELS, ClaimCursor
-from apoq.worker.execution.attempts import AttemptResult, TaskLost, ended
+from apoq.worker.execution.attempt import Attempt as WorkerAttempt
+from apoq.worker.execution.attempt import Claim, Claimed, StopSignal
 from apoq.worker.execution.completion import Completion
-from apoq.worker.execution.running_task import Claim, Claimed, StopSignal
+from apoq.worker.execution.runner import AttemptResult, TaskLost, ended
 from apoq.worker.execution.task_sessions import TaskSession
 from apoq.worker.failures import Outage
 from apoq.worker.liveness.lease import Lease
@@ -256,7 +257,7 @@ class Attempt:
     """A task that a worker has claimed, and may write to until it is taken from it; or may try to, later."""
 
     hand: Hand
-    task: RunningTask
+    task: WorkerAttempt
     is_settled: bool = False
 
     @property
@@ -569,9 +570,9 @@ class Tasks(RuleBasedStateMachine):
                 if isinstance(end.outcome, TaskLost):
                     continue
                 if end.settlement is not None:
-                    self.tasks[end.task.id].settled(end.settlement, self.now)
+                    self.tasks[end.attempt.id].settled(end.settlement, self.now)
                 else:
-                    self._complete(end.task.id, keeps)
+                    self._complete(end.attempt.id, keeps)
 
     @precondition(lambda self: self._startable())
     @rule(attempt=st.runner().flatmap(lambda self: st.sampled_from(self._startable())), end=ends)
@@ -902,7 +903,7 @@ class Tasks(RuleBasedStateMachine):
         hand.is_doubtful |= not is_answered
         for row in rows:
             known = self.tasks[row[ID]]
-            task = RunningTask(
+            task = WorkerAttempt(
                 (
                     *row,
                     Claim(
@@ -919,7 +920,7 @@ class Tasks(RuleBasedStateMachine):
                 lambda: TaskSession(self.engine),
             )
             known.claimed(hand.id, ahead=ahead)
-            assert (task.attempt, task.fail_count, task.claim_token) == (
+            assert (task.number, task.fail_count, task.claim_token) == (
                 known.attempt,
                 known.fail_count,
                 known.claim_token,
@@ -930,13 +931,13 @@ class Tasks(RuleBasedStateMachine):
                 attempt = Attempt(hand, task)
                 if attempt.is_doomed:
                     self.reached["a task without attempts left"] += 1
-                assert attempt.is_doomed or task.attempt <= known.limit + 1
+                assert attempt.is_doomed or task.number <= known.limit + 1
                 hand.held[task.id] = attempt
                 self.attempts.append(attempt)
 
     def _may_write(self, end: AttemptResult) -> bool:
-        known = self.tasks.get(end.task.id)
-        is_held = known is not None and known.is_held_under(end.task.claim_token)
+        known = self.tasks.get(end.attempt.id)
+        is_held = known is not None and known.is_held_under(end.attempt.claim_token)
         self.reached["a write" if is_held else "a write to a lost task"] += 1
         return is_held
 

@@ -22,7 +22,7 @@ from apoq import Retry, Task, Worker
 from apoq.schema.models import ClaimRow
 from apoq.schema.statements.claim import ID
 from apoq.schema.statements.recover import rescue
-from apoq.worker.execution.attempts import ended
+from apoq.worker.execution.runner import ended
 
 SOON = 30.0
 

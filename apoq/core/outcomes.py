@@ -106,21 +106,31 @@ def settle(outcome: BaseException, *, attempt: int, fail_count: int, policy: Ret
 
 def report(error: BaseException) -> dict[str, str]:
     """Describe an error in bounded text that jsonb can hold."""
-    if isinstance(error, Retry) and error.__cause__ is not None:
-        error = error.__cause__
-    try:
-        message = str(error)
-    except BaseException:  # noqa: BLE001 - an error whose text can't be made is still an error
-        message = "(its message could not be made)"
+    error = reason(error)
     try:
         trace = "".join(traceback.format_exception(error))
     except BaseException:  # noqa: BLE001
         trace = ""
     return {
         "class": _clean(type(error).__qualname__, MESSAGE_LIMIT),
-        "message": _clean(message, MESSAGE_LIMIT),
+        "message": _clean(message_of(error), MESSAGE_LIMIT),
         "traceback": _clean(trace, TRACEBACK_LIMIT),
     }
+
+
+def reason(error: BaseException) -> BaseException:
+    """Return the error that a processor has raised `Retry` from, if it has."""
+    if isinstance(error, Retry) and error.__cause__ is not None:
+        return error.__cause__
+    return error
+
+
+def message_of(error: BaseException) -> str:
+    """Return an error's message, also if it can't be made."""
+    try:
+        return str(error)
+    except BaseException:  # noqa: BLE001 - an error whose text can't be made is still an error
+        return "(its message could not be made)"
 
 
 def _clean(text: str, limit: int) -> str:

@@ -40,18 +40,18 @@ from apoq.testing.inside import (
     inside,
 )
 from apoq.worker import Worker
-from apoq.worker.claiming.claimer import has_attempts, workable
+from apoq.worker.claiming.claimer import may_begin, workable
 from apoq.worker.claiming.cursor import MOST_LEVELS, ClaimCursor
-from apoq.worker.execution.attempts import AttemptResult, TaskLost, ended, run, run_coroutine
-from apoq.worker.execution.running_task import (
-    AnyRunningTask,
-    AsyncRunningTask,
+from apoq.worker.execution.attempt import (
+    AnyAttempt,
+    AsyncAttempt,
+    Attempt,
     Claim,
     Claimed,
-    RunningTask,
     StopSignal,
     longest_data,
 )
+from apoq.worker.execution.runner import AttemptResult, TaskLost, ended, run, run_coroutine
 from apoq.worker.execution.task_sessions import AsyncTaskSession, TaskSession
 from apoq.worker.liveness.lease import Lease
 from apoq.worker.settling.settler import settlement_arrays, write_settlements
@@ -124,7 +124,7 @@ class _Drain:
         self._signal = StopSignal()
         self._ended: dict[tuple[str | None, int], _Row] = {}
         self._runner: asyncio.Runner | None = None
-        self._last: AnyRunningTask | None = None
+        self._last: AnyAttempt | None = None
 
     def run(self, limit: int) -> list[Task]:
         """Run up to `limit` attempts."""
@@ -166,7 +166,7 @@ class _Drain:
                 if position.surveyed(self._execute(queue, survey(queue.schema), looked_for)) <= 0:
                     yield crew, queue, position
 
-    def _claim(self) -> tuple[Crew, AnyRunningTask] | None:
+    def _claim(self) -> tuple[Crew, AnyAttempt] | None:
         for crew, queue, position in self._due():
             parameters = {
                 "from_queue": queue.name,
@@ -183,16 +183,20 @@ class _Drain:
                 return crew, self._make((*tuple(row), batch))
         return None
 
-    def _fetch(self, task: AnyRunningTask) -> Sequence[Sequence[Any]]:
-        queue = task.from_queue
-        parameters = {"task_id": task.id, "held_under": task.claim_token, "longest_data": longest_data(queue)}
+    def _fetch(self, attempt: AnyAttempt) -> Sequence[Sequence[Any]]:
+        queue = attempt.from_queue
+        parameters = {
+            "task_id": attempt.id,
+            "held_under": attempt.claim_token,
+            "longest_data": longest_data(queue),
+        }
         return self._execute(queue, read_data(queue.schema), parameters).all()
 
-    def _make(self, row: Claimed) -> AnyRunningTask:
+    def _make(self, row: Claimed) -> AnyAttempt:
         processor = row[CLAIM].processors[row[TYPE]]
         if processor.is_coroutine:
-            return AsyncRunningTask(row, processor, self._open_async)
-        return RunningTask(row, processor, self._open)
+            return AsyncAttempt(row, processor, self._open_async)
+        return Attempt(row, processor, self._open)
 
     def _open(self) -> TaskSession:
         return TaskSession(self._connection, join_transaction_mode="create_savepoint")
@@ -203,29 +207,29 @@ class _Drain:
         session.sync_session.bind = self._connection
         return session
 
-    def _attempt(self, crew: Crew, task: AnyRunningTask) -> None:
-        self._last = task
-        if has_attempts(task):
+    def _attempt(self, crew: Crew, attempt: AnyAttempt) -> None:
+        self._last = attempt
+        if may_begin(attempt):
             # Where a processor has a session of its own on this connection, it commits into this.
             savepoint = self._inner.begin_nested()
             self._connection = connection_of(self._inner)
             within = self._connection.get_nested_transaction()
-            end = self._run(crew, task)
+            end = self._run(crew, attempt)
             self._leave(savepoint, within)
         else:
-            end = ended(task, WorkerDied(WorkerDied.__doc__))
+            end = ended(attempt, WorkerDied(WorkerDied.__doc__))
         self._settle(crew, end)
         if end.outcome is not None and self._is_raised(end.outcome, end):
             end.outcome.add_note(
-                f"Raised by task {task.id} ({task.type}), attempt {task.attempt}, with the data "
-                f"{glimpse(task.data)}; run by apoq.testing.drain"
+                f"Raised by task {attempt.id} ({attempt.type}), attempt {attempt.number}, with the data "
+                f"{glimpse(attempt.data)}; run by apoq.testing.drain"
             )
             raise end.outcome
 
-    def _run(self, crew: Crew, task: AnyRunningTask) -> AttemptResult:
-        if isinstance(task, RunningTask):
-            return run(task, crew.completion, self._deadlines)
-        coroutine = run_coroutine(task, crew.completion, self._deadlines)
+    def _run(self, crew: Crew, attempt: AnyAttempt) -> AttemptResult:
+        if isinstance(attempt, Attempt):
+            return run(attempt, crew.completion, self._deadlines)
+        coroutine = run_coroutine(attempt, crew.completion, self._deadlines)
         if in_greenlet():
             end: AttemptResult = await_only(coroutine)
             return end
@@ -250,7 +254,7 @@ class _Drain:
             savepoint.commit()
 
     def _settle(self, crew: Crew, end: AttemptResult) -> None:
-        task, queue = end.task, end.task.from_queue
+        attempt, queue = end.attempt, end.attempt.from_queue
         row = end.row
         if row is None and not isinstance(end.outcome, TaskLost):
             if end.outcome is None:
@@ -259,16 +263,16 @@ class _Drain:
             else:
                 statement = write_settlements(queue.schema, full=True)
                 parameters = settlement_arrays([end])
-            row = self._execute(queue, statement, parameters | held(task)).mappings().first()
+            row = self._execute(queue, statement, parameters | held(attempt)).mappings().first()
         is_kept = end.outcome is not None or crew.completion.keep
         if row is None:
             # Taken from this attempt by the processor itself, which has cancelled or deleted it.
             tasks = tasks_table(queue.schema)
-            found = select(*tasks.c).where(tasks.c.id == task.id)
+            found = select(*tasks.c).where(tasks.c.id == attempt.id)
             row, is_kept = self._execute(queue, found, {}).mappings().first(), True
         if row is not None:
-            known = {"data": task.known_data(), **row}
-            self._ended[queue.schema, task.id] = _Row(queue.schema, known, is_kept)
+            known = {"data": attempt.known_data(), **row}
+            self._ended[queue.schema, attempt.id] = _Row(queue.schema, known, is_kept)
 
     def _answer(self, row: _Row) -> Task:
         # One that isn't kept is in no session, for it isn't in the database.

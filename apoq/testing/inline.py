@@ -10,15 +10,15 @@ from typing import Any
 from sqlalchemy import Connection
 
 from apoq.client.queue import Queue
-from apoq.core.events import Events
 from apoq.core.registry import Processor, Registry
 from apoq.errors import InvalidProcessor
+from apoq.events import Events
 from apoq.schema.statements.arrays import array_text
 from apoq.worker import Worker
-from apoq.worker.execution.attempts import overdue
+from apoq.worker.execution.attempt import AnyAttempt
 from apoq.worker.execution.completion import Completion
 from apoq.worker.execution.deadlines import Deadlines
-from apoq.worker.execution.running_task import AnyRunningTask
+from apoq.worker.execution.runner import overdue
 from apoq.worker.failures import Outage
 from apoq.worker.threads import MissingThreads
 
@@ -61,18 +61,18 @@ class InLineCompletion(Completion):
     def __init__(self, *, keep: bool) -> None:
         super().__init__(Events(), keep=keep)
 
-    def write(self, connection: Connection, task: AnyRunningTask) -> Mapping[Any, Any] | None:
+    def write(self, connection: Connection, attempt: AnyAttempt) -> Mapping[Any, Any] | None:
         """Complete a task; answer its row, or None where it was lost."""
-        statement = self.statement(task.from_queue.schema, full=True, alike=True)
-        return connection.execute(statement, held(task)).mappings().first()
+        statement = self.statement(attempt.from_queue.schema, full=True, alike=True)
+        return connection.execute(statement, held(attempt)).mappings().first()
 
 
-def held(task: AnyRunningTask) -> dict[str, Any]:
+def held(attempt: AnyAttempt) -> dict[str, Any]:
     """Answer the parameters by which a statement finds a task that is still held."""
     return {
-        "ids": array_text([task.id]),
-        "tokens": array_text([task.claim_token]),
-        "held_under": task.claim_token,
+        "ids": array_text([attempt.id]),
+        "tokens": array_text([attempt.claim_token]),
+        "held_under": attempt.claim_token,
     }
 
 
@@ -81,17 +81,17 @@ class InLineDeadlines(Deadlines):
 
     def __init__(self) -> None:
         outage = Outage()
-        super().__init__(lambda _task, _thread_id: None, outage, MissingThreads(outage))
-        self._ends_at: dict[AnyRunningTask, tuple[float, float]] = {}
+        super().__init__(lambda _attempt, _thread_id: None, outage, MissingThreads(outage))
+        self._ends_at: dict[AnyAttempt, tuple[float, float]] = {}
 
-    def watch(self, task: AnyRunningTask, limit: float, grace: float = 0.0) -> None:
-        """Let a task stop in `limit` seconds."""
-        task.ends_at = time.monotonic() + limit
-        self._ends_at[task] = task.ends_at + grace, limit
+    def watch(self, attempt: AnyAttempt, limit: float, grace: float = 0.0) -> None:
+        """Let an attempt stop in `limit` seconds."""
+        attempt.ends_at = time.monotonic() + limit
+        self._ends_at[attempt] = attempt.ends_at + grace, limit
 
-    def forget(self, task: AnyRunningTask) -> bool:
+    def forget(self, attempt: AnyAttempt) -> bool:
         """Raise TimeoutError where its time was over before it ended."""
-        ends_at, limit = self._ends_at.pop(task)
+        ends_at, limit = self._ends_at.pop(attempt)
         if time.monotonic() >= ends_at:
             raise overdue(limit)
         return True

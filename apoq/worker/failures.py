@@ -9,8 +9,10 @@ import time
 from collections.abc import Callable
 from typing import Final
 
+from apoq.events import Event, OutageBegan, OutageEnded, OutageLasts
 from apoq.postgres.connections import is_away
 from apoq.postgres.watchdog import Stopped
+from apoq.worker import logs
 
 logger = logging.getLogger(__name__)
 
@@ -48,10 +50,15 @@ class Outage:
     """Whether the database is away: logged once for all the loops of a worker, and so is its end."""
 
     def __init__(
-        self, clock: Callable[[], float] = time.monotonic, *, on_away: Callable[[], None] = lambda: None
+        self,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        on_away: Callable[[], None] = lambda: None,
+        report: Callable[[Event], None] = logs.write,
     ) -> None:
         """`on_away` is called whenever a loop that has reached the database until now finds it away."""
         self._on_away = on_away
+        self._report = report
         self._clock = clock
         self._lock = threading.Lock()
         self._failing: set[str] = set()
@@ -63,14 +70,9 @@ class Outage:
             is_new = name not in self._failing
             if not self._failing:
                 self._duration = Duration(self._clock)
-                logger.warning("the database is away; the worker tries until it is back: %s", brief(error))
+                self._report(OutageBegan(brief(error)))
             elif self._duration.is_reminder_due():
-                logger.warning(
-                    "the database has been away for %.0f s, and %s tries again: %s",
-                    self._duration.seconds,
-                    name,
-                    brief(error),
-                )
+                self._report(OutageLasts(self._duration.seconds, name, brief(error)))
             self._failing.add(name)
         if is_new:
             self._on_away()
@@ -79,7 +81,7 @@ class Outage:
         """Note that a loop has reached it again."""
         with self._lock:
             if name in self._failing and len(self._failing) == 1:
-                logger.warning("the database is back, after %.1f s", self._duration.seconds)
+                self._report(OutageEnded(self._duration.seconds))
             self._failing.discard(name)
 
     def leaves(self, name: str) -> None:

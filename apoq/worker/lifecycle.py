@@ -17,17 +17,17 @@ from sqlalchemy.orm import Session, defer
 from sqlalchemy.orm.attributes import set_committed_value
 
 from apoq.client.queue import Queue
-from apoq.core.events import Events
 from apoq.core.registry import Registry
 from apoq.core.states import COMPLETED
 from apoq.errors import SchemaMismatch
+from apoq.events import Events, WorkerStarted, WorkerStopped, WorkerStopping
 from apoq.migrations.prepare import check
 from apoq.postgres.connections import ANSWER_TIMEOUT, is_away
 from apoq.postgres.watchdog import watch
 from apoq.schema import preflight
 from apoq.schema.models import Task, detached
-from apoq.worker.execution.attempts import AttemptResult
 from apoq.worker.execution.executor import released
+from apoq.worker.execution.runner import AttemptResult
 from apoq.worker.execution.running_task import KNOWN
 from apoq.worker.loop import Loop
 from apoq.worker.options import WorkerOptions
@@ -51,7 +51,11 @@ class Lifecycle:
         registry: Registry,
         events: Events,
         options: WorkerOptions,
+        name: str,
     ) -> None:
+        """`name` is what people call the worker."""
+        self._events = events
+        self._name = name
         self._counter = Counter()
         self._make_runtime = partial(Runtime, engine, queues, registry, events, options, self._counter)
         self.runtime = self._make_runtime()
@@ -100,17 +104,17 @@ class Lifecycle:
         self.enlist()
         runtime = self.runtime
         try:
-            task = runtime.claimer.claim_one()
-            if task is None and runtime.scout.survey() <= 0:
-                task = runtime.claimer.claim_one()
+            attempt = runtime.claimer.claim_one()
+            if attempt is None and runtime.scout.survey() <= 0:
+                attempt = runtime.claimer.claim_one()
             if not self._is_started:
                 runtime.settler.turn()
-            if task is None:
+            if attempt is None:
                 return None
             try:
-                end = runtime.run_beside(task)
+                end = runtime.run_beside(attempt)
             except Exception:  # such as that no thread can be started for the loop of a coroutine
-                runtime.settler.put(released(task))
+                runtime.settler.put(released(attempt))
                 runtime.settler.flush(PATIENCE)
                 raise
             runtime.settler.put(end)
@@ -151,6 +155,7 @@ class Lifecycle:
             except BaseException:
                 self._end(0.0)  # nothing stays half started
                 raise
+        self._events.report(WorkerStarted(self._name))
         return True
 
     def stop(self, patience: float | None) -> bool:
@@ -170,9 +175,11 @@ class Lifecycle:
             if not self._is_started:
                 return False
             self._refuse_to_wait_for_itself()
+            self._events.report(WorkerStopping(self._name))
             self._end(patience)
         finally:
             self._lock.release()
+        self._events.report(WorkerStopped(self._name))
         return True
 
     def enlist(self, *, wait: bool = True) -> None:
@@ -305,16 +312,17 @@ class Lifecycle:
             )
 
     def _load(self, end: AttemptResult) -> Task:
-        mapped = end.task.from_queue.task_class
+        mapped = end.attempt.from_queue.task_class
         # Its data is known, or was too large.
-        its_row = select(mapped).where(mapped.id == end.task.id).options(defer(mapped.data))
+        its_row = select(mapped).where(mapped.id == end.attempt.id).options(defer(mapped.data))
         with Session(self.runtime.engine, expire_on_commit=False) as session, session.begin():
             found = session.scalar(its_row)
             if found is not None:
-                set_committed_value(found, "data", end.task.known_data())
+                set_committed_value(found, "data", end.attempt.known_data())
         # A completed task that isn't kept is gone: then it is returned as far as it is known here.
-        known = {name: getattr(end.task, name) for name in KNOWN}
-        return found or detached(end.task.from_queue.schema, known | {"state": COMPLETED})
+        task = end.attempt.running_task()
+        known = {name: getattr(task, name) for name in KNOWN}
+        return found or detached(end.attempt.from_queue.schema, known | {"state": COMPLETED})
 
 
 def _watched(connection: Connection, engine: Engine) -> AbstractContextManager[None]:

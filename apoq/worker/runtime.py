@@ -14,8 +14,8 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import PoolProxiedConnection
 
 from apoq.client.queue import Queue
-from apoq.core.events import Events
 from apoq.core.registry import Registry
+from apoq.events import Events, LeaseLost, TasksRescued
 from apoq.postgres.connections import own_engine
 from apoq.postgres.urls import sync_side
 from apoq.postgres.watchdog import LOOK, watch
@@ -27,18 +27,18 @@ from apoq.worker.claiming.claimer import Claimer
 from apoq.worker.claiming.cursor import ClaimCursor
 from apoq.worker.claiming.listener import Listener, listen_engine
 from apoq.worker.claiming.scanner import QueueScanner
-from apoq.worker.execution.attempts import AttemptResult, ended, overdue, run, run_coroutine
+from apoq.worker.execution.attempt import (
+    AnyAttempt,
+    AsyncAttempt,
+    Attempt,
+    Claimed,
+    StopSignal,
+)
 from apoq.worker.execution.completion import Completion
 from apoq.worker.execution.deadlines import Deadlines
 from apoq.worker.execution.event_loop import EventLoopThread
 from apoq.worker.execution.executor import Executor, released
-from apoq.worker.execution.running_task import (
-    AnyRunningTask,
-    AsyncRunningTask,
-    Claimed,
-    RunningTask,
-    StopSignal,
-)
+from apoq.worker.execution.runner import AttemptResult, ended, overdue, run, run_coroutine
 from apoq.worker.execution.task_sessions import TaskSessions
 from apoq.worker.failures import Outage
 from apoq.worker.liveness.heartbeat import BEATS, GRACE, Heartbeat
@@ -93,14 +93,15 @@ class Runtime:
         options: WorkerOptions,
         counter: Counter,
     ) -> None:
-        self.outage = Outage(on_away=self._give_back_line)
+        self._events = events
+        self.outage = Outage(on_away=self._give_back_line, report=events.report)
         self.engine = own_engine(sync_side(engine), lock_timeout=LOCK_TIMEOUT)
         listening = self.engine if options.listen_url is None else listen_engine(options.listen_url)
         self._listening_engine = listening
         self._schemas = tuple(dict.fromkeys(queue.schema for queue in queues))
         self._signals = {schema: StopSignal() for schema in self._schemas}
         self._by = math.inf
-        self._beside: set[AnyRunningTask] = set()  # what runs in no slot, but on the thread of `work`
+        self._beside: set[AnyAttempt] = set()  # what runs in no slot, but on the thread of `work`
         self.coroutines = EventLoopThread()
         self.sessions = TaskSessions(engine, self.coroutines)
         notes = ClaimLog()
@@ -111,7 +112,7 @@ class Runtime:
             concurrency=options.concurrency,
             lease=options.lease,
             known=notes.known,
-            on_rescued=self.hint,
+            on_rescued=self._rescued,
             on_unknown=self._doubt,
             on_lapse=self._lapsed,
         )
@@ -157,6 +158,7 @@ class Runtime:
             self.slots,
             notes,
             self.outage,
+            events,
             positions=positions,
             leases=self.heartbeat.leases,
             signals=self._signals,
@@ -194,7 +196,7 @@ class Runtime:
             self.heartbeat.leases,
             self.outage,
             grace=options.lease.total_seconds() / BEATS * GRACE,
-            on_rescued=self.hint,
+            on_rescued=self._rescued,
         )
         self.on_death: Callable[[], None] = lambda: None
         """Called when a thread of the worker's has ended that shouldn't."""
@@ -238,18 +240,18 @@ class Runtime:
         self.missing.retry()
         self.slots.put(())  # what waits for them
 
-    def run_beside(self, task: AnyRunningTask) -> AttemptResult:
-        """Run a task on the caller's thread, beside those in the slots."""
-        self._beside.add(task)
+    def run_beside(self, attempt: AnyAttempt) -> AttemptResult:
+        """Run an attempt on the caller's thread, beside those in the slots."""
+        self._beside.add(attempt)
         try:
-            if isinstance(task, AsyncRunningTask):
+            if isinstance(attempt, AsyncAttempt):
                 end: AttemptResult = self.coroutines.run(
-                    run_coroutine(task, self._completion, self.deadlines)
+                    run_coroutine(attempt, self._completion, self.deadlines)
                 )
                 return end
-            return run(task, self._completion, self.deadlines)
+            return run(attempt, self._completion, self.deadlines)
         finally:
-            self._beside.discard(task)
+            self._beside.discard(attempt)
 
     def is_current(self) -> bool:
         """Tell whether the caller is a processor or a listener of this worker's, on a thread of its own."""
@@ -285,9 +287,9 @@ class Runtime:
             self.coroutines.cancel(CLEAN_UP)
             if self.coroutines.is_closed:
                 # They never end, and their transactions may hold the tasks' rows.
-                for task in left:
-                    if isinstance(task, AsyncRunningTask):
-                        task.cut_off()
+                for attempt in left:
+                    if isinstance(attempt, AsyncAttempt):
+                        attempt.cut_off()
         for loop in claiming:
             self.end(loop, by)
         if not self.settling.is_alive:
@@ -327,22 +329,23 @@ class Runtime:
     def _died(self) -> None:
         self.on_death()
 
-    def _make(self, row: Claimed) -> AnyRunningTask:
+    def _make(self, row: Claimed) -> AnyAttempt:
         processor = row[CLAIM].processors[row[TYPE]]
         if processor.is_coroutine:
-            return AsyncRunningTask(row, processor, self.sessions.open_async)
-        return RunningTask(row, processor, self.sessions.open)
+            return AsyncAttempt(row, processor, self.sessions.open_async)
+        return Attempt(row, processor, self.sessions.open)
 
     def _put_ended(self, end: AttemptResult) -> None:
-        if end.row is not None and end.outcome is None and not self._completion.is_heard:
+        is_followed = self._completion.is_heard or end.attempt.row[CLAIM].on_start is not None
+        if end.row is not None and end.outcome is None and not is_followed:
             self._counter.count(None)
-            self.claimer.settled([end.task.row])  # it is written already, and nobody is to be told
+            self.claimer.settled([end.attempt.row])  # it is written already, and nobody is to be told
             return
         self.settler.put(end)
         self.settling.wake()
 
-    def _put_overdue(self, task: AnyRunningTask, thread_id: int) -> None:
-        self._put_ended(ended(task, overdue(task.timeout or 0.0, thread_id)))
+    def _put_overdue(self, attempt: AnyAttempt, thread_id: int) -> None:
+        self._put_ended(ended(attempt, overdue(attempt.timeout or 0.0, thread_id)))
         if not self.settling.is_alive:
             self.settler.turn()  # nobody else takes turns beside `work`
 
@@ -353,18 +356,14 @@ class Runtime:
         self.claimer.given_up(task)
 
     def _lapsed(self, schemas: list[str | None]) -> None:
-        logger.warning(
-            "the lease%s could not be renewed in time: tasks that have not begun are given back, and what "
-            "running ones have written in task.session is undone, because other workers may run them now",
-            "" if len(schemas) == len(self._schemas) else f" in {', '.join(map(repr, schemas))}",
-        )
+        self._events.report(LeaseLost(tuple(schemas), is_everywhere=len(schemas) == len(self._schemas)))
         for schema in schemas:
             self._signals[schema].is_given = True
             self._signals[schema] = StopSignal()  # for what is claimed when it is renewed
         self._give_back(self.slots.take_back(schemas))
-        for task in self.slots.running():
-            if task.from_queue.schema in schemas:
-                task.cut_off()
+        for attempt in self.slots.running():
+            if attempt.from_queue.schema in schemas:
+                attempt.cut_off()
         if not any(lease.is_held for lease in self.heartbeat.leases.values()):
             # It isn't one schema, it is the connection. Else the others would find out one by one.
             watch.cut_all(self.engine)
@@ -386,12 +385,16 @@ class Runtime:
 
     def _lost(self, tasks: list[Claimed]) -> None:
         self.claimer.settled(self.slots.recall(tasks))
-        for task in list(self._beside):
-            if any(task.row is row for row in tasks):
-                task.recall()
+        for attempt in list(self._beside):
+            if any(attempt.row is row for row in tasks):
+                attempt.recall()
 
     def _listens(self) -> None:
         self.listening.recovered()
+
+    def _rescued(self, event: TasksRescued) -> None:
+        self._events.report(event)
+        self.hint()
 
     def _claimed(self, count: int, wanted: int) -> None:
         # Was that all? Where nothing was found, whoever gave the hint may have meant something else.
@@ -409,9 +412,9 @@ class Runtime:
         """
         self._give_back(self.slots.take_back())
 
-    def _give_back(self, tasks: list[AnyRunningTask]) -> None:
-        for task in tasks:
-            self._put_ended(released(task))
+    def _give_back(self, attempts: list[AnyAttempt]) -> None:
+        for attempt in attempts:
+            self._put_ended(released(attempt))
 
     def _flush(self) -> None:
         """Settle what has ended; on the settler's thread, for it may have to connect, and that takes long."""

@@ -17,12 +17,13 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from apoq.client.queue import Queue
 from apoq.client.typed_task import TypedTask
-from apoq.core.events import Events
 from apoq.core.registry import Middleware, Processor, Registry, make_processor
 from apoq.core.retry import DEFAULT_RETRY_LIMIT, RetryDelay, exponential_backoff, seconds
 from apoq.errors import InvalidProcessor
+from apoq.events import Events
 from apoq.postgres.urls import check_engine, check_untranslated, sync_side
 from apoq.schema.models import Task
+from apoq.worker import logs
 from apoq.worker.lifecycle import Lifecycle
 from apoq.worker.options import WorkerOptions
 from apoq.worker.process import PROCESS
@@ -100,6 +101,7 @@ class Worker:
             listen_url=listen_url,
         )
         self.events = Events()
+        logs.listen(self.events)
         # Two that are equal are one, whose typed tasks were said in two places.
         self._queues = tuple(dict.fromkeys(queues))
         self._registry = Registry(middleware)
@@ -213,7 +215,6 @@ class Worker:
         patience = None if timeout is None else seconds(timeout, "a timeout")
         if self._lifecycle.stop(patience):
             PROCESS.forget(self)
-            logger.info("%r has stopped", self)
 
     def run(
         self,
@@ -301,10 +302,9 @@ class Worker:
         PROCESS.get_ready()
         if self._lifecycle.start(loop, stops):
             PROCESS.watch(self)
-            logger.info("%r has started", self)
 
     def _new_life(self) -> Lifecycle:
-        return Lifecycle(self._engine, self._queues, self._registry, self.events, self._options)
+        return Lifecycle(self._engine, self._queues, self._registry, self.events, self._options, repr(self))
 
     def _begin_anew(self) -> None:
         """Be a worker that hasn't started, in a child that was forked.

@@ -11,7 +11,7 @@ from itertools import count
 from typing import Final
 
 from apoq.schema.statements.claim import CLAIM
-from apoq.worker.execution.running_task import Claimed
+from apoq.worker.execution.attempt import Claimed
 
 ENOUGH: Final = 16
 """Notes that one statement forgets, at least: each of its own would be one more a claim."""

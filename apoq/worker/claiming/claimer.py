@@ -20,6 +20,7 @@ from apoq.client.queue import Queue
 from apoq.core.outcomes import WorkerDied
 from apoq.core.payload import encode
 from apoq.core.registry import Processor, Registry
+from apoq.events import Events, TaskClaimed, TaskCompleted, TaskStarted
 from apoq.postgres.connections import STATEMENT_TIMEOUT, execute, is_away, is_caused_by_a_row
 from apoq.postgres.fast_path import written
 from apoq.schema.models import ClaimRow
@@ -28,11 +29,12 @@ from apoq.schema.statements.claim import CLAIM, FAIL_COUNT, ID, PRIORITY, PROCES
 from apoq.schema.statements.data import read_data
 from apoq.schema.statements.notes import forget_settled
 from apoq.schema.statements.recover import forget_unknown, give_back
+from apoq.worker import reports
 from apoq.worker.claiming.claim_log import ClaimLog
 from apoq.worker.claiming.cursor import ClaimCursor
-from apoq.worker.execution.attempts import AttemptResult, ended
+from apoq.worker.execution.attempt import AnyAttempt, Claim, Claimed, StopSignal, longest_data
 from apoq.worker.execution.executor import Executor, released
-from apoq.worker.execution.running_task import AnyRunningTask, Claim, Claimed, StopSignal, longest_data
+from apoq.worker.execution.runner import AttemptResult, ended
 from apoq.worker.failures import Outage
 from apoq.worker.isolation import Isolation
 from apoq.worker.liveness.lease import Lease
@@ -115,12 +117,13 @@ class Claimer:
         slots: Executor,
         notes: ClaimLog,
         outage: Outage,
+        events: Events,
         *,
         positions: dict[Queue, ClaimCursor],
         leases: Mapping[str | None, Lease],
         signals: Mapping[str | None, StopSignal],
         on_claim: Callable[[int, int], None],
-        make: Callable[[Claimed], AnyRunningTask],
+        make: Callable[[Claimed], AnyAttempt],
         put_ended: Callable[[AttemptResult], None],
     ) -> None:
         self._engine = engine
@@ -132,6 +135,7 @@ class Claimer:
         )
         self._tidying: Isolation[str | None] = Isolation(_describe_tidying, outage)
         self._registry = registry
+        self._events = events
         self._slots = slots
         self._on_claim = on_claim
         self._make = make
@@ -204,8 +208,8 @@ class Claimer:
         self._forget_settled(connection)
         return 0.0
 
-    def claim_one(self) -> AnyRunningTask | None:
-        """Claim a single task, for the caller to run."""
+    def claim_one(self) -> AnyAttempt | None:
+        """Claim a single task, and return the attempt that the caller is to run."""
         self._forget_settled()
         while claimed := self.claim(1, 1):
             self._move()
@@ -240,9 +244,9 @@ class Claimer:
     def _startable(self, tasks: list[Claimed]) -> Iterator[Claimed]:
         for row in tasks:
             if row[FAIL_COUNT]:
-                task = self._make(row)
-                if not has_attempts(task):
-                    self._put_ended(ended(task, WorkerDied(WorkerDied.__doc__)))
+                attempt = self._make(row)
+                if not may_begin(attempt):
+                    self._put_ended(ended(attempt, WorkerDied(WorkerDied.__doc__)))
                     continue
             yield row
 
@@ -283,13 +287,25 @@ class Claimer:
             self._signals[queue.schema],
             self._fetch,
             number,
+            self._report_start if self._is_followed() else None,
             is_ahead=len(rows) > free,
         )
         if rows:
             self._moves.append((source.position, rows, len(rows) < limit))
         tasks: list[Claimed] = [(*row, batch) for row in rows]
         self.held.update({id(task): task for task in tasks})
+        if self._events.heard(TaskClaimed):
+            for task in tasks:
+                self._events.report(reports.claimed(task))
         return tasks
+
+    def _is_followed(self) -> bool:
+        """Return whether anybody wants to know of each task that begins, or how long it takes."""
+        return self._events.heard(TaskStarted) or self._events.heard(TaskCompleted)
+
+    def _report_start(self, row: Claimed) -> None:
+        if self._events.heard(TaskStarted):
+            self._events.report(reports.started(row))
 
     def _narrowly(
         self, source: _Source, limit: int, free: int, where: Engine | PoolProxiedConnection
@@ -370,12 +386,12 @@ class Claimer:
             parameters["passed_over"] = array_text(passed_over)
         return parameters
 
-    def _fetch(self, task: AnyRunningTask) -> list[tuple[Any, ...]]:
+    def _fetch(self, attempt: AnyAttempt) -> list[tuple[Any, ...]]:
         """Read the data of a task that is too large for its claim's answer."""
-        queue = task.from_queue
+        queue = attempt.from_queue
         parameters = {
-            "task_id": task.id,
-            "held_under": task.claim_token,
+            "task_id": attempt.id,
+            "held_under": attempt.claim_token,
             "longest_data": longest_data(queue),
         }
         return execute(self._engine, read_data(queue.schema), parameters).fetchall()
@@ -442,8 +458,8 @@ class Claimer:
             return None
         if time.monotonic() - since < OVERDUE:
             return OVERDUE
-        for task in self._slots.take_back():
-            self._put_ended(released(task))
+        for attempt in self._slots.take_back():
+            self._put_ended(released(attempt))
         # The average speaks of shorter tasks than those that run now.
         self._slots.run_time = max(self._slots.run_time or 0.0, OVERDUE)
         return None
@@ -468,6 +484,6 @@ def workable(processors: Mapping[str, Processor]) -> dict[str, Any]:
     return {"of_types": list(processors), "retry_limits": encode(limits)}
 
 
-def has_attempts(task: AnyRunningTask) -> bool:
-    """Return whether a claimed task may begin: a rescued one may have used all its attempts."""
-    return not task.fail_count or task.fail_count <= task.policy.limit
+def may_begin(attempt: AnyAttempt) -> bool:
+    """Return whether an attempt may begin: a rescued task may have used up its attempts."""
+    return not attempt.fail_count or attempt.fail_count <= attempt.policy.limit

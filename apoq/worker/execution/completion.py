@@ -8,14 +8,13 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Delete, Executable, Update
 
-from apoq.core.events import COMPLETED as TASK_COMPLETED
-from apoq.core.events import Events
 from apoq.core.outcomes import Release
+from apoq.events import COMPLETED, Events
 from apoq.postgres.connections import compiled
 from apoq.schema.models import tasks_table
 from apoq.schema.statements.portable import portable, read_row
 from apoq.schema.statements.settle import AS_COMPLETED, complete, complete_last, remove, remove_last
-from apoq.worker.execution.running_task import AnyRunningTask
+from apoq.worker.execution.attempt import AnyAttempt
 
 
 class Completion:
@@ -28,23 +27,23 @@ class Completion:
     @property
     def is_heard(self) -> bool:
         """Tell whether somebody listens to completions."""
-        return self._events.heard(TASK_COMPLETED)
+        return self._events.heard(COMPLETED)
 
     def statement(self, schema: str | None, *, full: bool, alike: bool) -> Executable:
         """Complete the tasks of `ids`; answer their ids, or their whole rows. `alike`: their tokens are."""
         write = complete if self.keep else remove
         return _returning(write(schema, alike=alike), schema, full=full)
 
-    def write(self, connection: Connection, task: AnyRunningTask) -> Mapping[Any, Any] | None:
+    def write(self, connection: Connection, attempt: AnyAttempt) -> Mapping[Any, Any] | None:
         """Complete a task in a transaction that is about to be committed; answer None where it was lost.
 
         Otherwise its id, or its whole row where somebody listens. Raises `Release` where the worker's lease
         has ended: others may have begun with the task.
         """
-        if not task.lease.is_held:
+        if not attempt.lease.is_held:
             raise Release
-        schema = task.from_queue.schema
-        parameters = {"task_id": task.id, "held_under": task.claim_token}
+        schema = attempt.from_queue.schema
+        parameters = {"task_id": attempt.id, "held_under": attempt.claim_token}
         statement = complete_last(schema) if self.keep else remove_last(schema)
         if self.is_heard:
             # On the processor's connection, which may be of any DateStyle.
@@ -54,7 +53,7 @@ class Completion:
         # Each task has one of these, and nothing is read back: as text, it takes half of SQLAlchemy's time.
         text, _ = compiled(statement)
         written = connection.exec_driver_sql(text, parameters)
-        return {"id": task.id} if written.rowcount else None
+        return {"id": attempt.id} if written.rowcount else None
 
 
 def told(schema: str | None) -> list[ColumnElement[Any]]:

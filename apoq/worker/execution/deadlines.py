@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 
-from apoq.worker.execution.running_task import AnyRunningTask
+from apoq.worker.execution.attempt import AnyAttempt
 from apoq.worker.failures import Outage
 from apoq.worker.loop import Loop
 from apoq.worker.threads import MissingThreads
@@ -21,23 +21,23 @@ class Deadlines:
     """
 
     def __init__(
-        self, on_over: Callable[[AnyRunningTask, int], None], outage: Outage, missing: MissingThreads
+        self, on_over: Callable[[AnyAttempt, int], None], outage: Outage, missing: MissingThreads
     ) -> None:
-        """`on_over` is called with each task whose time is up, and the id of the thread that it is on."""
+        """`on_over` is called with each attempt whose time is up, and the id of the thread that it is on."""
         self._on_over = on_over
-        self._until: dict[AnyRunningTask, tuple[float, int]] = {}
-        self._over: set[AnyRunningTask] = set()
+        self._until: dict[AnyAttempt, tuple[float, int]] = {}
+        self._over: set[AnyAttempt] = set()
         self._wakes_at = math.inf
         self._loop = Loop("apoq-deadlines", self.turn, outage)
         self._missing = missing
         self._starting = threading.Lock()
         self._lock = threading.Lock()
 
-    def watch(self, task: AnyRunningTask, limit: float, grace: float = 0.0) -> None:
-        """Let a task stop in `limit` seconds, and end it if it is still there `grace` seconds later."""
-        task.ends_at = time.monotonic() + limit
-        until = task.ends_at + grace
-        self._until[task] = until, threading.get_ident()
+    def watch(self, attempt: AnyAttempt, limit: float, grace: float = 0.0) -> None:
+        """Let an attempt stop in `limit` seconds, and end it if it is still there `grace` seconds later."""
+        attempt.ends_at = time.monotonic() + limit
+        until = attempt.ends_at + grace
+        self._until[attempt] = until, threading.get_ident()
         if until < self._wakes_at:
             try:
                 self._start()
@@ -46,19 +46,21 @@ class Deadlines:
                 self._missing.add(self._start, error)
             self._loop.wake()
 
-    def forget(self, task: AnyRunningTask) -> bool:
-        """Watch a task no longer, for it has ended; tell whether nobody else has ended it before."""
-        if self._until.pop(task, None) is not None:
+    def forget(self, attempt: AnyAttempt) -> bool:
+        """Watch an attempt no longer, for it has ended; return whether nobody else has ended it before."""
+        if self._until.pop(attempt, None) is not None:
             return True
         with self._lock:  # until whoever ended it is done with it
-            self._over.discard(task)
+            self._over.discard(attempt)
         return False
 
-    def withdraw(self, tasks: Iterable[AnyRunningTask]) -> list[AnyRunningTask]:
+    def withdraw(self, attempts: Iterable[AnyAttempt]) -> list[AnyAttempt]:
         """Watch these no longer, for they are given back; answer them without those whose time was up."""
         with self._lock:
             return [
-                task for task in tasks if self._until.pop(task, None) is not None or task not in self._over
+                attempt
+                for attempt in attempts
+                if self._until.pop(attempt, None) is not None or attempt not in self._over
             ]
 
     def turn(self) -> float | None:
@@ -67,9 +69,9 @@ class Deadlines:
         self._wakes_at = math.inf
         watched = self._until.copy()
         now = time.monotonic()
-        for task, (until, _) in watched.items():
+        for attempt, (until, _) in watched.items():
             if until <= now:
-                self._end(task)
+                self._end(attempt)
         self._wakes_at = earliest = min(
             (until for until, _ in watched.values() if until > now), default=math.inf
         )
@@ -85,8 +87,8 @@ class Deadlines:
         with self._starting:
             self._loop.start()
 
-    def _end(self, task: AnyRunningTask) -> None:
+    def _end(self, attempt: AnyAttempt) -> None:
         with self._lock:
-            if found := self._until.pop(task, None):
-                self._over.add(task)
-                self._on_over(task, found[1])
+            if found := self._until.pop(attempt, None):
+                self._over.add(attempt)
+                self._on_over(attempt, found[1])

@@ -12,11 +12,11 @@ from typing import Final
 
 from apoq.core.outcomes import Release
 from apoq.schema.statements.claim import CLAIM
-from apoq.worker.execution.attempts import AttemptResult, ended, run, run_coroutine
+from apoq.worker.execution.attempt import AnyAttempt, AsyncAttempt, Attempt, Claimed
 from apoq.worker.execution.completion import Completion
 from apoq.worker.execution.deadlines import Deadlines
 from apoq.worker.execution.event_loop import EventLoopThread
-from apoq.worker.execution.running_task import AnyRunningTask, AsyncRunningTask, Claimed, RunningTask
+from apoq.worker.execution.runner import AttemptResult, ended, run, run_coroutine
 from apoq.worker.threads import MissingThreads
 
 GIVE_WAY: Final = 0.0001
@@ -41,7 +41,7 @@ class Executor:
         deadlines: Deadlines,
         missing: MissingThreads,
         *,
-        make: Callable[[Claimed], AnyRunningTask],
+        make: Callable[[Claimed], AnyAttempt],
         on_ended: Callable[[AttemptResult], None],
         on_low: Callable[[], None],
     ) -> None:
@@ -65,9 +65,9 @@ class Executor:
         self._threads: list[threading.Thread] = []
         self._on_threads = 0
         """How many slots have a task on a thread."""
-        self._for_threads: SimpleQueue[RunningTask | None] = SimpleQueue()
+        self._for_threads: SimpleQueue[Attempt | None] = SimpleQueue()
         # By identity: a task that was given back may run here again before its first run has ended.
-        self._running: set[AnyRunningTask] = set()
+        self._running: set[AnyAttempt] = set()
 
     @property
     def load(self) -> int:
@@ -109,17 +109,17 @@ class Executor:
                 return
             self._line.extend(tasks)
             for _ in range(self._free):
-                task = self._pop()
-                if task is None:
+                attempt = self._pop()
+                if attempt is None:
                     break
                 self._free -= 1
-                self._running.add(task)
-                if self._begin(task):
+                self._running.add(attempt)
+                if self._begin(attempt):
                     has_begun = True
                 else:
                     self._free += 1
-                    self._running.discard(task)
-                    refused.append(task.row)
+                    self._running.discard(attempt)
+                    refused.append(attempt.row)
             self._line.extendleft(reversed(refused))
         if has_begun:
             time.sleep(GIVE_WAY)
@@ -133,7 +133,7 @@ class Executor:
         with self._lock:  # no `put` is under way then
             self._is_closed = True
 
-    def take_back(self, schemas: Container[str | None] | None = None) -> list[AnyRunningTask]:
+    def take_back(self, schemas: Container[str | None] | None = None) -> list[AnyAttempt]:
         """Return those that have not begun, and forget them: all of them, or those of these schemas."""
         taken: list[Claimed] = []
         others: list[Claimed] = []
@@ -156,16 +156,16 @@ class Executor:
                 self._line.remove(row)
                 waiting.append(row)
         recalled = {id(row) for row in tasks}
-        for task in self.running():
-            if id(task.row) in recalled:
-                task.recall()
+        for attempt in self.running():
+            if id(attempt.row) in recalled:
+                attempt.recall()
         return waiting
 
-    def running(self) -> list[AnyRunningTask]:
+    def running(self) -> list[AnyAttempt]:
         """Answer those that run now."""
         return list(self._running)
 
-    def abandon(self) -> list[AnyRunningTask]:
+    def abandon(self) -> list[AnyAttempt]:
         """Answer those that run now; they are the caller's from here on, and how they end isn't told."""
         running = []
         while self._running:
@@ -186,7 +186,7 @@ class Executor:
         # Another, for what is left in this one is meant for those threads.
         self._for_threads = SimpleQueue()
 
-    def _pop(self) -> AnyRunningTask | None:
+    def _pop(self) -> AnyAttempt | None:
         if self._is_closed:
             return None
         try:
@@ -195,11 +195,11 @@ class Executor:
             return None
         return self._make(row)
 
-    def _begin(self, task: AnyRunningTask) -> bool:
-        """Hand a task to its thread or to the loop; return False if that could not be started."""
-        if isinstance(task, AsyncRunningTask):
+    def _begin(self, attempt: AnyAttempt) -> bool:
+        """Hand an attempt to its thread or to the loop; return False if that could not be started."""
+        if isinstance(attempt, AsyncAttempt):
             try:
-                self._coroutines.spawn(self._coroutine_slot, task)
+                self._coroutines.spawn(self._coroutine_slot, attempt)
             except RuntimeError as error:
                 self._missing.add(self._coroutines.open, error)
                 return False
@@ -211,7 +211,7 @@ class Executor:
                 self._missing.add(self._add_thread, error)
                 return False
         self._on_threads += 1
-        self._for_threads.put(task)
+        self._for_threads.put(attempt)
         return True
 
     def _add_thread(self) -> None:
@@ -226,69 +226,72 @@ class Executor:
                 thread.start()
                 self._threads.append(thread)
 
-    def _begin_elsewhere(self, task: AnyRunningTask, *, on_thread: bool) -> None:
-        """Go on with a task of the other kind, in the slot of one that has ended."""
+    def _begin_elsewhere(self, attempt: AnyAttempt, *, on_thread: bool) -> None:
+        """Go on with an attempt of the other kind, in the slot of one that has ended."""
         with self._lock:
             self._on_threads -= on_thread
-            has_begun = self._begin(task)
+            has_begun = self._begin(attempt)
         if not has_begun:
-            self._ended(released(task), time.monotonic())
+            self._ended(released(attempt), time.monotonic())
             with self._lock:
                 self._free += 1
                 self._idle.notify_all()
 
-    def _thread_slots(self, tasks: SimpleQueue[RunningTask | None]) -> None:
-        while (begun := tasks.get()) is not None:
-            task: AnyRunningTask | None = begun
-            while isinstance(task, RunningTask):
+    def _thread_slots(self, attempts: SimpleQueue[Attempt | None]) -> None:
+        while (begun := attempts.get()) is not None:
+            attempt: AnyAttempt | None = begun
+            while isinstance(attempt, Attempt):
                 started = time.monotonic()
-                is_held = task.row[CLAIM].lease.ends_at > started
-                end = run(task, self._completion, self._deadlines) if is_held else released(task)
+                is_held = attempt.row[CLAIM].lease.ends_at > started
+                end = run(attempt, self._completion, self._deadlines) if is_held else released(attempt)
                 self._ended(end, started)
-                task = self._next(on_thread=True)
-            if task is not None:
-                self._begin_elsewhere(task, on_thread=True)
+                attempt = self._next(on_thread=True)
+            if attempt is not None:
+                self._begin_elsewhere(attempt, on_thread=True)
 
-    async def _coroutine_slot(self, begun: AsyncRunningTask) -> None:
-        task: AnyRunningTask | None = begun
-        while isinstance(task, AsyncRunningTask):
+    async def _coroutine_slot(self, begun: AsyncAttempt) -> None:
+        attempt: AnyAttempt | None = begun
+        while isinstance(attempt, AsyncAttempt):
             started = time.monotonic()
-            is_held = task.row[CLAIM].lease.ends_at > started
-            end = await run_coroutine(task, self._completion, self._deadlines) if is_held else released(task)
+            is_held = attempt.row[CLAIM].lease.ends_at > started
+            if is_held:
+                end = await run_coroutine(attempt, self._completion, self._deadlines)
+            else:
+                end = released(attempt)
             self._ended(end, started)
-            task = self._next(on_thread=False)
-        if task is not None:
-            self._begin_elsewhere(task, on_thread=False)
+            attempt = self._next(on_thread=False)
+        if attempt is not None:
+            self._begin_elsewhere(attempt, on_thread=False)
 
     def _ended(self, end: AttemptResult, started: float) -> None:
         took = time.monotonic() - started
         # Threads may overwrite each other's sample: an average doesn't mind.
         self.run_time = took if self.run_time is None else self.run_time + (took - self.run_time) / 16
         try:
-            self._running.remove(end.task)
+            self._running.remove(end.attempt)
         except KeyError:
             # It was given back meanwhile; if it had committed before, that holds.
             if end.row is None:
                 return
         self._on_ended(end)
 
-    def _next(self, *, on_thread: bool) -> AnyRunningTask | None:
+    def _next(self, *, on_thread: bool) -> AnyAttempt | None:
         """Return the next in line, to run in the same slot; free the slot if there is none."""
-        task = self._pop()
-        if task is None:
+        attempt = self._pop()
+        if attempt is None:
             with self._lock:
-                task = self._pop()
-                if task is None:
+                attempt = self._pop()
+                if attempt is None:
                     self._free += 1
                     self._on_threads -= on_thread
                     self._idle.notify_all()
-        if task is not None:
-            self._running.add(task)
+        if attempt is not None:
+            self._running.add(attempt)
         if len(self._line) <= self.low_water:
             self._on_low()
-        return task
+        return attempt
 
 
-def released(task: AnyRunningTask) -> AttemptResult:
+def released(attempt: AnyAttempt) -> AttemptResult:
     """Give a task back."""
-    return ended(task, Release())
+    return ended(attempt, Release())

@@ -21,6 +21,7 @@ from sqlalchemy import Engine, Executable
 from apoq.client.queue import Queue
 from apoq.core.outcomes import WorkerDied, report
 from apoq.core.payload import encode
+from apoq.events import TasksRescued
 from apoq.postgres.connections import execute, is_away, is_caused_by_a_row, keeps_session, own_engine
 from apoq.postgres.fast_path import Answer
 from apoq.postgres.watchdog import Stopped
@@ -96,7 +97,7 @@ class Heartbeat:
         concurrency: int,
         lease: timedelta,
         known: Callable[[str | None], Sequence[int]],
-        on_rescued: Callable[[], None],
+        on_rescued: Callable[[TasksRescued], None],
         on_unknown: Callable[[], None],
         on_lapse: Callable[[list[str | None]], None],
     ) -> None:
@@ -229,8 +230,7 @@ class Heartbeat:
                     return
                 continue
             if rescued:
-                logger.warning("%d tasks of workers that died are pending again", rescued)
-                self._on_rescued()
+                self._on_rescued(TasksRescued(rescued, presence.schema))
             has_more = narrowing.written(rescued)
         if not has_more:
             presence.rescuing.recovered()

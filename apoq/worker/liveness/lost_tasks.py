@@ -16,7 +16,7 @@ from apoq.schema.statements.arrays import array_text
 from apoq.schema.statements.begin import begin
 from apoq.schema.statements.claim import CLAIM, CLAIM_TOKEN, ID
 from apoq.schema.statements.lost import lost
-from apoq.worker.execution.running_task import AnyRunningTask, Claimed
+from apoq.worker.execution.attempt import AnyAttempt, Claimed
 from apoq.worker.failures import Outage
 from apoq.worker.isolation import Isolation
 
@@ -44,7 +44,7 @@ class LostTaskMonitor:
         outage: Outage,
         *,
         held: Callable[[], list[Claimed]],
-        running: Callable[[], list[AnyRunningTask]],
+        running: Callable[[], list[AnyAttempt]],
         interval: float,
         on_lost: Callable[[list[Claimed]], None],
     ) -> None:
@@ -97,7 +97,7 @@ class LostTaskMonitor:
 
         Or else, should this worker die now, their attempts would not count.
         """
-        begun = {_key(task.row) for task in self._running() if task.row[CLAIM].is_ahead}
+        begun = {_key(attempt.row) for attempt in self._running() if attempt.row[CLAIM].is_ahead}
         self._begun &= begun
         parts: dict[str | None, list[tuple[int, int]]] = {}
         for schema, id_, token in begun - self._begun:

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from sqlalchemy import Engine
 
+from apoq.events import TasksRescued
 from apoq.postgres.connections import execute
 from apoq.schema.statements.arrays import array_text
 from apoq.schema.statements.recover import rescue_unnoted
@@ -70,7 +71,7 @@ class Sweep:
         outage: Outage,
         *,
         grace: float,
-        on_rescued: Callable[[], None],
+        on_rescued: Callable[[TasksRescued], None],
     ) -> None:
         """`grace`: seconds between two passes, at least."""
         self._engine = engine
@@ -135,8 +136,7 @@ class Sweep:
         ids, tokens = zip(*tasks, strict=True)
         parameters = {"ids": array_text(ids), "tokens": array_text(tokens), "reason": REASON}
         if rescued := execute(self._engine, rescue_unnoted(schema), parameters).rowcount:
-            logger.warning("running tasks that no worker had are pending again: %d", rescued)
-            self._on_rescued()
+            self._on_rescued(TasksRescued(rescued, schema, is_noted=False))
 
 
 _ID, _, _TIME, _NUMBER = range(4)

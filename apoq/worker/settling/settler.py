@@ -17,19 +17,20 @@ from psycopg import DatabaseError
 from psycopg.errors import LockNotAvailable
 from sqlalchemy import Engine, Executable
 
-from apoq.core import events, states
-from apoq.core.events import Events
-from apoq.core.outcomes import Settlement, Unreachable
+from apoq.core import states
+from apoq.core.outcomes import Unreachable
 from apoq.core.payload import encode
+from apoq.events import COMPLETED, FAILED, RETRIED, Events, TaskCompleted, TaskFailed, TaskRetried
 from apoq.postgres.connections import execute, is_caused_by_a_row
 from apoq.schema.models import detached, tasks_table
 from apoq.schema.statements.arrays import array_text
-from apoq.schema.statements.claim import CLAIM, CLAIM_TOKEN, ID, TYPE
+from apoq.schema.statements.claim import CLAIM, CLAIM_TOKEN, ID
 from apoq.schema.statements.locked import locked
 from apoq.schema.statements.settle import settle
-from apoq.worker.execution.attempts import AttemptResult, TaskLost, is_late
+from apoq.worker import reports
+from apoq.worker.execution.attempt import AnyAttempt, Claimed, short_data
 from apoq.worker.execution.completion import Completion, told
-from apoq.worker.execution.running_task import Claimed, short_data
+from apoq.worker.execution.runner import AttemptResult, TaskLost, is_late
 from apoq.worker.failures import Outage
 from apoq.worker.isolation import Isolation
 from apoq.worker.settling.counters import Counter
@@ -106,8 +107,8 @@ class Settler:
         # Most attempts complete, and nothing more is to be known of them.
         self._completed: deque[Claimed] = deque()
         self._ended: deque[AttemptResult] = deque()
-        self._large: dict[int, Any] = {}
-        """The data of those that have completed whose rows don't have it, by the `id()` of the row."""
+        self._kept: dict[int, AnyAttempt] = {}
+        """The attempts, by the `id()` of the row, of which more is to be told than their rows say."""
         self._unsettled: deque[Unsettled] = deque()
         self._put_off: list[Unsettled] = []
         self._closed: dict[str | None, Closed] = {}
@@ -119,9 +120,10 @@ class Settler:
     def put(self, end: AttemptResult) -> None:
         """Settle this soon; the caller wakes whoever takes the turns."""
         if end.outcome is None and end.row is None:
-            if self._completion.is_heard and not end.task.has_data:
-                self._large[id(end.task.row)] = end.task.data
-            self._completed.append(end.task.row)
+            row = end.attempt.row
+            if row[CLAIM].on_start is not None or (self._completion.is_heard and not end.attempt.has_data):
+                self._kept[id(row)] = end.attempt
+            self._completed.append(row)
         else:
             self._ended.append(end)
 
@@ -157,7 +159,7 @@ class Settler:
     def _taken_ended(self) -> Iterator[Unsettled]:
         for schema, rows in _by_schema(_taken(self._completed), _schema_of).items():
             yield Unsettled(self._complete, schema, rows)
-        for schema, ends in _by_schema(_taken(self._ended), lambda end: _schema_of(end.task.row)).items():
+        for schema, ends in _by_schema(_taken(self._ended), lambda end: _schema_of(end.attempt.row)).items():
             yield Unsettled(self._settle, schema, ends)
 
     def _looks_at(self, unsettled: Unsettled) -> float:
@@ -220,32 +222,31 @@ class Settler:
         rows = self._execute_completion(schema, tasks)
         self._counter.count(None, len(rows))
         for task in tasks:
+            kept = self._kept.pop(id(task), None) if self._kept else None
             if task[ID] not in rows:
-                _log_lost(task)
-            elif row := rows[task[ID]]:
-                data = self._large.get(id(task))
-                known = {"data": short_data(task) if data is None else data}
-                self._events.emit(events.COMPLETED, detached(schema, {**row, **known}))
-        for task in tasks if self._large else ():
-            self._large.pop(id(task), None)
+                self._events.report(reports.lost(task))
+                continue
+            if kept is not None and self._events.heard(TaskCompleted):
+                self._events.report(reports.completed(task, kept.seconds))
+            if row := rows[task[ID]]:
+                known = {"data": short_data(task) if kept is None else kept.known_data()}
+                self._events.emit(COMPLETED, detached(schema, {**row, **known}))
         self._on_settled(tasks)
 
     def _settle(self, schema: str | None, ends: list[AttemptResult]) -> None:
-        ends.sort(key=lambda end: end.task.id)
-        rows: Rows = {end.task.id: end.row for end in ends if end.row is not None}
+        ends.sort(key=lambda end: end.attempt.id)
+        rows: Rows = {end.attempt.id: end.row for end in ends if end.row is not None}
         unwritten = [end for end in ends if end.row is None and not isinstance(end.outcome, TaskLost)]
         if unwritten:
             rows |= self._execute_settlement(schema, unwritten)
         for end in ends:
-            if is_late(end):
-                _log_late(end.task.row)
-            elif isinstance(end.outcome, TaskLost) or end.task.id not in rows:
-                _log_lost(end.task.row)
+            if is_late(end) or isinstance(end.outcome, TaskLost) or end.attempt.id not in rows:
+                self._events.report(reports.lost(end.attempt.row, is_late=is_late(end)))
             else:
-                self._tell(end, rows[end.task.id])
+                self._tell(end, rows[end.attempt.id])
                 self._counter.count(end.settlement)
         # One that took too long is settled as that, and not when it returns at last.
-        self._on_settled([end.task.row for end in ends if not is_late(end)])
+        self._on_settled([end.attempt.row for end in ends if not is_late(end)])
         for end in ends:
             if end.settlement is not None and end.settlement.state == states.PENDING:
                 self._on_pending(end.settlement.delay or 0.0)
@@ -273,8 +274,8 @@ class Settler:
         return self._execute(statement, tasks, held, is_heard=is_heard)
 
     def _execute_settlement(self, schema: str | None, ends: list[AttemptResult]) -> Rows:
-        is_heard = self._events.heard(events.FAILED) or self._events.heard(events.RETRIED)
-        tasks = [end.task.row for end in ends]
+        is_heard = self._events.heard(FAILED) or self._events.heard(RETRIED)
+        tasks = [end.attempt.row for end in ends]
         return self._execute(
             write_settlements(schema, full=is_heard),
             tasks,
@@ -298,21 +299,13 @@ class Settler:
     def _tell(self, end: AttemptResult, row: Mapping[Any, Any] | None) -> None:
         if isinstance(end.outcome, Unreachable):
             self._log_unreachable(end.outcome)
-        elif end.outcome is not None:
-            _log(end)
-        match end.settlement:
-            case None:
-                name = events.COMPLETED
-            case Settlement(state=states.FAILED):
-                name = events.FAILED
-            case Settlement(state=states.PENDING, error=dict()):
-                name = events.RETRIED
-            case _:
-                return
-        if row is not None and self._events.heard(name):
+        event = reports.ended(end)
+        self._events.report(event)
+        name = NAMED.get(type(event))
+        if name is not None and row is not None and self._events.heard(name):
             errors = () if end.outcome is None else (end.outcome,)
-            known = {**row, "data": end.task.known_data()}
-            self._events.emit(name, detached(end.task.from_queue.schema, known), *errors)
+            known = {**row, "data": end.attempt.known_data()}
+            self._events.emit(name, detached(end.attempt.from_queue.schema, known), *errors)
 
     def _log_unreachable(self, outcome: Unreachable) -> None:
         """Say it once for an outage, and not for each of its tasks."""
@@ -332,6 +325,10 @@ def write_settlements(schema: str | None, *, full: bool) -> Executable:
     return settle(schema).returning(*(told(schema) if full else [tasks.c.id]))
 
 
+NAMED: Final = {TaskCompleted: COMPLETED, TaskFailed: FAILED, TaskRetried: RETRIED}
+"""The events that are told by name as well."""
+
+
 def _describe(schema: str | None) -> str:
     return "settling tasks" if schema is None else f"settling tasks in the schema {schema!r}"
 
@@ -341,7 +338,7 @@ def _schema_of(row: Claimed) -> str | None:
 
 
 def _row(one: Claimed | AttemptResult) -> Claimed:
-    return one.task.row if isinstance(one, AttemptResult) else one
+    return one.attempt.row if isinstance(one, AttemptResult) else one
 
 
 def _tokens(tasks: list[Claimed]) -> dict[str, Any]:
@@ -365,23 +362,6 @@ def _by_schema(batch: list[T], schema_of: Callable[[T], str | None]) -> dict[str
     return parts
 
 
-def _log_lost(row: Claimed) -> None:
-    logger.info(
-        "task %d (%s) was taken from this worker before it ended here; nothing was written to it",
-        row[ID],
-        row[TYPE],
-    )
-
-
-def _log_late(row: Claimed) -> None:
-    logger.info(
-        "task %d (%s) has returned after its timeout, which had ended its attempt; "
-        "nothing more was written to it",
-        row[ID],
-        row[TYPE],
-    )
-
-
 def settlement_arrays(ends: list[AttemptResult]) -> dict[str, list[Any]]:
     """Answer the settlements as parameters."""
     settlements = [end.settlement for end in ends if end.settlement is not None]
@@ -394,26 +374,3 @@ def settlement_arrays(ends: list[AttemptResult]) -> dict[str, list[Any]]:
             None if settlement.error is None else encode(settlement.error) for settlement in settlements
         ],
     }
-
-
-def _log(end: AttemptResult) -> None:
-    task, settlement = end.task, end.settlement
-    match settlement:
-        case Settlement(state=states.FAILED):
-            logger.error(
-                "task %d (%s) failed for good, with failure %d",
-                task.id,
-                task.type,
-                settlement.fail_count,
-                exc_info=end.outcome,
-            )
-        case Settlement(state=states.PENDING, error=dict(error)):
-            logger.warning(
-                "task %d (%s) failed (failure %d), and is tried again in %g s: %s: %s",
-                task.id,
-                task.type,
-                settlement.fail_count,
-                settlement.delay,
-                error["class"],
-                error["message"],
-            )

@@ -14,11 +14,11 @@ from sqlalchemy.orm import Session
 
 from apoq.core.outcomes import Release, Settlement, Unreachable, settle
 from apoq.errors import InvalidProcessor, SessionMisused
+from apoq.worker.execution.attempt import LOST, AnyAttempt, AsyncAttempt, Attempt
 from apoq.worker.execution.completion import Completion
 from apoq.worker.execution.deadlines import Deadlines
 from apoq.worker.execution.event_loop import CLEAN_UP
 from apoq.worker.execution.isolated_context import IsolatedContext
-from apoq.worker.execution.running_task import LOST, AnyRunningTask, AsyncRunningTask, RunningTask
 from apoq.worker.execution.task_sessions import TaskSession, could_not_connect
 from apoq.worker.failures import brief
 
@@ -30,7 +30,7 @@ class TaskLost(Exception):
 class AttemptResult(NamedTuple):
     """An attempt that has ended, and what is to be written about it."""
 
-    task: AnyRunningTask
+    attempt: AnyAttempt
     outcome: BaseException | None
     settlement: Settlement | None
     """None: it is completed."""
@@ -39,82 +39,84 @@ class AttemptResult(NamedTuple):
 
 
 def ended(
-    task: AnyRunningTask, outcome: BaseException | None, row: Mapping[Any, Any] | None = None
+    attempt: AnyAttempt, outcome: BaseException | None, row: Mapping[Any, Any] | None = None
 ) -> AttemptResult:
     """Decide what becomes of a task whose attempt ended so."""
     if outcome is None:
-        return AttemptResult(task, None, None, row)
-    settlement = settle(outcome, attempt=task.attempt, fail_count=task.fail_count, policy=task.policy)
-    return AttemptResult(task, outcome, settlement, row)
+        return AttemptResult(attempt, None, None, row)
+    settlement = settle(outcome, attempt=attempt.number, fail_count=attempt.fail_count, policy=attempt.policy)
+    return AttemptResult(attempt, outcome, settlement, row)
 
 
 def is_late(end: AttemptResult) -> bool:
     """Tell whether the attempt was ended before, by its timeout."""
-    return isinstance(end.outcome, TaskLost) and end.task.signal is not LOST
+    return isinstance(end.outcome, TaskLost) and end.attempt.signal is not LOST
 
 
-def run(task: RunningTask, completion: Completion, deadlines: Deadlines) -> AttemptResult:
+def run(attempt: Attempt, completion: Completion, deadlines: Deadlines) -> AttemptResult:
     """Run a plain processor on this thread."""
-    return copy_context().run(_run, task, completion, deadlines)
+    return copy_context().run(_run, attempt, completion, deadlines)
 
 
-async def run_coroutine(
-    task: AsyncRunningTask, completion: Completion, deadlines: Deadlines
-) -> AttemptResult:
+async def run_coroutine(attempt: AsyncAttempt, completion: Completion, deadlines: Deadlines) -> AttemptResult:
     """Run a coroutine processor on this event loop."""
-    return await IsolatedContext(_run_coroutine(task, completion, deadlines))
+    return await IsolatedContext(_run_coroutine(attempt, completion, deadlines))
 
 
-def _run(task: RunningTask, completion: Completion, deadlines: Deadlines) -> AttemptResult:
+def _run(attempt: Attempt, completion: Completion, deadlines: Deadlines) -> AttemptResult:
     row = outcome = None
     try:
-        task.read()
-        if task.signal is LOST:
+        attempt.read()
+        if attempt.signal is LOST:
             raise TaskLost  # noqa: TRY301 - between the line and its slot
-        limit = task.timeout
-        answer = task.processor.function(task) if limit is None else _run_within(limit, task, deadlines)
+        attempt.begin()
+        limit = attempt.timeout
+        answer = attempt.call() if limit is None else _run_within(limit, attempt, deadlines)
         if answer is not None:
-            _refuse_awaitable(task, answer)
-        if task.opened is not None:
-            row = _complete_in(task.opened, task, completion)
+            _refuse_awaitable(attempt, answer)
+        if attempt.opened is not None:
+            row = _complete_in(attempt.opened, attempt, completion)
     except BaseException as error:  # noqa: BLE001 - even SystemExit is one task's failure, not the worker's
-        outcome = _outcome(task, error)
-    if task.opened is not None:
-        _close(task.opened)
-    return ended(task, outcome, row)
+        outcome = _outcome(attempt, error)
+    attempt.end()
+    if attempt.opened is not None:
+        _close(attempt.opened)
+    return ended(attempt, outcome, row)
 
 
 async def _run_coroutine(
-    task: AsyncRunningTask, completion: Completion, deadlines: Deadlines
+    attempt: AsyncAttempt, completion: Completion, deadlines: Deadlines
 ) -> AttemptResult:
     row = outcome = None
     try:
-        if task.has_data:
-            task.read()
+        if attempt.has_data:
+            attempt.read()
         else:
-            await asyncio.to_thread(task.read)
-        limit = task.timeout
+            await asyncio.to_thread(attempt.read)
+        attempt.begin()
+        limit = attempt.timeout
         if limit is None:
-            await task.call()
+            await attempt.call()
         else:
-            await _await_within(limit, task, deadlines)
-        if task.opened is not None:
-            row = await task.opened.run_sync(_complete_in_async, task, completion)
+            await _await_within(limit, attempt, deadlines)
+        if attempt.opened is not None:
+            row = await attempt.opened.run_sync(_complete_in_async, attempt, completion)
     except BaseException as error:  # noqa: BLE001
-        outcome = _outcome(task, error)
-    if task.opened is not None:
+        outcome = _outcome(attempt, error)
+    attempt.end()
+    if attempt.opened is not None:
         try:
-            await task.opened.run_sync(_close)
+            await attempt.opened.run_sync(_close)
         except BaseException as error:  # noqa: BLE001 - cancelled once more, while it was closed
             outcome = outcome or (None if row is not None else error)
-    return ended(task, outcome, row)
+    return ended(attempt, outcome, row)
 
 
-def _outcome(task: AnyRunningTask, error: BaseException) -> BaseException:
+def _outcome(attempt: AnyAttempt, error: BaseException) -> BaseException:
     # What was lost is lost. And where the worker itself has cut the session off, the error comes of that.
     if isinstance(error, TaskLost):
         return error
-    if task.is_cut_off:
+    if attempt.is_cut_off:
         return Release()
     return Unreachable(brief(error)) if could_not_connect(error) else error
 
@@ -128,33 +130,33 @@ def overdue(limit: float, thread_id: int = 0) -> TimeoutError:
     return error
 
 
-def _run_within(limit: float, task: RunningTask, deadlines: Deadlines) -> Any:
+def _run_within(limit: float, attempt: Attempt, deadlines: Deadlines) -> Any:
     """Run the function, which nothing can stop; raise `TaskLost` where its attempt was ended meanwhile."""
-    deadlines.watch(task, limit)
+    deadlines.watch(attempt, limit)
     try:
-        answer = task.processor.function(task)
+        answer = attempt.call()
     except KeyboardInterrupt:
-        deadlines.forget(task)
+        deadlines.forget(attempt)
         raise  # meant for the program, whenever it comes
     except BaseException as error:
-        if deadlines.forget(task):
+        if deadlines.forget(attempt):
             raise
         raise TaskLost from error
-    if not deadlines.forget(task):
+    if not deadlines.forget(attempt):
         raise TaskLost
     return answer
 
 
-async def _await_within(limit: float, task: AsyncRunningTask, deadlines: Deadlines) -> None:
+async def _await_within(limit: float, attempt: AsyncAttempt, deadlines: Deadlines) -> None:
     """Await the function, and cancel it at the limit; `TaskLost` where it took no notice for too long."""
     error: BaseException | None = None
-    deadlines.watch(task, limit, CLEAN_UP)
+    deadlines.watch(attempt, limit, CLEAN_UP)
     try:
         async with asyncio.timeout(limit) as scope:
-            await task.call()
+            await attempt.call()
     except BaseException as raised:  # noqa: BLE001
         error = raised
-    if not deadlines.forget(task):
+    if not deadlines.forget(attempt):
         raise TaskLost from error
     if scope.expired():
         # Whatever it made of the cancellation.
@@ -163,10 +165,10 @@ async def _await_within(limit: float, task: AsyncRunningTask, deadlines: Deadlin
         raise error
 
 
-def _complete_in(session: TaskSession, task: AnyRunningTask, completion: Completion) -> Mapping[Any, Any]:
+def _complete_in(session: TaskSession, attempt: AnyAttempt, completion: Completion) -> Mapping[Any, Any]:
     """Commit the processor's writes and the task's completion, or neither."""
     session.flush()
-    row = completion.write(session.connection(), task)
+    row = completion.write(session.connection(), attempt)
     if row is None:
         session.rollback()
         # Settled like any failure: where the task was lost, as it is nearly always, nothing is written.
@@ -178,9 +180,9 @@ def _complete_in(session: TaskSession, task: AnyRunningTask, completion: Complet
     return row
 
 
-def _complete_in_async(session: Session, task: AnyRunningTask, completion: Completion) -> Mapping[Any, Any]:
+def _complete_in_async(session: Session, attempt: AnyAttempt, completion: Completion) -> Mapping[Any, Any]:
     assert isinstance(session, TaskSession)
-    return _complete_in(session, task, completion)
+    return _complete_in(session, attempt, completion)
 
 
 def _close(session: Session) -> None:
@@ -190,11 +192,11 @@ def _close(session: Session) -> None:
         session.invalidate()
 
 
-def _refuse_awaitable(task: AnyRunningTask, value: Any) -> None:
+def _refuse_awaitable(attempt: AnyAttempt, value: Any) -> None:
     if inspect.isawaitable(value):
         if inspect.iscoroutine(value):
             value.close()
         raise InvalidProcessor(
-            f"the processor of {task.type!r} is a plain function that answered an awaitable, which nobody "
+            f"the processor of {attempt.type!r} is a plain function that answered an awaitable, which nobody "
             "awaits: make it `async def`"
         )

@@ -1,0 +1,310 @@
+"""An attempt: a claimed task, from when a slot takes it until it is settled."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Final, Generic, TypeVar, cast
+
+import psycopg
+
+from apoq.client.queue import Queue
+from apoq.core.options import HIGHEST_LIMIT
+from apoq.core.outcomes import Unreachable
+from apoq.core.registry import Processor
+from apoq.core.retry import LONGEST_DELAY, RetryPolicy
+from apoq.postgres.connections import is_away
+from apoq.postgres.loaders import UnreadableData, read_json
+from apoq.schema.statements.claim import (
+    ATTEMPT,
+    CLAIM,
+    CLAIM_TOKEN,
+    DATA,
+    FAIL_COUNT,
+    ID,
+    LONGEST,
+    RETRY_DELAY,
+    RETRY_LIMIT,
+    TIMEOUT,
+    TYPE,
+    ClaimedTask,
+)
+from apoq.worker.execution.running_task import AsyncRunningTask, RunningTask
+from apoq.worker.execution.task_sessions import AsyncTaskSession, TaskSession, cut_off, is_cut_off
+from apoq.worker.liveness.lease import Lease
+
+S = TypeVar("S", bound=TaskSession | AsyncTaskSession)
+
+_LONGEST: Final = LONGEST_DELAY.total_seconds()
+
+
+@dataclass(slots=True, eq=False)
+class Claim:
+    """Tasks that one statement has claimed."""
+
+    from_queue: Queue
+    processors: Mapping[str, Processor]
+    """By type, as they were at the claim."""
+    claimed_at: float
+    """By time.monotonic()."""
+    lease: Lease
+    """Of the worker, in the queue's schema."""
+    signal: StopSignal
+    """Given when these are to stop."""
+    fetch: Callable[[AnyAttempt], Sequence[Sequence[Any]]]
+    """Reads the data of one of them that is large, as `read_data` does."""
+    number: int = 0
+    """Of this worker's claims."""
+    on_start: Callable[[Claimed], object] | None = None
+    """Called when one of them begins, if anybody wants to know; then its time is measured, too."""
+    is_ahead: bool = False
+    """Whether they were more than found a slot at once."""
+
+
+Claimed = ClaimedTask[Claim]
+
+
+def longest_data(queue: Queue) -> int:
+    """Return how many characters the data of a task of this queue may have, as PostgreSQL writes it.
+
+    It puts spaces where the limit of the queue counts none.
+    """
+    return min(2 * queue.max_data_size + 1_000, HIGHEST_LIMIT)
+
+
+def short_data(row: Claimed) -> Any:
+    """Read the data of a claimed row that has it; return the error if Python can't."""
+    try:
+        return read_json(row[DATA] or "")
+    except UnreadableData as error:
+        return error
+
+
+class StopSignal:
+    """How a worker tells all the tasks that it has claimed that they are to stop."""
+
+    __slots__ = ("is_given",)
+
+    def __init__(self, *, is_given: bool = False) -> None:
+        self.is_given = is_given
+
+
+LOST: Final = StopSignal(is_given=True)
+"""What a task has instead, once it is known that it runs in vain."""
+
+
+class _Attempt(Generic[S]):
+    __slots__ = (
+        "began_at",
+        "data",
+        "ends_at",
+        "open_session",
+        "opened",
+        "processor",
+        "row",
+        "seconds",
+        "signal",
+    )
+
+    def __init__(self, row: Claimed, processor: Processor, open_session: Callable[[], S]) -> None:
+        self.row = row
+        self.processor = processor
+        self.open_session = open_session
+        self.signal = row[CLAIM].signal
+        self.ends_at: float | None = None  # by time.monotonic(), once it runs with a limit
+        self.opened: S | None = None
+        self.data: Any = None
+        self.began_at: float | None = None
+        self.seconds: float | None = None
+        """How long it took, if that is measured."""
+
+    @property
+    def id(self) -> int:
+        """The task's id."""
+        return self.row[ID]
+
+    @property
+    def type(self) -> str:
+        """The task's type."""
+        return self.row[TYPE]
+
+    @property
+    def from_queue(self) -> Queue:
+        """The queue that it came from."""
+        return self.row[CLAIM].from_queue
+
+    @property
+    def number(self) -> int:
+        """Which of the task's attempts this is: 1 is the first."""
+        return self.row[ATTEMPT]
+
+    @property
+    def fail_count(self) -> int:
+        """How many attempts have failed before."""
+        return self.row[FAIL_COUNT]
+
+    @property
+    def claim_token(self) -> int:
+        """What this worker must show to write to the task."""
+        return self.row[CLAIM_TOKEN]
+
+    @property
+    def lease(self) -> Lease:
+        """Until when the task is the worker's own."""
+        return self.row[CLAIM].lease
+
+    @property
+    def policy(self) -> RetryPolicy:
+        """How its failures are retried."""
+        delay = self.row[RETRY_DELAY]
+        own = None if delay is None else timedelta(seconds=min(max(delay, 0.0), _LONGEST))
+        return self.processor.policy_for(self.row[RETRY_LIMIT], own)
+
+    @property
+    def timeout(self) -> float | None:
+        """How many seconds it may take; None: as long as it likes."""
+        own = self.row[TIMEOUT]
+        # Whatever another program has written into the row, it is a limit.
+        return self.processor.timeout if own is None else min(max(own, 0.0), _LONGEST)
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether it should come to an end; see `RunningTask.should_stop`."""
+        if self.signal.is_given:
+            return True
+        return self.ends_at is not None and time.monotonic() >= self.ends_at
+
+    @property
+    def has_data(self) -> bool:
+        """Whether all of the task's data came with the claim: not if it is large."""
+        text = self.row[DATA]
+        return text is not None and len(text) <= LONGEST
+
+    def known_data(self) -> Any:
+        """Return the task's data, as far as it is known: None, if it is large and was not read."""
+        return short_data(self.row) if self.data is None and self.has_data else self.data
+
+    def read(self) -> None:
+        """Read the task's data, from the database if it is large; raise `UnreadableData` if Python can't.
+
+        If the task is no longer owned, the attempt is recalled. Raises `Unreachable` if the database is away.
+        """
+        text = self.row[DATA]
+        if text is not None and len(text) <= LONGEST:
+            self.data = read_json(text)
+        else:
+            self._fetch()
+
+    def _fetch(self) -> None:
+        try:
+            found = self.row[CLAIM].fetch(cast("AnyAttempt", self))
+        except psycopg.Error as error:
+            if is_away(error):
+                raise Unreachable(str(error)) from error
+            raise UnreadableData(str(error)) from error
+        if not found:
+            self.recall()
+            return
+        ((text,),) = found
+        if text is None or len(text) > longest_data(self.from_queue):
+            raise UnreadableData(
+                f"the data is larger than the queue's max_data_size, {self.from_queue.max_data_size:,} "
+                "bytes: another program has added this task. Or give the worker a queue with a higher limit"
+            )
+        self.data = read_json(text)
+
+    def begin(self) -> None:
+        """Note that the processor is about to be called."""
+        on_start = self.row[CLAIM].on_start
+        if on_start is not None:
+            self.began_at = time.monotonic()
+            on_start(self.row)
+
+    def end(self) -> None:
+        """Note that the processor has returned or raised."""
+        if self.began_at is not None:
+            self.seconds = time.monotonic() - self.began_at
+
+    def session(self) -> S:
+        """Return the session in whose transaction the task is completed; open it the first time."""
+        if self.opened is None:
+            self.opened = self.open_session()
+        return self.opened
+
+    def recall(self) -> None:
+        """Tell it, from another thread, that the task is no longer this worker's."""
+        self.signal = LOST
+
+    def cut_off(self) -> None:
+        """Undo what its session has written so far, from another thread: the worker's lease has ended."""
+        if self.opened is not None:
+            cut_off(self.opened)
+
+    @property
+    def is_cut_off(self) -> bool:
+        """Whether its session has been cut off."""
+        return self.opened is not None and is_cut_off(self.opened)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.number} of task {self.id} ({self.type})>"
+
+
+class Attempt(_Attempt[TaskSession]):
+    """An attempt of a plain function."""
+
+    __slots__ = ()
+
+    def call(self) -> Any:
+        """Call the processor, and return what it returns."""
+        return self.processor.function(self.running_task())
+
+    def running_task(self) -> RunningTask:
+        """Return what the processor gets."""
+        return RunningTask(self)
+
+
+_LOST_MESSAGE: Final = "the task is no longer this worker's"
+
+
+class AsyncAttempt(_Attempt[AsyncTaskSession]):
+    """An attempt of a coroutine function."""
+
+    __slots__ = ("_awaits", "_is_cancelled")
+
+    async def call(self) -> None:
+        """Await the processor, so that `recall` can cancel it."""
+        self._is_cancelled = False
+        self._awaits = asyncio.current_task()
+        try:
+            # Only now, so that whoever recalls it sees one or the other.
+            if self.signal is LOST:
+                raise asyncio.CancelledError(_LOST_MESSAGE)
+            await self.processor.function(self.running_task())
+        finally:
+            awaits, self._awaits = self._awaits, None
+            if self._is_cancelled and awaits is not None:
+                awaits.uncancel()  # what goes on here isn't meant
+
+    def running_task(self) -> AsyncRunningTask:
+        """Return what the processor gets."""
+        return AsyncRunningTask(self)
+
+    def recall(self) -> None:
+        """Tell it, from another thread, that the task is no longer this worker's, and cancel it, once."""
+        super().recall()
+        awaits: asyncio.Task[Any] | None = getattr(self, "_awaits", None)
+        if awaits is not None:
+            with suppress(RuntimeError):  # the loop was closed meanwhile
+                awaits.get_loop().call_soon_threadsafe(self._cancel)
+
+    def _cancel(self) -> None:
+        # On its own loop: it has ended, or it awaits something.
+        if self._awaits is not None and not self._is_cancelled:
+            self._is_cancelled = self._awaits.cancel(_LOST_MESSAGE)
+
+
+AnyAttempt = Attempt | AsyncAttempt
