@@ -239,7 +239,8 @@ class Events:
 
     def heard(self, event: str | type[Event]) -> bool:
         """Return whether anybody listens."""
-        return any(when() for _, when in self._listeners[event])
+        listeners = self._listeners[event]
+        return bool(listeners) and any(when() for _, when in listeners)
 
     def emit(self, name: str, *arguments: object) -> None:
         """Call the listeners of this name in the order in which they came."""

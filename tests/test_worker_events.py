@@ -30,6 +30,7 @@ from apoq.events import (
     WorkerStopped,
     WorkerStopping,
 )
+from apoq.schema.statements.claim import CLAIM
 
 SOON = 10.0
 """Seconds within which what a test waits for has long happened."""
@@ -197,7 +198,7 @@ class TestNothingIsPreparedThatNobodyListensTo:
     def timed(self, engine, worker) -> list[bool]:
         """Whether each task that was processed is timed."""
         timed: list[bool] = []
-        worker.use("t", lambda task: timed.append(task._attempt.began_at is not None))
+        worker.use("t", lambda task: timed.append(task._attempt.row[CLAIM].on_start is not None))
         add(engine)
         return timed
 

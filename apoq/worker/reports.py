@@ -46,7 +46,7 @@ def lost(row: Claimed, *, is_late: bool = False) -> TaskLost:
 
 def ended(end: AttemptResult) -> TaskEnded:
     """Report what became of a task."""
-    known = {**_of(end.attempt.row), "seconds": end.attempt.seconds}
+    known = {**_of(end.attempt.row), "seconds": end.seconds}
     outcome = end.outcome
     match end.settlement:
         case Settlement(state=states.FAILED) as settlement if outcome is not None:

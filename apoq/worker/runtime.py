@@ -336,13 +336,15 @@ class Runtime:
         return Attempt(row, processor, self.sessions.open)
 
     def _put_ended(self, end: AttemptResult) -> None:
-        is_followed = self._completion.is_heard or end.attempt.row[CLAIM].on_start is not None
-        if end.row is not None and end.outcome is None and not is_followed:
+        if end.row is not None and end.outcome is None and not self._is_followed(end):
             self._counter.count(None)
             self.claimer.settled([end.attempt.row])  # it is written already, and nobody is to be told
             return
         self.settler.put(end)
         self.settling.wake()
+
+    def _is_followed(self, end: AttemptResult) -> bool:
+        return self._completion.is_heard or end.seconds is not None
 
     def _put_overdue(self, attempt: AnyAttempt, thread_id: int) -> None:
         self._put_ended(ended(attempt, overdue(attempt.timeout or 0.0, thread_id)))

@@ -99,14 +99,12 @@ LOST: Final = StopSignal(is_given=True)
 
 class _Attempt(Generic[S]):
     __slots__ = (
-        "began_at",
         "data",
         "ends_at",
         "open_session",
         "opened",
         "processor",
         "row",
-        "seconds",
         "signal",
     )
 
@@ -118,9 +116,6 @@ class _Attempt(Generic[S]):
         self.ends_at: float | None = None  # by time.monotonic(), once it runs with a limit
         self.opened: S | None = None
         self.data: Any = None
-        self.began_at: float | None = None
-        self.seconds: float | None = None
-        """How long it took, if that is measured."""
 
     @property
     def id(self) -> int:
@@ -217,18 +212,6 @@ class _Attempt(Generic[S]):
             )
         self.data = read_json(text)
 
-    def begin(self) -> None:
-        """Note that the processor is about to be called."""
-        on_start = self.row[CLAIM].on_start
-        if on_start is not None:
-            self.began_at = time.monotonic()
-            on_start(self.row)
-
-    def end(self) -> None:
-        """Note that the processor has returned or raised."""
-        if self.began_at is not None:
-            self.seconds = time.monotonic() - self.began_at
-
     def session(self) -> S:
         """Return the session in whose transaction the task is completed; open it the first time."""
         if self.opened is None:
@@ -257,10 +240,6 @@ class Attempt(_Attempt[TaskSession]):
     """An attempt of a plain function."""
 
     __slots__ = ()
-
-    def call(self) -> Any:
-        """Call the processor, and return what it returns."""
-        return self.processor.function(self.running_task())
 
     def running_task(self) -> RunningTask:
         """Return what the processor gets."""

@@ -5,20 +5,24 @@ from __future__ import annotations
 import asyncio
 import inspect
 import sys
+import time
 import traceback
 from collections.abc import Mapping
 from contextvars import copy_context
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 from sqlalchemy.orm import Session
 
 from apoq.core.outcomes import Release, Settlement, Unreachable, settle
 from apoq.errors import InvalidProcessor, SessionMisused
+from apoq.schema.statements.claim import CLAIM
 from apoq.worker.execution.attempt import LOST, AnyAttempt, AsyncAttempt, Attempt
 from apoq.worker.execution.completion import Completion
 from apoq.worker.execution.deadlines import Deadlines
 from apoq.worker.execution.event_loop import CLEAN_UP
 from apoq.worker.execution.isolated_context import IsolatedContext
+from apoq.worker.execution.running_task import RunningTask
 from apoq.worker.execution.task_sessions import TaskSession, could_not_connect
 from apoq.worker.failures import brief
 
@@ -27,7 +31,8 @@ class TaskLost(Exception):
     """The task was taken from this worker while it ran; nothing is written to it any more."""
 
 
-class AttemptResult(NamedTuple):
+@dataclass(slots=True, eq=False)
+class AttemptResult:
     """An attempt that has ended, and what is to be written about it."""
 
     attempt: AnyAttempt
@@ -36,16 +41,21 @@ class AttemptResult(NamedTuple):
     """None: it is completed."""
     row: Mapping[Any, Any] | None = None
     """Where the completion has been committed with ``task.session``: the task's row, or its id alone."""
+    seconds: float | None = None
+    """How long it took, if somebody wants to know."""
 
 
 def ended(
-    attempt: AnyAttempt, outcome: BaseException | None, row: Mapping[Any, Any] | None = None
+    attempt: AnyAttempt,
+    outcome: BaseException | None,
+    row: Mapping[Any, Any] | None = None,
+    seconds: float | None = None,
 ) -> AttemptResult:
     """Decide what becomes of a task whose attempt ended so."""
     if outcome is None:
-        return AttemptResult(attempt, None, None, row)
+        return AttemptResult(attempt, None, None, row, seconds)
     settlement = settle(outcome, attempt=attempt.number, fail_count=attempt.fail_count, policy=attempt.policy)
-    return AttemptResult(attempt, outcome, settlement, row)
+    return AttemptResult(attempt, outcome, settlement, row, seconds)
 
 
 def is_late(end: AttemptResult) -> bool:
@@ -64,36 +74,42 @@ async def run_coroutine(attempt: AsyncAttempt, completion: Completion, deadlines
 
 
 def _run(attempt: Attempt, completion: Completion, deadlines: Deadlines) -> AttemptResult:
-    row = outcome = None
+    row = outcome = began_at = None
     try:
         attempt.read()
         if attempt.signal is LOST:
             raise TaskLost  # noqa: TRY301 - between the line and its slot
-        attempt.begin()
+        if attempt.row[CLAIM].on_start is not None:
+            began_at = _begin(attempt)
         limit = attempt.timeout
-        answer = attempt.call() if limit is None else _run_within(limit, attempt, deadlines)
+        answer = (
+            attempt.processor.function(RunningTask(attempt))
+            if limit is None
+            else _run_within(limit, attempt, deadlines)
+        )
         if answer is not None:
             _refuse_awaitable(attempt, answer)
         if attempt.opened is not None:
             row = _complete_in(attempt.opened, attempt, completion)
     except BaseException as error:  # noqa: BLE001 - even SystemExit is one task's failure, not the worker's
         outcome = _outcome(attempt, error)
-    attempt.end()
+    seconds = None if began_at is None else time.monotonic() - began_at
     if attempt.opened is not None:
         _close(attempt.opened)
-    return ended(attempt, outcome, row)
+    return ended(attempt, outcome, row, seconds)
 
 
 async def _run_coroutine(
     attempt: AsyncAttempt, completion: Completion, deadlines: Deadlines
 ) -> AttemptResult:
-    row = outcome = None
+    row = outcome = began_at = None
     try:
         if attempt.has_data:
             attempt.read()
         else:
             await asyncio.to_thread(attempt.read)
-        attempt.begin()
+        if attempt.row[CLAIM].on_start is not None:
+            began_at = _begin(attempt)
         limit = attempt.timeout
         if limit is None:
             await attempt.call()
@@ -103,13 +119,20 @@ async def _run_coroutine(
             row = await attempt.opened.run_sync(_complete_in_async, attempt, completion)
     except BaseException as error:  # noqa: BLE001
         outcome = _outcome(attempt, error)
-    attempt.end()
+    seconds = None if began_at is None else time.monotonic() - began_at
     if attempt.opened is not None:
         try:
             await attempt.opened.run_sync(_close)
         except BaseException as error:  # noqa: BLE001 - cancelled once more, while it was closed
             outcome = outcome or (None if row is not None else error)
-    return ended(attempt, outcome, row)
+    return ended(attempt, outcome, row, seconds)
+
+
+def _begin(attempt: AnyAttempt) -> float:
+    """Report that the processor is about to be called; return when that was."""
+    if (on_start := attempt.row[CLAIM].on_start) is not None:
+        on_start(attempt.row)
+    return time.monotonic()
 
 
 def _outcome(attempt: AnyAttempt, error: BaseException) -> BaseException:
@@ -134,7 +157,7 @@ def _run_within(limit: float, attempt: Attempt, deadlines: Deadlines) -> Any:
     """Run the function, which nothing can stop; raise `TaskLost` where its attempt was ended meanwhile."""
     deadlines.watch(attempt, limit)
     try:
-        answer = attempt.call()
+        answer = attempt.processor.function(RunningTask(attempt))
     except KeyboardInterrupt:
         deadlines.forget(attempt)
         raise  # meant for the program, whenever it comes

@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import cache
 from operator import itemgetter
 from typing import Any, Final, NamedTuple, TypeVar
@@ -28,7 +29,7 @@ from apoq.schema.statements.claim import CLAIM, CLAIM_TOKEN, ID
 from apoq.schema.statements.locked import locked
 from apoq.schema.statements.settle import settle
 from apoq.worker import reports
-from apoq.worker.execution.attempt import AnyAttempt, Claimed, short_data
+from apoq.worker.execution.attempt import Claimed, short_data
 from apoq.worker.execution.completion import Completion, told
 from apoq.worker.execution.runner import AttemptResult, TaskLost, is_late
 from apoq.worker.failures import Outage
@@ -107,8 +108,8 @@ class Settler:
         # Most attempts complete, and nothing more is to be known of them.
         self._completed: deque[Claimed] = deque()
         self._ended: deque[AttemptResult] = deque()
-        self._kept: dict[int, AnyAttempt] = {}
-        """The attempts, by the `id()` of the row, of which more is to be told than their rows say."""
+        self._kept: dict[int, AttemptResult] = {}
+        """What has completed of which more is to be told than the row says, by the `id()` of that."""
         self._unsettled: deque[Unsettled] = deque()
         self._put_off: list[Unsettled] = []
         self._closed: dict[str | None, Closed] = {}
@@ -121,8 +122,8 @@ class Settler:
         """Settle this soon; the caller wakes whoever takes the turns."""
         if end.outcome is None and end.row is None:
             row = end.attempt.row
-            if row[CLAIM].on_start is not None or (self._completion.is_heard and not end.attempt.has_data):
-                self._kept[id(row)] = end.attempt
+            if end.seconds is not None or (self._completion.is_heard and not end.attempt.has_data):
+                self._kept[id(row)] = end
             self._completed.append(row)
         else:
             self._ended.append(end)
@@ -229,7 +230,7 @@ class Settler:
             if kept is not None and self._events.heard(TaskCompleted):
                 self._events.report(reports.completed(task, kept.seconds))
             if row := rows[task[ID]]:
-                known = {"data": short_data(task) if kept is None else kept.known_data()}
+                known = {"data": short_data(task) if kept is None else kept.attempt.known_data()}
                 self._events.emit(COMPLETED, detached(schema, {**row, **known}))
         self._on_settled(tasks)
 
@@ -260,7 +261,7 @@ class Settler:
         if isinstance(one, AttemptResult) and one.settlement is not None:
             without = {"class": type(one.outcome).__name__, "message": "", "traceback": ""}
             if one.settlement.error != without:
-                bare = one._replace(settlement=one.settlement._replace(error=without))
+                bare = replace(one, settlement=one.settlement._replace(error=without))
                 return [unsettled._replace(ended=[bare])]
         logger.error("task %d is run again when this worker stops", _row(one)[ID])
         self._on_given_up(_row(one))
