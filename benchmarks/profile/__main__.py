@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 
-from benchmarks.profile import latency, processes, sessions, working
+from benchmarks.profile import adding, latency, layouts, processes, sessions, working
 
 PROFILES = {
     "working": working.show,
     "processes": processes.show,
     "sessions": sessions.show,
     "latency": latency.show,
+    "layouts": layouts.show,
+    "adding": adding.show,
 }
 
 if __name__ == "__main__":
