@@ -60,6 +60,14 @@ def read_time(epoch: float | Decimal) -> datetime:
         return _FIRST if epoch < 0 else _LAST
 
 
+def read_microseconds(epoch: int) -> datetime:
+    """Read a time that is given in microseconds since 1970, UTC."""
+    try:
+        return _EPOCH + timedelta(microseconds=epoch)
+    except OverflowError:
+        return _FIRST if epoch < 0 else _LAST
+
+
 def read_length(seconds: Decimal) -> timedelta:
     """Read a length of time; one that is longer than Python's as its longest."""
     try:

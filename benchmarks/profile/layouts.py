@@ -82,7 +82,9 @@ def measure(engine: sa.Engine, fillfactor: int, *, moves: bool = False) -> Cost:
     prepare(engine)
     own = own_engine(engine)
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-        connection.exec_driver_sql(f"ALTER TABLE apoq_tasks SET (fillfactor = {fillfactor}, autovacuum_enabled = off)")
+        connection.exec_driver_sql(
+            f"ALTER TABLE apoq_tasks SET (fillfactor = {fillfactor}, autovacuum_enabled = off)"
+        )
         for statement in ENDED if moves else ():
             connection.exec_driver_sql(statement)
         connection.exec_driver_sql("CHECKPOINT")

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from psycopg import sql
 from sqlalchemy import (
+    BigInteger,
     Insert,
     Select,
     SmallInteger,
@@ -15,6 +16,7 @@ from sqlalchemy import (
     bindparam,
     cast,
     column,
+    extract,
     func,
     insert,
     inspect,
@@ -25,9 +27,8 @@ from sqlalchemy.sql.elements import ColumnElement
 from sqlalchemy.types import Integer
 
 from apoq.core.states import PENDING
-from apoq.postgres.loaders import read_json
+from apoq.postgres.loaders import read_json, read_microseconds
 from apoq.schema.models import Task, task_class, tasks_table
-from apoq.schema.statements.portable import portable, read_row
 
 
 def _given() -> dict[str, ColumnElement[Any]]:
@@ -65,7 +66,8 @@ def enqueue(schema: str | None, *, mapped: bool = True) -> Insert:
     statement = (
         insert(task_class(schema) if mapped else table)
         .values(**_values(), created_at=func.now(), data=data)
-        .returning(*(portable(name, table.c[name]) for name in ("id", "created_at", "process_at")))
+        # Whatever the session's DateStyle; and neither is infinite, as what another program writes may be.
+        .returning(table.c.id, *(_microseconds(table.c[name]) for name in ("created_at", "process_at")))
     )
     return statement.execution_options(dml_strategy="raw") if mapped else statement
 
@@ -82,8 +84,14 @@ def added_row(parameters: Mapping[str, Any], answer: Mapping[Any, Any]) -> dict[
         "retry_delay": parameters["task_retry_delay"],
         "timeout": parameters["task_timeout"],
         "meta": None if parameters["task_meta"] is None else read_json(parameters["task_meta"]),
-        **read_row(answer),
+        "id": answer["id"],
+        "created_at": read_microseconds(answer["created_at"]),
+        "process_at": read_microseconds(answer["process_at"]),
     }
+
+
+def _microseconds(time: ColumnElement[Any]) -> ColumnElement[int]:
+    return cast(extract("epoch", time) * 1_000_000, BigInteger).label(time.key)
 
 
 _UNTOUCHED: Final[dict[str, Any]] = {
