@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from apoq import Worker
+from apoq import AsyncRunningTask, RunningTask, Worker
+from apoq.worker.execution.attempt import AnyAttempt
 from apoq.worker.lifecycle import Lifecycle
 from apoq.worker.runtime import Runtime
 
@@ -15,3 +16,8 @@ def lifecycle(worker: Worker) -> Lifecycle:
 def runtime(worker: Worker) -> Runtime:
     """Return the parts of a worker."""
     return worker._lifecycle.runtime
+
+
+def attempt_of(task: RunningTask | AsyncRunningTask) -> AnyAttempt:
+    """Return the worker's part of a running task."""
+    return task._attempt

@@ -34,7 +34,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from probe import runtime
+from probe import attempt_of, runtime
 from sqlalchemy.orm import Session
 
 from apoq import Cancel, Queue, Retry, RunningTask, Snooze, Task, Worker
@@ -628,7 +628,7 @@ class Tasks(RuleBasedStateMachine):
             self._forgotten(after=1)
 
     def _process(self, task: RunningTask) -> None:
-        self.ended = ended(task, self.outcome)
+        self.ended = ended(attempt_of(task), self.outcome)
         if self.writes:
             task.session.execute(WRITE, {"id": task.id})
         if self.outcome is not None:

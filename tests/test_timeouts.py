@@ -12,7 +12,7 @@ from datetime import timedelta
 
 import pytest
 import sqlalchemy as sa
-from probe import runtime
+from probe import attempt_of, runtime
 from sqlalchemy.orm import Session
 from waiting import patience
 
@@ -399,11 +399,15 @@ RACE, ATTEMPTS = 0.5, 3
 """The limit of the attempts that end at their limit, and how many attempts do."""
 
 
+def until_about_the_limit_of(task: RunningTask | AsyncRunningTask) -> float:
+    return max(0, attempt_of(task).ends_at - time.monotonic() + random.uniform(-0.002, 0.001))
+
+
 def end_at_the_limit(task: RunningTask) -> None:
     if task.data % 2:
         write(task)
     if task.attempt <= ATTEMPTS:
-        time.sleep(max(0, task.ends_at - time.monotonic() + random.uniform(-0.002, 0.001)))
+        time.sleep(until_about_the_limit_of(task))
         if task.data % 5 == 0:
             raise ValueError("at that very moment")
 
@@ -412,7 +416,9 @@ async def end_at_the_limit_on_a_loop(task: AsyncRunningTask) -> None:
     if task.data % 2:
         await task.session.execute(sa.text("INSERT INTO ledger VALUES (:id)"), {"id": task.id})
     if task.attempt <= ATTEMPTS:
-        await asyncio.sleep(max(0, task.ends_at - time.monotonic() + random.uniform(-0.002, 0.001)))
+        await asyncio.sleep(
+            max(0, attempt_of(task).ends_at - time.monotonic() + random.uniform(-0.002, 0.001))
+        )
         if task.data % 5 == 0:
             raise ValueError("at that very moment")
 
