@@ -15,6 +15,7 @@ from sqlalchemy import (
     Numeric,
     Select,
     SmallInteger,
+    Table,
     Text,
     Uuid,
     all_,
@@ -35,6 +36,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.sql.dml import ReturningUpdate
+from sqlalchemy.sql.selectable import TableValuedAlias
 
 from apoq.schema.models import tasks_table
 from apoq.schema.statements.arrays import bigints
@@ -125,22 +127,124 @@ def claim(
     What is taken is written down, as the `number` of the claims of `by_worker`.
     """
     tasks = tasks_table(schema)
-    place: ColumnElement[Any] = literal_column("ctid")
-    picked = _picked(schema, place, ahead=ahead, passes_over=passes_over, overflows=overflows)
+    picked = _picked(tasks, ahead=ahead, passes_over=passes_over, overflows=overflows)
+    return (
+        update(tasks)
+        # By where they stand, and as an array: by id, or joined, it takes the server a tenth longer. What is
+        # locked stays in its place. What another session has moved meanwhile, by writing to it between this
+        # statement's beginning and the lock, is left to another claim.
+        .where(any_(func.array(select(picked.c.ctid).scalar_subquery())) == _PLACE)
+        .values(_effect(tasks, picked, ahead=ahead))
+        .returning(*_returned(tasks, bare=bare))
+        .add_cte(note(schema, picked).cte("note"))
+    )
+
+
+@cache
+def next_due(
+    schema: str | None, *, ahead: bool = False, passes_over: bool = False, overflows: bool = False
+) -> Select[tuple[int]]:
+    """Return the ids of the tasks that `claim` would take with the same parameters, without taking them."""
+    picked = _picked(tasks_table(schema), ahead=ahead, passes_over=passes_over, overflows=overflows)
+    return select(picked.c.id)
+
+
+_PLACE: Final[ColumnElement[Any]] = literal_column("ctid")
+_AT_MOST: Final = bindparam("at_most", type_=BigInteger)
+
+
+def _picked(tasks: Table, *, ahead: bool, passes_over: bool, overflows: bool) -> CTE:
+    """Lock due tasks, and return where they stand and their ids."""
+    due = (
+        select(_PLACE, tasks.c.id)
+        .where(*_is_claimable(tasks, ahead=ahead, passes_over=passes_over))
+        .limit(_AT_MOST)
+        # Others claim at the same time: what they hold is passed over, not waited for.
+        .with_for_update(skip_locked=True)
+    )
+    # One index scan for each priority: future tasks of a higher priority are not walked through to find due
+    # ones of a lower. The outer limit ends the scans early, so no row is locked without being taken, unless
+    # its data is large.
+    levels = _levels()
+    level = due.where(*_is_on(tasks, levels)).order_by(tasks.c.process_at, tasks.c.id).lateral("due")
+    found = select(*level.c).select_from(levels.join(level, true()))
+    if overflows:
+        lower = tasks.c.priority < bindparam("lower_than", type_=SmallInteger)
+        order = tasks.c.priority.desc(), tasks.c.process_at, tasks.c.id
+        rest = due.where(lower).order_by(*order).subquery("rest")
+        found = select(*union_all(found, select(*rest.c)).subquery("found").c)
+    return found.limit(_AT_MOST).cte("picked")
+
+
+def _levels() -> TableValuedAlias:
+    """Return the priorities that are claimed from, the highest first, and a position in each."""
+    return (
+        func.unnest(
+            cast(bindparam("priorities", type_=Text), ARRAY(SmallInteger)),
+            cast(bindparam("behind_times", type_=Text), ARRAY(Double)),
+            cast(bindparam("behind_ids", type_=Text), ARRAY(BigInteger)),
+        )
+        .table_valued("priority", "behind_time", "behind_id")
+        .render_derived("levels")
+    )
+
+
+def _is_on(tasks: Table, levels: TableValuedAlias) -> tuple[ColumnElement[bool], ...]:
+    """Pick the tasks of a level that are behind its position."""
+    return (
+        tasks.c.priority == levels.c.priority,
+        tuple_(tasks.c.process_at, tasks.c.id)
+        > tuple_(func.to_timestamp(levels.c.behind_time), levels.c.behind_id),
+    )
+
+
+def _is_claimable(tasks: Table, *, ahead: bool, passes_over: bool) -> list[ColumnElement[bool]]:
+    """Pick the tasks that this worker may run now."""
+    conditions = [
+        tasks.c.queue == bindparam("from_queue", type_=Text),
+        is_pending(tasks),
+        tasks.c.process_at <= func.now(),
+        tasks.c.type == any_(bindparam("of_types", type_=ARRAY(Text))),
+    ]
+    if ahead:
+        conditions.append(tasks.c.rescue_count <= ZERO)
+    if passes_over:
+        conditions.append(tasks.c.id != all_(bigints("passed_over")))
+    return conditions
+
+
+def _effect(tasks: Table, picked: CTE, *, ahead: bool) -> dict[str, Any]:
+    """Return what a claim writes to a task: the columns of `CHANGED`."""
+    # Nor has that begun which is to be ended: if this worker dies, it doesn't count.
+    may_not_have_begun = _is_spent(tasks)
+    if ahead:
+        count = select(func.count()).select_from(picked).scalar_subquery()
+        may_not_have_begun = or_(count > bindparam("free", type_=BigInteger), may_not_have_begun)
+    return {
+        "state": RUNNING,
+        # Whatever another program has written there, no task is in the way of all others.
+        "claim_token": func.least(tasks.c.claim_token, LAST_BUT_ONE_BIGINT) + ONE,
+        "attempt": func.least(tasks.c.attempt, LAST_BUT_ONE) + ONE,
+        "worker_id": bindparam("by_worker", type_=Uuid),
+        "claimed_at": func.now(),
+        "prefetched": may_not_have_begun,
+    }
+
+
+def _is_spent(tasks: Table) -> ColumnElement[bool]:
+    """Pick the tasks that have used up their attempts."""
     limits = cast(bindparam("retry_limits", type_=Text), JSONB)
     # Numeric, because Python's numbers may be longer than any integer here.
     its_types_limit = cast(func.jsonb_extract_path_text(limits, tasks.c.type), Numeric)
-    is_spent = and_(
+    return and_(
         tasks.c.fail_count > ZERO,  # most have never failed, and nothing more is asked of them
         tasks.c.fail_count > func.coalesce(tasks.c.retry_limit, its_types_limit),
     )
-    # Nor has that begun which is to be ended: if this worker dies, it doesn't count.
-    may_not_have_begun = is_spent
-    if ahead:
-        count = select(func.count()).select_from(picked).scalar_subquery()
-        may_not_have_begun = or_(count > bindparam("free", type_=BigInteger), is_spent)
-    # As `ClaimedTask` says.
-    returned: tuple[ColumnElement[Any], ...] = (
+
+
+def _returned(tasks: Table, *, bare: bool) -> tuple[ColumnElement[Any], ...]:
+    """Return the columns of a `ClaimedTask`."""
+    return (
         tasks.c.id,
         tasks.c.type,
         cast(null(), Text) if bare else short_text(tasks.c.data),
@@ -156,86 +260,6 @@ def claim(
         func.date_part(EPOCH, tasks.c.timeout, type_=Double),
         cast(null(), Text) if bare else short_text(tasks.c.meta),
     )
-    return (
-        update(tasks)
-        # By where they stand, and as an array: by id, or joined, it takes the server a tenth longer. What is
-        # locked stays in its place. What another session has moved meanwhile, by writing to it between this
-        # statement's beginning and the lock, is left to another claim.
-        .where(place == any_(func.array(select(picked.c.ctid).scalar_subquery())))
-        .values(
-            state=RUNNING,
-            # Whatever another program has written there, no task is in the way of all others.
-            claim_token=func.least(tasks.c.claim_token, LAST_BUT_ONE_BIGINT) + ONE,
-            attempt=func.least(tasks.c.attempt, LAST_BUT_ONE) + ONE,
-            worker_id=bindparam("by_worker", type_=Uuid),
-            claimed_at=func.now(),
-            prefetched=may_not_have_begun,
-        )
-        .returning(*returned)
-        .add_cte(note(schema, picked).cte("note"))
-    )
-
-
-@cache
-def next_due(
-    schema: str | None, *, ahead: bool = False, passes_over: bool = False, overflows: bool = False
-) -> Select[tuple[int]]:
-    """Return the ids of the tasks that `claim` would take with the same parameters, without taking them."""
-    place: ColumnElement[Any] = literal_column("ctid")
-    picked = _picked(schema, place, ahead=ahead, passes_over=passes_over, overflows=overflows)
-    return select(picked.c.id)
-
-
-def _picked(
-    schema: str | None, place: ColumnElement[Any], *, ahead: bool, passes_over: bool, overflows: bool
-) -> CTE:
-    """Lock due tasks, and return where they stand and their ids."""
-    tasks = tasks_table(schema)
-    levels = (
-        func.unnest(
-            cast(bindparam("priorities", type_=Text), ARRAY(SmallInteger)),
-            cast(bindparam("behind_times", type_=Text), ARRAY(Double)),
-            cast(bindparam("behind_ids", type_=Text), ARRAY(BigInteger)),
-        )
-        .table_valued("priority", "behind_time", "behind_id")
-        .render_derived("levels")
-    )
-    limit = bindparam("at_most", type_=BigInteger)
-    conditions = [
-        tasks.c.queue == bindparam("from_queue", type_=Text),
-        is_pending(tasks),
-        tasks.c.process_at <= func.now(),
-        tasks.c.type == any_(bindparam("of_types", type_=ARRAY(Text))),
-    ]
-    if ahead:
-        conditions.append(tasks.c.rescue_count <= ZERO)
-    if passes_over:
-        conditions.append(tasks.c.id != all_(bigints("passed_over")))
-    due = select(place, tasks.c.id).where(*conditions).limit(limit)
-    # Others claim at the same time: what they hold is passed over, not waited for.
-    due = due.with_for_update(skip_locked=True)
-    # One index scan for each priority: future tasks of a higher priority are not walked through to find due
-    # ones of a lower. The outer limit ends the scans early, so no row is locked without being taken, unless
-    # its data is large.
-    level = (
-        due.where(
-            tasks.c.priority == levels.c.priority,
-            tuple_(tasks.c.process_at, tasks.c.id)
-            > tuple_(func.to_timestamp(levels.c.behind_time), levels.c.behind_id),
-        )
-        .order_by(tasks.c.process_at, tasks.c.id)
-        .lateral("due")
-    )
-    first = select(*level.c).select_from(levels.join(level, true()))
-    if overflows:
-        rest = (
-            due.where(tasks.c.priority < bindparam("lower_than", type_=SmallInteger))
-            .order_by(tasks.c.priority.desc(), tasks.c.process_at, tasks.c.id)
-            .subquery("rest")
-        )
-        found = union_all(first, select(*rest.c)).subquery("found")
-        first = select(*found.c)
-    return first.limit(limit).cte("picked")
 
 
 def short_text(data: ColumnElement[Any]) -> ColumnElement[str | None]:
