@@ -60,10 +60,17 @@ def admin(server: sa.URL) -> Iterator[sa.Engine]:
 
 @pytest.fixture(scope="session")
 def create_database(admin: sa.Engine, server: sa.URL) -> Callable[..., sa.URL]:
+    with admin.connect() as connection:
+        # It takes a third of the time, unless the server has to wait for its disk.
+        is_fast = connection.exec_driver_sql("SHOW fsync").scalar_one() == "off"
+    strategy = "FILE_COPY" if is_fast else "WAL_LOG"
+
     def create(template: str = "template0") -> sa.URL:
         name = f"apoq_test_{uuid.uuid4().hex[:10]}"
         with admin.connect() as connection:
-            connection.exec_driver_sql(f"CREATE DATABASE {name} TEMPLATE {template} ENCODING 'UTF8'")
+            connection.exec_driver_sql(
+                f"CREATE DATABASE {name} TEMPLATE {template} ENCODING 'UTF8' STRATEGY {strategy}"
+            )
         return server.set(database=name)
 
     return create

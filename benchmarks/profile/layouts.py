@@ -1,8 +1,8 @@
 """How the task table is laid out: what a kept task takes, against what it costs to work one.
 
-A page is filled to a part only (its fillfactor), so that a claim finds room on it for the new version of a row.
-What is left of that room stays empty beside completed tasks, for as long as they are kept. So it is measured how
-many claims are heap-only with other parts, and how it is if completed tasks are moved to a table of their own.
+A page is filled to a part only (its fillfactor), so that a claim finds room on it for the new version of a
+row. What is left of that room stays empty beside completed tasks, for as long as they are kept. So these are
+compared: other fillfactors, and a table of their own for completed tasks.
 """
 
 from __future__ import annotations
@@ -38,23 +38,21 @@ FILL = f"""
 
 FILLFACTORS = (45, 55, 65, 75, 90, 100)
 
-MOVE = """
+KEPT = "id, created_at, process_at, completed_at, data, type, queue, priority, attempt, fail_count, worker_id"
+
+MOVE = f"""
     WITH ended AS (
         DELETE FROM apoq_tasks WHERE ctid = ANY (ARRAY(
             SELECT ctid FROM apoq_tasks WHERE queue = 'default' AND indexed_state = 'completed'
             ORDER BY completed_at LIMIT 10000
         ))
-        RETURNING id, created_at, process_at, completed_at, data, type, queue, priority, attempt, fail_count, worker_id
+        RETURNING {KEPT}
     )
     INSERT INTO ended_tasks SELECT * FROM ended
 """
 
 ENDED: Sequence[str] = (
-    """
-    CREATE TABLE ended_tasks AS
-    SELECT id, created_at, process_at, completed_at, data, type, queue, priority, attempt, fail_count, worker_id
-    FROM apoq_tasks LIMIT 0
-    """,
+    f"CREATE TABLE ended_tasks AS SELECT {KEPT} FROM apoq_tasks LIMIT 0",
     "ALTER TABLE ended_tasks ADD PRIMARY KEY (id)",
     "CREATE INDEX ON ended_tasks (queue, completed_at)",
 )
