@@ -105,8 +105,8 @@ def measure(engine: sa.Engine, fillfactor: int, *, moves: bool = False) -> Cost:
                 connection.exec_driver_sql("VACUUM (ANALYZE) apoq_tasks")
         ended_at = connection.exec_driver_sql("SELECT pg_current_wal_insert_lsn()").scalar_one()
         wal = connection.exec_driver_sql(f"SELECT pg_wal_lsn_diff('{ended_at}', '{began_at}')").scalar_one()
-        time.sleep(0.1)
-        connection.exec_driver_sql("SELECT pg_stat_force_next_flush()")
+        own.dispose()  # its session's statistics are there with its end
+        time.sleep(0.5)
         hot = connection.exec_driver_sql(
             "SELECT n_tup_hot_upd FROM pg_stat_all_tables WHERE relname = 'apoq_tasks'"
         ).scalar_one()
@@ -115,7 +115,6 @@ def measure(engine: sa.Engine, fillfactor: int, *, moves: bool = False) -> Cost:
             connection.exec_driver_sql(f"SELECT pg_total_relation_size('{table}')").scalar_one()
             for table in tables.split(", ")
         )
-    own.dispose()
     count = BATCH * BATCHES
     return Cost(hot / count, float(wal) / count, server / count * 1e6, kept / count)
 
