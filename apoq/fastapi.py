@@ -28,7 +28,7 @@ from apoq.core.retry import seconds
 from apoq.errors import glimpse
 from apoq.worker import Worker
 
-GRACE: Final = timedelta(seconds=20)
+STOP_TIMEOUT: Final = timedelta(seconds=20)
 """What running tasks get to end in: of the 30 s of gunicorn and Kubernetes, open requests take some, too."""
 
 
@@ -51,7 +51,7 @@ class lifespan(AbstractAsyncContextManager[None]):  # noqa: N801 - called as if 
     another version, it doesn't start: `SchemaMismatch` says what to do.
     """
 
-    def __init__(self, worker: Worker, *, timeout: float | timedelta | None = GRACE) -> None:
+    def __init__(self, worker: Worker, *, timeout: float | timedelta | None = STOP_TIMEOUT) -> None:
         """Prepare to start this worker with the application, and to stop it."""
         if not isinstance(worker, Worker):
             raise TypeError(f"lifespan takes a worker, such as Worker(engine, queue), not {glimpse(worker)}")

@@ -220,7 +220,7 @@ class TestMigrate:
     def test_it_does_not_wait_for_ever_for_a_lock_that_another_session_keeps(
         self, run, empty_url, monkeypatch
     ):
-        monkeypatch.setattr(steps, "PATIENCE", 0.1)
+        monkeypatch.setattr(steps, "LOCK_WAIT_SECONDS", 0.1)
         with sa.create_engine(empty_url, poolclass=NullPool).connect() as connection:
             connection.exec_driver_sql(f"SELECT pg_advisory_lock({steps.LOCK_KEY})")
 

@@ -23,7 +23,7 @@ from sqlalchemy.pool import NullPool
 
 from apoq import Queue, Worker, prepare
 from apoq.cli import main
-from apoq.cli.stats import WIDEST, _figures, shown
+from apoq.cli.stats import MAX_NAME_COLUMNS, _figures, shown
 from apoq.cli.target import Target
 from apoq.embedded import PostgreSQL
 from apoq.monitor import server_checks, table_checks
@@ -246,7 +246,7 @@ class TestStats:
         add("a" * 200, queue="q" * 200, process_at=ago(days=9999))
         enlist("q" * 200, "r" * 200, host="h" * 200, seen=timedelta(days=9999))
         console = Console(width=80, record=True, file=io.StringIO())
-        console.print(shown(_figures(Target(engine=engine), by_type=True), WIDEST))
+        console.print(shown(_figures(Target(engine=engine), by_type=True), MAX_NAME_COLUMNS))
 
         lines = console.export_text().splitlines()
         assert max(map(len, lines)) <= 80
@@ -394,7 +394,7 @@ class TestDoctor:
         assert "\x1b" not in run("doctor").output
 
     def test_a_transaction_that_holds_up_vacuum_is_named(self, run, engine, monkeypatch):
-        monkeypatch.setattr(table_checks, "LONG", timedelta())
+        monkeypatch.setattr(table_checks, "LONG_TRANSACTION", timedelta())
         holder = sa.create_engine(
             engine.url, connect_args={"application_name": "forgetful"}, poolclass=NullPool
         )
@@ -602,7 +602,7 @@ class TestDoctor:
 
 
 def test_the_name_of_a_prepared_transaction_is_quoted_in_what_is_to_be_pasted(monkeypatch):
-    monkeypatch.setattr(table_checks, "LONG", timedelta())
+    monkeypatch.setattr(table_checks, "LONG_TRANSACTION", timedelta())
     with PostgreSQL(settings={"max_prepared_transactions": "1"}) as server:
         engine = sa.create_engine(server.url, isolation_level="AUTOCOMMIT", poolclass=NullPool)
         with engine.connect() as connection:

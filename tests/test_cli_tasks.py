@@ -408,7 +408,7 @@ class TestPrune:
         assert self.left(engine, ended) == set(ended) - {"cancelled"}
 
     def test_it_works_in_bounded_batches(self, run, engine, add, monkeypatch):
-        monkeypatch.setattr(pruner, "BATCH", 2)
+        monkeypatch.setattr(pruner, "BATCH_SIZE", 2)
         ids = [add(state="completed", completed_at=ago(days=2)) for _ in range(5)]
 
         done = run("prune", "--completed-before", "1d", "--yes")
@@ -447,7 +447,7 @@ class TestPrune:
         assert self.left(engine, ended) == set(ended)
 
     def test_queues_that_were_not_looked_through_are_spoken_of(self, run, engine, ended, monkeypatch):
-        monkeypatch.setattr(prune, "QUEUES", 1)
+        monkeypatch.setattr(prune, "MAX_QUEUES", 1)
 
         for options in ([], ["--json"]):
             done = run("prune", "--completed-before", "1d", "--yes", *options)

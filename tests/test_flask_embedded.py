@@ -213,7 +213,7 @@ class TestInThisProcess:
         until(app.extensions["apoq"].is_healthy, what="it is healthy")
 
     def test_one_that_could_not_start_is_tried_again(self, db, empty_url, monkeypatch, caplog):
-        monkeypatch.setattr("apoq.worker.in_process.PATIENCE", 0)
+        monkeypatch.setattr("apoq.worker.in_process.START_RETRY_SECONDS", 0)
         app = Flask("shop")
         app.config.update(SQLALCHEMY_DATABASE_URI=empty_url, APOQ_IN_PROCESS_WORKER=True)
         db.init_app(app)

@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 from waiting import patience
 
 from apoq.client.after_commit import _hinters
-from apoq.client.notifier import LIMIT, LINGER
+from apoq.client.notifier import IDLE_SECONDS, MAX_NOTIFIERS
 
 SOON = 10.0
 
@@ -32,7 +32,7 @@ def threads() -> list[threading.Thread]:
 def none_is_left():
     """Begin when those of other tests have ended."""
     gc.collect()
-    patience(2 * LINGER)(lambda: not threads())
+    patience(2 * IDLE_SECONDS)(lambda: not threads())
 
 
 @pytest.fixture
@@ -105,16 +105,16 @@ def test_many_pools_have_a_few_threads_and_connections_and_all_hints_arrive(
     worker.start()
     until(lambda: runtime(worker).scout._next_look > time.monotonic() + 60)
     before = connections()
-    engines = [sa.create_engine(url, poolclass=sa.NullPool) for _ in range(4 * LIMIT)]
+    engines = [sa.create_engine(url, poolclass=sa.NullPool) for _ in range(4 * MAX_NOTIFIERS)]
 
     for _ in range(3):
         for engine in engines:
             add_by_session(engine, queue)
-            assert len(threads()) <= LIMIT + 1
+            assert len(threads()) <= MAX_NOTIFIERS + 1
         for _ in engines:
             assert ran.acquire(timeout=SOON)
         # Before idle ones would be closed anyway; the server takes a moment to end a session.
-        until(lambda: connections() <= before + LIMIT + 1, timeout=LINGER / 2)
+        until(lambda: connections() <= before + MAX_NOTIFIERS + 1, timeout=IDLE_SECONDS / 2)
 
 
 @pytest.mark.parametrize("add", [add_by_session, add_by_connection])
@@ -130,7 +130,7 @@ def test_they_end_when_the_engine_is_freed(url, queue, connections, add, derive)
 
     until(lambda: gc.collect() >= 0 and freed() is None)  # when the hint has been sent
     until(lambda: connections() == 0 and not threads())
-    assert time.monotonic() - began < LINGER / 2
+    assert time.monotonic() - began < IDLE_SECONDS / 2
 
 
 def test_an_asyncio_engine_is_freed_too(url, queue, connections):
@@ -156,7 +156,7 @@ def test_they_end_when_the_engine_is_disposed_of(url, queue, connections):
     engine.dispose()
 
     until(lambda: connections() == 0 and not threads())
-    assert time.monotonic() - began < LINGER / 2
+    assert time.monotonic() - began < IDLE_SECONDS / 2
 
 
 def test_a_hint_is_sent_although_its_engine_is_freed_at_once(url, queue, make_worker):

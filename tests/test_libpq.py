@@ -15,7 +15,7 @@ from sqlalchemy.dialects.postgresql import ARRAY, INTERVAL
 
 from apoq.postgres.connections import _IS_POOLED, execute, own_engine
 from apoq.schema.statements.hint import Hint
-from apoq.worker.claiming.listener import MOST_AT_ONCE, Heard, ListeningConnection
+from apoq.worker.claiming.listener import MAX_NOTIFICATIONS, Heard, ListeningConnection
 
 
 @pytest.fixture
@@ -164,4 +164,4 @@ def test_of_hints_that_come_beside_an_answer_only_so_many_are_kept(own, waker):
         heard = connection.wait(0.0)
 
     assert heard.number == 5_000
-    assert len(heard.cancelled) == MOST_AT_ONCE
+    assert len(heard.cancelled) == MAX_NOTIFICATIONS

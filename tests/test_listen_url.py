@@ -61,8 +61,8 @@ def test_nothing_but_hints_goes_that_way(engine, url, make_worker):
 
 def test_where_it_goes_silent_the_worker_listens_again(engine, url, make_worker, monkeypatch):
     """Nothing tells of that but a question, for the heartbeat goes another way."""
-    monkeypatch.setattr(listener, "CHECK_INTERVAL", 0.1)
-    monkeypatch.setattr(listener, "ANSWER_TIMEOUT", 0.5)
+    monkeypatch.setattr(listener, "CHECK_INTERVAL_SECONDS", 0.1)
+    monkeypatch.setattr(listener, "ANSWER_TIMEOUT_SECONDS", 0.5)
     proxy = Proxy(url)
     ran = threading.Semaphore(0)
     worker = make_worker(poll_interval=LONG, listen_url=proxy.url)
@@ -90,8 +90,8 @@ def test_where_it_goes_silent_the_worker_listens_again(engine, url, make_worker,
 def test_that_it_leads_elsewhere_is_said_and_tasks_are_found_by_looking(
     engine, url, make_worker, monkeypatch, caplog
 ):
-    monkeypatch.setattr(listener, "PATIENCE", 0.1)
-    monkeypatch.setattr(listener, "RETRY", 0.1)
+    monkeypatch.setattr(listener, "PROBE_TIMEOUT_SECONDS", 0.1)
+    monkeypatch.setattr(listener, "PROBE_RETRY_SECONDS", 0.1)
     ran = threading.Event()
     worker = make_worker(poll_interval=timedelta(milliseconds=100), listen_url=url.set(database="postgres"))
     worker.use("t", lambda task: ran.set())
@@ -132,7 +132,7 @@ def test_that_hints_arrive_is_tried_where_no_other_worker_hears_it(engine, make_
 def test_stopping_while_it_is_tried_takes_no_time_and_is_no_reason_to_warn(
     url, make_worker, monkeypatch, caplog
 ):
-    monkeypatch.setattr(listener, "PATIENCE", 60.0)
+    monkeypatch.setattr(listener, "PROBE_TIMEOUT_SECONDS", 60.0)
     worker = make_worker(listen_url=url.set(database="postgres"))
     worker.start()
     began = time.monotonic()

@@ -101,7 +101,7 @@ def test_who_cancels_two_that_are_being_settled_is_never_told_of_a_deadlock(engi
 def test_a_worker_that_stops_meanwhile_settles_the_others_and_says_what_it_leaves(
     engine, queue, running, caplog, monkeypatch
 ):
-    monkeypatch.setattr(runtime_module, "PATIENCE", 2.0)
+    monkeypatch.setattr(runtime_module, "SETTLE_ON_STOP_SECONDS", 2.0)
     worker, task_ids, go_on = running
     with Session(engine) as session:
         queue.cancel(session, task_ids[0])
@@ -189,7 +189,7 @@ class TestAWholeTable:
     def test_a_worker_that_stops_meanwhile_waits_no_longer_than_it_should(
         self, engine, running, caplog, monkeypatch
     ):
-        monkeypatch.setattr(runtime_module, "PATIENCE", 2.0)
+        monkeypatch.setattr(runtime_module, "SETTLE_ON_STOP_SECONDS", 2.0)
         worker, task_ids, go_on = running
         with engine.connect() as migrating:
             migrating.execute(sa.text("LOCK apoq_tasks"))

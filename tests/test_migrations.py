@@ -388,7 +388,7 @@ class TestPrepare:
         engine.dispose()
 
     def test_a_lock_that_another_session_keeps_is_waited_for_a_while(self, empty_url, monkeypatch):
-        monkeypatch.setattr(steps, "PATIENCE", 0.2)
+        monkeypatch.setattr(steps, "LOCK_WAIT_SECONDS", 0.2)
         holder = sa.create_engine(
             empty_url, connect_args={"application_name": "forgetful"}, poolclass=NullPool
         )

@@ -53,7 +53,7 @@ from apoq.schema.statements.recover import forget_dead, forget_unknown, give_bac
 from apoq.schema.statements.survey import survey
 from apoq.worker.claiming import claim_log
 from apoq.worker.claiming.claim_log import ClaimLog
-from apoq.worker.claiming.cursor import MOST_LEVELS, ClaimCursor
+from apoq.worker.claiming.cursor import MAX_LEVELS, ClaimCursor
 from apoq.worker.execution.attempt import Attempt as WorkerAttempt
 from apoq.worker.execution.attempt import Claim, Claimed, StopSignal
 from apoq.worker.execution.completion import Completion
@@ -482,7 +482,7 @@ class Tasks(RuleBasedStateMachine):
             execute(self.own, forget_settled(None), {"by_worker": hand.id, "done": array_text(done)})
             hand.notes.forgotten(None, done)
         if surveys:
-            mine = {"from_queue": queue.name, "of_types": hand.types, "at_most": MOST_LEVELS + 1}
+            mine = {"from_queue": queue.name, "of_types": hand.types, "at_most": MAX_LEVELS + 1}
             hand.positions[queue].surveyed(execute(self.own, survey(None), mine))
         claimable = self._claimable(hand.types, queue, hand.positions[queue])
         # Ahead of a slot, none that may kill its worker.
@@ -990,7 +990,7 @@ def own(engine):
 
 def test_whatever_happens_every_task_is_as_it_ought_to_be(engine, own, caplog, monkeypatch):
     caplog.set_level(logging.CRITICAL, "apoq")
-    monkeypatch.setattr(claim_log, "ENOUGH", 2)
+    monkeypatch.setattr(claim_log, "MIN_FORGOTTEN", 2)
     Tasks.reached.clear()
     # The same each time, and then at random where that shows too little: what is drawn depends on the modules
     # that happen to be loaded.

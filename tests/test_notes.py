@@ -17,7 +17,7 @@ from waiting import patience
 from apoq import Queue, Task, Worker
 from apoq.schema.models import ClaimRow, WorkerRow
 from apoq.schema.statements.claim import ID
-from apoq.worker.claiming.claim_log import ENOUGH
+from apoq.worker.claiming.claim_log import MIN_FORGOTTEN
 
 SOON = 20.0
 """Seconds within which what a test waits for has long happened."""
@@ -62,10 +62,10 @@ def test_a_claim_writes_down_what_it_takes_until_all_of_it_is_settled(engine, wo
 
     held.set()
     until(lambda: state(engine, first) == "completed")
-    for _ in range(ENOUGH):
+    for _ in range(MIN_FORGOTTEN):
         (last,) = add(engine)
         until(lambda last=last: state(engine, last) == "completed")
-    assert len(noted(engine)) <= ENOUGH
+    assert len(noted(engine)) <= MIN_FORGOTTEN
     assert [first, *others] not in noted(engine)
     assert noted(engine)[-1] == [last]
 

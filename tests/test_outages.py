@@ -318,7 +318,7 @@ def test_it_is_healthy_from_start_to_stop(make_worker):
 
 def test_it_is_not_healthy_while_every_claim_fails(engine, queue, make_worker, monkeypatch, caplog):
     """Its heartbeats go on, and so it holds its lease."""
-    monkeypatch.setattr(lifecycle_module, "TOLERATED", 0.3)
+    monkeypatch.setattr(lifecycle_module, "TOLERATED_FAILURE_SECONDS", 0.3)
     worker = make_worker()
     worker.use("t", lambda task: None)
     worker.start()
@@ -340,7 +340,7 @@ def test_it_is_not_healthy_while_every_claim_fails(engine, queue, make_worker, m
 
 
 def test_it_is_not_healthy_while_every_settlement_fails(worker, monkeypatch):
-    monkeypatch.setattr(lifecycle_module, "TOLERATED", 0.3)
+    monkeypatch.setattr(lifecycle_module, "TOLERATED_FAILURE_SECONDS", 0.3)
     worker.start()
     until(worker.is_healthy)
     settling = runtime(worker).settling

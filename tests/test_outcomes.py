@@ -12,9 +12,9 @@ import pytest
 
 from apoq import Cancel, Retry, Snooze, exponential_backoff
 from apoq.core.outcomes import (
-    MESSAGE_LIMIT,
-    MOST,
-    TRACEBACK_LIMIT,
+    MAX_INTEGER,
+    MAX_MESSAGE_LENGTH,
+    MAX_TRACEBACK_LENGTH,
     Outcome,
     Release,
     Settlement,
@@ -67,7 +67,7 @@ OUTCOMES = {
     "Snooze on the last attempt": (Snooze(timedelta(hours=1)), 3, 2, "pending", 2, 2, 3600.0, None),
     "Unreachable": (Unreachable(chance=0.5), 1, 0, "pending", 0, 0, 1.5, None),
     "Unreachable on the last attempt": (Unreachable(chance=0.0), 3, 2, "pending", 2, 2, 1.0, None),
-    "the most failures": (ValueError(), 1, MOST, "failed", 1, MOST, None, "ValueError"),
+    "the most failures": (ValueError(), 1, MAX_INTEGER, "failed", 1, MAX_INTEGER, None, "ValueError"),
     "Release": (Release(), 1, 0, "pending", 0, 0, None, None),
     "Release on the last attempt": (Release(), 3, 2, "pending", 2, 2, None, None),
 }
@@ -219,9 +219,9 @@ class TestReport:
 
         assert time.monotonic() - began < 5
         assert list(found) == ["class", "message", "traceback"]
-        assert len(found["class"]) < MESSAGE_LIMIT + BOUND
-        assert len(found["message"]) < MESSAGE_LIMIT + BOUND
-        assert len(found["traceback"]) < TRACEBACK_LIMIT + BOUND
+        assert len(found["class"]) < MAX_MESSAGE_LENGTH + BOUND
+        assert len(found["message"]) < MAX_MESSAGE_LENGTH + BOUND
+        assert len(found["traceback"]) < MAX_TRACEBACK_LENGTH + BOUND
         encode(found)
 
     def test_what_cannot_be_stored_is_replaced_and_the_rest_is_kept(self):

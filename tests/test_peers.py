@@ -7,7 +7,7 @@ from uuid import UUID
 
 import pytest
 
-from apoq.worker.liveness.peers import GONE, Peer, Peers
+from apoq.worker.liveness.peers import GONE_SHARE_OF_GRACE, Peer, Peers
 
 OWN_GRACE = 3.0
 GRACE = 10.0
@@ -39,7 +39,7 @@ def test_one_that_shows_no_sign_of_life_for_its_own_grace_is_dead(peers):
 def test_one_whose_connection_is_gone_as_well_is_dead_sooner(peers):
     peers.look([peer(is_gone=True)], now=0)
 
-    assert peers.look([peer(is_gone=True)], now=GRACE * GONE) == ([UUID(int=1)], math.inf)
+    assert peers.look([peer(is_gone=True)], now=GRACE * GONE_SHARE_OF_GRACE) == ([UUID(int=1)], math.inf)
 
 
 def test_a_heartbeat_in_between_begins_the_wait_again(peers):

@@ -336,8 +336,8 @@ def test_with_a_listen_url_past_it_hints_arrive(pooled, url, make_worker, caplog
 
 
 def test_without_one_tasks_are_found_by_looking_and_it_is_said_once(pooled, make_worker, monkeypatch, caplog):
-    monkeypatch.setattr(listener, "PATIENCE", 0.2)
-    monkeypatch.setattr(listener, "RETRY", 0.01)
+    monkeypatch.setattr(listener, "PROBE_TIMEOUT_SECONDS", 0.2)
+    monkeypatch.setattr(listener, "PROBE_RETRY_SECONDS", 0.01)
     worker = make_worker(pooled, poll_interval=timedelta(milliseconds=500))
     ran = Ran(worker)
 

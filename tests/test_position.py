@@ -19,7 +19,7 @@ from apoq.core.registry import Registry, make_processor
 from apoq.postgres.connections import execute, own_engine
 from apoq.schema.statements.claim import CLAIM, ID, PRIORITY, PROCESS_AT, claim
 from apoq.schema.statements.survey import survey
-from apoq.worker.claiming.cursor import MOST_LEVELS, SLACK, START, ClaimCursor
+from apoq.worker.claiming.cursor import COMMIT_SLACK_SECONDS, MAX_LEVELS, START, ClaimCursor
 from apoq.worker.claiming.scanner import QueueScanner
 from apoq.worker.failures import Outage
 
@@ -55,7 +55,7 @@ class TestPosition:
         position = ClaimCursor()
         position.claimed([row(3, 0, NOW)], is_all=True)
 
-        assert levels(position) == {0: (NOW - SLACK, 0)}
+        assert levels(position) == {0: (NOW - COMMIT_SLACK_SECONDS, 0)}
 
     def test_no_claim_puts_it_back(self):
         position = ClaimCursor()
@@ -75,14 +75,14 @@ class TestPosition:
         position = ClaimCursor()
 
         assert position.surveyed([(5, NOW + 60, 8, NOW, True)]) == 60
-        assert levels(position) == {0: (NOW - SLACK, 0), 5: (NOW - SLACK, 0)}
+        assert levels(position) == {0: (NOW - COMMIT_SLACK_SECONDS, 0), 5: (NOW - COMMIT_SLACK_SECONDS, 0)}
 
     def test_a_survey_of_an_empty_queue_moves_it_past_what_was_taken(self):
         position = ClaimCursor()
         position.claimed([row(9, 0, NOW)], is_all=False)
 
         assert position.surveyed([(None, None, None, NOW + 5, None)]) == math.inf
-        assert levels(position) == {0: (NOW + 5 - SLACK, 0)}
+        assert levels(position) == {0: (NOW + 5 - COMMIT_SLACK_SECONDS, 0)}
 
     def test_a_survey_moves_it_on_where_it_names_other_priorities_only(self):
         position = ClaimCursor()
@@ -90,7 +90,7 @@ class TestPosition:
 
         position.surveyed([(7, NOW, 3, NOW + 5, False)])
 
-        assert levels(position) == {7: (NOW, 2), 0: (NOW + 5 - SLACK, 0)}
+        assert levels(position) == {7: (NOW, 2), 0: (NOW + 5 - COMMIT_SLACK_SECONDS, 0)}
 
     def test_it_is_careful_while_what_was_rescued_is_due(self):
         position = ClaimCursor()
@@ -102,10 +102,10 @@ class TestPosition:
 
     def test_priorities_that_were_used_up_are_forgotten_in_the_end(self):
         position = ClaimCursor()
-        for priority in range(3 * MOST_LEVELS):
+        for priority in range(3 * MAX_LEVELS):
             position.surveyed([(priority, NOW, 1, NOW, False)])
 
-        assert len(levels(position)) <= MOST_LEVELS + 1
+        assert len(levels(position)) <= MAX_LEVELS + 1
 
 
 def test_a_survey_that_had_to_wait_for_the_server_once_does_not_silence_the_scout(own, engine):
@@ -226,7 +226,7 @@ class TestNothingIsForgotten:
         """Its process_at is when its transaction began, long before what has been claimed meanwhile."""
         with engine.connect() as slow:
             queue.add(slow, "t", "late")
-            time.sleep(2 * SLACK)
+            time.sleep(2 * COMMIT_SLACK_SECONDS)
             for number in range(3):
                 with Session(engine) as session, session.begin():
                     queue.add(session, "t", number)

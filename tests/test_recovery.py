@@ -16,7 +16,7 @@ from waiting import patience
 
 from apoq import Queue, RunningTask, Task, prepare
 from apoq.schema.statements.hint import CHANNEL
-from apoq.worker.failures import FIRST_BACKOFF, LONGEST_BACKOFF, Failures, Outage, backoff
+from apoq.worker.failures import FIRST_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS, Failures, Outage, backoff
 from apoq.worker.loop import Loop
 
 SOON = 30.0
@@ -330,8 +330,8 @@ class TestLoop:
     def test_it_backs_off_with_jitter_and_within_bounds(self):
         waits = [backoff(failures, chance) for failures in range(1, 200) for chance in (0.0, 0.5, 0.999)]
 
-        assert min(waits) >= FIRST_BACKOFF / 2
-        assert max(waits) <= LONGEST_BACKOFF
+        assert min(waits) >= FIRST_BACKOFF_SECONDS / 2
+        assert max(waits) <= MAX_BACKOFF_SECONDS
         assert backoff(3, 0.0) == pytest.approx(backoff(2, 0.0) * 2)
 
 

@@ -114,7 +114,7 @@ def test_a_worker_prunes_its_own_queues_only(engine, ended):
 
 
 def test_it_deletes_in_bounded_batches(engine, ended, monkeypatch):
-    monkeypatch.setattr(pruner, "BATCH", 2)
+    monkeypatch.setattr(pruner, "BATCH_SIZE", 2)
     for _ in range(5):
         ended("completed", timedelta(days=2))
 

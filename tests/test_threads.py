@@ -369,7 +369,7 @@ def test_the_next_commit_notifies_workers_if_the_one_before_could_start_no_threa
 
 
 def test_an_in_process_worker_is_started_by_a_later_request(worker, limit, monkeypatch, caplog):
-    monkeypatch.setattr(in_process, "PATIENCE", 0.0)
+    monkeypatch.setattr(in_process, "START_RETRY_SECONDS", 0.0)
     begin: Callable[[], Worker] = lambda: worker  # noqa: E731
     in_process_worker = InProcessWorker(begin, name="shop")
     limit.refuse("apoq-starter")

@@ -65,7 +65,7 @@ def test_one_of_any_schema_and_any_priority_is_found(engine, make_worker):
 
 
 def test_one_is_found_behind_many_that_wait(engine, queue, make_worker, monkeypatch):
-    monkeypatch.setattr(sweep, "WALK", 10)
+    monkeypatch.setattr(sweep, "STEP_SIZE", 10)
     with Session(engine) as session, session.begin():
         queue.add_many(session, "unknown", range(95))
         ids = session.scalars(sa.select(Task.id).order_by(Task.id)).all()

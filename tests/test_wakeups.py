@@ -21,10 +21,10 @@ from waiting import patience
 
 from apoq import Queue, prepare
 from apoq.client.after_commit import _hinters
-from apoq.client.notifier import PAUSE, Notifier
+from apoq.client.notifier import SEND_INTERVAL_SECONDS, Notifier
 from apoq.schema.statements.hint import CANCELLED, CHANNEL
 from apoq.worker.claiming import listener
-from apoq.worker.liveness.lost_tasks import REST
+from apoq.worker.liveness.lost_tasks import MIN_INTERVAL_SECONDS
 
 SOON = 10.0
 
@@ -333,7 +333,7 @@ class TestAHintThatIsSentAtOnce:
         with hearing(engine) as heard:
             for _ in range(3):
                 assert not add(engine, queue)._pending
-                time.sleep(2 * PAUSE)
+                time.sleep(2 * SEND_INTERVAL_SECONDS)
 
             assert len(heard(0.5)) == 3
 
@@ -377,7 +377,7 @@ class TestAHintThatIsSentAtOnce:
         before = line._pooled
         before.driver_connection.execute("DEALLOCATE ALL")
         add(engine, queue)
-        time.sleep(2 * PAUSE)
+        time.sleep(2 * SEND_INTERVAL_SECONDS)
 
         with hearing(engine) as heard:
             add(engine, queue)
@@ -392,7 +392,7 @@ class TestAHintThatIsSentAtOnce:
             began = time.monotonic()
             for _ in range(3):
                 add(engine, queue)
-                time.sleep(2 * PAUSE)
+                time.sleep(2 * SEND_INTERVAL_SECONDS)
             took = time.monotonic() - began
             assert _hinters[engine.pool]._pending
         finally:
@@ -509,13 +509,13 @@ class TestNotificationsOfOthers:
                 queue.cancel(session, task.id)
             until(lambda: task.should_stop)
 
-        assert min(later - sooner for sooner, later in pairwise(looked_at)) >= REST
+        assert min(later - sooner for sooner, later in pairwise(looked_at)) >= MIN_INTERVAL_SECONDS
 
     def test_that_are_a_flood_are_not_listened_to(self, engine, queue, make_worker, monkeypatch, caplog):
-        monkeypatch.setattr(listener, "MOST_AT_ONCE", 10)
-        monkeypatch.setattr(listener, "FLOOD_TIME", 0.2)
-        monkeypatch.setattr(listener, "CHECK_INTERVAL", 0.5)
-        monkeypatch.setattr(listener, "RETRY", 0.2)
+        monkeypatch.setattr(listener, "MAX_NOTIFICATIONS", 10)
+        monkeypatch.setattr(listener, "FLOOD_SECONDS", 0.2)
+        monkeypatch.setattr(listener, "CHECK_INTERVAL_SECONDS", 0.5)
+        monkeypatch.setattr(listener, "PROBE_RETRY_SECONDS", 0.2)
         ran = threading.Semaphore(0)
         worker = make_worker(poll_interval=timedelta(seconds=0.2))
         worker.use("t", lambda task: ran.release())

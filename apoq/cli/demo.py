@@ -29,10 +29,10 @@ WORKERS: Final = 3
 LEASE: Final = timedelta(seconds=3)
 """Short, so that nobody has to wait for the tasks of the worker that is killed."""
 
-PAUSE: Final = 0.01
+PAYMENT_SECONDS: Final = 0.01
 """Seconds that a payment takes, or else there would be nothing to see."""
 
-PATIENCE: Final = 60.0
+GIVE_UP_AFTER_SECONDS: Final = 60.0
 """Seconds without a payment after which the demo gives up."""
 
 _SETTINGS: Final = {"fsync": "off", "synchronous_commit": "off"}
@@ -112,8 +112,10 @@ def _progress(engine: sa.Engine, count: int) -> Iterator[int]:
         before, done = done, _count(engine, Task.id, Task.state == COMPLETED)
         if done != before:
             moved_at = time.monotonic()
-        elif time.monotonic() - moved_at > PATIENCE:
-            raise Failure(f"nothing has happened for {PATIENCE:.0f} s, with {done:,} people paid")
+        elif time.monotonic() - moved_at > GIVE_UP_AFTER_SECONDS:
+            raise Failure(
+                f"nothing has happened for {GIVE_UP_AFTER_SECONDS:.0f} s, with {done:,} people paid"
+            )
         yield done
         time.sleep(0.03)
 
@@ -145,7 +147,7 @@ def _workers(url: str) -> Iterator[list[subprocess.Popen[bytes]]]:
 
 def _pay(task: RunningTask) -> None:
     task.session.execute(_PAYMENTS.insert(), {"person": task.data["person"]})
-    time.sleep(PAUSE)
+    time.sleep(PAYMENT_SECONDS)
 
 
 def _work() -> None:

@@ -14,10 +14,10 @@ from typing import Final
 
 logger = logging.getLogger(__name__)
 
-OVERTIME: Final = 2.25
+EXIT_MARGIN_SECONDS: Final = 2.25
 """Seconds after its worker's timeout in which a process must have ended: a little more than the worker."""
 
-LOG_TIME: Final = 0.25
+LOG_FLUSH_SECONDS: Final = 0.25
 """Seconds in which the log must have taken what is said of it."""
 
 
@@ -30,7 +30,7 @@ class Ending:
 
     def __init__(self, timeout: float) -> None:
         """`timeout` is what running tasks get to end in."""
-        self._seconds = timeout + OVERTIME
+        self._seconds = timeout + EXIT_MARGIN_SECONDS
         self._is_told = threading.Event()
         self._orders: SimpleQueue[int] | None = None
         self._is_over = threading.Event()
@@ -44,7 +44,9 @@ class Ending:
         """Watch a worker that runs in the ``with`` block, and stops when anything is put into `orders`."""
         # Two threads, for the first may never return from the log: whoever reads that may be gone.
         threading.Thread(target=self._end, args=(True, 0.0), name="apoq-ending", daemon=True).start()
-        threading.Thread(target=self._end, args=(False, LOG_TIME), name="apoq-ending", daemon=True).start()
+        threading.Thread(
+            target=self._end, args=(False, LOG_FLUSH_SECONDS), name="apoq-ending", daemon=True
+        ).start()
         self._orders = orders
         try:
             yield

@@ -17,12 +17,12 @@ from apoq.cli.target import Target
 from apoq.migrations import check
 from apoq.postgres.loaders import read_anything
 
-PATIENCE: Final = 15
+READ_TIMEOUT_SECONDS: Final = 15
 """Seconds after which the server ends a statement that only looks: it would keep it from its work."""
 
 SETTINGS: Final = f"""
     SET TRANSACTION READ ONLY;
-    SET LOCAL statement_timeout = '{PATIENCE}s';
+    SET LOCAL statement_timeout = '{READ_TIMEOUT_SECONDS}s';
     SET LOCAL enable_seqscan = off;
     SET LOCAL enable_bitmapscan = off;
     SET LOCAL jit = off
@@ -43,7 +43,8 @@ def looking(target: Target) -> Iterator[sa.Connection]:
         except sqlalchemy.exc.OperationalError as error:
             if isinstance(error.orig, psycopg.errors.QueryCanceled):
                 raise Failure(
-                    f"that took longer than {PATIENCE} s, and was given up: ask for less, such as one --queue"
+                    f"that took longer than {READ_TIMEOUT_SECONDS} s, and was given up: ask for less, such as "
+                    "one --queue"
                 ) from error
             raise
 

@@ -24,7 +24,7 @@ from apoq.schema.statements.prune import (
 )
 from apoq.worker.maintenance.pruner import Rule
 
-QUEUES: Final = 10_000
+MAX_QUEUES: Final = 10_000
 """Queues that are looked through at most."""
 
 
@@ -63,11 +63,11 @@ def command(
         if keep is not None
     ]
     with looking(target) as connection:
-        names = connection.scalars(queues(target.schema), {"at_most": QUEUES + 1}).all()
-        has_more = len(names) > QUEUES
+        names = connection.scalars(queues(target.schema), {"at_most": MAX_QUEUES + 1}).all()
+        has_more = len(names) > MAX_QUEUES
         if queue is not None and queue not in names and not has_more:
             raise Failure(f"there is no queue {queue!r}: `apoq stats` shows those that have tasks or workers")
-        chosen = names[:QUEUES] if queue is None else [queue]
+        chosen = names[:MAX_QUEUES] if queue is None else [queue]
         rules: list[Rule] = []
         counts: list[int] = []
         for name in chosen:
@@ -83,7 +83,9 @@ def command(
     _delete(target, rules, total if is_known else None)
     deleted, kept = sum(rule.deleted for rule in rules), sum(rule.kept for rule in rules)
     if has_more and queue is None:
-        warn(f"There are more queues than the {QUEUES:,} that were looked through: name others by --queue.")
+        warn(
+            f"There are more queues than the {MAX_QUEUES:,} that were looked through: name others by --queue."
+        )
     if as_json:
         show_json({"deleted": deleted, "kept": kept})
         return

@@ -14,12 +14,12 @@ import click
 from apoq.cli import logs
 from apoq.cli.ending import Ending
 from apoq.cli.exits import BadUsage
-from apoq.cli.status import PERIOD, Status, every, is_wanted
+from apoq.cli.status import STATUS_INTERVAL_SECONDS, Status, every, is_wanted
 from apoq.cli.supervisor import Supervisor, again, check_platform, obey, report, take_lifeline
 from apoq.cli.values import patience
 from apoq.worker import Worker
 from apoq.worker.signals import caught, end_as_pid_1
-from apoq.worker.worker import GRACE
+from apoq.worker.worker import STOP_TIMEOUT
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ _OPTIONS = (
     click.option(
         "--timeout",
         type=patience,
-        default=GRACE.total_seconds(),
+        default=STOP_TIMEOUT.total_seconds(),
         show_default=True,
         metavar="SECONDS",
         help="What running tasks get to end in when it is stopped; then they are given back.",
@@ -97,7 +97,7 @@ def run_worker(
         if lifeline is not None:
             report(lifeline, worker)
         elif is_wanted():
-            every(PERIOD, lambda: status.say(worker.stats()))
+            every(STATUS_INTERVAL_SECONDS, lambda: status.say(worker.stats()))
 
     with caught() as signals, ending.watch(signals):
         worker._run_until(signals, timeout, on_start=begin, on_stop=ending.begin)  # noqa: SLF001 - our own

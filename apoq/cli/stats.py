@@ -18,19 +18,19 @@ from apoq.cli.target import Target
 from apoq.cli.values import duration
 from apoq.core.states import COMPLETED, FAILED, PENDING, RUNNING
 from apoq.monitor.formatting import clean, length, number, size, tasks
-from apoq.monitor.stats import QUEUES, Figures, figures
+from apoq.monitor.stats import MAX_QUEUES, Figures, figures
 from apoq.schema.statements.count import COUNTED
 
-SHARE: Final = 0.05
+MAX_DATABASE_SHARE: Final = 0.05
 """The share of its time that --watch spends in the database at most."""
 
-LATE: Final = 10.0
+LATE_AFTER_SECONDS: Final = 10.0
 """Seconds: no task of a worker that has a free slot is late by that much."""
 
-SHOWN: Final = 20
+MAX_WORKERS_SHOWN: Final = 20
 """Workers in the table."""
 
-WIDEST: Final = 12
+MAX_NAME_COLUMNS: Final = 12
 """Columns that a name has: with all the numbers beside it, that makes 80."""
 
 
@@ -55,7 +55,7 @@ def command(target: Target, *, by_type: bool, watch: bool, every: Any, as_json: 
     elif watch:
         _watch(target, found, by_type=by_type, every=every.total_seconds())
     else:
-        show(shown(found, widest(WIDEST)))
+        show(shown(found, widest(MAX_NAME_COLUMNS)))
 
 
 def _figures(target: Target, *, by_type: bool) -> Figures:
@@ -70,10 +70,10 @@ def _watch(target: Target, found: Figures, *, by_type: bool, every: float) -> No
     with screen or nullcontext(), suppress(KeyboardInterrupt):
         while True:
             if screen is not None:
-                screen.update(shown(found, WIDEST), refresh=True)
+                screen.update(shown(found, MAX_NAME_COLUMNS), refresh=True)
             else:
-                out.print(shown(found, widest(WIDEST)), "")
-            time.sleep(max(every, found.took * (1 / SHARE - 1)))
+                out.print(shown(found, widest(MAX_NAME_COLUMNS)), "")
+            time.sleep(max(every, found.took * (1 / MAX_DATABASE_SHARE - 1)))
             found = _figures(target, by_type=by_type)
 
 
@@ -81,7 +81,7 @@ def shown(found: Figures, most: int | None = None) -> RenderableType:
     """Make a screen of the figures."""
     parts: list[RenderableType] = [_queues(found, most)]
     if found.has_more_queues:
-        parts.append(Text(f"… and more: these are the first {QUEUES} queues", "dim"))
+        parts.append(Text(f"… and more: these are the first {MAX_QUEUES} queues", "dim"))
     if found.types:
         parts += ["", _types(found, most)]
     if found.workers:
@@ -123,7 +123,7 @@ def _types(found: Figures, most: int | None) -> Table:
 def _workers(found: Figures, most: int | None) -> Table:
     columns = ("worker", "queues", "slots", "claimed", "up", "seen")
     made = table(*columns, right={"slots", "claimed", "up"}, widest=most)
-    for worker in found.workers[:SHOWN]:
+    for worker in found.workers[:MAX_WORKERS_SHOWN]:
         seen = f"{length(worker.unseen_for)} ago"
         made.add_row(
             Text(clean(f"{worker.host} {worker.pid}")),
@@ -160,4 +160,4 @@ def _lag(seconds: float | None) -> Text:
     """Show how late the first task is; in colour where it is longer than a worker looks away."""
     if seconds is None:
         return Text("·", "dim")
-    return Text(length(seconds), "yellow" if seconds > LATE else "")
+    return Text(length(seconds), "yellow" if seconds > LATE_AFTER_SECONDS else "")

@@ -13,7 +13,7 @@ import click
 from apoq.cli.streams import has_colors, is_terminal
 from apoq.worker.settling.counters import WorkerStats
 
-PERIOD: Final = 5.0
+STATUS_INTERVAL_SECONDS: Final = 5.0
 """Seconds between two lines."""
 
 

@@ -24,7 +24,7 @@ from contextlib import suppress
 from typing import Final
 
 from apoq.cli.exits import BadUsage
-from apoq.cli.status import PERIOD, Status, every, is_wanted
+from apoq.cli.status import STATUS_INTERVAL_SECONDS, Status, every, is_wanted
 from apoq.worker import Worker
 from apoq.worker.settling.counters import WorkerStats
 
@@ -33,17 +33,17 @@ logger = logging.getLogger(__name__)
 VARIABLE: Final = "APOQ_SUPERVISOR_FD"
 """In the environment of a child: its end of the socket."""
 
-FIRST_BACKOFF: Final = 1.0
-LONGEST_BACKOFF: Final = 30.0
-LONG_LIFE: Final = 60.0
+FIRST_BACKOFF_SECONDS: Final = 1.0
+MAX_BACKOFF_SECONDS: Final = 30.0
+STABLE_AFTER_SECONDS: Final = 60.0
 """Seconds after which the death of a child is no longer taken for one of a series."""
 
-LOOK: Final = 0.5
-LAST_LOOK: Final = 0.05
+CHILD_POLL_SECONDS: Final = 0.5
+STOPPING_CHILD_POLL_SECONDS: Final = 0.05
 """Seconds between two looks whether a child has ended: at work, and once they are to stop."""
 
-REPORT_PERIOD: Final = 1.0
-MARGIN: Final = 2.75
+REPORT_INTERVAL_SECONDS: Final = 1.0
+KILL_MARGIN_SECONDS: Final = 2.75
 """Seconds that a child has beside its own time-out to stop, before it is killed.
 
 A little more than it takes to end itself (`apoq.cli.ending`).
@@ -132,8 +132,8 @@ class Child:
 
     def backoff(self) -> float:
         """Answer the seconds until another one is to take its place, which grow with each death in a row."""
-        self._deaths = 0 if time.monotonic() - self._started_at > LONG_LIFE else self._deaths
-        pause = min(FIRST_BACKOFF * 2.0**self._deaths, LONGEST_BACKOFF)
+        self._deaths = 0 if time.monotonic() - self._started_at > STABLE_AFTER_SECONDS else self._deaths
+        pause = min(FIRST_BACKOFF_SECONDS * 2.0**self._deaths, MAX_BACKOFF_SECONDS)
         self._deaths += 1
         self.starts_at = time.monotonic() + pause
         return pause
@@ -165,7 +165,9 @@ class Supervisor:
         self._children[0].start(self._command, self._selector)
         try:
             while (code := self._turn()) is None:
-                for key, _ in self._selector.select(LOOK if self._stops_at is None else LAST_LOOK):
+                for key, _ in self._selector.select(
+                    CHILD_POLL_SECONDS if self._stops_at is None else STOPPING_CHILD_POLL_SECONDS
+                ):
                     if key.data is None:
                         asleep.recv(4096)
                     else:
@@ -190,7 +192,7 @@ class Supervisor:
             return self._stopping(self._stops_at)
         if self._children[0].is_ready:
             self._start_due()
-        if time.monotonic() - self._said_at > PERIOD:
+        if time.monotonic() - self._said_at > STATUS_INTERVAL_SECONDS:
             self._say()
         return None
 
@@ -223,7 +225,7 @@ class Supervisor:
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
                 os._exit(128 + number)  # the kernel ignores the default for PID 1
-            self._stops_at = time.monotonic() + self._timeout + MARGIN
+            self._stops_at = time.monotonic() + self._timeout + KILL_MARGIN_SECONDS
             for child in self._children:
                 child.stop()
             logger.info("stopping %d worker processes", len(self._children))
@@ -288,4 +290,4 @@ def report(lifeline: socket.socket, worker: Worker) -> None:
 
     send()
     atexit.register(send)  # the last word
-    every(REPORT_PERIOD, send)
+    every(REPORT_INTERVAL_SECONDS, send)

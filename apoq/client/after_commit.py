@@ -18,7 +18,7 @@ from sqlalchemy.engine import RootTransaction
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import Pool
 
-from apoq.client.notifier import PATIENCE, Notifier, threads
+from apoq.client.notifier import COMMIT_WAIT_SECONDS, Notifier, threads
 from apoq.schema.statements.hint import Hint
 
 logger = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ def _send(engine: Engine, hint_: Hint, transaction: RootTransaction | None = Non
 
 @atexit.register
 def _flush() -> None:
-    threads.flush(PATIENCE)
+    threads.flush(COMMIT_WAIT_SECONDS)
 
 
 def _after_fork() -> None:

@@ -21,31 +21,38 @@ from sqlalchemy.engine import RootTransaction
 from sqlalchemy.pool import PoolProxiedConnection
 
 from apoq.postgres import fast_path
-from apoq.postgres.connections import ANSWER_TIMEOUT, execute, is_direct, own_engine, prepare_statement, renew
+from apoq.postgres.connections import (
+    ANSWER_TIMEOUT_SECONDS,
+    execute,
+    is_direct,
+    own_engine,
+    prepare_statement,
+    renew,
+)
 from apoq.postgres.watchdog import is_ending
 from apoq.schema.statements.hint import FLUSH_NOTHING, Hint, hint, notify
 
 logger = logging.getLogger(__name__)
 
-LINGER: Final = 5.0
+IDLE_SECONDS: Final = 5.0
 """Seconds without a hint after which the thread ends and its connection is closed."""
 
-REST: Final = 20
+REST_FACTOR: Final = 20
 """How many times as long as a round of hints took the thread rests after it, for others want to commit."""
 
-LONGEST_REST: Final = 0.02
+MAX_REST_SECONDS: Final = 0.02
 """Seconds by which a hint is late at most, after another."""
 
-PAUSE: Final = 0.005
+SEND_INTERVAL_SECONDS: Final = 0.005
 """Seconds between two hints that are sent at once."""
 
-WATCH: Final = 0.0005
+COMMIT_POLL_SECONDS: Final = 0.0005
 """Seconds between two looks whether a commit has come through."""
 
-PATIENCE: Final = 1.0
+COMMIT_WAIT_SECONDS: Final = 1.0
 """Seconds for which a hint waits for a commit to come through."""
 
-LIMIT: Final = 4
+MAX_NOTIFIERS: Final = 4
 """Pools of a process whose hints have a thread and a connection of their own at one time."""
 
 
@@ -62,7 +69,7 @@ class Threads:
     def serve(self, hinter: Notifier) -> None:
         """Send a hinter's hints on a thread, until it has none; RuntimeError if none can be started."""
         with self._lock:
-            if len(self._owners) < LIMIT:
+            if len(self._owners) < MAX_NOTIFIERS:
                 self._owners[_start_thread(self._run, hinter)] = hinter
                 return
             if not self._is_shared:
@@ -74,7 +81,7 @@ class Threads:
         """Wait until all hints have been sent."""
         deadline = time.monotonic() + timeout
         while self._is_sending() and time.monotonic() < deadline:
-            time.sleep(WATCH)
+            time.sleep(COMMIT_POLL_SECONDS)
 
     def _is_sending(self) -> bool:
         with self._lock:
@@ -147,11 +154,11 @@ class Notifier:
         while not self._ended():
             if not self._pending:
                 with suppress(Empty):
-                    self._wakeups.get(timeout=LINGER)
+                    self._wakeups.get(timeout=IDLE_SECONDS)
                 continue
             began = time.monotonic()
             self._send_pending()
-            time.sleep(min(LONGEST_REST, REST * (time.monotonic() - began)))
+            time.sleep(min(MAX_REST_SECONDS, REST_FACTOR * (time.monotonic() - began)))
             with suppress(Exception):  # the next one finds out
                 self._line.open()
         self._line.close()
@@ -186,7 +193,7 @@ class Notifier:
 
     def _ended(self) -> bool:
         with self._lock:
-            is_idle = time.monotonic() - max(self._sent_at, self._line.sent_at) >= LINGER
+            is_idle = time.monotonic() - max(self._sent_at, self._line.sent_at) >= IDLE_SECONDS
             if self._pending or not (is_idle or self._pool() is None):
                 return False
             self._is_served = False
@@ -208,9 +215,9 @@ class Notifier:
 
     def _send(self, hints: dict[Hint, RootTransaction | None]) -> None:
         for hint_, transaction in hints.items():
-            deadline = time.monotonic() + PATIENCE
+            deadline = time.monotonic() + COMMIT_WAIT_SECONDS
             while transaction is not None and transaction.is_active and time.monotonic() < deadline:
-                time.sleep(WATCH)
+                time.sleep(COMMIT_POLL_SECONDS)
             execute(self._engine, hint(), hint_._asdict())
 
 
@@ -244,7 +251,7 @@ class NotifyConnection:
     def send(self, hint_: Hint) -> bool:
         """Send a hint; answer False where that would have to wait, or another was sent just now."""
         with self._lock:
-            if self._pooled is None or time.monotonic() < self.sent_at + PAUSE:
+            if self._pooled is None or time.monotonic() < self.sent_at + SEND_INTERVAL_SECONDS:
                 return False
             connection: Any = self._pooled.driver_connection
             try:
@@ -265,7 +272,7 @@ class NotifyConnection:
         if pooled is None:
             return
         connection: Any = pooled.driver_connection
-        deadline = time.monotonic() + ANSWER_TIMEOUT
+        deadline = time.monotonic() + ANSWER_TIMEOUT_SECONDS
         try:
             with selectors.DefaultSelector() as selector:
                 selector.register(connection, selectors.EVENT_READ)

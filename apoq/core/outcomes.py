@@ -10,11 +10,11 @@ from typing import NamedTuple
 from apoq.core.retry import RetryPolicy, seconds
 from apoq.core.states import CANCELLED, FAILED, PENDING
 
-MESSAGE_LIMIT = 4_000
-TRACEBACK_LIMIT = 16_000
+MAX_MESSAGE_LENGTH = 4_000
+MAX_TRACEBACK_LENGTH = 16_000
 """Characters of an error that are kept on the task: the head and the tail of what is longer."""
 
-MOST = 2**31 - 1
+MAX_INTEGER = 2**31 - 1
 """The largest number that the task's columns hold."""
 
 
@@ -94,7 +94,7 @@ def settle(outcome: BaseException, *, attempt: int, fail_count: int, policy: Ret
         case WorkerDied():
             # Whoever rescued it has counted the failure and stored the error; this claim just ends it.
             return Settlement(FAILED, attempt - 1, fail_count)
-    fail_count = min(fail_count + 1, MOST)  # whatever another program has written there
+    fail_count = min(fail_count + 1, MAX_INTEGER)  # whatever another program has written there
     error = report(outcome)
     # Attempts and failures differ where another program, such as the Node.js original, works the same table.
     if max(attempt, fail_count) > policy.limit:
@@ -112,9 +112,9 @@ def report(error: BaseException) -> dict[str, str]:
     except BaseException:  # noqa: BLE001
         trace = ""
     return {
-        "class": _clean(type(error).__qualname__, MESSAGE_LIMIT),
-        "message": _clean(message_of(error), MESSAGE_LIMIT),
-        "traceback": _clean(trace, TRACEBACK_LIMIT),
+        "class": _clean(type(error).__qualname__, MAX_MESSAGE_LENGTH),
+        "message": _clean(message_of(error), MAX_MESSAGE_LENGTH),
+        "traceback": _clean(trace, MAX_TRACEBACK_LENGTH),
     }
 
 

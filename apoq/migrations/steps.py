@@ -34,10 +34,10 @@ OWN: Final = ("apoq_workers", "apoq_claims")
 LOCK_KEY: Final = 97112111113
 """The original's: the bytes of "apoq" in decimal."""
 
-PATIENCE: Final = 60.0
+LOCK_WAIT_SECONDS: Final = 60.0
 """Seconds to wait for the lock. Any role may take it, so there has to be an end to it."""
 
-PAUSE: Final = 0.05
+LOCK_POLL_SECONDS: Final = 0.05
 """Seconds between two attempts to take the lock."""
 
 _KEY: Final[sa.ColumnElement[int]] = sa.literal_column(str(LOCK_KEY))
@@ -129,18 +129,20 @@ def lock(connection: sa.Connection) -> None:
     """Wait for other starters, and hold the lock to the end of the transaction.
 
     Raises `SchemaMismatch` if another session holds it for longer than the session's `lock_timeout`, or, if
-    that is not set, for longer than `PATIENCE`.
+    that is not set, for longer than `LOCK_WAIT_SECONDS`.
     """
     # It tries again and again, because a wait that PostgreSQL ends would abort the transaction: then nobody
     # could be asked who holds the lock.
     began = time.monotonic()
     patience = 0.0
     while not connection.scalar(sa.select(sa.func.pg_try_advisory_xact_lock(_KEY))):
-        patience = patience or connection.scalar(lock_timeout()) or PATIENCE
+        patience = patience or connection.scalar(lock_timeout()) or LOCK_WAIT_SECONDS
         if time.monotonic() - began > patience:
             holder = connection.execute(lock_holder(), {"key": LOCK_KEY}).mappings().first()
             raise SchemaMismatch(_held(holder, patience))
-        connection.execute(sa.select(sa.func.pg_sleep(PAUSE)))  # there, so that no event loop sleeps here
+        connection.execute(
+            sa.select(sa.func.pg_sleep(LOCK_POLL_SECONDS))
+        )  # there, so that no event loop sleeps here
 
 
 def adopt(connection: sa.Connection, schema: str | None = None) -> bool:

@@ -16,7 +16,7 @@ from apoq.postgres.connections import execute, keeps_session, own_engine
 from apoq.schema.statements.hint import CHANNEL, hint
 from apoq.schema.statements.server import clock, connections, server
 
-OLDEST: Final = 150_000
+OLDEST_SERVER_VERSION: Final = 150_000
 """PostgreSQL 15, as `server_version_num` writes it."""
 
 STRANGERS: Final = {
@@ -33,13 +33,13 @@ STRANGERS: Final = {
 }
 """Who speaks PostgreSQL's protocol and lacks what a queue needs: by their version() or the server's name."""
 
-PATIENCE: Final = 3.0
+NOTIFY_TIMEOUT_SECONDS: Final = 3.0
 """Seconds within which a hint must have arrived."""
 
-SKEW: Final = 1.0
+MAX_CLOCK_SKEW_SECONDS: Final = 1.0
 """Seconds that two clocks may differ."""
 
-SHORT: Final = 60.0
+SHORT_TIMEOUT_SECONDS: Final = 60.0
 """Seconds: what ends sooner cuts off processors."""
 
 CROWDED, FULL = 0.8, 0.95
@@ -65,7 +65,7 @@ def _flavour(found: sa.RowMapping, host: str) -> Finding:
             cure = "use PostgreSQL 15 or later; on Aurora, Aurora PostgreSQL"
             return Finding(BAD, "server", f"{name}, on which apoq doesn't work", cure)
     version = found["server_version"]
-    if int(found["server_version_num"] or 0) < OLDEST:
+    if int(found["server_version_num"] or 0) < OLDEST_SERVER_VERSION:
         return Finding(
             BAD, "server", f"PostgreSQL {version} is too old", "upgrade it to PostgreSQL 15 or later"
         )
@@ -82,7 +82,7 @@ def _timeouts(found: sa.RowMapping) -> Iterator[Finding]:
     is_clean = True
     for name, hurt in whom.items():
         seconds = _seconds(found[name])
-        if 0 < seconds < SHORT:
+        if 0 < seconds < SHORT_TIMEOUT_SECONDS:
             is_clean = False
             yield Finding(
                 WARNING,
@@ -109,7 +109,7 @@ def check_clock(connection: sa.Connection) -> Iterator[Finding]:
     there: float = connection.execute(clock()).scalar_one()
     here = (before + time.time()) / 2
     ahead = there - here
-    if abs(ahead) < SKEW:
+    if abs(ahead) < MAX_CLOCK_SKEW_SECONDS:
         yield Finding(OK, "clock", f"{abs(ahead) * 1_000:,.0f} ms from this machine's")
         return
     yield Finding(
@@ -174,7 +174,7 @@ def _hint(own: sa.Engine) -> float | None:
         for _ in range(2):  # the first one makes the connection on which it is sent
             began = time.monotonic()
             execute(own, hint(), {"channel": channel, "payload": ""})
-            if not list(connection.notifies(timeout=PATIENCE, stop_after=1)):
+            if not list(connection.notifies(timeout=NOTIFY_TIMEOUT_SECONDS, stop_after=1)):
                 return None
             took = time.monotonic() - began
         return took

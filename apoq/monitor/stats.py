@@ -12,8 +12,8 @@ from apoq.core.states import RUNNING
 from apoq.schema.statements.count import COUNTED, count, count_running, count_types, queues, table_size
 from apoq.schema.statements.workers import workers
 
-QUEUES: Final = 100
-WORKERS: Final = 1_000
+MAX_QUEUES: Final = 100
+MAX_WORKERS: Final = 1_000
 """Queues and workers that are looked at, at most."""
 
 MINUTE: Final = 60.0
@@ -100,9 +100,9 @@ def _count(connection: sa.Connection, schema: str | None, *, by_type: bool) -> F
     def rows(statement: sa.Select[*tuple[Any, ...]], **parameters: Any) -> list[sa.RowMapping]:
         return list(connection.execute(statement, parameters).mappings())
 
-    names = [row["queue"] for row in rows(queues(schema), at_most=QUEUES + 1)]
+    names = [row["queue"] for row in rows(queues(schema), at_most=MAX_QUEUES + 1)]
     running = rows(count_running(schema))
-    seen = rows(workers(schema), at_most=WORKERS)
+    seen = rows(workers(schema), at_most=MAX_WORKERS)
     alive = {row["id"] for row in seen if row["is_alive"]}
 
     def running_where(column: str, value: object) -> int:
@@ -114,11 +114,11 @@ def _count(connection: sa.Connection, schema: str | None, *, by_type: bool) -> F
         workers=[_worker(row, running_where("worker_id", row["id"])) for row in seen],
         orphans=sum(row["number"] for row in running if row["is_noted"] and row["worker_id"] not in alive),
         unnoted=sum(row["number"] for row in running if not row["is_noted"]),
-        has_more_queues=len(names) > QUEUES,
+        has_more_queues=len(names) > MAX_QUEUES,
         rows=size["rows"],
         bytes=size["bytes"],
     )
-    for name in names[:QUEUES]:
+    for name in names[:MAX_QUEUES]:
         (counts,) = rows(count(schema), from_queue=name)
         found.queues.append(_queue(name, counts, running_where("queue", name)))
         if by_type:

@@ -21,23 +21,23 @@ from apoq.schema.statements.claim import CHANGED
 from apoq.schema.statements.count import COUNTED
 from apoq.schema.statements.server import holders, indexes_naming, server, vacuuming
 
-DEAD: Final = 50_000
+MAX_DEAD_ROWS: Final = 50_000
 """Dead rows that are no trouble yet, where there are fewer live ones."""
 
-LONG: Final = timedelta(minutes=5)
+LONG_TRANSACTION: Final = timedelta(minutes=5)
 """For so long a transaction may hold what vacuum wants to remove."""
 
-LATE: Final = 60.0
+LATE_AFTER_SECONDS: Final = 60.0
 """Seconds that a task may have been due."""
 
-TAKEN_BACK: Final = timedelta(minutes=2)
+SWEEP_DURATION: Final = timedelta(minutes=2)
 """So long it takes, about, until a worker's sweep takes back a running task that no claim has noted.
 
 A pass begins at most 72 s after the last one, and finds it; the next one, some 5 s later, takes it back. The
 walk itself takes its time if there are many tasks.
 """
 
-NAMED: Final = 3
+MAX_NAMED: Final = 3
 """Of what is the same, that are named."""
 
 
@@ -88,7 +88,7 @@ def check_vacuum(connection: sa.Connection, schema: str | None) -> Iterator[Find
         yield Finding(
             BAD, "vacuum", f"autovacuum is off; {text}", "ALTER SYSTEM SET autovacuum = on, and reload"
         )
-    elif dead > max(DEAD, live):
+    elif dead > max(MAX_DEAD_ROWS, live):
         cure = f"end what is named below, if anything; then VACUUM {_name(schema)}"
         yield Finding(WARNING, "vacuum", f"{text}, more than live ones", cure)
     else:
@@ -112,11 +112,11 @@ def check_ids(connection: sa.Connection, schema: str | None) -> Iterator[Finding
 
 def check_horizon(connection: sa.Connection) -> Iterator[Finding]:
     """Look for what keeps dead rows from being removed, and so makes every queue slower."""
-    found = connection.execute(holders(), {"longer_than": LONG}).mappings().all()
+    found = connection.execute(holders(), {"longer_than": LONG_TRANSACTION}).mappings().all()
     if not found:
-        text = f"nothing has held up vacuum for {length(LONG.total_seconds())}"
+        text = f"nothing has held up vacuum for {length(LONG_TRANSACTION.total_seconds())}"
         yield Finding(OK, "transactions", text)
-    for row in found[:NAMED]:
+    for row in found[:MAX_NAMED]:
         name = clean(row["name"])
         match row["kind"]:
             case "session":
@@ -144,7 +144,7 @@ def check_workers(found: Figures) -> Iterator[Finding]:
         yield Finding(WARNING, "workers", text, "restart them with the same version, when that suits you")
     else:
         yield Finding(OK, "workers", f"{len(alive):,} alive")
-    for worker in dead[:NAMED]:
+    for worker in dead[:MAX_NAMED]:
         text = f"{clean(worker.host)}, process {worker.pid}, was last seen {length(worker.unseen_for)} ago"
         cure = "look into its log; live workers take over its tasks, and forget it an hour after"
         yield Finding(WARNING, "workers", text, cure)
@@ -158,17 +158,17 @@ def check_workers(found: Figures) -> Iterator[Finding]:
             yield Finding(BAD, "running", text, "start a worker, which takes them over")
     if found.unnoted:
         text = f"{tasks(found.unnoted, COUNTED)} running that no claim has noted, as after a partial restore"
-        wait = f"a worker takes them back within about {length(TAKEN_BACK.total_seconds())}"
+        wait = f"a worker takes them back within about {length(SWEEP_DURATION.total_seconds())}"
         yield Finding(WARNING, "running", text, f"wait: {wait}" if alive else f"start a worker: {wait}")
 
 
 def check_queues(found: Figures) -> Iterator[Finding]:
     """Look for tasks that wait for too long, and for those that nobody works."""
     worked = {name for worker in found.workers if worker.is_alive for name in worker.queues}
-    late = [queue for queue in found.queues if (queue.lag or 0) > LATE]
+    late = [queue for queue in found.queues if (queue.lag or 0) > LATE_AFTER_SECONDS]
     if not late:
-        yield Finding(OK, "queues", f"no task has been due for {length(LATE)}")
-    for queue in late[:NAMED]:
+        yield Finding(OK, "queues", f"no task has been due for {length(LATE_AFTER_SECONDS)}")
+    for queue in late[:MAX_NAMED]:
         text = f"{clean(queue.name)!r} has had a task due for {length(queue.lag or 0)}"
         if queue.name not in worked:
             cure = "start a worker that is given this queue"
@@ -176,8 +176,8 @@ def check_queues(found: Figures) -> Iterator[Finding]:
         else:
             cure = "more workers, or a processor for its type: see `apoq list --state pending`"
             yield Finding(WARNING, "queues", text, cure)
-    if len(late) > NAMED:
-        yield Finding(WARNING, "queues", f"{len(late) - NAMED:,} more have such tasks", "apoq stats")
+    if len(late) > MAX_NAMED:
+        yield Finding(WARNING, "queues", f"{len(late) - MAX_NAMED:,} more have such tasks", "apoq stats")
 
 
 def _name(schema: str | None) -> str:

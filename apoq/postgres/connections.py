@@ -20,7 +20,7 @@ from apoq.postgres.fast_path import Answer
 from apoq.postgres.loaders import read_anything
 from apoq.postgres.watchdog import watch
 
-STATEMENT_TIMEOUT: Final = 60
+STATEMENT_TIMEOUT_SECONDS: Final = 60
 """Seconds after which the server ends a statement of an engine of apoq's own."""
 
 SESSION: Final = f"""
@@ -29,7 +29,7 @@ SESSION: Final = f"""
     SET IntervalStyle = 'postgres';
     SET array_nulls = on;
     SET default_transaction_isolation = 'read committed';
-    SET statement_timeout = '{STATEMENT_TIMEOUT}s';
+    SET statement_timeout = '{STATEMENT_TIMEOUT_SECONDS}s';
     SET idle_in_transaction_session_timeout = '5s';
     SET enable_seqscan = off;
     SET enable_bitmapscan = off;
@@ -49,15 +49,15 @@ BEGIN: Final = f"""
     BEGIN ISOLATION LEVEL READ COMMITTED;
     SET LOCAL client_encoding = 'UTF8';
     SET LOCAL array_nulls = on;
-    SET LOCAL statement_timeout = '{STATEMENT_TIMEOUT}s';
+    SET LOCAL statement_timeout = '{STATEMENT_TIMEOUT_SECONDS}s';
     SET LOCAL idle_in_transaction_session_timeout = '5s'
 """
 # The same where a pooler is in between: a setting of the session would be the next one's, too.
 
-CONNECT_TIMEOUT: Final = 3
+CONNECT_TIMEOUT_SECONDS: Final = 3
 """Seconds for a connection to be made, unless the caller's engine says otherwise."""
 
-ANSWER_TIMEOUT: Final = 10.0
+ANSWER_TIMEOUT_SECONDS: Final = 10.0
 """Seconds after which a server that hasn't answered a statement is taken for gone."""
 
 _UNPREPARED: Final = {"26000", "42P05", "08P01"}
@@ -125,7 +125,7 @@ def own_engine(engine: Engine, *, lock_timeout: str = "0") -> Engine:
         read_anything(connection)
         connection.autocommit = True
         record.info[_OWNER] = own
-        with watch.awaiting(connection, ANSWER_TIMEOUT, own):
+        with watch.awaiting(connection, ANSWER_TIMEOUT_SECONDS, own):
             set_up(connection, record)
 
     def set_up(connection: Any, record: ConnectionPoolEntry) -> None:
@@ -168,7 +168,7 @@ def execute(
     statement: Executable,
     parameters: Mapping[str, Any],
     *,
-    timeout: float = ANSWER_TIMEOUT,
+    timeout: float = ANSWER_TIMEOUT_SECONDS,
 ) -> Answer:
     """Execute one statement on an engine of apoq's own, as a transaction by itself.
 
@@ -192,7 +192,7 @@ def execute(
 def prepare_statement(pooled: PoolProxiedConnection, statement: Executable) -> bytes:
     """Prepare a statement on a connection that leads straight to the server; answer its name there."""
     connection: Any = pooled.dbapi_connection
-    with watch.awaiting(connection, ANSWER_TIMEOUT, pooled.info[_OWNER]):
+    with watch.awaiting(connection, ANSWER_TIMEOUT_SECONDS, pooled.info[_OWNER]):
         return fast_path.prepare(connection, statement, pooled.info.setdefault(_PREPARED, set()))
 
 
@@ -286,7 +286,7 @@ def is_missing(error: BaseException) -> bool:
 
 def _limit(_dialect: object, _record: object, _arguments: object, options: dict[str, Any]) -> None:
     """Let a connection be refused in time."""
-    options.setdefault("connect_timeout", CONNECT_TIMEOUT)
+    options.setdefault("connect_timeout", CONNECT_TIMEOUT_SECONDS)
 
 
 def _keeps_its_session(connection: Any, record: ConnectionPoolEntry) -> bool:

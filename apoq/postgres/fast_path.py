@@ -35,7 +35,7 @@ _dialect = PGDialect_psycopg(paramstyle="numeric_dollar")  # type: ignore[no-unt
 _NAMED: Final = "apoq.named"
 """How characters are encoded that an encoding doesn't have: as their names, which JSON can hold, too."""
 
-PROGRESS: Final = 0.1
+PROGRESS_INTERVAL_SECONDS: Final = 0.1
 """Seconds after which it is noted that more of an answer has arrived: an answer may have many parts."""
 
 _ANSWERS: Final = {ExecStatus.TUPLES_OK, ExecStatus.COMMAND_OK}
@@ -193,14 +193,14 @@ def _answer(connection: psycopg.Connection[Any]) -> PGresult:
 def _answering(connection: psycopg.Connection[Any]) -> PQGen[list[PGresult]]:
     """Take an answer as it arrives, and note its progress: an answer that is long isn't overdue."""
     answering = generators.execute(connection.pgconn)
-    next_note = time.monotonic() + PROGRESS
+    next_note = time.monotonic() + PROGRESS_INTERVAL_SECONDS
     try:
         ready = yield next(answering)
         while True:
             awaited = answering.send(ready)  # a short answer ends here
             ready = yield awaited
             if time.monotonic() > next_note:
-                next_note = time.monotonic() + PROGRESS
+                next_note = time.monotonic() + PROGRESS_INTERVAL_SECONDS
                 if _is_ready(connection, awaited):
                     watch.note_progress(connection)
     except StopIteration as end:

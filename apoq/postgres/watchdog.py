@@ -22,16 +22,16 @@ from psycopg import capabilities, generators, pq, waiting
 
 logger = logging.getLogger(__name__)
 
-LOOK: Final = 0.5
+CHECK_INTERVAL_SECONDS: Final = 0.5
 """Seconds between two looks for answers that are overdue."""
 
-SHORTEST_LOOK: Final = 0.01
+MIN_CHECK_INTERVAL_SECONDS: Final = 0.01
 """The same, when one is about to be overdue."""
 
-LINGER: Final = 5.0
+IDLE_SECONDS: Final = 5.0
 """Seconds without anything to watch after which the thread ends."""
 
-CANCEL_TIMEOUT: Final = 5.0
+CANCEL_TIMEOUT_SECONDS: Final = 5.0
 """Seconds in which a request to cancel a statement must have reached the server."""
 
 
@@ -160,7 +160,7 @@ class Watchdog:
                     self._cut(connection, None if self._is_over(wait.owner) else silence)
 
     def _run(self) -> None:
-        last, pause = time.monotonic(), LOOK
+        last, pause = time.monotonic(), CHECK_INTERVAL_SECONDS
         while True:
             time.sleep(pause)
             now = time.monotonic()
@@ -168,11 +168,11 @@ class Watchdog:
             with self._lock:
                 if self._waiting:
                     last = now
-                elif now - last > LINGER:
+                elif now - last > IDLE_SECONDS:
                     self._thread = None
                     return
                 first = min((wait.deadline for wait in self._waiting.values()), default=math.inf)
-                pause = max(SHORTEST_LOOK, min(LOOK, first - now))
+                pause = max(MIN_CHECK_INTERVAL_SECONDS, min(CHECK_INTERVAL_SECONDS, first - now))
 
 
 def is_ending() -> bool:
@@ -208,7 +208,7 @@ def _cancellation(pgconn: Any) -> Callable[[], None] | None:
 def _cancel(request: Any) -> None:
     with suppress(psycopg.Error, OSError):
         request.start()
-        waiting.wait_conn(generators.cancel(request), 0.1, CANCEL_TIMEOUT)
+        waiting.wait_conn(generators.cancel(request), 0.1, CANCEL_TIMEOUT_SECONDS)
 
 
 def _cancel_blocking(request: Any) -> None:

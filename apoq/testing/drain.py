@@ -41,7 +41,7 @@ from apoq.testing.inside import (
 )
 from apoq.worker import Worker
 from apoq.worker.claiming.claimer import may_begin, workable
-from apoq.worker.claiming.cursor import MOST_LEVELS, ClaimCursor
+from apoq.worker.claiming.cursor import MAX_LEVELS, ClaimCursor
 from apoq.worker.execution.attempt import (
     AnyAttempt,
     AsyncAttempt,
@@ -59,7 +59,7 @@ from apoq.worker.settling.settler import settlement_arrays, write_settlements
 FOR_EVER: Final = Lease(math.inf, math.inf)
 """Tasks that run in the caller's transaction can't be taken by another worker."""
 
-LIMIT: Final = 1_000
+DEFAULT_LIMIT: Final = 1_000
 """Attempts of one `drain`, unless its caller says otherwise."""
 
 Errors = Literal["raise", "record"]
@@ -77,7 +77,7 @@ def drain(
     session: TestSession | AsyncTestSession,
     *workers: Worker | Queue,
     errors: Errors = "raise",
-    limit: int = LIMIT,
+    limit: int = DEFAULT_LIMIT,
 ) -> list[Task] | Coroutine[Any, Any, list[Task]]:
     """Run what is due, and what becomes due by it, in the transaction of `session`; answer the tasks.
 
@@ -161,7 +161,7 @@ class _Drain:
                 looked_for = {
                     "from_queue": queue.name,
                     "of_types": list(crew.processors(queue)),
-                    "at_most": MOST_LEVELS + 1,
+                    "at_most": MAX_LEVELS + 1,
                 }
                 if position.surveyed(self._execute(queue, survey(queue.schema), looked_for)) <= 0:
                     yield crew, queue, position

@@ -16,11 +16,11 @@ from apoq.worker import logs
 
 logger = logging.getLogger(__name__)
 
-FIRST_BACKOFF: Final = 0.1
-LONGEST_BACKOFF: Final = 2.0
+FIRST_BACKOFF_SECONDS: Final = 0.1
+MAX_BACKOFF_SECONDS: Final = 2.0
 
-FIRST_REMINDERS: Final = (10.0, 60.0)
-REMINDER_INTERVAL: Final = 300.0
+FIRST_REMINDERS_SECONDS: Final = (10.0, 60.0)
+REMINDER_INTERVAL_SECONDS: Final = 300.0
 """Seconds after which the log says again that something still fails: at first, and from then on."""
 
 
@@ -112,7 +112,7 @@ class Failures:
     def failed(self, error: BaseException) -> float:
         """Note a failure, and log it if it is time to; return the seconds until the next try."""
         if isinstance(error, Stopped):
-            return LONGEST_BACKOFF
+            return MAX_BACKOFF_SECONDS
         self.count += 1
         if self._duration is None:
             self._duration = Duration(self._clock)
@@ -161,7 +161,7 @@ def backoff(failures: int, chance: float | None = None) -> float:
     """Return the seconds to wait after this many failures in a row: doubling, with jitter, bounded."""
     if chance is None:
         chance = random.random()  # noqa: S311 - jitter, no secret
-    return min(LONGEST_BACKOFF, FIRST_BACKOFF * 2.0 ** min(failures - 1, 30)) * (0.5 + chance / 2)
+    return min(MAX_BACKOFF_SECONDS, FIRST_BACKOFF_SECONDS * 2.0 ** min(failures - 1, 30)) * (0.5 + chance / 2)
 
 
 def brief(error: BaseException) -> str:
@@ -172,5 +172,5 @@ def brief(error: BaseException) -> str:
 
 def _next_reminder(seconds: float) -> float:
     """Return when the log should say again that something still fails that has failed for so long."""
-    following = (seconds // REMINDER_INTERVAL + 1) * REMINDER_INTERVAL
-    return min((at for at in FIRST_REMINDERS if at > seconds), default=following)
+    following = (seconds // REMINDER_INTERVAL_SECONDS + 1) * REMINDER_INTERVAL_SECONDS
+    return min((at for at in FIRST_REMINDERS_SECONDS if at > seconds), default=following)

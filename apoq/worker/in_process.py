@@ -14,7 +14,7 @@ from apoq.worker.worker import Worker
 
 logger = logging.getLogger(__name__)
 
-PATIENCE: Final = 10.0
+START_RETRY_SECONDS: Final = 10.0
 """Seconds after which a request tries again to start a worker that couldn't start."""
 
 
@@ -53,7 +53,7 @@ class InProcessWorker:
         logger.critical(
             "the in-process worker of %r can't start, and a request %d s from now tries again: %s",
             self._name,
-            PATIENCE,
+            START_RETRY_SECONDS,
             error,
         )
-        self._again_at = time.monotonic() + PATIENCE
+        self._again_at = time.monotonic() + START_RETRY_SECONDS

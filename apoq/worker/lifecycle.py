@@ -22,7 +22,7 @@ from apoq.core.states import COMPLETED
 from apoq.errors import SchemaMismatch
 from apoq.events import Events, WorkerStarted, WorkerStopped, WorkerStopping
 from apoq.migrations.prepare import check
-from apoq.postgres.connections import ANSWER_TIMEOUT, is_away
+from apoq.postgres.connections import ANSWER_TIMEOUT_SECONDS, is_away
 from apoq.postgres.watchdog import watch
 from apoq.schema import preflight
 from apoq.schema.models import Task, detached
@@ -31,13 +31,13 @@ from apoq.worker.execution.runner import AttemptResult
 from apoq.worker.execution.running_task import KNOWN
 from apoq.worker.loop import Loop
 from apoq.worker.options import WorkerOptions
-from apoq.worker.runtime import OVERTIME, PATIENCE, Runtime, left_until
+from apoq.worker.runtime import SETTLE_ON_STOP_SECONDS, STOP_OVERTIME_SECONDS, Runtime, left_until
 from apoq.worker.settling.counters import Counter, WorkerStats
-from apoq.worker.threads import RETRY_INTERVAL
+from apoq.worker.threads import THREAD_RETRY_SECONDS
 
 logger = logging.getLogger(__name__)
 
-TOLERATED: Final = 5.0
+TOLERATED_FAILURE_SECONDS: Final = 5.0
 """Seconds for which claims or settlements may fail before the worker isn't healthy any more."""
 
 
@@ -91,8 +91,8 @@ class Lifecycle:
             and all(loop.is_alive for loop in loops)
             and not runtime.missing
             and not runtime.coroutines.is_closed
-            and not runtime.claiming.is_failing_for(TOLERATED)
-            and not runtime.settling.is_failing_for(TOLERATED)
+            and not runtime.claiming.is_failing_for(TOLERATED_FAILURE_SECONDS)
+            and not runtime.settling.is_failing_for(TOLERATED_FAILURE_SECONDS)
         )
 
     def stats(self) -> WorkerStats:
@@ -115,10 +115,10 @@ class Lifecycle:
                 end = runtime.run_beside(attempt)
             except Exception:  # such as that no thread can be started for the loop of a coroutine
                 runtime.settler.put(released(attempt))
-                runtime.settler.flush(PATIENCE)
+                runtime.settler.flush(SETTLE_ON_STOP_SECONDS)
                 raise
             runtime.settler.put(end)
-            runtime.settler.flush(PATIENCE)
+            runtime.settler.flush(SETTLE_ON_STOP_SECONDS)
             if isinstance(end.outcome, KeyboardInterrupt):
                 raise end.outcome  # meant for the program, not for the task that happened to run
             return self._load(end)
@@ -164,11 +164,11 @@ class Lifecycle:
             # Before the lock is taken, for another thread that stops holds it while it waits for this one.
             self._refuse_to_wait_for_itself()
         self.stops += 1
-        timeout = -1.0 if patience is None else min(patience + OVERTIME, threading.TIMEOUT_MAX)
+        timeout = -1.0 if patience is None else min(patience + STOP_OVERTIME_SECONDS, threading.TIMEOUT_MAX)
         if self._is_started and self._is_entering:
             # A start waits for the database, with the lock. It finds that it isn't wanted any more.
             self.runtime.limit(time.monotonic())
-            timeout = OVERTIME
+            timeout = STOP_OVERTIME_SECONDS
         if not self._lock.acquire(timeout=timeout):
             return False
         try:
@@ -217,7 +217,7 @@ class Lifecycle:
             self._enlisted -= 1
             if self._enlisted == 0:
                 if by is None:
-                    runtime.limit(by := time.monotonic() + PATIENCE)
+                    runtime.limit(by := time.monotonic() + SETTLE_ON_STOP_SECONDS)
                 runtime.deadlines.stop(left_until(by))
                 runtime.end(runtime.recalling, by)
                 if not self._beating.is_alive:
@@ -296,7 +296,7 @@ class Lifecycle:
                 self._begins_later = False
         if runtime.missing:
             runtime.retry_threads()
-            pause = min(pause, RETRY_INTERVAL)
+            pause = min(pause, THREAD_RETRY_SECONDS)
         return pause
 
     def _refuse_to_wait_for_itself(self) -> None:
@@ -327,4 +327,4 @@ class Lifecycle:
 
 def _watched(connection: Connection, engine: Engine) -> AbstractContextManager[None]:
     driver: Any = connection.connection.dbapi_connection
-    return watch.awaiting(driver, ANSWER_TIMEOUT, engine)
+    return watch.awaiting(driver, ANSWER_TIMEOUT_SECONDS, engine)

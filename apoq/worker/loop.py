@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from apoq.worker.failures import FIRST_BACKOFF, Failures, Outage
+from apoq.worker.failures import FIRST_BACKOFF_SECONDS, Failures, Outage
 
 logger = logging.getLogger(__name__)
 
@@ -149,4 +149,4 @@ class Loop:
         """Sleep, woken by nothing but `stop`: a loop that fails is not hurried by who waits for it."""
         deadline = time.monotonic() + pause
         while not self._stopping and (left := deadline - time.monotonic()) > 0:
-            time.sleep(min(left, FIRST_BACKOFF))
+            time.sleep(min(left, FIRST_BACKOFF_SECONDS))

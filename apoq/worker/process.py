@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 
 logger = logging.getLogger(__name__)
 
-LAST_WAIT: Final = 1.0
+EXIT_WAIT_SECONDS: Final = 1.0
 """Seconds by which workers that nobody has stopped hold up the end of the program at most."""
 
 
@@ -57,10 +57,10 @@ class _Process:
             self._started.discard(worker)
 
     def end(self) -> None:
-        """Have what is held given back, within `LAST_WAIT`."""
+        """Have what is held given back, within `EXIT_WAIT_SECONDS`."""
         self._ending.set()
         if self._farewell is not None:
-            self._farewell.join(LAST_WAIT)
+            self._farewell.join(EXIT_WAIT_SECONDS)
 
     def keep(self, *inherited: object) -> None:
         """Never let go of these, a parent's: a connection in use would be rolled back as it is collected."""
@@ -78,7 +78,7 @@ class _Process:
     def _stop_all(self) -> None:
         self._ending.wait()
         # Half of the time for tasks to end, the other half to write what became of them.
-        deadline = time.monotonic() + LAST_WAIT / 2
+        deadline = time.monotonic() + EXIT_WAIT_SECONDS / 2
         for worker in list(self._started):
             try:
                 worker.stop(timeout=max(0.0, deadline - time.monotonic()))

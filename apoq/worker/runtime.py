@@ -18,7 +18,7 @@ from apoq.core.registry import Registry
 from apoq.events import Events, LeaseLost, TasksRescued
 from apoq.postgres.connections import own_engine
 from apoq.postgres.urls import sync_side
-from apoq.postgres.watchdog import LOOK, watch
+from apoq.postgres.watchdog import CHECK_INTERVAL_SECONDS, watch
 from apoq.schema.statements.claim import CLAIM, TYPE
 from apoq.schema.statements.hint import has_tasks
 from apoq.schema.statements.settle import LOCK_TIMEOUT
@@ -41,7 +41,7 @@ from apoq.worker.execution.executor import Executor, released
 from apoq.worker.execution.runner import AttemptResult, ended, overdue, run, run_coroutine
 from apoq.worker.execution.task_sessions import TaskSessions
 from apoq.worker.failures import Outage
-from apoq.worker.liveness.heartbeat import BEATS, GRACE, Heartbeat
+from apoq.worker.liveness.heartbeat import GRACE_HEARTBEATS, HEARTBEATS_PER_LEASE, Heartbeat
 from apoq.worker.liveness.lost_tasks import LostTaskMonitor
 from apoq.worker.loop import Loop
 from apoq.worker.maintenance.pruner import Pruner
@@ -53,22 +53,22 @@ from apoq.worker.threads import MissingThreads
 
 logger = logging.getLogger(__name__)
 
-AFTERMATH: Final = 0.05
+RESURVEY_SECONDS: Final = 0.05
 """Seconds after a claim in which the scout looks whether that was all."""
 
-PATIENCE: Final = 5.0
+SETTLE_ON_STOP_SECONDS: Final = 5.0
 """Seconds in which what has ended is settled, at the end."""
 
-OVERTIME: Final = 1.5
+STOP_OVERTIME_SECONDS: Final = 1.5
 """Seconds after the time to stop in which that must be done."""
 
-CLEAN_UP: Final = 1.0
+CANCEL_ON_STOP_SECONDS: Final = 1.0
 """Those of them in which cancelled coroutines may end."""
 
-CUT: Final = 0.25
+CUT_THREAD_SECONDS: Final = 0.25
 """Seconds after which a thread has ended whose connection was cut."""
 
-BUSY: Final = 0.25
+BUSY_RESURVEY_SECONDS: Final = 0.25
 """The same, where there is more: in which a priority that is new and higher is found."""
 
 
@@ -180,7 +180,7 @@ class Runtime:
             self.outage,
             held=lambda: list(self.claimer.held.values()),
             running=lambda: [*self.slots.running(), *self._beside],
-            interval=options.lease.total_seconds() / BEATS,
+            interval=options.lease.total_seconds() / HEARTBEATS_PER_LEASE,
             on_lost=self._lost,
         )
         pruner = Pruner(
@@ -195,7 +195,7 @@ class Runtime:
             self.engine,
             self.heartbeat.leases,
             self.outage,
-            grace=options.lease.total_seconds() / BEATS * GRACE,
+            grace=options.lease.total_seconds() / HEARTBEATS_PER_LEASE * GRACE_HEARTBEATS,
             on_rescued=self._rescued,
         )
         self.on_death: Callable[[], None] = lambda: None
@@ -277,14 +277,14 @@ class Runtime:
             loop.end()
         self._give_back_line()
         is_idle = self.slots.wait_until_idle(patience)
-        by = min(time.monotonic() + PATIENCE, ends_at + OVERTIME)
+        by = min(time.monotonic() + SETTLE_ON_STOP_SECONDS, ends_at + STOP_OVERTIME_SECONDS)
         self._by = by
         self.limit(by)
         if not is_idle:
             left = self.deadlines.withdraw(self.slots.abandon())
             logger.warning("%d tasks still ran when the time to stop was up, and are given back", len(left))
             self._give_back(left)
-            self.coroutines.cancel(CLEAN_UP)
+            self.coroutines.cancel(CANCEL_ON_STOP_SECONDS)
             if self.coroutines.is_closed:
                 # They never end, and their transactions may hold the tasks' rows.
                 for attempt in left:
@@ -310,7 +310,7 @@ class Runtime:
         if loop.stop(left_until(by)):
             return True
         watch.cut_overdue()
-        return loop.stop(left_until(by + CUT))
+        return loop.stop(left_until(by + CUT_THREAD_SECONDS))
 
     def limit(self, by: float | None) -> None:
         """Send no statement after this, by time.monotonic(), and cut what waits then; None: no limit."""
@@ -400,7 +400,7 @@ class Runtime:
 
     def _claimed(self, count: int, wanted: int) -> None:
         # Was that all? Where nothing was found, whoever gave the hint may have meant something else.
-        self._look(BUSY if count == wanted else AFTERMATH if count else 0.0)
+        self._look(BUSY_RESURVEY_SECONDS if count == wanted else RESURVEY_SECONDS if count else 0.0)
 
     def _look(self, seconds: float = 0.0) -> None:
         if self.scout.look_in(seconds):
@@ -421,7 +421,7 @@ class Runtime:
     def _flush(self) -> None:
         """Settle what has ended; on the settler's thread, for it may have to connect, and that takes long."""
         try:
-            self.settler.flush(left_until(self._by - LOOK))
+            self.settler.flush(left_until(self._by - CHECK_INTERVAL_SECONDS))
         except Exception as error:  # noqa: BLE001
             logger.warning("some tasks could not be settled; others will run them again: %s", error)
 

@@ -12,7 +12,7 @@ from typing import Final
 STARTED: Final = -1
 """What the queue has, beside signals, when the worker has started; zero is a stop without a signal."""
 
-LOOK: Final = 1.0
+SIGNAL_POLL_SECONDS: Final = 1.0
 """Seconds between two looks for a signal that has woken nobody."""
 
 
@@ -59,7 +59,7 @@ def wait(signals: SimpleQueue[int]) -> int:
     """Wait for one of them, on the main thread, and return it."""
     while True:
         try:
-            return signals.get(timeout=LOOK)
+            return signals.get(timeout=SIGNAL_POLL_SECONDS)
         except Empty:
             # Python calls a handler between two steps of the main thread. A signal that comes when it has
             # begun to wait, and isn't asleep yet, doesn't wake it: a few of a hundred that come at the start.

@@ -8,7 +8,7 @@ from typing import Final
 
 from apoq.worker.failures import Failures, Outage
 
-RETRY_INTERVAL: Final = 2.0
+THREAD_RETRY_SECONDS: Final = 2.0
 """Seconds after which it is tried again to start a thread."""
 
 

@@ -32,7 +32,7 @@ from apoq.worker.signals import STARTED, caught, wait
 
 logger = logging.getLogger(__name__)
 
-GRACE: Final = timedelta(seconds=25)
+STOP_TIMEOUT: Final = timedelta(seconds=25)
 """What `run` gives running tasks to end after a signal: a little less than Kubernetes' 30 s."""
 
 
@@ -219,7 +219,7 @@ class Worker:
     def run(
         self,
         *,
-        timeout: float | timedelta = GRACE,
+        timeout: float | timedelta = STOP_TIMEOUT,
         on_start: Callable[[Callable[[], None]], object] | None = None,
     ) -> None:
         """Start, wait for SIGINT or SIGTERM, and stop; from the main thread of a program of its own.

@@ -25,7 +25,7 @@ from apoq.schema.models import tasks_table
 from apoq.schema.statements.arrays import array_text
 from apoq.schema.statements.claim import claim
 from apoq.schema.statements.settle import complete
-from apoq.worker.claiming.claimer import MOST_AT_ONCE
+from apoq.worker.claiming.claimer import MAX_CLAIM_SIZE
 
 TASKS = 60_000
 RUNS = 7
@@ -80,7 +80,7 @@ def measure(engine: sa.Engine, changes: Sequence[str]) -> tuple[Cost, Cost]:
             "from_queue": "default",
             "of_types": ["bench"],
             "retry_limits": '{"bench": 5}',
-            "at_most": MOST_AT_ONCE,
+            "at_most": MAX_CLAIM_SIZE,
             "free": 0,
             "by_worker": uuid4(),
             "priorities": array_text([0]),

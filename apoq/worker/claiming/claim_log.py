@@ -13,7 +13,7 @@ from typing import Final
 from apoq.schema.statements.claim import CLAIM
 from apoq.worker.execution.attempt import Claimed
 
-ENOUGH: Final = 16
+MIN_FORGOTTEN: Final = 16
 """Notes that one statement forgets, at least: each of its own would be one more a claim."""
 
 
@@ -52,7 +52,7 @@ class ClaimLog:
         """Return the claims of which everything is settled, and whose notes are to go: none, or many."""
         with self._lock:
             done = self._done.get(schema, ())
-            return list(done) if len(done) >= ENOUGH else []
+            return list(done) if len(done) >= MIN_FORGOTTEN else []
 
     def claimed(self, number: int, size: int) -> None:
         """Remember how many tasks a claim has taken."""

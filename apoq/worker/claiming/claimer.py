@@ -21,7 +21,7 @@ from apoq.core.outcomes import WorkerDied
 from apoq.core.payload import encode
 from apoq.core.registry import Processor, Registry
 from apoq.events import Events, TaskClaimed, TaskCompleted, TaskStarted
-from apoq.postgres.connections import STATEMENT_TIMEOUT, execute, is_away, is_caused_by_a_row
+from apoq.postgres.connections import STATEMENT_TIMEOUT_SECONDS, execute, is_away, is_caused_by_a_row
 from apoq.postgres.fast_path import written
 from apoq.schema.models import ClaimRow
 from apoq.schema.statements.arrays import array_text
@@ -41,49 +41,49 @@ from apoq.worker.liveness.lease import Lease
 
 logger = logging.getLogger(__name__)
 
-MOST_AT_ONCE: Final = 1_000
+MAX_CLAIM_SIZE: Final = 1_000
 """Tasks that one statement claims at most."""
 
-MOST_AHEAD: Final = 2_000
+MAX_PREFETCHED: Final = 2_000
 """Tasks that are claimed at most beyond those that run."""
 
-HORIZON: Final = 0.25
+PREFETCH_SECONDS: Final = 0.25
 """Seconds of work that are claimed ahead: what the slots start within them."""
 
-REST: Final = 5
+REST_FACTOR: Final = 5
 """How many times as long as it took a claim that came short it is to the next: many hints are few claims."""
 
-LONGEST_REST: Final = 0.02
+MAX_REST_SECONDS: Final = 0.02
 """Seconds to it, at most: as long as a busy client's hint is late."""
 
-LEASE_LOOK: Final = 0.1
+LEASE_POLL_SECONDS: Final = 0.1
 """Seconds after which a claimer whose lease has ended looks whether it is renewed."""
 
-OVERDUE: Final = 2.0
+GIVE_BACK_AFTER_SECONDS: Final = 2.0
 """Seconds after which a task that has not begun is given back, for others may have a free slot."""
 
-STRAYS_LOOK: Final = 1.0
+STRAYS_POLL_SECONDS: Final = 1.0
 """Seconds after which it is looked again for what a claim has taken whose answer was lost."""
 
-NARROWER: Final = 8
+NARROWING_FACTOR: Final = 8
 """By what the size of a claim is divided when the server refuses it, until the bad row stands alone."""
 
-MOST_REFUSED: Final = 5
+MAX_REFUSED: Final = 5
 """Tasks that the server may refuse, one after the other, before the claims are taken to fail as such."""
 
-MOST_TRIES: Final = 20
+MAX_TRIES: Final = 20
 """Claims that one turn sends at most, to find what the server refuses."""
 
 
 def ahead(concurrency: int, run_time: float | None) -> int:
     """Answer how many tasks to claim beyond those that run, if one takes `run_time` seconds.
 
-    Short ones by the hundred; none of those that would wait longer than `HORIZON` for a slot, nor of tasks
+    Short ones by the hundred; none of those that would wait longer than `PREFETCH_SECONDS` for a slot, nor of tasks
     of which nothing is known yet: what sits here claimed, another worker can't begin.
     """
     if run_time is None:
         return 0
-    return min(MOST_AHEAD, int(concurrency * HORIZON / max(run_time, 1e-6)))
+    return min(MAX_PREFETCHED, int(concurrency * PREFETCH_SECONDS / max(run_time, 1e-6)))
 
 
 @dataclass(slots=True, eq=False)
@@ -96,7 +96,7 @@ class _Source:
     processors: Mapping[str, Processor] = field(default_factory=dict)
     by_worker: UUID | None = None
     asked: dict[str, str] = field(default_factory=dict)
-    at_most: int = MOST_AT_ONCE
+    at_most: int = MAX_CLAIM_SIZE
     """Fewer after a claim that the server has refused."""
     refused: int = 0
     """How many tasks the server has refused since a claim last found any."""
@@ -173,8 +173,8 @@ class Claimer:
         self.waits_for_room = True
         pause = self._give_back_overdue()
         if self._doubt_ends is not None:
-            pause = STRAYS_LOOK  # it may commit at any time, and nothing would tell
-            if time.monotonic() >= self._looked_at + STRAYS_LOOK:
+            pause = STRAYS_POLL_SECONDS  # it may commit at any time, and nothing would tell
+            if time.monotonic() >= self._looked_at + STRAYS_POLL_SECONDS:
                 with self._lock:
                     self._give_back_strays()
                 self._hinted = True
@@ -182,7 +182,7 @@ class Claimer:
             self.waits_for_room = False
             return pause
         if not any(source.lease.is_held for source in self._sources):
-            return LEASE_LOOK
+            return LEASE_POLL_SECONDS
         is_careful = any(source.position.is_careful for source in self._sources)
         in_line = 0 if is_careful else ahead(self._slots.concurrency, self._slots.run_time)
         self._slots.low_water = in_line // 2
@@ -195,7 +195,7 @@ class Claimer:
             self.waits_for_room = False
             return self._rested_at - began
         self._hinted = False
-        wanted = min(room, MOST_AT_ONCE)
+        wanted = min(room, MAX_CLAIM_SIZE)
         claimed = self.claim(wanted, free, connection)
         self._slots.put(self._startable(claimed))
         self._move()
@@ -204,7 +204,7 @@ class Claimer:
             self._hinted = True
         else:
             took = time.monotonic() - began
-            self._rested_at = began + min(LONGEST_REST, REST * took)
+            self._rested_at = began + min(MAX_REST_SECONDS, REST_FACTOR * took)
         self._forget_settled(connection)
         return 0.0
 
@@ -311,7 +311,7 @@ class Claimer:
         self, source: _Source, limit: int, free: int, where: Engine | PoolProxiedConnection
     ) -> tuple[int, list[tuple[Any, ...]]]:
         """Claim from a queue; if the server refuses that, claim less, until the bad row is passed over."""
-        for _ in range(MOST_TRIES):
+        for _ in range(MAX_TRIES):
             at_most = min(limit, source.at_most)
             try:
                 number, rows = self._execute(source, at_most, free, where)
@@ -324,10 +324,10 @@ class Claimer:
                     self._narrow(source, at_most, free, error)
                 source.is_bare = True
                 continue
-            source.at_most, source.is_bare = min(MOST_AT_ONCE, 2 * source.at_most), False
+            source.at_most, source.is_bare = min(MAX_CLAIM_SIZE, 2 * source.at_most), False
             if rows or not source.position.passed_over():
                 source.refused = 0
-            elif source.refused > MOST_REFUSED and source.refusal is not None:
+            elif source.refused > MAX_REFUSED and source.refusal is not None:
                 raise source.refusal  # whatever it finds
             return number, rows
         raise source.refusal or RuntimeError(f"tasks of {source.queue!r} can't be claimed")
@@ -335,7 +335,7 @@ class Claimer:
     def _narrow(self, source: _Source, at_most: int, free: int, error: DatabaseError) -> None:
         """Claim less the next time, or pass over the next task; raise the error if neither helps."""
         if at_most > 1:
-            source.at_most = at_most // NARROWER or 1
+            source.at_most = at_most // NARROWING_FACTOR or 1
             return
         self._give_back_strays()  # if it was the answer that couldn't be read
         self._execute(source, 0, free, self._engine)  # which fails if it isn't because of a task
@@ -347,7 +347,7 @@ class Claimer:
                 "task %d can't be claimed, and is passed over for %.0f s: %s", task_id, seconds, error
             )
             source.refused, source.refusal = source.refused + 1, error
-            if source.refused > MOST_REFUSED:
+            if source.refused > MAX_REFUSED:
                 raise error
 
     def _execute(
@@ -368,9 +368,9 @@ class Claimer:
             # Without an answer, it may have committed, or may do so until the server ends it. With one that
             # can't be read, it has.
             if not isinstance(error, DatabaseError) or is_away(error):
-                self.doubt(STATEMENT_TIMEOUT)
+                self.doubt(STATEMENT_TIMEOUT_SECONDS)
                 # It may have asked for more than the server can do in time.
-                source.at_most, source.is_bare = max(1, at_most // NARROWER), True
+                source.at_most, source.is_bare = max(1, at_most // NARROWING_FACTOR), True
             elif error.sqlstate is None:
                 self.doubt()
             raise
@@ -456,12 +456,12 @@ class Claimer:
         since = self._slots.waiting_since
         if since is None:
             return None
-        if time.monotonic() - since < OVERDUE:
-            return OVERDUE
+        if time.monotonic() - since < GIVE_BACK_AFTER_SECONDS:
+            return GIVE_BACK_AFTER_SECONDS
         for attempt in self._slots.take_back():
             self._put_ended(released(attempt))
         # The average speaks of shorter tasks than those that run now.
-        self._slots.run_time = max(self._slots.run_time or 0.0, OVERDUE)
+        self._slots.run_time = max(self._slots.run_time or 0.0, GIVE_BACK_AFTER_SECONDS)
         return None
 
 

@@ -13,16 +13,16 @@ from apoq.schema.statements.claim import ID, PRIORITY, PROCESS_AT
 
 START: Final = (-math.inf, 0)
 
-SLACK: Final = 0.5
+COMMIT_SLACK_SECONDS: Final = 0.5
 """Seconds by which a task may be committed later than one that is due after it, and still be seen at once."""
 
-MOST_LEVELS: Final = 64
+MAX_LEVELS: Final = 64
 """Priorities that a claim looks into one by one; if there are more, it looks through the others together."""
 
 FIRST_PASS, LONGEST_PASS = 15.0, 600.0
 """Seconds for which a task is passed over that the server refused to claim: at first, and at most."""
 
-MOST_PASSED_OVER: Final = 1_000
+MAX_PASSED_OVER: Final = 1_000
 """Tasks that are passed over at once, at most."""
 
 _LOWEST_TIME: Final = -210_866_803_200.0
@@ -78,7 +78,7 @@ class ClaimCursor:
         with self._lock:
             _, before = self._passed_over.pop(task_id, (0.0, FIRST_PASS / 2))
             seconds = min(2 * before, LONGEST_PASS)
-            if len(self._passed_over) >= MOST_PASSED_OVER:
+            if len(self._passed_over) >= MAX_PASSED_OVER:
                 self._passed_over.pop(
                     next(iter(self._passed_over))
                 )  # the one that was refused the longest ago
@@ -93,14 +93,14 @@ class ClaimCursor:
             for priority, (at, id_) in ends.items():
                 if self.lower_than is not None and priority < self.lower_than:
                     continue
-                end = (_within(at - SLACK), 0) if is_all else (at, id_)
+                end = (_within(at - COMMIT_SLACK_SECONDS), 0) if is_all else (at, id_)
                 moved[priority] = max(end, moved.get(priority, START))
             self._be_at(moved)
 
     def surveyed(self, rows: Iterable[Sequence[Any]], *, known: bool = False) -> float:
         """Take over what a survey has found, the highest priority first; return the seconds until one is due.
 
-        `known`: it has looked into the known priorities alone. Else at up to one more than `MOST_LEVELS`.
+        `known`: it has looked into the known priorities alone. Else at up to one more than `MAX_LEVELS`.
         """
         found: dict[int, tuple[float, int]] = {}
         due_in = math.inf
@@ -116,16 +116,18 @@ class ClaimCursor:
             is_due = first.process_at <= now
             if is_due and first_due is None:
                 first_due, is_careful = (first.priority, first.id), first.is_rescued
-            found[first.priority] = _before(first.process_at, first.id) if is_due else (now - SLACK, 0)
+            found[first.priority] = (
+                _before(first.process_at, first.id) if is_due else (now - COMMIT_SLACK_SECONDS, 0)
+            )
         with self._lock:
             lower_than = self.lower_than if known else None
-            if not known and len(found) > MOST_LEVELS:
+            if not known and len(found) > MAX_LEVELS:
                 *_, lower_than, _last = found
                 del found[_last]
             # Those that have no task now may get one at any time, and claims are to see it at once.
             for priority in self._levels:
-                if len(found) < MOST_LEVELS and (lower_than is None or priority >= lower_than):
-                    found.setdefault(priority, (now - SLACK, 0))
+                if len(found) < MAX_LEVELS and (lower_than is None or priority >= lower_than):
+                    found.setdefault(priority, (now - COMMIT_SLACK_SECONDS, 0))
             self.lower_than = lower_than
             self._be_at(found)
             self.is_careful, self.first_due = is_careful, first_due

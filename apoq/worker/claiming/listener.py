@@ -17,52 +17,52 @@ from sqlalchemy import URL, Engine, create_engine
 from sqlalchemy.pool import PoolProxiedConnection
 
 from apoq.errors import InvalidURL
-from apoq.postgres.connections import ANSWER_TIMEOUT, execute, is_direct, own_engine
+from apoq.postgres.connections import ANSWER_TIMEOUT_SECONDS, execute, is_direct, own_engine
 from apoq.postgres.urls import database_url
 from apoq.postgres.watchdog import cut, watch
 from apoq.schema.statements.hint import CANCELLED, CHANNEL, Hint, hint
 
 logger = logging.getLogger(__name__)
 
-CHECK_INTERVAL: Final = 15.0
+CHECK_INTERVAL_SECONDS: Final = 15.0
 """Seconds of silence after which the connection is asked whether it is still there."""
 
-PATIENCE: Final = 5.0
+PROBE_TIMEOUT_SECONDS: Final = 5.0
 """Seconds within which a hint that was sent to try a connection must have arrived."""
 
-RETRY: Final = 60.0
+PROBE_RETRY_SECONDS: Final = 60.0
 """Seconds after which it is tried again whether hints arrive.
 
 Ten times as many through a pooler, where each try may leave a session of others behind that listens: it hears
 nothing there, but each NOTIFY wakes it.
 """
 
-MOST_AT_ONCE: Final = 1_000
+MAX_NOTIFICATIONS: Final = 1_000
 """Notifications after which those that were read are acted upon, even if there are more."""
 
 LONGEST_ID: Final = len(str(2**63 - 1))
 """Digits of a task's id, at most."""
 
-CROWD: Final = 100
+CROWD_SIZE: Final = 100
 """Notifications at once that are too many for claims on the same connection.
 
 A session of the server's that has notifications to send reads no statement before it has sent them.
 """
 
-CROWD_TIME: Final = 1.0
+CROWD_SECONDS: Final = 1.0
 """Seconds for which claims then are made elsewhere."""
 
-FLOOD_TIME: Final = 1.0
+FLOOD_SECONDS: Final = 1.0
 """Seconds after which the listener gives up, if there are always more notifications than it has read.
 
 Any role that may connect can send them. What isn't read stays in the server's queue, which all share, and the
 server takes as much time to send them as the worker to read them.
 """
 
-REST: Final = 5
+REST_FACTOR: Final = 5
 """How many times as long as reading and acting took it is to the next time: as after a claim."""
 
-LONGEST_REST: Final = 0.02
+MAX_REST_SECONDS: Final = 0.02
 """Seconds to it, at most."""
 
 
@@ -137,7 +137,7 @@ class Listener:
                 return 0.0  # the server has done nothing: it was cut here
             finally:
                 self._connection = None
-        return RETRY if connection.is_direct else 10 * RETRY
+        return PROBE_RETRY_SECONDS if connection.is_direct else 10 * PROBE_RETRY_SECONDS
 
     def renew(self) -> None:
         """Listen on another connection: this one may be dead without a word."""
@@ -162,7 +162,7 @@ class Listener:
         trial = Hint(f"{CHANNEL}_{uuid4().hex}", "")
         connection.listen([trial.channel], {trial})
         execute(self._engine, hint(), trial._asdict())
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + PROBE_TIMEOUT_SECONDS
         is_heard = False
         while not is_heard and not self._stopping and (left := deadline - time.monotonic()) > 0:
             is_heard = connection.wait(left).is_hinted
@@ -190,27 +190,27 @@ class Listener:
         began = caught_up_at = time.monotonic()
         crowded_until = 0.0
         while not self._stopping:
-            heard = connection.wait(CHECK_INTERVAL)
+            heard = connection.wait(CHECK_INTERVAL_SECONDS)
             woke_at = time.monotonic()
             if heard.is_all:
                 caught_up_at = woke_at
-            elif woke_at - caught_up_at > FLOOD_TIME:
+            elif woke_at - caught_up_at > FLOOD_SECONDS:
                 self._give_up()
                 return
-            if heard.number > CROWD:
-                crowded_until = woke_at + CROWD_TIME
+            if heard.number > CROWD_SIZE:
+                crowded_until = woke_at + CROWD_SECONDS
             if heard.is_hinted:
                 self._on_hint(ours if woke_at > crowded_until else None)
             if heard.cancelled:
                 self._on_cancelled(heard.cancelled)
-            if self._is_flooded and heard.is_all and woke_at - began > CHECK_INTERVAL:
+            if self._is_flooded and heard.is_all and woke_at - began > CHECK_INTERVAL_SECONDS:
                 self._is_flooded = False
                 logger.warning("notifications are read again")
             if not heard.number and not self._stopping:
                 connection.execute("SELECT 1")
             # Reading included, which has begun before; so that a stream of notifications costs a share of the
             # time only.
-            rest = min(LONGEST_REST, REST * (time.monotonic() - connection.woke_at))
+            rest = min(MAX_REST_SECONDS, REST_FACTOR * (time.monotonic() - connection.woke_at))
             time.sleep(max(0.0, connection.woke_at + rest - time.monotonic()))
 
     def _give_up(self) -> None:
@@ -219,7 +219,7 @@ class Listener:
             "notifications arrive faster than they can be read: this worker reads none for %d s, and finds "
             "tasks by looking, every poll_interval. To see who sends them, look for NOTIFY and pg_notify in "
             "pg_stat_activity",
-            RETRY,
+            PROBE_RETRY_SECONDS,
         )
         self._is_flooded = True
 
@@ -248,7 +248,7 @@ class ListeningConnection:
 
     def execute(self, statement: LiteralString, *names: str) -> None:
         """Execute a statement with these names in it."""
-        with watch.awaiting(self._driver, ANSWER_TIMEOUT, self._engine):
+        with watch.awaiting(self._driver, ANSWER_TIMEOUT_SECONDS, self._engine):
             self._driver.execute(sql.SQL(statement).format(*map(sql.Identifier, names)))
 
     def listen(self, channels: Iterable[str], awaited: Iterable[Hint]) -> None:
@@ -269,7 +269,7 @@ class ListeningConnection:
         # Past Connection.notifies, which takes 0.1 ms to find out what is there already.
         pgconn = self._driver.pgconn
         is_all = False
-        while not is_all and self._count < MOST_AT_ONCE:
+        while not is_all and self._count < MAX_NOTIFICATIONS:
             before = self._count
             pgconn.consume_input()
             while notify := pgconn.notifies():
@@ -302,7 +302,7 @@ class ListeningConnection:
         self._count += 1
         if notify.relname == _CANCELLED:
             is_id = notify.extra.isdigit() and len(notify.extra) <= LONGEST_ID
-            if is_id and len(self._cancelled) < MOST_AT_ONCE:
+            if is_id and len(self._cancelled) < MAX_NOTIFICATIONS:
                 self._cancelled.add(int(notify.extra))
         elif (notify.relname, notify.extra) in self._awaited:
             self._is_hinted = True

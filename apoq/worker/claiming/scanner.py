@@ -17,15 +17,15 @@ from apoq.core.registry import Registry
 from apoq.postgres.connections import execute
 from apoq.schema.statements.arrays import array_text
 from apoq.schema.statements.survey import survey
-from apoq.worker.claiming.cursor import MOST_LEVELS, ClaimCursor
+from apoq.worker.claiming.cursor import MAX_LEVELS, ClaimCursor
 from apoq.worker.failures import Outage
 from apoq.worker.isolation import Isolation
 from apoq.worker.liveness.lease import Lease
 
-REST: Final = 20
+REST_FACTOR: Final = 20
 """How many times as long as a survey took the scout rests after it."""
 
-SURVEY_TIMEOUT: Final = 60.0
+SURVEY_TIMEOUT_SECONDS: Final = 60.0
 """Seconds that a survey may take: beside a long transaction, it walks through all that was taken since."""
 
 
@@ -132,11 +132,11 @@ class QueueScanner:
             **position.parameters(),
             "from_queue": queue.name,
             "of_types": list(self._registry.of(queue)),
-            "at_most": MOST_LEVELS + 1,
+            "at_most": MAX_LEVELS + 1,
             "passed_over": array_text(passed_over),
         }
         statement = survey(queue.schema, known=known, passes_over=bool(passed_over))
-        rows = execute(self._engine, statement, parameters, timeout=SURVEY_TIMEOUT).fetchall()
+        rows = execute(self._engine, statement, parameters, timeout=SURVEY_TIMEOUT_SECONDS).fetchall()
         return position.surveyed(rows, known=known)
 
     def _wait_until(self) -> float:
@@ -159,4 +159,4 @@ class Rest:
 
     def begin(self) -> None:
         """Rest from now on."""
-        self.until = time.monotonic() + REST * self._needs
+        self.until = time.monotonic() + REST_FACTOR * self._needs

@@ -13,10 +13,10 @@ from apoq.worker.execution.daemon_threads import DaemonExecutor
 
 logger = logging.getLogger(__name__)
 
-CLEAN_UP: Final = 2.0
+CANCELLATION_SECONDS: Final = 2.0
 """Seconds that a coroutine has to end after it was cancelled."""
 
-BLOCKED: Final = 0.25
+BLOCKED_AFTER_SECONDS: Final = 0.25
 """Seconds after which a loop that doesn't respond is taken for blocked by a coroutine."""
 
 
@@ -67,7 +67,7 @@ class EventLoopThread:
         """Cancel what runs, and wait so many seconds for it to end."""
         if self._loop is not None and self._loop.is_running():
             try:
-                self.run(self._cancel(timeout), timeout + BLOCKED)
+                self.run(self._cancel(timeout), timeout + BLOCKED_AFTER_SECONDS)
             except TimeoutError:
                 self.is_blocked = True  # until that coroutine ends, or with the process
 

@@ -19,7 +19,7 @@ from apoq.worker.execution.event_loop import EventLoopThread
 from apoq.worker.execution.runner import AttemptResult, ended, run, run_coroutine
 from apoq.worker.threads import MissingThreads
 
-GIVE_WAY: Final = 0.0001
+YIELD_SECONDS: Final = 0.0001
 """Seconds in which a thread that was given a task wakes up and has taken the interpreter.
 
 From a thread that goes on meanwhile it would have to wait for that, asleep once more.
@@ -122,7 +122,7 @@ class Executor:
                     refused.append(attempt.row)
             self._line.extendleft(reversed(refused))
         if has_begun:
-            time.sleep(GIVE_WAY)
+            time.sleep(YIELD_SECONDS)
 
     def open(self) -> None:
         """Let tasks begin."""

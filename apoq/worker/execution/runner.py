@@ -20,7 +20,7 @@ from apoq.schema.statements.claim import CLAIM
 from apoq.worker.execution.attempt import LOST, AnyAttempt, AsyncAttempt, Attempt
 from apoq.worker.execution.completion import Completion
 from apoq.worker.execution.deadlines import Deadlines
-from apoq.worker.execution.event_loop import CLEAN_UP
+from apoq.worker.execution.event_loop import CANCELLATION_SECONDS
 from apoq.worker.execution.isolated_context import IsolatedContext
 from apoq.worker.execution.running_task import RunningTask
 from apoq.worker.execution.task_sessions import TaskSession, could_not_connect
@@ -173,7 +173,7 @@ def _run_within(limit: float, attempt: Attempt, deadlines: Deadlines) -> Any:
 async def _await_within(limit: float, attempt: AsyncAttempt, deadlines: Deadlines) -> None:
     """Await the function, and cancel it at the limit; `TaskLost` where it took no notice for too long."""
     error: BaseException | None = None
-    deadlines.watch(attempt, limit, CLEAN_UP)
+    deadlines.watch(attempt, limit, CANCELLATION_SECONDS)
     try:
         async with asyncio.timeout(limit) as scope:
             await attempt.call()

@@ -36,19 +36,19 @@ from apoq.worker.maintenance.narrowing import Narrowing
 
 logger = logging.getLogger(__name__)
 
-BEATS: Final = 5
+HEARTBEATS_PER_LEASE: Final = 5
 """Heartbeats to a lease: a worker counts as dead when it has missed this many."""
 
-GRACE: Final = 1.5
+GRACE_HEARTBEATS: Final = 1.5
 """Heartbeats after which a worker counts as dead whose connection is gone."""
 
-LOCK_TIMEOUT: Final = 0.5
+LOCK_TIMEOUT_HEARTBEATS: Final = 0.5
 """Heartbeats for which one waits for a lock on the tasks, before it does without a rescue."""
 
-SOONEST: Final = 0.05
+MIN_INTERVAL_SECONDS: Final = 0.05
 """Seconds between two heartbeats, at least, when another worker is about to count as dead."""
 
-RESCUED_AT_ONCE: Final = 1_000
+MAX_RESCUED_AT_ONCE: Final = 1_000
 
 FORGOTTEN_AFTER: Final = timedelta(hours=1)
 """For so long the row of a dead worker is kept, for people to read."""
@@ -69,7 +69,7 @@ class Presence:
         self.lease = lease
         self.peers = Peers(grace)
         self.looked_at = -math.inf
-        self.narrowing = Narrowing(RESCUED_AT_ONCE)
+        self.narrowing = Narrowing(MAX_RESCUED_AT_ONCE)
         where = "" if schema is None else f" in the schema {schema!r}"
         self.rescuing = Failures(f"the rescue of tasks of dead workers{where}", outage)
         self.has_told = False
@@ -106,8 +106,8 @@ class Heartbeat:
         `on_lapse` is called with the schemas in which the lease has ended.
         """
         schemas = sorted({queue.schema for queue in queues}, key=lambda schema: schema or "")
-        self._interval = lease.total_seconds() / BEATS
-        self._grace = self._interval * GRACE
+        self._interval = lease.total_seconds() / HEARTBEATS_PER_LEASE
+        self._grace = self._interval * GRACE_HEARTBEATS
         self._presences = [
             Presence(
                 schema,
@@ -119,7 +119,9 @@ class Heartbeat:
             for schema in schemas
         ]
         self._isolation: Isolation[Presence] = Isolation(_describe, outage)
-        self.engine = own_engine(engine, lock_timeout=f"{self._interval * LOCK_TIMEOUT * 1_000:.0f}ms")
+        self.engine = own_engine(
+            engine, lock_timeout=f"{self._interval * LOCK_TIMEOUT_HEARTBEATS * 1_000:.0f}ms"
+        )
         self._known = known
         self._on_rescued = on_rescued
         self._on_unknown = on_unknown
@@ -129,7 +131,7 @@ class Heartbeat:
             "worker_version": version("apoq"),
             "worker_concurrency": concurrency,
             "lease": lease,
-            "grace": lease / BEATS * GRACE,
+            "grace": lease / HEARTBEATS_PER_LEASE * GRACE_HEARTBEATS,
         }
         self._forgets_at = 0.0
         self.worker_id = UUID(int=0)
@@ -210,7 +212,7 @@ class Heartbeat:
             dead = [peer.id for peer in peers if peer.is_long_gone]
         if dead:
             self._rescue(presence, dead)
-        return max(SOONEST, min(self._interval, next_death))
+        return max(MIN_INTERVAL_SECONDS, min(self._interval, next_death))
 
     def _rescue(self, presence: Presence, dead: list[UUID]) -> None:
         parameters = {"dead": dead, "reason": REASON}

@@ -25,7 +25,7 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
-REST: Final = 0.05
+MIN_INTERVAL_SECONDS: Final = 0.05
 """Seconds from one look to the next, at least: any role may notify, and as often as it likes."""
 
 
@@ -89,7 +89,7 @@ class LostTaskMonitor:
             self.hint(hinted)
             raise
         if parts:
-            self._rested_at = time.monotonic() + REST
+            self._rested_at = time.monotonic() + MIN_INTERVAL_SECONDS
         return self._interval
 
     def _note_begun(self) -> None:

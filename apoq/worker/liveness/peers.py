@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple
 from uuid import UUID
 
-GONE: Final = 0.5
+GONE_SHARE_OF_GRACE: Final = 0.5
 """The share of its grace for which a worker is looked at whose connection is gone, another sign of death."""
 
 
@@ -64,7 +64,7 @@ class Peers:
             sightings[peer.id] = sighting
             wait = self._grace if peer.grace is None else peer.grace
             if peer.is_gone:
-                wait *= GONE
+                wait *= GONE_SHARE_OF_GRACE
             left = max(peer.left or 0.0, sighting.since + wait - now)
             if left <= 0:
                 dead.append(peer.id)

@@ -23,16 +23,16 @@ from apoq.worker.maintenance.narrowing import Narrowing
 
 logger = logging.getLogger(__name__)
 
-BATCH: Final = 1_000
+BATCH_SIZE: Final = 1_000
 """Rows that one statement deletes at most."""
 
-SHARE: Final = 0.05
+DATABASE_SHARE: Final = 0.05
 """The share of its time that the pruner spends in the database while there is something to delete."""
 
-TIMEOUT: Final = 60.0
+PRUNE_TIMEOUT_SECONDS: Final = 60.0
 """Seconds that one such statement may take."""
 
-INTERVAL: Final = 60.0
+PRUNE_INTERVAL_SECONDS: Final = 60.0
 """Seconds after which it looks again."""
 
 
@@ -43,7 +43,7 @@ class Rule:
         self.deleted = 0
         self._statement = statement
         self._parameters = {"from_queue": from_queue, "keep": keep}
-        self._narrowing = Narrowing(BATCH)
+        self._narrowing = Narrowing(BATCH_SIZE)
         self._has_told = False
 
     def __str__(self) -> str:
@@ -58,7 +58,10 @@ class Rule:
         """Delete a batch; return whether there may be more."""
         try:
             found = execute(
-                engine, self._statement, self._parameters | self._narrowing.parameters, timeout=TIMEOUT
+                engine,
+                self._statement,
+                self._parameters | self._narrowing.parameters,
+                timeout=PRUNE_TIMEOUT_SECONDS,
             )
         except DatabaseError as error:
             if not is_caused_by_a_row(error):
@@ -98,8 +101,8 @@ class Pruner:
         """Delete a batch of each kind; answer when to go on."""
         began = time.monotonic()
         if self.prune():
-            return (time.monotonic() - began) * (1 / SHARE - 1)
-        return INTERVAL * random.uniform(0.9, 1.1)  # noqa: S311 - workers needn't prune together
+            return (time.monotonic() - began) * (1 / DATABASE_SHARE - 1)
+        return PRUNE_INTERVAL_SECONDS * random.uniform(0.9, 1.1)  # noqa: S311 - workers needn't prune together
 
     def prune(self) -> bool:
         """Delete a batch of each kind; tell whether there may be more."""

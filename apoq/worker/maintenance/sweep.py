@@ -24,19 +24,19 @@ from apoq.worker.liveness.lease import Lease
 
 logger = logging.getLogger(__name__)
 
-WALK: Final = 1_000
+STEP_SIZE: Final = 1_000
 """Tasks that one statement looks at, at most."""
 
-TURN: Final = 0.05
+TURN_SECONDS: Final = 0.05
 """Seconds that a turn takes, about, before the sweep rests."""
 
-SHARE: Final = 0.02
+DATABASE_SHARE: Final = 0.02
 """The share of its time that the sweep spends in the database."""
 
-INTERVAL: Final = 60.0
+PASS_INTERVAL_SECONDS: Final = 60.0
 """Seconds between two passes that find nothing."""
 
-MOST_SUSPECTS: Final = 1_000
+MAX_SUSPECTS: Final = 1_000
 """Tasks that are remembered from one pass to the next, at most."""
 
 BEFORE_ALL: Final = {"queue": "", "priority": 2**15 - 1}
@@ -96,14 +96,14 @@ class Sweep:
             is_over &= self._isolation.call(schema, schemas, partial(self._walk, schema), True)
         took = time.monotonic() - began
         if not is_over:
-            return max(1.0, took * (1 / SHARE - 1))
+            return max(1.0, took * (1 / DATABASE_SHARE - 1))
         has_suspects = any(each.seen_before for each in self._passes.values())
-        self._pause = self._grace if has_suspects else min(INTERVAL, 4 * self._pause)
+        self._pause = self._grace if has_suspects else min(PASS_INTERVAL_SECONDS, 4 * self._pause)
         return max(self._grace, self._pause) * random.uniform(1.0, 1.2)  # noqa: S311 - workers needn't walk together
 
     def _walk(self, schema: str | None) -> bool:
         """Go on with the pass through a schema; return whether it is over."""
-        ends_at = time.monotonic() + TURN
+        ends_at = time.monotonic() + TURN_SECONDS
         while time.monotonic() < ends_at:
             if not self._step(schema, self._passes[schema]):
                 return True
@@ -114,13 +114,13 @@ class Sweep:
         if its.level is None:
             its.level = self._level_after(schema, BEFORE_ALL)
         else:
-            parameters = {**its.level, **its.behind, "at_most": WALK}
+            parameters = {**its.level, **its.behind, "at_most": STEP_SIZE}
             rows = execute(self._engine, unnoted(schema), parameters).fetchall()
             found = [(task_id, token) for task_id, token, _, _, is_unnoted in rows if is_unnoted]
-            its.suspects.update(found[: MOST_SUSPECTS - len(its.suspects)])
+            its.suspects.update(found[: MAX_SUSPECTS - len(its.suspects)])
             if again := [task for task in found if task in its.seen_before]:
                 self._rescue(schema, again)
-            if rows and rows[-1][_NUMBER] == WALK:
+            if rows and rows[-1][_NUMBER] == STEP_SIZE:
                 its.behind = {"id": rows[-1][_ID], "time": rows[-1][_TIME]}
                 return True
             its.level, its.behind = self._level_after(schema, its.level), START

@@ -40,13 +40,13 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-LOOK: Final = 0.25
+LOCKED_POLL_SECONDS: Final = 0.25
 """Seconds between two looks whether what somebody had locked is free."""
 
-LONGEST_LOOK: Final = 4.0
+MAX_LOCKED_POLL_SECONDS: Final = 4.0
 """The same, where a whole table stays locked: each look waits for it, and holds up what is beside it."""
 
-OUTAGE: Final = 10.0
+OUTAGE_SECONDS: Final = 10.0
 """Seconds without a task that couldn't connect after which the next one is news again."""
 
 Rows = dict[int, Mapping[Any, Any] | None]
@@ -145,7 +145,7 @@ class Settler:
         """Settle all that have ended, waiting so many seconds for what somebody has locked."""
         deadline = time.monotonic() + patience
         while (pause := self.turn()) is not None and (left := deadline - time.monotonic()) > 0:
-            time.sleep(min(pause, max(left, LOOK)))  # so that the last look comes at the end
+            time.sleep(min(pause, max(left, LOCKED_POLL_SECONDS)))  # so that the last look comes at the end
         if count := sum(len(unsettled.ended) for unsettled in self._put_off):
             logger.warning(
                 "%d tasks are locked, or in a schema that fails, and could not be settled; other workers may "
@@ -172,7 +172,7 @@ class Settler:
         schema = self._unsettled[0].schema
         if not self._isolation.call(schema, self._schemas, self._try_first, otherwise=False):
             unsettled = self._unsettled.popleft()
-            self._put_off.append(unsettled._replace(looks_at=time.monotonic() + LOOK))
+            self._put_off.append(unsettled._replace(looks_at=time.monotonic() + LOCKED_POLL_SECONDS))
 
     def _try_first(self) -> bool:
         unsettled = self._unsettled[0]
@@ -202,7 +202,7 @@ class Settler:
         self._closed.pop(unsettled.schema, None)
         if found:
             waiting = [one for one in unsettled.ended if _row(one)[ID] in found]
-            looks_at = time.monotonic() + LOOK
+            looks_at = time.monotonic() + LOCKED_POLL_SECONDS
             self._put_off.append(unsettled._replace(ended=waiting, looks_at=looks_at))
         free = [one for one in unsettled.ended if _row(one)[ID] not in found]
         return unsettled._replace(ended=free, is_locked=False)
@@ -212,7 +212,7 @@ class Settler:
         before = self._closed.get(schema)
         if before is None:
             logger.info("apoq_tasks is locked, by a migration perhaps: what has ended is settled after that")
-        pause = LOOK if before is None else min(LONGEST_LOOK, 2 * before.pause)
+        pause = LOCKED_POLL_SECONDS if before is None else min(MAX_LOCKED_POLL_SECONDS, 2 * before.pause)
         self._closed[schema] = Closed(time.monotonic() + pause, pause)
         # The next one asks first whether the table is free: that waits for the table at most, and for no row.
         self._put_off += [one._replace(is_locked=True) for one in self._unsettled if one.schema == schema]
@@ -311,7 +311,7 @@ class Settler:
     def _log_unreachable(self, outcome: Unreachable) -> None:
         """Say it once for an outage, and not for each of its tasks."""
         last, self._unreachable_at = self._unreachable_at, time.monotonic()
-        if self._unreachable_at > last + OUTAGE:
+        if self._unreachable_at > last + OUTAGE_SECONDS:
             logger.warning(
                 "task.session could not connect: %s; its tasks are pending again, with no attempt used up, "
                 "and are tried again every second or two until it can",
