@@ -43,8 +43,8 @@ def looking(target: Target) -> Iterator[sa.Connection]:
         except sqlalchemy.exc.OperationalError as error:
             if isinstance(error.orig, psycopg.errors.QueryCanceled):
                 raise Failure(
-                    f"that took longer than {READ_TIMEOUT_SECONDS} s, and was given up: ask for less, such as "
-                    "one --queue"
+                    f"that took longer than {READ_TIMEOUT_SECONDS} s, and was given up: ask for less, "
+                    "such as one --queue"
                 ) from error
             raise
 

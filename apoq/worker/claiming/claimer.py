@@ -78,8 +78,8 @@ MAX_TRIES: Final = 20
 def ahead(concurrency: int, run_time: float | None) -> int:
     """Answer how many tasks to claim beyond those that run, if one takes `run_time` seconds.
 
-    Short ones by the hundred; none of those that would wait longer than `PREFETCH_SECONDS` for a slot, nor of tasks
-    of which nothing is known yet: what sits here claimed, another worker can't begin.
+    Short ones by the hundred; none of those that would wait longer than `PREFETCH_SECONDS` for a slot, nor of
+    tasks of which nothing is known yet: what sits here claimed, another worker can't begin.
     """
     if run_time is None:
         return 0
