@@ -29,15 +29,15 @@ class WorkerStats:
         self.started = array("d", bytes(8 * capacity))
         self.took = array("d", bytes(8 * capacity))
         self._capacity = capacity
-        self._slots = iter(range(capacity))
+        self._executor = iter(range(capacity))
         self.record = self._recorder()
 
     @property
     def count(self) -> int:
-        return self._capacity - operator.length_hint(self._slots)
+        return self._capacity - operator.length_hint(self._executor)
 
     def _recorder(self) -> Callable[[int], int]:
-        numbers, started, slots, monotonic = self.numbers, self.started, self._slots, time.monotonic
+        numbers, started, slots, monotonic = self.numbers, self.started, self._executor, time.monotonic
 
         def record(number: int) -> int:
             slot = next(slots)  # atomic, as an append would be

@@ -28,7 +28,7 @@ WAITS = "query LIKE '%picked%' AND wait_event_type = 'Lock'"
 def hold_up(connection: sa.Connection, worker: Worker, schema: str | None = None) -> None:
     """Let each claim of a worker that takes anything wait until this transaction ends."""
     claimer = runtime(worker).claimer
-    next_number = next(claimer._notes._numbers)
+    next_number = next(claimer._claim_log._numbers)
     notes = [
         {"worker_id": claimer.worker_id, "number": next_number + ahead, "task_ids": []}
         for ahead in range(1, 1_000)

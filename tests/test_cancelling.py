@@ -341,8 +341,8 @@ class TestARunningTask:
         with Session(engine) as session:
             Queue().cancel(session, task_id)
             session.rollback()
-        looked = runtime(worker).recaller._look
-        runtime(worker).recaller._look = lambda *args: (looked(*args), go_on.set())
+        looked = runtime(worker).lost_task_monitor._look
+        runtime(worker).lost_task_monitor._look = lambda *args: (looked(*args), go_on.set())
 
         until(lambda: load(engine, task_id).state == "completed")
         assert told == [False]
@@ -396,7 +396,7 @@ class TestARunningTask:
 
         worker = make_worker(concurrency=1, lease=timedelta(seconds=LONG))
         worker.use("t", process)
-        runtime(worker).slots.run_time = 0.001  # so that it claims ahead
+        runtime(worker).executor.run_time = 0.001  # so that it claims ahead
         first, second = add(engine), add(engine)
         worker.start()
         assert begun.wait(SOON)

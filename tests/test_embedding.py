@@ -534,13 +534,13 @@ def test_a_thread_that_ends_is_not_missed_in_silence(run):
             "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
             "WHERE datname = current_database() AND pid <> pg_backend_pid()"
         )
-        until(lambda: "apoq-scout" not in [thread.name for thread in threading.enumerate()])
+        until(lambda: "apoq-scanner" not in [thread.name for thread in threading.enumerate()])
         print("healthy:", worker.is_healthy())
         exits.clear()
         worker.stop()
     """)
 
-    assert "CRITICAL:apoq.worker.loop:apoq-scout has ended" in told
+    assert "CRITICAL:apoq.worker.loop:apoq-scanner has ended" in told
     assert "SystemExit: enough" in told
     assert "healthy: False" in told
 

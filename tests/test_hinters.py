@@ -103,7 +103,7 @@ def test_many_pools_have_a_few_threads_and_connections_and_all_hints_arrive(
     worker = make_worker(poll_interval=timedelta(hours=1))
     worker.use("t", lambda task: ran.release())
     worker.start()
-    until(lambda: runtime(worker).scout._next_look > time.monotonic() + 60)
+    until(lambda: runtime(worker).scanner._next_look > time.monotonic() + 60)
     before = connections()
     engines = [sa.create_engine(url, poolclass=sa.NullPool) for _ in range(4 * MAX_NOTIFIERS)]
 
@@ -164,7 +164,7 @@ def test_a_hint_is_sent_although_its_engine_is_freed_at_once(url, queue, make_wo
     worker = make_worker(poll_interval=timedelta(hours=1))
     worker.use("t", lambda task: ran.set())
     worker.start()
-    until(lambda: runtime(worker).scout._next_look > time.monotonic() + 60)
+    until(lambda: runtime(worker).scanner._next_look > time.monotonic() + 60)
 
     add_by_session(sa.create_engine(url, poolclass=sa.NullPool), queue)
     gc.collect()

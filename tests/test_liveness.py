@@ -116,8 +116,8 @@ class TestAnEndedLease:
         worker.use("t", lambda task: ran.append(task.id))
         worker.use("coroutine", coroutine)
         yield ran
-        runtime(worker).coroutines.stop(SOON)
-        runtime(worker).slots.stop()
+        runtime(worker).event_loop.stop(SOON)
+        runtime(worker).executor.stop()
         runtime(worker).engine.dispose()
 
     def test_claims_nothing(self, engine, worker, ran):
@@ -134,7 +134,7 @@ class TestAnEndedLease:
         hold_lease(worker)
         claimed = runtime(worker).claimer.claim(1, 1)
         runtime(worker).heartbeat.leases[None].ends_at = time.monotonic()
-        runtime(worker).slots.put(claimed)
+        runtime(worker).executor.put(claimed)
         until(lambda: runtime(worker).settler.turn() or load(engine).state == "pending")
 
         assert (load(engine).claim_token, load(engine).attempt, ran) == (1, 0, [])
@@ -334,7 +334,7 @@ class TestAttemptsThatHaveBegun:
         worker = make_worker(concurrency=1, lease=LEASE)
         worker.use("short", lambda task: None)
         worker.use("t", lambda task: may_end.wait(4 * SOON))
-        runtime(worker).slots.run_time = 0.0001  # so it claims ahead
+        runtime(worker).executor.run_time = 0.0001  # so it claims ahead
         with Session(engine) as session, session.begin():
             task_id = Queue().add(session, "t").id
             Queue().add_many(session, "short", range(50))
@@ -347,7 +347,7 @@ class TestAttemptsThatHaveBegun:
 
     def test_one_that_finds_a_free_slot_at_once_was_not_claimed_ahead(self, engine, worker, may_end):
         worker.use("t", lambda task: may_end.wait(4 * SOON))
-        runtime(worker).slots.run_time = 0.0001
+        runtime(worker).executor.run_time = 0.0001
         worker.start()
         until(worker.is_healthy)
 

@@ -194,7 +194,7 @@ class TestAWholeTable:
         with engine.connect() as migrating:
             migrating.execute(sa.text("LOCK apoq_tasks"))
             go_on.set()
-            until(lambda: not runtime(worker).slots.running())
+            until(lambda: not runtime(worker).executor.running())
             worker.stop()
             migrating.rollback()
 

@@ -398,10 +398,10 @@ def test_what_was_claimed_and_has_not_begun_loses_no_attempt_when_the_server_sto
         with Session(quiet) as session, session.begin():
             queue.add_many(session, "t", range(2_000))
         worker.start()
-        until(lambda: worker.stats().completed > 100 and runtime(worker).slots.load > 5 * slots)
+        until(lambda: worker.stats().completed > 100 and runtime(worker).executor.load > 5 * slots)
 
         server.stop()
-        until(lambda: runtime(worker).slots.load == 0)
+        until(lambda: runtime(worker).executor.load == 0)
         server.start()
 
         until(lambda: count(quiet, Task.state.in_(["pending", "running"])) == 0, timeout=90)

@@ -111,7 +111,7 @@ class TestPosition:
 def test_a_survey_that_had_to_wait_for_the_server_once_does_not_silence_the_scout(own, engine):
     registry = Registry()
     registry.use("t", make_processor("t", print))
-    scout = QueueScanner(
+    scanner = QueueScanner(
         own,
         {Queue(): ClaimCursor()},
         registry,
@@ -120,15 +120,15 @@ def test_a_survey_that_had_to_wait_for_the_server_once_does_not_silence_the_scou
         poll_interval=0.1,
         on_due=lambda: None,
     )
-    scout.survey()
+    scanner.survey()
     with engine.begin() as connection:
         connection.execute(sa.text("LOCK apoq_tasks"))
-        surveying = threading.Thread(target=scout.survey)
+        surveying = threading.Thread(target=scanner.survey)
         surveying.start()
         time.sleep(0.5)
     surveying.join(SOON)
 
-    assert scout._rests[False].until - time.monotonic() < 5
+    assert scanner._rests[False].until - time.monotonic() < 5
 
 
 @pytest.fixture
@@ -308,11 +308,11 @@ def test_a_due_task_that_another_session_has_locked_costs_an_idle_worker_little(
     worker = make_worker(poll_interval=timedelta(seconds=1))
     worker.use("t", lambda task: None)
     looks = []
-    survey_ = runtime(worker).scout.survey
+    survey_ = runtime(worker).scanner.survey
     with Session(engine) as session, session.begin():
         Queue().add(session, "t")
         session.flush()
-    runtime(worker).scout.survey = lambda **how: looks.append(time.monotonic()) or survey_(**how)
+    runtime(worker).scanner.survey = lambda **how: looks.append(time.monotonic()) or survey_(**how)
     with engine.begin() as connection:
         connection.execute(sa.text("SELECT 1 FROM apoq_tasks FOR UPDATE"))
         worker.start()

@@ -58,13 +58,15 @@ class TestCoroutines:
         add(engine, "block")
         assert blocking.wait(SOON)
         task_id = add(engine)
-        until(lambda: task_id in {task.id for task in runtime(worker).slots.running()})
+        until(lambda: task_id in {task.id for task in runtime(worker).executor.running()})
 
         cancel(engine, task_id)
 
-        until(lambda: all(task.should_stop for task in runtime(worker).slots.running() if task.id == task_id))
+        until(
+            lambda: all(task.should_stop for task in runtime(worker).executor.running() if task.id == task_id)
+        )
         go_on.set()
-        until(lambda: runtime(worker).slots.load == 0)
+        until(lambda: runtime(worker).executor.load == 0)
         assert ran == []
 
     def test_one_that_waits_for_the_database_is_undone_and_leaves_no_connection_behind(
@@ -85,7 +87,7 @@ class TestCoroutines:
 
         cancel(engine, task_id)
 
-        until(lambda: runtime(worker).slots.load == 0)
+        until(lambda: runtime(worker).executor.load == 0)
         sleeping = sa.text("SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'SELECT pg_sleep%'")
         with engine.connect() as connection:
             assert connection.scalar(sa.text("SELECT count(*) FROM ledger")) == 0
@@ -137,8 +139,8 @@ class TestCoroutines:
         worker.start()
         task_id = add(engine)
         assert begun.wait(SOON)
-        tell = runtime(worker).recaller._on_lost
-        runtime(worker).recaller._on_lost = lambda tasks: (
+        tell = runtime(worker).lost_task_monitor._on_lost
+        runtime(worker).lost_task_monitor._on_lost = lambda tasks: (
             tell(tasks),
             looked.release(len(tasks) or 1),
         )
@@ -148,7 +150,7 @@ class TestCoroutines:
         for _ in range(5):
             assert looked.acquire(timeout=SOON)
         go_on.set()
-        until(lambda: runtime(worker).slots.load == 0)
+        until(lambda: runtime(worker).executor.load == 0)
         assert cancellations == ["the task is no longer this worker's"]
         assert load(engine, task_id).state == "cancelled"
         with engine.connect() as connection:

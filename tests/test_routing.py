@@ -112,7 +112,7 @@ def test_what_it_adds_starts_at_once(queue, session, make_worker):
     worker = make_worker(poll_interval=LONG)
     worker.use("t", lambda task: ran.release())
     worker.start()
-    until(lambda: runtime(worker).scout._next_look > time.monotonic() + 60)
+    until(lambda: runtime(worker).scanner._next_look > time.monotonic() + 60)
 
     for _ in range(2):
         queue.add(session, "t")
@@ -168,7 +168,7 @@ def test_an_asyncio_session_does_the_same(url, replica, engine, queue, make_work
     worker = make_worker(poll_interval=LONG)
     worker.use("t", lambda task: ran.set())
     worker.start()
-    until(lambda: runtime(worker).scout._next_look > time.monotonic() + 60)
+    until(lambda: runtime(worker).scanner._next_look > time.monotonic() + 60)
 
     async def main() -> None:
         primary, other = create_async_engine(url), create_async_engine(replica.url)

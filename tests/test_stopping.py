@@ -165,7 +165,7 @@ class TestLapse:
         far_worker.start()
         assert begun.wait(SOON)
         proxy.cut()
-        until(lambda: runtime(far_worker).slots.free == 4)
+        until(lambda: runtime(far_worker).executor.free == 4)
         proxy.heal()
         until(lambda: load(engine, task_id).state == "completed", 30)
         far_worker.stop()
@@ -256,12 +256,12 @@ class TestStop:
         worker.start()
         assert begun.wait(SOON)
         task_id = add(engine)
-        until(lambda: runtime(worker).slots.free == 2)
+        until(lambda: runtime(worker).executor.free == 2)
 
         threading.Timer(0.5, may_end.set).start()
         worker.stop(timeout=0)
 
-        until(lambda: runtime(worker).slots.free == 4)
+        until(lambda: runtime(worker).executor.free == 4)
         task = load(engine, task_id)
         assert (task.state, task.attempt, task.fail_count) == ("pending", 0, 0)
 
@@ -278,7 +278,7 @@ class TestStop:
         worker.start()
         assert begun.wait(SOON)
 
-        loop = runtime(worker).coroutines._thread
+        loop = runtime(worker).event_loop._thread
         began = time.monotonic()
         worker.stop(timeout=0)
 
@@ -370,7 +370,7 @@ class TestWhatIsClaimedWhileItStops:
             found = claim(*arguments)
             if begun.is_set() and found:
                 claimed.set()
-                until(lambda: parts.slots._is_closed)
+                until(lambda: parts.executor._is_closed)
             return found
 
         monkeypatch.setattr(parts.claimer, "claim", claim_late)
@@ -404,7 +404,7 @@ def test_a_loop_that_runs_on_the_same_thread_does_not_keep_it_from_stopping(engi
     worker.start()
     assert done.wait(SOON)
 
-    asyncio._set_running_loop(runtime(worker).coroutines._loop)
+    asyncio._set_running_loop(runtime(worker).event_loop._loop)
     try:
         worker.stop()
     finally:

@@ -122,7 +122,7 @@ class TestSlots:
         until(lambda: not worker.is_healthy() and runtime(worker).missing)
         with Session(engine) as session, session.begin():
             session.execute(sa.delete(Task))
-        until(lambda: runtime(worker).slots.load == 0)
+        until(lambda: runtime(worker).executor.load == 0)
         assert not worker.is_healthy()
 
         limit.lift()
@@ -178,9 +178,9 @@ def test_a_slot_that_ends_a_task_of_one_kind_does_not_lose_the_next_one_of_the_o
     worker.start()
     add(engine, "first")
     assert begun.wait(SOON)
-    runtime(worker).slots.run_time = 0.1  # so that the next one is claimed ahead
+    runtime(worker).executor.run_time = 0.1  # so that the next one is claimed ahead
     add(engine, "then")
-    until(lambda: runtime(worker).slots.load == 2)
+    until(lambda: runtime(worker).executor.load == 2)
     limit.refuse("apoq-slot", "apoq-loop")
 
     may_end.set()
@@ -233,7 +233,7 @@ def test_an_attempt_with_a_timeout_does_not_fail_because_nothing_can_watch_over_
 class TestStart:
     @pytest.mark.parametrize(
         "name",
-        ["farewell", "heartbeat", "recaller", "settler", "listener", "scout", "pruner", "claimer"],
+        ["farewell", "heartbeat", "lost-tasks", "settler", "listener", "scanner", "pruner", "claimer"],
     )
     def test_raises_and_leaves_nothing_half_started(self, engine, worker, limit, name, monkeypatch):
         monkeypatch.setattr(PROCESS, "_farewell", None)  # as in a process that has started no worker yet
@@ -266,7 +266,7 @@ class TestStart:
         worker.use("t", lambda task: ran.set())
         add(engine)
         worker.start()
-        limit.refuse("apoq-scout")
+        limit.refuse("apoq-scanner")
 
         there = Proxy(url, proxy.url.port)
         until(lambda: limit.refused > 3)

@@ -148,7 +148,7 @@ class TestCoroutines:
         assert took >= CANCELLATION_SECONDS
         assert (load(engine, task_id).attempt, ledger(engine)) == (2, [task_id])
         assert told == ["ran longer than its timeout of 2 s", "completed"]
-        assert runtime(worker).slots.free == 4
+        assert runtime(worker).executor.free == 4
 
 
 class TestFunctions:
@@ -198,7 +198,7 @@ class TestFunctions:
         assert (task.state, task.attempt, task.fail_count) == ("completed", 2, 1)
         assert ledger(engine) == [task_id]
         assert told == [TimeoutError, "completed"]
-        assert runtime(worker).slots.free == 4
+        assert runtime(worker).executor.free == 4
 
     @pytest.mark.parametrize("late", ["returns", "writes", "raises"])
     def test_whatever_it_comes_to_late_is_refused(self, engine, worker, late, caplog):
@@ -242,10 +242,10 @@ class TestFunctions:
             until(lambda: "has returned after its timeout" in caplog.text)
 
             assert [row[ID] for row in runtime(worker).claimer.held.values()] == [task_id]
-            assert runtime(worker).claimer._notes._left
+            assert runtime(worker).claimer._claim_log._left
 
         until(lambda: failed(engine, task_id))
-        until(lambda: not runtime(worker).claimer._notes._left)
+        until(lambda: not runtime(worker).claimer._claim_log._left)
 
     def test_its_slot_stays_taken_until_it_returns(self, engine, make_worker):
         worker = make_worker(concurrency=1)
@@ -263,7 +263,7 @@ class TestFunctions:
         second = add(engine, "second")
         threading.Event().wait(0.2)
 
-        assert (order, load(engine, second).attempt, runtime(worker).slots.free) == ([], 0, 0)
+        assert (order, load(engine, second).attempt, runtime(worker).executor.free) == ([], 0, 0)
         may_end.set()
         until(lambda: load(engine, second).state == "completed")
         assert order == ["first", "second"]

@@ -45,7 +45,7 @@ def started(make_worker):
 
 def is_idle(worker) -> bool:
     parts = runtime(worker)
-    return not parts.claimer._hinted and parts.scout._next_look > time.monotonic() + 60
+    return not parts.claimer._hinted and parts.scanner._next_look > time.monotonic() + 60
 
 
 def start(worker) -> None:
@@ -179,7 +179,7 @@ def test_where_nothing_hints_it_is_found_within_the_poll_interval(engine, url, q
     worker.use("t", lambda task: ran.set())
     worker.start()
     # It has looked, and sleeps.
-    until(lambda: runtime(worker).scout._next_look > time.monotonic() + 0.5)
+    until(lambda: runtime(worker).scanner._next_look > time.monotonic() + 0.5)
 
     with psycopg.connect(
         url.set(drivername="postgresql").render_as_string(hide_password=False)
@@ -199,7 +199,7 @@ def test_an_idle_worker_looks_for_nothing_before_its_poll_interval_is_over(make_
     def noted(look):
         return lambda *given: looks.append(look.__name__) or look(*given)
 
-    monkeypatch.setattr(parts.scout, "survey", noted(parts.scout.survey))
+    monkeypatch.setattr(parts.scanner, "survey", noted(parts.scanner.survey))
     monkeypatch.setattr(parts.claimer, "claim", noted(parts.claimer.claim))
 
     def beats(count: int) -> None:
@@ -232,12 +232,12 @@ def test_a_sleep_ends_when_the_next_task_is_due(engine, queue, make_worker):
 def test_a_retry_is_started_when_it_is_due(engine, queue, make_worker):
     ran = threading.Event()
     worker = make_worker(poll_interval=LONG)
-    scout = runtime(worker).scout
+    scanner = runtime(worker).scanner
 
     def process(task) -> None:
         if task.fail_count == 0:
-            before = scout._rested_at
-            until(lambda: scout._rested_at != before and is_idle(worker))  # nobody looks any more
+            before = scanner._rested_at
+            until(lambda: scanner._rested_at != before and is_idle(worker))  # nobody looks any more
             raise ValueError
         ran.set()
 
@@ -275,7 +275,7 @@ def test_what_was_added_just_before_the_worker_listened_is_found(engine, url, qu
         until(
             lambda: (
                 not runtime(worker).claimer._hinted
-                and runtime(worker).scout._next_look > time.monotonic() + 60
+                and runtime(worker).scanner._next_look > time.monotonic() + 60
             )
         )
         with psycopg.connect(url.set(drivername="postgresql").render_as_string(hide_password=False)) as other:
@@ -496,11 +496,11 @@ class TestNotificationsOfOthers:
         worker.start()
         add(engine, queue)
         assert begun.wait(SOON)
-        [task] = runtime(worker).slots.running()
+        [task] = runtime(worker).executor.running()
         looked_at: list[float] = []
-        recaller = runtime(worker).recaller
-        look = recaller._look
-        recaller._look = lambda *rows: looked_at.append(time.monotonic()) or look(*rows)
+        monitor = runtime(worker).lost_task_monitor
+        look = monitor._look
+        monitor._look = lambda *rows: looked_at.append(time.monotonic()) or look(*rows)
 
         with flooding(engine, CANCELLED, f"'{task.id}'"):
             until(lambda: len(looked_at) > 10)

@@ -215,7 +215,7 @@ def test_a_table_that_stays_locked_collects_no_sessions(engine, quiet, url, queu
     for worker in workers:
         worker.stop(timeout=5)
         worker._engine.dispose()
-    assert most <= 10  # of each worker: claimer, scout, heartbeat, recaller and pruner
+    assert most <= 10  # of each worker: claimer, scanner, heartbeat, lost tasks and pruner
 
 
 class TestWithoutAThread:

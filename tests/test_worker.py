@@ -668,7 +668,7 @@ class TestStartAndStop:
 
         task = load(engine, task_id)
         assert (task.state, task.attempt, task.claim_token) == ("completed", 1, 2)
-        assert runtime(worker).slots.free == 4
+        assert runtime(worker).executor.free == 4
 
     def test_a_coroutine_that_never_ends_is_cancelled_and_given_back(self, engine, worker):
         begun, cancelled = threading.Event(), threading.Event()

@@ -84,20 +84,20 @@ class Lifecycle:
     def is_healthy(self) -> bool:
         """Tell whether it has started, with all its threads, holds a lease, and claims and settles."""
         runtime = self.runtime
-        loops = (self._beating, runtime.recalling, *runtime.loops)
+        loops = (self._beating, runtime.monitoring, *runtime.loops)
         return (
             self._is_started
             and any(lease.is_held for lease in runtime.heartbeat.leases.values())
             and all(loop.is_alive for loop in loops)
             and not runtime.missing
-            and not runtime.coroutines.is_closed
+            and not runtime.event_loop.is_closed
             and not runtime.claiming.is_failing_for(TOLERATED_FAILURE_SECONDS)
             and not runtime.settling.is_failing_for(TOLERATED_FAILURE_SECONDS)
         )
 
     def stats(self) -> WorkerStats:
         """Answer how many tasks run now, and what became of those that have ended."""
-        return self._counter.stats(len(self.runtime.slots.running()))
+        return self._counter.stats(len(self.runtime.executor.running()))
 
     def work(self) -> Task | None:
         """Claim, run and settle one due task on the caller's thread."""
@@ -105,7 +105,7 @@ class Lifecycle:
         runtime = self.runtime
         try:
             attempt = runtime.claimer.claim_one()
-            if attempt is None and runtime.scout.survey() <= 0:
+            if attempt is None and runtime.scanner.survey() <= 0:
                 attempt = runtime.claimer.claim_one()
             if not self._is_started:
                 runtime.settler.turn()
@@ -137,7 +137,7 @@ class Lifecycle:
                 return False
             self._replace_spent()
             runtime = self.runtime
-            runtime.coroutines.use(loop)
+            runtime.event_loop.use(loop)
             runtime.open()
             self._is_started = True
             try:
@@ -205,7 +205,7 @@ class Lifecycle:
                     self._is_entering = False
                 self._begins_later = not self._has_entered
                 self._beating.start()
-                runtime.recalling.start()
+                runtime.monitoring.start()
             except BaseException:
                 self.discharge()
                 raise
@@ -219,12 +219,12 @@ class Lifecycle:
                 if by is None:
                     runtime.limit(by := time.monotonic() + SETTLE_ON_STOP_SECONDS)
                 runtime.deadlines.stop(left_until(by))
-                runtime.end(runtime.recalling, by)
+                runtime.end(runtime.monitoring, by)
                 if not self._beating.is_alive:
                     self._leave(runtime)  # no thread could be started that would do so
                 runtime.end(self._beating, by)
                 runtime.dispose(by)
-                loops = (self._beating, runtime.recalling, *runtime.loops)
+                loops = (self._beating, runtime.monitoring, *runtime.loops)
                 self._is_spent = any(loop.is_alive for loop in loops)
             if not self._is_spent:
                 runtime.limit(None)
@@ -250,7 +250,7 @@ class Lifecycle:
             logger.error("%s; until then, this worker does without the queues there", error)
         self.runtime.heartbeat.enter()
         # Before the first claim, which wouldn't know of priorities otherwise.
-        self.runtime.scout.survey()
+        self.runtime.scanner.survey()
         self._has_entered = True
 
     def _refused(self, schema: str | None) -> SchemaMismatch | None:
@@ -300,7 +300,7 @@ class Lifecycle:
         return pause
 
     def _refuse_to_wait_for_itself(self) -> None:
-        if self.runtime.coroutines.is_current():
+        if self.runtime.event_loop.is_current():
             raise RuntimeError(
                 "stop would block the event loop on which this worker's coroutines run: "
                 "`await asyncio.to_thread(worker.stop)`"

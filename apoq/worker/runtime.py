@@ -54,7 +54,7 @@ from apoq.worker.threads import MissingThreads
 logger = logging.getLogger(__name__)
 
 RESURVEY_SECONDS: Final = 0.05
-"""Seconds after a claim in which the scout looks whether that was all."""
+"""Seconds after a claim in which the scanner looks whether that was all."""
 
 SETTLE_ON_STOP_SECONDS: Final = 5.0
 """Seconds in which what has ended is settled, at the end."""
@@ -77,8 +77,8 @@ class Runtime:
 
     .. code-block:: text
 
-        listener ─hint─▶ claimer ─rows─▶ slots ─ends─▶ settler
-        scout ─────────▶    ▲               │ room
+        listener ─hint─▶ claimer ─rows─▶ executor ─ends─▶ settler
+        scanner ───────▶    ▲               │ room
         heartbeat ─────▶    └───────────────┘
 
     None of them knows another one but through what is passed to it here.
@@ -102,16 +102,16 @@ class Runtime:
         self._signals = {schema: StopSignal() for schema in self._schemas}
         self._by = math.inf
         self._beside: set[AnyAttempt] = set()  # what runs in no slot, but on the thread of `work`
-        self.coroutines = EventLoopThread()
-        self.sessions = TaskSessions(engine, self.coroutines)
-        notes = ClaimLog()
+        self.event_loop = EventLoopThread()
+        self.sessions = TaskSessions(engine, self.event_loop)
+        claim_log = ClaimLog()
         self.heartbeat = Heartbeat(
             sync_side(engine),
             queues,
             self.outage,
             concurrency=options.concurrency,
             lease=options.lease,
-            known=notes.known,
+            known=claim_log.known,
             on_rescued=self._rescued,
             on_unknown=self._doubt,
             on_lapse=self._lapsed,
@@ -131,9 +131,9 @@ class Runtime:
         )
         self.missing = MissingThreads(self.outage)
         self.deadlines = Deadlines(self._put_overdue, self.outage, self.missing)
-        self.slots = Executor(
+        self.executor = Executor(
             options.concurrency,
-            self.coroutines,
+            self.event_loop,
             self._completion,
             self.deadlines,
             self.missing,
@@ -142,7 +142,7 @@ class Runtime:
             on_low=self._wake_claimer,
         )
         positions = {queue: ClaimCursor() for queue in queues}
-        self.scout = QueueScanner(
+        self.scanner = QueueScanner(
             self.engine,
             positions,
             registry,
@@ -155,8 +155,8 @@ class Runtime:
             self.engine,
             queues,
             registry,
-            self.slots,
-            notes,
+            self.executor,
+            claim_log,
             self.outage,
             events,
             positions=positions,
@@ -174,12 +174,12 @@ class Runtime:
             on_cancelled=self._cancelled,
             on_listening=self._listens,
         )
-        self.recaller = LostTaskMonitor(
+        self.lost_task_monitor = LostTaskMonitor(
             self.engine,
             self._schemas,
             self.outage,
             held=lambda: list(self.claimer.held.values()),
-            running=lambda: [*self.slots.running(), *self._beside],
+            running=lambda: [*self.executor.running(), *self._beside],
             interval=options.lease.total_seconds() / HEARTBEATS_PER_LEASE,
             on_lost=self._lost,
         )
@@ -202,8 +202,8 @@ class Runtime:
         """Called when a thread of the worker's has ended that shouldn't."""
         self.settling = self.loop("apoq-settler", self.settler.turn, self._flush)
         self.claiming = self.loop("apoq-claimer", self.claimer.turn)
-        self.scouting = self.loop("apoq-scout", self.scout.turn)
-        self.recalling = self.loop("apoq-recaller", self.recaller.turn)
+        self.scanning = self.loop("apoq-scanner", self.scanner.turn)
+        self.monitoring = self.loop("apoq-lost-tasks", self.lost_task_monitor.turn)
         self.listening = self.loop("apoq-listener", self.listener.turn)
         self.pruning = self.loop("apoq-pruner", pruner.turn)
         self.sweeping = self.loop("apoq-sweep", sweep.turn)
@@ -211,7 +211,7 @@ class Runtime:
         self.loops = (
             self.settling,
             self.listening,
-            self.scouting,
+            self.scanning,
             self.pruning,
             self.sweeping,
             self.claiming,
@@ -226,7 +226,7 @@ class Runtime:
 
     def open(self) -> None:
         """Make ready to start."""
-        self.slots.open()
+        self.executor.open()
         self.listener.open()
         self.claimer.hint()
 
@@ -238,14 +238,14 @@ class Runtime:
     def retry_threads(self) -> None:
         """Try again to start the threads that could not be started."""
         self.missing.retry()
-        self.slots.put(())  # what waits for them
+        self.executor.put(())  # what waits for them
 
     def run_beside(self, attempt: AnyAttempt) -> AttemptResult:
         """Run an attempt on the caller's thread, beside those in the slots."""
         self._beside.add(attempt)
         try:
             if isinstance(attempt, AsyncAttempt):
-                end: AttemptResult = self.coroutines.run(
+                end: AttemptResult = self.event_loop.run(
                     run_coroutine(attempt, self._completion, self.deadlines)
                 )
                 return end
@@ -255,7 +255,7 @@ class Runtime:
 
     def is_current(self) -> bool:
         """Tell whether the caller is a processor or a listener of this worker's, on a thread of its own."""
-        return self.slots.is_current() or self.settling.is_current()
+        return self.executor.is_current() or self.settling.is_current()
 
     def hint(self) -> None:
         """Look for due tasks now."""
@@ -271,21 +271,21 @@ class Runtime:
         ends_at = math.inf if patience is None else time.monotonic() + patience
         for signal in self._signals.values():
             signal.is_given = True
-        self.slots.close()
-        claiming = (self.scouting, self.claiming, self.pruning, self.sweeping)
+        self.executor.close()
+        claiming = (self.scanning, self.claiming, self.pruning, self.sweeping)
         for loop in claiming:
             loop.end()
         self._give_back_line()
-        is_idle = self.slots.wait_until_idle(patience)
+        is_idle = self.executor.wait_until_idle(patience)
         by = min(time.monotonic() + SETTLE_ON_STOP_SECONDS, ends_at + STOP_OVERTIME_SECONDS)
         self._by = by
         self.limit(by)
         if not is_idle:
-            left = self.deadlines.withdraw(self.slots.abandon())
+            left = self.deadlines.withdraw(self.executor.abandon())
             logger.warning("%d tasks still ran when the time to stop was up, and are given back", len(left))
             self._give_back(left)
-            self.coroutines.cancel(CANCEL_ON_STOP_SECONDS)
-            if self.coroutines.is_closed:
+            self.event_loop.cancel(CANCEL_ON_STOP_SECONDS)
+            if self.event_loop.is_closed:
                 # They never end, and their transactions may hold the tasks' rows.
                 for attempt in left:
                     if isinstance(attempt, AsyncAttempt):
@@ -296,7 +296,7 @@ class Runtime:
             self._flush()  # its thread has ended, or could not be started
         elif not self.end(self.settling, by):
             logger.warning("what has ended could not be settled in time; others will run these tasks again")
-        self.slots.stop()
+        self.executor.stop()
         self.missing.clear()
         self.listener.stop()
         self.end(self.listening, by)
@@ -319,10 +319,10 @@ class Runtime:
 
     def dispose(self, by: float) -> None:
         """Close what was opened here, by then."""
-        if self.coroutines.is_blocked:
+        if self.event_loop.is_blocked:
             by = 0.0  # nothing more comes of waiting for that loop
         self.sessions.dispose(left_until(by))
-        self.coroutines.stop(left_until(by))
+        self.event_loop.stop(left_until(by))
         self.heartbeat.dispose()
         self.engine.dispose()
 
@@ -362,8 +362,8 @@ class Runtime:
         for schema in schemas:
             self._signals[schema].is_given = True
             self._signals[schema] = StopSignal()  # for what is claimed when it is renewed
-        self._give_back(self.slots.take_back(schemas))
-        for attempt in self.slots.running():
+        self._give_back(self.executor.take_back(schemas))
+        for attempt in self.executor.running():
             if attempt.from_queue.schema in schemas:
                 attempt.cut_off()
         if not any(lease.is_held for lease in self.heartbeat.leases.values()):
@@ -382,11 +382,11 @@ class Runtime:
         self.claiming.take_turn(partial(self.claimer.turn, connection))
 
     def _cancelled(self, ids: set[int]) -> None:
-        if self.recaller.hint(ids):
-            self.recalling.wake()
+        if self.lost_task_monitor.hint(ids):
+            self.monitoring.wake()
 
     def _lost(self, tasks: list[Claimed]) -> None:
-        self.claimer.settled(self.slots.recall(tasks))
+        self.claimer.settled(self.executor.recall(tasks))
         for attempt in list(self._beside):
             if any(attempt.row is row for row in tasks):
                 attempt.recall()
@@ -403,8 +403,8 @@ class Runtime:
         self._look(BUSY_RESURVEY_SECONDS if count == wanted else RESURVEY_SECONDS if count else 0.0)
 
     def _look(self, seconds: float = 0.0) -> None:
-        if self.scout.look_in(seconds):
-            self.scouting.wake()
+        if self.scanner.look_in(seconds):
+            self.scanning.wake()
 
     def _give_back_line(self) -> None:
         """Give back what has not begun.
@@ -412,7 +412,7 @@ class Runtime:
         Also if the database is away: each would fail as soon as it used its session, one after the other.
         What is claimed from then on may begin, for a claim that succeeds shows that the database is back.
         """
-        self._give_back(self.slots.take_back())
+        self._give_back(self.executor.take_back())
 
     def _give_back(self, attempts: list[AnyAttempt]) -> None:
         for attempt in attempts:

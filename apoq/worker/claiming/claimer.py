@@ -114,8 +114,8 @@ class Claimer:
         engine: Engine,
         queues: tuple[Queue, ...],
         registry: Registry,
-        slots: Executor,
-        notes: ClaimLog,
+        executor: Executor,
+        claim_log: ClaimLog,
         outage: Outage,
         events: Events,
         *,
@@ -136,7 +136,7 @@ class Claimer:
         self._tidying: Isolation[str | None] = Isolation(_describe_tidying, outage)
         self._registry = registry
         self._events = events
-        self._slots = slots
+        self._executor = executor
         self._on_claim = on_claim
         self._make = make
         self._put_ended = put_ended
@@ -147,7 +147,7 @@ class Claimer:
         Not by its own: it may be claimed once more while its last run goes on, and schemas count from 1 each.
         """
         self._moves: list[tuple[ClaimCursor, list[tuple[Any, ...]], bool]] = []
-        self._notes = notes
+        self._claim_log = claim_log
         self.waits_for_room = True
         """Whether a slot that is freed is a reason to take a turn."""
         self._lock = threading.Lock()
@@ -184,10 +184,10 @@ class Claimer:
         if not any(source.lease.is_held for source in self._sources):
             return LEASE_POLL_SECONDS
         is_careful = any(source.position.is_careful for source in self._sources)
-        in_line = 0 if is_careful else ahead(self._slots.concurrency, self._slots.run_time)
-        self._slots.low_water = in_line // 2
-        room = self._slots.concurrency + in_line - self._slots.load
-        free = self._slots.free
+        in_line = 0 if is_careful else ahead(self._executor.concurrency, self._executor.run_time)
+        self._executor.low_water = in_line // 2
+        room = self._executor.concurrency + in_line - self._executor.load
+        free = self._executor.free
         if room < 1 or (free == 0 and room <= in_line // 2):
             return pause  # woken when there is more room
         began = time.monotonic()
@@ -197,7 +197,7 @@ class Claimer:
         self._hinted = False
         wanted = min(room, MAX_CLAIM_SIZE)
         claimed = self.claim(wanted, free, connection)
-        self._slots.put(self._startable(claimed))
+        self._executor.put(self._startable(claimed))
         self._move()
         self._on_claim(len(claimed), wanted)
         if len(claimed) == wanted:
@@ -252,7 +252,7 @@ class Claimer:
 
     def settled(self, tasks: list[Claimed]) -> None:
         """Forget tasks that have been written."""
-        self._notes.settled([row for row in tasks if self.held.pop(id(row), None) is not None])
+        self._claim_log.settled([row for row in tasks if self.held.pop(id(row), None) is not None])
 
     def given_up(self, task: Claimed) -> None:
         """Forget a task that can't be written: others find it by its note, once this worker is gone."""
@@ -360,11 +360,11 @@ class Claimer:
         schema = source.queue.schema
         parameters = self._parameters(source, at_most, free)
         statement = claim(schema, **_kind(parameters), bare=source.is_bare)
-        number = self._notes.begin(schema)
+        number = self._claim_log.begin(schema)
         try:
             rows = execute(where, statement, parameters | {"number": number}).fetchall()
         except BaseException as error:
-            self._notes.failed(number)
+            self._claim_log.failed(number)
             # Without an answer, it may have committed, or may do so until the server ends it. With one that
             # can't be read, it has.
             if not isinstance(error, DatabaseError) or is_away(error):
@@ -374,7 +374,7 @@ class Claimer:
             elif error.sqlstate is None:
                 self.doubt()
             raise
-        self._notes.claimed(number, len(rows))
+        self._claim_log.claimed(number, len(rows))
         return number, rows
 
     @staticmethod
@@ -406,14 +406,14 @@ class Claimer:
     def _forget_settled(self, connection: PoolProxiedConnection | None = None) -> None:
         """Delete the notes that are no longer needed, some time: no task waits for that."""
         for schema in self._schemas():
-            if done := self._notes.done(schema):
+            if done := self._claim_log.done(schema):
                 forget = partial(self._forget, schema, done, connection or self._engine)
                 self._tidying.call(schema, self._schemas(), forget, None)
 
     def _forget(self, schema: str | None, done: list[int], where: Engine | PoolProxiedConnection) -> None:
         parameters = {"by_worker": self.worker_id, "done": array_text(done)}
         execute(where, forget_settled(schema), parameters)
-        self._notes.forgotten(schema, done)
+        self._claim_log.forgotten(schema, done)
 
     def _schemas(self) -> list[str | None]:
         return [schema for schema, lease in self._leases.items() if lease.is_held]
@@ -444,7 +444,7 @@ class Claimer:
         held = [row[ID] for row in list(self.held.values()) if row[CLAIM].from_queue.schema == schema]
         parameters = {
             "by_worker": self.worker_id,
-            "known": array_text(self._notes.known(schema)),
+            "known": array_text(self._claim_log.known(schema)),
             "held": array_text(held),
         }
         ((left,),) = execute(self._engine, give_back(schema), parameters)
@@ -453,15 +453,15 @@ class Claimer:
 
     def _give_back_overdue(self) -> float | None:
         """Return when to look again, if any are in line that may become overdue."""
-        since = self._slots.waiting_since
+        since = self._executor.waiting_since
         if since is None:
             return None
         if time.monotonic() - since < GIVE_BACK_AFTER_SECONDS:
             return GIVE_BACK_AFTER_SECONDS
-        for attempt in self._slots.take_back():
+        for attempt in self._executor.take_back():
             self._put_ended(released(attempt))
         # The average speaks of shorter tasks than those that run now.
-        self._slots.run_time = max(self._slots.run_time or 0.0, GIVE_BACK_AFTER_SECONDS)
+        self._executor.run_time = max(self._executor.run_time or 0.0, GIVE_BACK_AFTER_SECONDS)
         return None
 
 

@@ -23,7 +23,7 @@ from apoq.worker.isolation import Isolation
 from apoq.worker.liveness.lease import Lease
 
 REST_FACTOR: Final = 20
-"""How many times as long as a survey took the scout rests after it."""
+"""How many times as long as a survey took the scanner rests after it."""
 
 SURVEY_TIMEOUT_SECONDS: Final = 60.0
 """Seconds that a survey may take: beside a long transaction, it walks through all that was taken since."""
@@ -144,7 +144,7 @@ class QueueScanner:
 
 
 class Rest:
-    """Until when the scout rests after one kind of survey."""
+    """Until when the scanner rests after one kind of survey."""
 
     def __init__(self, usual: float = math.inf) -> None:
         """`usual`: seconds that such a survey is taken to need until one was measured."""

@@ -36,7 +36,7 @@ class Executor:
     def __init__(
         self,
         concurrency: int,
-        coroutines: EventLoopThread,
+        event_loop: EventLoopThread,
         completion: Completion,
         deadlines: Deadlines,
         missing: MissingThreads,
@@ -50,7 +50,7 @@ class Executor:
         """`on_low` is called when no more tasks than this are in line."""
         self.run_time: float | None = None
         """What a task takes, in seconds: an average in which the last few dozen count."""
-        self._coroutines = coroutines
+        self._event_loop = event_loop
         self._completion = completion
         self._deadlines = deadlines
         self._missing = missing
@@ -199,9 +199,9 @@ class Executor:
         """Hand an attempt to its thread or to the loop; return False if that could not be started."""
         if isinstance(attempt, AsyncAttempt):
             try:
-                self._coroutines.spawn(self._coroutine_slot, attempt)
+                self._event_loop.spawn(self._coroutine_slot, attempt)
             except RuntimeError as error:
-                self._missing.add(self._coroutines.open, error)
+                self._missing.add(self._event_loop.open, error)
                 return False
             return True
         if len(self._threads) <= self._on_threads:  # none of them is idle

@@ -107,10 +107,10 @@ def _mark_unconnected(context: ExceptionContext) -> None:
 class TaskSessions:
     """Opens the sessions of a worker's tasks, on the engine that the worker was given, or on its twin."""
 
-    def __init__(self, engine: Engine | AsyncEngine, coroutines: EventLoopThread) -> None:
+    def __init__(self, engine: Engine | AsyncEngine, event_loop: EventLoopThread) -> None:
         self._engine = engine
         _make_ready(sync_side(engine))
-        self._coroutines = coroutines
+        self._event_loop = event_loop
         self._lock = threading.Lock()
         self._sync_twin: Engine | None = None
         self._async_twin: AsyncEngine | None = None
@@ -138,7 +138,7 @@ class TaskSessions:
             if self._async_twin is not None:
                 # The loop is blocked by a coroutine, whose connection it may be, or it has ended.
                 with suppress(TimeoutError, RuntimeError):
-                    self._coroutines.run(self._async_twin.dispose(), timeout)
+                    self._event_loop.run(self._async_twin.dispose(), timeout)
             self._sync_twin = self._async_twin = None
 
     def _sync_engine(self) -> Engine:
@@ -153,7 +153,7 @@ class TaskSessions:
 
     def _async_engine(self) -> AsyncEngine:
         # Connections belong to an event loop: the application's engine serves its own loop only.
-        if isinstance(self._engine, AsyncEngine) and self._coroutines.is_applications:
+        if isinstance(self._engine, AsyncEngine) and self._event_loop.is_applications:
             return self._engine
         with self._lock:
             if self._async_twin is None:
