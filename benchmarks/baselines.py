@@ -15,7 +15,7 @@ from benchmarks.contender import TYPE, Contender, document
 
 
 class Orm(Contender):
-    """The same row, added by the ORM as any other object, and committed: no Queue, no hint."""
+    """The same row, added by the ORM as any other object, and committed: no Queue, no notification."""
 
     name = "plain ORM"
     table = "apoq_tasks"

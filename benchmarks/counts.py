@@ -89,7 +89,7 @@ def make_tables(engine: Any, _number: int) -> None:
 
 
 def add(engine: Any, number: int) -> None:
-    """Add tasks in one transaction: nothing here depends on how many hints are sent meanwhile."""
+    """Add tasks in one transaction: nothing here depends on how many notifications are sent meanwhile."""
     from sqlalchemy.orm import Session
 
     from apoq import Queue
@@ -101,7 +101,7 @@ def add(engine: Any, number: int) -> None:
 
 
 def add_each(engine: Any, number: int) -> None:
-    """Add tasks in a transaction each; how many hints follow is a matter of time."""
+    """Add tasks in a transaction each; how many notifications follow is a matter of time."""
     from sqlalchemy.orm import Session
 
     from apoq import Queue

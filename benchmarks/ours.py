@@ -54,7 +54,7 @@ class Apoq(Contender):
         self.queue = Queue()
 
     def another(self) -> Self:
-        # The threads of a program share its engine, and so its hints.
+        # The threads of a program share its engine, and so its notifications.
         other = super().another()
         other.engine, other.queue = self.engine, self.queue
         return other

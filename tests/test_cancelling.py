@@ -347,7 +347,7 @@ class TestARunningTask:
         until(lambda: load(engine, task_id).state == "completed")
         assert told == [False]
 
-    def test_it_is_told_even_where_no_hint_arrives(self, engine, url, make_worker):
+    def test_it_is_told_even_where_no_notification_arrives(self, engine, url, make_worker):
         begun, told = threading.Event(), threading.Event()
 
         def process(task: RunningTask) -> None:

@@ -301,7 +301,7 @@ class TestDoctor:
             "server",
             "encoding",
             "pooler",
-            "hints",
+            "notifications",
             "clock",
             "tables",
             "rights",
@@ -478,10 +478,10 @@ class TestDoctor:
         monkeypatch.setattr(server_checks, "FULL", 0.0)
         assert self.findings(run)["connections"]["level"] == BAD
 
-    def test_hints_that_do_not_arrive_are_worth_a_look(self, run, monkeypatch):
-        monkeypatch.setattr(server_checks, "_hint", lambda own: None)
+    def test_notifications_that_do_not_arrive_are_worth_a_look(self, run, monkeypatch):
+        monkeypatch.setattr(server_checks, "_notification", lambda own: None)
 
-        finding = self.findings(run)["hints"]
+        finding = self.findings(run)["notifications"]
 
         assert (finding["level"], "listen_url" in finding["cure"]) == (WARNING, True)
 
@@ -539,7 +539,7 @@ class TestDoctor:
         told = self.findings(run, "--database-url", as_role[1])
 
         assert "couldn't be examined: permission denied" in told["tables"]["text"]
-        assert told["hints"]["level"] == OK
+        assert told["notifications"]["level"] == OK
 
     @pytest.mark.parametrize(
         ("script", "subject", "cure"),

@@ -219,7 +219,7 @@ class TestFork:
         assert ledger(engine) == (1_006, 1_006)
         assert outcomes(engine) == {("completed", 1, 0)}
 
-    def test_hints_of_parent_and_child_wake_an_idle_worker(self, engine, run):
+    def test_notifications_of_parent_and_child_wake_an_idle_worker(self, engine, run):
         began = time.monotonic()
         run("""
             worker.start()
@@ -727,7 +727,7 @@ def test_a_program_whose_worker_has_lost_a_thread_ends_with_an_error(run):
 
         def end():
             worker._lifecycle.runtime.claiming._turn = lambda: sys.exit("enough")
-            worker._lifecycle.runtime.hint()
+            worker._lifecycle.runtime.look_for_tasks()
 
         try:
             worker.run(on_start=lambda stop: end())

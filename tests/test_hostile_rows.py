@@ -969,7 +969,7 @@ PAYLOADS = {
     "digits of another script": ("apoq_cancelled", "٣" * 3_000),
     "superscript digits": ("apoq_cancelled", "²" * 30),
     "nothing": ("apoq_cancelled", ""),
-    "a hint of nobody's queue": ("apoq", "x" * 7_900),
+    "a notification of nobody's queue": ("apoq", "x" * 7_900),
 }
 
 
@@ -979,7 +979,7 @@ class TestNotifications:
     @pytest.mark.parametrize(("channel", "payload"), PAYLOADS.values(), ids=PAYLOADS)
     def test_a_forged_one_disturbs_nothing(self, engine, queue, make_worker, caplog, channel, payload):
         caplog.set_level(logging.INFO, "apoq")
-        # So long that only a hint finds a task at once.
+        # So long that only a notification finds a task at once.
         worker = make_worker(poll_interval=timedelta(hours=1))
         worker.use("good", nothing)
         worker.start()

@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY, INTERVAL
 
 from apoq.postgres.connections import _IS_POOLED, execute, own_engine
-from apoq.schema.statements.hint import Hint
+from apoq.schema.statements.notify import Notification
 from apoq.worker.claiming.listener import MAX_NOTIFICATIONS, Heard, ListeningConnection
 
 
@@ -143,20 +143,20 @@ def test_what_is_prepared_is_named_by_what_it_says(own):
     assert len(set(execute(own, names, {}))) == 2
 
 
-def test_a_hint_that_comes_beside_an_answer_is_heard(own, waker):
+def test_a_notification_that_comes_beside_an_answer_is_heard(own, waker):
     """The driver reads it together with the rows of the statement, and nothing is left to wait for."""
     with ListeningConnection(own, waker) as connection:
-        connection.listen(["here"], [Hint("here", "ours"), Hint("here", "")])
+        connection.listen(["here"], [Notification("here", "ours"), Notification("here", "")])
         execute(connection.pooled, sa.select(sa.func.pg_notify("here", "ours")), {})
-        assert connection.wait(0.0) == Heard(1, is_hinted=True, cancelled=set(), is_all=True)
+        assert connection.wait(0.0) == Heard(1, is_notified=True, cancelled=set(), is_all=True)
         connection.execute("NOTIFY {}", "here")
-        assert connection.wait(0.0).is_hinted
+        assert connection.wait(0.0).is_notified
         execute(connection.pooled, sa.select(sa.func.pg_notify("here", "another's")), {})
-        assert connection.wait(0.0) == Heard(1, is_hinted=False, cancelled=set(), is_all=True)
+        assert connection.wait(0.0) == Heard(1, is_notified=False, cancelled=set(), is_all=True)
         assert connection.wait(0.0).number == 0
 
 
-def test_of_hints_that_come_beside_an_answer_only_so_many_are_kept(own, waker):
+def test_of_notifications_that_come_beside_an_answer_only_so_many_are_kept(own, waker):
     ids = sa.text("SELECT count(pg_notify('apoq_cancelled', id::text)) FROM generate_series(1, 5000) id")
     with ListeningConnection(own, waker) as connection:
         connection.listen(["apoq_cancelled"], [])

@@ -27,7 +27,7 @@ def listen_url(request, url):
     return url.render_as_string(hide_password=False) if request.param else url
 
 
-def test_hints_arrive_by_it(engine, listen_url, make_worker):
+def test_notifications_arrive_by_it(engine, listen_url, make_worker):
     ran = threading.Semaphore(0)
     worker = make_worker(poll_interval=LONG, listen_url=listen_url)
     worker.use("t", lambda task: ran.release())
@@ -39,7 +39,7 @@ def test_hints_arrive_by_it(engine, listen_url, make_worker):
         assert ran.acquire(timeout=SOON)
 
 
-def test_nothing_but_hints_goes_that_way(engine, url, make_worker):
+def test_nothing_but_notifications_goes_that_way(engine, url, make_worker):
     """Who may listen past a pooler need not be allowed to work there."""
     ran = threading.Event()
     worker = make_worker(poll_interval=LONG, listen_url=url)
@@ -101,15 +101,15 @@ def test_that_it_leads_elsewhere_is_said_and_tasks_are_found_by_looking(
             Queue().add(session, "t")
         assert ran.wait(SOON)
         deadline = time.monotonic() + SOON
-        while sum("no hints arrive" in message for message in caplog.messages) < 3:
+        while sum("no notifications arrive" in message for message in caplog.messages) < 3:
             assert time.monotonic() < deadline
             time.sleep(0.01)
 
     (warning,) = (record for record in caplog.records if record.levelno >= logging.WARNING)
-    assert "no hints arrive" in warning.getMessage()
+    assert "no notifications arrive" in warning.getMessage()
 
 
-def test_that_hints_arrive_is_tried_where_no_other_worker_hears_it(engine, make_worker):
+def test_that_notifications_arrive_is_tried_where_no_other_worker_hears_it(engine, make_worker):
     with engine.connect() as connection:
         raw = connection.connection.driver_connection
         raw.autocommit = True

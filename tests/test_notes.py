@@ -149,13 +149,13 @@ def look_in_vain(worker: Worker) -> None:
     parts = runtime(worker)
     parts.claimer._doubt_ends = time.monotonic() + 60
     looked_at = parts.claimer._looked_at
-    parts.hint()
+    parts.look_for_tasks()
     until(lambda: parts.claimer._looked_at > looked_at)
 
 
 def commit_late(engine: sa.Engine, worker: Worker) -> int:
     with engine.begin() as connection:
-        # Not by `add`, which would hint.
+        # Not by `add`, which would notification.
         task_id = connection.scalar(
             sa.insert(Task)
             .values(

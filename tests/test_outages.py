@@ -28,7 +28,7 @@ until = patience(SOON)
 SHORT = timedelta(seconds=2.5)
 
 LISTENS = {(b"apoq", b"default")}
-"""What is awaited on the connection of a worker of the default queue, once it is known that hints arrive."""
+"""What is awaited on the connection of a worker of the default queue, when notifications arrive."""
 
 WAITING = f"""
     SELECT EXISTS (SELECT FROM pg_stat_activity WHERE datname = current_database() AND {WAITS})
@@ -139,7 +139,7 @@ def test_after_a_cut_without_a_word_it_works_on(proxy, far_worker, engine, queue
     assert len([message for message in caplog.messages if "is away" in message]) == 1
 
 
-def test_after_a_cut_without_a_word_it_hears_hints_again(proxy, far, engine, queue):
+def test_after_a_cut_without_a_word_it_hears_notifications_again(proxy, far, engine, queue):
     """It listens on a connection that is dead, and looks by itself once an hour."""
     ran = threading.Semaphore(0)
     worker = Worker(far, lease=SHORT, poll_interval=timedelta(hours=1))
@@ -367,7 +367,7 @@ def test_a_connection_that_the_worker_itself_has_cut_is_no_outage(make_worker, c
     def listens() -> bool:
         return parts.listener._connection is not None and parts.listener._connection._awaited == LISTENS
 
-    until(lambda: listens() and not parts.claimer._hinted and parts.engine.pool.checkedout() == 0)
+    until(lambda: listens() and not parts.claimer._must_look and parts.engine.pool.checkedout() == 0)
     before = parts.listener._connection
 
     parts.heartbeat.leases[None].ends_at = time.monotonic()

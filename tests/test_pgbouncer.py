@@ -31,7 +31,7 @@ from apoq import AsyncRunningTask, Queue, RunningTask, Task, Worker, prepare
 from apoq.cli import main
 from apoq.embedded import _new_folder, _server_user
 from apoq.postgres.connections import SESSION, execute, own_engine
-from apoq.schema.statements.hint import CHANNEL
+from apoq.schema.statements.notify import CHANNEL
 from apoq.worker.claiming import listener
 
 PROGRAM = shutil.which("pgbouncer") or shutil.which("pgbouncer", path="/usr/sbin:/usr/local/sbin")
@@ -324,7 +324,7 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
 
 
-def test_with_a_listen_url_past_it_hints_arrive(pooled, url, make_worker, caplog):
+def test_with_a_listen_url_past_it_notifications_arrive(pooled, url, make_worker, caplog):
     worker = make_worker(pooled, poll_interval=LONG, listen_url=url)
     ran = Ran(worker)
     with caplog.at_level(logging.DEBUG, "apoq"):
@@ -342,7 +342,9 @@ def test_without_one_tasks_are_found_by_looking_and_it_is_said_once(pooled, make
     ran = Ran(worker)
 
     def said() -> list[int]:
-        return [record.levelno for record in caplog.records if "no hints arrive" in record.getMessage()]
+        return [
+            record.levelno for record in caplog.records if "no notifications arrive" in record.getMessage()
+        ]
 
     with caplog.at_level(logging.DEBUG, "apoq"):
         worker.start()
@@ -355,7 +357,7 @@ def test_without_one_tasks_are_found_by_looking_and_it_is_said_once(pooled, make
     assert "listen_url" in warning
 
 
-def test_in_session_mode_hints_arrive_through_it(start_pgbouncer, url, make_worker, caplog):
+def test_in_session_mode_notifications_arrive_through_it(start_pgbouncer, url, make_worker, caplog):
     pgbouncer = start_pgbouncer(pool_mode="session", default_pool_size=20)
     engine = sa.create_engine(pgbouncer.url(url.database))
     worker = make_worker(engine, poll_interval=LONG)
@@ -388,7 +390,7 @@ def test_a_listener_that_is_killed_past_it_listens_again(pooled, engine, url, ma
         ran.add_and_wait(pooled)
 
 
-def test_an_asyncio_session_adds_through_it_and_its_hint_arrives(pgbouncer, pooled, url, make_worker):
+def test_an_asyncio_session_adds_through_it_and_its_notification_arrives(pgbouncer, pooled, url, make_worker):
     worker = make_worker(pooled, poll_interval=LONG, listen_url=url)
     ran = threading.Semaphore(0)
     worker.use("t", lambda task: ran.release())
@@ -413,6 +415,6 @@ def test_the_doctor_and_its_colleagues_work_there_and_notice_it(pooled):
     findings = {finding["subject"]: finding for finding in json.loads(told[-1].stdout)}
 
     assert [done.exit_code for done in told] == [0, 0, 0]
-    assert (findings["pooler"]["level"], findings["hints"]["level"]) == ("warning", "warning")
+    assert (findings["pooler"]["level"], findings["notifications"]["level"]) == ("warning", "warning")
     assert "prepare_threshold" in findings["pooler"]["cure"]
-    assert "listen_url" in findings["hints"]["cure"]
+    assert "listen_url" in findings["notifications"]["cure"]

@@ -174,7 +174,7 @@ def test_a_typed_task_is_added_on_it(dsn):
         assert json.loads(found[0]) == {"name": "Ada"}
 
 
-def test_a_worker_finds_it_without_a_hint(engine, dsn, queue, make_worker):
+def test_a_worker_finds_it_without_a_notification(engine, dsn, queue, make_worker):
     worker = make_worker(queue)
     worker.use("t", lambda task: None)
     with psycopg.connect(dsn) as connection:

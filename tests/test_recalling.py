@@ -21,7 +21,7 @@ SOON = 10.0
 until = patience(SOON)
 LONG = 60.0
 RARELY = timedelta(seconds=LONG)
-"""A lease whose heartbeats come too late for a test: what is told is told by a hint."""
+"""A lease whose heartbeats come too late for a test: what is told is told by a notification."""
 
 
 def add(engine, type_: str = "t", queue=None) -> int:
@@ -268,7 +268,7 @@ def test_the_log_has_a_line_when_it_is_told_and_one_when_it_has_ended(engine, ma
     assert load(engine, task_id).error["class"] == "Cancel"
 
 
-def test_what_was_never_claimed_is_cancelled_without_a_hint(engine, url):
+def test_what_was_never_claimed_is_cancelled_without_a_notification(engine, url):
     """Nobody runs it; so a thousand that are cancelled at once tell nobody a thousand times."""
     waiting, claimed = add(engine), add(engine)
     with engine.begin() as connection:

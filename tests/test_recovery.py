@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 from waiting import patience
 
 from apoq import Queue, RunningTask, Task, prepare
-from apoq.schema.statements.hint import CHANNEL
+from apoq.schema.statements.notify import CHANNEL
 from apoq.worker.failures import FIRST_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS, Failures, Outage, backoff
 from apoq.worker.loop import Loop
 
@@ -76,12 +76,12 @@ def test_what_was_claimed_while_the_connection_broke_is_given_back(engine, queue
     worker.use("t", lambda task: ran.set())
     worker.use("other", lambda task: None)
     listener, listens = runtime(worker).listener, threading.Event()
-    hint = listener._on_hint
-    listener._on_hint = lambda connection: hint(connection) or listens.set()
+    notification = listener._on_notification
+    listener._on_notification = lambda connection: notification(connection) or listens.set()
     worker.start()
     assert listens.wait(SOON)
     claimer, claiming = runtime(worker).claimer, runtime(worker).claiming
-    until(lambda: not claimer._hinted and claimer._rested_at < time.monotonic())
+    until(lambda: not claimer._must_look and claimer._rested_at < time.monotonic())
     until(lambda: not claiming._turning.locked())
     connection_that_listens = listener._connection
     with engine.begin() as connection:
@@ -95,7 +95,7 @@ def test_what_was_claimed_while_the_connection_broke_is_given_back(engine, queue
         )
         note(connection)
         if by == "its own":
-            runtime(worker).hint()
+            runtime(worker).look_for_tasks()
         else:
             with engine.begin() as other:
                 other.execute(sa.func.pg_notify(CHANNEL, queue.name).select())

@@ -76,7 +76,7 @@ def count(engine: sa.Engine, *conditions: sa.ColumnElement[bool]) -> int:
 
 def own_threads() -> set[str]:
     """Return the names of a worker's threads that run."""
-    others = {"apoq-hints", "apoq-watch", "apoq-farewell", "apoq-cancel"}
+    others = {"apoq-notifications", "apoq-watch", "apoq-farewell", "apoq-cancel"}
     names = {thread.name for thread in threading.enumerate()}
     return {name for name in names if name.startswith("apoq")} - others
 
@@ -350,7 +350,7 @@ def test_the_next_commit_notifies_workers_if_the_one_before_could_start_no_threa
     worker.use("t", lambda task: ran.release())
     worker.start()
     until(lambda: runtime(worker).listening.is_alive and runtime(worker).listener._connection)
-    limit.refuse("apoq-hints")
+    limit.refuse("apoq-notifications")
     for _ in range(3):
         add(engine)
     assert limit.refused == 3

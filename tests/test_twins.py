@@ -214,7 +214,7 @@ def test_where_only_a_coroutine_makes_connections_a_worker_says_so_when_it_start
         worker.work()
 
 
-def test_where_only_a_coroutine_makes_connections_tasks_are_added_without_hints(
+def test_where_only_a_coroutine_makes_connections_tasks_are_added_without_notifications(
     created, engine, queue, caplog
 ):
     async def main() -> None:

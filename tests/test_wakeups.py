@@ -20,9 +20,9 @@ from sqlalchemy.orm import Session
 from waiting import patience
 
 from apoq import Queue, prepare
-from apoq.client.after_commit import _hinters
+from apoq.client.after_commit import _notifiers
 from apoq.client.notifier import SEND_INTERVAL_SECONDS, Notifier
-from apoq.schema.statements.hint import CANCELLED, CHANNEL
+from apoq.schema.statements.notify import CANCELLED, CHANNEL
 from apoq.worker.claiming import listener
 from apoq.worker.liveness.lost_tasks import MIN_INTERVAL_SECONDS
 
@@ -30,12 +30,12 @@ SOON = 10.0
 
 until = patience(SOON)
 LONG = timedelta(hours=1)
-"""A poll interval in which nothing is found by looking: what starts was hinted at."""
+"""A poll interval in which nothing is found by looking: what starts was notified at."""
 
 
 @pytest.fixture
 def started(make_worker):
-    """A worker that is idle, and only hints can wake; with a semaphore that counts the tasks it has run."""
+    """A worker that is idle, and only notifications can wake; the semaphore counts its tasks."""
     ran = threading.Semaphore(0)
     worker = make_worker(poll_interval=LONG)
     worker.use("t", lambda task: ran.release())
@@ -45,27 +45,27 @@ def started(make_worker):
 
 def is_idle(worker) -> bool:
     parts = runtime(worker)
-    return not parts.claimer._hinted and parts.scanner._next_look > time.monotonic() + 60
+    return not parts.claimer._must_look and parts.scanner._next_look > time.monotonic() + 60
 
 
 def start(worker) -> None:
     """Start a worker, and wait until it listens and nothing keeps it busy."""
     listener, listens = runtime(worker).listener, threading.Event()
-    hint = listener._on_hint
-    listener._on_hint = lambda connection: hint(connection) or listens.set()
+    notification = listener._on_notification
+    listener._on_notification = lambda connection: notification(connection) or listens.set()
     worker.start()
     assert listens.wait(SOON)
     until(lambda: is_idle(worker))
 
 
 def listening_session(worker) -> int:
-    """Answer the number of the server's session that gives a started worker its hints."""
+    """Answer the number of the server's session that gives a started worker its notifications."""
     return runtime(worker).listener._connection.pooled.dbapi_connection.info.backend_pid
 
 
 @contextmanager
 def hearing(engine):
-    """Answer a function that answers the hints that come within so many seconds."""
+    """Answer a function that answers the notifications that come within so many seconds."""
     with engine.connect() as listening:
         raw = listening.connection.driver_connection
         raw.autocommit = True
@@ -119,7 +119,7 @@ def test_an_async_connection(url, queue, started):
     assert started.acquire(timeout=SOON)
 
 
-def test_the_release_of_a_savepoint_is_no_commit_and_loses_no_hint(engine, queue, started):
+def test_the_release_of_a_savepoint_is_no_commit_and_loses_no_notification(engine, queue, started):
     with hearing(engine) as heard, Session(engine) as session, session.begin():
         with session.begin_nested():
             queue.add(session, "t")
@@ -129,7 +129,7 @@ def test_the_release_of_a_savepoint_is_no_commit_and_loses_no_hint(engine, queue
     assert started.acquire(timeout=SOON)
 
 
-def test_a_session_that_is_used_again_hints_again(engine, queue, started):
+def test_a_session_that_is_used_again_notifications_again(engine, queue, started):
     with Session(engine) as session:
         queue.add(session, "t")
         session.rollback()
@@ -153,7 +153,7 @@ def test_any_session_of_a_schema(engine, make_worker):
     assert ran.wait(SOON)
 
 
-def test_the_claim_is_made_where_the_hint_was_heard(engine, queue, make_worker):
+def test_the_claim_is_made_where_the_notification_was_heard(engine, queue, make_worker):
     """That session of the server's is awake, and another one would have to wake up first."""
     ran = threading.Semaphore(0)
     worker = make_worker(poll_interval=LONG)
@@ -173,7 +173,7 @@ def test_the_claim_is_made_where_the_hint_was_heard(engine, queue, make_worker):
     until(is_claimed_there)
 
 
-def test_where_nothing_hints_it_is_found_within_the_poll_interval(engine, url, queue, make_worker):
+def test_where_nothing_notifies_it_is_found_within_the_poll_interval(engine, url, queue, make_worker):
     ran = threading.Event()
     worker = make_worker(poll_interval=timedelta(seconds=1))
     worker.use("t", lambda task: ran.set())
@@ -274,7 +274,7 @@ def test_what_was_added_just_before_the_worker_listened_is_found(engine, url, qu
         heard = hears(connection)
         until(
             lambda: (
-                not runtime(worker).claimer._hinted
+                not runtime(worker).claimer._must_look
                 and runtime(worker).scanner._next_look > time.monotonic() + 60
             )
         )
@@ -313,20 +313,20 @@ def test_a_burst_of_commits_is_a_few_notifications(engine, queue):
 
 @pytest.fixture
 def line(engine, queue):
-    """The connection on which hints are sent at once, open."""
+    """The connection on which notifications are sent at once, open."""
     line = add(engine, queue)._line
     until(lambda: line._pooled is not None)
     return line
 
 
 def add(engine, queue) -> Notifier:
-    """Add a task; answer who sends the engine's hints."""
+    """Add a task; answer who sends the engine's notifications."""
     with Session(engine) as session, session.begin():
         queue.add(session, "t")
-    return _hinters[engine.pool]
+    return _notifiers[engine.pool]
 
 
-class TestAHintThatIsSentAtOnce:
+class TestANotificationThatIsSentAtOnce:
     """From the thread that commits."""
 
     def test_is_heard_and_leaves_nothing_to_the_other_thread(self, engine, queue, line):
@@ -358,7 +358,7 @@ class TestAHintThatIsSentAtOnce:
             while not add(engine, queue)._pending:
                 """Too late: it was sent at once again."""
 
-            until(lambda: not _hinters[engine.pool]._pending)
+            until(lambda: not _notifiers[engine.pool]._pending)
             assert len(heard(0.5)) >= 2
 
     def test_is_sent_again_by_the_other_where_its_connection_is_lost(self, engine, queue, line):
@@ -394,15 +394,15 @@ class TestAHintThatIsSentAtOnce:
                 add(engine, queue)
                 time.sleep(2 * SEND_INTERVAL_SECONDS)
             took = time.monotonic() - began
-            assert _hinters[engine.pool]._pending
+            assert _notifiers[engine.pool]._pending
         finally:
             os.kill(pid, signal.SIGCONT)
 
         assert took < 1
-        until(lambda: not _hinters[engine.pool]._pending)
+        until(lambda: not _notifiers[engine.pool]._pending)
 
 
-def test_a_session_in_somebody_elses_transaction_gives_no_hint(engine, queue):
+def test_a_session_in_somebody_elses_transaction_gives_no_notification(engine, queue):
     """As in a test that rolls back all that it does: nothing of it is to leave the transaction."""
     before = set(threading.enumerate())
     with engine.connect() as connection:

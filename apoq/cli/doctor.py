@@ -71,7 +71,7 @@ def examine(target: Target) -> Iterator[Finding]:
         ("connections", check_connections),
     ):
         yield from _examined(target, subject, check)
-    yield from _tried("hints", partial(check_way, target.engine))
+    yield from _tried("notifications", partial(check_way, target.engine))
     role = list(_examined(target, "rights", partial(check_role, schema=target.schema)))
     yield from role
     if any(finding.subject == SCHEMA for finding in role):

@@ -1,4 +1,4 @@
-"""Sends hints, without keeping anybody waiting."""
+"""Sends notifications, without keeping anybody waiting."""
 
 from __future__ import annotations
 
@@ -30,34 +30,34 @@ from apoq.postgres.connections import (
     renew,
 )
 from apoq.postgres.watchdog import is_ending
-from apoq.schema.statements.hint import FLUSH_NOTHING, Hint, hint, notify
+from apoq.schema.statements.notify import FLUSH_NOTHING, Notification, notify, notify_only
 
 logger = logging.getLogger(__name__)
 
 IDLE_SECONDS: Final = 5.0
-"""Seconds without a hint after which the thread ends and its connection is closed."""
+"""Seconds without a notification after which the thread ends and its connection is closed."""
 
 REST_FACTOR: Final = 20
-"""How many times as long as a round of hints took the thread rests after it, for others want to commit."""
+"""How many times as long as a round took the thread rests after it, because others want to commit."""
 
 MAX_REST_SECONDS: Final = 0.02
-"""Seconds by which a hint is late at most, after another."""
+"""Seconds by which a notification is late at most, after another."""
 
 SEND_INTERVAL_SECONDS: Final = 0.005
-"""Seconds between two hints that are sent at once."""
+"""Seconds between two notifications that are sent at once."""
 
 COMMIT_POLL_SECONDS: Final = 0.0005
 """Seconds between two looks whether a commit has come through."""
 
 COMMIT_WAIT_SECONDS: Final = 1.0
-"""Seconds for which a hint waits for a commit to come through."""
+"""Seconds for which a notification waits for a commit to come through."""
 
 MAX_NOTIFIERS: Final = 4
-"""Pools of a process whose hints have a thread and a connection of their own at one time."""
+"""Pools of a process whose notifications have a thread and a connection of their own at one time."""
 
 
 class Threads:
-    """The threads that send hints in this process: a few hinters have one each, and the others share one."""
+    """The threads that send notifications in this process: some notifiers have one each, others share one."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -66,37 +66,37 @@ class Threads:
         self._is_shared = False
         """Whether the thread that they share is running."""
 
-    def serve(self, hinter: Notifier) -> None:
-        """Send a hinter's hints on a thread, until it has none; RuntimeError if none can be started."""
+    def serve(self, notifier: Notifier) -> None:
+        """Run a notifier on a thread, until it has nothing to send; RuntimeError if none can be started."""
         with self._lock:
             if len(self._owners) < MAX_NOTIFIERS:
-                self._owners[_start_thread(self._run, hinter)] = hinter
+                self._owners[_start_thread(self._run, notifier)] = notifier
                 return
             if not self._is_shared:
                 _start_thread(self._run_shared)
                 self._is_shared = True
-            self._sharers.append(hinter)
+            self._sharers.append(notifier)
 
     def flush(self, timeout: float) -> None:
-        """Wait until all hints have been sent."""
+        """Wait until all notifications have been sent."""
         deadline = time.monotonic() + timeout
         while self._is_sending() and time.monotonic() < deadline:
             time.sleep(COMMIT_POLL_SECONDS)
 
     def _is_sending(self) -> bool:
         with self._lock:
-            return self._is_shared or any(hinter.is_sending for hinter in self._owners.values())
+            return self._is_shared or any(notifier.is_sending for notifier in self._owners.values())
 
-    def _run(self, hinter: Notifier) -> None:
+    def _run(self, notifier: Notifier) -> None:
         try:
-            hinter.run()
+            notifier.run()
         finally:
             with self._lock:
                 del self._owners[threading.current_thread()]
 
     def _run_shared(self) -> None:
-        while hinter := self._next():
-            hinter.run_once()
+        while notifier := self._next():
+            notifier.run_once()
 
     def _next(self) -> Notifier | None:
         with self._lock:
@@ -105,7 +105,7 @@ class Threads:
 
 
 def _start_thread(target: Callable[..., None], *arguments: object) -> threading.Thread:
-    thread = threading.Thread(target=target, args=arguments, name="apoq-hints", daemon=True)
+    thread = threading.Thread(target=target, args=arguments, name="apoq-notifications", daemon=True)
     thread.start()
     return thread
 
@@ -114,7 +114,7 @@ threads = Threads()
 
 
 class Notifier:
-    """Sends the hints of an engine and all others that share its connection pool.
+    """Sends the notifications of an engine and all others that share its connection pool.
 
     While there are few, from the caller's thread; else, from another.
     """
@@ -122,7 +122,7 @@ class Notifier:
     def __init__(self, engine: Engine) -> None:
         self._engine = own_engine(engine)
         self._lock = threading.Lock()
-        self._pending: dict[Hint, RootTransaction | None] = {}
+        self._pending: dict[Notification, RootTransaction | None] = {}
         self._is_served = False
         """Whether a thread sends what is pending."""
         self._has_warned = False
@@ -138,19 +138,19 @@ class Notifier:
         """Whether something is still to be sent."""
         return bool(self._pending)
 
-    def send(self, hint_: Hint, transaction: RootTransaction | None = None) -> None:
-        """Send a hint soon: when the transaction is over, if one is given. Never waits."""
+    def send(self, notification: Notification, transaction: RootTransaction | None = None) -> None:
+        """Send a notification soon: when the transaction is over, if one is given. Never waits."""
         with self._lock:
-            if transaction is None and not self._pending and self._line.send(hint_):
+            if transaction is None and not self._pending and self._line.send(notification):
                 return  # a thread would have to wake up first
             if self._is_served and not self._pending:
                 self._wakeups.put(None)
-            self._pending[hint_] = transaction
+            self._pending[notification] = transaction
             if not self._is_served:
                 self._serve()
 
     def run(self) -> None:
-        """Send hints until none has come for a while, or the pool is gone; keep a connection meanwhile."""
+        """Send what comes, on one connection, until nothing has come for a while or the pool is gone."""
         while not self._ended():
             if not self._pending:
                 with suppress(Empty):
@@ -201,28 +201,28 @@ class Notifier:
 
     def _send_pending(self) -> None:
         with self._lock:
-            hints = dict(self._pending)
+            notifications = dict(self._pending)
         try:
             self._line.close()
-            self._send(hints)
+            self._send(notifications)
         except Exception as error:  # noqa: BLE001 - workers look by themselves, too
-            logger.debug("a hint could not be sent: %s", error)
+            logger.debug("a notification could not be sent: %s", error)
         with self._lock:
-            for hint_, transaction in hints.items():
-                if self._pending.get(hint_) is transaction:
-                    del self._pending[hint_]
+            for notification, transaction in notifications.items():
+                if self._pending.get(notification) is transaction:
+                    del self._pending[notification]
             self._sent_at = time.monotonic()
 
-    def _send(self, hints: dict[Hint, RootTransaction | None]) -> None:
-        for hint_, transaction in hints.items():
+    def _send(self, notifications: dict[Notification, RootTransaction | None]) -> None:
+        for notification, transaction in notifications.items():
             deadline = time.monotonic() + COMMIT_WAIT_SECONDS
             while transaction is not None and transaction.is_active and time.monotonic() < deadline:
                 time.sleep(COMMIT_POLL_SECONDS)
-            execute(self._engine, hint(), hint_._asdict())
+            execute(self._engine, notify(), notification._asdict())
 
 
 class NotifyConnection:
-    """A connection on which a hint is sent without waiting for the answer: from whatever thread, at once."""
+    """A connection on which a notification is sent, from any thread, without waiting for the answer."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -230,7 +230,7 @@ class NotifyConnection:
         self._pooled: PoolProxiedConnection | None = None
         self._name = b""
         self.sent_at = -math.inf
-        """When the last hint was sent, by time.monotonic()."""
+        """When the last notification was sent, by time.monotonic()."""
 
     def open(self) -> None:
         """Take a connection, where there is no pooler in between."""
@@ -240,16 +240,16 @@ class NotifyConnection:
             return
         try:
             execute(pooled, FLUSH_NOTHING, {})
-            # Its plan, made anew, would take the server a fifth of the time in which a hint is heard.
-            name = prepare_statement(pooled, notify())
+            # Its plan, made anew, would take the server a fifth of the time in which a notification is heard.
+            name = prepare_statement(pooled, notify_only())
         except BaseException as error:
             pooled.invalidate(error)
             raise
         with self._lock:
             self._pooled, self._name = pooled, name
 
-    def send(self, hint_: Hint) -> bool:
-        """Send a hint; answer False where that would have to wait, or another was sent just now."""
+    def send(self, notification: Notification) -> bool:
+        """Send a notification; answer False where that would have to wait, or another was sent just now."""
         with self._lock:
             if self._pooled is None or time.monotonic() < self.sent_at + SEND_INTERVAL_SECONDS:
                 return False
@@ -257,7 +257,7 @@ class NotifyConnection:
             try:
                 if not _is_answered(connection):
                     return False
-                fast_path.send(connection, notify(), hint_._asdict(), self._name)
+                fast_path.send(connection, notify_only(), notification._asdict(), self._name)
             except psycopg.Error as error:
                 self._drop(self._pooled, error)
                 self._pooled = None
@@ -266,7 +266,7 @@ class NotifyConnection:
             return True
 
     def close(self) -> None:
-        """Give the connection back, when the last hint is answered."""
+        """Give the connection back, when the last notification is answered."""
         with self._lock:
             pooled, self._pooled = self._pooled, None
         if pooled is None:
@@ -279,7 +279,7 @@ class NotifyConnection:
                 while not _is_answered(connection):
                     # Not by the driver, which would wait with the interpreter's lock held.
                     if not selector.select(deadline - time.monotonic()):
-                        raise psycopg.OperationalError("a hint was not answered in time")
+                        raise psycopg.OperationalError("a notification was not answered in time")
         except psycopg.Error as error:
             self._drop(pooled, error)
         finally:
@@ -304,7 +304,7 @@ def _is_answered(connection: psycopg.Connection[Any]) -> bool:
 
 
 def _after_fork() -> None:
-    # The threads are the parent's, and so are their hinters, whose sockets must not be closed here.
+    # The threads are the parent's, and so are their notifiers, whose sockets must not be closed here.
     _inherited.append(dict(vars(threads)))
     threads.__init__()  # type: ignore[misc]
 

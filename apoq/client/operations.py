@@ -20,7 +20,7 @@ from apoq.schema.statements.enqueue import (
     enqueue,
     enqueue_many,
 )
-from apoq.schema.statements.hint import has_tasks, was_cancelled
+from apoq.schema.statements.notify import has_tasks, was_cancelled
 from apoq.schema.statements.portable import read_row
 
 BATCH_COUNT = 5_000
@@ -36,7 +36,7 @@ def add(caller: Caller, schema: str | None, parameters: dict[str, Any]) -> Task:
     (answer,) = caller.execute(enqueue(schema, mapped=caller.is_heard), parameters)
     task = detached(schema, added_row(parameters, answer))
     caller.keep(task)
-    caller.hint(has_tasks(schema, parameters["task_queue"]))
+    caller.notify(has_tasks(schema, parameters["task_queue"]))
     return task
 
 
@@ -62,7 +62,7 @@ def add_many(
                 if driver and _copy(driver, schema, parameters, documents):
                     count = total
     if count:
-        caller.hint(has_tasks(schema, parameters["task_queue"]))
+        caller.notify(has_tasks(schema, parameters["task_queue"]))
     return count
 
 
@@ -71,7 +71,7 @@ def cancel(caller: Caller, schema: str | None, parameters: dict[str, Any]) -> bo
     for row in caller.execute(cancelling.cancel(schema), parameters):
         caller.renew(task_class(schema), read_row(row))
         if row["claimed_at"] is not None:
-            caller.hint(was_cancelled(row["id"]))
+            caller.notify(was_cancelled(row["id"]))
         return True
     return False
 
@@ -80,7 +80,7 @@ def retry(caller: Caller, schema: str | None, parameters: dict[str, Any]) -> boo
     """Make a task pending that has ended."""
     for row in caller.execute(retrying.retry(schema), parameters):
         caller.renew(task_class(schema), read_row(row))
-        caller.hint(has_tasks(schema, parameters["from_queue"]))
+        caller.notify(has_tasks(schema, parameters["from_queue"]))
         return True
     return False
 

@@ -184,8 +184,8 @@ class Queue:
 
         A task that waits is not run. One that runs when you commit is told to stop: a coroutine is cancelled,
         for a plain function `task.should_stop` turns true. Whatever it comes to then is refused, and what it
-        wrote to `task.session` undone. Its worker learns of it at once where a hint reaches it, else within
-        its next heartbeats.
+        wrote to `task.session` undone. Its worker learns of it at once if a notification reaches it, else
+        within its next heartbeats.
 
         Where the task is just being completed, this waits for that to end, one way or the other.
         """

@@ -26,14 +26,14 @@ from sqlalchemy.orm.util import identity_key
 from sqlalchemy.util import await_only, greenlet_spawn
 from sqlalchemy.util.concurrency import in_greenlet
 
-from apoq.client.after_commit import hint_after_connection_commit, hint_after_session_commit
+from apoq.client.after_commit import notify_after_connection_commit, notify_after_session_commit
 from apoq.client.unsupported_sessions import is_mock, kind_of, refusal
 from apoq.errors import SchemaMismatch, UnsupportedSession, preparing
 from apoq.postgres.connections import compiled, is_missing
 from apoq.postgres.loaders import read_anything
 from apoq.postgres.urls import check_dialect, check_untranslated
 from apoq.schema.models import Task
-from apoq.schema.statements.hint import Hint
+from apoq.schema.statements.notify import Notification
 
 SyncSession = Session | scoped_session[Any] | Connection | psycopg.Connection[Any]
 AsyncioSession = AsyncSession | async_scoped_session[Any] | AsyncConnection | psycopg.AsyncConnection[Any]
@@ -97,7 +97,7 @@ class Caller(Protocol):
     def renew(self, mapped: type[Task], row: Row) -> None:
         """Let the session, where there is one and it has this task, know what was written to it."""
 
-    def hint(self, hint: Hint) -> None:
+    def notify(self, notification: Notification) -> None:
         """Tell workers something after the commit, where it can be known."""
 
 
@@ -237,12 +237,12 @@ class _OrmSession:
                 # SQLAlchemy has seen the change, and will undo it with the transaction; here it is read.
                 set_committed_value(known, name, value)
 
-    def hint(self, hint: Hint) -> None:
+    def notify(self, notification: Notification) -> None:
         # A session on a connection is in somebody else's transaction, often one that a test rolls back.
         if isinstance(self._bind, Engine):
-            hint_after_session_commit(self._session, self._bind, hint)
+            notify_after_session_commit(self._session, self._bind, notification)
         elif COMMITS_WITH in self._session.info:
-            hint_after_session_commit(self._session.info[COMMITS_WITH], self._bind.engine, hint)
+            notify_after_session_commit(self._session.info[COMMITS_WITH], self._bind.engine, notification)
 
 
 class _CoreConnection:
@@ -267,8 +267,8 @@ class _CoreConnection:
     def renew(self, mapped: type[Task], row: Row) -> None:
         """Nothing: there is no session."""
 
-    def hint(self, hint: Hint) -> None:
-        hint_after_connection_commit(self._connection, hint)
+    def notify(self, notification: Notification) -> None:
+        notify_after_connection_commit(self._connection, notification)
 
 
 class _PsycopgConnection:
@@ -303,7 +303,7 @@ class _PsycopgConnection:
     def renew(self, mapped: type[Task], row: Row) -> None:
         """Nothing: there is no session."""
 
-    def hint(self, hint: Hint) -> None:
+    def notify(self, notification: Notification) -> None:
         """Give none: psycopg doesn't tell of its commits. Workers find the task when they look next."""
 
     def _is_in_pipeline(self) -> bool:

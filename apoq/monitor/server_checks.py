@@ -13,7 +13,7 @@ from psycopg import sql
 from apoq.monitor.check import BAD, OK, WARNING, Finding
 from apoq.monitor.formatting import length
 from apoq.postgres.connections import execute, keeps_session, own_engine
-from apoq.schema.statements.hint import CHANNEL, hint
+from apoq.schema.statements.notify import CHANNEL, notify
 from apoq.schema.statements.server import clock, connections, server
 
 OLDEST_SERVER_VERSION: Final = 150_000
@@ -34,7 +34,7 @@ STRANGERS: Final = {
 """Who speaks PostgreSQL's protocol and lacks what a queue needs: by their version() or the server's name."""
 
 NOTIFY_TIMEOUT_SECONDS: Final = 3.0
-"""Seconds within which a hint must have arrived."""
+"""Seconds within which a notification must have arrived."""
 
 MAX_CLOCK_SKEW_SECONDS: Final = 1.0
 """Seconds that two clocks may differ."""
@@ -134,7 +134,7 @@ def check_connections(connection: sa.Connection) -> Iterator[Finding]:
 
 
 def check_way(engine: sa.Engine) -> Iterator[Finding]:
-    """Tell whether a pooler is in between, and whether hints arrive."""
+    """Tell whether a pooler is in between, and whether notifications arrive."""
     own = own_engine(engine)
     try:
         is_direct = keeps_session(own)
@@ -147,22 +147,22 @@ def check_way(engine: sa.Engine) -> Iterator[Finding]:
                 "there is one in between, such as PgBouncer in transaction mode; apoq works through it",
                 'create_engine(…, connect_args={"prepare_threshold": None}) for your own engines there',
             )
-        took = _hint(own)
+        took = _notify(own)
     finally:
         own.dispose()
     if took is not None:
-        yield Finding(OK, "hints", f"arrive within {max(1, round(took * 1_000))} ms")
+        yield Finding(OK, "notifications", f"arrive within {max(1, round(took * 1_000))} ms")
         return
     yield Finding(
         WARNING,
-        "hints",
+        "notifications",
         "don't arrive: an idle worker finds tasks when it looks by itself, every 2 s",
         "Worker(…, listen_url=…) with a URL that leads past the pooler, to the server itself",
     )
 
 
-def _hint(own: sa.Engine) -> float | None:
-    """Send a hint on a channel of its own, as a worker does; answer the seconds that it took to arrive."""
+def _notify(own: sa.Engine) -> float | None:
+    """Send a notification on a channel of its own, as a worker does; return the seconds until it arrived."""
     channel = f"{CHANNEL}_{uuid4().hex}"
     name = sql.Identifier(channel)
     pooled = own.raw_connection()
@@ -173,7 +173,7 @@ def _hint(own: sa.Engine) -> float | None:
         took = None
         for _ in range(2):  # the first one makes the connection on which it is sent
             began = time.monotonic()
-            execute(own, hint(), {"channel": channel, "payload": ""})
+            execute(own, notify(), {"channel": channel, "payload": ""})
             if not list(connection.notifies(timeout=NOTIFY_TIMEOUT_SECONDS, stop_after=1)):
                 return None
             took = time.monotonic() - began

@@ -1,4 +1,4 @@
-"""apoq's own few connections, apart from the caller's: what its workers and hints speak through."""
+"""apoq's own few connections, apart from the caller's: what its workers and notifications speak through."""
 
 from __future__ import annotations
 

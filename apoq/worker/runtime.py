@@ -20,7 +20,7 @@ from apoq.postgres.connections import own_engine
 from apoq.postgres.urls import sync_side
 from apoq.postgres.watchdog import CHECK_INTERVAL_SECONDS, watch
 from apoq.schema.statements.claim import CLAIM, TYPE
-from apoq.schema.statements.hint import has_tasks
+from apoq.schema.statements.notify import has_tasks
 from apoq.schema.statements.settle import LOCK_TIMEOUT
 from apoq.worker.claiming.claim_log import ClaimLog
 from apoq.worker.claiming.claimer import Claimer
@@ -77,7 +77,7 @@ class Runtime:
 
     .. code-block:: text
 
-        listener ─hint─▶ claimer ─rows─▶ executor ─ends─▶ settler
+        listener ─notification─▶ claimer ─rows─▶ executor ─ends─▶ settler
         scanner ───────▶    ▲               │ room
         heartbeat ─────▶    └───────────────┘
 
@@ -149,7 +149,7 @@ class Runtime:
             self.heartbeat.leases,
             self.outage,
             poll_interval=options.poll_interval.total_seconds(),
-            on_due=self.hint,
+            on_due=self.look_for_tasks,
         )
         self.claimer = Claimer(
             self.engine,
@@ -170,7 +170,7 @@ class Runtime:
             self.engine,
             listening,
             frozenset(has_tasks(queue.schema, queue.name) for queue in queues),
-            on_hint=self._hinted,
+            on_notification=self._notified,
             on_cancelled=self._cancelled,
             on_listening=self._listens,
         )
@@ -228,7 +228,7 @@ class Runtime:
         """Make ready to start."""
         self.executor.open()
         self.listener.open()
-        self.claimer.hint()
+        self.claimer.look_again()
 
     def start(self) -> None:
         """Claim, run and settle from now on, each on its thread; RuntimeError if one can't be started."""
@@ -257,9 +257,9 @@ class Runtime:
         """Tell whether the caller is a processor or a listener of this worker's, on a thread of its own."""
         return self.executor.is_current() or self.settling.is_current()
 
-    def hint(self) -> None:
+    def look_for_tasks(self) -> None:
         """Look for due tasks now."""
-        self.claimer.hint()
+        self.claimer.look_again()
         self.claiming.wake()
 
     def stop(self, patience: float | None) -> float:
@@ -374,15 +374,15 @@ class Runtime:
 
     def _doubt(self) -> None:
         self.claimer.doubt()
-        self.hint()
+        self.look_for_tasks()
 
-    def _hinted(self, connection: PoolProxiedConnection | None) -> None:
-        self.claimer.hint()
+    def _notified(self, connection: PoolProxiedConnection | None) -> None:
+        self.claimer.look_again()
         # On the connection that has just heard: its session is awake, where another has to wake up first.
         self.claiming.take_turn(partial(self.claimer.turn, connection))
 
     def _cancelled(self, ids: set[int]) -> None:
-        if self.lost_task_monitor.hint(ids):
+        if self.lost_task_monitor.look_for(ids):
             self.monitoring.wake()
 
     def _lost(self, tasks: list[Claimed]) -> None:
@@ -396,10 +396,10 @@ class Runtime:
 
     def _rescued(self, event: TasksRescued) -> None:
         self._events.report(event)
-        self.hint()
+        self.look_for_tasks()
 
     def _claimed(self, count: int, wanted: int) -> None:
-        # Was that all? Where nothing was found, whoever gave the hint may have meant something else.
+        # Was that all? Where nothing was found, whoever gave the notification may have meant something else.
         self._look(BUSY_RESURVEY_SECONDS if count == wanted else RESURVEY_SECONDS if count else 0.0)
 
     def _look(self, seconds: float = 0.0) -> None:

@@ -69,14 +69,14 @@ class Worker:
 
         The engine serves the sessions of processors, so its pool should have `concurrency` connections;
         the worker's own few are apart from it. `concurrency` is how many tasks run at once, plain functions
-        and coroutine functions together. `poll_interval` is how often an idle worker looks where no hint
+        and coroutine functions together. `poll_interval` is how often an idle worker looks if no notification
         wakes it, and `lease` how long after its death its tasks are taken over by others. Completed tasks are
         deleted `keep_completed` after their completion, failed and cancelled ones after `keep_failed`; None
         keeps them for ever, and with zero a task is deleted instead of being marked as completed. A kept task
         takes about 1 KB: at 800 a second, a day of them is up to 80 GB, so keep them for a shorter time then.
-        `listen_url` leads to the same database past a pooler in transaction mode, through which no hint could
-        arrive; only the connection that listens is opened there. `middleware` is a function, or a list of
-        them, the outermost first: each takes a running task and returns a context manager, such as an
+        `listen_url` leads to the same database past a pooler in transaction mode, through which notifications
+        don't arrive; only the connection that listens is opened there. `middleware` is a function, or a list
+        of them, the outermost first: each takes a running task and returns a context manager, such as an
         application's context, in which the processor is called. The completion is written after it. What the
         context manager raises fails the attempt.
         """
@@ -184,7 +184,7 @@ class Worker:
             type, processor, retry_limit=retry_limit, retry_delay=retry_delay, timeout=timeout
         )
         self._registry.use(type, made)
-        self._lifecycle.runtime.hint()
+        self._lifecycle.runtime.look_for_tasks()
 
     def work(self) -> Task | None:
         """Claim, run and settle one due task on this thread; answer it, or None where nothing is due.

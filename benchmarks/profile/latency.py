@@ -55,7 +55,7 @@ def _work(url: str, parent: Connection) -> None:
 
 
 def _parts(committed: float, events: list[Event], following: float) -> tuple[float, ...] | None:
-    """Answer the times between a commit, the hint, the claim, its answer and the processor."""
+    """Answer the times between a commit, the notification, the claim, its answer and the processor."""
     begins = next((at for name, at in events if name == "begins" and committed < at < following), None)
     if begins is None:
         return None
@@ -109,7 +109,7 @@ def show() -> None:
             if (parts := _parts(at, events, following))
         ][WARM_UP:]
         print(f"{'latency: ms':36}{'median':>15}")
-        names = ("the hint is heard", "the claim is sent", "it is answered", "the processor begins")
+        names = ("the notification is heard", "the claim is sent", "it is answered", "the processor begins")
         for name, column in zip(names, zip(*found, strict=True), strict=True):
             print(f"{name:36}{statistics.median(column) * 1e3:15.2f}")
         print(f"{'all of it':36}{statistics.median(map(sum, found)) * 1e3:15.2f}")

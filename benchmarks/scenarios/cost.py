@@ -44,7 +44,7 @@ def idle(bench: Bench, name: str) -> dict[str, float]:
     """Let a worker rest: statements a second at the server, and the share of a core that its process takes.
 
     BEGIN, SET LOCAL and COMMIT are statements, too. Bound by how often it must show that it lives, and
-    look for tasks of which no hint came. Where pg_stat_statements can't be had, transactions stand instead.
+    look for tasks of which no notification came. Without pg_stat_statements, transactions stand instead.
     """
     seconds = bench.sizes.idle_seconds
     with bench.database(name, counting=True) as database, database.workers(capacity=0) as workers:

@@ -51,10 +51,10 @@ PREFETCH_SECONDS: Final = 0.25
 """Seconds of work that are claimed ahead: what the slots start within them."""
 
 REST_FACTOR: Final = 5
-"""How many times as long as it took a claim that came short it is to the next: many hints are few claims."""
+"""How many times as long as it took a claim that came short it is to the next: so they are few."""
 
 MAX_REST_SECONDS: Final = 0.02
-"""Seconds to it, at most: as long as a busy client's hint is late."""
+"""Seconds to it, at most: as long as a busy client's notification is late."""
 
 LEASE_POLL_SECONDS: Final = 0.1
 """Seconds after which a claimer whose lease has ended looks whether it is renewed."""
@@ -153,12 +153,12 @@ class Claimer:
         self._lock = threading.Lock()
         self._doubt_ends: float | None = None
         self._looked_at = 0.0
-        self._hinted = True
+        self._must_look = True
         self._rested_at = 0.0
 
-    def hint(self) -> None:
+    def look_again(self) -> None:
         """Look at the next turn, even if there was nothing a moment ago."""
-        self._hinted = True
+        self._must_look = True
 
     def doubt(self, seconds: float = 0.0) -> None:
         """Look whether there is a claim whose answer was lost; one may commit within so many seconds."""
@@ -177,8 +177,8 @@ class Claimer:
             if time.monotonic() >= self._looked_at + STRAYS_POLL_SECONDS:
                 with self._lock:
                     self._give_back_strays()
-                self._hinted = True
-        if not self._hinted:
+                self._must_look = True
+        if not self._must_look:
             self.waits_for_room = False
             return pause
         if not any(source.lease.is_held for source in self._sources):
@@ -194,14 +194,14 @@ class Claimer:
         if began < self._rested_at:
             self.waits_for_room = False
             return self._rested_at - began
-        self._hinted = False
+        self._must_look = False
         wanted = min(room, MAX_CLAIM_SIZE)
         claimed = self.claim(wanted, free, connection)
         self._executor.put(self._startable(claimed))
         self._move()
         self._on_claim(len(claimed), wanted)
         if len(claimed) == wanted:
-            self._hinted = True
+            self._must_look = True
         else:
             took = time.monotonic() - began
             self._rested_at = began + min(MAX_REST_SECONDS, REST_FACTOR * took)
@@ -236,7 +236,7 @@ class Claimer:
                         claim_from = partial(self._claim_from, source, *left, where)
                         tasks += self._claiming.call(source, sources, claim_from, [])
             except BaseException:
-                self._hinted = True
+                self._must_look = True
                 if not tasks:
                     raise
         return tasks

@@ -1,4 +1,4 @@
-"""Hears hints, and wakes the claimer."""
+"""Hears notifications, and wakes the claimer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from apoq.errors import InvalidURL
 from apoq.postgres.connections import ANSWER_TIMEOUT_SECONDS, execute, is_direct, own_engine
 from apoq.postgres.urls import database_url
 from apoq.postgres.watchdog import cut, watch
-from apoq.schema.statements.hint import CANCELLED, CHANNEL, Hint, hint
+from apoq.schema.statements.notify import CANCELLED, CHANNEL, Notification, notify
 
 logger = logging.getLogger(__name__)
 
@@ -28,10 +28,10 @@ CHECK_INTERVAL_SECONDS: Final = 15.0
 """Seconds of silence after which the connection is asked whether it is still there."""
 
 PROBE_TIMEOUT_SECONDS: Final = 5.0
-"""Seconds within which a hint that was sent to try a connection must have arrived."""
+"""Seconds within which a notification that was sent to try a connection must have arrived."""
 
 PROBE_RETRY_SECONDS: Final = 60.0
-"""Seconds after which it is tried again whether hints arrive.
+"""Seconds after which it is tried again whether notifications arrive.
 
 Ten times as many through a pooler, where each try may leave a session of others behind that listens: it hears
 nothing there, but each NOTIFY wakes it.
@@ -70,7 +70,7 @@ class Heard(NamedTuple):
     """The notifications that were read at once."""
 
     number: int
-    is_hinted: bool
+    is_notified: bool
     """Whether any of them was awaited."""
     cancelled: set[int]
     """The ids of tasks that may have been cancelled."""
@@ -94,23 +94,23 @@ class Listener:
 
     A pooler in transaction mode takes a LISTEN, and then gives the session that listens to somebody else. So
     it is tried first whether what is sent through `engine` arrives on a connection of `listening`. Where the
-    two are the same, who takes a hint gets the connection that heard it, to execute on meanwhile.
+    two are the same, who takes a notification gets the connection that heard it, to execute on meanwhile.
     """
 
     def __init__(
         self,
         engine: Engine,
         listening: Engine,
-        awaited: frozenset[Hint],
+        awaited: frozenset[Notification],
         *,
-        on_hint: Callable[[PoolProxiedConnection | None], None],
+        on_notification: Callable[[PoolProxiedConnection | None], None],
         on_cancelled: Callable[[set[int]], None],
         on_listening: Callable[[], None],
     ) -> None:
         self._engine = engine
         self._listening = listening
         self._awaited = awaited
-        self._on_hint = on_hint
+        self._on_notification = on_notification
         self._on_cancelled = on_cancelled
         self._on_listening = on_listening
         self._stopping = False
@@ -125,7 +125,7 @@ class Listener:
         self._wake_receiver, self._wake_sender = socket.socketpair()
 
     def turn(self) -> float | None:
-        """Listen until told to stop; where no hints arrive, answer when to try again."""
+        """Listen until told to stop; where no notifications arrive, answer when to try again."""
         with ListeningConnection(self._listening, self._wake_receiver) as connection:
             self._connection = connection
             try:
@@ -156,24 +156,24 @@ class Listener:
         self._wake_sender.close()
 
     def _hears(self, connection: ListeningConnection) -> bool:
-        """Tell whether hints arrive on a connection, by sending one; if not, say so, once."""
+        """Tell whether notifications arrive on a connection, by sending one; if not, say so, once."""
         # On a channel of its own. Behind a pooler, what listens there is a session of others from now on, and
-        # they are to get none of the workers' hints.
-        trial = Hint(f"{CHANNEL}_{uuid4().hex}", "")
+        # they are to get none of the workers' notifications.
+        trial = Notification(f"{CHANNEL}_{uuid4().hex}", "")
         connection.listen([trial.channel], {trial})
-        execute(self._engine, hint(), trial._asdict())
+        execute(self._engine, notify(), trial._asdict())
         deadline = time.monotonic() + PROBE_TIMEOUT_SECONDS
         is_heard = False
         while not is_heard and not self._stopping and (left := deadline - time.monotonic()) > 0:
-            is_heard = connection.wait(left).is_hinted
+            is_heard = connection.wait(left).is_notified
         connection.execute("UNLISTEN {}", trial.channel)
         if is_heard:
-            logger.debug("hints arrive")
+            logger.debug("notifications arrive")
             self._has_warned = False
         elif not self._stopping:
             logger.log(
                 logging.DEBUG if self._has_warned else logging.WARNING,
-                "no hints arrive on the connection that listens, as behind a pooler in transaction mode: "
+                "no notifications arrive on the connection that listens, as behind a transaction pooler; "
                 "tasks are found by looking, every poll_interval. To have them found at once, give "
                 "Worker(…, listen_url=…) a URL that leads to the same database past the pooler",
             )
@@ -185,8 +185,8 @@ class Listener:
         self._on_listening()
         # By another way than the worker's own, its role need not be allowed to claim.
         ours = connection.pooled if self._listening is self._engine else None
-        # What was added before this connection listened has given its hint to nobody.
-        self._on_hint(ours)
+        # What was added before this connection listened has given its notification to nobody.
+        self._on_notification(ours)
         began = caught_up_at = time.monotonic()
         crowded_until = 0.0
         while not self._stopping:
@@ -199,8 +199,8 @@ class Listener:
                 return
             if heard.number > CROWD_SIZE:
                 crowded_until = woke_at + CROWD_SECONDS
-            if heard.is_hinted:
-                self._on_hint(ours if woke_at > crowded_until else None)
+            if heard.is_notified:
+                self._on_notification(ours if woke_at > crowded_until else None)
             if heard.cancelled:
                 self._on_cancelled(heard.cancelled)
             if self._is_flooded and heard.is_all and woke_at - began > CHECK_INTERVAL_SECONDS:
@@ -251,9 +251,11 @@ class ListeningConnection:
         with watch.awaiting(self._driver, ANSWER_TIMEOUT_SECONDS, self._engine):
             self._driver.execute(sql.SQL(statement).format(*map(sql.Identifier, names)))
 
-    def listen(self, channels: Iterable[str], awaited: Iterable[Hint]) -> None:
-        """Listen on these channels, for these hints, and for those of cancelled tasks."""
-        self._awaited = frozenset((hint.channel.encode(), hint.payload.encode()) for hint in awaited)
+    def listen(self, channels: Iterable[str], awaited: Iterable[Notification]) -> None:
+        """Listen on these channels, for these notifications, and for those of cancelled tasks."""
+        self._awaited = frozenset(
+            (notification.channel.encode(), notification.payload.encode()) for notification in awaited
+        )
         # In one statement: once there is much to send on the first channel, the server would read no second.
         names = [*channels]
         self.execute("; ".join(["LISTEN {}"] * len(names)), *names)
@@ -275,7 +277,7 @@ class ListeningConnection:
             while notify := pgconn.notifies():
                 self._note(notify)
             is_all = self._count == before
-        heard = Heard(self._count, self._is_hinted, self._cancelled, is_all)
+        heard = Heard(self._count, self._is_notified, self._cancelled, is_all)
         self._forget()
         return heard
 
@@ -293,7 +295,7 @@ class ListeningConnection:
         self._driver.close()
 
     def _forget(self) -> None:
-        self._count, self._is_hinted = 0, False
+        self._count, self._is_notified = 0, False
         self._cancelled: set[int] = set()
 
     def _note(self, notify: PGnotify) -> None:
@@ -305,7 +307,7 @@ class ListeningConnection:
             if is_id and len(self._cancelled) < MAX_NOTIFICATIONS:
                 self._cancelled.add(int(notify.extra))
         elif (notify.relname, notify.extra) in self._awaited:
-            self._is_hinted = True
+            self._is_notified = True
 
 
 _CANCELLED: Final = CANCELLED.encode()

@@ -33,8 +33,9 @@ class LostTaskMonitor:
     """Looks which of the worker's tasks are its own no more: cancelled, deleted, or taken by others.
 
     Nothing depends on it, for whatever they come to is refused by their tokens. Tasks that have been here for
-    longer than `interval` are looked up that often; those of which a hint says that they were cancelled, at
-    once. They are told each time, for the first time may have been while they were about to begin.
+    longer than `interval` are looked up that often; those of which a notification says that they were
+    cancelled, at once. They are told each time, because the first time may have been while they were about to
+    begin.
     """
 
     def __init__(
@@ -56,16 +57,16 @@ class LostTaskMonitor:
         self._interval = interval
         self._on_lost = on_lost
         self._lock = threading.Lock()
-        self._hinted: set[int] = set()
+        self._wanted: set[int] = set()
         self._rested_at = 0.0
         self._logged: set[tuple[str | None, int, int]] = set()
         self._begun: set[tuple[str | None, int, int]] = set()
 
-    def hint(self, ids: Iterable[int]) -> bool:
+    def look_for(self, ids: Iterable[int]) -> bool:
         """Remember that these may have been cancelled; tell whether any is here."""
         mine = {row[ID] for row in self._held()}.intersection(ids)
         with self._lock:
-            self._hinted |= mine
+            self._wanted |= mine
         return bool(mine)
 
     def turn(self) -> float | None:
@@ -73,20 +74,20 @@ class LostTaskMonitor:
         if (pause := self._rested_at - time.monotonic()) > 0:
             return pause
         with self._lock:
-            hinted, self._hinted = self._hinted, set()
+            wanted, self._wanted = self._wanted, set()
         claimed_before = time.monotonic() - self._interval
         held = self._held()
         self._logged &= {_key(row) for row in held}
         parts: dict[str | None, dict[tuple[int, int], Claimed]] = {}
         for row in held:
             batch = row[CLAIM]
-            if batch.claimed_at < claimed_before or row[ID] in hinted:
+            if batch.claimed_at < claimed_before or row[ID] in wanted:
                 parts.setdefault(batch.from_queue.schema, {})[row[ID], row[CLAIM_TOKEN]] = row
         try:
             self._for_each(parts, self._look)
             self._note_begun()
         except BaseException:
-            self.hint(hinted)
+            self.look_for(wanted)
             raise
         if parts:
             self._rested_at = time.monotonic() + MIN_INTERVAL_SECONDS

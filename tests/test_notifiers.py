@@ -16,7 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, create_async_e
 from sqlalchemy.orm import Session
 from waiting import patience
 
-from apoq.client.after_commit import _hinters
+from apoq.client.after_commit import _notifiers
 from apoq.client.notifier import IDLE_SECONDS, MAX_NOTIFIERS
 
 SOON = 10.0
@@ -25,7 +25,7 @@ until = patience(SOON)
 
 
 def threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "apoq-hints"]
+    return [thread for thread in threading.enumerate() if thread.name == "apoq-notifications"]
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +68,7 @@ def test_engines_that_share_a_pool_share_a_thread_and_a_connection(url, queue, c
     with engine.connect() as connection, connection.execution_options(number=30).begin():
         queue.add(connection, "t")
 
-    assert (len(threads()), len([pool for pool in _hinters if pool is engine.pool])) == (1, 1)
+    assert (len(threads()), len([pool for pool in _notifiers if pool is engine.pool])) == (1, 1)
     until(lambda: connections() == 1)
 
 
@@ -96,7 +96,7 @@ def test_so_do_asyncio_engines(url, queue, connections, add):
     asyncio.run(main())
 
 
-def test_many_pools_have_a_few_threads_and_connections_and_all_hints_arrive(
+def test_many_pools_have_a_few_threads_and_connections_and_all_notifications_arrive(
     url, queue, make_worker, connections
 ):
     ran = threading.Semaphore(0)
@@ -128,7 +128,7 @@ def test_they_end_when_the_engine_is_freed(url, queue, connections, add, derive)
     began = time.monotonic()
     del engine
 
-    until(lambda: gc.collect() >= 0 and freed() is None)  # when the hint has been sent
+    until(lambda: gc.collect() >= 0 and freed() is None)  # when the notification has been sent
     until(lambda: connections() == 0 and not threads())
     assert time.monotonic() - began < IDLE_SECONDS / 2
 
@@ -143,7 +143,7 @@ def test_an_asyncio_engine_is_freed_too(url, queue, connections):
 
     freed = asyncio.run(main())
 
-    until(lambda: gc.collect() >= 0 and freed() is None)  # when the hints have been sent
+    until(lambda: gc.collect() >= 0 and freed() is None)  # when the notifications have been sent
     until(lambda: connections() == 0 and not threads())
 
 
@@ -159,7 +159,7 @@ def test_they_end_when_the_engine_is_disposed_of(url, queue, connections):
     assert time.monotonic() - began < IDLE_SECONDS / 2
 
 
-def test_a_hint_is_sent_although_its_engine_is_freed_at_once(url, queue, make_worker):
+def test_a_notification_is_sent_although_its_engine_is_freed_at_once(url, queue, make_worker):
     ran = threading.Event()
     worker = make_worker(poll_interval=timedelta(hours=1))
     worker.use("t", lambda task: ran.set())
