@@ -404,7 +404,7 @@ class TestARunningTask:
 
         assert cancel(engine, second) is True
 
-        until(lambda: second not in {row[ID] for row in runtime(worker).claimer.held.values()})
+        until(lambda: second not in {row[ID] for row in runtime(worker).claim_log.held()})
         go_on.set()
         until(lambda: load(engine, first).state == "completed")
         worker.stop()

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from itertools import count
+from types import SimpleNamespace
 from typing import Any, ClassVar, Literal
 from uuid import UUID
 
@@ -357,8 +358,7 @@ class Tasks(RuleBasedStateMachine):
                 counters.Counter(),
                 schemas=[None],
                 outage=Outage(),
-                on_settled=self._forget_attempts,
-                on_given_up=lambda _: None,
+                claim_log=SimpleNamespace(settled=self._forget_attempts, given_up=lambda _: None),
                 on_pending=lambda _: None,
             )
             for keeps, completion in self.completions.items()
@@ -933,6 +933,7 @@ class Tasks(RuleBasedStateMachine):
                     self.reached["a task without attempts left"] += 1
                 assert attempt.is_doomed or task.number <= known.limit + 1
                 hand.held[task.id] = attempt
+                hand.notes.hold([task.row])
                 self.attempts.append(attempt)
 
     def _may_write(self, end: AttemptResult) -> bool:

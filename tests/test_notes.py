@@ -105,7 +105,7 @@ def test_what_it_could_not_write_is_found_by_the_next(engine, make_worker):
     worker = make_worker(lease=timedelta(seconds=1))
     worker.use("t", lambda task: None)
     worker.start()
-    until(lambda: not runtime(worker).claimer.held and noted(engine))
+    until(lambda: not runtime(worker).claim_log.held() and noted(engine))
     worker.stop()
     assert (state(engine, task_id), noted(engine)) == ("running", [[task_id]])
 

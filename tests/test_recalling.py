@@ -259,7 +259,7 @@ def test_the_log_has_a_line_when_it_is_told_and_one_when_it_has_ended(engine, ma
 
     cancel(engine, task_id)
 
-    until(lambda: not runtime(worker).claimer.held)
+    until(lambda: not runtime(worker).claim_log.held())
     said = [record.getMessage() for record in caplog.records]
     assert [line for line in said if "has started" not in line] == [
         f"these tasks are this worker's no more, and are told to stop: {task_id}",

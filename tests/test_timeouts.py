@@ -241,7 +241,7 @@ class TestFunctions:
             returns.set()
             until(lambda: "has returned after its timeout" in caplog.text)
 
-            assert [row[ID] for row in runtime(worker).claimer.held.values()] == [task_id]
+            assert [row[ID] for row in runtime(worker).claim_log.held()] == [task_id]
             assert runtime(worker).claimer._claim_log._left
 
         until(lambda: failed(engine, task_id))

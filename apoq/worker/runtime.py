@@ -104,14 +104,14 @@ class Runtime:
         self._beside: set[AnyAttempt] = set()  # what runs in no slot, but on the thread of `work`
         self.event_loop = EventLoopThread()
         self.sessions = TaskSessions(engine, self.event_loop)
-        claim_log = ClaimLog()
+        self.claim_log = ClaimLog()
         self.heartbeat = Heartbeat(
             sync_side(engine),
             queues,
             self.outage,
+            self.claim_log,
             concurrency=options.concurrency,
             lease=options.lease,
-            known=claim_log.known,
             on_rescued=self._rescued,
             on_unknown=self._doubt,
             on_lapse=self._lapsed,
@@ -125,8 +125,7 @@ class Runtime:
             counter,
             self._schemas,
             self.outage,
-            on_settled=self._settled,
-            on_given_up=self._given_up,
+            self.claim_log,
             on_pending=self._look,
         )
         self.missing = MissingThreads(self.outage)
@@ -156,7 +155,7 @@ class Runtime:
             queues,
             registry,
             self.executor,
-            claim_log,
+            self.claim_log,
             self.outage,
             events,
             positions=positions,
@@ -178,7 +177,7 @@ class Runtime:
             self.engine,
             self._schemas,
             self.outage,
-            held=lambda: list(self.claimer.held.values()),
+            self.claim_log,
             running=lambda: [*self.executor.running(), *self._beside],
             interval=options.lease.total_seconds() / HEARTBEATS_PER_LEASE,
             on_lost=self._lost,
@@ -338,7 +337,7 @@ class Runtime:
     def _put_ended(self, end: AttemptResult) -> None:
         if end.row is not None and end.outcome is None and not self._is_followed(end):
             self._counter.count(None)
-            self.claimer.settled([end.attempt.row])  # it is written already, and nobody is to be told
+            self.claim_log.settled([end.attempt.row])  # it is written already, and nobody is to be told
             return
         self.settler.put(end)
         self.settling.wake()
@@ -350,12 +349,6 @@ class Runtime:
         self._put_ended(ended(attempt, overdue(attempt.timeout or 0.0, thread_id)))
         if not self.settling.is_alive:
             self.settler.turn()  # nobody else takes turns beside `work`
-
-    def _settled(self, tasks: list[Claimed]) -> None:
-        self.claimer.settled(tasks)
-
-    def _given_up(self, task: Claimed) -> None:
-        self.claimer.given_up(task)
 
     def _lapsed(self, schemas: list[str | None]) -> None:
         self._events.report(LeaseLost(tuple(schemas), is_everywhere=len(schemas) == len(self._schemas)))
@@ -386,7 +379,7 @@ class Runtime:
             self.monitoring.wake()
 
     def _lost(self, tasks: list[Claimed]) -> None:
-        self.claimer.settled(self.executor.recall(tasks))
+        self.claim_log.settled(self.executor.recall(tasks))
         for attempt in list(self._beside):
             if any(attempt.row is row for row in tasks):
                 attempt.recall()

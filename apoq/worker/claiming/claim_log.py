@@ -24,9 +24,12 @@ class _Left:
 
 
 class ClaimLog:
-    """Knows of each claim how many of its tasks aren't settled yet, and which notes nobody needs any more."""
+    """Knows which tasks the worker holds, and of which claims nobody needs the notes any more."""
 
     def __init__(self) -> None:
+        self._held: dict[int, Claimed] = {}
+        # By the `id()` of the row: a task may be claimed once more while its last run goes on, and schemas count
+        # from 1 each.
         self._lock = threading.Lock()
         # Not from 1: nobody else can write down what this worker is about to claim.
         self._numbers = count(secrets.randbits(48))
@@ -69,9 +72,17 @@ class ClaimLog:
         with self._lock:
             del self._under_way[number]
 
+    def hold(self, tasks: list[Claimed]) -> None:
+        """Remember tasks that were claimed, until they are settled."""
+        self._held.update({id(row): row for row in tasks})
+
+    def held(self) -> list[Claimed]:
+        """Return the tasks that were claimed and aren't settled yet."""
+        return list(self._held.values())
+
     def settled(self, tasks: list[Claimed]) -> None:
-        """Remember that these are settled."""
-        numbers = Counter([row[CLAIM].number for row in tasks])
+        """Forget tasks that have been written."""
+        numbers = Counter([row[CLAIM].number for row in tasks if self._held.pop(id(row), None) is not None])
         with self._lock:
             for number, size in numbers.items():
                 left = self._left[number]
@@ -79,6 +90,10 @@ class ClaimLog:
                 if left.size == 0:
                     del self._left[number]
                     self._done.setdefault(left.schema, []).append(number)
+
+    def given_up(self, task: Claimed) -> None:
+        """Forget a task that can't be written: others find it by its note, once this worker is gone."""
+        self._held.pop(id(task), None)
 
     def forgotten(self, schema: str | None, numbers: Iterable[int]) -> None:
         """Remember that the notes of these claims are gone."""

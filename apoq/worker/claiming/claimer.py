@@ -141,11 +141,6 @@ class Claimer:
         self._make = make
         self._put_ended = put_ended
         self.worker_id = UUID(int=0)
-        self.held: dict[int, Claimed] = {}
-        """Every task that was claimed and isn't settled yet, by the `id()` of its row.
-
-        Not by its own: it may be claimed once more while its last run goes on, and schemas count from 1 each.
-        """
         self._moves: list[tuple[ClaimCursor, list[tuple[Any, ...]], bool]] = []
         self._claim_log = claim_log
         self.waits_for_room = True
@@ -250,14 +245,6 @@ class Claimer:
                     continue
             yield row
 
-    def settled(self, tasks: list[Claimed]) -> None:
-        """Forget tasks that have been written."""
-        self._claim_log.settled([row for row in tasks if self.held.pop(id(row), None) is not None])
-
-    def given_up(self, task: Claimed) -> None:
-        """Forget a task that can't be written: others find it by its note, once this worker is gone."""
-        self.held.pop(id(task), None)
-
     def _claim_from(
         self, source: _Source, limit: int, free: int, where: Engine | PoolProxiedConnection
     ) -> list[Claimed]:
@@ -293,7 +280,7 @@ class Claimer:
         if rows:
             self._moves.append((source.position, rows, len(rows) < limit))
         tasks: list[Claimed] = [(*row, batch) for row in rows]
-        self.held.update({id(task): task for task in tasks})
+        self._claim_log.hold(tasks)
         if self._events.heard(TaskClaimed):
             for task in tasks:
                 self._events.report(reports.claimed(task))
@@ -441,7 +428,7 @@ class Claimer:
 
     def _give_back(self, schema: str | None) -> bool:
         """Give back what strays there are in a schema; return whether none is left."""
-        held = [row[ID] for row in list(self.held.values()) if row[CLAIM].from_queue.schema == schema]
+        held = [row[ID] for row in self._claim_log.held() if row[CLAIM].from_queue.schema == schema]
         parameters = {
             "by_worker": self.worker_id,
             "known": array_text(self._claim_log.known(schema)),

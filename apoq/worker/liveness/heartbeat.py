@@ -7,7 +7,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from importlib.metadata import version
@@ -28,6 +28,7 @@ from apoq.postgres.watchdog import Stopped
 from apoq.schema.statements.arrays import array_text
 from apoq.schema.statements.heartbeat import beat_and_look, forget, leave
 from apoq.schema.statements.recover import forget_dead, held_by_dead, rescue
+from apoq.worker.claiming.claim_log import ClaimLog
 from apoq.worker.failures import Failures, Outage
 from apoq.worker.isolation import Isolation
 from apoq.worker.liveness.lease import Lease
@@ -93,15 +94,15 @@ class Heartbeat:
         engine: Engine,
         queues: tuple[Queue, ...],
         outage: Outage,
+        claim_log: ClaimLog,
         *,
         concurrency: int,
         lease: timedelta,
-        known: Callable[[str | None], Sequence[int]],
         on_rescued: Callable[[TasksRescued], None],
         on_unknown: Callable[[], None],
         on_lapse: Callable[[list[str | None]], None],
     ) -> None:
-        """`known` returns the worker's own claims in a schema; `on_unknown` is called if there are others.
+        """`on_unknown` is called if there are notes of claims that the worker doesn't know.
 
         `on_lapse` is called with the schemas in which the lease has ended.
         """
@@ -122,7 +123,7 @@ class Heartbeat:
         self.engine = own_engine(
             engine, lock_timeout=f"{self._interval * LOCK_TIMEOUT_HEARTBEATS * 1_000:.0f}ms"
         )
-        self._known = known
+        self._claim_log = claim_log
         self._on_rescued = on_rescued
         self._on_unknown = on_unknown
         self._on_lapse = on_lapse
@@ -198,7 +199,8 @@ class Heartbeat:
             presence.peers.forget()  # this one was away itself
         found = self._execute(
             beat_and_look(schema),
-            parameters | {"worker_queues": presence.queues, "known": array_text(self._known(schema))},
+            parameters
+            | {"worker_queues": presence.queues, "known": array_text(self._claim_log.known(schema))},
         ).fetchall()
         presence.lease.renew(began)
         presence.has_lapsed = False

@@ -16,6 +16,7 @@ from apoq.schema.statements.arrays import array_text
 from apoq.schema.statements.begin import begin
 from apoq.schema.statements.claim import CLAIM, CLAIM_TOKEN, ID
 from apoq.schema.statements.lost import lost
+from apoq.worker.claiming.claim_log import ClaimLog
 from apoq.worker.execution.attempt import AnyAttempt, Claimed
 from apoq.worker.failures import Outage
 from apoq.worker.isolation import Isolation
@@ -43,8 +44,8 @@ class LostTaskMonitor:
         engine: Engine,
         schemas: tuple[str | None, ...],
         outage: Outage,
+        claim_log: ClaimLog,
         *,
-        held: Callable[[], list[Claimed]],
         running: Callable[[], list[AnyAttempt]],
         interval: float,
         on_lost: Callable[[list[Claimed]], None],
@@ -52,7 +53,7 @@ class LostTaskMonitor:
         self._engine = engine
         self._isolation: Isolation[str | None] = Isolation(_describe, outage)
         self._schemas = schemas
-        self._held = held
+        self._claim_log = claim_log
         self._running = running
         self._interval = interval
         self._on_lost = on_lost
@@ -64,7 +65,7 @@ class LostTaskMonitor:
 
     def look_for(self, ids: Iterable[int]) -> bool:
         """Remember that these may have been cancelled; tell whether any is here."""
-        mine = {row[ID] for row in self._held()}.intersection(ids)
+        mine = {row[ID] for row in self._claim_log.held()}.intersection(ids)
         with self._lock:
             self._wanted |= mine
         return bool(mine)
@@ -76,7 +77,7 @@ class LostTaskMonitor:
         with self._lock:
             wanted, self._wanted = self._wanted, set()
         claimed_before = time.monotonic() - self._interval
-        held = self._held()
+        held = self._claim_log.held()
         self._logged &= {_key(row) for row in held}
         parts: dict[str | None, dict[tuple[int, int], Claimed]] = {}
         for row in held:

@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 from operator import itemgetter
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple, Protocol, TypeVar
 
 from psycopg import DatabaseError
 from psycopg.errors import LockNotAvailable
@@ -73,6 +73,16 @@ class Closed(NamedTuple):
     pause: float
 
 
+class Holder(Protocol):
+    """Knows which tasks the worker holds."""
+
+    def settled(self, tasks: list[Claimed]) -> None:
+        """Forget tasks that have been written."""
+
+    def given_up(self, task: Claimed) -> None:
+        """Forget a task to which nothing can be written."""
+
+
 class Settler:
     """Takes ended attempts as they come, and settles all that there are with each write.
 
@@ -89,21 +99,16 @@ class Settler:
         counter: Counter,
         schemas: Sequence[str | None],
         outage: Outage,
+        claim_log: Holder,
         *,
-        on_settled: Callable[[list[Claimed]], None],
-        on_given_up: Callable[[Claimed], None],
         on_pending: Callable[[float], None],
     ) -> None:
-        """`on_pending` is called with the seconds until a task that was settled is due again.
-
-        `on_given_up` with a task to which nothing can be written.
-        """
+        """`on_pending` is called with the seconds until a task that was settled is due again."""
         self._engine = engine
         self._completion = completion
         self._counter = counter
         self._events = events_
-        self._on_settled = on_settled
-        self._on_given_up = on_given_up
+        self._claim_log = claim_log
         self._on_pending = on_pending
         # Most attempts complete, and nothing more is to be known of them.
         self._completed: deque[Claimed] = deque()
@@ -232,7 +237,7 @@ class Settler:
             if row := rows[task[ID]]:
                 known = {"data": short_data(task) if kept is None else kept.attempt.known_data()}
                 self._events.emit(COMPLETED, detached(schema, {**row, **known}))
-        self._on_settled(tasks)
+        self._claim_log.settled(tasks)
 
     def _settle(self, schema: str | None, ends: list[AttemptResult]) -> None:
         ends.sort(key=lambda end: end.attempt.id)
@@ -247,7 +252,7 @@ class Settler:
                 self._tell(end, rows[end.attempt.id])
                 self._counter.count(end.settlement)
         # One that took too long is settled as that, and not when it returns at last.
-        self._on_settled([end.attempt.row for end in ends if not is_late(end)])
+        self._claim_log.settled([end.attempt.row for end in ends if not is_late(end)])
         for end in ends:
             if end.settlement is not None and end.settlement.state == states.PENDING:
                 self._on_pending(end.settlement.delay or 0.0)
@@ -264,7 +269,7 @@ class Settler:
                 bare = replace(one, settlement=one.settlement._replace(error=without))
                 return [unsettled._replace(ended=[bare])]
         logger.error("task %d is run again when this worker stops", _row(one)[ID])
-        self._on_given_up(_row(one))
+        self._claim_log.given_up(_row(one))
         return []
 
     def _execute_completion(self, schema: str | None, tasks: list[Claimed]) -> Rows:
