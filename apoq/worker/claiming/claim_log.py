@@ -28,8 +28,8 @@ class ClaimLog:
 
     def __init__(self) -> None:
         self._held: dict[int, Claimed] = {}
-        # By the `id()` of the row: a task may be claimed once more while its last run goes on, and schemas count
-        # from 1 each.
+        # By the `id()` of the row: a task may be claimed once more while its last run goes on, and schemas
+        # count from 1 each.
         self._lock = threading.Lock()
         # Not from 1: nobody else can write down what this worker is about to claim.
         self._numbers = count(secrets.randbits(48))
