@@ -479,7 +479,7 @@ class TestDoctor:
         assert self.findings(run)["connections"]["level"] == BAD
 
     def test_notifications_that_do_not_arrive_are_worth_a_look(self, run, monkeypatch):
-        monkeypatch.setattr(server_checks, "_notification", lambda own: None)
+        monkeypatch.setattr(server_checks, "_notify", lambda own: None)
 
         finding = self.findings(run)["notifications"]
 

@@ -263,6 +263,27 @@ def test_what_was_added_before_the_worker_listened_is_found(engine, queue, make_
         worker.stop()
 
 
+def test_a_task_that_is_cancelled_just_before_the_worker_listens_is_told(engine, queue, make_worker):
+    begun, told = threading.Event(), threading.Event()
+    with Session(engine) as session, session.begin():
+        task_id = queue.add(session, "t").id
+    worker = make_worker(lease=LONG)
+    worker.use("t", lambda task: begun.set() or until(lambda: task.should_stop) and told.set())
+    hears = runtime(worker).listener._hears
+
+    def hears_later(connection) -> bool:
+        heard = hears(connection)
+        assert begun.wait(SOON)
+        with Session(engine) as session, session.begin():
+            assert queue.cancel(session, task_id)
+        return heard
+
+    runtime(worker).listener._hears = hears_later
+    worker.start()
+
+    assert told.wait(SOON)
+
+
 def test_what_was_added_just_before_the_worker_listened_is_found(engine, url, queue, make_worker):
     """It has looked, found nothing, and hears of nothing that came between."""
     ran = threading.Event()

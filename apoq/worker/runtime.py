@@ -19,7 +19,7 @@ from apoq.events import Events, LeaseLost, TasksRescued
 from apoq.postgres.connections import own_engine
 from apoq.postgres.urls import sync_side
 from apoq.postgres.watchdog import CHECK_INTERVAL_SECONDS, watch
-from apoq.schema.statements.claim import CLAIM, TYPE
+from apoq.schema.statements.claim import CLAIM, ID, TYPE
 from apoq.schema.statements.notify import has_tasks
 from apoq.schema.statements.settle import LOCK_TIMEOUT
 from apoq.worker.claiming.claim_log import ClaimLog
@@ -386,6 +386,8 @@ class Runtime:
 
     def _listens(self) -> None:
         self.listening.recovered()
+        # What was cancelled before has notified nobody.
+        self._cancelled({row[ID] for row in self.claim_log.held()})
 
     def _rescued(self, event: TasksRescued) -> None:
         self._events.report(event)
