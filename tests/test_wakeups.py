@@ -268,7 +268,7 @@ def test_a_task_that_is_cancelled_just_before_the_worker_listens_is_told(engine,
     with Session(engine) as session, session.begin():
         task_id = queue.add(session, "t").id
     worker = make_worker(lease=LONG)
-    worker.use("t", lambda task: begun.set() or until(lambda: task.should_stop) and told.set())
+    worker.use("t", lambda task: begun.set() or (until(lambda: task.should_stop) and told.set()))
     hears = runtime(worker).listener._hears
 
     def hears_later(connection) -> bool:
