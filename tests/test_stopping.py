@@ -538,3 +538,19 @@ class TestRun:
                 program.send_signal(signal.SIGTERM)
 
                 assert program.wait(SOON) == 0
+
+
+def test_a_worker_that_can_not_start_leaves_no_row_behind(engine, make_worker, monkeypatch):
+    """It is registered already when what it does next fails, or is told to stop."""
+    worker = make_worker()
+
+    def refused(**_options: object) -> float:
+        raise RuntimeError("refused")
+
+    monkeypatch.setattr(runtime(worker).scanner, "survey", refused)
+
+    with pytest.raises(RuntimeError, match="refused"):
+        worker.start()
+
+    with Session(engine) as session:
+        assert session.scalar(sa.text("SELECT count(*) FROM apoq_workers")) == 0

@@ -64,6 +64,8 @@ class Lifecycle:
         self._enlisted = 0
         self._is_started = False
         self._has_entered = False
+        self._is_registered = False
+        """Whether its row is there: it is, before it has entered."""
         self._begins_later = False
         """Whether the heartbeat's thread starts the others: when the database, and each thread, is there."""
         self._beginning = threading.Lock()
@@ -192,7 +194,7 @@ class Lifecycle:
                 return
             # Fresh each time, so that nothing an earlier life of this worker left behind looks alive.
             runtime.claimer.worker_id = runtime.heartbeat.worker_id = uuid4()
-            self._has_entered = False
+            self._has_entered = self._is_registered = False
             self._looked_at.clear()
             try:
                 try:
@@ -236,7 +238,7 @@ class Lifecycle:
     def _leave(self, runtime: Runtime) -> None:
         """Remove the worker's row; the last thing that its heartbeat does."""
         try:
-            if self._has_entered:
+            if self._is_registered:
                 runtime.heartbeat.leave()
         except Exception as error:  # noqa: BLE001 - the lease ends by itself
             logger.warning("this worker's row could not be removed, and will be: %s", error)
@@ -249,6 +251,7 @@ class Lifecycle:
             # A tenant's schema may have been dropped.
             logger.error("%s; until then, this worker does without the queues there", error)
         self.runtime.heartbeat.enter()
+        self._is_registered = True
         # Before the first claim, which wouldn't know of priorities otherwise.
         self.runtime.scanner.survey()
         self._has_entered = True
