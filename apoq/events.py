@@ -193,8 +193,8 @@ def _always() -> bool:
 class Events:
     """The events of one worker, and who listens to them.
 
-    By its class, such as ``on(TaskStarted, listener)``: the listener gets the event. By its name, the
-    listener gets the `Task` as it stands in the database, in no session:
+    Listen to a class, as in ``on(TaskStarted, listener)``, and the listener gets the event. Listen to a
+    name, and it gets the `Task` as it stands in the database, in no session:
 
     | event            | the listener gets | when                                             |
     |------------------|-------------------|--------------------------------------------------|
@@ -209,7 +209,7 @@ class Events:
 
     def __init__(self) -> None:
         self._listeners: dict[object, list[tuple[Listener, Callable[[], bool]]]] = {
-            name: [] for name in (*NAMES, *_concrete(Event))
+            name: [] for name in (*NAMES, *_with_subclasses(Event))
         }
 
     @overload
@@ -221,10 +221,11 @@ class Events:
     def on(self, event: Any, listener: Listener, *, when: Callable[[], bool] = _always) -> None:
         """Call `listener` at each event of this name or class, from now on.
 
-        With `when`, only while it returns true: nothing is prepared then that nobody else listens to.
+        `when` is asked each time, and the listener is called only if it returns true. Raises ValueError if
+        there is no such event, and TypeError if the listener is no plain function.
         """
         if isinstance(event, type) and issubclass(event, Event):
-            names: list[object] = list(_concrete(event))
+            names: list[object] = list(_with_subclasses(event))
         elif event in NAMES:
             names = [event]
         else:
@@ -262,8 +263,8 @@ class Events:
                 )
 
 
-def _concrete(event: type[Event]) -> Iterator[type[Event]]:
-    """Find this class of events and those below it."""
+def _with_subclasses(event: type[Event]) -> Iterator[type[Event]]:
+    """Return a class of events and all its subclasses."""
     yield event
-    for below in event.__subclasses__():
-        yield from _concrete(below)
+    for subclass in event.__subclasses__():
+        yield from _with_subclasses(subclass)

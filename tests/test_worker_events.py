@@ -265,3 +265,21 @@ def test_events_of_several_tasks_tell_which(engine, make_worker):
 
     assert sorted(event.id for event in completed) == ids
     assert all(event.seconds is not None for event in completed)
+
+
+@pytest.mark.parametrize(
+    ("outcome", "expected"),
+    [
+        (Cancel("enough"), "is cancelled by its processor: enough"),
+        (Snooze(60), "is put off for 60 s by its processor"),
+    ],
+    ids=["a cancellation", "a snooze"],
+)
+def test_at_debug_the_log_says_what_else_became_of_a_task(engine, worker, caplog, outcome, expected):
+    worker.use("t", raiser(outcome))
+    task_id = add(engine)
+
+    with caplog.at_level(logging.DEBUG, logger="apoq.worker"):
+        worker.work()
+
+    assert f"task {task_id} (t) {expected}" in caplog.messages

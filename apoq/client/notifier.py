@@ -240,7 +240,7 @@ class NotifyConnection:
             return
         try:
             execute(pooled, FLUSH_NOTHING, {})
-            # Its plan, made anew, would take the server a fifth of the time in which a notification is heard.
+            # To plan it anew would take the server a fifth of the time until a notification arrives.
             name = prepare_statement(pooled, notify_only())
         except BaseException as error:
             pooled.invalidate(error)
@@ -249,7 +249,7 @@ class NotifyConnection:
             self._pooled, self._name = pooled, name
 
     def send(self, notification: Notification) -> bool:
-        """Send a notification; answer False where that would have to wait, or another was sent just now."""
+        """Send a notification; return False if that would have to wait, or another was sent just now."""
         with self._lock:
             if self._pooled is None or time.monotonic() < self.sent_at + SEND_INTERVAL_SECONDS:
                 return False

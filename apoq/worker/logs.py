@@ -13,6 +13,7 @@ from apoq.events import (
     OutageBegan,
     OutageEnded,
     OutageLasts,
+    TaskCancelled,
     TaskClaimed,
     TaskCompleted,
     TaskEvent,
@@ -20,6 +21,7 @@ from apoq.events import (
     TaskLost,
     TaskReleased,
     TaskRetried,
+    TaskSnoozed,
     TasksRescued,
     TaskStarted,
     WorkerStarted,
@@ -35,7 +37,10 @@ LOGGED: Final[tuple[type[Event], ...]] = (
     *(LeaseLost, OutageBegan, OutageLasts, OutageEnded),
     *(WorkerStarted, WorkerStopping, WorkerStopped),
 )
-DEBUGGED: Final[tuple[type[Event], ...]] = (TaskClaimed, TaskStarted, TaskCompleted, TaskReleased)
+DEBUGGED: Final[tuple[type[Event], ...]] = (
+    *(TaskClaimed, TaskStarted, TaskCompleted),
+    *(TaskCancelled, TaskSnoozed, TaskReleased),
+)
 
 
 def listen(events: Events) -> None:
@@ -79,6 +84,13 @@ def _write_task(event: TaskEvent) -> None:
                 "task %d (%s) was taken from this worker before it ended here; nothing was written to it",
                 *(id_, type_),
             )
+        case _:
+            _write_progress(event)
+
+
+def _write_progress(event: TaskEvent) -> None:
+    id_, type_ = event.id, event.type
+    match event:
         case TaskClaimed():
             logger.debug("task %d (%s) is claimed, for attempt %d", id_, type_, event.attempt)
         case TaskStarted(lag=lag):
@@ -89,6 +101,10 @@ def _write_task(event: TaskEvent) -> None:
             logger.debug("task %d (%s) is completed", id_, type_)
         case TaskCompleted(seconds=seconds):
             logger.debug("task %d (%s) is completed, after %.3f s", id_, type_, seconds)
+        case TaskCancelled(error=error):
+            logger.debug("task %d (%s) is cancelled by its processor: %s", id_, type_, message_of(error))
+        case TaskSnoozed(delay=delay):
+            logger.debug("task %d (%s) is put off for %g s by its processor", id_, type_, delay)
         case TaskReleased():
             logger.debug("task %d (%s) is given back, with no attempt used up", id_, type_)
 

@@ -133,7 +133,7 @@ def claim(
         # By where they stand, and as an array: by id, or joined, it takes the server a tenth longer. What is
         # locked stays in its place. What another session has moved meanwhile, by writing to it between this
         # statement's beginning and the lock, is left to another claim.
-        .where(any_(func.array(select(picked.c.ctid).scalar_subquery())) == _PLACE)
+        .where(_place == any_(func.array(select(picked.c.ctid).scalar_subquery())))
         .values(_effect(tasks, picked, ahead=ahead))
         .returning(*_returned(tasks, bare=bare))
         .add_cte(note(schema, picked).cte("note"))
@@ -149,16 +149,16 @@ def next_due(
     return select(picked.c.id)
 
 
-_PLACE: Final[ColumnElement[Any]] = literal_column("ctid")
-_AT_MOST: Final = bindparam("at_most", type_=BigInteger)
+_place: ColumnElement[Any] = literal_column("ctid")
+_at_most = bindparam("at_most", type_=BigInteger)
 
 
 def _picked(tasks: Table, *, ahead: bool, passes_over: bool, overflows: bool) -> CTE:
     """Lock due tasks, and return where they stand and their ids."""
     due = (
-        select(_PLACE, tasks.c.id)
+        select(_place, tasks.c.id)
         .where(*_is_claimable(tasks, ahead=ahead, passes_over=passes_over))
-        .limit(_AT_MOST)
+        .limit(_at_most)
         # Others claim at the same time: what they hold is passed over, not waited for.
         .with_for_update(skip_locked=True)
     )
@@ -173,7 +173,7 @@ def _picked(tasks: Table, *, ahead: bool, passes_over: bool, overflows: bool) ->
         order = tasks.c.priority.desc(), tasks.c.process_at, tasks.c.id
         rest = due.where(lower).order_by(*order).subquery("rest")
         found = select(*union_all(found, select(*rest.c)).subquery("found").c)
-    return found.limit(_AT_MOST).cte("picked")
+    return found.limit(_at_most).cte("picked")
 
 
 def _levels() -> TableValuedAlias:
@@ -215,7 +215,7 @@ def _is_claimable(tasks: Table, *, ahead: bool, passes_over: bool) -> list[Colum
 
 def _effect(tasks: Table, picked: CTE, *, ahead: bool) -> dict[str, Any]:
     """Return what a claim writes to a task: the columns of `CHANGED`."""
-    # Nor has that begun which is to be ended: if this worker dies, it doesn't count.
+    # A task that has used up its attempts is ended, and doesn't begin: a death doesn't count for it.
     may_not_have_begun = _is_spent(tasks)
     if ahead:
         count = select(func.count()).select_from(picked).scalar_subquery()

@@ -72,7 +72,7 @@ def enqueue(schema: str | None, *, mapped: bool = True) -> Insert:
     return statement.execution_options(dml_strategy="raw") if mapped else statement
 
 
-def added_row(parameters: Mapping[str, Any], answer: Mapping[Any, Any]) -> dict[str, Any]:
+def added_row(parameters: Mapping[str, Any], returned: Mapping[Any, Any]) -> dict[str, Any]:
     """Put together the row that `enqueue` has added; to send all of it back would cost a sixth of it."""
     return {
         **_UNTOUCHED,
@@ -84,9 +84,9 @@ def added_row(parameters: Mapping[str, Any], answer: Mapping[Any, Any]) -> dict[
         "retry_delay": parameters["task_retry_delay"],
         "timeout": parameters["task_timeout"],
         "meta": None if parameters["task_meta"] is None else read_json(parameters["task_meta"]),
-        "id": answer["id"],
-        "created_at": read_microseconds(answer["created_at"]),
-        "process_at": read_microseconds(answer["process_at"]),
+        "id": returned["id"],
+        "created_at": read_microseconds(returned["created_at"]),
+        "process_at": read_microseconds(returned["process_at"]),
     }
 
 

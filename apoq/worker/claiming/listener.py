@@ -125,7 +125,7 @@ class Listener:
         self._wake_receiver, self._wake_sender = socket.socketpair()
 
     def turn(self) -> float | None:
-        """Listen until told to stop; where no notifications arrive, answer when to try again."""
+        """Listen until told to stop; if no notifications arrive, return when to try again."""
         with ListeningConnection(self._listening, self._wake_receiver) as connection:
             self._connection = connection
             try:

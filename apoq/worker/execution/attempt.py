@@ -94,7 +94,7 @@ class StopSignal:
 
 
 LOST: Final = StopSignal(is_given=True)
-"""What a task has instead, once it is known that it runs in vain."""
+"""What an attempt has instead, once its task is no longer this worker's."""
 
 
 class _Attempt(Generic[S]):

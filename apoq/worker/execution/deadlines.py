@@ -47,7 +47,7 @@ class Deadlines:
             self._loop.wake()
 
     def forget(self, attempt: AnyAttempt) -> bool:
-        """Watch an attempt no longer, for it has ended; return whether nobody else has ended it before."""
+        """Stop watching an attempt that has ended; return False if its timeout had ended it before."""
         if self._until.pop(attempt, None) is not None:
             return True
         with self._lock:  # until whoever ended it is done with it

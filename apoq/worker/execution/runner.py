@@ -22,7 +22,6 @@ from apoq.worker.execution.completion import Completion
 from apoq.worker.execution.deadlines import Deadlines
 from apoq.worker.execution.event_loop import CANCELLATION_SECONDS
 from apoq.worker.execution.isolated_context import IsolatedContext
-from apoq.worker.execution.running_task import RunningTask
 from apoq.worker.execution.task_sessions import TaskSession, could_not_connect
 from apoq.worker.failures import brief
 
@@ -83,7 +82,7 @@ def _run(attempt: Attempt, completion: Completion, deadlines: Deadlines) -> Atte
             began_at = _begin(attempt)
         limit = attempt.timeout
         answer = (
-            attempt.processor.function(RunningTask(attempt))
+            attempt.processor.function(attempt.running_task())
             if limit is None
             else _run_within(limit, attempt, deadlines)
         )
@@ -157,7 +156,7 @@ def _run_within(limit: float, attempt: Attempt, deadlines: Deadlines) -> Any:
     """Run the function, which nothing can stop; raise `TaskLost` where its attempt was ended meanwhile."""
     deadlines.watch(attempt, limit)
     try:
-        answer = attempt.processor.function(RunningTask(attempt))
+        answer = attempt.processor.function(attempt.running_task())
     except KeyboardInterrupt:
         deadlines.forget(attempt)
         raise  # meant for the program, whenever it comes

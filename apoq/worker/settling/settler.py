@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 from operator import itemgetter
-from typing import Any, Final, NamedTuple, Protocol, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 from psycopg import DatabaseError
 from psycopg.errors import LockNotAvailable
@@ -29,6 +29,7 @@ from apoq.schema.statements.claim import CLAIM, CLAIM_TOKEN, ID
 from apoq.schema.statements.locked import locked
 from apoq.schema.statements.settle import settle
 from apoq.worker import reports
+from apoq.worker.claiming.claim_log import ClaimLog
 from apoq.worker.execution.attempt import Claimed, short_data
 from apoq.worker.execution.completion import Completion, told
 from apoq.worker.execution.runner import AttemptResult, TaskLost, is_late
@@ -73,16 +74,6 @@ class Closed(NamedTuple):
     pause: float
 
 
-class Holder(Protocol):
-    """Knows which tasks the worker holds."""
-
-    def settled(self, tasks: list[Claimed]) -> None:
-        """Forget tasks that have been written."""
-
-    def given_up(self, task: Claimed) -> None:
-        """Forget a task to which nothing can be written."""
-
-
 class Settler:
     """Takes ended attempts as they come, and settles all that there are with each write.
 
@@ -99,7 +90,7 @@ class Settler:
         counter: Counter,
         schemas: Sequence[str | None],
         outage: Outage,
-        claim_log: Holder,
+        claim_log: ClaimLog,
         *,
         on_pending: Callable[[float], None],
     ) -> None:
