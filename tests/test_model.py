@@ -52,8 +52,8 @@ from apoq.schema.statements.notes import forget_settled
 from apoq.schema.statements.prune import prune_completed, prune_failed
 from apoq.schema.statements.recover import forget_dead, forget_unknown, give_back, rescue
 from apoq.schema.statements.survey import survey
-from apoq.worker.claiming import claim_log
-from apoq.worker.claiming.claim_log import ClaimLog
+from apoq.worker import claim_log
+from apoq.worker.claim_log import ClaimLog
 from apoq.worker.claiming.cursor import MAX_LEVELS, ClaimCursor
 from apoq.worker.execution.attempt import Attempt as WorkerAttempt
 from apoq.worker.execution.attempt import Claim, Claimed, StopSignal

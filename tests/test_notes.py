@@ -17,7 +17,7 @@ from waiting import patience
 from apoq import Queue, Task, Worker
 from apoq.schema.models import ClaimRow, WorkerRow
 from apoq.schema.statements.claim import ID
-from apoq.worker.claiming.claim_log import MIN_FORGOTTEN
+from apoq.worker.claim_log import MIN_FORGOTTEN
 
 SOON = 20.0
 """Seconds within which what a test waits for has long happened."""

@@ -28,7 +28,7 @@ from apoq.schema import preflight
 from apoq.schema.models import Task, detached
 from apoq.worker.execution.executor import released
 from apoq.worker.execution.runner import AttemptResult
-from apoq.worker.execution.running_task import KNOWN
+from apoq.worker.execution.running_task import KNOWN, RunningTask
 from apoq.worker.loop import Loop
 from apoq.worker.options import WorkerOptions
 from apoq.worker.runtime import SETTLE_ON_STOP_SECONDS, STOP_OVERTIME_SECONDS, Runtime, left_until
@@ -323,7 +323,7 @@ class Lifecycle:
             if found is not None:
                 set_committed_value(found, "data", end.attempt.known_data())
         # A completed task that isn't kept is gone: then it is returned as far as it is known here.
-        task = end.attempt.running_task()
+        task = RunningTask(end.attempt)
         known = {name: getattr(task, name) for name in KNOWN}
         return found or detached(end.attempt.from_queue.schema, known | {"state": COMPLETED})
 

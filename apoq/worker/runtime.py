@@ -22,7 +22,7 @@ from apoq.postgres.watchdog import CHECK_INTERVAL_SECONDS, watch
 from apoq.schema.statements.claim import CLAIM, ID, TYPE
 from apoq.schema.statements.notify import has_tasks
 from apoq.schema.statements.settle import LOCK_TIMEOUT
-from apoq.worker.claiming.claim_log import ClaimLog
+from apoq.worker.claim_log import ClaimLog
 from apoq.worker.claiming.claimer import Claimer
 from apoq.worker.claiming.cursor import ClaimCursor
 from apoq.worker.claiming.listener import Listener, listen_engine

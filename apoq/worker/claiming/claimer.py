@@ -30,7 +30,7 @@ from apoq.schema.statements.data import read_data
 from apoq.schema.statements.notes import forget_settled
 from apoq.schema.statements.recover import forget_unknown, give_back
 from apoq.worker import reports
-from apoq.worker.claiming.claim_log import ClaimLog
+from apoq.worker.claim_log import ClaimLog
 from apoq.worker.claiming.cursor import ClaimCursor
 from apoq.worker.execution.attempt import AnyAttempt, Claim, Claimed, StopSignal, longest_data
 from apoq.worker.execution.executor import Executor, released

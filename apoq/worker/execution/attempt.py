@@ -33,7 +33,6 @@ from apoq.schema.statements.claim import (
     TYPE,
     ClaimedTask,
 )
-from apoq.worker.execution.running_task import AsyncRunningTask, RunningTask
 from apoq.worker.execution.task_sessions import AsyncTaskSession, TaskSession, cut_off, is_cut_off
 from apoq.worker.liveness.lease import Lease
 
@@ -241,10 +240,6 @@ class Attempt(_Attempt[TaskSession]):
 
     __slots__ = ()
 
-    def running_task(self) -> RunningTask:
-        """Return what the processor gets."""
-        return RunningTask(self)
-
 
 _LOST_MESSAGE: Final = "the task is no longer this worker's"
 
@@ -254,23 +249,19 @@ class AsyncAttempt(_Attempt[AsyncTaskSession]):
 
     __slots__ = ("_awaits", "_is_cancelled")
 
-    async def call(self) -> None:
-        """Await the processor, so that `recall` can cancel it."""
+    async def call(self, task: object) -> None:
+        """Await the processor of this running task, so that `recall` can cancel it."""
         self._is_cancelled = False
         self._awaits = asyncio.current_task()
         try:
             # Only now, so that whoever recalls it sees one or the other.
             if self.signal is LOST:
                 raise asyncio.CancelledError(_LOST_MESSAGE)
-            await self.processor.function(self.running_task())
+            await self.processor.function(task)
         finally:
             awaits, self._awaits = self._awaits, None
             if self._is_cancelled and awaits is not None:
                 awaits.uncancel()  # what goes on here isn't meant
-
-    def running_task(self) -> AsyncRunningTask:
-        """Return what the processor gets."""
-        return AsyncRunningTask(self)
 
     def recall(self) -> None:
         """Tell it, from another thread, that the task is no longer this worker's, and cancel it, once."""

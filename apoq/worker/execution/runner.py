@@ -22,6 +22,7 @@ from apoq.worker.execution.completion import Completion
 from apoq.worker.execution.deadlines import Deadlines
 from apoq.worker.execution.event_loop import CANCELLATION_SECONDS
 from apoq.worker.execution.isolated_context import IsolatedContext
+from apoq.worker.execution.running_task import AsyncRunningTask, RunningTask
 from apoq.worker.execution.task_sessions import TaskSession, could_not_connect
 from apoq.worker.failures import brief
 
@@ -82,7 +83,7 @@ def _run(attempt: Attempt, completion: Completion, deadlines: Deadlines) -> Atte
             began_at = _begin(attempt)
         limit = attempt.timeout
         answer = (
-            attempt.processor.function(attempt.running_task())
+            attempt.processor.function(RunningTask(attempt))
             if limit is None
             else _run_within(limit, attempt, deadlines)
         )
@@ -111,7 +112,7 @@ async def _run_coroutine(
             began_at = _begin(attempt)
         limit = attempt.timeout
         if limit is None:
-            await attempt.call()
+            await attempt.call(AsyncRunningTask(attempt))
         else:
             await _await_within(limit, attempt, deadlines)
         if attempt.opened is not None:
@@ -156,7 +157,7 @@ def _run_within(limit: float, attempt: Attempt, deadlines: Deadlines) -> Any:
     """Run the function, which nothing can stop; raise `TaskLost` where its attempt was ended meanwhile."""
     deadlines.watch(attempt, limit)
     try:
-        answer = attempt.processor.function(attempt.running_task())
+        answer = attempt.processor.function(RunningTask(attempt))
     except KeyboardInterrupt:
         deadlines.forget(attempt)
         raise  # meant for the program, whenever it comes
@@ -175,7 +176,7 @@ async def _await_within(limit: float, attempt: AsyncAttempt, deadlines: Deadline
     deadlines.watch(attempt, limit, CANCELLATION_SECONDS)
     try:
         async with asyncio.timeout(limit) as scope:
-            await attempt.call()
+            await attempt.call(AsyncRunningTask(attempt))
     except BaseException as raised:  # noqa: BLE001
         error = raised
     if not deadlines.forget(attempt):

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 
 from apoq.client.queue import Queue
 from apoq.core.registry import Running
 from apoq.postgres.loaders import UnreadableData, read_json, read_time
 from apoq.schema.statements.claim import CREATED_AT, META, PRIORITY, PROCESS_AT
+from apoq.worker.execution.attempt import AnyAttempt
 from apoq.worker.execution.task_sessions import AsyncTaskSession, TaskSession
-
-if TYPE_CHECKING:
-    from apoq.worker.execution.attempt import AnyAttempt
 
 S = TypeVar("S", bound=TaskSession | AsyncTaskSession)
 

@@ -28,12 +28,12 @@ from apoq.postgres.watchdog import Stopped
 from apoq.schema.statements.arrays import array_text
 from apoq.schema.statements.heartbeat import beat_and_look, forget, leave
 from apoq.schema.statements.recover import forget_dead, held_by_dead, rescue
-from apoq.worker.claiming.claim_log import ClaimLog
+from apoq.worker.claim_log import ClaimLog
 from apoq.worker.failures import Failures, Outage
 from apoq.worker.isolation import Isolation
 from apoq.worker.liveness.lease import Lease
 from apoq.worker.liveness.peers import Peer, Peers
-from apoq.worker.maintenance.narrowing import Narrowing
+from apoq.worker.narrowing import Narrowing
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from apoq.schema.statements.arrays import array_text
 from apoq.schema.statements.begin import begin
 from apoq.schema.statements.claim import CLAIM, CLAIM_TOKEN, ID
 from apoq.schema.statements.lost import lost
-from apoq.worker.claiming.claim_log import ClaimLog
+from apoq.worker.claim_log import ClaimLog
 from apoq.worker.execution.attempt import AnyAttempt, Claimed
 from apoq.worker.failures import Outage
 from apoq.worker.isolation import Isolation

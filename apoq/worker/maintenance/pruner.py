@@ -19,7 +19,7 @@ from apoq.schema.statements.prune import prune_completed, prune_failed
 from apoq.worker.failures import Outage
 from apoq.worker.isolation import Isolation
 from apoq.worker.liveness.lease import Lease
-from apoq.worker.maintenance.narrowing import Narrowing
+from apoq.worker.narrowing import Narrowing
 
 logger = logging.getLogger(__name__)
 

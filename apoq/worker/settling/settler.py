@@ -29,7 +29,7 @@ from apoq.schema.statements.claim import CLAIM, CLAIM_TOKEN, ID
 from apoq.schema.statements.locked import locked
 from apoq.schema.statements.settle import settle
 from apoq.worker import reports
-from apoq.worker.claiming.claim_log import ClaimLog
+from apoq.worker.claim_log import ClaimLog
 from apoq.worker.execution.attempt import Claimed, short_data
 from apoq.worker.execution.completion import Completion, told
 from apoq.worker.execution.runner import AttemptResult, TaskLost, is_late
