@@ -150,6 +150,36 @@ class WorkerStopped(WorkerEvent):
 
 
 @dataclass(frozen=True)
+class ThreadDied(Event):
+    """One of the worker's threads has ended although it should not have; restart the worker."""
+
+    thread: str
+    error: BaseException
+
+
+@dataclass(frozen=True)
+class Failing(Event):
+    """Something that the worker repeats until it succeeds fails; reported again at growing intervals."""
+
+    what: str
+    """What fails, such as "the claim from Queue('emails')"."""
+    error: BaseException
+    failures: int
+    """How often in a row it has failed."""
+    seconds: float
+    """For how long it has failed."""
+
+
+@dataclass(frozen=True)
+class Recovered(Event):
+    """What was failing has succeeded again."""
+
+    what: str
+    failures: int
+    """How often in a row it had failed."""
+
+
+@dataclass(frozen=True)
 class LeaseLost(Event):
     """The worker could not reach the database for so long that other workers may take its tasks."""
 

@@ -10,7 +10,7 @@ from probe import runtime
 
 from apoq import Worker
 from apoq.schema.models import claims_table
-from apoq.worker.liveness.lease import Lease
+from apoq.worker.lease import Lease
 
 AHEAD = {"free": 0}
 """What a claim for slots that are all busy asks for, beside its queue, its types and how many tasks."""

@@ -329,7 +329,7 @@ class TestThreads:
 
             starting.join(SOON)
             assert not starting.is_alive()
-        assert not lifecycle(worker).is_enlisted
+        assert not lifecycle(worker).is_in_use
 
     def test_a_processor_that_starts_or_stops_its_worker_does_not_hang_the_stop(self, engine, worker, queue):
         entered, stopping, refused = threading.Event(), threading.Event(), []
@@ -726,7 +726,7 @@ def test_a_program_whose_worker_has_lost_a_thread_ends_with_an_error(run):
         logging.disable()
 
         def end():
-            worker._lifecycle.runtime.claiming._turn = lambda: sys.exit("enough")
+            worker._lifecycle.runtime.claimer.turn = lambda: sys.exit("enough")
             worker._lifecycle.runtime.look_for_tasks()
 
         try:
@@ -737,7 +737,7 @@ def test_a_program_whose_worker_has_lost_a_thread_ends_with_an_error(run):
 
     assert (
         told.splitlines()[-1]
-        == "a thread of this worker has ended, as the log says, and so has the worker False 0"
+        == "the worker's thread apoq-claimer died, and so the worker has stopped False 0"
     )
 
 

@@ -248,9 +248,9 @@ def received(engine) -> Iterator[Callable[[], dict[int, Any]]]:
 
     lifecycle(
         worker
-    ).enlist()  # so that each of the tasks doesn't find new connections and a heartbeat of its own
+    ).acquire()  # so that each of the tasks doesn't find new connections and a heartbeat of its own
     yield work
-    lifecycle(worker).discharge()
+    lifecycle(worker).release()
 
 
 @pytest.fixture(scope="module")

@@ -429,7 +429,7 @@ def make_worker(engine: sa.Engine, **options: Any) -> Worker:
 class Complaints(logging.Handler):
     """Keeps what the log says of a worker that doesn't get on."""
 
-    SAYINGS = re.compile(r"apoq-\w+ (failed|has ended)|database is away|raised|could not be written")
+    SAYINGS = re.compile(r"apoq-\w+ failed|died|database is away|raised|refused the result")
 
     def __init__(self) -> None:
         super().__init__(logging.INFO)
@@ -572,7 +572,7 @@ def test_no_task_makes_work_raise(engine, works, given_rows):
         row if row["type"] not in {"fails", "retries"} else row | {"type": "t"} for row in given_rows
     ]
     ids = write_all(engine, "apoq_tasks", given_rows, None)
-    lifecycle(worker).enlist()  # so that each call doesn't find new connections
+    lifecycle(worker).acquire()  # so that each call doesn't find new connections
     try:
         for _ in range(len(given_rows) + 2 * len(ids)):
             try:
@@ -585,7 +585,7 @@ def test_no_task_makes_work_raise(engine, works, given_rows):
             )
             assert connection.scalar(statement, {"ids": ids}) == 0, ", ".join(map(repr, given_rows))
     finally:
-        lifecycle(worker).discharge()
+        lifecycle(worker).release()
         empty(engine)
 
 

@@ -105,7 +105,9 @@ def failures(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [
         record.getMessage()
         for record in caplog.records
-        if re.search(r"apoq-\w+ failed|database is away|taken from this worker", record.getMessage())
+        if re.search(
+            r"apoq-\w+ failed|database is away|no longer belonged to this worker", record.getMessage()
+        )
     ]
 
 

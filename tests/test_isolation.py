@@ -173,7 +173,7 @@ class TestASchemaThatIsGone:
         self.add(engine, default)
         until(lambda: self.ended(engine, default) == 1)
         assert "`apoq migrate --schema gone`" in caplog.text
-        assert "this worker does without the queues there" in caplog.text
+        assert "this worker leaves out the queues in that schema" in caplog.text
 
     def test_if_none_is_there_a_worker_does_not_start(self, engine, make_worker):
         with pytest.raises(SchemaMismatch):

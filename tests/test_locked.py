@@ -113,7 +113,7 @@ def test_a_worker_that_stops_meanwhile_settles_the_others_and_says_what_it_leave
         session.commit()
     assert found.pop(task_ids[0]) == "running"
     assert "running" not in found.values()
-    assert "1 tasks are locked" in caplog.text
+    assert "the results of 1 tasks could not be written" in caplog.text
     assert states(engine)[task_ids[0]] == "cancelled"
 
 
@@ -148,7 +148,7 @@ class TestAWholeTable:
 
     def test_what_has_ended_is_settled_when_it_is_free(self, engine, running, caplog):
         _, task_ids, go_on = running
-        with caplog.at_level(logging.INFO, "apoq.worker.settling.settler"), engine.connect() as migrating:
+        with caplog.at_level(logging.INFO, "apoq.worker"), engine.connect() as migrating:
             migrating.execute(sa.text("LOCK apoq_tasks"))
             go_on.set()
             settler = runtime(running[0]).settler
@@ -161,7 +161,9 @@ class TestAWholeTable:
 
         until(lambda: "running" not in states(engine).values())
         assert not settler._closed
-        assert len([message for message in caplog.messages if "is locked, by a migration" in message]) == 1
+        assert (
+            len([message for message in caplog.messages if "has locked the table apoq_tasks" in message]) == 1
+        )
 
     def test_another_schema_is_settled_meanwhile(self, engine, make_worker):
         with engine.begin() as connection:
@@ -198,4 +200,4 @@ class TestAWholeTable:
             worker.stop()
             migrating.rollback()
 
-        assert f"{len(task_ids)} tasks are locked" in caplog.text
+        assert f"the results of {len(task_ids)} tasks could not be written" in caplog.text

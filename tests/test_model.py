@@ -61,7 +61,7 @@ from apoq.worker.execution.completion import Completion
 from apoq.worker.execution.runner import AttemptResult, TaskLost, ended
 from apoq.worker.execution.task_sessions import TaskSession
 from apoq.worker.failures import Outage
-from apoq.worker.liveness.lease import Lease
+from apoq.worker.lease import Lease
 from apoq.worker.liveness.peers import Peer
 from apoq.worker.settling import counters
 from apoq.worker.settling.settler import Settler

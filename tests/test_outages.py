@@ -11,7 +11,7 @@ from datetime import timedelta
 import pytest
 import sqlalchemy as sa
 from claims import WAITS, hold_up
-from probe import lifecycle, runtime
+from probe import runtime
 from proxy import Proxy
 from restarting import restartable
 from sqlalchemy.orm import Session
@@ -20,7 +20,7 @@ from waiting import patience
 from apoq import Queue, Task, Worker, prepare
 from apoq.worker import lifecycle as lifecycle_module
 from apoq.worker.failures import Failures, Outage
-from apoq.worker.liveness.lease import Lease
+from apoq.worker.lease import Lease
 
 SOON = 30.0
 
@@ -227,7 +227,7 @@ def test_a_lapsed_worker_claims_nothing_and_starts_nothing(engine, queue, make_w
     until(lambda: ran == [first])
     # As if the whole process had been frozen.
     runtime(worker).heartbeat.leases[None].ends_at = time.monotonic() - 1
-    lifecycle(worker)._beating.stop()
+    runtime(worker).registration.stop()
     may_end.set()
     second = add(engine, queue)
     time.sleep(0.5)
@@ -285,7 +285,7 @@ def test_what_ends_while_the_server_is_read_only_is_written_when_it_is_so_no_mor
         )
         may_end.set()
         # The first time, its connection has ended; and then the server is read-only.
-        until(lambda: runtime(worker).settling._failures.count > 2)
+        until(lambda: runtime(worker).settler._failures.count > 2)
         connection.exec_driver_sql(f"ALTER DATABASE {url.database} SET default_transaction_read_only = off")
         until(lambda: count(quiet, Task.state == "completed", Task.attempt == 1) == 1)
 
@@ -343,17 +343,17 @@ def test_it_is_not_healthy_while_every_settlement_fails(worker, monkeypatch):
     monkeypatch.setattr(lifecycle_module, "TOLERATED_FAILURE_SECONDS", 0.3)
     worker.start()
     until(worker.is_healthy)
-    settling = runtime(worker).settling
-    turn = settling._turn
+    settler = runtime(worker).settler
+    turn = settler.turn
 
     def fail() -> None:
         raise LookupError("nothing can be written")
 
-    settling._turn = fail
-    settling.wake()
+    settler.turn = fail
+    settler.wake()
     until(lambda: not worker.is_healthy())
 
-    settling._turn = turn
+    settler.turn = turn
     until(worker.is_healthy)
 
 
@@ -380,7 +380,7 @@ def test_a_connection_that_the_worker_itself_has_cut_is_no_outage(make_worker, c
 
 @pytest.mark.parametrize("kind", ["plain", "coroutine"])
 def test_what_was_claimed_and_has_not_begun_loses_no_attempt_when_the_server_stops(queue, kind, caplog):
-    caplog.set_level(logging.CRITICAL, "apoq.worker.settling.settler")
+    caplog.set_level(logging.CRITICAL, "apoq.worker")
     sleep = sa.text("SELECT pg_sleep(0.001)")
     slots = 4
 

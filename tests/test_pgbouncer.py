@@ -343,7 +343,7 @@ def test_without_one_tasks_are_found_by_looking_and_it_is_said_once(pooled, make
 
     def said() -> list[int]:
         return [
-            record.levelno for record in caplog.records if "no notifications arrive" in record.getMessage()
+            record.levelno for record in caplog.records if "receives no notifications" in record.getMessage()
         ]
 
     with caplog.at_level(logging.DEBUG, "apoq"):

@@ -116,7 +116,7 @@ class TestCoroutines:
         cancel(engine, task_id)
 
         assert cancelled.wait(SOON)
-        until(lambda: "nothing was written to it" in caplog.text)
+        until(lambda: "its result is ignored" in caplog.text)
         task = load(engine, task_id)
         assert (task.state, task.attempt, task.fail_count) == ("cancelled", 1, 0)
 
@@ -139,11 +139,8 @@ class TestCoroutines:
         worker.start()
         task_id = add(engine)
         assert begun.wait(SOON)
-        tell = runtime(worker).lost_task_monitor._on_lost
-        runtime(worker).lost_task_monitor._on_lost = lambda tasks: (
-            tell(tasks),
-            looked.release(len(tasks) or 1),
-        )
+        recall = runtime(worker).executor.recall
+        runtime(worker).executor.recall = lambda tasks: (looked.release(len(tasks) or 1), recall(tasks))[1]
 
         cancel(engine, task_id)
 
@@ -262,8 +259,8 @@ def test_the_log_has_a_line_when_it_is_told_and_one_when_it_has_ended(engine, ma
     until(lambda: not runtime(worker).claim_log.held())
     said = [record.getMessage() for record in caplog.records]
     assert [line for line in said if "has started" not in line] == [
-        f"these tasks are this worker's no more, and are told to stop: {task_id}",
-        f"task {task_id} (t) was taken from this worker before it ended here; nothing was written to it",
+        f"this worker no longer owns these tasks, and tells them to stop: {task_id}",
+        f"task {task_id} (t) no longer belonged to this worker when it ended: its result is ignored",
     ]
     assert load(engine, task_id).error["class"] == "Cancel"
 

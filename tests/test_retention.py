@@ -150,7 +150,7 @@ def test_what_a_row_of_the_applications_points_at_stays_and_nothing_else_with_it
 
     own.dispose()
     (warning,) = caplog.messages
-    assert "can't be deleted, and stays" in warning
+    assert "can't be deleted, and is kept" in warning
 
 
 def test_a_started_worker_prunes(engine, ended, make_worker):

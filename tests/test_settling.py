@@ -70,7 +70,7 @@ def end(engine, queue, worker) -> Iterator[Callable[..., Callable[[], object]]]:
         hold_lease(worker)
         rows = sorted(runtime(worker).claimer.claim(len(outcomes), len(outcomes)), key=itemgetter(ID))
         for row, outcome in reversed(list(zip(rows, outcomes, strict=True))):
-            runtime(worker)._put_ended(ended(runtime(worker)._make(row), outcome))
+            runtime(worker).settler.put(ended(runtime(worker).executor.attempt_of(row), outcome))
         return partial(runtime(worker).settler.flush, SOON)
 
     yield end

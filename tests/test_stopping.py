@@ -347,7 +347,7 @@ class TestStopWithoutTheDatabase:
         add(engine)
         starting = threading.Thread(target=far_worker.start)
         starting.start()
-        until(lambda: lifecycle(far_worker)._is_entering)
+        until(lambda: lifecycle(far_worker)._is_registering)
 
         began = time.monotonic()
         far_worker.stop(timeout=SOON)
@@ -355,7 +355,7 @@ class TestStopWithoutTheDatabase:
         assert time.monotonic() - began < 3
         proxy.heal()
         starting.join(SOON)
-        assert not lifecycle(far_worker).is_enlisted
+        assert not lifecycle(far_worker).is_in_use
         assert load(engine, 1).state == "pending"
 
 

@@ -349,7 +349,7 @@ def test_the_next_commit_notifies_workers_if_the_one_before_could_start_no_threa
     worker = make_worker(poll_interval=timedelta(minutes=10))
     worker.use("t", lambda task: ran.release())
     worker.start()
-    until(lambda: runtime(worker).listening.is_alive and runtime(worker).listener._connection)
+    until(lambda: runtime(worker).listener.is_alive and runtime(worker).listener._connection)
     limit.refuse("apoq-notifications")
     for _ in range(3):
         add(engine)

@@ -110,7 +110,7 @@ class TestCoroutines:
                 if late == "raises":
                     raise ValueError("in the middle of it") from None
 
-        worker.use("t", swallow, timeout=0.05)
+        worker.use("t", swallow, timeout=0.3)
         add(engine)
 
         task = worker.work()
@@ -239,7 +239,7 @@ class TestFunctions:
             holding.execute(sa.select(Task.id).where(Task.id == task_id).with_for_update())
             until(lambda: runtime(worker).settler._put_off)
             returns.set()
-            until(lambda: "has returned after its timeout" in caplog.text)
+            until(lambda: "returned after its timeout" in caplog.text)
 
             assert [row[ID] for row in runtime(worker).claim_log.held()] == [task_id]
             assert runtime(worker).claimer._claim_log._left
@@ -375,7 +375,7 @@ class TestLimits:
         for _ in range(20):
             assert done.acquire(timeout=SOON)
 
-        assert runtime(worker).deadlines._loop._thread is None
+        assert runtime(worker).deadlines._thread is None
 
     def test_those_that_have_ended_are_forgotten(self, engine, worker):
         done = threading.Semaphore(0)

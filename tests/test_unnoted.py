@@ -48,7 +48,7 @@ def test_one_is_pending_again_whatever_its_queue(engine, make_worker, queue, cap
     until(lambda: load(engine).state == "pending")
     task = load(engine)
     assert (task.rescue_count, task.fail_count, task.error["class"]) == (1, 1, "WorkerDied")
-    assert "running tasks that no worker had are pending again: 1" in caplog.messages
+    assert "1 running tasks that no worker owned are pending again" in caplog.messages
 
 
 def test_one_of_any_schema_and_any_priority_is_found(engine, make_worker):
@@ -100,10 +100,10 @@ def test_one_that_a_live_worker_has_is_left_to_it(engine, queue, make_worker):
         connection.exec_driver_sql("TRUNCATE apoq_claims")
     second.start()
 
-    passes = runtime(second).sweeping._turn.__self__._passes[None]
+    passes = runtime(second).sweep._passes[None]
     until(lambda: passes.level is None)
     for _ in range(2):
-        runtime(second).sweeping._turn()
+        runtime(second).sweep.turn()
     may_end.set()
     until(lambda: load(engine).state == "completed")
 

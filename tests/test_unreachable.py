@@ -202,7 +202,7 @@ def test_a_server_that_stops_while_a_task_runs_costs_it_no_attempt(engine, url, 
     assert begun.acquire(timeout=SOON)
     proxy.close()  # nobody listens there any more
     go_on.set()
-    until(lambda: runtime(worker).settling._failures.count)
+    until(lambda: runtime(worker).settler._failures.count)
 
     there = Proxy(url, proxy.url.port)
     assert begun.acquire(timeout=SOON)

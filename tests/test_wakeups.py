@@ -50,9 +50,9 @@ def is_idle(worker) -> bool:
 
 def start(worker) -> None:
     """Start a worker, and wait until it listens and nothing keeps it busy."""
-    listener, listens = runtime(worker).listener, threading.Event()
-    notification = listener._on_notification
-    listener._on_notification = lambda connection: notification(connection) or listens.set()
+    listens = threading.Event()
+    notified = runtime(worker).claimer.notified
+    runtime(worker).claimer.notified = lambda connection: notified(connection) or listens.set()
     worker.start()
     assert listens.wait(SOON)
     until(lambda: is_idle(worker))
@@ -269,7 +269,7 @@ def test_a_task_that_is_cancelled_just_before_the_worker_listens_is_told(engine,
         task_id = queue.add(session, "t").id
     worker = make_worker(lease=LONG)
     worker.use("t", lambda task: begun.set() or (until(lambda: task.should_stop) and told.set()))
-    hears = runtime(worker).listener._hears
+    hears = runtime(worker).listener._receives
 
     def hears_later(connection) -> bool:
         heard = hears(connection)
@@ -278,7 +278,7 @@ def test_a_task_that_is_cancelled_just_before_the_worker_listens_is_told(engine,
             assert queue.cancel(session, task_id)
         return heard
 
-    runtime(worker).listener._hears = hears_later
+    runtime(worker).listener._receives = hears_later
     worker.start()
 
     assert told.wait(SOON)
@@ -289,7 +289,7 @@ def test_what_was_added_just_before_the_worker_listened_is_found(engine, url, qu
     ran = threading.Event()
     worker = make_worker(poll_interval=LONG)
     worker.use("t", lambda task: ran.set())
-    hears = runtime(worker).listener._hears
+    hears = runtime(worker).listener._receives
 
     def hears_later(connection) -> bool:
         heard = hears(connection)
@@ -303,7 +303,7 @@ def test_what_was_added_just_before_the_worker_listened_is_found(engine, url, qu
             queue.add(other, "t")
         return heard
 
-    runtime(worker).listener._hears = hears_later
+    runtime(worker).listener._receives = hears_later
     worker.start()
 
     assert ran.wait(SOON)
@@ -544,9 +544,9 @@ class TestNotificationsOfOthers:
         until(lambda: runtime(worker).listener._connection)
 
         with flooding(engine, CHANNEL):
-            until(lambda: "notifications arrive faster than they can be read" in caplog.text)
+            until(lambda: "notifications arrive faster than this worker can read them" in caplog.text)
             add(engine, queue)
             assert ran.acquire(timeout=SOON)
 
-        until(lambda: "notifications are read again" in caplog.text)
+        until(lambda: "the worker reads notifications again" in caplog.text)
         assert len(caplog.messages) == 2

@@ -53,7 +53,7 @@ from apoq.worker.execution.attempt import (
 )
 from apoq.worker.execution.runner import AttemptResult, TaskLost, ended, run, run_coroutine
 from apoq.worker.execution.task_sessions import AsyncTaskSession, TaskSession
-from apoq.worker.liveness.lease import Lease
+from apoq.worker.lease import Lease
 from apoq.worker.settling.settler import settlement_arrays, write_settlements
 
 FOR_EVER: Final = Lease(math.inf, math.inf)

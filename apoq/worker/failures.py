@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 import random
 import threading
 import time
 from collections.abc import Callable
 from typing import Final
 
-from apoq.events import Event, OutageBegan, OutageEnded, OutageLasts
+from apoq.events import Event, Failing, OutageBegan, OutageEnded, OutageLasts, Recovered
 from apoq.postgres.connections import is_away
+from apoq.postgres.messages import brief
 from apoq.postgres.watchdog import Stopped
 from apoq.worker import logs
-
-logger = logging.getLogger(__name__)
 
 FIRST_BACKOFF_SECONDS: Final = 0.1
 MAX_BACKOFF_SECONDS: Final = 2.0
@@ -47,7 +45,7 @@ class Duration:
 
 
 class Outage:
-    """Whether the database is away: logged once for all the loops of a worker, and so is its end."""
+    """Whether the database is away: reported once for all the services of a worker, and so is its end."""
 
     def __init__(
         self,
@@ -56,36 +54,37 @@ class Outage:
         on_away: Callable[[], None] = lambda: None,
         report: Callable[[Event], None] = logs.write,
     ) -> None:
-        """`on_away` is called whenever a loop that has reached the database until now finds it away."""
+        """`on_away` is called when a service that had reached the database finds it away."""
         self._on_away = on_away
-        self._report = report
+        self.report = report
+        """Report an event of the worker's."""
         self._clock = clock
         self._lock = threading.Lock()
         self._failing: set[str] = set()
         self._duration = Duration(clock)
 
     def begins(self, name: str, error: BaseException) -> None:
-        """Note that a loop has found the database away."""
+        """Note that a service has found the database away."""
         with self._lock:
             is_new = name not in self._failing
             if not self._failing:
                 self._duration = Duration(self._clock)
-                self._report(OutageBegan(brief(error)))
+                self.report(OutageBegan(brief(error)))
             elif self._duration.is_reminder_due():
-                self._report(OutageLasts(self._duration.seconds, name, brief(error)))
+                self.report(OutageLasts(self._duration.seconds, name, brief(error)))
             self._failing.add(name)
         if is_new:
             self._on_away()
 
     def ends(self, name: str) -> None:
-        """Note that a loop has reached it again."""
+        """Note that a service has reached it again."""
         with self._lock:
             if name in self._failing and len(self._failing) == 1:
-                self._report(OutageEnded(self._duration.seconds))
+                self.report(OutageEnded(self._duration.seconds))
             self._failing.discard(name)
 
     def leaves(self, name: str) -> None:
-        """Forget a loop that has been stopped."""
+        """Forget a service that has been stopped."""
         with self._lock:
             self._failing.discard(name)
 
@@ -93,8 +92,8 @@ class Outage:
 class Failures:
     """The failures in a row of one thing that is tried again until it succeeds.
 
-    The first is logged, and so is the next success. While the failures go on, the log says so again at
-    growing intervals. If the database is away, the `Outage` logs that instead, once for all.
+    The first failure is reported, and so is the next success. While the failures go on, that is reported
+    again at growing intervals. If the database is away, the `Outage` reports that instead, once for all.
 
     One thread at a time may note what has happened; any thread may ask.
     """
@@ -107,10 +106,10 @@ class Failures:
         self._outage = outage
         self._clock = clock
         self._duration: Duration | None = None
-        self._is_logged = False
+        self._is_reported = False
 
     def failed(self, error: BaseException) -> float:
-        """Note a failure, and log it if it is time to; return the seconds until the next try."""
+        """Note a failure, and report it if it is time to; return the seconds until the next try."""
         if isinstance(error, Stopped):
             return MAX_BACKOFF_SECONDS
         self.count += 1
@@ -120,8 +119,8 @@ class Failures:
             self._outage.begins(self._name, error)
         else:
             self._outage.ends(self._name)
-            self._log(error, self._duration)
-        logger.debug("%s has failed %d times", self._name, self.count, exc_info=error)
+            self._report(error, self._duration)
+        logs.failed_again(self._name, self.count, error)
         return backoff(self.count)
 
     def recovered(self) -> None:
@@ -129,32 +128,25 @@ class Failures:
         if not self.count:
             return
         self._outage.ends(self._name)
-        if self._is_logged:
-            logger.warning("%s works again, after %d failures", self._name, self.count)
+        if self._is_reported:
+            self._outage.report(Recovered(self._name, self.count))
         self.forget()
 
     def forget(self) -> None:
         """Begin from zero: it isn't tried any more."""
         self._outage.leaves(self._name)
-        self.count, self._duration, self._is_logged = 0, None, False
+        self.count, self._duration, self._is_reported = 0, None, False
 
     def is_failing_for(self, seconds: float) -> bool:
         """Tell whether it has failed for longer than this, and never succeeded meanwhile."""
         duration = self._duration
         return duration is not None and duration.seconds > seconds
 
-    def _log(self, error: BaseException, duration: Duration) -> None:
-        if not self._is_logged:
-            self._is_logged = True
-            logger.warning("%s failed, and is tried again until it succeeds: %s", self._name, error)
-        elif duration.is_reminder_due():
-            logger.warning(
-                "%s has failed for %.0f s, %d times, and is tried again: %s",
-                self._name,
-                duration.seconds,
-                self.count,
-                brief(error),
-            )
+    def _report(self, error: BaseException, duration: Duration) -> None:
+        if not self._is_reported or duration.is_reminder_due():
+            seconds = duration.seconds if self._is_reported else 0.0
+            self._is_reported = True
+            self._outage.report(Failing(self._name, error, self.count, seconds))
 
 
 def backoff(failures: int, chance: float | None = None) -> float:
@@ -162,12 +154,6 @@ def backoff(failures: int, chance: float | None = None) -> float:
     if chance is None:
         chance = random.random()  # noqa: S311 - jitter, no secret
     return min(MAX_BACKOFF_SECONDS, FIRST_BACKOFF_SECONDS * 2.0 ** min(failures - 1, 30)) * (0.5 + chance / 2)
-
-
-def brief(error: BaseException) -> str:
-    """Return what an error says, without what SQLAlchemy wraps it in."""
-    lines = str(getattr(error, "orig", None) or error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def _next_reminder(seconds: float) -> float:

@@ -1,17 +1,14 @@
-"""A worker from its entry into the database to its leaving."""
+"""A worker from its first `start` or `work` to its last `stop`."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import threading
 import time
-from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any, Final
-from uuid import uuid4
+from typing import Final
 
-from sqlalchemy import Connection, Engine, select
+from sqlalchemy import Engine, select
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.orm import Session, defer
 from sqlalchemy.orm.attributes import set_committed_value
@@ -19,30 +16,23 @@ from sqlalchemy.orm.attributes import set_committed_value
 from apoq.client.queue import Queue
 from apoq.core.registry import Registry
 from apoq.core.states import COMPLETED
-from apoq.errors import SchemaMismatch
 from apoq.events import Events, WorkerStarted, WorkerStopped, WorkerStopping
-from apoq.migrations.prepare import check
-from apoq.postgres.connections import ANSWER_TIMEOUT_SECONDS, is_away
-from apoq.postgres.watchdog import watch
-from apoq.schema import preflight
+from apoq.postgres.connections import is_away
 from apoq.schema.models import Task, detached
 from apoq.worker.execution.executor import released
 from apoq.worker.execution.runner import AttemptResult
 from apoq.worker.execution.running_task import KNOWN, RunningTask
-from apoq.worker.loop import Loop
 from apoq.worker.options import WorkerOptions
-from apoq.worker.runtime import SETTLE_ON_STOP_SECONDS, STOP_OVERTIME_SECONDS, Runtime, left_until
+from apoq.worker.runtime import SETTLE_ON_STOP_SECONDS, STOP_OVERTIME_SECONDS, Runtime
+from apoq.worker.service import left_until
 from apoq.worker.settling.counters import Counter, WorkerStats
-from apoq.worker.threads import THREAD_RETRY_SECONDS
-
-logger = logging.getLogger(__name__)
 
 TOLERATED_FAILURE_SECONDS: Final = 5.0
-"""Seconds for which claims or settlements may fail before the worker isn't healthy any more."""
+"""Seconds for which claims or settlements may fail before the worker is unhealthy."""
 
 
 class Lifecycle:
-    """Enters a worker while it has started or `work` is called, and shows that it lives as long as that."""
+    """Registers a worker while it has started or `work` is called, and starts and stops its services."""
 
     def __init__(
         self,
@@ -59,51 +49,41 @@ class Lifecycle:
         self._counter = Counter()
         self._make_runtime = partial(Runtime, engine, queues, registry, events, options, self._counter)
         self.runtime = self._make_runtime()
-        self._schemas = {queue.schema for queue in queues}
         self._lock = threading.RLock()
-        self._enlisted = 0
+        self._users = 0
+        """How many calls of `start` and `work` need the worker to be registered."""
         self._is_started = False
-        self._has_entered = False
-        self._is_registered = False
-        """Whether its row is there: it is, before it has entered."""
-        self._begins_later = False
-        """Whether the heartbeat's thread starts the others: when the database, and each thread, is there."""
-        self._beginning = threading.Lock()
-        self._is_entering = False
+        self._is_registering = False
         self.stops = 0
-        """How often it was told to stop: what was to start before that doesn't."""
+        """How often it was told to stop: a start that was asked for before that does nothing."""
         self._is_spent = False
-        """Whether a thread hasn't ended with its stop, such as one that waits for a connection to be made."""
-        self._looked_at: set[str | None] = set()
-        """The schemas of which the log has what is in a worker's way there."""
-        self._beating = self._make_beating()
+        """Whether a thread has outlived a stop, such as one that waits for a connection to be made."""
 
     @property
-    def is_enlisted(self) -> bool:
-        """Tell whether it has begun."""
-        return self._enlisted > 0
+    def is_in_use(self) -> bool:
+        """Whether the worker has started, or `work` is running."""
+        return self._users > 0
 
     def is_healthy(self) -> bool:
-        """Tell whether it has started, with all its threads, holds a lease, and claims and settles."""
+        """Return whether it has started, with all its threads, holds a lease, and claims and settles."""
         runtime = self.runtime
-        loops = (self._beating, runtime.monitoring, *runtime.loops)
         return (
             self._is_started
             and any(lease.is_held for lease in runtime.heartbeat.leases.values())
-            and all(loop.is_alive for loop in loops)
+            and all(service.is_alive for service in runtime.services)
             and not runtime.missing
             and not runtime.event_loop.is_closed
-            and not runtime.claiming.is_failing_for(TOLERATED_FAILURE_SECONDS)
-            and not runtime.settling.is_failing_for(TOLERATED_FAILURE_SECONDS)
+            and not runtime.claimer.is_failing_for(TOLERATED_FAILURE_SECONDS)
+            and not runtime.settler.is_failing_for(TOLERATED_FAILURE_SECONDS)
         )
 
     def stats(self) -> WorkerStats:
-        """Answer how many tasks run now, and what became of those that have ended."""
+        """Return how many tasks run now, and how many have ended in which way."""
         return self._counter.stats(len(self.runtime.executor.running()))
 
     def work(self) -> Task | None:
         """Claim, run and settle one due task on the caller's thread."""
-        self.enlist()
+        self.acquire()
         runtime = self.runtime
         try:
             attempt = runtime.claimer.claim_one()
@@ -114,7 +94,7 @@ class Lifecycle:
             if attempt is None:
                 return None
             try:
-                end = runtime.run_beside(attempt)
+                end = runtime.executor.run(attempt)
             except Exception:  # such as that no thread can be started for the loop of a coroutine
                 runtime.settler.put(released(attempt))
                 runtime.settler.flush(SETTLE_ON_STOP_SECONDS)
@@ -125,35 +105,35 @@ class Lifecycle:
                 raise end.outcome  # meant for the program, not for the task that happened to run
             return self._load(end)
         finally:
-            self.discharge()
+            self.release()
 
     def start(self, loop: asyncio.AbstractEventLoop | None, stops: int) -> bool:
-        """Start the threads; tell whether they hadn't started before.
+        """Start the services; return whether they had not started before.
 
-        Not if it was told to stop since `stops` was read, be it while this waits for the database.
+        Does nothing if the worker was told to stop after `stops` was read, even while this waits for the
+        database.
         """
         if self.runtime.is_current():
-            return False  # it runs, or the caller wouldn't; and a stop may be waiting for the caller
+            return False  # it has started, or the caller would not run; and a stop may wait for the caller
         with self._lock:
             if self._is_started or self.stops != stops:
                 return False
             self._replace_spent()
             runtime = self.runtime
             runtime.event_loop.use(loop)
-            runtime.open()
+            runtime.executor.open()
+            runtime.claimer.look_for_tasks()
             self._is_started = True
             try:
-                self.enlist(wait=False)
+                self.acquire(wait=False)
             except BaseException:
                 self._is_started = False
-                runtime.listener.close()
                 raise
             try:
                 if self.stops != stops:
                     self._end(0.0)
                     return False
-                if not self._begins_later:
-                    runtime.start()
+                runtime.registration.when_done(runtime.start)
             except BaseException:
                 self._end(0.0)  # nothing stays half started
                 raise
@@ -161,14 +141,14 @@ class Lifecycle:
         return True
 
     def stop(self, patience: float | None) -> bool:
-        """Stop the threads; tell whether they had started, and have been stopped."""
+        """Stop the services; return whether they had started, and have been stopped."""
         if self._is_started:
-            # Before the lock is taken, for another thread that stops holds it while it waits for this one.
+            # Before the lock is taken: another thread that stops holds it while it waits for this one.
             self._refuse_to_wait_for_itself()
         self.stops += 1
         timeout = -1.0 if patience is None else min(patience + STOP_OVERTIME_SECONDS, threading.TIMEOUT_MAX)
-        if self._is_started and self._is_entering:
-            # A start waits for the database, with the lock. It finds that it isn't wanted any more.
+        if self._is_started and self._is_registering:
+            # A start holds the lock while it waits for the database. It notices this stop then.
             self.runtime.limit(time.monotonic())
             timeout = STOP_OVERTIME_SECONDS
         if not self._lock.acquire(timeout=timeout):
@@ -184,123 +164,65 @@ class Lifecycle:
         self._events.report(WorkerStopped(self._name))
         return True
 
-    def enlist(self, *, wait: bool = True) -> None:
-        """Show that this worker lives, before it claims anything; in its own time, unless told to `wait`."""
+    def acquire(self, *, wait: bool = True) -> None:
+        """Register the worker before it claims anything.
+
+        If the database is away, raise that error, or else, without `wait`, register when it is back.
+        """
         with self._lock:
             self._replace_spent()
             runtime = self.runtime
-            self._enlisted += 1
-            if self._enlisted > 1:
+            self._users += 1
+            if self._users > 1:
                 return
-            # Fresh each time, so that nothing an earlier life of this worker left behind looks alive.
-            runtime.claimer.worker_id = runtime.heartbeat.worker_id = uuid4()
-            self._has_entered = self._is_registered = False
-            self._looked_at.clear()
+            registration = runtime.registration
+            registration.begin()
             try:
                 try:
-                    self._is_entering = True
-                    self._enter()
+                    self._is_registering = True
+                    registration.register()
                 except BaseException as error:
                     if wait or not is_away(error):
                         raise
                 finally:
-                    self._is_entering = False
-                self._begins_later = not self._has_entered
-                self._beating.start()
-                runtime.monitoring.start()
+                    self._is_registering = False
+                registration.start()
+                runtime.lost_task_monitor.start()
             except BaseException:
-                self.discharge()
+                self.release()
                 raise
 
-    def discharge(self, by: float | None = None) -> None:
-        """Undo one `enlist`; with the last of them the worker's row and its connections go, by then."""
+    def release(self, by: float | None = None) -> None:
+        """Undo one `acquire`; the last one deletes the worker's row and closes its connections, by then."""
         runtime = self.runtime
+        registration = runtime.registration
         with self._lock:
-            self._enlisted -= 1
-            if self._enlisted == 0:
+            self._users -= 1
+            if self._users == 0:
                 if by is None:
                     runtime.limit(by := time.monotonic() + SETTLE_ON_STOP_SECONDS)
                 runtime.deadlines.stop(left_until(by))
-                runtime.end(runtime.monitoring, by)
-                if not self._beating.is_alive:
-                    self._leave(runtime)  # no thread could be started that would do so
-                runtime.end(self._beating, by)
+                runtime.end(runtime.lost_task_monitor, by)
+                if not registration.is_alive:
+                    registration.after_last_turn()  # no thread could be started that would do so
+                runtime.end(registration, by)
                 runtime.dispose(by)
-                loops = (self._beating, runtime.monitoring, *runtime.loops)
-                self._is_spent = any(loop.is_alive for loop in loops)
+                self._is_spent = any(service.is_alive for service in runtime.services)
             if not self._is_spent:
                 runtime.limit(None)
 
-    def _make_beating(self) -> Loop:
-        runtime = self.runtime
-        return runtime.loop("apoq-heartbeat", partial(self._beat, runtime), partial(self._leave, runtime))
-
-    def _leave(self, runtime: Runtime) -> None:
-        """Remove the worker's row; the last thing that its heartbeat does."""
-        try:
-            if self._is_registered:
-                runtime.heartbeat.leave()
-        except Exception as error:  # noqa: BLE001 - the lease ends by itself
-            logger.warning("this worker's row could not be removed, and will be: %s", error)
-
-    def _enter(self) -> None:
-        refused = [error for schema in self._schemas if (error := self._refused(schema)) is not None]
-        if len(refused) == len(self._schemas):
-            raise refused[0]
-        for error in refused:
-            # A tenant's schema may have been dropped.
-            logger.error("%s; until then, this worker does without the queues there", error)
-        self.runtime.heartbeat.enter()
-        self._is_registered = True
-        # Before the first claim, which wouldn't know of priorities otherwise.
-        self.runtime.scanner.survey()
-        self._has_entered = True
-
-    def _refused(self, schema: str | None) -> SchemaMismatch | None:
-        """Log what is in a worker's way in a schema; return the error if its tables aren't this library's.
-
-        Raises `UnsupportedDatabase` if no worker may work on them.
-        """
-        engine = self.runtime.engine
-        with engine.connect() as connection, _watched(connection, engine), connection.begin():
-            if schema not in self._looked_at:  # the database may be away for several of these
-                preflight.check(connection, schema)
-                self._looked_at.add(schema)
-            try:
-                check(connection, schema)
-            except SchemaMismatch as error:
-                return error
-        return None
-
     def _end(self, patience: float | None) -> None:
-        with self._beginning:
-            self._begins_later = False
+        self.runtime.registration.forget_start()
         by = self.runtime.stop(patience)
         self._is_started = False
-        # Last: until here, what runs is this worker's.
-        self.discharge(by)
+        # Last: until here, running tasks belong to this worker.
+        self.release(by)
 
     def _replace_spent(self) -> None:
-        """Have another runtime if a thread of this one hasn't ended, whatever that still does."""
-        if self._is_spent and not self._enlisted:
-            on_death = self.runtime.on_death
+        """Make another runtime if a thread of this one has not ended."""
+        if self._is_spent and not self._users:
             self.runtime = self._make_runtime()
-            self.runtime.on_death = on_death
-            self._beating = self._make_beating()
             self._is_spent = False
-
-    def _beat(self, runtime: Runtime) -> float | None:
-        if not self._has_entered:
-            self._enter()
-        pause = runtime.heartbeat.turn()
-        with self._beginning:
-            if self._begins_later and runtime is self.runtime:
-                runtime.start()
-                self._begins_later = False
-        if runtime.missing:
-            runtime.retry_threads()
-            pause = min(pause, THREAD_RETRY_SECONDS)
-        return pause
 
     def _refuse_to_wait_for_itself(self) -> None:
         if self.runtime.event_loop.is_current():
@@ -316,7 +238,7 @@ class Lifecycle:
 
     def _load(self, end: AttemptResult) -> Task:
         mapped = end.attempt.from_queue.task_class
-        # Its data is known, or was too large.
+        # Its data is known, or was too large to be read.
         its_row = select(mapped).where(mapped.id == end.attempt.id).options(defer(mapped.data))
         with Session(self.runtime.engine, expire_on_commit=False) as session, session.begin():
             found = session.scalar(its_row)
@@ -326,8 +248,3 @@ class Lifecycle:
         task = RunningTask(end.attempt)
         known = {name: getattr(task, name) for name in KNOWN}
         return found or detached(end.attempt.from_queue.schema, known | {"state": COMPLETED})
-
-
-def _watched(connection: Connection, engine: Engine) -> AbstractContextManager[None]:
-    driver: Any = connection.connection.dbapi_connection
-    return watch.awaiting(driver, ANSWER_TIMEOUT_SECONDS, engine)

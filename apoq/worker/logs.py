@@ -1,18 +1,21 @@
-"""What the log says of the events of a worker."""
+"""All sentences of the worker's log: those of its events, and those that its parts write."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from typing import Final
 
 from apoq.core.outcomes import message_of, reason
 from apoq.events import (
     Event,
     Events,
+    Failing,
     LeaseLost,
     OutageBegan,
     OutageEnded,
     OutageLasts,
+    Recovered,
     TaskCancelled,
     TaskClaimed,
     TaskCompleted,
@@ -24,18 +27,20 @@ from apoq.events import (
     TaskSnoozed,
     TasksRescued,
     TaskStarted,
+    ThreadDied,
     WorkerStarted,
     WorkerStopped,
     WorkerStopping,
 )
+from apoq.postgres.messages import brief
 
 logger = logging.getLogger("apoq.worker")
 
 
 LOGGED: Final[tuple[type[Event], ...]] = (
     *(TaskRetried, TaskFailed, TaskLost, TasksRescued),
-    *(LeaseLost, OutageBegan, OutageLasts, OutageEnded),
-    *(WorkerStarted, WorkerStopping, WorkerStopped),
+    *(LeaseLost, OutageBegan, OutageLasts, OutageEnded, Failing, Recovered),
+    *(WorkerStarted, WorkerStopping, WorkerStopped, ThreadDied),
 )
 DEBUGGED: Final[tuple[type[Event], ...]] = (
     *(TaskClaimed, TaskStarted, TaskCompleted),
@@ -51,16 +56,183 @@ def listen(events: Events) -> None:
         events.on(event, write, when=_is_debugging)
 
 
-def _is_debugging() -> bool:
-    return logger.isEnabledFor(logging.DEBUG)
-
-
 def write(event: Event) -> None:
     """Log an event."""
     if isinstance(event, TaskEvent):
         _write_task(event)
     else:
         _write_other(event)
+
+
+# What the claimer, the listener and the settler meet:
+
+
+def task_passed_over(task_id: int, seconds: float, error: BaseException) -> None:
+    """Log that the server refuses to claim a task."""
+    logger.error(
+        "task %d can't be claimed: %s. Other tasks are claimed, and this one is tried again in %.0f s",
+        *(task_id, brief(error), seconds),
+    )
+
+
+def no_notifications(*, is_news: bool) -> None:
+    """Log that the connection that listens gets no notifications."""
+    logger.log(
+        _warning_if(is_news),
+        "the connection that listens receives no notifications, as behind a transaction pooler: the worker "
+        "looks for tasks every poll_interval. To start tasks at once, give Worker(…, listen_url=…) a URL "
+        "that leads to the same database past the pooler",
+    )
+
+
+def notifications_arrive() -> None:
+    """Log that notifications arrive."""
+    logger.debug("the connection that listens receives notifications")
+
+
+def too_many_notifications(pause: float, *, is_news: bool) -> None:
+    """Log that there are more notifications than the worker can read."""
+    logger.log(
+        _warning_if(is_news),
+        "notifications arrive faster than this worker can read them: it reads none for %d s, and looks for "
+        "tasks every poll_interval. To find who sends them, search pg_stat_activity for NOTIFY and pg_notify",
+        pause,
+    )
+
+
+def notifications_read_again() -> None:
+    """Log that there are no more notifications than can be read."""
+    logger.warning("the worker reads notifications again")
+
+
+def table_locked(consequence: str) -> None:
+    """Log that another session, such as a migration, has locked the table of tasks."""
+    logger.info("another session has locked the table apoq_tasks (a migration?): %s", consequence)
+
+
+def task_unwritable(task_id: int, error: BaseException) -> None:
+    """Log that the server refuses to write what became of a task."""
+    logger.error("the database refused the result of task %d", task_id, exc_info=error)
+
+
+def task_given_up(task_id: int) -> None:
+    """Log that a task stays running until the worker stops."""
+    logger.error("task %d stays running; it is run again after this worker has stopped", task_id)
+
+
+def session_unreachable(error: BaseException) -> None:
+    """Log that tasks could not connect to their database."""
+    logger.warning(
+        "task.session could not connect: %s. These tasks are pending again and lose no attempt; they are "
+        "tried again every second or two until it can",
+        error,
+    )
+
+
+# What the others meet:
+
+
+def rescue_refused(error: BaseException) -> None:
+    """Log that the server refuses to rescue a task."""
+    logger.warning(
+        "a task of a dead worker can't be made pending again: %s. It stays running; other tasks are rescued, "
+        "and this one is tried again at each heartbeat",
+        brief(error),
+    )
+
+
+def tasks_lost(ids: Iterable[int]) -> None:
+    """Log that running tasks are no longer owned."""
+    logger.info(
+        "this worker no longer owns these tasks, and tells them to stop: %s", ", ".join(map(str, sorted(ids)))
+    )
+
+
+def pruning_refused(error: BaseException) -> None:
+    """Log that an ended task can't be deleted."""
+    logger.warning("a task that ended long ago can't be deleted, and is kept: %s", brief(error))
+
+
+def schema_left_out(error: BaseException) -> None:
+    """Log that the tables in a schema can't be used."""
+    logger.error("%s; until then, this worker leaves out the queues in that schema", error)
+
+
+def row_left_behind(error: BaseException) -> None:
+    """Log that the row of this worker is still there."""
+    logger.warning("this worker's row could not be deleted; another worker will delete it: %s", brief(error))
+
+
+def loop_taken() -> None:
+    """Log that no coroutine can run, because gevent runs all threads as one."""
+    logger.critical(
+        "this worker's coroutine functions can't run: gevent makes all threads greenlets of one thread, and "
+        "another event loop runs there already. Run only one worker with coroutine functions in this "
+        "process, or run the worker in a process without gevent"
+    )
+
+
+# The end of a worker:
+
+
+def stopped_before_start(worker: object) -> None:
+    """Log that a worker was told to stop before it had started."""
+    logger.info("%r was told to stop before it had started", worker)
+
+
+def tasks_released_at_stop(count: int) -> None:
+    """Log that the time to stop is up."""
+    logger.warning("the time to stop is up: %d tasks still run, and are released for other workers", count)
+
+
+def results_locked(count: int) -> None:
+    """Log that the results of tasks could not be written at the end, because of a lock."""
+    logger.warning(
+        "the results of %d tasks could not be written, because another session has locked them, or because "
+        "their schema fails: other workers may run them again",
+        count,
+    )
+
+
+def results_late() -> None:
+    """Log that the results of tasks could not be written in time."""
+    logger.warning("some results could not be written in time: other workers will run these tasks again")
+
+
+def settling_failed(error: BaseException) -> None:
+    """Log that what had ended could not be settled at the end."""
+    logger.warning("some tasks could not be settled, and other workers will run them again: %s", brief(error))
+
+
+# For those who look for a fault of the worker's:
+
+
+def failed_again(what: str, failures: int, error: BaseException) -> None:
+    """Log each failure of something that is repeated."""
+    logger.debug("%s has failed %d times", what, failures, exc_info=error)
+
+
+def failed_elsewhere(what: str, error: BaseException) -> None:
+    """Log that a turn failed on another thread."""
+    logger.debug("%s failed on another thread", what, exc_info=error)
+
+
+def failed_at_end(what: str, error: BaseException) -> None:
+    """Log that the last turn failed."""
+    logger.debug("%s has stopped, and its last turn failed", what, exc_info=error)
+
+
+def not_stopped(worker: object, error: BaseException) -> None:
+    """Log that a worker could not be stopped at the end of the process."""
+    logger.debug("%r could not be stopped: %s", worker, error)
+
+
+def _is_debugging() -> bool:
+    return logger.isEnabledFor(logging.DEBUG)
+
+
+def _warning_if(is_news: bool) -> int:
+    return logging.WARNING if is_news else logging.DEBUG
 
 
 def _write_task(event: TaskEvent) -> None:
@@ -75,13 +247,12 @@ def _write_task(event: TaskEvent) -> None:
             )
         case TaskLost(is_late=True):
             logger.info(
-                "task %d (%s) has returned after its timeout, which had ended its attempt; "
-                "nothing more was written to it",
+                "task %d (%s) returned after its timeout, which had ended the attempt: its result is ignored",
                 *(id_, type_),
             )
         case TaskLost():
             logger.info(
-                "task %d (%s) was taken from this worker before it ended here; nothing was written to it",
+                "task %d (%s) no longer belonged to this worker when it ended: its result is ignored",
                 *(id_, type_),
             )
         case _:
@@ -106,36 +277,60 @@ def _write_progress(event: TaskEvent) -> None:
         case TaskSnoozed(delay=delay):
             logger.debug("task %d (%s) is put off for %g s by its processor", id_, type_, delay)
         case TaskReleased():
-            logger.debug("task %d (%s) is given back, with no attempt used up", id_, type_)
+            logger.debug("task %d (%s) is released, with no attempt used up", id_, type_)
 
 
 def _write_other(event: Event) -> None:
     match event:
         case TasksRescued(count=count, is_noted=True):
-            logger.warning("%d tasks of workers that died are pending again", count)
+            logger.warning("%d tasks of dead workers are pending again", count)
         case TasksRescued(count=count):
-            logger.warning("running tasks that no worker had are pending again: %d", count)
+            logger.warning("%d running tasks that no worker owned are pending again", count)
         case LeaseLost(schemas=schemas, is_everywhere=is_everywhere):
             logger.warning(
-                "the lease%s could not be renewed in time: tasks that have not begun are given back, and "
-                "what running ones have written in task.session is undone, because other workers may run "
-                "them now",
+                "the lease%s could not be renewed in time, so other workers may now run this worker's tasks: "
+                "it releases those that have not started, and rolls back the task.session of running ones",
                 "" if is_everywhere else f" in {', '.join(map(repr, schemas))}",
             )
+        case _:
+            _write_outage(event)
+
+
+def _write_outage(event: Event) -> None:
+    match event:
         case OutageBegan(error=error):
-            logger.warning("the database is away; the worker tries until it is back: %s", error)
+            logger.warning("the database is away; the worker tries again until it is back: %s", error)
         case OutageLasts(seconds=seconds, what=what, error=error):
             logger.warning(
                 "the database has been away for %.0f s, and %s tries again: %s", seconds, what, error
             )
         case OutageEnded(seconds=seconds):
             logger.warning("the database is back, after %.1f s", seconds)
+        case Failing(what=what, error=error, seconds=0.0):
+            logger.warning("%s failed, and is tried again until it succeeds: %s", what, error)
+        case Failing(what=what, error=error, failures=failures, seconds=seconds):
+            logger.warning(
+                "%s has failed for %.0f s, %d times, and is tried again: %s",
+                *(what, seconds, failures, brief(error)),
+            )
+        case Recovered(what=what, failures=failures):
+            logger.warning("%s works again, after %d failures", what, failures)
+        case _:
+            _write_life(event)
+
+
+def _write_life(event: Event) -> None:
+    match event:
         case WorkerStarted(worker=worker):
             logger.info("%s has started", worker)
         case WorkerStopping(worker=worker):
             logger.info("%s is stopping", worker)
         case WorkerStopped(worker=worker):
             logger.info("%s has stopped", worker)
+        case ThreadDied(thread=thread, error=error):
+            logger.critical(
+                "the worker's thread %s died unexpectedly: restart the worker", thread, exc_info=error
+            )
 
 
 def _describe(error: BaseException) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import logging
 import os
 import threading
 import time
@@ -11,7 +10,7 @@ from collections.abc import Callable
 from typing import Any, Final, Protocol
 from weakref import WeakKeyDictionary
 
-logger = logging.getLogger(__name__)
+from apoq.worker import logs
 
 EXIT_WAIT_SECONDS: Final = 1.0
 """Seconds by which workers that nobody has stopped hold up the end of the program at most."""
@@ -83,7 +82,7 @@ class _Process:
             try:
                 worker.stop(timeout=max(0.0, deadline - time.monotonic()))
             except Exception as error:  # noqa: BLE001 - others rescue what it held
-                logger.debug("%r could not be stopped: %s", worker, error)
+                logs.not_stopped(worker, error)
 
 
 PROCESS: Final = _Process()

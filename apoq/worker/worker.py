@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -20,7 +19,7 @@ from apoq.client.typed_task import TypedTask
 from apoq.core.registry import Middleware, Processor, Registry, make_processor
 from apoq.core.retry import DEFAULT_RETRY_LIMIT, RetryDelay, exponential_backoff, seconds
 from apoq.errors import InvalidProcessor
-from apoq.events import Events
+from apoq.events import Events, ThreadDied
 from apoq.postgres.urls import check_engine, check_untranslated, sync_side
 from apoq.schema.models import Task
 from apoq.worker import logs
@@ -29,8 +28,6 @@ from apoq.worker.options import WorkerOptions
 from apoq.worker.process import PROCESS
 from apoq.worker.settling.counters import WorkerStats
 from apoq.worker.signals import STARTED, caught, wait
-
-logger = logging.getLogger(__name__)
 
 STOP_TIMEOUT: Final = timedelta(seconds=25)
 """What `run` gives running tasks to end after a signal: a little less than Kubernetes' 30 s."""
@@ -102,6 +99,8 @@ class Worker:
         )
         self.events = Events()
         logs.listen(self.events)
+        self._on_thread_died: Callable[[ThreadDied], object] = lambda _: None
+        self.events.on(ThreadDied, self._thread_died)
         # Two that are equal are one, whose typed tasks were said in two places.
         self._queues = tuple(dict.fromkeys(queues))
         self._registry = Registry(middleware)
@@ -137,7 +136,7 @@ class Worker:
 
         It works only those of its queues that have one of these names, or another number of tasks at once.
         """
-        if self._lifecycle.is_enlisted:
+        if self._lifecycle.is_in_use:
             raise RuntimeError("adjust a worker before it starts")
         if queues is not None:
             names, known = set(queues), dict.fromkeys(queue.name for queue in self._queues)
@@ -266,9 +265,9 @@ class Worker:
         """Start, and stop as soon as there is anything in `orders`; `on_stop` is called before it stops."""
         errors: list[BaseException] = []
 
-        def die() -> None:
+        def die(event: ThreadDied) -> None:
             errors.append(
-                RuntimeError("a thread of this worker has ended, as the log says, and so has the worker")
+                RuntimeError(f"the worker's thread {event.thread} died, and so the worker has stopped")
             )
             orders.put(0)
 
@@ -279,7 +278,7 @@ class Worker:
                 errors.append(error)
             orders.put(STARTED)
 
-        self._lifecycle.runtime.on_death = die
+        self._on_thread_died = die
         # On a thread, for it may wait for the database, and this one is to notice a signal meanwhile.
         start = partial(self._start, None, self._lifecycle.stops)
         starting = threading.Thread(target=begin, name="apoq-starter", daemon=True)
@@ -291,12 +290,15 @@ class Worker:
                     on_start(lambda: orders.put(0))
                 wait(orders)
             elif not errors:
-                logger.info("%r is told to stop before it has started", self)
+                logs.stopped_before_start(self)
         finally:
             on_stop()
             self.stop(timeout)
         if errors:
             raise errors[0]
+
+    def _thread_died(self, event: ThreadDied) -> None:
+        self._on_thread_died(event)
 
     def _start(self, loop: asyncio.AbstractEventLoop | None, stops: int) -> None:
         PROCESS.get_ready()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -29,17 +28,17 @@ from apoq.schema.statements.claim import CLAIM, FAIL_COUNT, ID, PRIORITY, PROCES
 from apoq.schema.statements.data import read_data
 from apoq.schema.statements.notes import forget_settled
 from apoq.schema.statements.recover import forget_unknown, give_back
-from apoq.worker import reports
+from apoq.worker import logs, reports
 from apoq.worker.claim_log import ClaimLog
 from apoq.worker.claiming.cursor import ClaimCursor
+from apoq.worker.claiming.scanner import QueueScanner
 from apoq.worker.execution.attempt import AnyAttempt, Claim, Claimed, StopSignal, longest_data
 from apoq.worker.execution.executor import Executor, released
 from apoq.worker.execution.runner import AttemptResult, ended
 from apoq.worker.failures import Outage
 from apoq.worker.isolation import Isolation
-from apoq.worker.liveness.lease import Lease
-
-logger = logging.getLogger(__name__)
+from apoq.worker.lease import Lease
+from apoq.worker.service import Service
 
 MAX_CLAIM_SIZE: Final = 1_000
 """Tasks that one statement claims at most."""
@@ -106,8 +105,8 @@ class _Source:
     """Whether the next claim leaves out all data, because the server could not write some of it as text."""
 
 
-class Claimer:
-    """Keeps the slots busy: one statement takes a batch for all of them, and commits before any runs."""
+class Claimer(Service):
+    """Keeps the slots busy: one statement claims tasks for all, and commits before any of them begins."""
 
     def __init__(
         self,
@@ -118,14 +117,15 @@ class Claimer:
         claim_log: ClaimLog,
         outage: Outage,
         events: Events,
+        scanner: QueueScanner,
         *,
         positions: dict[Queue, ClaimCursor],
         leases: Mapping[str | None, Lease],
         signals: Mapping[str | None, StopSignal],
-        on_claim: Callable[[int, int], None],
-        make: Callable[[Claimed], AnyAttempt],
-        put_ended: Callable[[AttemptResult], None],
+        on_ended: Callable[[AttemptResult], None],
     ) -> None:
+        """`on_ended` is called with the results of tasks that end without having run."""
+        super().__init__("apoq-claimer", outage)
         self._engine = engine
         self._sources = [_Source(queue, positions[queue], leases[queue.schema]) for queue in queues]
         self._leases = leases
@@ -137,26 +137,40 @@ class Claimer:
         self._registry = registry
         self._events = events
         self._executor = executor
-        self._on_claim = on_claim
-        self._make = make
-        self._put_ended = put_ended
+        self._scanner = scanner
+        self._on_ended = on_ended
         self.worker_id = UUID(int=0)
         self._moves: list[tuple[ClaimCursor, list[tuple[Any, ...]], bool]] = []
         self._claim_log = claim_log
-        self.waits_for_room = True
-        """Whether a slot that is freed is a reason to take a turn."""
+        self._waits_for_room = True
+        """Whether a slot that becomes free is a reason to take a turn."""
         self._lock = threading.Lock()
         self._doubt_ends: float | None = None
         self._looked_at = 0.0
         self._must_look = True
         self._rested_at = 0.0
 
-    def look_again(self) -> None:
-        """Look at the next turn, even if there was nothing a moment ago."""
+    def look_for_tasks(self) -> None:
+        """Claim now, even if the last claim found nothing."""
         self._must_look = True
+        self.wake()
 
-    def doubt(self, seconds: float = 0.0) -> None:
-        """Look whether there is a claim whose answer was lost; one may commit within so many seconds."""
+    def notified(self, connection: PoolProxiedConnection | None) -> None:
+        """Claim now, on the caller's thread, and on this connection if one is given.
+
+        That is the connection that received the notification: its session is awake, and any other would have
+        to wake up first.
+        """
+        self._must_look = True
+        self.take_turn(partial(self.turn, connection))
+
+    def slot_is_free(self) -> None:
+        """Claim now if the last turn found too few free slots."""
+        if self._waits_for_room:
+            self.wake()
+
+    def look_for_strays(self, seconds: float = 0.0) -> None:
+        """Release the tasks of claims whose results were lost; one may commit within so many seconds."""
         self._doubt_ends = max(self._doubt_ends or 0.0, time.monotonic() + seconds)
 
     def turn(self, connection: PoolProxiedConnection | None = None) -> float | None:
@@ -165,7 +179,7 @@ class Claimer:
         On one of the engine's connections, if the caller has that in hand.
         """
         # Before looking at the room, or else a slot that is freed meanwhile would wake nothing.
-        self.waits_for_room = True
+        self._waits_for_room = True
         pause = self._give_back_overdue()
         if self._doubt_ends is not None:
             pause = STRAYS_POLL_SECONDS  # it may commit at any time, and nothing would tell
@@ -174,7 +188,7 @@ class Claimer:
                     self._give_back_strays()
                 self._must_look = True
         if not self._must_look:
-            self.waits_for_room = False
+            self._waits_for_room = False
             return pause
         if not any(source.lease.is_held for source in self._sources):
             return LEASE_POLL_SECONDS
@@ -187,14 +201,14 @@ class Claimer:
             return pause  # woken when there is more room
         began = time.monotonic()
         if began < self._rested_at:
-            self.waits_for_room = False
+            self._waits_for_room = False
             return self._rested_at - began
         self._must_look = False
         wanted = min(room, MAX_CLAIM_SIZE)
         claimed = self.claim(wanted, free, connection)
         self._executor.put(self._startable(claimed))
         self._move()
-        self._on_claim(len(claimed), wanted)
+        self._scanner.claimed(len(claimed), wanted)
         if len(claimed) == wanted:
             self._must_look = True
         else:
@@ -209,7 +223,7 @@ class Claimer:
         while claimed := self.claim(1, 1):
             self._move()
             for task in self._startable(claimed):
-                return self._make(task)
+                return self._executor.attempt_of(task)
         return None
 
     def claim(self, limit: int, free: int, connection: PoolProxiedConnection | None = None) -> list[Claimed]:
@@ -239,9 +253,9 @@ class Claimer:
     def _startable(self, tasks: list[Claimed]) -> Iterator[Claimed]:
         for row in tasks:
             if row[FAIL_COUNT]:
-                attempt = self._make(row)
+                attempt = self._executor.attempt_of(row)
                 if not may_begin(attempt):
-                    self._put_ended(ended(attempt, WorkerDied(WorkerDied.__doc__)))
+                    self._on_ended(ended(attempt, WorkerDied(WorkerDied.__doc__)))
                     continue
             yield row
 
@@ -330,9 +344,7 @@ class Claimer:
         due = next_due(source.queue.schema, **_kind(parameters))
         for (task_id,) in execute(self._engine, due, parameters):
             seconds = source.position.pass_over(task_id)
-            logger.error(
-                "task %d can't be claimed, and is passed over for %.0f s: %s", task_id, seconds, error
-            )
+            logs.task_passed_over(task_id, seconds, error)
             source.refused, source.refusal = source.refused + 1, error
             if source.refused > MAX_REFUSED:
                 raise error
@@ -355,11 +367,11 @@ class Claimer:
             # Without an answer, it may have committed, or may do so until the server ends it. With one that
             # can't be read, it has.
             if not isinstance(error, DatabaseError) or is_away(error):
-                self.doubt(STATEMENT_TIMEOUT_SECONDS)
+                self.look_for_strays(STATEMENT_TIMEOUT_SECONDS)
                 # It may have asked for more than the server can do in time.
                 source.at_most, source.is_bare = max(1, at_most // NARROWING_FACTOR), True
             elif error.sqlstate is None:
-                self.doubt()
+                self.look_for_strays()
             raise
         self._claim_log.claimed(number, len(rows))
         return number, rows
@@ -446,7 +458,7 @@ class Claimer:
         if time.monotonic() - since < GIVE_BACK_AFTER_SECONDS:
             return GIVE_BACK_AFTER_SECONDS
         for attempt in self._executor.take_back():
-            self._put_ended(released(attempt))
+            self._on_ended(released(attempt))
         # The average speaks of shorter tasks than those that run now.
         self._executor.run_time = max(self._executor.run_time or 0.0, GIVE_BACK_AFTER_SECONDS)
         return None

@@ -1,12 +1,12 @@
-"""Hears notifications, and wakes the claimer."""
+"""Receives notifications, and lets the claimer claim."""
 
 from __future__ import annotations
 
-import logging
 import selectors
 import socket
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any, Final, LiteralString, NamedTuple, Self, cast
 from uuid import uuid4
 
@@ -14,15 +14,16 @@ import psycopg
 from psycopg import sql
 from psycopg.pq.misc import PGnotify
 from sqlalchemy import URL, Engine, create_engine
-from sqlalchemy.pool import PoolProxiedConnection
 
 from apoq.errors import InvalidURL
 from apoq.postgres.connections import ANSWER_TIMEOUT_SECONDS, execute, is_direct, own_engine
 from apoq.postgres.urls import database_url
 from apoq.postgres.watchdog import cut, watch
 from apoq.schema.statements.notify import CANCELLED, CHANNEL, Notification, notify
-
-logger = logging.getLogger(__name__)
+from apoq.worker import logs
+from apoq.worker.claiming.claimer import Claimer
+from apoq.worker.failures import Outage
+from apoq.worker.service import Service
 
 CHECK_INTERVAL_SECONDS: Final = 15.0
 """Seconds of silence after which the connection is asked whether it is still there."""
@@ -89,12 +90,12 @@ def listen_engine(url: str | URL) -> Engine:
     return own_engine(create_engine(parsed))
 
 
-class Listener:
-    """Listens on a connection of its own; without it, tasks are found when the worker looks by itself.
+class Listener(Service):
+    """Listens on a connection of its own; without notifications, the worker finds tasks by polling.
 
-    A pooler in transaction mode takes a LISTEN, and then gives the session that listens to somebody else. So
-    it is tried first whether what is sent through `engine` arrives on a connection of `listening`. Where the
-    two are the same, who takes a notification gets the connection that heard it, to execute on meanwhile.
+    A pooler in transaction mode accepts LISTEN, and then gives the session that listens to another client. So
+    the listener first tests whether a notification that is sent through `engine` arrives on a connection of
+    `listening`. If the two engines are the same, the claimer executes on the connection that was notified.
     """
 
     def __init__(
@@ -102,34 +103,37 @@ class Listener:
         engine: Engine,
         listening: Engine,
         awaited: frozenset[Notification],
+        outage: Outage,
+        claimer: Claimer,
         *,
-        on_notification: Callable[[PoolProxiedConnection | None], None],
-        on_cancelled: Callable[[set[int]], None],
-        on_listening: Callable[[], None],
+        on_cancelled: Callable[[set[int] | None], None],
     ) -> None:
+        """`on_cancelled` is called with the ids of tasks that may have been cancelled; None: any may have."""
+        super().__init__("apoq-listener", outage)
         self._engine = engine
         self._listening = listening
         self._awaited = awaited
-        self._on_notification = on_notification
+        self._claimer = claimer
         self._on_cancelled = on_cancelled
-        self._on_listening = on_listening
-        self._stopping = False
         self._has_warned = False
         self._is_flooded = False
         self._connection: ListeningConnection | None = None
+        self._waker: tuple[socket.socket, socket.socket] | None = None
+        """A byte that is written to the second one ends waiting for the connection."""
 
-    def open(self) -> None:
-        """Make ready to listen."""
-        self._stopping = False
-        # Waiting for the connection is ended by a byte that is written here.
-        self._wake_receiver, self._wake_sender = socket.socketpair()
+    def start(self) -> None:
+        """Listen from now on, on a thread."""
+        if self._waker is None:
+            self._waker = socket.socketpair()
+        super().start()
 
     def turn(self) -> float | None:
         """Listen until told to stop; if no notifications arrive, return when to try again."""
-        with ListeningConnection(self._listening, self._wake_receiver) as connection:
+        assert self._waker is not None
+        with ListeningConnection(self._listening, self._waker[0]) as connection:
             self._connection = connection
             try:
-                if self._hears(connection):
+                if self._receives(connection):
                     self._listen(connection)
             except psycopg.Error:
                 if not connection.is_cut:
@@ -145,51 +149,58 @@ class Listener:
         if connection is not None:
             connection.cut()
 
-    def stop(self) -> None:
-        """End the turn that is under way."""
-        self._stopping = True
-        self._wake_sender.send(b"\0")
+    def end(self) -> None:
+        """End the turn that is under way, and take no more."""
+        super().end()
+        if (waker := self._waker) is not None:
+            with suppress(OSError):  # it has just ended by itself
+                waker[1].send(b"\0")
 
-    def close(self) -> None:
-        """Close what wakes it."""
-        self._wake_receiver.close()
-        self._wake_sender.close()
+    def stop(self, timeout: float | None = None) -> bool:
+        """End, and wait for that; return whether it has ended within `timeout` seconds."""
+        has_ended = super().stop(timeout)
+        if has_ended:
+            self.after_last_turn()  # its thread could not be started, or has died
+        return has_ended
 
-    def _hears(self, connection: ListeningConnection) -> bool:
-        """Tell whether notifications arrive on a connection, by sending one; if not, say so, once."""
-        # On a channel of its own. Behind a pooler, what listens there is a session of others from now on, and
-        # they are to get none of the workers' notifications.
+    def after_last_turn(self) -> None:
+        """Close what ends the waiting."""
+        if (waker := self._waker) is not None:
+            self._waker = None
+            for each in waker:
+                each.close()
+
+    def _receives(self, connection: ListeningConnection) -> bool:
+        """Return whether notifications arrive on a connection, by sending one; if not, log that once."""
+        # On a channel of its own. Behind a pooler, the session that listens belongs to another client from
+        # now on, and must get none of the workers' notifications.
         trial = Notification(f"{CHANNEL}_{uuid4().hex}", "")
         connection.listen([trial.channel], {trial})
         execute(self._engine, notify(), trial._asdict())
         deadline = time.monotonic() + PROBE_TIMEOUT_SECONDS
         is_heard = False
-        while not is_heard and not self._stopping and (left := deadline - time.monotonic()) > 0:
+        while not is_heard and not self._is_ending and (left := deadline - time.monotonic()) > 0:
             is_heard = connection.wait(left).is_notified
         connection.execute("UNLISTEN {}", trial.channel)
         if is_heard:
-            logger.debug("notifications arrive")
+            logs.notifications_arrive()
             self._has_warned = False
-        elif not self._stopping:
-            logger.log(
-                logging.DEBUG if self._has_warned else logging.WARNING,
-                "no notifications arrive on the connection that listens, as behind a transaction pooler; "
-                "tasks are found by looking, every poll_interval. To have them found at once, give "
-                "Worker(…, listen_url=…) a URL that leads to the same database past the pooler",
-            )
+        elif not self._is_ending:
+            logs.no_notifications(is_news=not self._has_warned)
             self._has_warned = True
         return is_heard
 
     def _listen(self, connection: ListeningConnection) -> None:
         connection.listen([CANCELLED, CHANNEL], self._awaited)
-        self._on_listening()
+        self.recovered()
+        self._on_cancelled(None)  # a cancellation until now notified nobody here
         # By another way than the worker's own, its role need not be allowed to claim.
         ours = connection.pooled if self._listening is self._engine else None
         # What was added before this connection listened has given its notification to nobody.
-        self._on_notification(ours)
+        self._claimer.notified(ours)
         began = caught_up_at = time.monotonic()
         crowded_until = 0.0
-        while not self._stopping:
+        while not self._is_ending:
             heard = connection.wait(CHECK_INTERVAL_SECONDS)
             woke_at = time.monotonic()
             if heard.is_all:
@@ -200,13 +211,13 @@ class Listener:
             if heard.number > CROWD_SIZE:
                 crowded_until = woke_at + CROWD_SECONDS
             if heard.is_notified:
-                self._on_notification(ours if woke_at > crowded_until else None)
+                self._claimer.notified(ours if woke_at > crowded_until else None)
             if heard.cancelled:
                 self._on_cancelled(heard.cancelled)
             if self._is_flooded and heard.is_all and woke_at - began > CHECK_INTERVAL_SECONDS:
                 self._is_flooded = False
-                logger.warning("notifications are read again")
-            if not heard.number and not self._stopping:
+                logs.notifications_read_again()
+            if not heard.number and not self._is_ending:
                 connection.execute("SELECT 1")
             # Reading included, which has begun before; so that a stream of notifications costs a share of the
             # time only.
@@ -214,13 +225,7 @@ class Listener:
             time.sleep(max(0.0, connection.woke_at + rest - time.monotonic()))
 
     def _give_up(self) -> None:
-        logger.log(
-            logging.DEBUG if self._is_flooded else logging.WARNING,
-            "notifications arrive faster than they can be read: this worker reads none for %d s, and finds "
-            "tasks by looking, every poll_interval. To see who sends them, look for NOTIFY and pg_notify in "
-            "pg_stat_activity",
-            PROBE_RETRY_SECONDS,
-        )
+        logs.too_many_notifications(PROBE_RETRY_SECONDS, is_news=not self._is_flooded)
         self._is_flooded = True
 
 

@@ -1,4 +1,4 @@
-"""Looks over the queues, beside the claims, for what these don't see."""
+"""Surveys the queues for due tasks that the claims don't see."""
 
 from __future__ import annotations
 
@@ -20,22 +20,29 @@ from apoq.schema.statements.survey import survey
 from apoq.worker.claiming.cursor import MAX_LEVELS, ClaimCursor
 from apoq.worker.failures import Outage
 from apoq.worker.isolation import Isolation
-from apoq.worker.liveness.lease import Lease
+from apoq.worker.lease import Lease
+from apoq.worker.service import Service
 
 REST_FACTOR: Final = 20
 """How many times as long as a survey took the scanner rests after it."""
+
+RESURVEY_SECONDS: Final = 0.05
+"""Seconds after a claim that found too few tasks until the next survey."""
+
+BUSY_RESURVEY_SECONDS: Final = 0.25
+"""Seconds after a claim that found enough: by then, a new and higher priority is found."""
 
 SURVEY_TIMEOUT_SECONDS: Final = 60.0
 """Seconds that a survey may take: beside a long transaction, it walks through all that was taken since."""
 
 
-class QueueScanner:
-    """Surveys the queues from their beginning: when a claim came short, and every now and then.
+class QueueScanner(Service):
+    """Surveys the queues from their beginning: after a claim that found too few tasks, and regularly.
 
-    It finds what stands behind a claim's position, priorities that no claim has looked into, and when the
-    next task is due. A survey may be long beside a long transaction, behind a million tasks of other types or
-    among thousands of priorities, so it neither holds up the claims nor takes more than a twentieth of the
-    time. While it rests after one of all priorities, it looks into those that it knows.
+    It finds tasks behind a claim's cursor, priorities that no claim has looked at, and when the next task is
+    due. A survey may take long while a long transaction is open, behind a million tasks of other types or
+    with thousands of priorities. So it runs on a thread of its own, for a twentieth of the time at most.
+    While it rests after a survey of all priorities, it looks at those that it knows.
     """
 
     def __init__(
@@ -49,6 +56,8 @@ class QueueScanner:
         poll_interval: float,
         on_due: Callable[[], None],
     ) -> None:
+        """`on_due` is called when there may be tasks to claim."""
+        super().__init__("apoq-scanner", outage)
         self._engine = engine
         self._positions = positions
         self._registry = registry
@@ -63,14 +72,15 @@ class QueueScanner:
         self._rests = {False: Rest(), True: Rest(usual=0.001)}
         """After a survey of all priorities, and after one of those that are known."""
 
-    def look_in(self, seconds: float) -> bool:
-        """Look in so many seconds, if not before; tell whether the one who takes the turns must be woken."""
-        at = time.monotonic() + seconds
-        with self._lock:
-            is_sooner = at < self._next_look
-            if is_sooner:
-                self._next_look = at
-        return is_sooner
+    def look_in(self, seconds: float = 0.0) -> None:
+        """Survey the queues in so many seconds at the latest."""
+        if self._moved_up(seconds):
+            self.wake()
+
+    def claimed(self, count: int, wanted: int) -> None:
+        """Survey the queues soon after a claim, to see whether these were all tasks that are due."""
+        # A notification that led to no task may have been for something else: that is looked at immediately.
+        self.look_in(BUSY_RESURVEY_SECONDS if count == wanted else RESURVEY_SECONDS if count else 0.0)
 
     def turn(self) -> float | None:
         """Survey the queues, if it is time to; return when to look again."""
@@ -84,9 +94,9 @@ class QueueScanner:
         known = began < self._rests[False].until
         due_in = self.survey(known=known)
         if known:
-            self.look_in(self._rests[False].until - began)  # then into the others
+            self._moved_up(self._rests[False].until - began)  # then at the others
         if due_in > 0:
-            self.look_in(due_in)
+            self._moved_up(due_in)
         elif self._is_news(began):
             self._on_due()
         return self._wait_until() - time.monotonic()
@@ -138,6 +148,15 @@ class QueueScanner:
         statement = survey(queue.schema, known=known, passes_over=bool(passed_over))
         rows = execute(self._engine, statement, parameters, timeout=SURVEY_TIMEOUT_SECONDS).fetchall()
         return position.surveyed(rows, known=known)
+
+    def _moved_up(self, seconds: float) -> bool:
+        """Look in so many seconds at the latest; return whether that is sooner than before."""
+        at = time.monotonic() + seconds
+        with self._lock:
+            is_sooner = at < self._next_look
+            if is_sooner:
+                self._next_look = at
+        return is_sooner
 
     def _wait_until(self) -> float:
         return max(self._next_look, min(rest.until for rest in self._rests.values()))

@@ -33,8 +33,14 @@ from apoq.schema.statements.claim import (
     TYPE,
     ClaimedTask,
 )
-from apoq.worker.execution.task_sessions import AsyncTaskSession, TaskSession, cut_off, is_cut_off
-from apoq.worker.liveness.lease import Lease
+from apoq.worker.execution.task_sessions import (
+    AsyncTaskSession,
+    TaskSession,
+    TaskSessions,
+    cut_off,
+    is_cut_off,
+)
+from apoq.worker.lease import Lease
 
 S = TypeVar("S", bound=TaskSession | AsyncTaskSession)
 
@@ -278,3 +284,11 @@ class AsyncAttempt(_Attempt[AsyncTaskSession]):
 
 
 AnyAttempt = Attempt | AsyncAttempt
+
+
+def attempt_of(row: Claimed, sessions: TaskSessions) -> AnyAttempt:
+    """Return an attempt of a claimed task, of the kind that its processor needs."""
+    processor = row[CLAIM].processors[row[TYPE]]
+    if processor.is_coroutine:
+        return AsyncAttempt(row, processor, sessions.open_async)
+    return Attempt(row, processor, sessions.open)

@@ -9,26 +9,26 @@ from collections.abc import Callable, Iterable
 
 from apoq.worker.execution.attempt import AnyAttempt
 from apoq.worker.failures import Outage
-from apoq.worker.loop import Loop
+from apoq.worker.service import Service
 from apoq.worker.threads import MissingThreads
 
 
-class Deadlines:
-    """Watches the tasks that run with a timeout, and nothing else: a thread of its own begins with the first.
+class Deadlines(Service):
+    """Watches the tasks that run with a timeout; its thread is started with the first of them.
 
-    Each of them is ended once: by whoever takes it from `_until`, which is one operation, and so needs no
-    lock where tasks begin and end.
+    Each of them is ended once, by the thread that takes it from `_until`: that is one operation, so no lock
+    is needed when tasks begin and end.
     """
 
     def __init__(
         self, on_over: Callable[[AnyAttempt, int], None], outage: Outage, missing: MissingThreads
     ) -> None:
         """`on_over` is called with each attempt whose time is up, and the id of the thread that it is on."""
+        super().__init__("apoq-deadlines", outage)
         self._on_over = on_over
         self._until: dict[AnyAttempt, tuple[float, int]] = {}
         self._over: set[AnyAttempt] = set()
         self._wakes_at = math.inf
-        self._loop = Loop("apoq-deadlines", self.turn, outage)
         self._missing = missing
         self._starting = threading.Lock()
         self._lock = threading.Lock()
@@ -40,11 +40,11 @@ class Deadlines:
         self._until[attempt] = until, threading.get_ident()
         if until < self._wakes_at:
             try:
-                self._start()
+                self.start()
             except RuntimeError as error:
                 # The attempt goes on; its limit holds as soon as a thread can be started.
-                self._missing.add(self._start, error)
-            self._loop.wake()
+                self._missing.add(self.start, error)
+            self.wake()
 
     def forget(self, attempt: AnyAttempt) -> bool:
         """Stop watching an attempt that has ended; return False if its timeout had ended it before."""
@@ -55,7 +55,7 @@ class Deadlines:
         return False
 
     def withdraw(self, attempts: Iterable[AnyAttempt]) -> list[AnyAttempt]:
-        """Watch these no longer, for they are given back; answer them without those whose time was up."""
+        """Stop watching these, which are to be released; return them without those whose time was up."""
         with self._lock:
             return [
                 attempt
@@ -64,7 +64,7 @@ class Deadlines:
             ]
 
     def turn(self) -> float | None:
-        """End those whose time is up; answer when the next one's will be."""
+        """End those whose time is up; return when the next one's will be."""
         # Before looking, so that what begins meanwhile leads to another turn.
         self._wakes_at = math.inf
         watched = self._until.copy()
@@ -77,15 +77,17 @@ class Deadlines:
         )
         return None if earliest == math.inf else earliest - time.monotonic()
 
-    def stop(self, timeout: float) -> None:
-        """Watch nothing more, and wait so many seconds for what is being ended."""
-        self._loop.stop(timeout)
+    def start(self) -> None:
+        """Start watching; attempts on several threads may call this at the same time."""
+        with self._starting:
+            super().start()
+
+    def stop(self, timeout: float | None = None) -> bool:
+        """Watch nothing more, and wait for attempts that are just being ended."""
+        has_ended = super().stop(timeout)
         self._until.clear()
         self._wakes_at = math.inf
-
-    def _start(self) -> None:
-        with self._starting:
-            self._loop.start()
+        return has_ended
 
     def _end(self, attempt: AnyAttempt) -> None:
         with self._lock:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import threading
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from typing import Any, Final
 
+from apoq.worker import logs
 from apoq.worker.execution.daemon_threads import DaemonExecutor
-
-logger = logging.getLogger(__name__)
 
 CANCELLATION_SECONDS: Final = 2.0
 """Seconds that a coroutine has to end after it was cancelled."""
@@ -115,11 +113,7 @@ class EventLoopThread:
     def _run(self, loop: asyncio.AbstractEventLoop) -> None:
         with suppress(RuntimeError):  # there is none
             asyncio.get_running_loop()
-            logger.critical(
-                "this worker's coroutine functions can't run: with gevent, all threads are greenlets of one, "
-                "and another event loop runs there already. Run only one worker with coroutine functions in "
-                "this process, or the worker in a process without gevent"
-            )
+            logs.loop_taken()
             loop.close()
             return
         asyncio.set_event_loop(loop)

@@ -12,11 +12,12 @@ from typing import Final
 
 from apoq.core.outcomes import Release
 from apoq.schema.statements.claim import CLAIM
-from apoq.worker.execution.attempt import AnyAttempt, AsyncAttempt, Attempt, Claimed
+from apoq.worker.execution.attempt import AnyAttempt, AsyncAttempt, Attempt, Claimed, attempt_of
 from apoq.worker.execution.completion import Completion
 from apoq.worker.execution.deadlines import Deadlines
 from apoq.worker.execution.event_loop import EventLoopThread
 from apoq.worker.execution.runner import AttemptResult, ended, run, run_coroutine
+from apoq.worker.execution.task_sessions import TaskSessions
 from apoq.worker.threads import MissingThreads
 
 YIELD_SECONDS: Final = 0.0001
@@ -29,19 +30,19 @@ From a thread that goes on meanwhile it would have to wait for that, asleep once
 class Executor:
     """At most `concurrency` tasks at once: plain functions on threads, coroutine functions on an event loop.
 
-    What is put here and finds no slot waits in line. A slot that has ended a task takes the next one from
-    the line by itself, whichever of the two kinds it is, so a busy worker's slots wait for nobody.
+    A task that finds no free slot waits in line. A slot that has ended a task takes the next one from the
+    line by itself, whichever of the two kinds it is, so busy slots never wait for another thread.
     """
 
     def __init__(
         self,
         concurrency: int,
         event_loop: EventLoopThread,
+        sessions: TaskSessions,
         completion: Completion,
         deadlines: Deadlines,
         missing: MissingThreads,
         *,
-        make: Callable[[Claimed], AnyAttempt],
         on_ended: Callable[[AttemptResult], None],
         on_low: Callable[[], None],
     ) -> None:
@@ -51,10 +52,10 @@ class Executor:
         self.run_time: float | None = None
         """What a task takes, in seconds: an average in which the last few dozen count."""
         self._event_loop = event_loop
+        self._sessions = sessions
         self._completion = completion
         self._deadlines = deadlines
         self._missing = missing
-        self._make = make
         self._on_ended = on_ended
         self._on_low = on_low
         self._line: deque[Claimed] = deque()
@@ -68,6 +69,7 @@ class Executor:
         self._for_threads: SimpleQueue[Attempt | None] = SimpleQueue()
         # By identity: a task that was given back may run here again before its first run has ended.
         self._running: set[AnyAttempt] = set()
+        self._in_no_slot: set[AnyAttempt] = set()
 
     @property
     def load(self) -> int:
@@ -91,21 +93,38 @@ class Executor:
         return batch.claimed_at
 
     def is_current(self) -> bool:
-        """Tell whether the caller is on one of these threads."""
+        """Return whether the caller is on a thread of one of the slots."""
         return threading.current_thread() in self._threads
 
-    def put(self, tasks: Iterable[Claimed]) -> None:
-        """Run these as slots are free, and let those that begin at once go first.
+    def attempt_of(self, row: Claimed) -> AnyAttempt:
+        """Return an attempt of a claimed task, which has not begun yet."""
+        return attempt_of(row, self._sessions)
 
-        If a slot's thread can't be started, its task stays first in line, and its slot free. If the slots
-        are closed, the tasks are given back.
+    def run(self, attempt: AnyAttempt) -> AttemptResult:
+        """Run an attempt on the caller's thread, in no slot, and return its result."""
+        self._in_no_slot.add(attempt)
+        try:
+            if isinstance(attempt, AsyncAttempt):
+                end: AttemptResult = self._event_loop.run(
+                    run_coroutine(attempt, self._completion, self._deadlines)
+                )
+                return end
+            return run(attempt, self._completion, self._deadlines)
+        finally:
+            self._in_no_slot.discard(attempt)
+
+    def put(self, tasks: Iterable[Claimed]) -> None:
+        """Run these tasks when slots are free.
+
+        If a slot's thread can't be started, its task stays first in line and the slot stays free. If the
+        executor is closed, the tasks are released.
         """
         has_begun = False
         refused: list[Claimed] = []
         with self._lock:
             if self._is_closed:
                 for row in tasks:
-                    self._on_ended(released(self._make(row)))
+                    self._on_ended(released(self.attempt_of(row)))
                 return
             self._line.extend(tasks)
             for _ in range(self._free):
@@ -134,7 +153,7 @@ class Executor:
             self._is_closed = True
 
     def take_back(self, schemas: Container[str | None] | None = None) -> list[AnyAttempt]:
-        """Return those that have not begun, and forget them: all of them, or those of these schemas."""
+        """Return the tasks in line, and forget them: all of them, or those of these schemas."""
         taken: list[Claimed] = []
         others: list[Claimed] = []
         with self._lock:
@@ -146,10 +165,10 @@ class Executor:
                     is_meant = schemas is None or batch.from_queue.schema in schemas
                     (taken if is_meant else others).append(row)
             self._line.extendleft(reversed(others))
-        return [self._make(row) for row in taken]
+        return [self.attempt_of(row) for row in taken]
 
     def recall(self, tasks: list[Claimed]) -> list[Claimed]:
-        """Tell those that run to stop: they run in vain. Forget and answer those that have not begun."""
+        """Tell running ones to stop, because they are no longer owned; forget and return those in line."""
         waiting = []
         for row in tasks:
             with suppress(ValueError):  # it has begun
@@ -162,11 +181,11 @@ class Executor:
         return waiting
 
     def running(self) -> list[AnyAttempt]:
-        """Answer those that run now."""
-        return list(self._running)
+        """Return the attempts that run now."""
+        return [*self._running, *self._in_no_slot]
 
     def abandon(self) -> list[AnyAttempt]:
-        """Answer those that run now; they are the caller's from here on, and how they end isn't told."""
+        """Return the attempts that run in slots now, and forget them: their results are ignored."""
         running = []
         while self._running:
             with suppress(KeyError):  # the last one has just ended
@@ -174,12 +193,12 @@ class Executor:
         return running
 
     def wait_until_idle(self, timeout: float | None) -> bool:
-        """Wait until nothing runs; tell whether that is so."""
+        """Wait until all slots are free; return whether they are."""
         with self._idle:
             return self._idle.wait_for(lambda: self._free == self.concurrency, timeout)
 
     def stop(self) -> None:
-        """Let the threads end; those that still run a task end with it."""
+        """End the threads; those that still run a task end after it."""
         for _ in self._threads:
             self._for_threads.put(None)
         self._threads.clear()
@@ -193,7 +212,7 @@ class Executor:
             row = self._line.popleft()
         except IndexError:
             return None
-        return self._make(row)
+        return self.attempt_of(row)
 
     def _begin(self, attempt: AnyAttempt) -> bool:
         """Hand an attempt to its thread or to the loop; return False if that could not be started."""
@@ -201,14 +220,14 @@ class Executor:
             try:
                 self._event_loop.spawn(self._coroutine_slot, attempt)
             except RuntimeError as error:
-                self._missing.add(self._event_loop.open, error)
+                self._missing.add(self._retry_loop, error)
                 return False
             return True
         if len(self._threads) <= self._on_threads:  # none of them is idle
             try:
                 self._add_thread()
             except RuntimeError as error:
-                self._missing.add(self._add_thread, error)
+                self._missing.add(self._retry_thread, error)
                 return False
         self._on_threads += 1
         self._for_threads.put(attempt)
@@ -225,6 +244,14 @@ class Executor:
                 )
                 thread.start()
                 self._threads.append(thread)
+
+    def _retry_loop(self) -> None:
+        self._event_loop.open()
+        self.put(())  # the tasks that wait for it
+
+    def _retry_thread(self) -> None:
+        self._add_thread()
+        self.put(())
 
     def _begin_elsewhere(self, attempt: AnyAttempt, *, on_thread: bool) -> None:
         """Go on with an attempt of the other kind, in the slot of one that has ended."""
@@ -293,5 +320,5 @@ class Executor:
 
 
 def released(attempt: AnyAttempt) -> AttemptResult:
-    """Give a task back."""
+    """Return the result that gives a task back, with no attempt used up."""
     return ended(attempt, Release())

@@ -16,6 +16,7 @@ from sqlalchemy.orm import Session
 
 from apoq.core.outcomes import Release, Settlement, Unreachable, settle
 from apoq.errors import InvalidProcessor, SessionMisused
+from apoq.postgres.messages import brief
 from apoq.schema.statements.claim import CLAIM
 from apoq.worker.execution.attempt import LOST, AnyAttempt, AsyncAttempt, Attempt
 from apoq.worker.execution.completion import Completion
@@ -24,7 +25,6 @@ from apoq.worker.execution.event_loop import CANCELLATION_SECONDS
 from apoq.worker.execution.isolated_context import IsolatedContext
 from apoq.worker.execution.running_task import AsyncRunningTask, RunningTask
 from apoq.worker.execution.task_sessions import TaskSession, could_not_connect
-from apoq.worker.failures import brief
 
 
 class TaskLost(Exception):

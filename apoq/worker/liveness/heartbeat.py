@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import platform
@@ -28,14 +27,13 @@ from apoq.postgres.watchdog import Stopped
 from apoq.schema.statements.arrays import array_text
 from apoq.schema.statements.heartbeat import beat_and_look, forget, leave
 from apoq.schema.statements.recover import forget_dead, held_by_dead, rescue
+from apoq.worker import logs
 from apoq.worker.claim_log import ClaimLog
 from apoq.worker.failures import Failures, Outage
 from apoq.worker.isolation import Isolation
-from apoq.worker.liveness.lease import Lease
+from apoq.worker.lease import Lease
 from apoq.worker.liveness.peers import Peer, Peers
 from apoq.worker.narrowing import Narrowing
-
-logger = logging.getLogger(__name__)
 
 HEARTBEATS_PER_LEASE: Final = 5
 """Heartbeats to a lease: a worker counts as dead when it has missed this many."""
@@ -83,10 +81,11 @@ class Heartbeat:
     """Renews the worker's lease in each schema several times before it ends; all times are the database's.
 
     It has a connection of its own. A worker whose lease has ended counts as dead, and so does one whose
-    connection is gone and that is not back within its grace: by what it has written itself, whatever the
-    settings of those that read it. Any other makes its running tasks pending again.
+    connection is gone and that is not back within its grace period. Both times are those that the worker has
+    written itself, not settings of the worker that reads them. Any other worker makes its running tasks
+    pending again.
 
-    A schema in which it fails, such as one that was dropped, doesn't stop it in the others.
+    A schema in which the heartbeat fails, such as one that was dropped, doesn't stop it in the others.
     """
 
     def __init__(
@@ -98,11 +97,11 @@ class Heartbeat:
         *,
         concurrency: int,
         lease: timedelta,
-        on_rescued: Callable[[TasksRescued], None],
+        on_due: Callable[[], None],
         on_unknown: Callable[[], None],
         on_lapse: Callable[[list[str | None]], None],
     ) -> None:
-        """`on_unknown` is called if there are notes of claims that the worker doesn't know.
+        """`on_due` is called when tasks were rescued, and `on_unknown` if there are notes of unknown claims.
 
         `on_lapse` is called with the schemas in which the lease has ended.
         """
@@ -124,7 +123,8 @@ class Heartbeat:
             engine, lock_timeout=f"{self._interval * LOCK_TIMEOUT_HEARTBEATS * 1_000:.0f}ms"
         )
         self._claim_log = claim_log
-        self._on_rescued = on_rescued
+        self._report = outage.report
+        self._on_due = on_due
         self._on_unknown = on_unknown
         self._on_lapse = on_lapse
         self._row = {
@@ -165,8 +165,8 @@ class Heartbeat:
     def enter(self) -> None:
         """Beat for the first time.
 
-        Rescues the tasks of workers that have been gone for long, too, because this one may not live for
-        long, as one that works a few tasks and ends.
+        This also rescues the tasks of workers that have been dead for long, because this worker may run only
+        a few tasks and end.
         """
         self._beat_in_all(is_first=True)
 
@@ -224,7 +224,7 @@ class Heartbeat:
             try:
                 rescued = self._execute(rescue(presence.schema), parameters | narrowing.parameters).rowcount
             except LockNotAvailable:
-                logger.info("apoq_tasks is locked, by a migration perhaps: nothing can be rescued now")
+                logs.table_locked("tasks of dead workers are rescued when it is free")
                 return
             except DatabaseError as error:
                 if is_away(error):
@@ -234,7 +234,8 @@ class Heartbeat:
                     return
                 continue
             if rescued:
-                self._on_rescued(TasksRescued(rescued, presence.schema))
+                self._report(TasksRescued(rescued, presence.schema))
+                self._on_due()
             has_more = narrowing.written(rescued)
         if not has_more:
             presence.rescuing.recovered()
@@ -257,11 +258,7 @@ class Heartbeat:
             return False
         if not presence.has_told:
             presence.has_told = True
-            logger.warning(
-                "a task of a dead worker can't be made pending again, and stays running; others are rescued, "
-                "and this one is tried again at each heartbeat: %s",
-                error,
-            )
+            logs.rescue_refused(error)
         return True
 
     def _execute(self, statement: Executable, parameters: dict[str, Any]) -> Answer:
@@ -275,7 +272,7 @@ class Heartbeat:
             self._on_lapse([presence.schema for presence in lapsed])
 
     def forget(self) -> None:
-        """Remove the rows of workers that died long ago."""
+        """Delete the rows of workers that died long ago."""
         self._forgets_at = time.monotonic() + FORGOTTEN_AFTER.total_seconds() / 10
         for presence in self._presences:
             its_schema = partial(self._execute, forget(presence.schema), {"keep": FORGOTTEN_AFTER})
@@ -286,7 +283,7 @@ class Heartbeat:
         self.engine.dispose()
 
     def leave(self) -> None:
-        """Remove the worker's row: it holds nothing any more."""
+        """Delete the worker's row: it holds no more tasks."""
         for presence in self._presences:
             if not self._isolation.is_failing(presence):
                 self._execute(leave(presence.schema), {"worker_id": self.worker_id})

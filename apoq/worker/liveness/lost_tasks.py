@@ -1,8 +1,7 @@
-"""Tells what runs here that it runs in vain."""
+"""Stops tasks that the worker no longer owns."""
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -16,27 +15,27 @@ from apoq.schema.statements.arrays import array_text
 from apoq.schema.statements.begin import begin
 from apoq.schema.statements.claim import CLAIM, CLAIM_TOKEN, ID
 from apoq.schema.statements.lost import lost
+from apoq.worker import logs
 from apoq.worker.claim_log import ClaimLog
-from apoq.worker.execution.attempt import AnyAttempt, Claimed
+from apoq.worker.execution.attempt import Claimed
+from apoq.worker.execution.executor import Executor
 from apoq.worker.failures import Outage
 from apoq.worker.isolation import Isolation
+from apoq.worker.service import Service
 
 T = TypeVar("T")
-
-logger = logging.getLogger(__name__)
-
 
 MIN_INTERVAL_SECONDS: Final = 0.05
 """Seconds from one look to the next, at least: any role may notify, and as often as it likes."""
 
 
-class LostTaskMonitor:
-    """Looks which of the worker's tasks are its own no more: cancelled, deleted, or taken by others.
+class LostTaskMonitor(Service):
+    """Stops tasks that the worker no longer owns, because they were cancelled, deleted or rescued.
 
-    Nothing depends on it, for whatever they come to is refused by their tokens. Tasks that have been here for
-    longer than `interval` are looked up that often; those of which a notification says that they were
-    cancelled, at once. They are told each time, because the first time may have been while they were about to
-    begin.
+    No guarantee depends on it, because the results of such tasks are refused by their claim tokens. Tasks
+    that have been here for longer than `interval` seconds are looked up that often, and immediately if a
+    notification says that they were cancelled. A lost task is told to stop each time, because the first time
+    may have been just before it began.
     """
 
     def __init__(
@@ -45,33 +44,35 @@ class LostTaskMonitor:
         schemas: tuple[str | None, ...],
         outage: Outage,
         claim_log: ClaimLog,
+        executor: Executor,
         *,
-        running: Callable[[], list[AnyAttempt]],
         interval: float,
-        on_lost: Callable[[list[Claimed]], None],
     ) -> None:
+        super().__init__("apoq-lost-tasks", outage)
         self._engine = engine
         self._isolation: Isolation[str | None] = Isolation(_describe, outage)
         self._schemas = schemas
         self._claim_log = claim_log
-        self._running = running
+        self._executor = executor
         self._interval = interval
-        self._on_lost = on_lost
         self._lock = threading.Lock()
         self._wanted: set[int] = set()
         self._rested_at = 0.0
         self._logged: set[tuple[str | None, int, int]] = set()
         self._begun: set[tuple[str | None, int, int]] = set()
 
-    def look_for(self, ids: Iterable[int]) -> bool:
-        """Remember that these may have been cancelled; tell whether any is here."""
-        mine = {row[ID] for row in self._claim_log.held()}.intersection(ids)
+    def look_for(self, ids: Iterable[int] | None) -> None:
+        """Look at these tasks now, as far as the worker has them; None: at all that it has."""
+        mine = {row[ID] for row in self._claim_log.held()}
+        if ids is not None:
+            mine.intersection_update(ids)
         with self._lock:
             self._wanted |= mine
-        return bool(mine)
+        if mine:
+            self.wake()
 
     def turn(self) -> float | None:
-        """Look them up, and tell of those that are lost."""
+        """Look up the tasks, and stop those that are lost."""
         if (pause := self._rested_at - time.monotonic()) > 0:
             return pause
         with self._lock:
@@ -88,18 +89,19 @@ class LostTaskMonitor:
             self._for_each(parts, self._look)
             self._note_begun()
         except BaseException:
-            self.look_for(wanted)
+            with self._lock:
+                self._wanted |= wanted
             raise
         if parts:
             self._rested_at = time.monotonic() + MIN_INTERVAL_SECONDS
         return self._interval
 
     def _note_begun(self) -> None:
-        """Let the database know of the tasks that have begun although they were claimed ahead.
+        """Write down which prefetched tasks have begun.
 
-        Or else, should this worker die now, their attempts would not count.
+        Otherwise their attempts would not count if this worker died now.
         """
-        begun = {_key(attempt.row) for attempt in self._running() if attempt.row[CLAIM].is_ahead}
+        begun = {_key(attempt.row) for attempt in self._executor.running() if attempt.row[CLAIM].is_ahead}
         self._begun &= begun
         parts: dict[str | None, list[tuple[int, int]]] = {}
         for schema, id_, token in begun - self._begun:
@@ -122,12 +124,12 @@ class LostTaskMonitor:
         }
         gone = [rows[key] for key in execute(self._engine, lost(schema), parameters)]
         if new := [row for row in gone if _key(row) not in self._logged]:
-            logger.info(
-                "these tasks are this worker's no more, and are told to stop: %s",
-                ", ".join(str(id_) for id_ in sorted(row[ID] for row in new)),
-            )
+            logs.tasks_lost(row[ID] for row in new)
             self._logged.update(map(_key, new))
-        self._on_lost(gone)
+        self._stop(gone)
+
+    def _stop(self, tasks: list[Claimed]) -> None:
+        self._claim_log.settled(self._executor.recall(tasks))
 
 
 def _describe(schema: str | None) -> str:

@@ -1,8 +1,7 @@
-"""Deletes what ended long ago."""
+"""Deletes tasks that ended long ago."""
 
 from __future__ import annotations
 
-import logging
 import random
 import time
 from collections.abc import Mapping
@@ -16,12 +15,12 @@ from sqlalchemy import Delete, Engine
 from apoq.client.queue import Queue
 from apoq.postgres.connections import execute, is_caused_by_a_row
 from apoq.schema.statements.prune import prune_completed, prune_failed
+from apoq.worker import logs
 from apoq.worker.failures import Outage
 from apoq.worker.isolation import Isolation
-from apoq.worker.liveness.lease import Lease
+from apoq.worker.lease import Lease
 from apoq.worker.narrowing import Narrowing
-
-logger = logging.getLogger(__name__)
+from apoq.worker.service import Service
 
 BATCH_SIZE: Final = 1_000
 """Rows that one statement deletes at most."""
@@ -69,14 +68,14 @@ class Rule:
             # Such as a task to which a row of the application's points.
             if self._narrowing.refused() and not self._has_told:
                 self._has_told = True
-                logger.warning("a task that ended long ago can't be deleted, and stays: %s", error)
+                logs.pruning_refused(error)
             return True
         self.deleted += found.rowcount
         return self._narrowing.written(found.rowcount)
 
 
-class Pruner:
-    """Deletes the ended tasks of a worker's queues when their time is over, in small bites."""
+class Pruner(Service):
+    """Deletes the ended tasks of a worker's queues after their retention, in small batches."""
 
     def __init__(
         self,
@@ -88,6 +87,7 @@ class Pruner:
         keep_completed: timedelta | None,
         keep_failed: timedelta | None,
     ) -> None:
+        super().__init__("apoq-pruner", outage)
         self._engine = engine
         self._isolation: Isolation[Rule] = Isolation(str, outage)
         self._rules = [
@@ -98,14 +98,14 @@ class Pruner:
         ]
 
     def turn(self) -> float | None:
-        """Delete a batch of each kind; answer when to go on."""
+        """Delete a batch of each kind; return when to go on."""
         began = time.monotonic()
         if self.prune():
             return (time.monotonic() - began) * (1 / DATABASE_SHARE - 1)
         return PRUNE_INTERVAL_SECONDS * random.uniform(0.9, 1.1)  # noqa: S311 - workers needn't prune together
 
     def prune(self) -> bool:
-        """Delete a batch of each kind; tell whether there may be more."""
+        """Delete a batch of each kind; return whether there may be more."""
         more = False
         rules = [rule for lease, rule in self._rules if lease.is_held]
         for rule in rules:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import random
 import time
 from collections.abc import Callable, Mapping
@@ -19,10 +18,9 @@ from apoq.schema.statements.recover import rescue_unnoted
 from apoq.schema.statements.unnoted import next_level, unnoted
 from apoq.worker.failures import Outage
 from apoq.worker.isolation import Isolation
+from apoq.worker.lease import Lease
 from apoq.worker.liveness.heartbeat import REASON
-from apoq.worker.liveness.lease import Lease
-
-logger = logging.getLogger(__name__)
+from apoq.worker.service import Service
 
 STEP_SIZE: Final = 1_000
 """Tasks that one statement looks at, at most."""
@@ -56,7 +54,7 @@ class _Pass:
     """Those that the last pass has found."""
 
 
-class Sweep:
+class Sweep(Service):
     """Walks through all tasks that have not ended, slowly, and rescues those that run without a claim's note.
 
     Workers find what a dead one held by the notes of its claims. Where these are missing, as after a restore
@@ -71,15 +69,17 @@ class Sweep:
         outage: Outage,
         *,
         grace: float,
-        on_rescued: Callable[[TasksRescued], None],
+        on_due: Callable[[], None],
     ) -> None:
-        """`grace`: seconds between two passes, at least."""
+        """`grace`: seconds between two passes, at least; `on_due` is called when tasks were rescued."""
+        super().__init__("apoq-sweep", outage)
         self._engine = engine
         self._leases = leases
         self._passes = {schema: _Pass() for schema in leases}
         self._isolation: Isolation[str | None] = Isolation(_describe, outage)
         self._grace = grace
-        self._on_rescued = on_rescued
+        self._report = outage.report
+        self._on_due = on_due
         self._pause = grace
         self._begins_at: float | None = None
 
@@ -136,7 +136,8 @@ class Sweep:
         ids, tokens = zip(*tasks, strict=True)
         parameters = {"ids": array_text(ids), "tokens": array_text(tokens), "reason": REASON}
         if rescued := execute(self._engine, rescue_unnoted(schema), parameters).rowcount:
-            self._on_rescued(TasksRescued(rescued, schema, is_noted=False))
+            self._report(TasksRescued(rescued, schema, is_noted=False))
+            self._on_due()
 
 
 _ID, _, _TIME, _NUMBER = range(4)

@@ -1,8 +1,7 @@
-"""Writes what became of tasks, many at once."""
+"""Writes the results of attempts, many at once."""
 
 from __future__ import annotations
 
-import logging
 import math
 import threading
 import time
@@ -28,16 +27,15 @@ from apoq.schema.statements.arrays import array_text
 from apoq.schema.statements.claim import CLAIM, CLAIM_TOKEN, ID
 from apoq.schema.statements.locked import locked
 from apoq.schema.statements.settle import settle
-from apoq.worker import reports
+from apoq.worker import logs, reports
 from apoq.worker.claim_log import ClaimLog
-from apoq.worker.execution.attempt import Claimed, short_data
+from apoq.worker.execution.attempt import AnyAttempt, Claimed, short_data
 from apoq.worker.execution.completion import Completion, told
-from apoq.worker.execution.runner import AttemptResult, TaskLost, is_late
+from apoq.worker.execution.runner import AttemptResult, TaskLost, ended, is_late, overdue
 from apoq.worker.failures import Outage
 from apoq.worker.isolation import Isolation
+from apoq.worker.service import Service, left_until
 from apoq.worker.settling.counters import Counter
-
-logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -74,18 +72,18 @@ class Closed(NamedTuple):
     pause: float
 
 
-class Settler:
-    """Takes ended attempts as they come, and settles all that there are with each write.
+class Settler(Service):
+    """Collects the results of attempts, and writes all that it has with each statement.
 
-    What can't be written because the database is away is kept, and written when it is back. What somebody
-    has locked, such as a caller who cancels it and has not committed yet, is put off, and the others go on.
-    So is a schema whose whole table is locked, as by a migration, or which has been dropped.
+    While the database is away, it keeps them, and writes them when it is back. Tasks that another session has
+    locked, such as one that cancels them and has not committed yet, are put off, and the others are written.
+    So are the tasks of a schema whose whole table is locked, as by a migration, or which has been dropped.
     """
 
     def __init__(
         self,
         engine: Engine,
-        events_: Events,
+        events: Events,
         completion: Completion,
         counter: Counter,
         schemas: Sequence[str | None],
@@ -95,10 +93,11 @@ class Settler:
         on_pending: Callable[[float], None],
     ) -> None:
         """`on_pending` is called with the seconds until a task that was settled is due again."""
+        super().__init__("apoq-settler", outage)
         self._engine = engine
         self._completion = completion
         self._counter = counter
-        self._events = events_
+        self._events = events
         self._claim_log = claim_log
         self._on_pending = on_pending
         # Most attempts complete, and nothing more is to be known of them.
@@ -112,10 +111,28 @@ class Settler:
         self._schemas = schemas
         self._isolation: Isolation[str | None] = Isolation(_describe, outage)
         self._unreachable_at = -math.inf
+        self.ends_at = math.inf
+        """Until when results are written after the last turn, by time.monotonic()."""
         self._lock = threading.Lock()
 
     def put(self, end: AttemptResult) -> None:
-        """Settle this soon; the caller wakes whoever takes the turns."""
+        """Settle this attempt soon."""
+        is_written = end.outcome is None and end.row is not None
+        if is_written and end.seconds is None and not self._completion.is_heard:
+            # Its transaction has completed the task, and nobody listens.
+            self._counter.count(None)
+            self._claim_log.settled([end.attempt.row])
+            return
+        self._collect(end)
+        self.wake()
+
+    def put_overdue(self, attempt: AnyAttempt, thread_id: int) -> None:
+        """Settle an attempt that runs longer than its timeout, on this thread."""
+        self.put(ended(attempt, overdue(attempt.timeout or 0.0, thread_id)))
+        if not self.is_alive:
+            self.turn()  # the worker hasn't started: it runs one task, in `work`
+
+    def _collect(self, end: AttemptResult) -> None:
         if end.outcome is None and end.row is None:
             row = end.attempt.row
             if end.seconds is not None or (self._completion.is_heard and not end.attempt.has_data):
@@ -125,7 +142,7 @@ class Settler:
             self._ended.append(end)
 
     def turn(self) -> float | None:
-        """Settle all that have ended."""
+        """Write all results that have come until now."""
         with self._lock:
             for unsettled in [*self._taken_back(), *self._taken_ended()]:
                 is_due = self._looks_at(unsettled) <= time.monotonic()
@@ -138,16 +155,19 @@ class Settler:
         return None if looks_at is None else max(0.0, looks_at - time.monotonic())
 
     def flush(self, patience: float) -> None:
-        """Settle all that have ended, waiting so many seconds for what somebody has locked."""
+        """Write all results, and wait up to `patience` seconds for tasks that other sessions have locked."""
         deadline = time.monotonic() + patience
         while (pause := self.turn()) is not None and (left := deadline - time.monotonic()) > 0:
             time.sleep(min(pause, max(left, LOCKED_POLL_SECONDS)))  # so that the last look comes at the end
         if count := sum(len(unsettled.ended) for unsettled in self._put_off):
-            logger.warning(
-                "%d tasks are locked, or in a schema that fails, and could not be settled; other workers may "
-                "run them again",
-                count,
-            )
+            logs.results_locked(count)
+
+    def after_last_turn(self) -> None:
+        """Write all results that are left, until `ends_at`: it may have to connect, which takes long."""
+        try:
+            self.flush(left_until(self.ends_at))
+        except Exception as error:  # noqa: BLE001 - other workers will run these tasks
+            logs.settling_failed(error)
 
     def _taken_back(self) -> list[Unsettled]:
         taken, self._put_off = self._put_off, []
@@ -192,7 +212,7 @@ class Settler:
         return True
 
     def _put_off_locked(self, unsettled: Unsettled) -> Unsettled:
-        """Put off what is locked, and answer the rest."""
+        """Put off those that are locked, and return the others."""
         ids = array_text([_row(one)[ID] for one in unsettled.ended])
         found = {id_ for (id_,) in execute(self._engine, locked(unsettled.schema), {"ids": ids})}
         self._closed.pop(unsettled.schema, None)
@@ -207,7 +227,7 @@ class Settler:
         """Put off all of a schema whose table is locked, the longer the longer it is."""
         before = self._closed.get(schema)
         if before is None:
-            logger.info("apoq_tasks is locked, by a migration perhaps: what has ended is settled after that")
+            logs.table_locked("the results of tasks are written when it is free")
         pause = LOCKED_POLL_SECONDS if before is None else min(MAX_LOCKED_POLL_SECONDS, 2 * before.pause)
         self._closed[schema] = Closed(time.monotonic() + pause, pause)
         # The next one asks first whether the table is free: that waits for the table at most, and for no row.
@@ -253,13 +273,13 @@ class Settler:
         if len(unsettled.ended) > 1:
             return [unsettled._replace(ended=[one]) for one in unsettled.ended]
         [one] = unsettled.ended
-        logger.error("what became of task %d could not be written", _row(one)[ID], exc_info=error)
+        logs.task_unwritable(_row(one)[ID], error)
         if isinstance(one, AttemptResult) and one.settlement is not None:
             without = {"class": type(one.outcome).__name__, "message": "", "traceback": ""}
             if one.settlement.error != without:
                 bare = replace(one, settlement=one.settlement._replace(error=without))
                 return [unsettled._replace(ended=[bare])]
-        logger.error("task %d is run again when this worker stops", _row(one)[ID])
+        logs.task_given_up(_row(one)[ID])
         self._claim_log.given_up(_row(one))
         return []
 
@@ -308,11 +328,7 @@ class Settler:
         """Say it once for an outage, and not for each of its tasks."""
         last, self._unreachable_at = self._unreachable_at, time.monotonic()
         if self._unreachable_at > last + OUTAGE_SECONDS:
-            logger.warning(
-                "task.session could not connect: %s; its tasks are pending again, with no attempt used up, "
-                "and are tried again every second or two until it can",
-                outcome,
-            )
+            logs.session_unreachable(outcome)
 
 
 @cache
@@ -360,7 +376,7 @@ def _by_schema(batch: list[T], schema_of: Callable[[T], str | None]) -> dict[str
 
 
 def settlement_arrays(ends: list[AttemptResult]) -> dict[str, list[Any]]:
-    """Answer the settlements as parameters."""
+    """Return the settlements as parameters of `settle`."""
     settlements = [end.settlement for end in ends if end.settlement is not None]
     return {
         "states": [settlement.state for settlement in settlements],
