@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import time
 
+import probe
 import sqlalchemy as sa
-from probe import runtime
 
 from apoq import Worker
 from apoq.schema.models import claims_table
@@ -27,10 +27,9 @@ WAITS = "query LIKE '%picked%' AND wait_event_type = 'Lock'"
 
 def hold_up(connection: sa.Connection, worker: Worker, schema: str | None = None) -> None:
     """Let each claim of a worker that takes anything wait until this transaction ends."""
-    claimer = runtime(worker).claimer
-    next_number = next(claimer._claim_log._numbers)
+    next_number = probe.next_claim_number(worker)
     notes = [
-        {"worker_id": claimer.worker_id, "number": next_number + ahead, "task_ids": []}
+        {"worker_id": probe.claimer(worker).worker_id, "number": next_number + ahead, "task_ids": []}
         for ahead in range(1, 1_000)
     ]
     connection.execute(sa.insert(claims_table(schema)), notes)
@@ -45,7 +44,7 @@ def held_leases() -> dict[str | None, Lease]:
 
 def hold_lease(worker: Worker) -> None:
     """Let a worker that hasn't started claim."""
-    for lease in runtime(worker).heartbeat.leases.values():
+    for lease in probe.leases(worker).values():
         lease.renew(time.monotonic())
 
 

@@ -13,10 +13,11 @@ from ctypes import CDLL
 from functools import partial
 from pathlib import Path
 
+import probe
 import sqlalchemy as sa
 from waiting import patience
 
-from apoq.embedded import PostgreSQL, _server_user
+from apoq.embedded import PostgreSQL
 
 until = patience(60.0)
 
@@ -31,6 +32,10 @@ class Server:
         self._folder = Path(str(self.url.query["host"]))
         self._command = shlex.split((self._folder / "data" / "postmaster.opts").read_text())
         self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def is_restarted(self) -> bool:
+        return self._process is not None
 
     def stop(self) -> None:
         """Stop it as `pg_ctl stop -m fast` does, which ends all sessions."""
@@ -56,7 +61,7 @@ class Server:
             cwd=self._folder,
             env={"PATH": os.defpath, "LC_ALL": "C", "HOME": str(self._folder)},
             preexec_fn=with_tests,  # noqa: PLW1509 - it imports nothing, and takes no lock
-            **_server_user(),
+            **probe.server_user(),
         )
         until(self._answers)
 
@@ -75,5 +80,5 @@ def restartable() -> Iterator[Server]:
         try:
             yield server
         finally:
-            if server._process is not None:
+            if server.is_restarted:
                 server.stop()

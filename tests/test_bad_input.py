@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta, timezone
 
+import probe
 import psycopg
 import pytest
 import sqlalchemy as sa
-from probe import runtime
 from sqlalchemy.dialects import registry as dialects
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
@@ -647,7 +647,7 @@ class TestWorkers:
         with pytest.raises(SchemaMismatch):
             getattr(worker, act)()
 
-        assert runtime(worker).engine.pool.checkedin() == 0
+        assert probe.own_engine(worker).pool.checkedin() == 0
         engine.dispose()
 
     def test_it_starts_once_the_tables_are_there(self, empty_url, queue):

@@ -7,12 +7,12 @@ import threading
 from datetime import timedelta
 from typing import Any
 
+import probe
 import psycopg
 import pytest
 import sqlalchemy as sa
 import transaction
 import zope.sqlalchemy
-from probe import runtime
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
 from waiting import patience
@@ -341,8 +341,7 @@ class TestARunningTask:
         with Session(engine) as session:
             Queue().cancel(session, task_id)
             session.rollback()
-        looked = runtime(worker).lost_task_monitor._look
-        runtime(worker).lost_task_monitor._look = lambda *args: (looked(*args), go_on.set())
+        probe.after_look_for_lost_tasks(worker, go_on.set)
 
         until(lambda: load(engine, task_id).state == "completed")
         assert told == [False]
@@ -396,7 +395,7 @@ class TestARunningTask:
 
         worker = make_worker(concurrency=1, lease=timedelta(seconds=LONG))
         worker.use("t", process)
-        runtime(worker).executor.run_time = 0.001  # so that it claims ahead
+        probe.executor(worker).run_time = 0.001  # so that it claims ahead
         first, second = add(engine), add(engine)
         worker.start()
         assert begun.wait(SOON)
@@ -404,7 +403,7 @@ class TestARunningTask:
 
         assert cancel(engine, second) is True
 
-        until(lambda: second not in {row[ID] for row in runtime(worker).claim_log.held()})
+        until(lambda: second not in {row[ID] for row in probe.claim_log(worker).held()})
         go_on.set()
         until(lambda: load(engine, first).state == "completed")
         worker.stop()

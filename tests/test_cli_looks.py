@@ -14,6 +14,7 @@ from datetime import UTC, datetime, timedelta
 from importlib.metadata import version
 from uuid import uuid4
 
+import probe
 import pytest
 import sqlalchemy as sa
 from click.testing import CliRunner, Result
@@ -23,7 +24,7 @@ from sqlalchemy.pool import NullPool
 
 from apoq import Queue, Worker, prepare
 from apoq.cli import main
-from apoq.cli.stats import MAX_NAME_COLUMNS, _figures, shown
+from apoq.cli.stats import MAX_NAME_COLUMNS, shown
 from apoq.cli.target import Target
 from apoq.embedded import PostgreSQL
 from apoq.monitor import server_checks, table_checks
@@ -246,7 +247,7 @@ class TestStats:
         add("a" * 200, queue="q" * 200, process_at=ago(days=9999))
         enlist("q" * 200, "r" * 200, host="h" * 200, seen=timedelta(days=9999))
         console = Console(width=80, record=True, file=io.StringIO())
-        console.print(shown(_figures(Target(engine=engine), by_type=True), MAX_NAME_COLUMNS))
+        console.print(shown(probe.stats_figures(Target(engine=engine), by_type=True), MAX_NAME_COLUMNS))
 
         lines = console.export_text().splitlines()
         assert max(map(len, lines)) <= 80
@@ -498,14 +499,14 @@ class TestDoctor:
     def test_who_only_speaks_like_postgresql_is_known(self, told, host, level, named):
         row = {"version": told, "server_version": "15.0", "server_version_num": "150000"}
 
-        finding = server_checks._flavour(row, host)
+        finding = probe.flavour(row, host)
 
         assert (finding.level, named in finding.text) == (level, True)
 
     def test_an_old_server_is_to_be_mended(self):
         row = {"version": "PostgreSQL 14.9", "server_version": "14.9", "server_version_num": "140009"}
 
-        assert server_checks._flavour(row, "db").level == BAD
+        assert probe.flavour(row, "db").level == BAD
 
     def test_an_unreachable_database_is_a_finding_too(self, run):
         url = f"postgresql://app:{SECRET}@127.0.0.1:1/app"

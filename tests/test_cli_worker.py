@@ -16,6 +16,7 @@ from datetime import timedelta
 from pathlib import Path
 from queue import Queue as Line
 
+import probe
 import pytest
 import sqlalchemy as sa
 from click.testing import CliRunner
@@ -115,6 +116,9 @@ class Program:
     def signal(self, number: int) -> None:
         self._process.send_signal(number)
 
+    def has_ended(self) -> bool:
+        return self._process.poll() is not None
+
     def end(self) -> int:
         """Wait for its end; answer the exit code."""
         return self._process.wait(PATIENCE)
@@ -190,7 +194,7 @@ class TestOneProcess:
         program.wait_for("holding")
 
         program.signal(signal.SIGINT)
-        wait_until(lambda: program.signal(signal.SIGINT) or program._process.poll() is not None)
+        wait_until(lambda: program.signal(signal.SIGINT) or program.has_ended())
 
         assert program.end() == -signal.SIGINT
         assert "Traceback" not in program.output
@@ -393,17 +397,17 @@ class TestWhatIsToBeWorked:
 class TestAdjust:
     def test_an_unknown_queue_is_refused(self, worker):
         with pytest.raises(ValueError, match="queues are default, not emails"):
-            worker._adjust(queues=["emails"])
+            probe.adjust(worker, queues=["emails"])
 
     def test_no_queue_is_refused(self, worker):
         with pytest.raises(ValueError, match="queues are default"):
-            worker._adjust(queues=[])
+            probe.adjust(worker, queues=[])
 
     def test_it_is_refused_while_the_worker_runs(self, worker):
         worker.start()
 
         with pytest.raises(RuntimeError, match="before it starts"):
-            worker._adjust(concurrency=2)
+            probe.adjust(worker, concurrency=2)
 
     def test_it_works_only_these_queues(self, make_worker, engine):
         worker = make_worker(Queue("a"), Queue("b"))
@@ -412,7 +416,7 @@ class TestAdjust:
             Queue("a").add(session, "say")
             id_ = Queue("b").add(session, "say").id
 
-        worker._adjust(queues=["b"])
+        probe.adjust(worker, queues=["b"])
 
         assert worker.work().id == id_
         assert worker.work() is None

@@ -7,13 +7,13 @@ import gc
 import weakref
 from collections.abc import Iterator
 
+import probe
 import psycopg
 import pytest
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from apoq.postgres.connections import _IS_POOLED, execute, own_engine
-from apoq.postgres.fast_path import _name
 
 
 def test_its_own_engine_needs_nothing_of_the_callers_pool(url):
@@ -79,7 +79,7 @@ def test_through_a_pooler_it_relies_on_nothing_that_a_session_keeps(own):
 def test_a_pooler_that_hides_itself_is_found_out(own, next_session, question, error):
     """By a prepared statement that is lost, or there already: one fails, and the next ones do without."""
     assert ask(own, "SELECT 1") == 1
-    taken = next_session.format(name=_name(sa.text(question)).decode())
+    taken = next_session.format(name=probe.statement_name(sa.text(question)).decode())
     with contextlib.closing(own.raw_connection()) as pooled:
         pooled.driver_connection.pgconn.exec_(taken.encode())  # as if another had been given
 

@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import probe
 import psycopg
 import pytest
 import sqlalchemy as sa
@@ -283,9 +284,9 @@ signal.pause()
 def test_the_server_is_gone_after_its_keeper_was_killed() -> None:
     server = PostgreSQL(settings=QUICK).start()
     folder = folder_of(server.url)
-    assert server._keeper
+    assert probe.keeper(server)
 
-    server._keeper.kill()
+    probe.keeper(server).kill()
 
     assert eventually(lambda: not (folder / "data" / "postmaster.pid").exists())
     server.stop()

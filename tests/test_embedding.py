@@ -18,9 +18,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
+import probe
 import pytest
 import sqlalchemy as sa
-from probe import lifecycle
 from sqlalchemy.orm import Session
 from waiting import patience
 
@@ -97,7 +97,11 @@ def run(url) -> Callable[..., str]:
     def run(code: str, *, to: sa.URL = url, timeout: float = 90) -> str:
         source = textwrap.dedent(PROLOGUE) + textwrap.dedent(code)
         command = [sys.executable, "-c", source, to.render_as_string(hide_password=False)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+        path = [os.environ.get("PYTHONPATH", ""), str(Path(__file__).parent)]  # where `probe` is
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))}
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=timeout, check=False, env=environment
+        )
         assert (done.returncode, done.stderr) == (0, "")
         return done.stdout
 
@@ -178,12 +182,14 @@ class TestFork:
 
     def test_a_lock_that_another_thread_held_does_not_hang_the_child(self, engine, run):
         run("""
+            import probe
+
             worker.start()
             add("slow")
             assert entered.wait(30)
             stopping = threading.Thread(target=worker.stop)
             stopping.start()
-            until(lambda: not worker._lifecycle._lock.acquire(blocking=False))
+            until(lambda: probe.is_busy_starting_or_stopping(worker))
             if (child := os.fork()) == 0:
                 worker.stop()
                 add()
@@ -329,7 +335,7 @@ class TestThreads:
 
             starting.join(SOON)
             assert not starting.is_alive()
-        assert not lifecycle(worker).is_in_use
+        assert not probe.lifecycle(worker).is_in_use
 
     def test_a_processor_that_starts_or_stops_its_worker_does_not_hang_the_stop(self, engine, worker, queue):
         entered, stopping, refused = threading.Event(), threading.Event(), []
@@ -350,7 +356,7 @@ class TestThreads:
         assert entered.wait(SOON)
         stopper = threading.Thread(target=worker.stop, args=(10,))  # it would give the task back then
         stopper.start()
-        until(lambda: not lifecycle(worker)._lock.acquire(blocking=False))
+        until(lambda: probe.is_busy_starting_or_stopping(worker))
         stopping.set()
         stopper.join(SOON)
 
@@ -723,11 +729,11 @@ def test_under_flasks_reloader_two_workers_run_and_change_places(engine, serve, 
 def test_a_program_whose_worker_has_lost_a_thread_ends_with_an_error(run):
     told = run("""
         import logging
+        import probe
         logging.disable()
 
         def end():
-            worker._lifecycle.runtime.claimer.turn = lambda: sys.exit("enough")
-            worker._lifecycle.runtime.look_for_tasks()
+            probe.end_claimers_thread(worker)
 
         try:
             worker.run(on_start=lambda stop: end())

@@ -5,10 +5,10 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable, Iterator
 
+import probe
 import psycopg
 import pytest
 import sqlalchemy as sa
-from probe import runtime
 from sqlalchemy.orm import Session
 from waiting import patience
 
@@ -69,7 +69,7 @@ def test_an_error_is_stored_as_far_as_the_database_can_hold_it(
 ):
     engine = sa.create_engine(create_encoded(encoding))
     worker = Worker(engine, queue)
-    runtime(worker).engine.update_execution_options(**{_IS_POOLED: is_pooled})
+    probe.own_engine(worker).update_execution_options(**{_IS_POOLED: is_pooled})
 
     def fail(task) -> None:
         raise ValueError("café “one” 💖")
@@ -117,7 +117,7 @@ def test_what_a_client_encoding_does_not_have_stops_nobody(url, engine, queue, b
     narrow = sa.create_engine(url, **options)
     seen = []
     worker = Worker(narrow, queue)
-    runtime(worker).engine.update_execution_options(**{_IS_POOLED: is_pooled})
+    probe.own_engine(worker).update_execution_options(**{_IS_POOLED: is_pooled})
     worker.use("t", lambda task: seen.append(task.data))
     worker.use("“💥”", lambda task: seen.append(task.type))
 

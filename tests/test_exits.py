@@ -121,11 +121,16 @@ class Program:
     def pid(self) -> int:
         return self._process.pid
 
+    @property
+    def code(self) -> int | None:
+        """Its exit code, or None while it runs."""
+        return self._process.poll()
+
     def stop(self, number: int = signal.SIGTERM, pid: int | None = None) -> float:
         """Send a signal, wait for the end, and return the seconds that this took."""
         os.kill(pid or self.pid, number)
         sent = time.monotonic()
-        self.code = self._process.wait(SOON)
+        self._process.wait(SOON)
         return time.monotonic() - sent
 
     def kill(self) -> None:
@@ -334,7 +339,7 @@ class TestAsPID1:
 
         until(signalled, TIMEOUT + OVERTIME + BUSY)
 
-        assert program._process.returncode == 128 + signal.SIGTERM
+        assert program.code == 128 + signal.SIGTERM
 
     @pytest.mark.parametrize("processes", [ONE, TWO], ids=NUMBERS)
     def test_it_stops_in_time(self, start, processes):

@@ -16,6 +16,7 @@ import flask
 import flask_sqlalchemy
 import flask_sqlalchemy_lite
 import pages
+import probe
 import pytest
 import sqlalchemy as sa
 from flask import Flask, current_app, g
@@ -583,7 +584,7 @@ class TestDatabases:
         ):
             apoq.add("t")
         del app.config["APOQ_BIND"]
-        app.extensions["apoq"].database._bind = None  # for the clean-up
+        probe.forget_bind(app)  # for the clean-up
 
     def test_lite_may_bind_the_task_itself(self, apoq, url, engine, other, other_url):
         db = flask_sqlalchemy_lite.SQLAlchemy(session_options={"binds": {Task: "jobs"}})

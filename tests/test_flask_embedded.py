@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
+import probe
 import pytest
 import sqlalchemy as sa
 from applications.harness import Process, free_port, until
@@ -245,10 +246,10 @@ class TestInThisProcess:
 
         app.test_client().get("/")
 
-        assert app.extensions["apoq"]._in_process._began_in == 0
+        assert not probe.has_in_process_worker(app)
 
     def test_commands_start_none(self, app):
         result = app.test_cli_runner().invoke(args=["apoq", "check"])
 
         assert result.exit_code == 0, result.output
-        assert app.extensions["apoq"]._in_process._began_in == 0
+        assert not probe.has_in_process_worker(app)

@@ -13,12 +13,12 @@ from datetime import UTC, datetime, timedelta, timezone, tzinfo
 from enum import IntEnum, StrEnum
 from typing import Any
 
+import probe
 import psycopg
 import pytest
 import sqlalchemy as sa
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from probe import lifecycle
 from sqlalchemy.orm import Session
 
 from apoq import InvalidData, InvalidTask, Queue, Task, UnsupportedSession, Worker
@@ -246,11 +246,11 @@ def received(engine) -> Iterator[Callable[[], dict[int, Any]]]:
             pass
         return dict(found)
 
-    lifecycle(
+    probe.lifecycle(
         worker
     ).acquire()  # so that each of the tasks doesn't find new connections and a heartbeat of its own
     yield work
-    lifecycle(worker).release()
+    probe.lifecycle(worker).release()
 
 
 @pytest.fixture(scope="module")

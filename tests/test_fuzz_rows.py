@@ -19,13 +19,13 @@ from datetime import timedelta
 from typing import Any
 from uuid import UUID, uuid4
 
+import probe
 import pytest
 import sqlalchemy as sa
 import sqlalchemy.exc
 from click.testing import CliRunner
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
-from probe import lifecycle, runtime
 from sqlalchemy.orm import Session
 
 from apoq import Cancel, Queue, Retry, Snooze, Task, Worker
@@ -461,7 +461,7 @@ class Works:
     @property
     def own(self) -> UUID | None:
         """The id of the worker, as it stands in the tables."""
-        return self._worker and runtime(self._worker).claimer.worker_id
+        return self._worker and probe.claimer(self._worker).worker_id
 
     def stop(self) -> None:
         if self._worker is not None:
@@ -572,7 +572,7 @@ def test_no_task_makes_work_raise(engine, works, given_rows):
         row if row["type"] not in {"fails", "retries"} else row | {"type": "t"} for row in given_rows
     ]
     ids = write_all(engine, "apoq_tasks", given_rows, None)
-    lifecycle(worker).acquire()  # so that each call doesn't find new connections
+    probe.lifecycle(worker).acquire()  # so that each call doesn't find new connections
     try:
         for _ in range(len(given_rows) + 2 * len(ids)):
             try:
@@ -585,7 +585,7 @@ def test_no_task_makes_work_raise(engine, works, given_rows):
             )
             assert connection.scalar(statement, {"ids": ids}) == 0, ", ".join(map(repr, given_rows))
     finally:
-        lifecycle(worker).release()
+        probe.lifecycle(worker).release()
         empty(engine)
 
 

@@ -8,9 +8,9 @@ import time
 from functools import partial
 from uuid import uuid4
 
+import probe
 import pytest
 import sqlalchemy as sa
-from probe import runtime
 from psycopg import OperationalError
 from sqlalchemy.orm import Session
 from waiting import patience
@@ -113,7 +113,7 @@ class TestASchemaThatIsGone:
     def test_stops_neither_the_others_nor_their_leases(self, engine, queues, worker, caplog):
         default, here, _ = queues
         self.drop(engine)
-        lease = runtime(worker).heartbeat.leases["gone"]
+        lease = probe.lease(worker, "gone")
         until(lambda: not lease.is_held)  # it has been gone for longer than the grace
 
         waits = []
@@ -154,7 +154,7 @@ class TestASchemaThatIsGone:
     def test_is_worked_again_when_it_is_there_again(self, engine, queues, worker):
         *_, gone = queues
         self.drop(engine)
-        until(lambda: not runtime(worker).heartbeat.leases["gone"].is_held)
+        until(lambda: not probe.lease(worker, "gone").is_held)
 
         prepare(engine, schema="gone")
         self.add(engine, gone)

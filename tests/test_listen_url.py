@@ -7,9 +7,9 @@ import threading
 import time
 from datetime import timedelta
 
+import probe
 import pytest
 import sqlalchemy as sa
-from probe import runtime
 from proxy import Proxy
 from sqlalchemy.orm import Session
 
@@ -45,11 +45,10 @@ def test_nothing_but_notifications_goes_that_way(engine, url, make_worker):
     worker = make_worker(poll_interval=LONG, listen_url=url)
     worker.use("t", lambda task: ran.set())
     listening = threading.Event()
-    listens = runtime(worker).listener._on_listening
-    runtime(worker).listener._on_listening = lambda: listens() or listening.set()
+    probe.after_listening(worker, listening.set)
     worker.start()
     assert listening.wait(SOON)
-    pid = runtime(worker).listener._connection.pooled.dbapi_connection.info.backend_pid
+    pid = probe.listening_session(worker)
     with Session(engine) as session, session.begin():
         Queue().add(session, "t")
     assert ran.wait(SOON)
@@ -68,15 +67,14 @@ def test_where_it_goes_silent_the_worker_listens_again(engine, url, make_worker,
     worker = make_worker(poll_interval=LONG, listen_url=proxy.url)
     worker.use("t", lambda task: ran.release())
     listening, deadline = threading.Event(), time.monotonic() + 2 * SOON
-    listens = runtime(worker).listener._on_listening
-    runtime(worker).listener._on_listening = lambda: listens() or listening.set()
+    probe.after_listening(worker, listening.set)
     worker.start()
     assert listening.wait(SOON)
-    before = runtime(worker).listener._connection
+    before = probe.listening_connection(worker)
 
     proxy.cut()
     proxy.heal()
-    while runtime(worker).listener._connection in (None, before):
+    while probe.listening_connection(worker) in (None, before):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     for _ in range(3):

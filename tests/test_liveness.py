@@ -6,15 +6,14 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
 from collections.abc import Iterator
 from datetime import timedelta
 from uuid import uuid4
 
+import probe
 import pytest
 import sqlalchemy as sa
 from claims import hold_lease, note
-from probe import runtime
 from sqlalchemy.orm import Session
 from waiting import patience
 
@@ -95,7 +94,7 @@ class TestTheHeartbeat:
 
         stopping = threading.Thread(target=worker.stop)
         stopping.start()
-        until(lambda: runtime(worker)._signals[None].is_given)
+        until(lambda: probe.stop_signal(worker).is_given)
         seen_past_its_lease(engine, load(engine).worker_id)
         may_end.set()
         stopping.join(SOON)
@@ -116,14 +115,14 @@ class TestAnEndedLease:
         worker.use("t", lambda task: ran.append(task.id))
         worker.use("coroutine", coroutine)
         yield ran
-        runtime(worker).event_loop.stop(SOON)
-        runtime(worker).executor.stop()
-        runtime(worker).engine.dispose()
+        probe.event_loop(worker).stop(SOON)
+        probe.executor(worker).stop()
+        probe.own_engine(worker).dispose()
 
     def test_claims_nothing(self, engine, worker, ran):
         add(engine)
 
-        runtime(worker).claimer.turn()
+        probe.claimer(worker).turn()
 
         assert load(engine).claim_token == 0
 
@@ -132,10 +131,10 @@ class TestAnEndedLease:
         add(engine, type_=type_)
 
         hold_lease(worker)
-        claimed = runtime(worker).claimer.claim(1, 1)
-        runtime(worker).heartbeat.leases[None].ends_at = time.monotonic()
-        runtime(worker).executor.put(claimed)
-        until(lambda: runtime(worker).settler.turn() or load(engine).state == "pending")
+        claimed = probe.claimer(worker).claim(1, 1)
+        probe.end_lease(worker)
+        probe.executor(worker).put(claimed)
+        until(lambda: probe.settler(worker).turn() or load(engine).state == "pending")
 
         assert (load(engine).claim_token, load(engine).attempt, ran) == (1, 0, [])
 
@@ -143,9 +142,7 @@ class TestAnEndedLease:
 def test_a_worker_whose_lease_has_ended_completes_nothing(engine, worker):
     def process(task: RunningTask) -> None:
         task.session.execute(sa.text("INSERT INTO ledger VALUES (:id)"), {"id": task.id})
-        runtime(worker).heartbeat.leases[
-            None
-        ].ends_at = time.monotonic()  # as if it had been frozen just here
+        probe.end_lease(worker)  # as if it had been frozen just here
 
     worker.use("t", process)
     add(engine)
@@ -247,8 +244,8 @@ class TestLeasesOfDifferentLengths:
         until(lambda: attempts)
 
         short.start()
-        seen_past_its_lease(engine, runtime(short).heartbeat.worker_id)
-        seen_past_its_lease(engine, runtime(short).heartbeat.worker_id)
+        seen_past_its_lease(engine, probe.heartbeat(short).worker_id)
+        seen_past_its_lease(engine, probe.heartbeat(short).worker_id)
         may_end.set()
         until(lambda: load(engine).state == "completed")
 
@@ -272,7 +269,7 @@ class TestLeasesOfDifferentLengths:
         worker.start()
         until(worker.is_healthy)
 
-        until(lambda: runtime(worker).heartbeat.beat() and load(engine).state == "pending")
+        until(lambda: probe.heartbeat(worker).beat() and load(engine).state == "pending")
 
     def test_the_row_of_one_with_a_lease_of_hours_is_not_forgotten(self, engine, make_worker):
         worker, other = make_worker(lease=timedelta(hours=10)), make_worker()
@@ -285,7 +282,7 @@ class TestLeasesOfDifferentLengths:
 
         other.start()
         until(other.is_healthy)
-        runtime(other).heartbeat.forget()
+        probe.heartbeat(other).forget()
 
         with engine.connect() as connection:
             assert connection.scalar(sa.text("SELECT count(*) FROM apoq_workers")) == 2
@@ -334,7 +331,7 @@ class TestAttemptsThatHaveBegun:
         worker = make_worker(concurrency=1, lease=LEASE)
         worker.use("short", lambda task: None)
         worker.use("t", lambda task: may_end.wait(4 * SOON))
-        runtime(worker).executor.run_time = 0.0001  # so it claims ahead
+        probe.executor(worker).run_time = 0.0001  # so it claims ahead
         with Session(engine) as session, session.begin():
             task_id = Queue().add(session, "t").id
             Queue().add_many(session, "short", range(50))
@@ -347,7 +344,7 @@ class TestAttemptsThatHaveBegun:
 
     def test_one_that_finds_a_free_slot_at_once_was_not_claimed_ahead(self, engine, worker, may_end):
         worker.use("t", lambda task: may_end.wait(4 * SOON))
-        runtime(worker).executor.run_time = 0.0001
+        probe.executor(worker).run_time = 0.0001
         worker.start()
         until(worker.is_healthy)
 

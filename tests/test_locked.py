@@ -7,9 +7,9 @@ import threading
 from datetime import timedelta
 from functools import partial
 
+import probe
 import pytest
 import sqlalchemy as sa
-from probe import runtime
 from sqlalchemy.orm import Session
 from waiting import patience
 
@@ -124,7 +124,7 @@ def test_work_waits_for_it(engine, queue, worker):
         add(engine)
 
         def roll_back() -> None:
-            until(lambda: runtime(worker).settler._put_off)
+            until(lambda: probe.put_off_count(worker))
             session.rollback()
 
         thread = threading.Thread(target=roll_back)
@@ -151,16 +151,16 @@ class TestAWholeTable:
         with caplog.at_level(logging.INFO, "apoq.worker"), engine.connect() as migrating:
             migrating.execute(sa.text("LOCK apoq_tasks"))
             go_on.set()
-            settler = runtime(running[0]).settler
-            until(lambda: settler._closed)
-            first = settler._closed[None]
-            until(lambda: settler._closed[None].pause > first.pause)
+            locked = probe.locked_schemas(running[0])
+            until(lambda: locked)
+            first = locked[None]
+            until(lambda: locked[None].pause > first.pause)
             # Between two looks: in one, they are on their way.
-            until(lambda: sum(len(unsettled.ended) for unsettled in settler._put_off) == len(task_ids))
+            until(lambda: probe.put_off_count(running[0]) == len(task_ids))
             migrating.rollback()
 
         until(lambda: "running" not in states(engine).values())
-        assert not settler._closed
+        assert not locked
         assert (
             len([message for message in caplog.messages if "has locked the table apoq_tasks" in message]) == 1
         )
@@ -196,7 +196,7 @@ class TestAWholeTable:
         with engine.connect() as migrating:
             migrating.execute(sa.text("LOCK apoq_tasks"))
             go_on.set()
-            until(lambda: not runtime(worker).executor.running())
+            until(lambda: not probe.executor(worker).running())
             worker.stop()
             migrating.rollback()
 

@@ -22,6 +22,7 @@ from types import SimpleNamespace
 from typing import Any, ClassVar, Literal
 from uuid import UUID
 
+import probe
 import pytest
 import sqlalchemy as sa
 from claims import AHEAD
@@ -35,7 +36,6 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from probe import attempt_of, runtime
 from sqlalchemy.orm import Session
 
 from apoq import Cancel, Queue, Retry, RunningTask, Snooze, Task, Worker
@@ -608,7 +608,7 @@ class Tasks(RuleBasedStateMachine):
 
         found = self.worker.work()
 
-        id_ = runtime(self.worker).claimer.worker_id
+        id_ = probe.claimer(self.worker).worker_id
         while due and due[0].is_spent:
             self.reached["a task without attempts left"] += 1
             doomed = due.pop(0)
@@ -628,7 +628,7 @@ class Tasks(RuleBasedStateMachine):
             self._forgotten(after=1)
 
     def _process(self, task: RunningTask) -> None:
-        self.ended = ended(attempt_of(task), self.outcome)
+        self.ended = ended(probe.attempt_of(task), self.outcome)
         if self.writes:
             task.session.execute(WRITE, {"id": task.id})
         if self.outcome is not None:
@@ -725,8 +725,8 @@ class Tasks(RuleBasedStateMachine):
         self.now += hours
         for hand in {attempt.hand for attempt in self.attempts} | set(self.hands):
             for position in hand.positions.values():
-                levels = position._levels.items()
-                position._be_at({priority: (at - HOUR * hours, id_) for priority, (at, id_) in levels})
+                levels = probe.levels(position).items()
+                probe.move(position, {priority: (at - HOUR * hours, id_) for priority, (at, id_) in levels})
         for hand in self._beating():
             self._beat(hand)
         if sweeps and self._beating():
@@ -882,7 +882,7 @@ class Tasks(RuleBasedStateMachine):
         def is_ahead(task: Known) -> bool:
             if position is None:
                 return True
-            levels = position._levels
+            levels = probe.levels(position)
             return task.priority in levels and (self.process_at[task.id], task.id) > levels[task.priority]
 
         found = [

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import threading
-import time
 from datetime import timedelta
 from uuid import uuid4
 
+import probe
 import pytest
 import sqlalchemy as sa
 from claims import hold_lease, note
-from probe import runtime
 from sqlalchemy.orm import Session
 from waiting import patience
 
@@ -105,7 +104,7 @@ def test_what_it_could_not_write_is_found_by_the_next(engine, make_worker):
     worker = make_worker(lease=timedelta(seconds=1))
     worker.use("t", lambda task: None)
     worker.start()
-    until(lambda: not runtime(worker).claim_log.held() and noted(engine))
+    until(lambda: not probe.claim_log(worker).held() and noted(engine))
     worker.stop()
     assert (state(engine, task_id), noted(engine)) == ("running", [[task_id]])
 
@@ -122,7 +121,7 @@ def test_what_it_could_not_write_is_found_by_the_next(engine, make_worker):
 def test_what_somebody_is_changing_is_given_back_once_it_is_free(engine, worker):
     """A claim's answer was lost, and one of its tasks is being cancelled, in a transaction that goes on."""
     worker.use("t", lambda task: None)
-    claimer = runtime(worker).claimer
+    claimer = probe.claimer(worker)
     first, second = add(engine, 2)
     with engine.begin() as connection:
         connection.execute(
@@ -132,7 +131,7 @@ def test_what_somebody_is_changing_is_given_back_once_it_is_free(engine, worker)
             {"its": claimer.worker_id},
         )
         note(connection)
-    claimer._doubt_ends = time.monotonic()
+    probe.doubt(worker)
     hold_lease(worker)
     with Session(engine) as session:
         Queue().cancel(session, first)
@@ -141,16 +140,15 @@ def test_what_somebody_is_changing_is_given_back_once_it_is_free(engine, worker)
 
     assert [row[ID] for row in claimer.claim(2, 2)] == [first]
     assert noted(engine) == [[second], [first]]
-    assert claimer._doubt_ends is None
-    runtime(worker).engine.dispose()
+    assert not probe.is_in_doubt(worker)
+    probe.own_engine(worker).dispose()
 
 
 def look_in_vain(worker: Worker) -> None:
-    parts = runtime(worker)
-    parts.claimer._doubt_ends = time.monotonic() + 60
-    looked_at = parts.claimer._looked_at
-    parts.look_for_tasks()
-    until(lambda: parts.claimer._looked_at > looked_at)
+    probe.doubt(worker, 60)
+    looked_at = probe.looked_for_strays_at(worker)
+    probe.look_for_tasks(worker)
+    until(lambda: probe.looked_for_strays_at(worker) > looked_at)
 
 
 def commit_late(engine: sa.Engine, worker: Worker) -> int:
@@ -163,7 +161,7 @@ def commit_late(engine: sa.Engine, worker: Worker) -> int:
                 state="running",
                 attempt=1,
                 claim_token=1,
-                worker_id=runtime(worker).claimer.worker_id,
+                worker_id=probe.claimer(worker).worker_id,
             )
             .returning(Task.id)
         )
@@ -179,7 +177,7 @@ class TestAClaimThatCommitsLate:
         ran = threading.Event()
         worker.use("t", lambda task: ran.set())
         worker.start()
-        until(lambda: runtime(worker).claimer._rested_at)
+        until(lambda: probe.rests_until(worker))
         look_in_vain(worker)
 
         commit_late(engine, worker)
@@ -232,16 +230,16 @@ def test_the_row_of_a_dead_worker_stays_while_a_task_of_its_is_locked(engine, ma
     with engine.connect() as holding:
         holding.execute(sa.select(Task.id).with_for_update())
         worker = make_worker(lease=timedelta(seconds=1))
-        runtime(worker).heartbeat.forget()
+        probe.heartbeat(worker).forget()
         worker.start()
         until(worker.is_healthy)
-        runtime(worker).heartbeat.forget()
+        probe.heartbeat(worker).forget()
         with Session(engine) as session:
             assert session.get(WorkerRow, dead)
         assert noted(engine) == [[task_id]]
 
     until(lambda: state(engine, task_id) == "pending")
     until(lambda: noted(engine) == [])
-    runtime(worker).heartbeat.forget()
+    probe.heartbeat(worker).forget()
     with Session(engine) as session:
         assert session.get(WorkerRow, dead) is None

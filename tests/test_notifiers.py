@@ -9,14 +9,13 @@ import time
 import weakref
 from datetime import timedelta
 
+import probe
 import pytest
 import sqlalchemy as sa
-from probe import runtime
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 from waiting import patience
 
-from apoq.client.after_commit import _notifiers
 from apoq.client.notifier import IDLE_SECONDS, MAX_NOTIFIERS
 
 SOON = 10.0
@@ -68,7 +67,7 @@ def test_engines_that_share_a_pool_share_a_thread_and_a_connection(url, queue, c
     with engine.connect() as connection, connection.execution_options(number=30).begin():
         queue.add(connection, "t")
 
-    assert (len(threads()), len([pool for pool in _notifiers if pool is engine.pool])) == (1, 1)
+    assert (len(threads()), len([pool for pool in probe.notifiers() if pool is engine.pool])) == (1, 1)
     until(lambda: connections() == 1)
 
 
@@ -103,7 +102,7 @@ def test_many_pools_have_a_few_threads_and_connections_and_all_notifications_arr
     worker = make_worker(poll_interval=timedelta(hours=1))
     worker.use("t", lambda task: ran.release())
     worker.start()
-    until(lambda: runtime(worker).scanner._next_look > time.monotonic() + 60)
+    until(lambda: probe.is_scanner_asleep(worker))
     before = connections()
     engines = [sa.create_engine(url, poolclass=sa.NullPool) for _ in range(4 * MAX_NOTIFIERS)]
 
@@ -164,7 +163,7 @@ def test_a_notification_is_sent_although_its_engine_is_freed_at_once(url, queue,
     worker = make_worker(poll_interval=timedelta(hours=1))
     worker.use("t", lambda task: ran.set())
     worker.start()
-    until(lambda: runtime(worker).scanner._next_look > time.monotonic() + 60)
+    until(lambda: probe.is_scanner_asleep(worker))
 
     add_by_session(sa.create_engine(url, poolclass=sa.NullPool), queue)
     gc.collect()

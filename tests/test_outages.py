@@ -8,10 +8,10 @@ import time
 from collections.abc import Iterator
 from datetime import timedelta
 
+import probe
 import pytest
 import sqlalchemy as sa
 from claims import WAITS, hold_up
-from probe import runtime
 from proxy import Proxy
 from restarting import restartable
 from sqlalchemy.orm import Session
@@ -20,7 +20,7 @@ from waiting import patience
 from apoq import Queue, Task, Worker, prepare
 from apoq.worker import lifecycle as lifecycle_module
 from apoq.worker.failures import Failures, Outage
-from apoq.worker.lease import Lease
+from apoq.worker.liveness.lease import Lease
 
 SOON = 30.0
 
@@ -167,15 +167,14 @@ def test_what_is_claimed_after_the_worker_has_gone_on_without_it_is_given_back(
     ran = threading.Event()
     far_worker.use("t", lambda task: ran.set())
     far_worker.start()
-    claimer = runtime(far_worker).claimer
-    until(lambda: claimer._rested_at)
+    until(lambda: probe.rests_until(far_worker))
     with engine.connect() as connection:
         hold_up(connection, far_worker)
         add(engine, queue)
         until(lambda: is_waiting(engine))
         proxy.drop()
         dropped_at = time.monotonic()
-        until(lambda: claimer._rested_at > dropped_at)
+        until(lambda: probe.rests_until(far_worker) > dropped_at)
         assert is_waiting(engine)
         connection.rollback()
 
@@ -226,8 +225,8 @@ def test_a_lapsed_worker_claims_nothing_and_starts_nothing(engine, queue, make_w
     first = add(engine, queue)
     until(lambda: ran == [first])
     # As if the whole process had been frozen.
-    runtime(worker).heartbeat.leases[None].ends_at = time.monotonic() - 1
-    runtime(worker).registration.stop()
+    probe.end_lease(worker)
+    probe.stop_heartbeat(worker)
     may_end.set()
     second = add(engine, queue)
     time.sleep(0.5)
@@ -235,7 +234,7 @@ def test_a_lapsed_worker_claims_nothing_and_starts_nothing(engine, queue, make_w
     assert ran == [first]
     assert not worker.is_healthy()
 
-    runtime(worker).heartbeat.turn()
+    probe.heartbeat(worker).turn()
     until(lambda: ran == [first, second])
 
 
@@ -285,7 +284,7 @@ def test_what_ends_while_the_server_is_read_only_is_written_when_it_is_so_no_mor
         )
         may_end.set()
         # The first time, its connection has ended; and then the server is read-only.
-        until(lambda: runtime(worker).settler._failures.count > 2)
+        until(lambda: probe.settler_failures(worker) > 2)
         connection.exec_driver_sql(f"ALTER DATABASE {url.database} SET default_transaction_read_only = off")
         until(lambda: count(quiet, Task.state == "completed", Task.attempt == 1) == 1)
 
@@ -299,7 +298,7 @@ def test_a_migration_that_locks_the_tasks_does_not_cost_the_worker_its_lease(eng
         connection.execute(sa.text("LOCK apoq_tasks"))
         deadline = time.monotonic() + 5
         while time.monotonic() < deadline:
-            assert runtime(worker).heartbeat.leases[None].is_held
+            assert probe.lease(worker).is_held
             time.sleep(0.05)
 
 
@@ -330,7 +329,7 @@ def test_it_is_not_healthy_while_every_claim_fails(engine, queue, make_worker, m
     add(engine, queue)
 
     until(lambda: not worker.is_healthy())
-    assert runtime(worker).heartbeat.leases[None].is_held
+    assert probe.lease(worker).is_held
     assert "apoq-claimer failed, and is tried again until it succeeds" in caplog.text
 
     with engine.begin() as connection:
@@ -343,17 +342,9 @@ def test_it_is_not_healthy_while_every_settlement_fails(worker, monkeypatch):
     monkeypatch.setattr(lifecycle_module, "TOLERATED_FAILURE_SECONDS", 0.3)
     worker.start()
     until(worker.is_healthy)
-    settler = runtime(worker).settler
-    turn = settler.turn
+    with probe.failing_settler(worker, LookupError("nothing can be written")):
+        until(lambda: not worker.is_healthy())
 
-    def fail() -> None:
-        raise LookupError("nothing can be written")
-
-    settler.turn = fail
-    settler.wake()
-    until(lambda: not worker.is_healthy())
-
-    settler.turn = turn
     until(worker.is_healthy)
 
 
@@ -362,18 +353,18 @@ def test_a_connection_that_the_worker_itself_has_cut_is_no_outage(make_worker, c
     caplog.set_level(logging.WARNING, "apoq")
     worker = make_worker(poll_interval=timedelta(hours=1))
     worker.start()
-    parts = runtime(worker)
 
     def listens() -> bool:
-        return parts.listener._connection is not None and parts.listener._connection._awaited == LISTENS
+        return probe.awaited(worker) == LISTENS
 
-    until(lambda: listens() and not parts.claimer._must_look and parts.engine.pool.checkedout() == 0)
-    before = parts.listener._connection
+    own_pool = probe.own_engine(worker).pool
+    until(lambda: listens() and probe.has_looked(worker) and own_pool.checkedout() == 0)
+    before = probe.listening_connection(worker)
 
-    parts.heartbeat.leases[None].ends_at = time.monotonic()
-    parts._lapsed([None])
+    probe.end_lease(worker)
+    probe.lose_leases(worker, [None])
 
-    until(lambda: parts.listener._connection is not before and listens())
+    until(lambda: probe.listening_connection(worker) is not before and listens())
     (message,) = caplog.messages
     assert message.startswith("the lease could not be renewed in time")
 
@@ -398,10 +389,10 @@ def test_what_was_claimed_and_has_not_begun_loses_no_attempt_when_the_server_sto
         with Session(quiet) as session, session.begin():
             queue.add_many(session, "t", range(2_000))
         worker.start()
-        until(lambda: worker.stats().completed > 100 and runtime(worker).executor.load > 5 * slots)
+        until(lambda: worker.stats().completed > 100 and probe.executor(worker).load > 5 * slots)
 
         server.stop()
-        until(lambda: runtime(worker).executor.load == 0)
+        until(lambda: probe.executor(worker).load == 0)
         server.start()
 
         until(lambda: count(quiet, Task.state.in_(["pending", "running"])) == 0, timeout=90)

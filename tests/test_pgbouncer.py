@@ -20,6 +20,7 @@ from contextlib import ExitStack
 from datetime import timedelta
 from functools import partial
 
+import probe
 import pytest
 import sqlalchemy as sa
 from click.testing import CliRunner
@@ -29,7 +30,6 @@ from waiting import patience
 
 from apoq import AsyncRunningTask, Queue, RunningTask, Task, Worker, prepare
 from apoq.cli import main
-from apoq.embedded import _new_folder, _server_user
 from apoq.postgres.connections import SESSION, execute, own_engine
 from apoq.schema.statements.notify import CHANNEL
 from apoq.worker.claiming import listener
@@ -50,8 +50,8 @@ class PgBouncer:
     """A PgBouncer in front of a server, as a process of its own, reached through a Unix socket."""
 
     def __init__(self, server: sa.URL, **settings: object) -> None:
-        self._user = _server_user()  # it refuses to run as root, as PostgreSQL does
-        self.folder = _new_folder(self._user)
+        self._user = probe.server_user()  # it refuses to run as root, as PostgreSQL does
+        self.folder = probe.new_folder(self._user)
         host = server.query.get("host") or server.host
         port = server.query.get("port") or server.port or 5432
         target = f"host={host} port={port} user={server.username}"

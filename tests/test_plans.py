@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Iterator
 from datetime import timedelta
 
+import probe
 import pytest
 import sqlalchemy as sa
 from claims import AHEAD, note
@@ -16,7 +17,6 @@ from sqlalchemy.schema import CreateIndex
 
 from apoq import Queue, Task
 from apoq.cli.looking import SETTINGS
-from apoq.client.session_adapters import _compiled
 from apoq.postgres.connections import SESSION
 from apoq.schema.statements.arrays import array_text
 from apoq.schema.statements.cancel import cancel
@@ -208,7 +208,7 @@ LOOKS = [
 
 @pytest.mark.parametrize(("statement", "parameters", "indexes"), STATEMENTS)
 def test_it_reads_by_its_indexes_only(million, statement, parameters, indexes):
-    sql, values = _compiled(statement, parameters)
+    sql, values = probe.compiled(statement, parameters)
     with million.connect() as connection:
         plan = connection.exec_driver_sql(f"EXPLAIN (FORMAT JSON) {sql}", values).scalar()[0]["Plan"]
     used = {node.get("Index Name", "") for node in nodes(plan)}
@@ -221,7 +221,7 @@ def test_it_reads_by_its_indexes_only(million, statement, parameters, indexes):
 @pytest.mark.parametrize(("statement", "parameters", "indexes"), STATEMENTS)
 def test_so_does_a_plan_that_was_made_for_any_parameters(million, statement, parameters, indexes):
     """As of a prepared statement, and in a session such as the worker's own."""
-    sql, values = _compiled(statement, parameters)
+    sql, values = probe.compiled(statement, parameters)
     for number, name in enumerate(values, 1):
         sql = sql.replace(f"%({name})s", f"${number}")
     with million.connect() as connection:
@@ -242,7 +242,7 @@ def test_so_does_a_plan_that_was_made_for_any_parameters(million, statement, par
 )
 def test_a_completion_takes_no_index_of_the_users(million, statement, parameters):
     """An index of running tasks looks small to the planner, and is full of those that have ended since."""
-    sql, values = _compiled(statement, parameters)
+    sql, values = probe.compiled(statement, parameters)
     with million.connect() as connection:
         connection.exec_driver_sql("CREATE INDEX users ON apoq_tasks (worker_id) WHERE state = 'running'")
         plan = connection.exec_driver_sql(f"EXPLAIN (FORMAT JSON) {sql}", values).scalar()[0]["Plan"]
@@ -312,7 +312,7 @@ def test_a_claim_of_plain_tasks_is_heap_only(engine):
 
 def claimed(engine: sa.Engine, parameters: dict) -> dict:
     """Explain a claim that was executed, and is undone."""
-    sql, values = _compiled(claim(None, ahead=True), parameters)
+    sql, values = probe.compiled(claim(None, ahead=True), parameters)
     with engine.connect() as connection:
         connection.exec_driver_sql("BEGIN")
         explained = connection.exec_driver_sql(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {sql}", values)
@@ -334,7 +334,7 @@ def test_so_does_what_people_look_with(million, statement, parameters, indexes):
 
 def look(engine: sa.Engine, statement: sa.Select, parameters: dict, options: str = "") -> dict:
     """Explain a statement as the command line sends it."""
-    sql, values = _compiled(statement, parameters)
+    sql, values = probe.compiled(statement, parameters)
     with engine.execution_options(isolation_level="READ COMMITTED").begin() as connection:
         connection.exec_driver_sql(SETTINGS)
         explained = connection.exec_driver_sql(f"EXPLAIN (FORMAT JSON{options}) {sql}", values)

@@ -8,10 +8,10 @@ import time
 import uuid
 from datetime import UTC, datetime, timedelta
 
+import probe
 import pytest
 import sqlalchemy as sa
 from claims import AHEAD, held_leases
-from probe import runtime
 from sqlalchemy.orm import Session
 
 from apoq import Queue, Task
@@ -20,7 +20,7 @@ from apoq.postgres.connections import execute, own_engine
 from apoq.schema.statements.claim import CLAIM, ID, PRIORITY, PROCESS_AT, claim
 from apoq.schema.statements.survey import survey
 from apoq.worker.claiming.cursor import COMMIT_SLACK_SECONDS, MAX_LEVELS, START, ClaimCursor
-from apoq.worker.claiming.scanner import QueueScanner
+from apoq.worker.claiming.scanner import REST_FACTOR, QueueScanner
 from apoq.worker.failures import Outage
 
 SOON = 10.0
@@ -30,10 +30,6 @@ NOW = 1_800_000_000.25
 def row(id_: int, priority: int, process_at: float) -> tuple[object, ...]:
     known = {ID: id_, PRIORITY: priority, PROCESS_AT: process_at}
     return tuple(known.get(at) for at in range(CLAIM))
-
-
-def levels(position: ClaimCursor) -> dict[int, tuple[float, int]]:
-    return dict(position._levels)
 
 
 class TestPosition:
@@ -48,41 +44,42 @@ class TestPosition:
         position = ClaimCursor()
         position.claimed([row(7, 5, NOW), row(3, 0, NOW), row(4, 0, NOW + 1)], is_all=False)
 
-        assert levels(position) == {5: (NOW, 7), 0: (NOW + 1, 4)}
+        assert probe.levels(position) == {5: (NOW, 7), 0: (NOW + 1, 4)}
         assert position.parameters()["priorities"] == "{5,0}"
 
     def test_after_a_claim_that_came_short_it_leaves_room_for_late_commits(self):
         position = ClaimCursor()
         position.claimed([row(3, 0, NOW)], is_all=True)
 
-        assert levels(position) == {0: (NOW - COMMIT_SLACK_SECONDS, 0)}
+        assert probe.levels(position) == {0: (NOW - COMMIT_SLACK_SECONDS, 0)}
 
     def test_no_claim_puts_it_back(self):
         position = ClaimCursor()
         position.claimed([row(9, 0, NOW)], is_all=False)
         position.claimed([row(10, 0, NOW)], is_all=True)
 
-        assert levels(position) == {0: (NOW, 9)}
+        assert probe.levels(position) == {0: (NOW, 9)}
 
     def test_a_survey_puts_it_back_before_the_first_due_task(self):
         position = ClaimCursor()
         position.claimed([row(9, 0, NOW)], is_all=False)
 
         assert position.surveyed([(0, NOW - 60, 5, NOW, False)]) == -60
-        assert levels(position) == {0: (NOW - 60, 4)}
+        assert probe.levels(position) == {0: (NOW - 60, 4)}
 
     def test_a_survey_that_finds_nothing_due_moves_it_past_what_is_of_other_types(self):
         position = ClaimCursor()
 
         assert position.surveyed([(5, NOW + 60, 8, NOW, True)]) == 60
-        assert levels(position) == {0: (NOW - COMMIT_SLACK_SECONDS, 0), 5: (NOW - COMMIT_SLACK_SECONDS, 0)}
+        behind = NOW - COMMIT_SLACK_SECONDS, 0
+        assert probe.levels(position) == {0: behind, 5: behind}
 
     def test_a_survey_of_an_empty_queue_moves_it_past_what_was_taken(self):
         position = ClaimCursor()
         position.claimed([row(9, 0, NOW)], is_all=False)
 
         assert position.surveyed([(None, None, None, NOW + 5, None)]) == math.inf
-        assert levels(position) == {0: (NOW + 5 - COMMIT_SLACK_SECONDS, 0)}
+        assert probe.levels(position) == {0: (NOW + 5 - COMMIT_SLACK_SECONDS, 0)}
 
     def test_a_survey_moves_it_on_where_it_names_other_priorities_only(self):
         position = ClaimCursor()
@@ -90,7 +87,7 @@ class TestPosition:
 
         position.surveyed([(7, NOW, 3, NOW + 5, False)])
 
-        assert levels(position) == {7: (NOW, 2), 0: (NOW + 5 - COMMIT_SLACK_SECONDS, 0)}
+        assert probe.levels(position) == {7: (NOW, 2), 0: (NOW + 5 - COMMIT_SLACK_SECONDS, 0)}
 
     def test_it_is_careful_while_what_was_rescued_is_due(self):
         position = ClaimCursor()
@@ -105,7 +102,7 @@ class TestPosition:
         for priority in range(3 * MAX_LEVELS):
             position.surveyed([(priority, NOW, 1, NOW, False)])
 
-        assert len(levels(position)) <= MAX_LEVELS + 1
+        assert len(probe.levels(position)) <= MAX_LEVELS + 1
 
 
 def test_a_survey_that_had_to_wait_for_the_server_once_does_not_silence_the_scout(own, engine):
@@ -128,7 +125,7 @@ def test_a_survey_that_had_to_wait_for_the_server_once_does_not_silence_the_scou
         time.sleep(0.5)
     surveying.join(SOON)
 
-    assert scanner._rests[False].until - time.monotonic() < 5
+    assert probe.scanner_rests_until(scanner) - time.monotonic() < REST_FACTOR * 0.5
 
 
 @pytest.fixture
@@ -205,9 +202,7 @@ def test_beside_a_held_snapshot_a_claim_walks_through_nothing_that_was_taken(eng
         }
         with engine.connect() as connection:
             from_the_start = pages(connection, {**asked, **ClaimCursor().parameters()})
-            from_here = pages(
-                connection, {**asked, **runtime(worker).claimer._sources[0].position.parameters()}
-            )
+            from_here = pages(connection, {**asked, **probe.cursors(worker)[0].parameters()})
 
     assert 3 * from_here < from_the_start
 
@@ -286,7 +281,7 @@ def test_looking_in_vain_leaves_nothing_behind(worker):
     for _ in range(3):
         assert worker.work() is None
 
-    assert runtime(worker).claimer._moves == []
+    assert probe.moves(worker) == []
 
 
 def test_every_queue_has_a_position_of_its_own(engine, make_worker):
@@ -300,7 +295,7 @@ def test_every_queue_has_a_position_of_its_own(engine, make_worker):
             queue.add(session, "t")
         assert ran.acquire(timeout=SOON)
 
-    assert all(levels(source.position)[0] > START for source in runtime(worker).claimer._sources)
+    assert all(probe.levels(cursor)[0] > START for cursor in probe.cursors(worker))
 
 
 def test_a_due_task_that_another_session_has_locked_costs_an_idle_worker_little(engine, make_worker):
@@ -308,11 +303,11 @@ def test_a_due_task_that_another_session_has_locked_costs_an_idle_worker_little(
     worker = make_worker(poll_interval=timedelta(seconds=1))
     worker.use("t", lambda task: None)
     looks = []
-    survey_ = runtime(worker).scanner.survey
+    survey_ = probe.scanner(worker).survey
     with Session(engine) as session, session.begin():
         Queue().add(session, "t")
         session.flush()
-    runtime(worker).scanner.survey = lambda **how: looks.append(time.monotonic()) or survey_(**how)
+    probe.scanner(worker).survey = lambda **how: looks.append(time.monotonic()) or survey_(**how)
     with engine.begin() as connection:
         connection.execute(sa.text("SELECT 1 FROM apoq_tasks FOR UPDATE"))
         worker.start()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 
+import probe
 import pytest
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
@@ -22,7 +23,6 @@ from apoq.schema.preflight import (
     SCHEMA,
     TABLE,
     Problem,
-    _read_only,
     only_adds,
     problems,
 )
@@ -216,7 +216,9 @@ class TestReadOnly:
         assert (problem.subject, "in the URL" in problem.fix) == (READ_ONLY, True)
 
     def test_a_standby_is_told_from_a_setting(self):
-        (problem,) = _read_only({"is_standby": True, "is_read_only": True, "read_only_source": None})
+        row = {"is_standby": True, "is_read_only": True, "read_only_source": None}
+
+        (problem,) = probe.read_only_problems(row)
 
         assert "connect to the primary" in problem.fix
 

@@ -7,10 +7,10 @@ import logging
 import threading
 from datetime import timedelta
 
+import probe
 import psycopg
 import pytest
 import sqlalchemy as sa
-from probe import runtime
 from sqlalchemy.orm import Session
 from waiting import patience
 
@@ -58,15 +58,15 @@ class TestCoroutines:
         add(engine, "block")
         assert blocking.wait(SOON)
         task_id = add(engine)
-        until(lambda: task_id in {task.id for task in runtime(worker).executor.running()})
+        until(lambda: task_id in {task.id for task in probe.executor(worker).running()})
 
         cancel(engine, task_id)
 
         until(
-            lambda: all(task.should_stop for task in runtime(worker).executor.running() if task.id == task_id)
+            lambda: all(task.should_stop for task in probe.executor(worker).running() if task.id == task_id)
         )
         go_on.set()
-        until(lambda: runtime(worker).executor.load == 0)
+        until(lambda: probe.executor(worker).load == 0)
         assert ran == []
 
     def test_one_that_waits_for_the_database_is_undone_and_leaves_no_connection_behind(
@@ -87,7 +87,7 @@ class TestCoroutines:
 
         cancel(engine, task_id)
 
-        until(lambda: runtime(worker).executor.load == 0)
+        until(lambda: probe.executor(worker).load == 0)
         sleeping = sa.text("SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'SELECT pg_sleep%'")
         with engine.connect() as connection:
             assert connection.scalar(sa.text("SELECT count(*) FROM ledger")) == 0
@@ -139,15 +139,14 @@ class TestCoroutines:
         worker.start()
         task_id = add(engine)
         assert begun.wait(SOON)
-        recall = runtime(worker).executor.recall
-        runtime(worker).executor.recall = lambda tasks: (looked.release(len(tasks) or 1), recall(tasks))[1]
+        probe.on_lost_tasks(worker, lambda tasks: looked.release(len(tasks) or 1))
 
         cancel(engine, task_id)
 
         for _ in range(5):
             assert looked.acquire(timeout=SOON)
         go_on.set()
-        until(lambda: runtime(worker).executor.load == 0)
+        until(lambda: probe.executor(worker).load == 0)
         assert cancellations == ["the task is no longer this worker's"]
         assert load(engine, task_id).state == "cancelled"
         with engine.connect() as connection:
@@ -256,7 +255,7 @@ def test_the_log_has_a_line_when_it_is_told_and_one_when_it_has_ended(engine, ma
 
     cancel(engine, task_id)
 
-    until(lambda: not runtime(worker).claim_log.held())
+    until(lambda: not probe.claim_log(worker).held())
     said = [record.getMessage() for record in caplog.records]
     assert [line for line in said if "has started" not in line] == [
         f"this worker no longer owns these tasks, and tells them to stop: {task_id}",

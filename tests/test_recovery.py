@@ -7,10 +7,10 @@ import threading
 import time
 from datetime import timedelta
 
+import probe
 import pytest
 import sqlalchemy as sa
 from claims import WAITS, hold_up, note
-from probe import runtime
 from sqlalchemy.orm import Session
 from waiting import patience
 
@@ -75,15 +75,13 @@ def test_what_was_claimed_while_the_connection_broke_is_given_back(engine, queue
     worker = make_worker()
     worker.use("t", lambda task: ran.set())
     worker.use("other", lambda task: None)
-    listener, listens = runtime(worker).listener, threading.Event()
-    notified = runtime(worker).claimer.notified
-    runtime(worker).claimer.notified = lambda connection: notified(connection) or listens.set()
+    listens = threading.Event()
+    probe.after_notification(worker, listens.set)
     worker.start()
     assert listens.wait(SOON)
-    claimer = runtime(worker).claimer
-    until(lambda: not claimer._must_look and claimer._rested_at < time.monotonic())
-    until(lambda: not claimer._turning.locked())
-    connection_that_listens = listener._connection
+    until(lambda: probe.has_looked(worker) and probe.rests_until(worker) < time.monotonic())
+    until(lambda: not probe.is_claiming(worker))
+    connection_that_listens = probe.listening_connection(worker)
     with engine.begin() as connection:
         connection.execute(sa.text("LOCK apoq_tasks"))
         queue.add(connection, "t")
@@ -95,7 +93,7 @@ def test_what_was_claimed_while_the_connection_broke_is_given_back(engine, queue
         )
         note(connection)
         if by == "its own":
-            runtime(worker).look_for_tasks()
+            probe.look_for_tasks(worker)
         else:
             with engine.begin() as other:
                 other.execute(sa.func.pg_notify(CHANNEL, queue.name).select())
@@ -105,8 +103,8 @@ def test_what_was_claimed_while_the_connection_broke_is_given_back(engine, queue
     # On a busy machine, the claimer may have looked by itself, and its own connection is the one that broke.
     until(
         lambda: (
-            not connection_that_listens._driver.closed
-            or listener._connection not in (None, connection_that_listens)
+            not probe.is_connection_closed(connection_that_listens)
+            or probe.listening_connection(worker) not in (None, connection_that_listens)
         )
     )
     until(lambda: count(engine, Task.type == "t", Task.state == "completed", Task.attempt == 1) == 1)
@@ -118,7 +116,7 @@ def test_what_one_queue_has_given_runs_although_the_next_ones_claim_fails(engine
     worker = make_worker(queue, other)
     worker.use("t", lambda task: None)
     worker.start()
-    until(lambda: runtime(worker).claimer._rested_at)
+    until(lambda: probe.rests_until(worker))
     with engine.connect() as connection:
         hold_up(connection, worker, schema="other")
         with Session(engine) as session, session.begin():
@@ -445,7 +443,7 @@ def test_a_heartbeat_goes_on_while_a_migration_locks_the_tasks(engine, queue, ma
         worker.start()
         locked = "tasks of dead workers are rescued when it is free"
         until(lambda: sum(locked in message for message in caplog.messages) > 1)
-        assert runtime(worker).heartbeat.leases[None].is_held
+        assert probe.lease(worker).is_held
 
     until(lambda: count(engine, Task.state == "pending") == 1)
     assert not [message for message in caplog.messages if "can't be made pending" in message]

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import probe
 import pytest
 import sqlalchemy as sa
 from flask import Flask
-from probe import runtime
 from pyramid.config import Configurator
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
@@ -112,7 +111,7 @@ def test_what_it_adds_starts_at_once(queue, session, make_worker):
     worker = make_worker(poll_interval=LONG)
     worker.use("t", lambda task: ran.release())
     worker.start()
-    until(lambda: runtime(worker).scanner._next_look > time.monotonic() + 60)
+    until(lambda: probe.is_scanner_asleep(worker))
 
     for _ in range(2):
         queue.add(session, "t")
@@ -168,7 +167,7 @@ def test_an_asyncio_session_does_the_same(url, replica, engine, queue, make_work
     worker = make_worker(poll_interval=LONG)
     worker.use("t", lambda task: ran.set())
     worker.start()
-    until(lambda: runtime(worker).scanner._next_look > time.monotonic() + 60)
+    until(lambda: probe.is_scanner_asleep(worker))
 
     async def main() -> None:
         primary, other = create_async_engine(url), create_async_engine(replica.url)
@@ -194,7 +193,7 @@ def test_flask_works_on_the_primary(engine, queue, routing):
     apoq = Apoq(app, session=routing)
 
     with app.app_context():
-        assert apoq.worker._engine is engine
+        assert probe.engine(apoq.worker) is engine
 
 
 @DOCUMENTED
@@ -203,4 +202,4 @@ def test_pyramid_works_on_the_primary(engine, routing):
         config.add_request_method(lambda request: routing(), "dbsession", reify=True)
         config.include("apoq.pyramid")
 
-    assert make_pyramid_worker(config.registry)._engine is engine
+    assert probe.engine(make_pyramid_worker(config.registry)) is engine

@@ -10,10 +10,10 @@ from functools import partial
 from operator import itemgetter
 from uuid import UUID
 
+import probe
 import pytest
 import sqlalchemy as sa
 from claims import hold_lease, note
-from probe import runtime
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Session
 from waiting import patience
@@ -68,13 +68,13 @@ def end(engine, queue, worker) -> Iterator[Callable[..., Callable[[], object]]]:
             for number, times in enumerate(claims):
                 session.execute(CLAIMED_BEFORE, {"data": str(number), "times": times - 1})
         hold_lease(worker)
-        rows = sorted(runtime(worker).claimer.claim(len(outcomes), len(outcomes)), key=itemgetter(ID))
+        rows = sorted(probe.claimer(worker).claim(len(outcomes), len(outcomes)), key=itemgetter(ID))
         for row, outcome in reversed(list(zip(rows, outcomes, strict=True))):
-            runtime(worker).settler.put(ended(runtime(worker).executor.attempt_of(row), outcome))
-        return partial(runtime(worker).settler.flush, SOON)
+            probe.put_ended(worker, ended(probe.make_attempt(worker, row), outcome))
+        return partial(probe.settler(worker).flush, SOON)
 
     yield end
-    runtime(worker).engine.dispose()
+    probe.own_engine(worker).dispose()
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,9 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 
+import probe
 import pytest
 import sqlalchemy as sa
-from probe import lifecycle, runtime
 from proxy import Proxy
 from sqlalchemy.orm import Session
 from waiting import catches, patience
@@ -165,7 +165,7 @@ class TestLapse:
         far_worker.start()
         assert begun.wait(SOON)
         proxy.cut()
-        until(lambda: runtime(far_worker).executor.free == 4)
+        until(lambda: probe.executor(far_worker).free == 4)
         proxy.heal()
         until(lambda: load(engine, task_id).state == "completed", 30)
         far_worker.stop()
@@ -256,12 +256,12 @@ class TestStop:
         worker.start()
         assert begun.wait(SOON)
         task_id = add(engine)
-        until(lambda: runtime(worker).executor.free == 2)
+        until(lambda: probe.executor(worker).free == 2)
 
         threading.Timer(0.5, may_end.set).start()
         worker.stop(timeout=0)
 
-        until(lambda: runtime(worker).executor.free == 4)
+        until(lambda: probe.executor(worker).free == 4)
         task = load(engine, task_id)
         assert (task.state, task.attempt, task.fail_count) == ("pending", 0, 0)
 
@@ -278,7 +278,7 @@ class TestStop:
         worker.start()
         assert begun.wait(SOON)
 
-        loop = runtime(worker).event_loop._thread
+        loop = probe.event_loop_thread(worker)
         began = time.monotonic()
         worker.stop(timeout=0)
 
@@ -347,7 +347,7 @@ class TestStopWithoutTheDatabase:
         add(engine)
         starting = threading.Thread(target=far_worker.start)
         starting.start()
-        until(lambda: lifecycle(far_worker)._is_registering)
+        until(lambda: probe.is_entering(far_worker))
 
         began = time.monotonic()
         far_worker.stop(timeout=SOON)
@@ -355,7 +355,7 @@ class TestStopWithoutTheDatabase:
         assert time.monotonic() - began < 3
         proxy.heal()
         starting.join(SOON)
-        assert not lifecycle(far_worker).is_in_use
+        assert not probe.lifecycle(far_worker).is_in_use
         assert load(engine, 1).state == "pending"
 
 
@@ -363,17 +363,17 @@ class TestWhatIsClaimedWhileItStops:
     def test_is_given_back_at_once(self, engine, worker, monkeypatch):
         """A claim is under way, and its answer comes after the stop has begun."""
         begun, may_end, claimed, ran = threading.Event(), threading.Event(), threading.Event(), []
-        parts = runtime(worker)
-        claim = parts.claimer.claim
+        claimer = probe.claimer(worker)
+        claim = claimer.claim
 
         def claim_late(*arguments):
             found = claim(*arguments)
             if begun.is_set() and found:
                 claimed.set()
-                until(lambda: parts.executor._is_closed)
+                until(lambda: probe.is_executor_closed(worker))
             return found
 
-        monkeypatch.setattr(parts.claimer, "claim", claim_late)
+        monkeypatch.setattr(claimer, "claim", claim_late)
         worker.use("hold", lambda task: (begun.set(), may_end.wait(SOON)))
         worker.use("t", lambda task: ran.append(task.id))
         add(engine, type_="hold")
@@ -404,7 +404,7 @@ def test_a_loop_that_runs_on_the_same_thread_does_not_keep_it_from_stopping(engi
     worker.start()
     assert done.wait(SOON)
 
-    asyncio._set_running_loop(runtime(worker).event_loop._loop)
+    asyncio._set_running_loop(probe.asyncio_loop(worker))
     try:
         worker.stop()
     finally:
@@ -547,7 +547,7 @@ def test_a_worker_that_can_not_start_leaves_no_row_behind(engine, make_worker, m
     def refused(**_options: object) -> float:
         raise RuntimeError("refused")
 
-    monkeypatch.setattr(runtime(worker).scanner, "survey", refused)
+    monkeypatch.setattr(probe.scanner(worker), "survey", refused)
 
     with pytest.raises(RuntimeError, match="refused"):
         worker.start()

@@ -10,9 +10,9 @@ import threading
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 
+import probe
 import pytest
 import sqlalchemy as sa
-from probe import runtime
 from proxy import Proxy
 from sqlalchemy.orm import Session
 from waiting import patience
@@ -119,10 +119,10 @@ class TestSlots:
         worker.start()
         limit.refuse("apoq-slot", "apoq-loop")
         add(engine)
-        until(lambda: not worker.is_healthy() and runtime(worker).missing)
+        until(lambda: not worker.is_healthy() and probe.lacks_threads(worker))
         with Session(engine) as session, session.begin():
             session.execute(sa.delete(Task))
-        until(lambda: runtime(worker).executor.load == 0)
+        until(lambda: probe.executor(worker).load == 0)
         assert not worker.is_healthy()
 
         limit.lift()
@@ -134,7 +134,7 @@ class TestSlots:
         worker.start()
         limit.refuse("apoq-slot", "apoq-loop")
         add(engine, number=6)
-        until(lambda: runtime(worker).missing)
+        until(lambda: probe.lacks_threads(worker))
 
         worker.stop()
 
@@ -178,9 +178,9 @@ def test_a_slot_that_ends_a_task_of_one_kind_does_not_lose_the_next_one_of_the_o
     worker.start()
     add(engine, "first")
     assert begun.wait(SOON)
-    runtime(worker).executor.run_time = 0.1  # so that the next one is claimed ahead
+    probe.executor(worker).run_time = 0.1  # so that the next one is claimed ahead
     add(engine, "then")
-    until(lambda: runtime(worker).executor.load == 2)
+    until(lambda: probe.executor(worker).load == 2)
     limit.refuse("apoq-slot", "apoq-loop")
 
     may_end.set()
@@ -248,7 +248,7 @@ class TestStart:
 
         assert own_threads() <= before
         assert not worker.is_healthy()
-        assert worker not in PROCESS._started
+        assert not probe.is_started_in_process(worker)
         with engine.connect() as connection:
             assert connection.scalar(sa.text("SELECT count(*) FROM apoq_workers")) == 0
         assert count(engine, Task.state == "pending", Task.claim_token == 0) == 1
@@ -271,7 +271,7 @@ class TestStart:
         there = Proxy(url, proxy.url.port)
         until(lambda: limit.refused > 3)
         assert not worker.is_healthy()
-        assert runtime(worker).heartbeat.leases[None].is_held
+        assert probe.lease(worker).is_held
         limit.lift()
 
         assert ran.wait(SOON)
@@ -313,7 +313,7 @@ def test_a_loop_that_can_not_be_made_is_made_later(engine, worker, monkeypatch):
     worker.use("t", process)
     worker.start()
     add(engine)
-    until(lambda: runtime(worker).missing)
+    until(lambda: probe.lacks_threads(worker))
     assert not worker.is_healthy()
 
     is_full.clear()
@@ -349,7 +349,7 @@ def test_the_next_commit_notifies_workers_if_the_one_before_could_start_no_threa
     worker = make_worker(poll_interval=timedelta(minutes=10))
     worker.use("t", lambda task: ran.release())
     worker.start()
-    until(lambda: runtime(worker).listener.is_alive and runtime(worker).listener._connection)
+    until(lambda: probe.is_listening(worker))
     limit.refuse("apoq-notifications")
     for _ in range(3):
         add(engine)

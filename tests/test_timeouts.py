@@ -10,9 +10,9 @@ from collections import Counter
 from contextlib import suppress
 from datetime import timedelta
 
+import probe
 import pytest
 import sqlalchemy as sa
-from probe import attempt_of, runtime
 from sqlalchemy.orm import Session
 from waiting import patience
 
@@ -85,7 +85,7 @@ class TestCoroutines:
 
         assert worker.work().state == "completed"
         assert ledger(engine) == [task_id]
-        assert not runtime(worker).deadlines._until
+        assert probe.limited_attempts(worker) == ({}, set())
 
     def test_a_timeout_of_its_own_is_its_own(self, engine, worker):
         async def process(_task: AsyncRunningTask) -> None:
@@ -148,7 +148,7 @@ class TestCoroutines:
         assert took >= CANCELLATION_SECONDS
         assert (load(engine, task_id).attempt, ledger(engine)) == (2, [task_id])
         assert told == ["ran longer than its timeout of 2 s", "completed"]
-        assert runtime(worker).executor.free == 4
+        assert probe.executor(worker).free == 4
 
 
 class TestFunctions:
@@ -198,7 +198,7 @@ class TestFunctions:
         assert (task.state, task.attempt, task.fail_count) == ("completed", 2, 1)
         assert ledger(engine) == [task_id]
         assert told == [TimeoutError, "completed"]
-        assert runtime(worker).executor.free == 4
+        assert probe.executor(worker).free == 4
 
     @pytest.mark.parametrize("late", ["returns", "writes", "raises"])
     def test_whatever_it_comes_to_late_is_refused(self, engine, worker, late, caplog):
@@ -237,15 +237,15 @@ class TestFunctions:
         until(lambda: load(engine, task_id).state == "running")
         with engine.connect() as holding:
             holding.execute(sa.select(Task.id).where(Task.id == task_id).with_for_update())
-            until(lambda: runtime(worker).settler._put_off)
+            until(lambda: probe.put_off_count(worker))
             returns.set()
             until(lambda: "returned after its timeout" in caplog.text)
 
-            assert [row[ID] for row in runtime(worker).claim_log.held()] == [task_id]
-            assert runtime(worker).claimer._claim_log._left
+            assert [row[ID] for row in probe.claim_log(worker).held()] == [task_id]
+            assert probe.has_settled_claims(worker)
 
         until(lambda: failed(engine, task_id))
-        until(lambda: not runtime(worker).claimer._claim_log._left)
+        until(lambda: not probe.has_settled_claims(worker))
 
     def test_its_slot_stays_taken_until_it_returns(self, engine, make_worker):
         worker = make_worker(concurrency=1)
@@ -263,7 +263,7 @@ class TestFunctions:
         second = add(engine, "second")
         threading.Event().wait(0.2)
 
-        assert (order, load(engine, second).attempt, runtime(worker).executor.free) == ([], 0, 0)
+        assert (order, load(engine, second).attempt, probe.executor(worker).free) == ([], 0, 0)
         may_end.set()
         until(lambda: load(engine, second).state == "completed")
         assert order == ["first", "second"]
@@ -375,7 +375,7 @@ class TestLimits:
         for _ in range(20):
             assert done.acquire(timeout=SOON)
 
-        assert runtime(worker).deadlines._thread is None
+        assert probe.deadlines_thread(worker) is None
 
     def test_those_that_have_ended_are_forgotten(self, engine, worker):
         done = threading.Semaphore(0)
@@ -387,10 +387,7 @@ class TestLimits:
             assert done.acquire(timeout=SOON)
         worker.stop()
 
-        assert (runtime(worker).deadlines._until, runtime(worker).deadlines._over) == (
-            {},
-            set(),
-        )
+        assert probe.limited_attempts(worker) == ({}, set())
         with engine.connect() as connection:
             assert connection.scalar(sa.text("SELECT count(*) FROM apoq_tasks WHERE fail_count > 0")) == 0
 
@@ -400,7 +397,7 @@ RACE, ATTEMPTS = 0.5, 3
 
 
 def until_about_the_limit_of(task: RunningTask | AsyncRunningTask) -> float:
-    return max(0, attempt_of(task).ends_at - time.monotonic() + random.uniform(-0.002, 0.001))
+    return max(0, probe.attempt_of(task).ends_at - time.monotonic() + random.uniform(-0.002, 0.001))
 
 
 def end_at_the_limit(task: RunningTask) -> None:
@@ -417,7 +414,7 @@ async def end_at_the_limit_on_a_loop(task: AsyncRunningTask) -> None:
         await task.session.execute(sa.text("INSERT INTO ledger VALUES (:id)"), {"id": task.id})
     if task.attempt <= ATTEMPTS:
         await asyncio.sleep(
-            max(0, attempt_of(task).ends_at - time.monotonic() + random.uniform(-0.002, 0.001))
+            max(0, probe.attempt_of(task).ends_at - time.monotonic() + random.uniform(-0.002, 0.001))
         )
         if task.data % 5 == 0:
             raise ValueError("at that very moment")
@@ -448,4 +445,4 @@ def test_an_attempt_that_ends_at_its_limit_is_settled_once(engine, make_worker, 
         assert (told["completed", task.id], told["retried", task.id]) == (1, task.fail_count)
     others = {task.fail_count for task in tasks() if task.data % 5}
     assert len(others) > 1, "it was no race"
-    assert runtime(worker).deadlines._over == set()
+    assert probe.limited_attempts(worker) == ({}, set())

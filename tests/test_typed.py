@@ -12,6 +12,7 @@ from datetime import UTC, datetime, timedelta
 from functools import partial, wraps
 from types import SimpleNamespace
 
+import probe
 import psycopg
 import pytest
 import sqlalchemy as sa
@@ -497,7 +498,7 @@ class TestQueuesOfAWorker:
         import weakref
 
         worker = Worker(engine, queue)
-        gone = weakref.ref(worker._registry)
+        gone = weakref.ref(probe.registry(worker))
         del worker
         gc.collect()
 
@@ -556,7 +557,7 @@ class TestTwoProcessors:
 
         with pytest.raises(InvalidProcessor, match=self.message("send")):
             two.task(type="send")(print_it)
-        assert [*worker._registry.of(one)] == ["send"]
+        assert [*probe.registry(worker).of(one)] == ["send"]
 
     def test_a_typed_task_is_not_given_to_use(self, engine, queue, task):
         with pytest.raises(InvalidProcessor, match=r"is a typed task.*Worker\(engine, queue\)"):

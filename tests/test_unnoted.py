@@ -6,9 +6,9 @@ import threading
 from datetime import timedelta
 from uuid import uuid4
 
+import probe
 import pytest
 import sqlalchemy as sa
-from probe import runtime
 from sqlalchemy.orm import Session
 from waiting import patience
 
@@ -100,10 +100,9 @@ def test_one_that_a_live_worker_has_is_left_to_it(engine, queue, make_worker):
         connection.exec_driver_sql("TRUNCATE apoq_claims")
     second.start()
 
-    passes = runtime(second).sweep._passes[None]
-    until(lambda: passes.level is None)
+    until(lambda: probe.sweep_level(second) is None)
     for _ in range(2):
-        runtime(second).sweep.turn()
+        probe.sweep(second)
     may_end.set()
     until(lambda: load(engine).state == "completed")
 

@@ -8,9 +8,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
+import probe
 import pytest
 import sqlalchemy as sa
-from probe import runtime
 from proxy import Proxy
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import Session
@@ -202,7 +202,7 @@ def test_a_server_that_stops_while_a_task_runs_costs_it_no_attempt(engine, url, 
     assert begun.acquire(timeout=SOON)
     proxy.close()  # nobody listens there any more
     go_on.set()
-    until(lambda: runtime(worker).settler._failures.count)
+    until(lambda: probe.settler_failures(worker))
 
     there = Proxy(url, proxy.url.port)
     assert begun.acquire(timeout=SOON)

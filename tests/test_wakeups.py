@@ -11,17 +11,16 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from itertools import pairwise
 
+import probe
 import psycopg
 import pytest
 import sqlalchemy as sa
-from probe import runtime
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 from waiting import patience
 
 from apoq import Queue, prepare
-from apoq.client.after_commit import _notifiers
-from apoq.client.notifier import SEND_INTERVAL_SECONDS, Notifier
+from apoq.client.notifier import SEND_INTERVAL_SECONDS
 from apoq.schema.statements.notify import CANCELLED, CHANNEL
 from apoq.worker.claiming import listener
 from apoq.worker.liveness.lost_tasks import MIN_INTERVAL_SECONDS
@@ -43,24 +42,13 @@ def started(make_worker):
     return ran
 
 
-def is_idle(worker) -> bool:
-    parts = runtime(worker)
-    return not parts.claimer._must_look and parts.scanner._next_look > time.monotonic() + 60
-
-
 def start(worker) -> None:
     """Start a worker, and wait until it listens and nothing keeps it busy."""
     listens = threading.Event()
-    notified = runtime(worker).claimer.notified
-    runtime(worker).claimer.notified = lambda connection: notified(connection) or listens.set()
+    probe.after_notification(worker, listens.set)
     worker.start()
     assert listens.wait(SOON)
-    until(lambda: is_idle(worker))
-
-
-def listening_session(worker) -> int:
-    """Answer the number of the server's session that gives a started worker its notifications."""
-    return runtime(worker).listener._connection.pooled.dbapi_connection.info.backend_pid
+    until(lambda: probe.is_idle(worker))
 
 
 @contextmanager
@@ -159,7 +147,7 @@ def test_the_claim_is_made_where_the_notification_was_heard(engine, queue, make_
     worker = make_worker(poll_interval=LONG)
     worker.use("t", lambda task: ran.release())
     start(worker)
-    listening = listening_session(worker)
+    listening = probe.listening_session(worker)
     last = sa.text("SELECT query FROM pg_stat_activity WHERE pid = :pid")
 
     def is_claimed_there() -> bool:
@@ -179,7 +167,7 @@ def test_where_nothing_notifies_it_is_found_within_the_poll_interval(engine, url
     worker.use("t", lambda task: ran.set())
     worker.start()
     # It has looked, and sleeps.
-    until(lambda: runtime(worker).scanner._next_look > time.monotonic() + 0.5)
+    until(lambda: probe.is_scanner_asleep(worker, 0.5))
 
     with psycopg.connect(
         url.set(drivername="postgresql").render_as_string(hide_password=False)
@@ -193,14 +181,14 @@ def test_an_idle_worker_looks_for_nothing_before_its_poll_interval_is_over(make_
     """Nor for each of its slots: all that the database hears from it is that it lives."""
     worker = make_worker(poll_interval=LONG, lease=timedelta(seconds=0.5))
     worker.use("t", lambda task: None)
-    parts = runtime(worker)
+    scanner, claimer = probe.scanner(worker), probe.claimer(worker)
     looks: list[str] = []
 
     def noted(look):
         return lambda *given: looks.append(look.__name__) or look(*given)
 
-    monkeypatch.setattr(parts.scanner, "survey", noted(parts.scanner.survey))
-    monkeypatch.setattr(parts.claimer, "claim", noted(parts.claimer.claim))
+    monkeypatch.setattr(scanner, "survey", noted(scanner.survey))
+    monkeypatch.setattr(claimer, "claim", noted(claimer.claim))
 
     def beats(count: int) -> None:
         for _ in range(count):
@@ -232,17 +220,20 @@ def test_a_sleep_ends_when_the_next_task_is_due(engine, queue, make_worker):
 def test_a_retry_is_started_when_it_is_due(engine, queue, make_worker):
     ran = threading.Event()
     worker = make_worker(poll_interval=LONG)
-    scanner = runtime(worker).scanner
+    scanner = probe.scanner(worker)
+
+    def has_surveyed() -> bool:
+        return probe.scanner_rests_until(scanner, known=True) != before
 
     def process(task) -> None:
         if task.fail_count == 0:
-            before = scanner._rested_at
-            until(lambda: scanner._rested_at != before and is_idle(worker))  # nobody looks any more
+            until(lambda: has_surveyed() and probe.is_idle(worker))  # nothing is looked for any more
             raise ValueError
         ran.set()
 
     worker.use("t", process, retry_delay=lambda fail_count: 0.2)
     start(worker)
+    before = probe.scanner_rests_until(scanner, known=True)
     with Session(engine) as session, session.begin():
         queue.add(session, "t")
 
@@ -269,16 +260,13 @@ def test_a_task_that_is_cancelled_just_before_the_worker_listens_is_told(engine,
         task_id = queue.add(session, "t").id
     worker = make_worker(lease=LONG)
     worker.use("t", lambda task: begun.set() or (until(lambda: task.should_stop) and told.set()))
-    hears = runtime(worker).listener._receives
 
-    def hears_later(connection) -> bool:
-        heard = hears(connection)
+    def cancel() -> None:
         assert begun.wait(SOON)
         with Session(engine) as session, session.begin():
             assert queue.cancel(session, task_id)
-        return heard
 
-    runtime(worker).listener._receives = hears_later
+    probe.before_listening(worker, cancel)
     worker.start()
 
     assert told.wait(SOON)
@@ -289,21 +277,13 @@ def test_what_was_added_just_before_the_worker_listened_is_found(engine, url, qu
     ran = threading.Event()
     worker = make_worker(poll_interval=LONG)
     worker.use("t", lambda task: ran.set())
-    hears = runtime(worker).listener._receives
 
-    def hears_later(connection) -> bool:
-        heard = hears(connection)
-        until(
-            lambda: (
-                not runtime(worker).claimer._must_look
-                and runtime(worker).scanner._next_look > time.monotonic() + 60
-            )
-        )
+    def add_by_psycopg() -> None:
+        until(lambda: probe.is_idle(worker))
         with psycopg.connect(url.set(drivername="postgresql").render_as_string(hide_password=False)) as other:
             queue.add(other, "t")
-        return heard
 
-    runtime(worker).listener._receives = hears_later
+    probe.before_listening(worker, add_by_psycopg)
     worker.start()
 
     assert ran.wait(SOON)
@@ -335,16 +315,21 @@ def test_a_burst_of_commits_is_a_few_notifications(engine, queue):
 @pytest.fixture
 def line(engine, queue):
     """The connection on which notifications are sent at once, open."""
-    line = add(engine, queue)._line
-    until(lambda: line._pooled is not None)
+    add(engine, queue)
+    line = probe.line(engine)
+    until(lambda: probe.line_connection(line) is not None)
     return line
 
 
-def add(engine, queue) -> Notifier:
-    """Add a task; answer who sends the engine's notifications."""
+def add(engine, queue) -> None:
     with Session(engine) as session, session.begin():
         queue.add(session, "t")
-    return _notifiers[engine.pool]
+
+
+def add_leaves_a_notification(engine, queue) -> bool:
+    """Add a task; return whether its notification waits for the other thread."""
+    add(engine, queue)
+    return probe.pending(engine)
 
 
 class TestANotificationThatIsSentAtOnce:
@@ -353,7 +338,7 @@ class TestANotificationThatIsSentAtOnce:
     def test_is_heard_and_leaves_nothing_to_the_other_thread(self, engine, queue, line):
         with hearing(engine) as heard:
             for _ in range(3):
-                assert not add(engine, queue)._pending
+                assert not add_leaves_a_notification(engine, queue)
                 time.sleep(2 * SEND_INTERVAL_SECONDS)
 
             assert len(heard(0.5)) == 3
@@ -364,26 +349,27 @@ class TestANotificationThatIsSentAtOnce:
             # The tests' own servers don't flush.
             connection.exec_driver_sql(f"ALTER DATABASE {name} SET synchronous_commit = on")
         engine.dispose()
-        line = add(engine, queue)._line
-        until(lambda: line._pooled is not None)
+        add(engine, queue)
+        line = probe.line(engine)
+        until(lambda: probe.line_connection(line) is not None)
         line.close()
 
-        with engine.connect() as connection, line._engine.connect() as its:
+        with engine.connect() as connection, probe.line_engine(line).connect() as its:
             shown = [one.exec_driver_sql("SHOW synchronous_commit").scalar() for one in (connection, its)]
 
         assert shown == ["on", "off"]
 
     def test_is_the_other_threads_where_the_last_one_was_just_now(self, engine, queue, line):
         with hearing(engine) as heard:
-            assert not add(engine, queue)._pending
-            while not add(engine, queue)._pending:
+            assert not add_leaves_a_notification(engine, queue)
+            while not add_leaves_a_notification(engine, queue):
                 """Too late: it was sent at once again."""
 
-            until(lambda: not _notifiers[engine.pool]._pending)
+            until(lambda: not probe.pending(engine))
             assert len(heard(0.5)) >= 2
 
     def test_is_sent_again_by_the_other_where_its_connection_is_lost(self, engine, queue, line):
-        pid = line._pooled.driver_connection.info.backend_pid
+        pid = probe.line_connection(line).driver_connection.info.backend_pid
         with hearing(engine) as heard:
             with engine.begin() as connection:
                 connection.execute(sa.select(sa.func.pg_terminate_backend(pid, 5_000)))
@@ -391,11 +377,11 @@ class TestANotificationThatIsSentAtOnce:
             add(engine, queue)
 
             assert len(heard(0.5)) == 1
-        until(lambda: line._pooled is not None)
-        assert line._pooled.driver_connection.info.backend_pid != pid
+        until(lambda: probe.line_connection(line) is not None)
+        assert probe.line_connection(line).driver_connection.info.backend_pid != pid
 
     def test_that_was_refused_is_noticed_by_the_next(self, engine, queue, line):
-        before = line._pooled
+        before = probe.line_connection(line)
         before.driver_connection.execute("DEALLOCATE ALL")
         add(engine, queue)
         time.sleep(2 * SEND_INTERVAL_SECONDS)
@@ -404,10 +390,10 @@ class TestANotificationThatIsSentAtOnce:
             add(engine, queue)
 
             assert len(heard(0.5)) == 1
-        until(lambda: line._pooled not in {None, before})
+        until(lambda: probe.line_connection(line) not in {None, before})
 
     def test_does_not_wait_for_a_server_that_is_silent(self, engine, queue, line):
-        pid = line._pooled.driver_connection.info.backend_pid
+        pid = probe.line_connection(line).driver_connection.info.backend_pid
         os.kill(pid, signal.SIGSTOP)
         try:
             began = time.monotonic()
@@ -415,12 +401,12 @@ class TestANotificationThatIsSentAtOnce:
                 add(engine, queue)
                 time.sleep(2 * SEND_INTERVAL_SECONDS)
             took = time.monotonic() - began
-            assert _notifiers[engine.pool]._pending
+            assert probe.pending(engine)
         finally:
             os.kill(pid, signal.SIGCONT)
 
         assert took < 1
-        until(lambda: not _notifiers[engine.pool]._pending)
+        until(lambda: not probe.pending(engine))
 
 
 def test_a_session_in_somebody_elses_transaction_gives_no_notification(engine, queue):
@@ -439,7 +425,7 @@ def test_a_listener_whose_connection_is_killed_listens_again(engine, queue, make
     worker = make_worker(poll_interval=LONG)
     worker.use("t", lambda task: ran.release())
     start(worker)
-    listening = listening_session(worker)
+    listening = probe.listening_session(worker)
     with engine.begin() as connection:
         assert connection.scalar(sa.select(sa.func.pg_terminate_backend(listening)))
 
@@ -499,7 +485,7 @@ class TestNotificationsOfOthers:
         worker = make_worker(poll_interval=LONG)
         worker.use("t", lambda task: ran.release())
         start(worker)
-        before = listening_session(worker)
+        before = probe.listening_session(worker)
 
         for _ in range(3):
             with engine.begin() as connection:
@@ -507,7 +493,7 @@ class TestNotificationsOfOthers:
             add(engine, queue)
             assert ran.acquire(timeout=SOON)
 
-        assert listening_session(worker) == before
+        assert probe.listening_session(worker) == before
         assert caplog.messages == []
 
     def test_that_forge_a_cancellation_lead_to_few_looks(self, engine, queue, make_worker):
@@ -517,11 +503,9 @@ class TestNotificationsOfOthers:
         worker.start()
         add(engine, queue)
         assert begun.wait(SOON)
-        [task] = runtime(worker).executor.running()
+        [task] = probe.executor(worker).running()
         looked_at: list[float] = []
-        monitor = runtime(worker).lost_task_monitor
-        look = monitor._look
-        monitor._look = lambda *rows: looked_at.append(time.monotonic()) or look(*rows)
+        probe.after_look_for_lost_tasks(worker, lambda: looked_at.append(time.monotonic()))
 
         with flooding(engine, CANCELLED, f"'{task.id}'"):
             until(lambda: len(looked_at) > 10)
@@ -541,7 +525,7 @@ class TestNotificationsOfOthers:
         worker = make_worker(poll_interval=timedelta(seconds=0.2))
         worker.use("t", lambda task: ran.release())
         worker.start()
-        until(lambda: runtime(worker).listener._connection)
+        until(lambda: probe.listening_connection(worker))
 
         with flooding(engine, CHANNEL):
             until(lambda: "notifications arrive faster than this worker can read them" in caplog.text)

@@ -8,10 +8,10 @@ import threading
 import time
 from collections.abc import Iterator
 
+import probe
 import psycopg
 import pytest
 import sqlalchemy as sa
-from probe import runtime
 from proxy import Proxy
 from psycopg import capabilities
 from sqlalchemy.orm import Session
@@ -165,7 +165,7 @@ def test_a_session_of_a_task_that_is_cut_off_is_cancelled_too(engine, quiet, que
         )
         until(lambda: looking.scalars(asleep).all())
         [session] = looking.scalars(asleep)
-        runtime(worker)._lapsed([None])
+        probe.lose_leases(worker, [None])
         # The task is given back, and may sleep again by then, in another session.
         until(lambda: session not in looking.scalars(asleep).all())
 
@@ -214,7 +214,7 @@ def test_a_table_that_stays_locked_collects_no_sessions(engine, quiet, url, queu
     assert ran.acquire(timeout=SOON)
     for worker in workers:
         worker.stop(timeout=5)
-        worker._engine.dispose()
+        probe.engine(worker).dispose()
     assert most <= 10  # of each worker: claimer, scanner, heartbeat, lost tasks and pruner
 
 

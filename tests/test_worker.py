@@ -8,10 +8,10 @@ import time
 from datetime import UTC, datetime, timedelta
 from uuid import uuid4
 
+import probe
 import pytest
 import sqlalchemy as sa
 from claims import hold_lease
-from probe import runtime
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 from waiting import patience
@@ -668,7 +668,7 @@ class TestStartAndStop:
 
         task = load(engine, task_id)
         assert (task.state, task.attempt, task.claim_token) == ("completed", 1, 2)
-        assert runtime(worker).executor.free == 4
+        assert probe.executor(worker).free == 4
 
     def test_a_coroutine_that_never_ends_is_cancelled_and_given_back(self, engine, worker):
         begun, cancelled = threading.Event(), threading.Event()
@@ -966,11 +966,11 @@ def test_what_a_dead_worker_held_is_claimed_only_where_it_can_begin_at_once(engi
     fresh, rescued = add(engine), add(engine)
     with engine.begin() as connection:
         connection.execute(sa.update(Task).where(Task.id == rescued).values(rescue_count=1))
-    claimer = runtime(worker).claimer
+    claimer = probe.claimer(worker)
     hold_lease(worker)
 
     more_than_find_a_slot, all_find_one = claimer.claim(3, 2), claimer.claim(3, 3)
-    runtime(worker).engine.dispose()
+    probe.own_engine(worker).dispose()
 
     assert [row[ID] for row in more_than_find_a_slot] == [fresh]
     assert [row[ID] for row in all_find_one] == [rescued]
@@ -983,8 +983,8 @@ def test_tasks_are_claimed_ahead_if_there_are_more_of_them_than_free_slots(engin
     ids = [add(engine) for _ in range(2)]
     hold_lease(worker)
 
-    runtime(worker).claimer.claim(1_000, free)
-    runtime(worker).engine.dispose()
+    probe.claimer(worker).claim(1_000, free)
+    probe.own_engine(worker).dispose()
 
     assert [load(engine, task_id).prefetched for task_id in ids] == [is_ahead] * 2
 

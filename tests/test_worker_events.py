@@ -7,9 +7,9 @@ import threading
 from collections.abc import Callable
 from datetime import timedelta
 
+import probe
 import pytest
 import sqlalchemy as sa
-from probe import attempt_of
 from sqlalchemy.orm import Session
 from waiting import patience
 
@@ -199,7 +199,7 @@ class TestNothingIsPreparedThatNobodyListensTo:
     def timed(self, engine, worker) -> list[bool]:
         """Whether each task that was processed is timed."""
         timed: list[bool] = []
-        worker.use("t", lambda task: timed.append(attempt_of(task).row[CLAIM].on_start is not None))
+        worker.use("t", lambda task: timed.append(probe.attempt_of(task).row[CLAIM].on_start is not None))
         add(engine)
         return timed
 
