@@ -20,7 +20,7 @@ from waiting import patience
 from apoq import Queue, Task, Worker, prepare
 from apoq.worker import lifecycle as lifecycle_module
 from apoq.worker.failures import Failures, Outage
-from apoq.worker.liveness.lease import Lease
+from apoq.worker.lease import Lease
 
 SOON = 30.0
 
