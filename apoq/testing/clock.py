@@ -1,28 +1,28 @@
 """The clock that apoq's statements read, set for the transaction of one test.
 
-Neither Python's clock is touched nor the server's: where a statement about apoq's tables reads the time, it
-reads another one on this connection.
+Neither Python's clock nor the server's is changed. In statements about apoq's tables that are executed on
+this connection, `now()` and its like are replaced by another time.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
-from typing import Any, Self
+from typing import Any, Final, Self
 
-from sqlalchemy import Connection, event, func
+from sqlalchemy import ColumnElement, Connection, DateTime, TableClause, cast, event, func
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_session
 from sqlalchemy.orm import Session
+from sqlalchemy.sql.functions import FunctionElement
+from sqlalchemy.sql.visitors import iterate, replacement_traverse
 
 from apoq.client.session_adapters import CLOCK
 from apoq.errors import glimpse
 from apoq.schema.models import Task
 from apoq.testing.inside import AsyncTestSession, Inner, TestSession, connection_of, inside
 
-_READS = re.compile(r"\b(?:now|statement_timestamp|clock_timestamp)\(\)")
-_OURS = re.compile(r"\bapoq_\w+")
+_READ_THE_CLOCK: Final = {"now", "statement_timestamp", "clock_timestamp"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +32,12 @@ class Clock:
     at: datetime | None = None
     ahead: timedelta = timedelta()
 
-    @property
-    def sql(self) -> str:
-        """What to read instead of the database's clock."""
+    def now(self) -> ColumnElement[datetime]:
+        """Return the expression to read instead of the database's clock."""
         if self.at is not None:
-            return f"'{(self.at + self.ahead).isoformat()}'::timestamptz"
-        return f"(clock_timestamp() + '{self.ahead.total_seconds():.6f} seconds'::interval)"
+            # A cast, because the ORM reads back an expression, and not a parameter.
+            return cast(self.at + self.ahead, DateTime(timezone=True))
+        return func.clock_timestamp() + self.ahead
 
 
 class ClockSet:
@@ -85,8 +85,8 @@ class ClockSet:
     def _set_on(self, connection: Connection) -> None:
         self._before[connection] = _of(connection)
         connection.execution_options(**{CLOCK: self._clock})
-        if not event.contains(connection, "before_cursor_execute", _read_another):
-            event.listen(connection, "before_cursor_execute", _read_another, retval=True)
+        if not event.contains(connection, "before_execute", _read_another):
+            event.listen(connection, "before_execute", _read_another, retval=True)
 
     def _unset(self) -> None:
         if isinstance(self._inner, Session):
@@ -94,7 +94,7 @@ class ClockSet:
         for connection, before in self._before.items():
             connection.execution_options(**{CLOCK: before})
             if before is None:
-                event.remove(connection, "before_cursor_execute", _read_another)
+                event.remove(connection, "before_execute", _read_another)
         self._before.clear()
 
 
@@ -125,11 +125,25 @@ def _of(connection: Connection) -> Clock | None:
 
 
 def _read_another(
-    connection: Connection, _cursor: object, statement: str, parameters: Any, *_: object
-) -> tuple[str, Any]:
-    if (clock := _of(connection)) and _OURS.search(statement):
-        statement = _READS.sub(lambda _: clock.sql, statement)
-    return statement, parameters
+    connection: Connection, statement: Any, multiparams: Any, params: Any, _options: Any
+) -> tuple[Any, Any, Any]:
+    clock = _of(connection)
+    if clock is not None and _is_about_apoq(statement):
+
+        def replace(element: Any, **_: Any) -> ColumnElement[datetime] | None:
+            reads = isinstance(element, FunctionElement) and element.name in _READ_THE_CLOCK
+            return clock.now() if reads else None
+
+        statement = replacement_traverse(statement, {}, replace)
+    return statement, multiparams, params
+
+
+def _is_about_apoq(statement: Any) -> bool:
+    return any(
+        isinstance(table := getattr(element, "table", element), TableClause)
+        and table.name.startswith("apoq_")
+        for element in iterate(statement)
+    )
 
 
 @event.listens_for(Task, "before_insert", propagate=True)
