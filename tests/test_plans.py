@@ -20,7 +20,7 @@ from apoq.cli.looking import SETTINGS
 from apoq.postgres.connections import SESSION
 from apoq.schema.statements.arrays import array_text
 from apoq.schema.statements.cancel import cancel
-from apoq.schema.statements.claim import CHANGED, claim
+from apoq.schema.statements.claim import CHANGED, DATA, claim
 from apoq.schema.statements.count import COUNTED, count, count_running, count_types, queues, table_size
 from apoq.schema.statements.find import details, find, find_ids, find_queues, horizon
 from apoq.schema.statements.heartbeat import leave
@@ -310,9 +310,89 @@ def test_a_claim_of_plain_tasks_is_heap_only(engine):
     assert (len(taken), *updated) == (50, 50, 50)
 
 
-def claimed(engine: sa.Engine, parameters: dict) -> dict:
+FORMS = [
+    pytest.param({}, {}, id="plain"),
+    pytest.param({"ahead": True}, AHEAD, id="ahead"),
+    pytest.param({"passes_over": True}, {"passed_over": "{7,8}"}, id="passes over"),
+    pytest.param({"overflows": True}, {"lower_than": 0}, id="overflows"),
+]
+"""The forms of a claim, and what each takes in addition."""
+
+
+LARGE_DATA_READ = sa.text("""
+    SELECT pg_stat_get_xact_blocks_fetched(reltoastrelid) FROM pg_class WHERE oid = 'apoq_tasks'::regclass
+""")
+"""How many pages with large data this transaction has read."""
+
+
+class TestThePartsOfAClaim:
+    """Each named part of `claim` keeps its share of the plan, whatever later forms add."""
+
+    @pytest.mark.parametrize(("form", "more"), FORMS)
+    def test_levels_each_level_is_one_scan_that_begins_behind_its_position(self, million, form, more):
+        explained = claimed(million, self.parameters(million, more), **form)
+        [levels] = [node for node in nodes(explained) if node.get("Alias") == "levels"]
+        scan = next(node for node in nodes(explained) if node.get("Index Name") == "apoq_tasks_open_idx")
+
+        assert levels["Node Type"] == "Function Scan"
+        assert scan["Actual Loops"] <= levels["Actual Rows"]
+        for condition in ("queue", "priority", "ROW(process_at, id) >"):
+            assert condition in scan["Index Cond"]
+
+    @pytest.mark.parametrize(("form", "more"), FORMS)
+    def test_predicate_what_is_not_due_is_not_read_and_other_types_are_only_filtered(
+        self, million, form, more
+    ):
+        explained = claimed(million, self.parameters(million, more), **form)
+        scan = next(node for node in nodes(explained) if node.get("Index Name") == "apoq_tasks_open_idx")
+
+        assert "process_at <= now()" in scan["Index Cond"]
+        assert "type" in scan["Filter"]
+        # One in seven is of another type, and nothing else is in the way.
+        assert scan["Rows Removed by Filter"] < CLAIM["at_most"]
+
+    @pytest.mark.parametrize(("form", "more"), FORMS)
+    def test_order_comes_from_the_index_and_nothing_is_sorted(self, million, form, more):
+        explained = claimed(million, self.parameters(million, more), **form)
+        types = {node["Node Type"] for node in nodes(explained)}
+
+        assert not types & {"Sort", "Incremental Sort", "HashAggregate", "Unique"}
+        assert {"Limit", "LockRows"} <= types
+
+    @pytest.mark.parametrize(("form", "more"), FORMS)
+    def test_effect_rows_are_updated_where_they_stand(self, million, form, more):
+        explained = claimed(million, self.parameters(million, more), **form)
+        updates = [node for node in nodes(explained) if node.get("Operation") == "Update"]
+
+        assert len(updates) == 1
+        assert [node["Node Type"] for node in updates[0]["Plans"] if "Tid" in node["Node Type"]] == [
+            "Tid Scan"
+        ]
+
+    @pytest.mark.parametrize("bare", [False, True])
+    def test_returned_row_leaves_large_data_where_it_is(self, engine, bare):
+        with Session(engine) as session, session.begin():
+            Queue().add_many(session, "ours", [{"x": [n * 7919 for n in range(20_000)]}] * 20)
+        with engine.connect() as connection:
+            parameters = {**CLAIM, **ClaimCursor().parameters()}
+            rows = connection.execute(claim(None, ahead=True, bare=bare), parameters).all()
+            read = connection.scalar(LARGE_DATA_READ)
+            connection.execute(sa.text("SELECT sum(length(data::text)) FROM apoq_tasks"))
+            read_in_full = connection.scalar(LARGE_DATA_READ)
+
+        assert [row[DATA] for row in rows] == [None] * 20
+        assert (read, read_in_full > 20) == (0, True)
+
+    def parameters(self, engine: sa.Engine, more: dict) -> dict:
+        cursor = ClaimCursor()
+        with engine.connect() as connection:
+            cursor.surveyed(connection.execute(survey(None), OURS | {"at_most": 65, "passed_over": "{}"}))
+        return {**CLAIM, **cursor.parameters(), **more}
+
+
+def claimed(engine: sa.Engine, parameters: dict, **form: bool) -> dict:
     """Explain a claim that was executed, and is undone."""
-    sql, values = probe.compiled(claim(None, ahead=True), parameters)
+    sql, values = probe.compiled(claim(None, **(form or {"ahead": True})), parameters)
     with engine.connect() as connection:
         connection.exec_driver_sql("BEGIN")
         explained = connection.exec_driver_sql(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {sql}", values)
