@@ -29,7 +29,7 @@ def hold_up(connection: sa.Connection, worker: Worker, schema: str | None = None
     """Let each claim of a worker that takes anything wait until this transaction ends."""
     next_number = probe.next_claim_number(worker)
     notes = [
-        {"worker_id": probe.claimer(worker).worker_id, "number": next_number + ahead, "task_ids": []}
+        {"worker_id": probe.worker_id(worker), "number": next_number + ahead, "task_ids": []}
         for ahead in range(1, 1_000)
     ]
     connection.execute(sa.insert(claims_table(schema)), notes)

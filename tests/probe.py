@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+from uuid import UUID
 
 import sqlalchemy as sa
 from sqlalchemy.pool import PoolProxiedConnection
@@ -104,6 +105,11 @@ def event_loop(worker: Worker) -> EventLoopThread:
 
 def heartbeat(worker: Worker) -> Heartbeat:
     return runtime(worker).heartbeat
+
+
+def worker_id(worker: Worker) -> UUID:
+    """Return the id of a worker's row."""
+    return heartbeat(worker).worker_id
 
 
 def claim_log(worker: Worker) -> ClaimLog:
@@ -262,7 +268,7 @@ def is_idle(worker: Worker) -> bool:
 
 def cursors(worker: Worker) -> list[ClaimCursor]:
     """Return the cursors of the queues, in their order."""
-    return [source.position for source in claimer(worker)._sources]
+    return [queue.cursor for queue in claimer(worker)._queues]
 
 
 def levels(cursor: ClaimCursor) -> dict[int, tuple[float, int]]:
@@ -292,16 +298,16 @@ def has_settled_claims(worker: Worker) -> bool:
 
 def doubt(worker: Worker, seconds: float = 0.0) -> None:
     """Let a worker suspect, for so long, that a claim has committed whose result it never got."""
-    claimer(worker)._doubt_ends = time.monotonic() + seconds
+    runtime(worker).strays._expected_until = time.monotonic() + seconds
 
 
 def is_in_doubt(worker: Worker) -> bool:
-    return claimer(worker)._doubt_ends is not None
+    return runtime(worker).strays.are_expected
 
 
 def looked_for_strays_at(worker: Worker) -> float:
     """Return when a worker looked for such a claim, by time.monotonic()."""
-    return claimer(worker)._looked_at
+    return runtime(worker).strays.looked_at
 
 
 # Execution and settling.

@@ -461,7 +461,7 @@ class Works:
     @property
     def own(self) -> UUID | None:
         """The id of the worker, as it stands in the tables."""
-        return self._worker and probe.claimer(self._worker).worker_id
+        return self._worker and probe.worker_id(self._worker)
 
     def stop(self) -> None:
         if self._worker is not None:

@@ -608,7 +608,7 @@ class Tasks(RuleBasedStateMachine):
 
         found = self.worker.work()
 
-        id_ = probe.claimer(self.worker).worker_id
+        id_ = probe.worker_id(self.worker)
         while due and due[0].is_spent:
             self.reached["a task without attempts left"] += 1
             doomed = due.pop(0)

@@ -128,7 +128,7 @@ def test_what_somebody_is_changing_is_given_back_once_it_is_free(engine, worker)
             sa.text(
                 "UPDATE apoq_tasks SET state = 'running', attempt = 1, claim_token = 1, worker_id = :its"
             ),
-            {"its": claimer.worker_id},
+            {"its": probe.worker_id(worker)},
         )
         note(connection)
     probe.doubt(worker)
@@ -161,7 +161,7 @@ def commit_late(engine: sa.Engine, worker: Worker) -> int:
                 state="running",
                 attempt=1,
                 claim_token=1,
-                worker_id=probe.claimer(worker).worker_id,
+                worker_id=probe.worker_id(worker),
             )
             .returning(Task.id)
         )

@@ -22,8 +22,8 @@ from apoq import Task
 from apoq.core.registry import make_processor
 from apoq.schema.statements.claim import claim
 from apoq.schema.statements.recover import rescue
-from apoq.worker.claiming.claimer import workable
 from apoq.worker.claiming.cursor import ClaimCursor
+from apoq.worker.claiming.queue_claims import workable
 
 SOON = 60.0
 

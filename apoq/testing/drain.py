@@ -40,8 +40,9 @@ from apoq.testing.inside import (
     inside,
 )
 from apoq.worker import Worker
-from apoq.worker.claiming.claimer import may_begin, workable
+from apoq.worker.claiming.claimer import may_begin
 from apoq.worker.claiming.cursor import MAX_LEVELS, ClaimCursor
+from apoq.worker.claiming.queue_claims import workable
 from apoq.worker.execution.attempt import (
     AnyAttempt,
     AsyncAttempt,

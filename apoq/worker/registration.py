@@ -16,8 +16,8 @@ from apoq.postgres.connections import ANSWER_TIMEOUT_SECONDS
 from apoq.postgres.watchdog import watch
 from apoq.schema import preflight
 from apoq.worker import logs
-from apoq.worker.claiming.claimer import Claimer
 from apoq.worker.claiming.scanner import QueueScanner
+from apoq.worker.claiming.strays import Strays
 from apoq.worker.failures import Outage
 from apoq.worker.liveness.heartbeat import Heartbeat
 from apoq.worker.service import Service
@@ -33,7 +33,7 @@ class Registration(Service):
         schemas: tuple[str | None, ...],
         heartbeat: Heartbeat,
         scanner: QueueScanner,
-        claimer: Claimer,
+        strays: Strays,
         outage: Outage,
         missing: MissingThreads,
     ) -> None:
@@ -42,7 +42,7 @@ class Registration(Service):
         self._schemas = schemas
         self._heartbeat = heartbeat
         self._scanner = scanner
-        self._claimer = claimer
+        self._strays = strays
         self._missing = missing
         self.is_done = False
         """Whether the worker is registered and may claim."""
@@ -54,7 +54,7 @@ class Registration(Service):
 
     def begin(self) -> None:
         """Start with a new identity, so that nothing that an earlier start left behind looks alive."""
-        self._claimer.worker_id = self._heartbeat.worker_id = uuid4()
+        self._strays.worker_id = self._heartbeat.worker_id = uuid4()
         self.is_done = self._has_row = False
         self._checked.clear()
 

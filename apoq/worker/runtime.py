@@ -23,6 +23,7 @@ from apoq.worker.claiming.claimer import Claimer
 from apoq.worker.claiming.cursor import ClaimCursor
 from apoq.worker.claiming.listener import Listener, listen_engine
 from apoq.worker.claiming.scanner import QueueScanner
+from apoq.worker.claiming.strays import Strays
 from apoq.worker.execution.attempt import AnyAttempt, AsyncAttempt, StopSignal
 from apoq.worker.execution.completion import Completion
 from apoq.worker.execution.deadlines import Deadlines
@@ -97,6 +98,7 @@ class Runtime:
             on_lapse=self._lapsed,
         )
         leases = self.heartbeat.leases
+        self.strays = Strays(self.engine, self.claim_log, leases, outage)
         self.scanner = QueueScanner(
             self.engine,
             cursors,
@@ -139,7 +141,8 @@ class Runtime:
             outage,
             events,
             self.scanner,
-            positions=cursors,
+            self.strays,
+            cursors=cursors,
             leases=leases,
             signals=self._signals,
             on_ended=self.settler.put,
@@ -171,7 +174,7 @@ class Runtime:
             on_due=self.look_for_tasks,
         )
         self.registration = Registration(
-            self.engine, schemas, self.heartbeat, self.scanner, self.claimer, outage, self.missing
+            self.engine, schemas, self.heartbeat, self.scanner, self.strays, outage, self.missing
         )
         # The claimer is last: if another one can't be started, nothing has been claimed.
         self._working = (
@@ -270,7 +273,6 @@ class Runtime:
 
     def _look_for_strays(self) -> None:
         self.claimer.look_for_strays()
-        self.claimer.look_for_tasks()
 
     def _slot_is_free(self) -> None:
         self.claimer.slot_is_free()

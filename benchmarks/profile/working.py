@@ -25,7 +25,7 @@ from apoq.schema.models import tasks_table
 from apoq.schema.statements.arrays import array_text
 from apoq.schema.statements.claim import claim
 from apoq.schema.statements.settle import complete
-from apoq.worker.claiming.claimer import MAX_CLAIM_SIZE
+from apoq.worker.claiming.queue_claims import MAX_CLAIM_SIZE
 
 TASKS = 60_000
 RUNS = 7

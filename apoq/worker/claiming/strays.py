@@ -1,0 +1,96 @@
+"""Claims that committed although their results were lost, and notes that are no longer needed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from functools import partial
+from typing import Final
+from uuid import UUID
+
+from sqlalchemy import Engine
+from sqlalchemy.pool import PoolProxiedConnection
+
+from apoq.postgres.connections import execute
+from apoq.schema.statements.arrays import array_text
+from apoq.schema.statements.claim import CLAIM, ID
+from apoq.schema.statements.notes import forget_settled
+from apoq.schema.statements.recover import forget_unknown, give_back
+from apoq.worker.claim_log import ClaimLog
+from apoq.worker.failures import Outage
+from apoq.worker.isolation import Isolation
+from apoq.worker.lease import Lease
+
+POLL_SECONDS: Final = 1.0
+"""Seconds between two looks for stray tasks, while there may be any."""
+
+
+class Strays:
+    """Releases stray tasks: the worker has claimed them, and never received the result of the claim.
+
+    A claim may commit at any time until the server ends it, so this looks until that time is over.
+    """
+
+    def __init__(
+        self, engine: Engine, claim_log: ClaimLog, leases: Mapping[str | None, Lease], outage: Outage
+    ) -> None:
+        self._engine = engine
+        self._claim_log = claim_log
+        self._leases = leases
+        self._isolation: Isolation[str | None] = Isolation(_describe, outage)
+        self.worker_id = UUID(int=0)
+        self.looked_at = 0.0
+        """When it has looked for the last time, by time.monotonic()."""
+        self._expected_until: float | None = None
+
+    @property
+    def are_expected(self) -> bool:
+        """Whether there may be stray tasks."""
+        return self._expected_until is not None
+
+    def expect(self, seconds: float = 0.0) -> None:
+        """Look for stray tasks now; a claim may commit within so many seconds."""
+        self._expected_until = max(self._expected_until or 0.0, time.monotonic() + seconds)
+
+    def release(self) -> None:
+        """Release the stray tasks that there are."""
+        if self._expected_until is None:
+            return
+        self.looked_at = time.monotonic()
+        schemas = self._schemas()
+        is_over = bool(schemas) and self.looked_at >= self._expected_until
+        for schema in schemas:
+            is_over &= self._isolation.call(schema, schemas, partial(self._release_in, schema), True)
+        if is_over:
+            self._expected_until = None
+
+    def forget_settled(self, connection: PoolProxiedConnection | None = None) -> None:
+        """Delete the notes of claims whose tasks are all settled; no task waits for that."""
+        for schema in self._schemas():
+            if done := self._claim_log.done(schema):
+                forget = partial(self._forget, schema, done, connection or self._engine)
+                self._isolation.call(schema, self._schemas(), forget, None)
+
+    def _schemas(self) -> list[str | None]:
+        return [schema for schema, lease in self._leases.items() if lease.is_held]
+
+    def _release_in(self, schema: str | None) -> bool:
+        """Release the stray tasks of a schema; return whether none is left."""
+        held = [row[ID] for row in self._claim_log.held() if row[CLAIM].from_queue.schema == schema]
+        parameters = {
+            "by_worker": self.worker_id,
+            "known": array_text(self._claim_log.known(schema)),
+            "held": array_text(held),
+        }
+        ((left,),) = execute(self._engine, give_back(schema), parameters)
+        execute(self._engine, forget_unknown(schema), parameters)
+        return not left
+
+    def _forget(self, schema: str | None, done: list[int], where: Engine | PoolProxiedConnection) -> None:
+        parameters = {"by_worker": self.worker_id, "done": array_text(done)}
+        execute(where, forget_settled(schema), parameters)
+        self._claim_log.forgotten(schema, done)
+
+
+def _describe(schema: str | None) -> str:
+    return "tidying up the worker's claims" + ("" if schema is None else f" in the schema {schema!r}")
