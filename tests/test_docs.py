@@ -33,7 +33,7 @@ ELSEWHERE = {
 
 TEXTS = [
     *PAGES,
-    *(ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md")),
+    *(ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/NOTES.md", "chaos/NOTES.md")),
     *ROOT.glob("examples/*/README.md"),
 ]
 """The pages, and what else there is to read."""

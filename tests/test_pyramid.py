@@ -567,11 +567,14 @@ class TestInTests:
         assert [each.text for each in session.new] == ["noted"]
 
 
-def test_what_the_documentation_shows_runs(engine, capsys, run_page):
-    namespace = run_page("pyramid.md", "pyramid_page", engine=engine)
+def test_what_the_documentation_shows_runs(url, monkeypatch, capsys, run_page):
+    monkeypatch.setenv("DATABASE_URL", url.render_as_string(hide_password=False))
+
+    namespace = run_page("pyramid.md", "pyramid_page")
 
     TestApp(namespace["app"]).get("/sign-up", {"name": "Ada"})
     task = namespace["worker"].work()
+    namespace["registry"]["dbsession_factory"].kw["bind"].dispose()
 
     assert task.state == "completed"
     assert capsys.readouterr().out == (
