@@ -20,11 +20,13 @@ import apoq
 from apoq.cli import main
 
 ELSEWHERE = {
+    "coming-from.md": "test_coming_from.py",
     "README.md": "test_readme.py",
     "django.md": "test_psycopg.py",
     "fastapi.md": "test_fastapi.py",
     "flask.md": "test_flask.py",
     "pyramid.md": "test_pyramid.py",
+    "recipes.md": "test_recipes.py",
     "testing.md": "test_testing_docs.py",
     "tutorial.md": "test_tutorial.py",
     "typed-tasks.md": "test_typed.py",
