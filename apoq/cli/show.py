@@ -19,7 +19,7 @@ from apoq.cli.output import console, json_option, show, show_json
 from apoq.cli.selection import TASK_ID
 from apoq.cli.target import Target
 from apoq.cli.tracebacks import Frame, highlighted, own_frame
-from apoq.core.states import FAILED, PENDING, RUNNING
+from apoq.core.states import FAILED, RUNNING
 from apoq.monitor.formatting import ago, clean, local
 from apoq.schema.statements.find import details
 
@@ -99,7 +99,7 @@ def _attempts(row: sa.RowMapping) -> str:
     """Write how many attempts there were, of how many, and how they ended."""
     limit = _retry_limit(row)
     number = max(row["attempt"], row["fail_count"])
-    of = "" if limit is None else f" of {limit + 1:,}"
+    of = " (the retry limit is that of the function)" if limit is None else f" of {limit + 1:,}"
     if row["state"] == RUNNING:
         parts = [f"{row['attempt']:,}{of}, running"]
     elif not number:
@@ -110,8 +110,6 @@ def _attempts(row: sa.RowMapping) -> str:
         parts.append(f"{row['fail_count']:,} failed")
     if count := row["rescue_count"]:
         parts.append(f"{count:,} ended because the worker died")
-    if limit is None and (number or row["state"] == PENDING):
-        parts.append("the retry limit is that of the function")
     return ", ".join(parts)
 
 
