@@ -401,7 +401,7 @@ class TestPrune:
         refused = run("prune", "--completed-before", "1d", "--failed-before", "7d")
 
         assert refused.exit_code == 2
-        assert "Delete 3 tasks for good?" in refused.output
+        assert "Delete 3 tasks permanently?" in refused.output
         assert self.left(engine, ended) == set(ended)
 
         assert run("prune", "--completed-before", "1d", "--failed-before", "7d", "--yes").exit_code == 0

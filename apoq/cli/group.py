@@ -67,8 +67,7 @@ class Commands(click.Group):
             with explained(), writing():
                 return super().invoke(ctx)
         except Failure as failure:
-            failure.message = in_this_program(failure.message, ctx)
-            raise
+            raise type(failure)(in_this_program(failure.message, ctx)) from failure.__cause__
 
 
 class _Main(Commands):

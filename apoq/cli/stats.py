@@ -187,7 +187,7 @@ def _workers(found: Figures, most: int | None) -> list[RenderableType]:
     alive = [worker for worker in found.workers if worker.is_alive]
     dead = [worker for worker in found.workers if not worker.is_alive]
     listed = [*alive[:MAX_WORKERS_SHOWN], *dead[:MAX_DEAD_WORKERS_SHOWN]]
-    columns = ("worker", "queues", "slots", "claimed", "up", "last heartbeat")
+    columns = ("worker", "queues", "slots", "claimed", "up", "heartbeat")
     made = table(*columns, right={"slots", "claimed", "up"}, widest=most)
     made.columns[0].max_width = most and 2 * most
     for worker in listed:

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Final
 
 from apoq.cli.streams import is_terminal
-from apoq.monitor.formatting import length
 
 logger = logging.getLogger(__name__)
 
@@ -41,9 +40,9 @@ class StopNotice:
         if self._last:
             them = "it" if self._last == 1 else "them"
             logger.info(
-                "waiting for %s, until %s at the latest (%s)%s",
-                *(_tasks(self._last), self._until, length(self._timeout)),
-                f"; {self._ends_at_once} ends {them} at once" if self._ends_at_once else "",
+                "waiting until %s for %s%s",
+                *(self._until, _tasks(self._last)),
+                f"; {self._ends_at_once} ends {them} now" if self._ends_at_once else "",
             )
 
     def renew(self) -> None:
@@ -51,7 +50,7 @@ class StopNotice:
         now, running = time.monotonic(), self._running()
         if running and running != self._last and now - self._said_at >= NOTICE_INTERVAL_SECONDS:
             self._last, self._said_at = running, now
-            logger.info("still waiting for %s, until %s at the latest", _tasks(running), self._until)
+            logger.info("still waiting until %s for %s", self._until, _tasks(running))
 
     def keep_renewing(self) -> None:
         """Call `renew` on a thread, until the program ends."""

@@ -153,13 +153,15 @@ class Supervisor:
         self._status = Status()
         self._said_at = time.monotonic()
         self._notice: StopNotice | None = None
-        self._awake, self._asleep = socket.socketpair()
+        self._awake: socket.socket | None = None
+        """Has something to read written to it if the next turn is to be taken now."""
 
     def run(self) -> int:
         """Start the children, replace those that die, stop them at a signal; return an exit code."""
+        self._awake, asleep = socket.socketpair()
         self._awake.setblocking(False)
-        self._asleep.setblocking(False)
-        self._selector.register(self._asleep, selectors.EVENT_READ)
+        asleep.setblocking(False)
+        self._selector.register(asleep, selectors.EVENT_READ)
         signal.set_wakeup_fd(self._awake.fileno())
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda number, _frame: self._signals.append(number))
@@ -171,7 +173,7 @@ class Supervisor:
                     CHILD_POLL_SECONDS if self._stops_at is None else STOPPING_CHILD_POLL_SECONDS
                 ):
                     if key.data is None:
-                        self._asleep.recv(4096)
+                        asleep.recv(4096)
                     else:
                         key.data.hear(self._selector)
             return code
@@ -180,8 +182,9 @@ class Supervisor:
 
     def wake(self) -> None:
         """Take a turn now. From any thread."""
-        with suppress(BlockingIOError):  # there is something to read already
-            self._awake.send(b"\0")
+        if self._awake is not None:
+            with suppress(BlockingIOError):  # there is something to read already
+                self._awake.send(b"\0")
 
     def _turn(self) -> int | None:
         """Do what has to be done now; return an exit code if the program is to end."""
