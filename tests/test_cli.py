@@ -208,7 +208,7 @@ class TestMigrate:
         first = run("migrate", DATABASE_URL=plain(empty_url))
         second = run("migrate", DATABASE_URL=plain(empty_url))
 
-        assert first.output == f"apoq's tables are made, at version {LATEST}.\n"
+        assert first.output == f"Created apoq's tables, at version {LATEST}.\n"
         assert second.output == f"apoq's tables are at version {LATEST} already: nothing to do.\n"
 
     def test_it_makes_them_in_a_schema(self, run, empty_url):
@@ -256,7 +256,7 @@ class TestCheck:
         done = run("check", DATABASE_URL=plain(url))
 
         assert done.exit_code == 0
-        assert f"at version {LATEST}, and as they should be" in done.output
+        assert f"have version {LATEST} and match it" in done.output
 
     @pytest.mark.parametrize(
         ("change", "said"),

@@ -180,7 +180,7 @@ class TestAHistoryOfTheirs:
         done = revision()
 
         assert done.exit_code == 0
-        assert "at version 1 already: nothing to write" in done.output
+        assert "already has apoq's tables at version 1: nothing to write" in done.output
         assert project.files() == before
 
     @pytest.mark.parametrize("call", ["upgrade(op, version=1)", "migrations.upgrade(op)"])

@@ -23,8 +23,10 @@ from click.testing import CliRunner
 from sqlalchemy.orm import Session
 
 from apoq import Queue, Task
-from apoq.cli import logs, main
+from apoq.cli import burst, logs, main
+from apoq.cli.exits import Failure
 from apoq.cli.status import line
+from apoq.cli.supervisor import REPORT_INTERVAL_SECONDS
 from apoq.schema.models import WorkerRow
 from apoq.worker.settling.counters import WorkerStats
 
@@ -44,12 +46,28 @@ def hold(task):
     print("holding", task.id, flush=True)
     threading.Event().wait()
 
+def until(task):
+    print("until is there", flush=True)
+    while not os.path.exists("go"):
+        time.sleep(0.01)
+
+def chain(task):
+    if task.data:
+        queue.add(task.session, "chain", task.data - 1)
+
+def fail(task):
+    raise ValueError("no")
+
 @queue.task
 def typed(word: str) -> None:
     print("working", word, flush=True)
 
 worker.use("say", say)
 worker.use("hold", hold)
+worker.use("until", until)
+worker.use("chain", chain)
+worker.use("fail", fail, retry_limit=0)
+worker.use("retry", fail, retry_delay=lambda _: 3_600)
 
 def make():
     return worker
@@ -235,6 +253,180 @@ class TestOneProcess:
         program.wait_for("run `apoq migrate`")
 
 
+class TestAStop:
+    """What is said while a worker stops that still runs tasks."""
+
+    def test_it_says_how_many_tasks_it_waits_for_until_when_and_how_to_end_them(self, start, add):
+        add("hold")
+        program = start("app:worker", "--timeout", "1.5")
+        program.wait_for("holding")
+
+        program.signal(signal.SIGINT)
+
+        program.wait_for(r"waiting until \d\d:\d\d:\d\d for 1 running task; a second signal ends it now")
+        assert program.end() == 0
+
+    def test_it_says_so_again_when_the_number_changes(self, start, add, tmp_path):
+        add("hold"), add("until")
+        program = start("app:worker", "--timeout", "20")
+        program.wait_for("holding")
+        program.wait_for("until is there")
+
+        program.signal(signal.SIGTERM)
+        program.wait_for(r"waiting until \S+ for 2 running tasks")
+        (tmp_path / "go").touch()
+
+        program.wait_for(r"still waiting until \S+ for 1 running task")
+        program.signal(signal.SIGTERM)
+        assert program.end() == -signal.SIGTERM
+
+    def test_nothing_is_said_if_nothing_runs(self, start):
+        program = start("app:worker")
+        program.wait_for("has started")
+
+        program.signal(signal.SIGTERM)
+
+        assert program.end() == 0
+        program.wait_for("has stopped")
+        assert "waiting until" not in program.output
+
+    def test_with_several_processes_their_tasks_are_counted_together(self, start, add):
+        add("hold"), add("hold")
+        program = start("app:worker", "--processes", "2", "--concurrency", "1", "--timeout", "1")
+        program.wait_for("holding")
+        program.wait_for("holding")
+        # A child reports how many tasks it runs every second.
+        wait_until(lambda: program.output.count("has started") == 2)
+        time.sleep(2 * REPORT_INTERVAL_SECONDS)
+
+        program.signal(signal.SIGTERM)
+
+        program.wait_for(r"waiting until \S+ for 2 running tasks")
+        program.end()
+        assert program.output.count("waiting until") == 1
+
+
+class TestSeveralQueues:
+    """``apoq worker a:queue b:queue``."""
+
+    @pytest.fixture(autouse=True)
+    def modules(self, tmp_path) -> None:
+        for name in ("users", "orders"):
+            (tmp_path / f"{name}.py").write_text(
+                "from apoq import Queue\n"
+                "queue, others, twin = Queue(), Queue('others'), Queue()\n"
+                "@queue.task\n"
+                f"def hello(): print('hello from {name}', flush=True)\n"
+                "@others.task(type='same')\n"
+                f"def other(): print('other in {name}', flush=True)\n"
+                "@twin.task(type='same')\n"
+                f"def twins(): print('twin in {name}', flush=True)\n"
+            )
+
+    def test_the_tasks_of_all_of_them_are_run(self, start, add):
+        add("users.hello"), add("orders.hello"), add("same", "others")
+
+        program = start("users:queue", "orders:queue", "users:others", "users:queue", "--burst")
+
+        assert program.end() == 0
+        program.wait_for("done in")
+        for said in ("hello from users", "hello from orders", "other in users"):
+            assert said in program.output
+
+    def test_tasks_of_an_equal_queue_that_was_not_given_are_spoken_of(self, start):
+        program = start("users:queue", "--burst")
+
+        assert program.end() == 0
+        program.wait_for(
+            r"users:twin is another Queue\('default'\), with tasks that this worker doesn't run: same"
+        )
+
+    def test_two_tasks_of_one_type_are_refused(self, start):
+        program = start("users:twin", "orders:twin")
+
+        assert program.end() == 2
+        program.wait_for(r"users:twin and orders:twin are both Queue\('default'\), and both define .* 'same'")
+
+    def test_a_worker_comes_alone(self, start):
+        program = start("users:queue", "app:worker")
+
+        assert program.end() == 2
+        program.wait_for("app:worker is a Worker, which has its own queues: give it alone")
+
+
+class TestABurst:
+    def test_what_is_due_is_run_and_what_becomes_due_by_it(self, start, engine, add, tmp_path):
+        with Session(engine) as session, session.begin():
+            Queue().add(session, "chain", 3)
+            later = Queue().add(session, "say", delay=timedelta(hours=1)).id
+            other = Queue().add(session, "unknown").id
+
+        program = start("app:worker", "--burst")
+
+        assert program.end() == 0
+        program.wait_for("done in .*: 4 tasks completed$")
+        with Session(engine) as session:
+            assert {session.get(Task, id_).state for id_ in (later, other)} == {"pending"}
+
+    def test_failures_are_counted_and_a_retry_that_is_due_later_is_left(self, start, engine, add):
+        failed, retried = add("fail"), add("retry")
+
+        program = start("app:worker", "--burst")
+
+        assert program.end() == 0
+        program.wait_for("0 tasks completed, 1 failed and will be tried again, 1 failed for good")
+        with Session(engine) as session:
+            assert (session.get(Task, failed).state, session.get(Task, retried).state) == (
+                "failed",
+                "pending",
+            )
+
+    def test_with_nothing_to_do_it_ends(self, start):
+        program = start("app:queue", "--burst")
+
+        assert program.end() == 0
+        program.wait_for("done in .*: 0 tasks completed")
+
+    def test_it_waits_for_a_running_task_and_a_signal_stops_it(self, start, add, engine):
+        id_ = add("hold")
+        program = start("app:worker", "--burst", "--timeout", "0.1")
+        program.wait_for("holding")
+
+        program.signal(signal.SIGTERM)
+
+        assert program.end() == 0
+        with Session(engine) as session:
+            assert session.get(Task, id_).state == "pending"
+
+    def test_what_can_not_be_claimed_ends_it_with_an_error(self, worker, engine, add, monkeypatch):
+        monkeypatch.setattr(burst, "STUCK_AFTER_SECONDS", 0.5)
+        id_ = add("say")
+        worker.use("say", print)
+        stopped = threading.Event()
+        with Session(engine) as session, session.begin():
+            session.get(Task, id_, with_for_update=True)
+            worker.start()
+            until_done = burst.Burst(worker)
+
+            until_done.watch(stopped.set)
+
+            assert stopped.wait(PATIENCE)
+        with pytest.raises(Failure, match="tasks are due, but can't be claimed"):
+            until_done.finish()
+
+    def test_a_database_that_is_away_is_said_at_once(self, start, url):
+        program = start("app:queue", "--burst", "--database-url", "postgresql://localhost:1/none")
+
+        assert program.end() == 3
+
+    @pytest.mark.parametrize("others", [["--processes", "2"], ["--reload"]])
+    def test_it_goes_alone(self, start, others):
+        program = start("app:queue", "--burst", *others)
+
+        assert program.end() == 2
+        program.wait_for("can't be combined")
+
+
 class TestSeveralProcesses:
     def test_one_that_dies_is_replaced_and_a_signal_stops_them_all(self, start, engine):
         program = start("app:worker", "--processes", "2")
@@ -328,11 +520,14 @@ class TestWhatIsToBeWorked:
     @pytest.mark.parametrize(
         ("name", "message"),
         [
-            ("app_of_theirs", "names no object: write it as module:object"),
-            ("app_of_theirs:", "names no object: write it as module:object"),
+            ("app_of_theirs", "must be module:object, such as myapp.tasks:worker, got 'app_of_theirs'"),
+            ("app_of_theirs:", "must be module:object, such as myapp.tasks:worker, got 'app_of_theirs:'"),
             ("no_such_module:worker", "there is no module 'no_such_module', neither in "),
             ("app_of_theirs:wroker", "has no 'wroker'; there is queue, emails, worker"),
-            ("app_of_theirs:number", "is of type int, and not a Worker, a Queue, or a function"),
+            (
+                "app_of_theirs:number",
+                "that returns one of these, got an object of type int",
+            ),
             ("app_of_theirs:APP.x", "has no 'APP.x'"),
             ("app_of_theirs:broken", "failed: KeyError: 'color' ("),
             ("app_of_theirs:arguments", "missing 3 required positional arguments"),
@@ -343,7 +538,7 @@ class TestWhatIsToBeWorked:
             ("app_without_end:worker", "RecursionError: maximum recursion depth exceeded ("),
             ("app_of_many_lines:worker", "ValueError: a b ("),
             ("app_of_theirs:exits", "app_of_theirs:exits failed: SystemExit: 4 ("),
-            ("app_of_theirs:coroutine", "is a coroutine function: give a plain one"),
+            ("app_of_theirs:coroutine", "got a coroutine function: make it a plain function"),
             ("app_of_theirs:lazy", "app_of_theirs:lazy can't be read: RuntimeError: outside of a context ("),
         ],
     )
@@ -353,7 +548,7 @@ class TestWhatIsToBeWorked:
     @pytest.mark.parametrize(
         ("name", "place"),
         [
-            ("app_of_theirs:broken", r"app_of_theirs\.py, line 31\)$"),
+            ("app_of_theirs:broken", r"app_of_theirs\.py, line 46\)$"),
             ("app_without_modules:worker", r"app_without_modules\.py, line 1\)$"),
             ("app_that_is_no_python:worker", r"app_that_is_no_python\.py, line 2\)$"),
         ],
@@ -362,13 +557,13 @@ class TestWhatIsToBeWorked:
         assert re.search(place, said(name))
 
     def test_a_task_is_not_its_queue(self, said):
-        assert said("app_of_theirs:typed").endswith("is a task of Queue('default'): give the queue instead")
+        assert said("app_of_theirs:typed").endswith("is a task of Queue('default'): give that queue instead")
 
     def test_a_queue_without_tasks(self, said):
-        assert "nothing to work" in said("app_of_theirs:emails")
+        assert "has no tasks to run" in said("app_of_theirs:emails")
 
     def test_nothing_to_work_is_a_usage_error(self, said):
-        assert "Give module:object" in said()
+        assert "missing argument MODULE:OBJECT: give a Queue or a Worker" in said()
 
     def test_a_queue_that_the_worker_has_not(self, said):
         assert said("app_of_theirs:worker", "--queues", "emials") == (
@@ -388,7 +583,7 @@ class TestWhatIsToBeWorked:
     def test_a_supervisor_that_there_is_not(self, said, monkeypatch, descriptor):
         monkeypatch.setenv("APOQ_SUPERVISOR_FD", descriptor)
 
-        assert "APOQ_SUPERVISOR_FD is for the children of `apoq worker --processes`" in said("thing:queue")
+        assert "APOQ_SUPERVISOR_FD must be set only by `apoq worker`" in said("thing:queue")
 
     def test_a_schema_for_a_queue_that_knows_its_own(self, said):
         assert "Queue(schema=…)" in said("app_of_theirs:queue", "--schema", "jobs")
@@ -455,11 +650,11 @@ class TestTheStatus:
         said = line(WorkerStats(64, 12_345_678, 1_234, 567, 89), 12_345)
 
         assert said.strip() == (
-            "64 running, 12,345,678 done (12,345/s), 1,234 retried, 567 failed, 89 cancelled"
+            "64 running, 12,345,678 completed (12,345/s), 1,234 retried, 567 failed, 89 cancelled"
         )
 
     def test_it_leaves_out_what_has_not_happened(self):
-        assert line(WorkerStats(0, 3), 1.4).strip() == "0 running, 3 done (1/s), 0 failed"
+        assert line(WorkerStats(0, 3), 1.4).strip() == "0 running, 3 completed (1/s), 0 failed"
 
 
 class TestTheLog:

@@ -194,7 +194,10 @@ LOOKS = [
         id="count",
     ),
     pytest.param(
-        count_types(None), {"from_queue": "default"}, {"apoq_tasks_open_idx"} | ENDED, id="count types"
+        count_types(None),
+        {"from_queue": "default"},
+        {"apoq_tasks_open_idx", "apoq_tasks_waiting_idx"} | ENDED,
+        id="count types",
     ),
     pytest.param(count_running(None), {}, RUNNING, id="count running"),
     pytest.param(table_size(None), {}, set(), id="table size"),

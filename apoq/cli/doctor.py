@@ -12,7 +12,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from apoq.cli.exits import Failure, Unreachable, explained
+from apoq.cli.exits import Failure, Unreachable, explained, in_this_program
 from apoq.cli.looking import looking
 from apoq.cli.output import json_option, show, show_json
 from apoq.cli.target import Target
@@ -39,10 +39,15 @@ _MARKS: Final = {OK: Text("✓", "green"), WARNING: Text("!", "yellow"), BAD: Te
 @json_option
 @click.pass_context
 def command(context: click.Context, *, as_json: bool) -> None:
-    """Examine server, tables and workers, and say what to mend.
+    """Check the server, the connection, the tables and the workers, and say what to do.
 
-    ✓ is well, ! is worth a look, and ✗ must be mended: then the exit code is 1.
-    """
+    \b
+        apoq doctor
+        apoq doctor --json
+
+    ✓ is OK, ! is a warning, and ✗ is an error. If there are errors, the exit code is 1, or 3 if the database
+    can't be reached.
+    """  # noqa: D301 - click's sign
     target: Target = context.obj
     found = list(examine(target))
     if as_json:
@@ -54,8 +59,8 @@ def command(context: click.Context, *, as_json: bool) -> None:
 
 
 def examine(target: Target) -> Iterator[Finding]:
-    """Examine everything, as far as that is possible."""
-    url = target.url  # one that can't be read ends the command here
+    """Check everything, as far as possible."""
+    url = target.url  # an invalid one ends the command here
     try:
         with explained(url), target.engine.connect():
             pass
@@ -75,13 +80,13 @@ def examine(target: Target) -> Iterator[Finding]:
     role = list(_examined(target, "rights", partial(check_role, schema=target.schema)))
     yield from role
     if any(finding.subject == SCHEMA for finding in role):
-        return  # to this role, there are no tables
+        return  # this role sees no tables
     tables = list(_examined(target, "tables", partial(check_version, schema=target.schema)))
     yield from tables
     if not any(finding.level == OK for finding in tables):
-        return  # there is nothing to look at
+        return  # there is nothing more to check
     if not role:
-        yield Finding(OK, "rights", "this role may do what a worker does")
+        yield Finding(OK, "rights", "this role has the rights that a worker needs")
     yield from _examined(target, "ids", partial(check_ids, schema=target.schema))
     yield from _examined(target, "vacuum", partial(check_vacuum, schema=target.schema))
     yield from _examined(target, "indexes", partial(check_indexes, schema=target.schema))
@@ -107,37 +112,34 @@ def _examined(
 
 
 def _tried(subject: str, check: Callable[[], Iterable[Finding]]) -> Iterator[Finding]:
-    """Examine one thing; where that can't be, such as for want of a privilege, go on with the others."""
+    """Check one thing; if that fails, such as without a privilege, continue with the others."""
     try:
         with explained():
             yield from check()
     except Failure as error:
-        yield Finding(WARNING, subject, f"couldn't be examined: {error.message}")
+        yield Finding(WARNING, subject, f"could not be checked: {error.message}")
 
 
 def report(found: list[Finding]) -> RenderableType:
-    """Make a table of the findings, and a line that sums them up."""
+    """Return a table of the findings, and a summary."""
     made = Table.grid(padding=(0, 1))
     made.add_column()
     made.add_column(style="bold", no_wrap=True)
     made.add_column(overflow="fold")
     for finding in found:
-        text = Text(clean(finding.text))
+        text = Text(in_this_program(clean(finding.text)))
         if finding.cure:
-            text.append(f"\n→ {clean(finding.cure)}", "cyan")
+            text.append(f"\n→ {in_this_program(clean(finding.cure))}", "cyan")
         made.add_row(_MARKS[finding.level], finding.subject, text)
     return Group(made, "", _summary(found))
 
 
 def _summary(found: list[Finding]) -> Text:
     bad, warnings = (sum(finding.level == level for finding in found) for level in (BAD, WARNING))
+    noted = "1 warning" if warnings == 1 else f"{warnings} warnings"
     if bad:
-        return Text(
-            f"To be mended: {bad}" + (f"; worth a look: {warnings}." if warnings else "."), "red bold"
-        )
+        errors = "1 error" if bad == 1 else f"{bad} errors"
+        return Text(f"{errors}, {noted}." if warnings else f"{errors}.", "red bold")
     if warnings:
-        return Text(
-            f"It works, and {warnings} {'thing is' if warnings == 1 else 'things are'} worth a look.",
-            "yellow",
-        )
-    return Text("All is well.", "green")
+        return Text(f"No errors, {noted}.", "yellow")
+    return Text("Everything is OK.", "green")

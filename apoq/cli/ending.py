@@ -1,4 +1,4 @@
-"""The end of a worker's process: it comes in time, whatever still runs in it."""
+"""Ends a worker's process in time, whatever still runs in it."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from typing import Final
 logger = logging.getLogger(__name__)
 
 EXIT_MARGIN_SECONDS: Final = 2.25
-"""Seconds after its worker's timeout in which a process must have ended: a little more than the worker."""
+"""Seconds after the timeout within which the process must have ended; the worker takes a little less."""
 
 LOG_FLUSH_SECONDS: Final = 0.25
-"""Seconds in which the log must have taken what is said of it."""
+"""Seconds within which the last log lines must have been written."""
 
 
 class Ending:
-    """Ends this process some time after it was told to stop, should it still be there.
+    """Ends this process some time after it was told to stop, if it still exists then.
 
-    A worker stops in time. But Python waits for the application's threads and exit handlers, for ever. A
-    program that goes on after its worker has stopped, such as a test of it, is left alone.
+    A worker stops in time, but Python waits for the application's threads and exit handlers, maybe for ever.
+    A program that continues after its worker has stopped, such as a test of it, is not ended.
     """
 
     def __init__(self, timeout: float) -> None:
-        """`timeout` is what running tasks get to end in."""
+        """Take the time that running tasks have to end in, in seconds."""
         self._seconds = timeout + EXIT_MARGIN_SECONDS
         self._is_told = threading.Event()
         self._orders: SimpleQueue[int] | None = None
@@ -42,7 +42,7 @@ class Ending:
     @contextmanager
     def watch(self, orders: SimpleQueue[int]) -> Iterator[None]:
         """Watch a worker that runs in the ``with`` block, and stops when anything is put into `orders`."""
-        # Two threads, for the first may never return from the log: whoever reads that may be gone.
+        # Two threads, because writing to the log may block for ever if its reader has stopped reading.
         threading.Thread(target=self._end, args=(True, 0.0), name="apoq-ending", daemon=True).start()
         threading.Thread(
             target=self._end, args=(False, LOG_FLUSH_SECONDS), name="apoq-ending", daemon=True
@@ -52,19 +52,19 @@ class Ending:
             yield
             self._exit_code = 0
         finally:
-            # Called before Python waits for any thread, for those of executors first of all. Nothing public
-            # is called then; `atexit` comes after that.
+            # This is called before Python waits for threads, such as those of executors. There is no public
+            # function for it; `atexit` runs after that.
             threading._register_atexit(self._ends.set)  # type: ignore[attr-defined]  # noqa: SLF001
             self._is_over.set()
 
     def stop(self) -> None:
-        """Have the worker stop; before there is one, end the process at once. From any thread."""
+        """Stop the worker; if there is none yet, end the process at once. From any thread."""
         if self._orders is None:
             os._exit(0)
         self._orders.put(0)
 
     def begin(self) -> None:
-        """Note that the worker has been told to stop: the time runs."""
+        """Start the countdown, because the worker was told to stop."""
         self._is_told.set()
 
     def _end(self, is_logged: bool, more: float) -> None:
@@ -72,7 +72,7 @@ class Ending:
         ends_at = time.monotonic() + self._seconds + more
         if self._is_over.wait(self._seconds + more):
             if not self._ends.wait(ends_at - time.monotonic()):
-                return  # the program goes on
+                return  # the program continues
             time.sleep(max(0.0, ends_at - time.monotonic()))
         if is_logged:
             with suppress(Exception):
@@ -83,13 +83,14 @@ class Ending:
         if self._is_over.is_set():
             others = [name for each in threading.enumerate() if not (name := each.name).startswith("apoq")]
             logger.warning(
-                "the worker has stopped, and its process is ended although something in it still runs: a "
-                "thread (there are %s), an exit handler, or a process that it waits for",
+                "the worker has stopped, but something in its process still runs: a thread (there are %s), "
+                "an exit handler, or a child process; the process is ended now",
                 ", ".join(others),
             )
         else:
             logger.error(
-                "the worker has not stopped in %g s, and its process is ended; other workers run its tasks",
+                "the worker has not stopped within %g s; its process is ended now, and other workers run its "
+                "tasks",
                 self._seconds,
             )
         sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""The group of commands, each of which is imported when it is called."""
+"""The group of commands; each is imported when it is called."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from apoq.cli.commands import COMMANDS, EXITS
-from apoq.cli.exits import BadUsage, explained
+from apoq.cli.exits import BadUsage, Failure, explained, in_this_program
 from apoq.cli.streams import writing
 from apoq.cli.target import VARIABLES, Target
 from apoq.core.payload import check_schema
@@ -19,9 +19,10 @@ from apoq.errors import InvalidTask
 
 
 class Commands(click.Group):
-    """apoq's commands, for a group of any name: what is added to it by hand comes before ours.
+    """apoq's commands, for a group of any name. Commands that are added to the group replace ours.
 
-    Its callback sets ``ctx.obj`` to the `Target`, so a framework offers the same commands on its own engine:
+    The group's callback sets ``ctx.obj`` to the `Target`, so that a framework can offer the same commands on
+    its own engine:
 
     .. code-block:: python
 
@@ -32,7 +33,7 @@ class Commands(click.Group):
     """
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Answer the names, in the order of `COMMANDS`."""
+        """Return the names, in the order of `COMMANDS`."""
         return [*COMMANDS, *(name for name in super().list_commands(ctx) if name not in COMMANDS)]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
@@ -43,7 +44,7 @@ class Commands(click.Group):
         return found
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the help without importing them all."""
+        """Write the help without importing all commands."""
         with formatter.section("Commands"):
             formatter.write_dl([(name, self._line(ctx, name)) for name in self.list_commands(ctx)])
 
@@ -52,7 +53,7 @@ class Commands(click.Group):
         return COMMANDS[name] if added is None else added.get_short_help_str(ctx.max_content_width or 80)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Refuse bytes that are no text: they would fail wherever they are sent to."""
+        """Fail if an argument is not text: it could not be stored anywhere."""
         return super().parse_args(ctx, [read_text(arg) for arg in args])
 
     def make_context(self, *args: Any, **extra: Any) -> click.Context:
@@ -61,13 +62,16 @@ class Commands(click.Group):
             return super().make_context(*args, **extra)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run a command; what goes wrong outside of the program ends it in one line."""
-        with explained(), writing():
-            return super().invoke(ctx)
+        """Run a command; an expected error ends it with one line."""
+        try:
+            with explained(), writing():
+                return super().invoke(ctx)
+        except Failure as failure:
+            raise type(failure)(in_this_program(failure.message, ctx)) from failure.__cause__
 
 
 class _Main(Commands):
-    """The program `apoq`: which database it is may be said before the command's name, and after it."""
+    """The program `apoq`: the options for the database may come before or after the command's name."""
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         found = super().get_command(ctx, cmd_name)
@@ -78,14 +82,14 @@ class _Main(Commands):
 
 
 def read_text(value: str) -> str:
-    """Read an argument or a variable, which is UTF-8 whatever the locale; refuse what is no text."""
+    """Read an argument or a variable as UTF-8, whatever the locale; fail if it is not text."""
     try:
         text = os.fsencode(value).decode()
     except UnicodeError:
-        # Without the value, which may have a password in it.
-        raise BadUsage("an argument, or a variable of the environment, is not text in UTF-8") from None
+        # Without the value, which may contain a password.
+        raise BadUsage("an argument or environment variable is not text in UTF-8: correct it") from None
     if "\0" in text:
-        raise BadUsage("an argument, or a variable of the environment, has a NUL character: leave it out")
+        raise BadUsage("an argument or environment variable contains a NUL character: remove it")
     return text
 
 
@@ -95,7 +99,7 @@ def _options(variables: Sequence[str] = ()) -> list[click.Parameter]:
             "apoq.target", {}
         )  # the contexts of the group and of its command share it
         if value is not None:
-            given[option.name] = read_text(value)  # it may be the environment's
+            given[option.name] = read_text(value)  # it may come from the environment
         try:
             check_schema(given.get("schema"))
         except InvalidTask as error:
@@ -110,14 +114,14 @@ def _options(variables: Sequence[str] = ()) -> list[click.Parameter]:
             envvar=variables,
             expose_value=False,
             callback=use,
-            help=f"The database, postgresql://…; else what {' or '.join(VARIABLES)} says.",
+            help=f"The database, postgresql://… Default: the variable {' or '.join(VARIABLES)}.",
         ),
         click.Option(
             ["--schema"],
             metavar="NAME",
             expose_value=False,
             callback=use,
-            help="Where apoq's tables are, if not where the search_path leads.",
+            help="The schema of apoq's tables. Default: the first one in the search_path that has them.",
         ),
     ]
 

@@ -1,4 +1,4 @@
-"""What apoq needs to know of a user's Alembic history: how far it has come, and after which head to go on."""
+"""What `apoq revision` reads in a project's Alembic history: apoq's version there, and the heads."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:  # Alembic takes 0.2 s to import
     from alembic.script import ScriptDirectory
 
 ANY: Final = object()
-"""A schema that isn't written in a revision as a string, so it may be each of them."""
+"""A schema that isn't a literal in the revision, so that it may be any."""
 
 
 class Place(NamedTuple):
-    """Where in a history tables are: which of the project's databases, and which schema there."""
+    """Which tables a revision is for: in which of the project's databases, and in which schema."""
 
     bind: str | None
-    """By which the template names the functions of a revision: "" is Flask-Migrate's default. None: any."""
+    """The name in the functions of a revision: "" is Flask-Migrate's default, None is any."""
     schema: str | None
 
     def has(self, call: Call) -> bool:
@@ -39,17 +39,17 @@ class Call(NamedTuple):
     """A call of `apoq.migrations.upgrade` in a revision."""
 
     function: str
-    """In which it is."""
+    """The function of the revision that contains the call."""
     version: int
-    """What names no version is taken for the first, which it is at least."""
+    """The version; 1 if the call doesn't say."""
     schema: Any
 
 
 class History:
-    """A history, read by its files alone."""
+    """A history, read from its files; the database isn't asked."""
 
     def __init__(self, scripts: ScriptDirectory, place: Place) -> None:
-        """Read it: Alembic imports every revision for that."""
+        """Read the history; Alembic imports every revision for that."""
         self._scripts = scripts
         with explained("your Alembic history can't be read"):
             self.heads: list[str] = scripts.get_heads()
@@ -61,20 +61,20 @@ class History:
 
     @property
     def version(self) -> int:
-        """The version to which it brings apoq's tables; 0 if it doesn't make them."""
+        """The version of apoq's tables after all revisions; 0 if none creates them."""
         return max(self._reached.values(), default=0)
 
     def head(self, given: str | None, program: str) -> str:
-        """Return the head to go on from: of the branch that apoq's tables are in, unless another is `given`.
+        """Return the head that the new revision follows: `given`, or that of the branch with apoq's tables.
 
-        Raises `Failure`, with what to do, if it can't be told.
+        Raises `Failure`, with what to do, if there are several candidates.
         """
         if given == "base" or (given and self._is_head(given)):
             return given
         if given:
             named = ", ".join(map(self.named, self.heads))
             raise Failure(
-                f"{given} is not a head of your history: its heads are {named}; base begins a branch"
+                f"--head must be a head of your history ({named}), or base for a new branch, got {given}"
             )
         if len(self.heads) <= 1:
             return "head"
@@ -83,7 +83,7 @@ class History:
             return heads[0]
         raise Failure(
             f"your history has several heads ({', '.join(map(self.named, self.heads))}), and apoq's tables "
-            "belong after one of them: give it with --head. Or begin a branch for them, with --head base "
+            "must follow one of them: give it with --head. Or start a branch for them, with --head base "
             f"--branch-label apoq; or merge yours, with `{program} merge heads`"
         )
 
@@ -92,7 +92,7 @@ class History:
             return all(script.is_head for script in self._scripts.get_revisions(given))
 
     def named(self, head: str) -> str:
-        """Return a head as it may be given by --head: by the label of its branch, if it has one."""
+        """Return a head as it can be given by --head: by the label of its branch, if it has one."""
         script: Any = self._scripts.get_revision(head)
         labels = sorted(script.branch_labels)
         return f"{labels[0]}@head" if labels else head
@@ -102,7 +102,7 @@ class History:
 
 
 def calls_in(path: Path) -> list[Call]:
-    """Return the calls by which a revision upgrades apoq's tables."""
+    """Return the calls in a revision that upgrade apoq's tables."""
     source = path.read_bytes() if path.suffix == ".py" else b""
     if b"apoq" not in source:
         return []
@@ -136,11 +136,11 @@ def _keyword(call: ast.Call, name: str) -> ast.expr | None:
 
 @contextmanager
 def explained(what: str) -> Iterator[None]:
-    """Turn an error of Alembic's, or of the project's files that it runs, into a `Failure` after `what`."""
+    """Turn an error of Alembic or of the project's files into a `Failure` that begins with `what`."""
     from alembic.util import CommandError  # noqa: PLC0415
 
     try:
-        with warnings.catch_warnings(action="ignore"):  # such as that of a missing parent, which is said here
+        with warnings.catch_warnings(action="ignore"):  # a missing parent is an error here
             yield
     except click.ClickException:
         raise
@@ -149,7 +149,7 @@ def explained(what: str) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, KeyError) and _is_raised_by(error, "alembic.script.revision"):
             raise Failure(
-                f"{what}: there is no revision {error}, and another one goes on from it. Is its file on "
+                f"{what}: the revision {error} is missing, but another one follows it. Is its file on "
                 "another branch of your repository?"
             ) from error
         raise Failure(f"{what}: {type(error).__name__}: {_line(error)}") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import datetime
 from typing import Any, Final
 
 import click
@@ -13,15 +12,26 @@ from rich.text import Text
 from apoq.cli.exits import warn
 from apoq.cli.looking import looking, task_json
 from apoq.cli.output import json_option, show, show_json_lines, table, widest
-from apoq.cli.selection import FIRST_ID, LAST_ID, TASK_ID, filters
+from apoq.cli.selection import (
+    FIRST_ID,
+    LAST_ID,
+    TASK_ID,
+    filters,
+    parameters_of,
+    retrying_option,
+    since_when,
+)
 from apoq.cli.target import Target
 from apoq.core.states import COMPLETED, FAILED, PENDING, RUNNING, STATES
 from apoq.monitor.formatting import ago, clean, length
 from apoq.schema.models import DEFAULT_QUEUE
 from apoq.schema.statements.find import LOOKED_AT, find, horizon
 
-STYLES: Final = {PENDING: "", RUNNING: "cyan", COMPLETED: "green", FAILED: "red"}
-"""The colour of a state."""
+RETRYING: Final = "retrying"
+"""What people are shown instead of `pending` if an attempt has failed and the next one has not started."""
+
+STYLES: Final = {PENDING: "", RETRYING: "yellow", RUNNING: "cyan", COMPLETED: "green", FAILED: "red"}
+"""The color of a state."""
 
 MOST: Final = 10_000
 _EXCERPT: Final = 200
@@ -29,37 +39,46 @@ _WHOLE: Final = 2**31 - 1
 
 
 @click.command("list")
-@click.option("--state", type=click.Choice(STATES), help="Only those in this state.")
+@click.option("--state", type=click.Choice(STATES), help="Only tasks in this state.")
+@retrying_option
 @filters
 @click.option(
-    "--limit", type=click.IntRange(1, MOST), default=20, show_default=True, help="How many at most."
+    "--limit", type=click.IntRange(1, MOST), default=20, show_default=True, help="How many tasks to list."
 )
 @click.option(
-    "--before", "before_id", type=TASK_ID, metavar="ID", help="Only those with a lower id: the next page."
+    "--before", "before_id", type=TASK_ID, metavar="ID", help="Only tasks with a lower ID: the next page."
 )
 @json_option
 @click.pass_obj
 def command(
     target: Target,
+    /,
     *,
     state: str | None,
-    task_type: str | None,
-    queue: str | None,
-    since: datetime | None,
     limit: int,
     before_id: int | None,
     as_json: bool,
+    **wanted: Any,
 ) -> None:
     """List tasks, the newest first.
 
-    With --json a line of JSON for each, with its data. No index knows of types, nor of when a task was added:
-    a search for those looks at 100,000 tasks at most, and says how to go on.
-    """
+    A task that is "retrying" is pending: an attempt has failed, and it waits for the next one. Failed and
+    retrying tasks are shown with their error, all others with their data.
+
+    \b
+        apoq list --state failed --since 2h
+        apoq list --retrying --error ConnectionError
+
+    With --json, one line of JSON is printed for each task, with all of its data. Types, errors and times are
+    not indexed: a search for them examines up to 100,000 tasks, and then prints how to continue.
+    """  # noqa: D301 - click's sign
+    if wanted["retrying"]:
+        if state not in {None, PENDING}:
+            raise click.UsageError(f"--retrying selects pending tasks: leave out --state {state}.")
+        state = PENDING
     parameters = {
+        **parameters_of(wanted),
         "up_to_id": LAST_ID if before_id is None else max(before_id - 1, FIRST_ID),
-        "in_queue": queue,
-        "of_type": task_type,
-        "since": since,
         "at_most": limit,
         "excerpt": _WHOLE if as_json else _EXCERPT,
     }
@@ -70,40 +89,49 @@ def command(
             looked_at, lowest_id = connection.execute(horizon(target.schema, state), parameters).one()
     if as_json:
         show_json_lines(map(task_json, rows))
-    elif rows:
-        show(listed(rows))
     else:
-        click.echo("No tasks.")
+        if rows:
+            show(listed(rows))
+        else:
+            click.echo("No tasks.")
+        if since := since_when(wanted["since"], STATES if state is None else (state,)):
+            warn(f"Only tasks{since}.")
     if len(rows) == limit and not as_json:
-        warn(f"There may be more: --before {rows[-1]['id']} shows the next page.")
+        warn(f"There may be more: add --before {rows[-1]['id']} for the next page.")
     elif looked_at == LOOKED_AT:
-        warn(f"Looked at {LOOKED_AT:,} tasks: --before {lowest_id} looks further.")
+        warn(f"Examined {LOOKED_AT:,} tasks: add --before {lowest_id} to continue.")
 
 
 def listed(rows: Any) -> Table:
-    """Make a table of tasks; the queue is in it where there is more than the default one."""
+    """Return a table of tasks; with the queues if there are others than the default one."""
     shows_queue = any(row["queue"] != DEFAULT_QUEUE for row in rows)
     headings = ["id", "type", "queue"] if shows_queue else ["id", "type"]
     made = table(*headings, "state", "when", right={"id"}, widest=widest(24))
-    # What is left of a terminal's line; a program gets it whole.
+    # On a terminal, the last column gets the rest of the line; a program gets everything.
     made.expand = widest(1) is not None
-    made.add_column("data", no_wrap=True, ratio=1 if made.expand else None, overflow="ellipsis")
+    heading = "data or error" if any(map(_error, rows)) else "data"
+    made.add_column(heading, no_wrap=True, ratio=1 if made.expand else None, overflow="ellipsis")
     for row in rows:
         queue = [Text(clean(row["queue"]))] if shows_queue else []
-        style = STYLES.get(row["state"], "dim")
+        state = shown_state(row)
         made.add_row(
             str(row["id"]),
             Text(clean(row["type"])),
             *queue,
-            Text(row["state"], style),
+            Text(state, STYLES.get(state, "dim")),
             when(row),
             _about(row),
         )
     return made
 
 
+def shown_state(row: sa.RowMapping) -> str:
+    """Return a task's state as people see it."""
+    return RETRYING if row["state"] == PENDING and row["fail_count"] > 0 else str(row["state"])
+
+
 def when(row: sa.RowMapping) -> str:
-    """Say what time means to a task in its state: when it is due, since when it runs, when it ended."""
+    """Write the time that matters in the task's state: when it is due, since when it runs, when it ended."""
     now = row["now"]
     match row["state"]:
         case "pending":
@@ -118,9 +146,15 @@ def when(row: sa.RowMapping) -> str:
     return ago(row["cancelled_at"] or row["failed_at"] or row["process_at"], now)
 
 
-def _about(row: sa.RowMapping) -> Text:
-    """Show why a task failed, or else what it is about."""
+def _error(row: sa.RowMapping) -> dict[str, Any] | None:
+    """Return the error of a task that has failed, for good or until its next attempt."""
     error = row["error"]
-    if row["state"] == FAILED and isinstance(error, dict):
-        return Text(clean(f"{error.get('class', '')}: {error.get('message', '')}"), "red")
+    return error if shown_state(row) in {FAILED, RETRYING} and isinstance(error, dict) else None
+
+
+def _about(row: sa.RowMapping) -> Text:
+    """Write why a task has failed, or otherwise its data."""
+    if error := _error(row):
+        style = STYLES[shown_state(row)]
+        return Text(clean(f"{error.get('class', '')}: {error.get('message', '')}"), style)
     return Text("" if row["data"] == "{}" else clean(row["data"]), "dim")

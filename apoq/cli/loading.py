@@ -1,11 +1,11 @@
-"""Find what ``module:object`` names, and make a worker of it."""
+"""Load what ``module:object`` names, and make a worker of it."""
 
 from __future__ import annotations
 
 import sys
 import sysconfig
 import traceback
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from functools import reduce
 from importlib import import_module
@@ -22,42 +22,91 @@ from apoq.postgres.urls import UNREADABLE, without_password
 from apoq.worker import Worker
 
 _OURS = str(Path(__file__).parent)
-WANTED = "a Worker, a Queue, or a function that answers one"
+WANTED = "a Worker, a Queue, or a function that returns one of these"
 
 
-def load(name: str, make: Callable[[Queue], Worker]) -> Worker:
-    """Answer the worker that ``module:object`` names; of a queue, `make` makes one.
+def load(names: Sequence[str], make: Callable[[Sequence[Queue]], Worker]) -> Worker:
+    """Return the worker that ``module:object`` names; for one or more queues, `make` makes it.
 
-    The current directory is importable, as for flask and uvicorn.
+    The current directory is importable, as it is for flask and uvicorn.
     """
+    found = [(name, _load(name)) for name in names]
+    queues: dict[int, tuple[str, Queue]] = {}
+    for name, each in found:
+        if isinstance(each, Worker):
+            if len(found) > 1:
+                raise BadUsage(
+                    f"{name} is a Worker, which has its own queues: give it alone, or give only queues"
+                )
+            return each
+        _check_clash([*queues.values()], name, each)
+        queues.setdefault(id(each), (name, each))
+    return make([queue for _, queue in queues.values()])
+
+
+def _check_clash(before: Sequence[tuple[str, Queue]], name: str, queue: Queue) -> None:
+    """Fail if two different queues of the same name have tasks of the same type."""
+    for other_name, other in before:
+        if other is queue or other != queue:
+            continue
+        if types := sorted(other.tasks.keys() & queue.tasks.keys()):
+            raise BadUsage(
+                f"{other_name} and {name} are both {queue!r}, and both define the task type "
+                f"{', '.join(map(repr, types))}: give one of them another type, by @queue.task(type=…), or "
+                "another queue"
+            )
+
+
+def left_out(worker: Worker) -> list[str]:
+    """Describe tasks of the worker's queues that loaded modules define, but that the worker doesn't run.
+
+    Two `Queue` objects with the same name and schema are equal, but each has its own typed tasks.
+    """
+    sentences = []
+    seen: set[int] = set()
+    for module in [*sys.modules.values()]:
+        for name, found in [*(vars(module).items() if isinstance(module, ModuleType) else ())]:
+            if not isinstance(found, Queue) or id(found) in seen or found not in worker.queues:
+                continue
+            seen.add(id(found))
+            if types := sorted(found.tasks.keys() - worker.processors(found).keys()):
+                place = f"{module.__name__}:{name}"
+                sentences.append(
+                    f"{place} is another {found!r}, with tasks that this worker doesn't run: "
+                    f"{', '.join(types)}. To run them, give {place} as well"
+                )
+    return sentences
+
+
+def _load(name: str) -> Worker | Queue:
     module_name, colon, path = name.partition(":")
     if not (module_name and colon and path):
-        raise BadUsage(f"{name!r} names no object: write it as module:object, such as myapp.tasks:worker")
+        raise BadUsage(f"must be module:object, such as myapp.tasks:worker, got {name!r}")
     module = _import(module_name)
     with located(f"{name} can't be read"):
         found = _find(module, path, name)
         if isinstance(queue := getattr(found, "queue", None), Queue):
-            raise BadUsage(f"{name} is a task of {queue!r}: give the queue instead")
+            raise BadUsage(f"{name} is a task of {queue!r}: give that queue instead")
     if callable(found) and not isinstance(found, Worker | Queue):
         with located(f"{name} failed"):
             found = found()
     match found:
-        case Worker():
+        case Worker() | Queue():
             return found
-        case Queue():
-            return make(found)
         case Coroutine():
             found.close()
-            raise BadUsage(f"{name} is a coroutine function: give a plain one, or {WANTED}")
+            raise BadUsage(f"{name} must be {WANTED}, got a coroutine function: make it a plain function")
         case _:
-            raise BadUsage(f"{name} is of type {type(found).__qualname__}, and not {WANTED}")
+            raise BadUsage(f"{name} must be {WANTED}, got an object of type {type(found).__qualname__}")
 
 
 def _import(name: str) -> ModuleType:
     try:
         here = str(Path.cwd())
     except OSError as error:
-        raise BadUsage(f"the current directory, in which modules are looked for, is gone: {error}") from None
+        raise BadUsage(
+            f"the current directory doesn't exist any more: {error}: change to another one"
+        ) from None
     if here not in sys.path:
         sys.path.insert(0, here)
     try:
@@ -67,7 +116,7 @@ def _import(name: str) -> ModuleType:
         missing = failure.__cause__
         if isinstance(missing, ModuleNotFoundError) and f"{name}.".startswith(f"{missing.name}."):
             raise BadUsage(
-                f"there is no module {missing.name!r}, neither in {here} nor among what is installed"
+                f"there is no module {missing.name!r}, neither in {here} nor among the installed packages"
             ) from None
         raise
 
@@ -83,20 +132,20 @@ def _find(module: ModuleType, path: str, name: str) -> Any:
 
 @contextmanager
 def located(what: str) -> Iterator[None]:
-    """Say what was raised in the user's code, and where."""
+    """Turn an error in the user's code into one line that says what was raised, and where."""
     try:
         yield
     except (Failure, ApoqError):
-        raise  # it says what is wrong
+        raise  # its message says what is wrong
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # such as SystemExit: it isn't for what is imported to end the program
+    except BaseException as error:  # such as SystemExit: an imported module must not end the program
         raise BadUsage(f"{what}: {_message(error)}{_where(error)}") from error
 
 
 def _message(error: BaseException) -> str:
     if traceback.extract_tb(error.__traceback__)[-1].filename == url.__file__:
-        return UNREADABLE  # SQLAlchemy's own words may have a part of the password in them
+        return UNREADABLE  # SQLAlchemy's message may contain a part of the password
     (*_, last) = traceback.format_exception_only(error)
     return without_password(" ".join(last.split()))
 
@@ -104,7 +153,7 @@ def _message(error: BaseException) -> str:
 def _where(error: BaseException) -> str:
     if isinstance(error, SyntaxError):
         return f" ({error.filename}, line {error.lineno})"
-    # The innermost place of the user's own: that of a library says little.
+    # The innermost line of the user's own code: that of a library says little.
     libraries = (*(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")), "<", _OURS)
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if not frame.filename.startswith(libraries)]

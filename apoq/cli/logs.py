@@ -1,4 +1,4 @@
-"""What the command line's log looks like."""
+"""The format of the command line's log."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _STANDARD: Final = {*vars(logging.makeLogRecord({})), "message", "asctime", "tas
 
 
 def set_up(format_: str | None, level: str | None) -> None:
-    """Log to stderr, in this format and from this level on.
+    """Log to stderr, in this format and from this level.
 
-    Where neither is asked for and the application has set up a log of its own, that one stays.
+    If neither is given and the application has configured logging, its configuration stays.
     """
     root = logging.getLogger()
     if format_ is None and level is None and root.handlers:
@@ -36,7 +36,7 @@ def set_up(format_: str | None, level: str | None) -> None:
 
 
 class TextFormatter(logging.Formatter):
-    """Lines for people: on a terminal with less in front of the message, and with colours."""
+    """Lines for people; on a terminal, with a shorter prefix and with colors."""
 
     def __init__(self) -> None:
         self._has_colors = has_colors(sys.stderr)
@@ -46,22 +46,22 @@ class TextFormatter(logging.Formatter):
             super().__init__("%(asctime)s %(levelname)s [%(process)d] %(name)s: %(message)s")
 
     def format(self, record: logging.LogRecord) -> str:
-        """Write a record; an exception may stand below its line, and nothing that looks like another one."""
+        """Return a record as one line, followed by an indented traceback if there is one."""
         shown = copy(record)
-        shown.exc_text = None  # another handler's, as it came
+        shown.exc_text = None  # another handler may have set it, unindented
         return super().format(shown)
 
     def formatException(self, ei: Any) -> str:  # noqa: N802
-        """Write a traceback."""
+        """Return an indented traceback."""
         return _indented(super().formatException(ei))
 
     def formatStack(self, stack_info: str) -> str:  # noqa: N802
-        """Write a stack."""
+        """Return an indented stack."""
         return _indented(super().formatStack(stack_info))
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
-        """Write the line, and color what wants to be seen."""
-        # A message may quote what others have written: a task's type, or an error.
+        """Return the line, in color if it is a warning or an error."""
+        # A message may quote foreign text: a task's type, or an error.
         record.message = clean(record.message)
         line = super().formatMessage(record)
         color = _COLORS.get(record.levelname) if self._has_colors else None
@@ -69,10 +69,10 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line; what a caller gave as ``extra`` is in it, too."""
+    """One JSON object per line, including what a caller gave as ``extra``."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Write a record."""
+        """Return a record as JSON."""
         line = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),

@@ -1,4 +1,4 @@
-"""Looking at tasks: a transaction that reads, and not for long."""
+"""Read-only transactions for commands that show something."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from apoq.migrations import check
 from apoq.postgres.loaders import read_anything
 
 READ_TIMEOUT_SECONDS: Final = 15
-"""Seconds after which the server ends a statement that only looks: it would keep it from its work."""
+"""Seconds after which the server cancels a statement, so that it doesn't disturb the workers."""
 
 SETTINGS: Final = f"""
     SET TRANSACTION READ ONLY;
@@ -27,13 +27,13 @@ SETTINGS: Final = f"""
     SET LOCAL enable_bitmapscan = off;
     SET LOCAL jit = off
 """
-# By index only: else the planner, for a bounded number of rows, walks through a table to find them.
-# Nothing is compiled, as before PostgreSQL 18 is whatever holds a scan that is off and yet unavoidable.
+# Indexes only: otherwise, the planner reads a whole table to find a bounded number of rows.
+# No JIT: before PostgreSQL 18, it would compile every plan with a disabled scan that can't be avoided.
 
 
 @contextmanager
 def looking(target: Target) -> Iterator[sa.Connection]:
-    """Open a transaction that reads, whatever other programs may have written into the tables."""
+    """Open a read-only transaction that can read any value, whatever program wrote it."""
     with target.begin(prepared=False) as connection:
         read_anything(connection.connection.driver_connection)  # type: ignore[arg-type]
         connection.exec_driver_sql(SETTINGS)
@@ -43,19 +43,19 @@ def looking(target: Target) -> Iterator[sa.Connection]:
         except sqlalchemy.exc.OperationalError as error:
             if isinstance(error.orig, psycopg.errors.QueryCanceled):
                 raise Failure(
-                    f"that took longer than {READ_TIMEOUT_SECONDS} s, and was given up: ask for less, "
-                    "such as one --queue"
+                    f"the query took longer than {READ_TIMEOUT_SECONDS} s and was cancelled: restrict it, "
+                    "for example by --queue"
                 ) from error
             raise
 
 
 def task_json(row: sa.RowMapping) -> dict[str, Any]:
-    """Make what programs get of a task of its row, in which data is text."""
+    """Return what ``--json`` prints of a task's row, in which the data is text."""
     known = {name: value for name, value in row.items() if name != "now"}
     try:
         return known | {"data": json.loads(row["data"], parse_float=_finite)}
     except (ValueError, RecursionError):
-        return known  # what Python can't read stays text
+        return known  # Python can't read it
 
 
 def _finite(text: str) -> float:
@@ -66,5 +66,5 @@ def _finite(text: str) -> float:
 
 
 def missing(task_id: int) -> str:
-    """Say that there is no such task."""
-    return f"there is no task {task_id}: it was never added here, or it has ended and was pruned"
+    """Return a message that there is no such task."""
+    return f"there is no task {task_id}: it was never committed, or it was pruned after it had ended"

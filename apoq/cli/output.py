@@ -1,4 +1,4 @@
-"""What commands print: tables for people, JSON for programs, and a question before much is deleted."""
+"""What commands print: tables for people, JSON for programs, and questions before changes."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from rich.table import Table
 from apoq.cli.streams import NARROWEST, is_narrow, is_terminal
 
 _UNLIMITED: Final = 10_000
-"""Columns where the output is no terminal: a program or a file wants whole values."""
+"""Columns if the output is not a terminal, because programs and files get whole values."""
 
 
 def console() -> Console:
-    """Answer a console on stdout, as it is now."""
+    """Return a console on the current stdout."""
     width = None if is_terminal(sys.stdout) else _UNLIMITED
-    # No markup, and no emoji by name: what is shown has words of the users in it.
+    # No markup, and no emoji by name, because the output contains texts of users.
     made = Console(highlight=False, markup=False, emoji=False, soft_wrap=width is not None, width=width)
     made.width = max(made.width, NARROWEST)
     return made
 
 
 def has_cursor(console: Console) -> bool:
-    """Return whether the console is a terminal on which what was written can be replaced."""
+    """Return whether the console is a terminal on which output can be replaced."""
     return console.is_terminal and not console.is_dumb_terminal
 
 
 def table(*columns: str, right: Iterable[str] = (), widest: int | None = None) -> Table:
-    """Begin a table with these headings, those in `right` over numbers; ``add_row`` takes strings.
+    """Return a table with these headings; those in `right` are for numbers.
 
-    `widest` is how many columns of a terminal a string may take; what is longer is cut.
+    `widest` is how many columns of a terminal a text may take; longer texts are cut.
     """
     made = Table(
         box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold"
@@ -51,12 +51,12 @@ def table(*columns: str, right: Iterable[str] = (), widest: int | None = None) -
 
 
 def widest(columns: int) -> int | None:
-    """Answer this where the output is a terminal; a program or a file wants whole values."""
+    """Return this number if the output is a terminal, and otherwise None: no limit."""
     return columns if is_terminal(sys.stdout) else None
 
 
 def show(shown: RenderableType) -> None:
-    """Print a table, or whatever else rich can."""
+    """Print a table, or anything else that rich can print."""
     console().print(shown)
 
 
@@ -67,7 +67,7 @@ def json_text(
     indent: int | None = None,
     default: Callable[[Any], Any] | None = None,
 ) -> str:
-    """Write JSON; `is_ascii` where a terminal would obey some of the other characters."""
+    """Return JSON; with `is_ascii`, without characters that a terminal could obey."""
     options: dict[str, Any] = {
         "default": default or _plain,
         "ensure_ascii": is_ascii,
@@ -102,20 +102,20 @@ def json_option(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def yes_option(function: Callable[..., Any]) -> Callable[..., Any]:
     """Let a command take ``--yes``, as `yes`."""
-    return click.option("--yes", "-y", is_flag=True, help="Don't ask.")(function)
+    return click.option("--yes", "-y", is_flag=True, help="Don't ask for a confirmation.")(function)
 
 
 def confirm(question: str, *, yes: bool) -> None:
-    """End the command unless somebody agrees; where nobody can be asked, only ``--yes`` agrees."""
+    """End the command unless the user agrees; without a terminal, only ``--yes`` agrees."""
     if yes:
         return
     if not is_terminal(sys.stdin):
-        raise click.UsageError(f"{question} Nobody is here to ask: say --yes.")
+        raise click.UsageError(f"{question} The input is not a terminal: pass --yes to confirm.")
     click.confirm(question, abort=True, err=True)
 
 
 def _finite(value: Any) -> Any:
-    """Write as text what JSON has no number for, such as one of more digits than Python's floats have."""
+    """Replace numbers that JSON doesn't have, such as infinity, by texts."""
     match value:
         case dict():
             return {key: _finite(each) for key, each in value.items()}

@@ -25,13 +25,13 @@ from apoq.schema.statements.prune import (
 from apoq.worker.maintenance.pruner import Rule
 
 MAX_QUEUES: Final = 10_000
-"""Queues that are looked through at most."""
+"""How many queues are examined at most."""
 
 
 @click.command("prune")
-@click.option("--completed-before", type=age, help="Those that completed longer ago.")
-@click.option("--failed-before", type=age, help="Those that failed, or were cancelled, longer ago.")
-@click.option("--queue", metavar="NAME", help="Only those of this queue.")
+@click.option("--completed-before", type=age, help="Tasks that completed longer ago, such as 12h.")
+@click.option("--failed-before", type=age, help="Tasks that failed or were cancelled longer ago.")
+@click.option("--queue", metavar="NAME", help="Only tasks of this queue.")
 @yes_option
 @json_option
 @click.pass_obj
@@ -44,16 +44,16 @@ def command(
     yes: bool,
     as_json: bool,
 ) -> None:
-    """Delete tasks that ended long ago.
+    """Delete tasks that ended some time ago.
 
-    Workers do so by themselves, a day after a completion and a week after a failure unless they are told
-    otherwise. What has not ended is never deleted. Many small transactions, so that no worker waits for it.
+    Workers do this by themselves: by default, a day after a completion and a week after a failure. Tasks that
+    have not ended are never deleted. Many small transactions are used, so that workers don't have to wait.
 
     \b
         apoq prune --completed-before 1h --failed-before 30d
     """  # noqa: D301 - click's sign
     if completed_before is None and failed_before is None:
-        raise click.UsageError("what is to be deleted? Give --completed-before, --failed-before, or both.")
+        raise click.UsageError("Which tasks? Give --completed-before, --failed-before, or both.")
     kinds = [
         (keep, count_of(target.schema), prune(target.schema))
         for keep, count_of, prune in (
@@ -79,19 +79,17 @@ def command(
     is_known = max(counts, default=0) <= COUNTED
     total = sum(min(count, COUNTED) for count in counts)
     if total > 1:
-        confirm(f"Delete {tasks(total)}{'' if is_known else ' or more'} for good?", yes=yes)
+        confirm(f"Delete {tasks(total)}{'' if is_known else ' or more'} permanently?", yes=yes)
     _delete(target, rules, total if is_known else None)
     deleted, kept = sum(rule.deleted for rule in rules), sum(rule.kept for rule in rules)
     if has_more and queue is None:
-        warn(
-            f"There are more queues than the {MAX_QUEUES:,} that were looked through: name others by --queue."
-        )
+        warn(f"Only the first {MAX_QUEUES:,} queues were examined: give another one by --queue.")
     if as_json:
         show_json({"deleted": deleted, "kept": kept})
         return
-    click.echo(f"Deleted {tasks(deleted)}." if deleted or kept else "Nothing ended that long ago.")
+    click.echo(f"Deleted {tasks(deleted)}." if deleted or kept else "No tasks ended that long ago.")
     if kept:
-        click.echo(f"{tasks(kept)} can't be deleted, such as one to which a row of yours points.")
+        click.echo(f"{tasks(kept)} can't be deleted, such as because of a foreign key.")
 
 
 def _delete(target: Target, rules: list[Rule], total: int | None) -> None:

@@ -33,10 +33,14 @@ FLASK_FOLDER: Final = Path("migrations")
     "--config",
     "config_file",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Your alembic.ini or pyproject.toml. Default: the one in this folder.",
+    help="Your alembic.ini or pyproject.toml. Default: the one in the current directory.",
 )
 @click.option(
-    "-n", "--name", "section", default="alembic", help="Its section, as for `alembic -n`. Default: alembic."
+    "-n",
+    "--name",
+    "section",
+    default="alembic",
+    help="Its section, as for `alembic -n`. Default: alembic.",
 )
 @click.option(
     "-d",
@@ -44,12 +48,12 @@ FLASK_FOLDER: Final = Path("migrations")
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="Your Flask-Migrate folder. Default: migrations, if there is no alembic.ini.",
 )
-@click.option("--head", help="The head to go on from, such as LABEL@head; base begins a branch.")
+@click.option("--head", help="The head to follow, such as LABEL@head; base starts a new branch.")
 @click.option("--branch-label", help="The label of a new branch.")
-@click.option("--version-path", help="The folder for it, if your history has several.")
+@click.option("--version-path", help="The folder for the revision, if your history has several.")
 @click.option(
     "--bind",
-    help="Which of your databases has apoq's tables, if your template is one for several (multidb).",
+    help="The database with apoq's tables, if your history is for several (multidb).",
 )
 @click.pass_obj
 def command(
@@ -61,26 +65,30 @@ def command(
     bind: str | None,
     **where: str | None,
 ) -> None:
-    """Write a revision for apoq's tables into your own Alembic history.
+    """Write a revision for apoq's tables into your Alembic history.
 
-    The first one creates the tables, and after an upgrade of this library another one brings them to its
-    version. Your history keeps its heads, and `alembic upgrade head` stays one command. The database isn't
-    asked.
-    """
+    \b
+        apoq revision
+        apoq revision -c development.ini
+
+    The first revision creates the tables. After an upgrade of this library, run the command again: it writes
+    another revision if the tables have changed. No branch is added to your history, so that
+    `alembic upgrade head` stays one command. The database isn't used.
+    """  # noqa: D301 - click's sign
     config, program = _config(config_file, directory, section)
-    config.cmd_opts = Namespace(quiet=True)  # what was written is said here
+    config.cmd_opts = Namespace(quiet=True)  # the output is printed here
     _write(config, program, Place(bind, target.schema), where)
 
 
 def _config(config_file: Path | None, directory: Path | None, section: str) -> tuple[Config, str]:
-    """Return their configuration, and the command that works with it."""
+    """Return the project's configuration, and the command that uses it."""
     from alembic.config import Config  # noqa: PLC0415
 
     if config_file is None and directory is None:
         config_file, directory = _found()
     if directory is not None:
         if not (directory / "env.py").exists():
-            raise BadUsage(f"{directory} is no Flask-Migrate folder: there is no env.py in it")
+            raise BadUsage(f"{directory} has no env.py: give your Flask-Migrate folder with -d")
         config = Config(directory / "alembic.ini", ini_section=section)
         config.set_main_option("script_location", str(directory).replace("%", "%%"))
         return config, "flask db" + ("" if directory == FLASK_FOLDER else f" -d {directory}")
@@ -88,7 +96,7 @@ def _config(config_file: Path | None, directory: Path | None, section: str) -> t
     program = "alembic" if config_file in {INI, TOML} else f"alembic -c {config_file}"
     if section != "alembic":
         program += f" -n {section}"
-    # As Alembic itself: a project may have half of its settings in each of the two.
+    # Like Alembic itself: a project may have some of its settings in each of the two.
     if config_file.suffix == ".toml":
         ini = INI if INI.exists() else None
         return Config(ini, toml_file=config_file, ini_section=section), program
@@ -107,7 +115,7 @@ def _found() -> tuple[Path | None, Path | None]:
         return TOML, None
     raise BadUsage(
         "there is no alembic.ini here: give yours with -c, or your Flask-Migrate folder with -d. "
-        "A project without Alembic needs no revision: `apoq migrate` makes the tables"
+        "A project without Alembic needs no revision: `apoq migrate` creates the tables"
     )
 
 
@@ -123,14 +131,14 @@ def _write(config: Config, program: str, place: Place, where: dict[str, str | No
     if history.version > LATEST:
         raise Failure(newer(history.version))
     if history.version == LATEST:
-        click.echo(f"Your history has apoq's tables at version {LATEST} already: nothing to write.")
+        click.echo(f"Your history already has apoq's tables at version {LATEST}: nothing to write.")
         return
     head = history.head(where["head"], program)
     _check_version_path(scripts, history, head, where["version_path"])
     message = f"upgrade apoq tables to version {LATEST}" if history.version else "add apoq tables"
     failed = "the revision can't be written"
     if program.startswith("flask") and place.bind is None:
-        failed += " (if its template asks the application, call `flask apoq revision`)"
+        failed += " (if its template needs the application, run `flask apoq revision`)"
     with _all_or_nothing(scripts), explained(failed):
         script: Any = scripts.generate_revision(
             rev_id(),
@@ -160,14 +168,14 @@ def _scripts(config: Config) -> ScriptDirectory:
         section = config.config_ini_section
         if others and section not in others and not config.get_alembic_option("script_location"):
             raise BadUsage(
-                f"{config.config_file_name} has no script_location in [{section}]: name its section with -n "
+                f"{config.config_file_name} has no script_location in [{section}]: give a section with -n "
                 f"({', '.join(others)})"
             )
         return ScriptDirectory.from_config(config)
 
 
 def _check_version_path(scripts: ScriptDirectory, history: History, head: str, given: str | None) -> None:
-    """Say which folders there are, if one has to be given."""
+    """Fail if a folder has to be given; the message lists them."""
     folders = scripts.version_locations or []
     if not given and len(folders) > 1 and (head == "base" or not history.heads):
         names = ", ".join(str(_relative(Path(folder))) for folder in folders)
@@ -176,7 +184,7 @@ def _check_version_path(scripts: ScriptDirectory, history: History, head: str, g
 
 @contextmanager
 def _all_or_nothing(scripts: ScriptDirectory) -> Iterator[None]:
-    """Remove what was written if it fails later, as in a hook or because a label is taken."""
+    """Remove the new files if an error follows, such as in a hook, or because a label exists already."""
     folders = [Path(folder) for folder in scripts.version_locations or [f"{scripts.dir}/versions"]]
 
     def files() -> set[Path]:
@@ -192,7 +200,7 @@ def _all_or_nothing(scripts: ScriptDirectory) -> Iterator[None]:
 
 
 def _arguments(config: Config, reached: int, place: Place) -> dict[str, Any]:
-    """Return what the template wants: a line a version, for with --sql each begins at the one before."""
+    """Return the template's arguments: one line per version, because --sql may start at any of them."""
     option = "" if place.schema is None else f", schema={place.schema!r}"
     up = [f"apoq.migrations.upgrade(op, version={step}{option})" for step in range(reached + 1, LATEST + 1)]
     down = [
@@ -200,7 +208,7 @@ def _arguments(config: Config, reached: int, place: Place) -> dict[str, Any]:
         for step in range(LATEST - 1, reached - 1, -1)
     ]
     upgrades, downgrades = "\n    ".join(up), "\n    ".join(down)
-    # A template for several databases has a pair for each; the default one of Flask-Migrate's has no name.
+    # A template for several databases has two functions for each; Flask-Migrate's default one has no name.
     prefixes = [f"{place.bind}_"] if place.bind else ["", "_"]
     arguments: dict[str, Any] = {"config": config, "imports": "import apoq.migrations"}
     for prefix in prefixes:
@@ -209,7 +217,7 @@ def _arguments(config: Config, reached: int, place: Place) -> dict[str, Any]:
 
 
 def _check(path: Path, place: Place, program: str) -> None:
-    """Refuse a revision without a call for these tables, with what to do instead."""
+    """Fail if the revision has no call for these tables; the message says what to do instead."""
     wanted = {f"upgrade_{place.bind}"} if place.bind else {"upgrade", "upgrade_"}
     text = path.read_text(encoding="utf-8")
     if "import apoq.migrations" in text and any(call.function in wanted for call in calls_in(path)):
@@ -218,17 +226,17 @@ def _check(path: Path, place: Place, program: str) -> None:
     if binds:
         given = f", and has no {place.bind!r}" if place.bind else ""
         raise Failure(
-            f"this history is one of several databases{given}: name that of apoq's tables with --bind "
+            f"this history is for several databases{given}: give that of apoq's tables with --bind "
             f"({', '.join(binds)})"
         )
     if place.bind and "def upgrade(" in text:
         raise Failure(
-            f"apoq's tables are in the bind {place.bind!r}, and this history is one of a single database: "
-            "begin one of several (`flask db init --multidb`); or make the tables there with `flask apoq "
-            "migrate`; or give --bind '' if this env.py leads to that bind"
+            f"apoq's tables are in the bind {place.bind!r}, but this history is for a single database: start "
+            "one for several (`flask db init --multidb`), or create the tables there with `flask apoq "
+            "migrate`, or give --bind '' if this env.py uses that bind"
         )
     raise Failure(
-        "your script.py.mako has no place for what apoq would write (${imports}, ${upgrades}): make an empty "
+        "your script.py.mako lacks ${imports} or ${upgrades}, where apoq would write: create an empty "
         f"revision (`{program} revision`), and write `apoq.migrations.upgrade(op, version={LATEST})` into "
         "its upgrade function"
     )
@@ -243,15 +251,15 @@ def _say_what_is_next(env: Path, program: str, heads: str) -> None:
     if "apoq.migrations" not in text:
         first, call = f"In {_relative(env)}", "context.configure"
         if is_flask:
-            first, call = "Unless you have done so, where your Migrate is made", "Migrate"
+            first, call = "Unless you have done so, where you create your Migrate", "Migrate"
         arguments = "app, db" if is_flask else "..."
         steps.insert(
             0,
-            f"{first}, keep autogenerate from dropping apoq's tables:\n"
-            "         import apoq.migrations\n"
-            f"         {call}({arguments}, include_object=apoq.migrations.include_object)",
+            f"{first}, prevent autogenerate from dropping apoq's tables:\n"
+            "         from apoq.migrations import include_object\n"
+            f"         {call}({arguments}, include_object=include_object)",
         )
-    click.echo("What is next:")
+    click.echo("Next steps:")
     for number, step in enumerate(steps, 1):
         click.echo(f"  {number}. {step}")
 

@@ -1,9 +1,10 @@
-"""Which tasks a command is about, and doing something with each of them."""
+"""Choose tasks by their IDs or by filters, and change each of them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from itertools import chain, islice
 from typing import Any, Final, NamedTuple
 
@@ -18,69 +19,116 @@ from apoq.cli.output import confirm, has_cursor
 from apoq.cli.target import Target
 from apoq.cli.values import past_time
 from apoq.client.queue import Queue
-from apoq.monitor.formatting import tasks
+from apoq.core.states import CANCELLED, COMPLETED, FAILED, PENDING, RUNNING, WAITING
+from apoq.monitor.formatting import local, tasks
 from apoq.schema.statements.arrays import array_text
 from apoq.schema.statements.find import details, find_ids, find_queues
 
 MOST: Final = 100_000
-"""Tasks that one command changes at most."""
+"""How many tasks one command changes at most."""
 
 BATCH: Final = 100
-"""Tasks that one transaction changes at most: it is to hold no lock for long."""
+"""How many tasks one transaction changes at most, so that it holds no lock for long."""
 
 FIRST_ID, LAST_ID = -(2**63), 2**63 - 1
 TASK_ID: Final = click.IntRange(FIRST_ID, LAST_ID)
-"""A task's id, on the command line."""
+"""A task's ID on the command line."""
 
 REASONS: Final = 10
-"""Tasks of which it is said why they were left alone."""
+"""For how many tasks an error says why they were not changed."""
 
 
 class Words(NamedTuple):
-    """How people speak of what is done to tasks."""
+    """The words for a change."""
 
     verb: str
     done: str
     can: str
-    """To which tasks it can be done."""
+    """Which tasks can be changed."""
 
 
 def filters(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Let a command take ``--type``, ``--queue`` and ``--since``, as `task_type`, `queue` and `since`."""
+    """Add ``--type``, ``--queue``, ``--error`` and ``--since`` to a command."""
     for option in (
-        click.option("--since", type=past_time, metavar="TIME", help="Added since then: 1h, or a time."),
-        click.option("--queue", metavar="NAME", help="Of this queue."),
-        click.option("--type", "task_type", metavar="TYPE", help="Of this type."),
+        click.option(
+            "--since",
+            type=past_time,
+            metavar="TIME",
+            help="Only tasks that ended since then: 2h, '30 min', yesterday, 2031-05-04, 2031-05-04T12:00Z. "
+            "Running tasks must have started since then, and pending ones must have been added since then.",
+        ),
+        click.option(
+            "--error",
+            "error_class",
+            metavar="CLASS",
+            help="Only tasks whose last error is of this class, such as ValueError.",
+        ),
+        click.option("--queue", metavar="NAME", help="Only tasks of this queue."),
+        click.option("--type", "task_type", metavar="TYPE", help="Only tasks of this type."),
     ):
         function = option(function)
     return function
 
 
+retrying_option = click.option(
+    "--retrying", is_flag=True, help="Only tasks that have failed and are waiting for their next attempt."
+)
+
+
 def select(
     target: Target, ids: Sequence[int], states: Sequence[str], options: Mapping[str, Any]
 ) -> dict[int, str]:
-    """Answer ids and queues: of these tasks, or of those in one of these states that the options let through.
+    """Return the IDs and queues of the tasks with these `ids`, or of those that the `options` select.
 
-    A task that doesn't exist isn't among them.
+    The `options` select tasks in one of the `states`. IDs that don't exist are left out.
     """
-    is_filtered = any(value is not None for value in options.values())
+    is_filtered = any(value is not None and value is not False for value in options.values())
     if ids and is_filtered:
-        raise click.UsageError("give IDs, or options that choose tasks, not both.")
+        raise click.UsageError("Give either IDs or options that select tasks, not both.")
     if not ids and not is_filtered:
-        raise click.UsageError("which tasks? Give IDs, or choose by --state, --type, --queue or --since.")
+        names = ", ".join(f"--{_NAMES.get(name, name)}" for name in options)
+        raise click.UsageError(f"Which tasks? Give their IDs, or select them by one of {names}.")
     with looking(target) as connection:
         if ids:
             rows = connection.execute(find_queues(target.schema), {"ids": array_text(ids)}).all()
         else:
-            parameters = {
-                "of_type": options["task_type"],
-                "in_queue": options["queue"],
-                "since": options["since"],
-                "at_most": MOST,
-            }
+            parameters = {**parameters_of(options), "at_most": MOST}
             found = (connection.execute(find_ids(target.schema, state), parameters) for state in states)
             rows = list(chain.from_iterable(found))[:MOST]
     return dict(sorted((task_id, queue) for task_id, queue in rows))
+
+
+_NAMES: Final = {"task_type": "type", "error_class": "error"}
+
+
+def parameters_of(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the statements of `apoq.schema.statements.find` take for these options."""
+    return {
+        "of_type": options["task_type"],
+        "in_queue": options["queue"],
+        "since": options["since"],
+        "error_class": options["error_class"],
+        "is_retrying": options.get("retrying", False),
+    }
+
+
+_HAPPENED: Final = {
+    PENDING: "were added",
+    WAITING: "were added",
+    RUNNING: "started",
+    COMPLETED: "completed",
+    FAILED: "failed",
+    CANCELLED: "were cancelled",
+}
+
+
+def since_when(since: datetime | None, states: Sequence[str]) -> str:
+    """Say what ``--since`` means for tasks in these states; nothing if it isn't given."""
+    if since is None:
+        return ""
+    what = list(dict.fromkeys(_HAPPENED[state] for state in states))
+    happened = what[0] if len(what) == 1 else f"{', '.join(what[:-1])} or {what[-1]}"
+    return f" that {happened} since {local(since)}"
 
 
 def act(
@@ -91,10 +139,15 @@ def act(
     *,
     ids: Collection[int],
     yes: bool,
+    which: str = "",
+    finally_: Callable[[int], str] = lambda _count: "",
 ) -> None:
-    """Do something with each task, once somebody has agreed; fails where it can't with one that was named."""
+    """Change each task after a confirmation; fail if a task that was given by its ID can't be changed.
+
+    `which` describes the tasks. `finally_` returns the end of the last sentence, by the number of changes.
+    """
     if len(chosen) > 1:
-        confirm(f"{words.verb.capitalize()} {tasks(len(chosen))}?", yes=yes)
+        confirm(f"{words.verb.capitalize()} {tasks(len(chosen))}{which}?", yes=yes)
     changed: set[int] = set()
     remaining = iter(chosen.items())
     with progress(words.verb, len(chosen)) as advance:
@@ -106,37 +159,38 @@ def act(
             advance(len(batch))
     unchanged = [task_id for task_id in dict.fromkeys(ids) if task_id not in changed]
     if changed or not unchanged:
-        click.echo(f"{words.done} {tasks(len(changed))}.")
+        more = finally_(len(changed)) if changed else ""
+        click.echo(f"{words.done} {tasks(len(changed))}{which}{more}.")
     if len(chosen) == MOST:
-        warn("There may be more: call this again.")
+        warn(f"That is the most that one call changes ({MOST:,}). There may be more: run the command again.")
     if unchanged:
         raise _why(target, unchanged, words)
 
 
 class _StoredQueue(Queue):
-    """A queue by the name that a task's row has, even if no queue may be given it."""
+    """A queue with the name in a task's row, even if `Queue` would refuse that name."""
 
     def __init__(self, name: str, schema: str | None) -> None:
         self.name, self.schema = name, schema
 
 
 def _why(target: Target, ids: Collection[int], words: Words) -> Failure:
-    """Say why these tasks were left as they are."""
+    """Say why these tasks were not changed."""
     reasons: list[str] = []
     with looking(target) as connection:
         for task_id in islice(ids, REASONS):
             row = connection.execute(details(target.schema), {"task_id": task_id}).mappings().one_or_none()
             reasons.append(
-                missing(task_id) if row is None else f"task {task_id} is {row['state']}, and {words.can}"
+                missing(task_id) if row is None else f"task {task_id} is {row['state']}: {words.can}"
             )
     if len(ids) > REASONS:
-        reasons.append(f"and so on: {len(ids):,} were left alone")
+        reasons.append(f"and so on: {len(ids):,} tasks were not changed")
     return Failure("\n".join(reasons))
 
 
 @contextmanager
 def progress(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
-    """Show how far something long has come, on a terminal's stderr."""
+    """Show the progress of something long on stderr, if that is a terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     if not has_cursor(console) or (total is not None and total <= BATCH):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import Any, Final
+from typing import Final
 
 import click
 import sqlalchemy as sa
@@ -13,37 +13,44 @@ from rich.table import Table
 from rich.text import Text
 
 from apoq.cli.exits import Failure
-from apoq.cli.list import STYLES
+from apoq.cli.list import RETRYING, STYLES, shown_state
 from apoq.cli.looking import looking, missing, task_json
-from apoq.cli.output import json_option, show, show_json
+from apoq.cli.output import console, json_option, show, show_json
 from apoq.cli.selection import TASK_ID
 from apoq.cli.target import Target
-from apoq.monitor.formatting import ago, clean
+from apoq.cli.tracebacks import Frame, highlighted, own_frame
+from apoq.core.states import FAILED, RUNNING
+from apoq.monitor.formatting import ago, clean, local
 from apoq.schema.statements.find import details
 
 _LINES: Final = 40
-"""Of data that are shown."""
+"""How many lines of data are shown."""
 
 _TIMES: Final = {
     "added": "created_at",
     "due": "process_at",
     "claimed": "claimed_at",
     "completed": "completed_at",
-    "failed": "failed_at",
+    "last failure": "failed_at",
     "cancelled": "cancelled_at",
 }
 
 
 @click.command("show")
 @click.argument("task_id", metavar="ID", type=TASK_ID)
-@click.option("--full", is_flag=True, help="Show data whole, however long it is.")
+@click.option("--full", is_flag=True, help="Show all of the data, however long it is.")
 @json_option
 @click.pass_obj
 def command(target: Target, *, task_id: int, full: bool, as_json: bool) -> None:
-    """Show all that is known of a task.
+    """Show everything that is known about a task.
 
-    Its data, when what happened to it, and its last error with the traceback.
-    """
+    Its data, its times and attempts, the worker that ran it, and its last error: first the line of your own
+    code that raised it, then the whole traceback. Times are in this machine's time zone.
+
+    \b
+        apoq show 1652
+        apoq show 1652 --json | jq .data
+    """  # noqa: D301 - click's sign
     with looking(target) as connection:
         row = connection.execute(details(target.schema), {"task_id": task_id}).mappings().one_or_none()
     if row is None:
@@ -52,50 +59,82 @@ def command(target: Target, *, task_id: int, full: bool, as_json: bool) -> None:
         show_json(task_json(row))
         return
     show(_facts(row))
-    for text in _data(row["data"], None if full else _LINES), *_error(row["error"]):
-        show(Text())
-        show(text)
+    show(Text())
+    show(_data(row["data"], None if full else _LINES))
+    out = console()
+    for text in _error(row):
+        # Wrapped by the terminal itself, so that a long line can be copied whole.
+        out.print(text, soft_wrap=True)
 
 
 def _facts(row: sa.RowMapping) -> Table:
+    state = shown_state(row)
     made = Table.grid(padding=(0, 2))
     made.add_column(style="dim", no_wrap=True)
     made.add_column(overflow="fold")
     made.add_row("task", f"{row['id']}")
     made.add_row("type", Text(clean(row["type"]), "bold"))
-    made.add_row("state", Text(row["state"], STYLES.get(row["state"], "dim")))
+    note = " (pending: waits for its next attempt)" if state == RETRYING else ""
+    made.add_row("state", Text(state, STYLES.get(state, "dim")) + Text(note, "dim"))
     made.add_row(
         "queue", Text(clean(row["queue"])) + (f", priority {row['priority']}" if row["priority"] else "")
     )
     for name, column in _TIMES.items():
         if row[column] is not None:
-            made.add_row(name, f"{row[column].isoformat(' ', 'seconds')}  ({ago(row[column], row['now'])})")
-    made.add_row("attempts", _attempts(row))
-    for name in ("retry_limit", "retry_delay", "timeout"):
+            heading = "next attempt" if column == "process_at" and state == RETRYING else name
+            made.add_row(heading, f"{local(row[column])}  ({ago(row[column], row['now'])})")
+    made.add_row("attempt", _attempts(row))
+    for name in ("retry_delay", "timeout"):
         if (value := row[name]) is not None:
             text = f"{value.total_seconds():g} s" if isinstance(value, timedelta) else str(value)
             made.add_row(name.replace("_", " "), text)
     if row["meta"] is not None:
         made.add_row("meta", Text(clean(json.dumps(row["meta"], ensure_ascii=False))))
     if row["worker_id"] is not None:
-        made.add_row("worker", str(row["worker_id"]))
+        made.add_row("worker", Text(clean(_worker(row))))
     return made
 
 
 def _attempts(row: sa.RowMapping) -> str:
-    parts = [f"{row['attempt']}"]
+    """Write how many attempts there were, of how many, and how they ended."""
+    limit = _retry_limit(row)
+    number = max(row["attempt"], row["fail_count"])
+    of = " (the retry limit is that of the function)" if limit is None else f" of {limit + 1:,}"
+    if row["state"] == RUNNING:
+        parts = [f"{row['attempt']:,}{of}, running"]
+    elif not number:
+        parts = ["none yet" + ("" if limit is None else f", {limit + 1:,} at most")]
+    else:
+        parts = [f"{number:,}{of}"]
     if row["fail_count"]:
-        parts.append(f"{row['fail_count']} failed")
-    if row["rescue_count"]:
-        parts.append(f"taken from a dead worker {row['rescue_count']} times")
+        parts.append(f"{row['fail_count']:,} failed")
+    if count := row["rescue_count"]:
+        parts.append(f"{count:,} ended because the worker died")
     return ", ".join(parts)
+
+
+def _retry_limit(row: sa.RowMapping) -> int | None:
+    """Return the task's own retry limit, or the one that its last failed attempt was subject to, if known."""
+    if row["retry_limit"] is not None:
+        return max(0, int(row["retry_limit"]))
+    error = row["error"]
+    try:
+        return int(error["retry_limit"]) if isinstance(error, dict) else None
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def _worker(row: sa.RowMapping) -> str:
+    if row["worker_host"] is None:
+        return f"{row['worker_id']}, which has stopped"
+    return f"{row['worker_host']}, process {row['worker_pid']}"
 
 
 def _data(text: str, most: int | None) -> Text:
     try:
         lines = json.dumps(json.loads(text), indent=2, ensure_ascii=False).splitlines()
     except (ValueError, RecursionError):
-        lines = [text]  # what Python can't read is shown as it stands
+        lines = [text]  # Python can't read it
     shown = [clean(line) if most is None else _cut(clean(line)) for line in lines[:most]]
     if len(lines) > len(shown):
         shown.append(f"… {len(lines) - len(shown):,} more lines: --full shows them")
@@ -110,10 +149,27 @@ def _cut(line: str, most: int = 1_000) -> str:
     )
 
 
-def _error(error: Any) -> Iterator[Text]:
-    """Show the last failure, and beneath it where it came from."""
+def _error(row: sa.RowMapping) -> Iterator[Text]:
+    """Write the last error: what it was, the user's own line, and the whole traceback."""
+    error = row["error"]
     if not isinstance(error, dict):
         return
-    yield Text(clean(f"{error.get('class', 'error')}: {error.get('message', '')}"), "red")
-    if trace := error.get("traceback"):
-        yield Text("\n".join(map(clean, str(trace).rstrip().splitlines())), "dim")
+    is_current = shown_state(row) in {FAILED, RETRYING}
+    heading = "error" if row["state"] == FAILED else "last error"
+    when = f" ({ago(row['failed_at'], row['now'])})" if row["failed_at"] and row["state"] != FAILED else ""
+    yield Text(f"\n{heading}{when}", "bold")
+    said = f"{error.get('class', 'error')}: {error.get('message', '')}"
+    yield Text(clean(said), STYLES[FAILED] if is_current else "")
+    lines = [clean(line) for line in str(error.get("traceback") or "").rstrip().splitlines()]
+    if frame := own_frame(lines):
+        yield _own(frame)
+    if lines:
+        yield Text()
+        yield highlighted(lines)
+
+
+def _own(frame: Frame) -> Text:
+    text = Text(f"  in {frame.function}, {frame.file}, line {frame.line}")
+    if frame.code:
+        text.append(f"\n    {frame.code}", "bold")
+    return text

@@ -1,4 +1,4 @@
-"""How a worker comes along: one line now and then."""
+"""A line with a worker's statistics, every few seconds."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STATUS_INTERVAL_SECONDS: Final = 5.0
 
 
 class Status:
-    """Writes a line to a terminal when there is something new to say."""
+    """Writes a line to the terminal if the numbers have changed."""
 
     def __init__(self) -> None:
         self._last = WorkerStats()
@@ -34,8 +34,8 @@ class Status:
 
 
 def line(stats: WorkerStats, rate: float) -> str:
-    """Say it in a line that fits a terminal."""
-    parts = [f"{stats.running:,} running", f"{stats.completed:,} done ({rate:,.0f}/s)"]
+    """Return a line that fits a terminal."""
+    parts = [f"{stats.running:,} running", f"{stats.completed:,} completed ({rate:,.0f}/s)"]
     parts += [
         f"{count:,} {name}"
         for name, count in zip(WorkerStats._fields[2:], stats[2:], strict=True)
@@ -45,12 +45,12 @@ def line(stats: WorkerStats, rate: float) -> str:
 
 
 def is_wanted() -> bool:
-    """Tell whether somebody looks."""
+    """Return whether stderr is a terminal."""
     return is_terminal(sys.stderr)
 
 
 def every(period: float, call: Callable[[], None]) -> None:
-    """Call this now and then, on a thread that ends with the program."""
+    """Call a function every `period` seconds, on a thread that ends with the program."""
 
     def turns() -> None:
         while True:

@@ -1,4 +1,4 @@
-"""The standard streams: any of them may be closed, in a narrow encoding, full, or read by nobody."""
+"""The standard streams, which may be closed, full, without a reader, or in a limited encoding."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from typing import Any, Final
 import click
 
 NARROWEST: Final = 20
-"""Columns of a terminal at least, whatever it says of itself."""
+"""The least number of columns that a terminal is assumed to have."""
 
 _PLAIN: Final = {"✓": "+", "✗": "x", "→": "->", "…": "...", "·": ".", "─": "-", "�": "?"} | dict.fromkeys(
     "🐘📥👷💀🔁✨💸", "*"
 )
-"""What stands for our own signs if an encoding doesn't have them."""
+"""Replacements for our own signs if an encoding lacks them."""
 
 _ERRORS: Final = "apoq.plain"
 
 
 def is_terminal(stream: Any) -> bool:
-    """Return whether a standard stream, which is None if it was closed, is a terminal."""
+    """Return whether a standard stream is a terminal; it is None if it was closed."""
     return stream is not None and stream.isatty()
 
 
@@ -40,7 +40,7 @@ def is_narrow(stream: Any) -> bool:
 
 @contextmanager
 def writing() -> Iterator[None]:
-    """Write what the streams can take; end the command if nobody reads stdout, or if it is full."""
+    """Replace characters that the streams lack; end the command if stdout is full or has no reader."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors=_ERRORS)
@@ -58,7 +58,7 @@ def writing() -> Iterator[None]:
 
 
 def _give_up_output() -> None:
-    """Let nothing more be written to stdout: at its end, Python would try it again."""
+    """Redirect stdout to nowhere, because Python would flush it again at its end."""
     with suppress(OSError, ValueError, AttributeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

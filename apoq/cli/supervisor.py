@@ -1,10 +1,10 @@
-"""Several worker processes, and one that watches over them.
+"""Several worker processes, and a supervisor that restarts them.
 
-Each child is this same command line once more, and a socket joins the two. The child tells through it how it
-comes along, and the supervisor when it is to stop: not by a signal, for systemd and the like send one to the
-children as well, and two of them end a worker at once. When the supervisor is gone, however it ended, the
-child finds the other end closed, and stops. It is in a process group of its own, so that Ctrl-C reaches the
-supervisor alone.
+Each child runs the same command line, and is connected to the supervisor by a socket. Through it, the child
+reports its statistics, and the supervisor tells the child to stop. It doesn't use a signal for that, because
+systemd and others send one to the children as well, and two signals end a worker at once. If the supervisor
+has ended, in whatever way, the child finds the socket closed and stops. Each child is in a process group of
+its own, so that Ctrl-C reaches only the supervisor.
 """
 
 from __future__ import annotations
@@ -25,43 +25,44 @@ from typing import Final
 
 from apoq.cli.exits import BadUsage
 from apoq.cli.status import STATUS_INTERVAL_SECONDS, Status, every, is_wanted
+from apoq.cli.stopping import StopNotice, again_by
 from apoq.worker import Worker
 from apoq.worker.settling.counters import WorkerStats
 
 logger = logging.getLogger(__name__)
 
 VARIABLE: Final = "APOQ_SUPERVISOR_FD"
-"""In the environment of a child: its end of the socket."""
+"""The environment variable with the file descriptor of the child's end of the socket."""
 
 FIRST_BACKOFF_SECONDS: Final = 1.0
 MAX_BACKOFF_SECONDS: Final = 30.0
 STABLE_AFTER_SECONDS: Final = 60.0
-"""Seconds after which the death of a child is no longer taken for one of a series."""
+"""Seconds that a child must have lived for its death not to count as one of a series."""
 
 CHILD_POLL_SECONDS: Final = 0.5
 STOPPING_CHILD_POLL_SECONDS: Final = 0.05
-"""Seconds between two looks whether a child has ended: at work, and once they are to stop."""
+"""Seconds between two checks whether a child has ended: usually, and while they stop."""
 
 REPORT_INTERVAL_SECONDS: Final = 1.0
 KILL_MARGIN_SECONDS: Final = 2.75
-"""Seconds that a child has beside its own time-out to stop, before it is killed.
+"""Seconds that a child has to stop, in addition to its timeout, before it is killed.
 
 A little more than it takes to end itself (`apoq.cli.ending`).
 """
 
 
 class Child:
-    """One place among the processes, and who holds it now."""
+    """One of the child processes, and those that replace it."""
 
     def __init__(self, number: int) -> None:
         self.number = number
         self.starts_at: float | None = None
-        """When another one is to be started here."""
+        """When a replacement starts."""
         self.stats = WorkerStats()
         self.is_ready = False
         self.process: subprocess.Popen[bytes] | None = None
         self._has_started = False
-        """Whether the worker of this process has: it may run tasks."""
+        """Whether the worker of this process has started, so that it may run tasks."""
         self._socket: socket.socket | None = None
         self._rest = b""
         self._before = WorkerStats()
@@ -85,16 +86,16 @@ class Child:
         self._has_started = False
 
     def stop(self) -> None:
-        """Tell it to stop."""
+        """Tell the process to stop."""
         if self._socket is not None:
             with suppress(ConnectionError):
                 self._socket.send(b"stop")
         if self.process is not None and not self._has_started:
-            # It may not read that for a while, such as when Python or the application is being imported.
+            # It may not read that for a while, such as while Python or the application is imported.
             self.process.terminate()
 
     def hear(self, selector: selectors.BaseSelector) -> None:
-        """Read what it has reported."""
+        """Read what the process has reported."""
         assert self._socket is not None
         try:
             read = self._socket.recv(65536)
@@ -113,7 +114,7 @@ class Child:
             self.stats = WorkerStats(running, *added)
 
     def bury(self, selector: selectors.BaseSelector) -> int | None:
-        """Answer how it ended, if it has; it is then gone, and what it did stays counted."""
+        """Return the exit code if the process has ended; its tasks stay counted."""
         if self.process is None or self.process.poll() is None:
             return None
         if self._socket is not None:
@@ -131,7 +132,7 @@ class Child:
             self._socket = None
 
     def backoff(self) -> float:
-        """Answer the seconds until another one is to take its place, which grow with each death in a row."""
+        """Return the seconds until a replacement starts; they grow with each death in a row."""
         self._deaths = 0 if time.monotonic() - self._started_at > STABLE_AFTER_SECONDS else self._deaths
         pause = min(FIRST_BACKOFF_SECONDS * 2.0**self._deaths, MAX_BACKOFF_SECONDS)
         self._deaths += 1
@@ -140,7 +141,7 @@ class Child:
 
 
 class Supervisor:
-    """Keeps a number of child processes at work until it is told to stop."""
+    """Keeps a number of child processes running until it is told to stop."""
 
     def __init__(self, command: list[str], count: int, *, timeout: float) -> None:
         self._command = command
@@ -151,17 +152,20 @@ class Supervisor:
         self._stops_at: float | None = None
         self._status = Status()
         self._said_at = time.monotonic()
+        self._notice: StopNotice | None = None
+        self._awake: socket.socket | None = None
+        """Has something to read written to it if the next turn is to be taken now."""
 
     def run(self) -> int:
-        """Start the children, replace those that die, stop them at a signal; answer an exit code."""
-        awake, asleep = socket.socketpair()
-        awake.setblocking(False)
+        """Start the children, replace those that die, stop them at a signal; return an exit code."""
+        self._awake, asleep = socket.socketpair()
+        self._awake.setblocking(False)
         asleep.setblocking(False)
         self._selector.register(asleep, selectors.EVENT_READ)
-        signal.set_wakeup_fd(awake.fileno())
+        signal.set_wakeup_fd(self._awake.fileno())
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda number, _frame: self._signals.append(number))
-        # One at first: where the command makes no sense, it says so, once, and that is all.
+        # A single one at first, so that a wrong command line causes only one error message.
         self._children[0].start(self._command, self._selector)
         try:
             while (code := self._turn()) is None:
@@ -176,8 +180,14 @@ class Supervisor:
         finally:
             self._kill()
 
+    def wake(self) -> None:
+        """Take a turn now. From any thread."""
+        if self._awake is not None:
+            with suppress(BlockingIOError):  # there is something to read already
+                self._awake.send(b"\0")
+
     def _turn(self) -> int | None:
-        """Do what is to be done now; answer an exit code when that was the last of it."""
+        """Do what has to be done now; return an exit code if the program is to end."""
         self._obey()
         for child in self._children:
             code = child.bury(self._selector)
@@ -186,15 +196,26 @@ class Supervisor:
             if not self._children[0].is_ready:
                 return code if code >= 0 else 128 - code
             logger.error(
-                "worker process %d %s; another one starts in %g s", child.number, _end(code), child.backoff()
+                "worker process %d %s; another one starts in %g s",
+                child.number,
+                ended_how(code),
+                child.backoff(),
             )
         if self._stops_at is not None:
             return self._stopping(self._stops_at)
         if self._children[0].is_ready:
             self._start_due()
+        self._say_sometimes()
+        return None
+
+    def _running(self) -> int:
+        return sum(child.stats.running for child in self._children)
+
+    def _say_sometimes(self) -> None:
+        if self._notice is not None:
+            self._notice.renew()
         if time.monotonic() - self._said_at > STATUS_INTERVAL_SECONDS:
             self._say()
-        return None
 
     def _say(self) -> None:
         self._said_at = time.monotonic()
@@ -207,8 +228,9 @@ class Supervisor:
             self._say()
             return 0
         if time.monotonic() < stops_at:
+            self._say_sometimes()
             return None
-        logger.error("some worker processes didn't stop in time, and are killed")
+        logger.error("some worker processes have not stopped in time, and are killed")
         return 1
 
     def _start_due(self) -> None:
@@ -220,7 +242,7 @@ class Supervisor:
         while self._signals:
             number = self._signals.pop(0)
             if self._stops_at is not None:
-                # The second one: at once, and as if nobody had caught it.
+                # The second one: end at once, as if the signal had not been caught.
                 self._kill()
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
@@ -228,7 +250,9 @@ class Supervisor:
             self._stops_at = time.monotonic() + self._timeout + KILL_MARGIN_SECONDS
             for child in self._children:
                 child.stop()
-            logger.info("stopping %d worker processes", len(self._children))
+            logger.info("stopping %s", _processes(len(self._children)))
+            self._notice = StopNotice(self._timeout, self._running, ends_at_once=again_by())
+            self._notice.begin()
 
     def _kill(self) -> None:
         for child in self._children:
@@ -237,23 +261,28 @@ class Supervisor:
                 child.process.wait()
 
 
-def _end(code: int) -> str:
+def ended_how(code: int) -> str:
+    """Describe an exit code."""
     return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
 
 
+def _processes(count: int) -> str:
+    return "1 worker process" if count == 1 else f"{count} worker processes"
+
+
 def again() -> list[str]:
-    """Answer the command line that started this program."""
+    """Return the command line that started this program."""
     return [sys.executable, *sys.orig_argv[1:]]
 
 
-def check_platform() -> None:
-    """Refuse where processes can't be supervised."""
+def check_platform(option: str) -> None:
+    """Fail if processes can't be supervised on this system."""
     if os.name != "posix":
-        raise BadUsage("--processes needs a POSIX system; elsewhere, start several workers yourself")
+        raise BadUsage(f"{option} needs Linux, macOS or another POSIX system: start the workers yourself")
 
 
 def take_lifeline() -> socket.socket | None:
-    """Answer this child's end of the socket, if it is a supervisor's child; once."""
+    """Return the child's end of the socket if this process is a supervisor's child; only once."""
     fd = os.environ.pop(VARIABLE, None)
     if fd is None:
         return None
@@ -261,33 +290,34 @@ def take_lifeline() -> socket.socket | None:
         lifeline = socket.socket(fileno=int(fd))
     except (ValueError, OSError):
         raise BadUsage(
-            f"{VARIABLE} is for the children of `apoq worker --processes`, not {fd!r}: unset it"
+            f"the environment variable {VARIABLE} must be set only by `apoq worker` for its child processes, "
+            f"got {fd!r}: unset it"
         ) from None
     lifeline.set_inheritable(False)
     return lifeline
 
 
 def obey(lifeline: socket.socket, stop: Callable[[], None]) -> None:
-    """Call `stop` when the supervisor says so, or is gone; from now on, also while the worker starts."""
+    """Call `stop` when the supervisor says so or has ended; from now on, also while the worker starts."""
 
     def wait() -> None:
         told = b""
         with suppress(ConnectionError):
             told = lifeline.recv(64)
         if not told:
-            logger.warning("the supervisor is gone: this worker stops, too")
+            logger.warning("the supervisor has ended: this worker stops, too")
         stop()
 
     threading.Thread(target=wait, name="apoq-lifeline", daemon=True).start()
 
 
 def report(lifeline: socket.socket, worker: Worker) -> None:
-    """Tell the supervisor how a worker comes along: now, every second and at the end."""
+    """Report a worker's statistics to the supervisor: now, every second, and at the end."""
 
     def send() -> None:
-        with suppress(OSError):  # nobody reads
+        with suppress(OSError):  # the supervisor has ended
             lifeline.send(b"%d %d %d %d %d\n" % worker.stats(), socket.MSG_DONTWAIT)
 
     send()
-    atexit.register(send)  # the last word
+    atexit.register(send)  # the final numbers
     every(REPORT_INTERVAL_SECONDS, send)

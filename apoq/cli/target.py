@@ -17,7 +17,7 @@ from apoq.postgres.connections import prepare_where_kept
 from apoq.postgres.urls import check_engine, check_untranslated, database_url
 
 CONNECT_TIMEOUT: Final = 10
-"""Seconds after which a server that doesn't answer is unreachable, unless the URL says otherwise."""
+"""Seconds after which a server that doesn't respond is unreachable, unless the URL says otherwise."""
 
 READABLE: Final = """
     SET LOCAL client_encoding = 'UTF8';
@@ -25,17 +25,17 @@ READABLE: Final = """
     SET LOCAL IntervalStyle = 'postgres';
     SET LOCAL quote_all_identifiers = off
 """
-"""What psycopg reads, and the model is compared with, whatever the database, role or engine say."""
+"""Formats that psycopg can read, whatever the settings of the database, the role or the engine are."""
 
 VARIABLES: Final = ("APOQ_DATABASE_URL", "DATABASE_URL")
-"""What names the database where ``--database-url`` doesn't; the first that is set counts."""
+"""The environment variables with the database's URL; the first one that is set is used."""
 
 
 class Target:
-    """Which database, schema and engine a command works on; it connects when it is first asked to.
+    """The database and the schema that a command uses; it connects on first use.
 
-    Commands get it as ``ctx.obj`` (``@click.pass_obj``). Made of a URL by ``apoq`` itself, or of an engine by
-    a framework's own command line.
+    Commands get it as ``ctx.obj`` (``@click.pass_obj``). ``apoq`` itself makes it from a URL, and the command
+    line of a framework from an engine.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Target:
 
     @property
     def url(self) -> URL:
-        """The database's URL, for psycopg 3. Fails where there is none, or none that can be read."""
+        """The database's URL, for psycopg 3. Fails if there is none, or if it can't be read."""
         if self._engine is None:
             return _read(self._url)
         check_engine(self._engine)
@@ -58,17 +58,17 @@ class Target:
 
     @property
     def engine(self) -> sa.Engine:
-        """An engine to it, the same each time, for transactions in READ COMMITTED that psycopg can read."""
+        """The engine, with transactions in READ COMMITTED whose values psycopg can read."""
         if self._engine is None:
             self._engine = self.create_engine()
         if self._readable is None:
-            # With events of its own: an application's engine stays as it is.
+            # With its own events: the engine of an application is not changed.
             self._readable = self._engine.execution_options(isolation_level="READ COMMITTED")
             event.listen(self._readable, "begin", lambda begun: begun.exec_driver_sql(READABLE))
         return self._readable
 
     def create_engine(self, **options: Any) -> sa.Engine:
-        """Make an engine to it with options of one's own."""
+        """Create another engine for this database, with these options."""
         url = self.url
         defaults = {"connect_timeout": CONNECT_TIMEOUT, "client_encoding": "utf8"}
         arguments = {name: value for name, value in defaults.items() if name not in url.query}
@@ -78,15 +78,15 @@ class Target:
         return engine
 
     def close(self) -> None:
-        """Close its connections, if the engine was made here."""
+        """Close the connections, if the engine was created here."""
         if self._is_own and self._engine is not None:
             self._engine.dispose()
 
     @contextmanager
     def begin(self, *, prepared: bool = True) -> Iterator[sa.Connection]:
-        """Open a transaction that commits at the end; what goes wrong ends the command in one clear line.
+        """Open a transaction that commits at the end; an error ends the command with one line.
 
-        Ends it, too, where the tables are not at this library's version, unless `prepared` is False.
+        So do tables that don't have this library's version, unless `prepared` is False.
         """
         with explained(self.url), self.engine.begin() as connection:
             if prepared:
@@ -96,7 +96,7 @@ class Target:
 
 def _read(url: str | None) -> URL:
     if not url:
-        raise BadUsage(f"which database? Give --database-url, or set {' or '.join(VARIABLES)}")
+        raise BadUsage(f"no database was given: pass --database-url, or set {' or '.join(VARIABLES)}")
     try:
         return database_url(url)
     except ApoqError as error:

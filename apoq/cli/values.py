@@ -1,8 +1,9 @@
-"""Values on the command line: durations, points in time, and JSON."""
+"""Values on the command line: durations, times, and JSON."""
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -13,66 +14,91 @@ from click import BadParameter
 from apoq.core.durations import read_duration
 from apoq.core.retry import seconds
 
-_EXAMPLE: Final = "2031-05-04T12:00Z"
+_DURATIONS: Final = "90s, 30 min, 2h, 1d, 1w or 1h30m"
+_TIMES: Final = "2031-05-04, 2031-05-04T12:00 (in your time zone) or 2031-05-04T12:00Z"
+_DAY: Final = re.compile(r"\d{8}", re.ASCII)
+"""A date without hyphens, which could also be read as a number of seconds."""
 
 
 def duration(value: Any) -> timedelta:
-    """Read a length of time, such as 90 (seconds), 90s, 15m or 1h30m."""
+    """Read a length of time, such as 90 (seconds), 90s, 30 min or 1h30m."""
     if isinstance(value, timedelta):
         return value
     try:
         return read_duration(value)
     except ValueError:
-        raise BadParameter(f"{value!r} is no duration: write 90s, 15m, 2h, 1d, 1w or 1h30m.") from None
+        raise BadParameter(f"must be a length of time such as {_DURATIONS}, got {value!r}.") from None
     except OverflowError:
-        raise BadParameter(f"{value} is longer than the calendar.") from None
+        raise BadParameter(f"must be within the range of dates, got {value!r}.") from None
 
 
 def age(value: Any) -> timedelta:
-    """Read how long ago something was, within the calendar."""
+    """Read how long ago something was; within the calendar."""
     length = duration(value)
     try:
         datetime.now(UTC) - length
     except OverflowError:
-        raise BadParameter(f"{value} ago is before the calendar begins.") from None
+        raise BadParameter(f"must not be before the year 1, got {value!r} ago.") from None
     return length
 
 
 def patience(value: Any) -> float:
-    """Read how long to wait, in seconds."""
+    """Read how long to wait, and return the seconds."""
+    length = value if isinstance(value, int | float) else duration(value).total_seconds()
     try:
-        return seconds(float(value), "it")
+        return seconds(length, "it")
     except ValueError:
-        raise BadParameter(f"{value} is not a number of seconds between zero and a century.") from None
+        raise BadParameter(f"must be between zero and a century, got {value!r}.") from None
 
 
 def time(value: Any) -> datetime:
-    """Read a point in time in ISO 8601, with a time zone."""
+    """Read a date, or a time in ISO 8601; without a time zone, it is in the machine's own."""
     if isinstance(value, datetime):
         return value
     try:
-        at = datetime.fromisoformat(value)
+        at = datetime.fromisoformat(value.strip())
     except ValueError:
-        raise BadParameter(f"{value!r} is no time: write it as {_EXAMPLE}.") from None
-    if at.utcoffset() is None:
-        raise BadParameter(
-            f"{value!r} has no time zone, so nobody knows when it is: write it as {_EXAMPLE}, or with an "
-            "offset such as +02:00 at its end."
-        )
-    return at
+        raise BadParameter(f"must be a time such as {_TIMES}, got {value!r}.") from None
+    return _zoned(at, value)
 
 
 def past_time(value: Any) -> datetime:
-    """Read a point in time, or how long ago it was by this machine's clock."""
+    """Read a time, or how long ago it was by this machine's clock: 2h, yesterday, 2031-05-04."""
     if isinstance(value, datetime):
         return value
-    if not value[-1:].islower():  # as a unit does, and no time in ISO 8601
+    text = value.strip().lower()
+    if text in {"today", "yesterday"}:
+        day = datetime.now().astimezone().date() - timedelta(days=text == "yesterday")
+        return _zoned(datetime(day.year, day.month, day.day), value)  # noqa: DTZ001 - `_zoned` adds it
+    if not _DAY.fullmatch(text):
+        try:
+            read_duration(text.removesuffix("ago"))
+        except ValueError:
+            pass  # it must be a time
+        except OverflowError:
+            return datetime.now(UTC) - age(value)  # which says what is wrong
+        else:
+            return datetime.now(UTC) - age(text.removesuffix("ago"))
+    try:
         return time(value)
-    return datetime.now(UTC) - age(value)
+    except BadParameter:
+        raise BadParameter(
+            f"must be how long ago ({_DURATIONS}), today, yesterday, or a time such as {_TIMES}, "
+            f"got {value!r}."
+        ) from None
+
+
+def _zoned(at: datetime, value: str) -> datetime:
+    try:
+        return at.astimezone() if at.utcoffset() is None else at
+    except (OverflowError, ValueError, OSError):  # the operating system's limits
+        raise BadParameter(
+            f"must have a time zone, such as {value}Z, because the year is so far away."
+        ) from None
 
 
 def json_value(value: Any) -> Any:
-    """Read JSON as it stands, from a file (``@path``) or stdin (``-``); show where it can't be."""
+    """Read JSON from the argument itself, a file (``@path``) or stdin (``-``); show where it is invalid."""
     if not isinstance(value, str):
         return value
     try:
@@ -100,10 +126,10 @@ def _contents(value: str) -> str:
 
 def _explain(text: str, error: json.JSONDecodeError) -> str:
     if not text.strip():
-        return "this is empty, and no JSON: leave the data out, or give {}."
+        return "must be JSON, got nothing: omit the data, or give {}."
     line = text.splitlines()[error.lineno - 1] if error.lineno <= len(text.splitlines()) else ""
     start = max(0, error.colno - 41)
     excerpt = "".join(c if c.isprintable() else " " for c in line[start : start + 78])
     mark = " " * (error.colno - 1 - start) + "^"
     where = f"line {error.lineno}, column {error.colno}"
-    return f"this is no JSON, at {where}: {error.msg}\n\n  {excerpt}\n  {mark}"
+    return f"must be JSON, but is invalid at {where}: {error.msg}\n\n  {excerpt}\n  {mark}"

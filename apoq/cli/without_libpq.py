@@ -1,4 +1,4 @@
-"""The command line if psycopg can't be imported: its help and its version, and what to install."""
+"""The command line if psycopg can't be imported: the help, the version, and what to install."""
 
 from __future__ import annotations
 

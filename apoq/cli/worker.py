@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
 from typing import Any, Final
@@ -18,48 +18,58 @@ from apoq.client.queue import Queue
 from apoq.worker import Worker
 
 POOL_SIZE: Final = 5
-"""Connections that SQLAlchemy keeps for an engine, at least."""
+"""The least number of connections that SQLAlchemy keeps for the engine."""
 
 
 @click.command("worker")
-@click.argument("name", metavar="[MODULE:OBJECT]", required=False)
+@click.argument("names", metavar="[MODULE:OBJECT]...", nargs=-1)
 @click.option(
-    "--pyramid", "ini", metavar="INI", help="Work for the Pyramid application of this file instead."
+    "--pyramid", "ini", metavar="INI", help="Run the worker of the Pyramid application in this file instead."
 )
 @worker_options
 @click.pass_obj
 def command(
-    target: Target, /, name: str | None, ini: str | None, concurrency: int | None, **options: Any
+    target: Target, /, names: tuple[str, ...], ini: str | None, concurrency: int | None, **options: Any
 ) -> None:
-    """Work tasks: run a worker until it is told to stop.
+    """Run a worker until it is told to stop.
 
-    MODULE:OBJECT is a Worker, a Queue whose tasks are to be worked on --database-url, or a function that
-    answers one of these. A Worker has its own engine.
+    MODULE:OBJECT is a Queue, a Worker, or a function that returns one of these. The worker of a Queue runs
+    its typed tasks in the database of --database-url; you may give several queues. A Worker has its own
+    engine and queues.
 
-    SIGINT (Ctrl-C) or SIGTERM stops it: it claims no more, and waits for what runs. A second one ends it at
-    once.
-    """
-    _refuse("schema", "a queue knows its own: Queue(schema=…)")
+    \b
+        apoq worker myapp.tasks:queue
+        apoq worker users.tasks:queue orders.tasks:queue --concurrency 16
+        apoq worker myapp.tasks:queue --reload
+        apoq worker myapp.tasks:queue --burst
+
+    SIGINT (Ctrl-C) or SIGTERM stops the worker: it claims no more tasks, waits for the running ones, and says
+    how many there are. A second signal ends it at once.
+    """  # noqa: D301 - click's sign
+    _refuse("schema", "a queue has its own: Queue(schema=…)")
     make: Callable[[], Worker]
-    if name is not None and ini is None:
-        make = partial(_load, name, target, concurrency)
-    elif ini is not None and name is None:
+    if names and ini is None:
+        make = partial(_load, names, target, concurrency)
+    elif ini is not None and not names:
         _refuse("database_url", "a Pyramid application has its own")
         make = partial(_load_pyramid, ini)
     else:
-        raise BadUsage("what is to be worked? Give module:object, such as myapp.tasks:worker, or --pyramid")
+        raise BadUsage(
+            "missing argument MODULE:OBJECT: give a Queue or a Worker, such as myapp.tasks:queue, or "
+            "--pyramid INI"
+        )
     run_worker(make, concurrency=concurrency, **options)
 
 
-def _load(name: str, target: Target, concurrency: int | None) -> Worker:
-    def make(queue: Queue) -> Worker:
-        made.append(queue)
-        return Worker(target.create_engine(pool_size=max(concurrency or 0, POOL_SIZE)), queue)
+def _load(names: Sequence[str], target: Target, concurrency: int | None) -> Worker:
+    def make(queues: Sequence[Queue]) -> Worker:
+        made.extend(queues)
+        return Worker(target.create_engine(pool_size=max(concurrency or 0, POOL_SIZE)), *queues)
 
     made: list[Queue] = []
-    worker = load(name, make)
+    worker = load(names, make)
     if not made:
-        _refuse("database_url", f"{name} is a Worker, which has its own engine")
+        _refuse("database_url", f"{names[0]} is a Worker, which has its own engine")
     return worker
 
 
@@ -70,9 +80,9 @@ def _load_pyramid(ini: str) -> Worker:
 
 
 def _refuse(option: str, reason: str) -> None:
-    """Refuse what was said on the command line and would do nothing."""
+    """Fail if an option was given that would have no effect."""
     context: click.Context | None = click.get_current_context()
     while context is not None:
         if context.get_parameter_source(option) is ParameterSource.COMMANDLINE:
-            raise BadUsage(f"--{option.replace('_', '-')} means nothing here: {reason}")
+            raise BadUsage(f"--{option.replace('_', '-')} has no effect here: {reason}; leave it out")
         context = context.parent

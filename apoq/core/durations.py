@@ -8,11 +8,13 @@ from typing import Final
 
 _UNITS: Final = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 _NUMBER: Final = re.compile(r"\d+(\.\d+)?", re.ASCII)
-_PART: Final = re.compile(r"(\d+(?:\.\d+)?)\s*((?:second|minute|hour|day|week)s?|[smhdw])\s*", re.ASCII)
+_PART: Final = re.compile(
+    r"(\d+(?:\.\d+)?)\s*((?:second|sec|minute|min|hour|day|week)s?|[smhdw])\s*", re.ASCII
+)
 
 
 def read_duration(text: str) -> timedelta:
-    """Read 90 (seconds), 90s, 15m, 1h30m, 10 minutes or 7 days.
+    """Read 90 (seconds), 90s, 15m, 30 min, 1h30m, 10 minutes or 7 days.
 
     ValueError for what is no duration, and OverflowError for one that is longer than the calendar.
     """

@@ -95,7 +95,8 @@ def settle(outcome: BaseException, *, attempt: int, fail_count: int, policy: Ret
             # Whoever rescued it has counted the failure and stored the error; this claim just ends it.
             return Settlement(FAILED, attempt - 1, fail_count)
     fail_count = min(fail_count + 1, MAX_INTEGER)  # whatever another program has written there
-    error = report(outcome)
+    # The limit may be the processor's, which only its worker knows: it is kept for people to read.
+    error = report(outcome) | {"retry_limit": str(policy.limit)}
     # Attempts and failures differ where another program, such as the Node.js original, works the same table.
     if max(attempt, fail_count) > policy.limit:
         return Settlement(FAILED, attempt, fail_count, error=error)

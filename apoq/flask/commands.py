@@ -9,7 +9,7 @@ from flask import current_app
 from flask.cli import with_appcontext
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from apoq.cli.exits import explained
+from apoq.cli.exits import UPGRADE, explained
 from apoq.cli.group import Commands
 from apoq.cli.running import run_worker, worker_options
 from apoq.cli.target import Target
@@ -20,7 +20,7 @@ from apoq.postgres.urls import check_engine
 
 def group() -> click.Group:
     """Make the group ``apoq`` of an application's command line."""
-    return Commands("apoq", callback=_aim, commands=[_worker], help="Work and look after background tasks.")
+    return Commands("apoq", callback=_aim, commands=[_worker], help="Run and manage background tasks.")
 
 
 @with_appcontext
@@ -32,6 +32,7 @@ def _aim(ctx: click.Context) -> None:
         check_engine(engine)
     if "migrate" in current_app.extensions:  # Flask-Migrate's
         directory = current_app.extensions["migrate"].directory
+        ctx.meta[UPGRADE] = "flask db upgrade"
         ctx.default_map = {"revision": {"directory": directory, "bind": found.database.bind}}
     if isinstance(engine, AsyncEngine):
         engine = sync_twin(engine)
@@ -42,11 +43,16 @@ def _aim(ctx: click.Context) -> None:
 @click.command("worker")
 @worker_options
 def _worker(concurrency: int | None, **options: Any) -> None:
-    """Work tasks: run the application's worker until it is told to stop.
+    """Run the application's worker until it is told to stop.
 
-    SIGINT (Ctrl-C) or SIGTERM stops it: it claims no more, and waits for what runs. A second one ends it at
-    once.
-    """
+    \b
+        flask apoq worker
+        flask apoq worker --reload
+        flask apoq worker --burst
+
+    SIGINT (Ctrl-C) or SIGTERM stops the worker: it claims no more tasks, waits for the running ones, and says
+    how many there are. A second signal ends it at once.
+    """  # noqa: D301 - click's sign
     found = _installed()
     run_worker(lambda: found.worker, concurrency=concurrency, **options)
 

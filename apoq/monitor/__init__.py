@@ -1,1 +1,1 @@
-"""Reads queues, workers and tables, for people and programs; it writes nothing."""
+"""Read-only statistics and checks of queues, workers and tables, for people and programs."""

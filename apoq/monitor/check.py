@@ -1,4 +1,4 @@
-"""What `apoq doctor` finds, and how to mend it."""
+"""What `apoq doctor` finds, and what to do about it."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from typing import Final, NamedTuple
 
 OK: Final = "ok"
 WARNING: Final = "warning"
-"""Worth a look; it works nevertheless."""
+"""A warning: apoq works, but something is not as it should be."""
 BAD: Final = "bad"
-"""To be mended."""
+"""An error: something doesn't work."""
 
 
 class Finding(NamedTuple):
-    """One of them."""
+    """What a check found, with what to do about it (`cure`)."""
 
     level: str
     subject: str

@@ -1,4 +1,4 @@
-"""The figures of queues and workers, each counted up to a bound."""
+"""Statistics of queues and workers, counted up to a bound."""
 
 from __future__ import annotations
 
@@ -14,35 +14,45 @@ from apoq.schema.statements.workers import workers
 
 MAX_QUEUES: Final = 100
 MAX_WORKERS: Final = 1_000
-"""Queues and workers that are looked at, at most."""
+"""How many queues and workers are examined at most."""
 
 MINUTE: Final = 60.0
 
 
 @dataclass
 class QueueFigures:
-    """What is in a queue. A count of one more than `COUNTED` says that there may be any number."""
+    """The tasks of a queue by their state.
+
+    A count of one more than `COUNTED` means that there may be any number. `scheduled` and `retrying` were
+    counted together, and so were `failed` and `cancelled`: if their sum exceeds `COUNTED`, each of them may
+    be larger.
+    """
 
     name: str
     ready: int
     """Pending tasks that are due."""
     scheduled: int
-    """Pending tasks that are due later."""
+    """Pending tasks that are due later and have not failed."""
+    retrying: int
+    """Pending tasks that have failed and are due again later."""
     waiting: int
     running: int
     completed: int
     failed: int
     cancelled: int
     lag: float | None
-    """For how many seconds the first of the due tasks has been due."""
+    """For how many seconds the oldest ready task has been due."""
+    oldest_type: str | None
+    """The type of that task."""
     per_minute: float
-    """Tasks that completed in the last minute; their rate, where they were too many to count."""
+    """Tasks that completed in the last minute; an estimate, if they were too many to count."""
     last_hour: int
+    """Tasks that completed in the last hour."""
 
 
 @dataclass
 class WorkerFigures:
-    """A worker, as it was last seen."""
+    """A worker, as of its last heartbeat."""
 
     id: str
     host: str
@@ -58,7 +68,7 @@ class WorkerFigures:
 
 @dataclass
 class TypeFigures:
-    """How many tasks of a type there are in each state, of those that were looked at."""
+    """The tasks of a type by their state, among those that were counted."""
 
     queue: str
     type: str
@@ -67,29 +77,29 @@ class TypeFigures:
 
 @dataclass
 class Figures:
-    """All of them, at one point in time."""
+    """All statistics, at one point in time."""
 
     queues: list[QueueFigures]
     has_more_queues: bool
     workers: list[WorkerFigures]
     orphans: int
-    """Running tasks that no live worker holds."""
+    """Running tasks whose worker is not alive."""
     unnoted: int
-    """Running tasks that no claim has noted, so that the usual sweep doesn't find them."""
+    """Running tasks that no claim has recorded, so that the usual recovery doesn't find them."""
     rows: int
-    """Of the task table, by the planner's estimate; -1 where it has none yet."""
+    """The planner's estimate of the task table's rows; -1 if there is none yet."""
     bytes: int
     types: list[TypeFigures] = field(default_factory=list)
     took: float = 0.0
-    """Seconds to find them."""
+    """Seconds that the statements took."""
 
     def as_json(self) -> dict[str, Any]:
-        """Make what programs get."""
+        """Return what ``--json`` prints."""
         return {"counted_up_to": COUNTED, **asdict(self)}
 
 
 def figures(connection: sa.Connection, schema: str | None, *, by_type: bool = False) -> Figures:
-    """Count, with statements that read alone; what ended long ago and was pruned is in no figure."""
+    """Return the statistics. Tasks that were pruned are not counted."""
     began = time.monotonic()
     found = _count(connection, schema, by_type=by_type)
     found.took = time.monotonic() - began
@@ -127,7 +137,10 @@ def _count(connection: sa.Connection, schema: str | None, *, by_type: bool) -> F
     return found
 
 
-_COUNTS: Final = ("ready", "scheduled", "waiting", "lag", "completed", "failed", "cancelled")
+_COUNTS: Final = (
+    *("ready", "scheduled", "retrying", "waiting", "completed", "failed", "cancelled"),
+    *("lag", "oldest_type"),
+)
 
 
 def _queue(name: str, counts: sa.RowMapping, running: int) -> QueueFigures:

@@ -1,4 +1,4 @@
-"""Examines apoq's tables, and who works on them."""
+"""Checks of apoq's tables and workers."""
 
 from __future__ import annotations
 
@@ -22,42 +22,42 @@ from apoq.schema.statements.count import COUNTED
 from apoq.schema.statements.server import holders, indexes_naming, server, vacuuming
 
 MAX_DEAD_ROWS: Final = 50_000
-"""Dead rows that are no trouble yet, where there are fewer live ones."""
+"""Dead rows that are harmless, even if there are fewer live ones."""
 
 LONG_TRANSACTION: Final = timedelta(minutes=5)
-"""For so long a transaction may hold what vacuum wants to remove."""
+"""How long a transaction may hold up vacuum."""
 
 LATE_AFTER_SECONDS: Final = 60.0
-"""Seconds that a task may have been due."""
+"""Seconds that a task may have been due without a warning."""
 
 SWEEP_DURATION: Final = timedelta(minutes=2)
-"""So long it takes, about, until a worker's sweep takes back a running task that no claim has noted.
+"""About how long it takes until a worker recovers a running task that no claim has recorded.
 
-A pass begins at most 72 s after the last one, and finds it; the next one, some 5 s later, takes it back. The
-walk itself takes its time if there are many tasks.
+A sweep begins at most 72 s after the last one and finds the task; the next one, some 5 s later, recovers it.
+With many tasks, the sweep itself takes some time.
 """
 
 MAX_NAMED: Final = 3
-"""Of what is the same, that are named."""
+"""How many similar findings are listed."""
 
 
 def check_role(connection: sa.Connection, schema: str | None) -> Iterator[Finding]:
-    """Look for what keeps this role from working here; one that only adds tasks needn't be able to."""
+    """Check for what a worker with this role lacks; a role that only adds tasks need not run them."""
     found = problems(connection, schema)
     if only_adds(connection, schema):
         grants = "; ".join(problem.fix for problem in found if problem.subject == ROLE)
-        text = "this role can add tasks, and can't work them"
-        yield Finding(WARNING, ROLE, text, f"{grants}, if it is to work them")
+        text = "this role can add tasks, but not run them"
+        yield Finding(WARNING, ROLE, text, f"if it should run them: {grants}")
         found = [problem for problem in found if problem.subject != ROLE]
     for problem in found:
         yield Finding(BAD, problem.subject, problem.text, problem.fix)
 
 
 def check_version(connection: sa.Connection, schema: str | None) -> Iterator[Finding]:
-    """Tell whether the tables are this library's, and which are used if there are several."""
+    """Check that the tables have this library's version, and which are used if there are several sets."""
     found = current(connection, schema)
     if found == LATEST:
-        yield Finding(OK, "tables", f"at version {LATEST}, this library's")
+        yield Finding(OK, "tables", f"version {LATEST}, which is right for this library")
         if schema is None and (problem := ambiguous(connection)):
             yield Finding(WARNING, "tables", problem.text, problem.fix)
         return
@@ -69,14 +69,14 @@ def check_version(connection: sa.Connection, schema: str | None) -> Iterator[Fin
         return
     where = "" if schema is None else f" in the schema {schema!r}"
     none = f"there are none{where}, in {where_looked(connection, schema)}"
-    text = f"at version {found}, and this library wants {LATEST}" if found else none
+    text = f"version {found}, but this library needs {LATEST}" if found else none
     option = "" if schema is None else f" --schema {shlex.quote(schema)}"
     cure = f"apoq migrate{option}, or alembic upgrade head if your migrations include apoq's"
     yield Finding(BAD, "tables", text, cure)
 
 
 def check_vacuum(connection: sa.Connection, schema: str | None) -> Iterator[Finding]:
-    """Tell whether dead rows are removed: each task leaves some behind."""
+    """Check that dead rows are removed, because each task leaves some behind."""
     found = connection.execute(vacuuming(schema)).mappings().one()
     setting = connection.execute(server()).mappings().one()["autovacuum"]
     dead, live = found["n_dead_tup"], found["n_live_tup"]
@@ -89,29 +89,27 @@ def check_vacuum(connection: sa.Connection, schema: str | None) -> Iterator[Find
             BAD, "vacuum", f"autovacuum is off; {text}", "ALTER SYSTEM SET autovacuum = on, and reload"
         )
     elif dead > max(MAX_DEAD_ROWS, live):
-        cure = f"end what is named below, if anything; then VACUUM {_name(schema)}"
+        cure = f"end the transactions that are listed below, if any; then VACUUM {_name(schema)}"
         yield Finding(WARNING, "vacuum", f"{text}, more than live ones", cure)
     else:
         yield Finding(OK, "vacuum", f"autovacuum is on; {text}")
 
 
 def check_indexes(connection: sa.Connection, schema: str | None) -> Iterator[Finding]:
-    """Look for indexes that make each claim write to every index."""
+    """Check for indexes that make each claim write to every index."""
     for name in connection.scalars(indexes_naming(schema), {"columns": list(CHANGED)}):
-        text = f"{name} names what a claim changes, so each claim writes to every index of the task table"
-        yield Finding(
-            WARNING, "indexes", text, f"DROP INDEX CONCURRENTLY {name}, if nothing of yours needs it"
-        )
+        text = f"{name} has a column that claims change, so each claim writes to every index of the tasks"
+        yield Finding(WARNING, "indexes", text, f"DROP INDEX CONCURRENTLY {name}, if you don't need it")
 
 
 def check_ids(connection: sa.Connection, schema: str | None) -> Iterator[Finding]:
-    """Tell whether new tasks get ids that are free."""
+    """Check that the next tasks get IDs that are not in use."""
     if problem := ids_problem(connection, schema):
         yield Finding(BAD, problem.subject, problem.text, problem.fix)
 
 
 def check_horizon(connection: sa.Connection) -> Iterator[Finding]:
-    """Look for what keeps dead rows from being removed, and so makes every queue slower."""
+    """Check for transactions that prevent the removal of dead rows, which makes every queue slower."""
     found = connection.execute(holders(), {"longer_than": LONG_TRANSACTION}).mappings().all()
     if not found:
         text = f"nothing has held up vacuum for {length(LONG_TRANSACTION.total_seconds())}"
@@ -121,63 +119,65 @@ def check_horizon(connection: sa.Connection) -> Iterator[Finding]:
         match row["kind"]:
             case "session":
                 text = f"{name} has been in a transaction for {length(row['age'])}, and is {row['state']}"
-                cure = f"SELECT pg_terminate_backend({row['pid']}), and mend the program that left it open"
+                cure = f"SELECT pg_terminate_backend({row['pid']}), and fix the program that left it open"
             case "prepared transaction":
                 text = f"{name!r} has been prepared for {length(row['age'])}"
                 cure = "COMMIT PREPARED or ROLLBACK PREPARED '{}'".format(name.replace("'", "''"))
             case _:
-                text = f"the replication slot {name!r} isn't in use, and holds up vacuum"
+                text = f"the replication slot {name!r} is unused, and holds up vacuum"
                 cure = f"start its replica, or SELECT pg_drop_replication_slot('{name}')"
         yield Finding(WARNING, "transactions", text, cure)
 
 
 def check_workers(found: Figures) -> Iterator[Finding]:
-    """Tell who is at work, and who has died."""
+    """Check which workers are alive, and which have died."""
     alive = [worker for worker in found.workers if worker.is_alive]
     dead = [worker for worker in found.workers if not worker.is_alive]
     ours = version("apoq")
     others = sorted({worker.version for worker in alive} - {ours})
     if not alive:
-        yield Finding(WARNING, "workers", "none is alive", "apoq worker yourmodule:queue")
+        yield Finding(WARNING, "workers", "none is alive", "start one: apoq worker yourmodule:queue")
     elif others:
         text = f"{len(alive):,} alive, some with apoq {', '.join(others)}; this is {ours}"
-        yield Finding(WARNING, "workers", text, "restart them with the same version, when that suits you")
+        yield Finding(WARNING, "workers", text, "restart them with the same version when convenient")
     else:
         yield Finding(OK, "workers", f"{len(alive):,} alive")
     for worker in dead[:MAX_NAMED]:
-        text = f"{clean(worker.host)}, process {worker.pid}, was last seen {length(worker.unseen_for)} ago"
-        cure = "look into its log; live workers take over its tasks, and forget it an hour after"
+        text = f"{clean(worker.host)}, process {worker.pid}, died {length(worker.unseen_for)} ago"
+        cure = "see its log; live workers take over its tasks. This warning ends after an hour"
         yield Finding(WARNING, "workers", text, cure)
     if found.orphans:
         text = f"{tasks(found.orphans, COUNTED)} running whose worker is not alive"
         if alive:
-            yield Finding(
-                WARNING, "running", text, "wait some seconds: live workers take them over by themselves"
-            )
+            yield Finding(WARNING, "running", text, "wait some seconds: live workers take over these tasks")
         else:
-            yield Finding(BAD, "running", text, "start a worker, which takes them over")
+            yield Finding(BAD, "running", text, "start a worker: it takes over these tasks")
     if found.unnoted:
-        text = f"{tasks(found.unnoted, COUNTED)} running that no claim has noted, as after a partial restore"
-        wait = f"a worker takes them back within about {length(SWEEP_DURATION.total_seconds())}"
+        text = f"{tasks(found.unnoted, COUNTED)} running that no claim has recorded, as in a partial restore"
+        wait = f"a worker makes them pending within about {length(SWEEP_DURATION.total_seconds())}"
         yield Finding(WARNING, "running", text, f"wait: {wait}" if alive else f"start a worker: {wait}")
 
 
 def check_queues(found: Figures) -> Iterator[Finding]:
-    """Look for tasks that wait for too long, and for those that nobody works."""
+    """Check for tasks that have been due for too long, and for queues without a worker."""
     worked = {name for worker in found.workers if worker.is_alive for name in worker.queues}
     late = [queue for queue in found.queues if (queue.lag or 0) > LATE_AFTER_SECONDS]
     if not late:
-        yield Finding(OK, "queues", f"no task has been due for {length(LATE_AFTER_SECONDS)}")
+        yield Finding(OK, "queues", f"no task has been due for more than {length(LATE_AFTER_SECONDS)}")
     for queue in late[:MAX_NAMED]:
-        text = f"{clean(queue.name)!r} has had a task due for {length(queue.lag or 0)}"
+        type_ = clean(queue.oldest_type)
+        text = f"{clean(queue.name)!r} has had a task of type {type_!r} due for {length(queue.lag or 0)}"
         if queue.name not in worked:
-            cure = "start a worker that is given this queue"
-            yield Finding(BAD, "queues", f"{text}, and no live worker", cure)
+            cure = "start a worker for this queue"
+            yield Finding(BAD, "queues", f"{text}, but no live worker", cure)
         else:
-            cure = "more workers, or a processor for its type: see `apoq list --state pending`"
+            cure = (
+                f"if no worker has a processor for {type_!r}, start one that has, or correct the type; "
+                "otherwise, start more workers"
+            )
             yield Finding(WARNING, "queues", text, cure)
     if len(late) > MAX_NAMED:
-        yield Finding(WARNING, "queues", f"{len(late) - MAX_NAMED:,} more have such tasks", "apoq stats")
+        yield Finding(WARNING, "queues", f"{len(late) - MAX_NAMED:,} more have such tasks", "run apoq stats")
 
 
 def _name(schema: str | None) -> str:

@@ -101,7 +101,7 @@ class Task(Base):
     """When an attempt last failed."""
     cancelled_at: Mapped[datetime | None]
     error: Mapped[dict[str, str] | None] = mapped_column(JSONB(none_as_null=True))
-    """The last failure: its `class`, `message` and `traceback`."""
+    """The last failure: its `class`, `message`, `traceback`, and the `retry_limit` that applied, as text."""
     indexed_state: Mapped[str | None] = mapped_column(Computed(_INDEXED_STATE, persisted=True))
     """The state, for indexes to find it by; None while it is pending or running. Kept by the database."""
     meta: Mapped[dict[str, Any] | None] = mapped_column(JSONB(none_as_null=True))

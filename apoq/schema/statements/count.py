@@ -1,7 +1,7 @@
-"""Count what is in a queue: exactly up to a bound, and not beyond.
+"""Count the tasks in a queue: exactly up to a bound, and no further.
 
-However large the tables are, each of these reads a bounded number of index entries, for statistics that are
-asked for every few seconds must never become the database's main work.
+However large the tables are, each of these statements reads a bounded number of index entries, because
+statistics that are queried every few seconds must not become the main load of the database.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from apoq.schema.statements.states import is_in, is_pending
 from apoq.schema.statements.survey import pending_priorities
 
 COUNTED: Final = 10_000
-"""What is counted exactly; one more than that says that there may be any number."""
+"""Counts are exact up to this number; a count of one more means that there may be any number."""
 
 _QUEUE: Final = bindparam("from_queue", type_=Text)
 _AT_MOST: Final = bindparam("at_most", type_=BigInteger)
@@ -48,9 +48,9 @@ _AT_MOST: Final = bindparam("at_most", type_=BigInteger)
 
 @cache
 def queues(schema: str | None) -> Select[*tuple[Any, ...]]:
-    """Answer the names of queues that have tasks or workers, `at_most` so many, in the order of the alphabet.
+    """Return the names of up to `at_most` queues that have tasks or workers, in alphabetical order.
 
-    By one look into an index for each queue, however many tasks it has.
+    This takes one index lookup for each queue, however many tasks it has.
     """
     tasks, workers = tasks_table(schema), workers_table(schema)
     found = union(
@@ -68,16 +68,17 @@ def queues(schema: str | None) -> Select[*tuple[Any, ...]]:
 def count(schema: str | None) -> Select[*tuple[Any, ...]]:
     """Count the tasks of `from_queue` by their state, up to one more than `COUNTED` of each.
 
-    Pending ones are `ready` (due) or `scheduled` (due later), and `lag` is for how many seconds the first has
-    been due. Failed and cancelled ones share a bound: more than `COUNTED` of both, and either may be more.
-    `minute` and `hour` are how many completed in the last of them, and `minute_began` and `hour_began` how
-    many seconds ago the first
-    of those did. For what is running, see `count_running`.
+    A pending task is `ready` if it is due. If it is due later, it is `retrying` if an attempt has failed, and
+    otherwise `scheduled`. `lag` is for how many seconds the oldest ready task has been due, and `oldest_type`
+    its type. Scheduled and retrying tasks share a bound, and so do failed and cancelled ones: if both numbers
+    together exceed `COUNTED`, each of them may be larger. `minute` and `hour` are the numbers of tasks that
+    completed in the last minute and hour, and `minute_began` and `hour_began` say how many seconds ago the
+    first of those did. `count_running` counts running tasks.
     """
     tasks = tasks_table(schema)
-    # For each priority, or else the future tasks of a higher one would be walked through to find due ones.
+    # For each priority: otherwise, all future tasks of a higher priority would be read to find due ones.
     priorities = pending_priorities(schema)
-    pending = select(tasks.c.process_at).where(
+    pending = select(tasks.c.process_at, tasks.c.type, tasks.c.fail_count).where(
         tasks.c.queue == _QUEUE, is_pending(tasks), tasks.c.priority == priorities.c.priority
     )
     due = pending.where(tasks.c.process_at <= func.now())
@@ -86,14 +87,23 @@ def count(schema: str | None) -> Select[*tuple[Any, ...]]:
     def of_each(
         tasks_of_one: Select[*tuple[Any, ...]], at_most: int = COUNTED + 1
     ) -> Select[*tuple[Any, ...]]:
-        # The limit also keeps the planner from making one scan of them all.
+        # The limit also prevents the planner from reading all of them in one scan.
         level = tasks_of_one.limit(at_most).lateral("level")
-        return select(level.c.process_at).select_from(priorities.join(level, true()))
+        return select(*level.c).select_from(priorities.join(level, true()))
 
     waiting = select(tasks.c.id).where(tasks.c.queue == _QUEUE, is_in(tasks, WAITING))
 
     first = of_each(due.order_by(tasks.c.process_at), 1).subquery("first")
-    lag = select(_seconds_since(func.min(first.c.process_at))).scalar_subquery()
+    oldest = select(first).order_by(first.c.process_at).limit(1).subquery("oldest")
+    lag = select(_seconds_since(oldest.c.process_at)).scalar_subquery()
+    oldest_type = select(oldest.c.type).scalar_subquery()
+
+    future = of_each(later).limit(COUNTED + 1).subquery("future")
+    has_failed = future.c.fail_count > 0
+    upcoming = select(
+        func.count().filter(~has_failed).label("scheduled"), func.count().filter(has_failed).label("retrying")
+    ).select_from(future)
+    upcoming_counts = upcoming.subquery("upcoming")
 
     completed = select(tasks.c.completed_at).where(tasks.c.queue == _QUEUE, is_in(tasks, COMPLETED))
     latest = completed.order_by(tasks.c.completed_at.desc()).limit(COUNTED + 1)
@@ -113,27 +123,33 @@ def count(schema: str | None) -> Select[*tuple[Any, ...]]:
     ).subquery("failures")
     return select(
         _up_to_bound(of_each(due)).label("ready"),
-        _up_to_bound(of_each(later)).label("scheduled"),
+        *upcoming_counts.c,
         _up_to_bound(waiting).label("waiting"),
         lag.label("lag"),
+        oldest_type.label("oldest_type"),
         _up_to_bound(completed).label("completed"),
         *failures.c,
         *minute.c,
         *hour.c,
-    ).select_from(failures.join(minute, true()).join(hour, true()))
+    ).select_from(failures.join(minute, true()).join(hour, true()).join(upcoming_counts, true()))
 
 
 @cache
 def count_types(schema: str | None) -> Select[*tuple[Any, ...]]:
-    """Count tasks of `from_queue` by state and type: `COUNTED` that are due first, or ended last, at most."""
+    """Count the tasks of `from_queue` by state and type.
+
+    At most `COUNTED` tasks of each kind are counted: the pending ones that are due first, some waiting ones,
+    and the completed, failed and cancelled ones that ended last.
+    """
     tasks = tasks_table(schema)
     mine = select(tasks.c.state, tasks.c.type).where(tasks.c.queue == _QUEUE)
     ended = _ended(schema)
     completed = mine.where(is_in(tasks, COMPLETED)).order_by(tasks.c.completed_at.desc())
     pending = mine.where(is_pending(tasks))
     pending = pending.order_by(tasks.c.priority.desc(), tasks.c.process_at, tasks.c.id)
+    waiting = mine.where(is_in(tasks, WAITING))
     found = union_all(
-        *(each.limit(COUNTED).subquery().select() for each in (pending, completed, ended))
+        *(each.limit(COUNTED).subquery().select() for each in (pending, waiting, completed, ended))
     ).subquery("found")
     return (
         select(found.c.state, found.c.type, func.count().label("number"))
@@ -144,9 +160,9 @@ def count_types(schema: str | None) -> Select[*tuple[Any, ...]]:
 
 @cache
 def count_running(schema: str | None) -> Select[*tuple[Any, ...]]:
-    """Count what is running by queue, type and worker, up to one more than `COUNTED` in all.
+    """Count running tasks by queue, type, worker, and whether a claim has recorded them.
 
-    And by whether a claim has noted it.
+    Up to one more than `COUNTED` in total.
     """
     tasks = tasks_table(schema)
     held = (
@@ -160,7 +176,7 @@ def count_running(schema: str | None) -> Select[*tuple[Any, ...]]:
 
 @cache
 def table_size(schema: str | None) -> Select[*tuple[Any, ...]]:
-    """Answer how many rows the task table has, by the planner's estimate, and its bytes on the disk."""
+    """Return the planner's estimate of the task table's rows, and the table's size on disk in bytes."""
     classes = table("pg_class", column("oid"), column("reltuples", Double), schema="pg_catalog")
     return select(
         cast(classes.c.reltuples, BigInteger).label("rows"),
@@ -169,13 +185,13 @@ def table_size(schema: str | None) -> Select[*tuple[Any, ...]]:
 
 
 def oid(table: Table) -> ColumnElement[int]:
-    """Answer the id of a table in PostgreSQL's catalogue."""
+    """Return the id of a table in PostgreSQL's catalog."""
     name = func.concat_ws(".", func.quote_ident(literal(table.schema, Text)), func.quote_ident(table.name))
     return func.to_regclass(name, type_=BigInteger)
 
 
 def _names(schema: str | None, name: str, condition: ColumnElement[bool]) -> Select[*tuple[Any, ...]]:
-    """Find the queues that an index has: one look for each, as for priorities in `pending_priorities`."""
+    """Return the queues that an index has, with one lookup for each, like `pending_priorities`."""
     tasks = tasks_table(schema)
     first = select(tasks.c.queue).where(condition).order_by(tasks.c.queue).limit(1)
     found = select(first.scalar_subquery().label("queue")).cte(name, recursive=True)
@@ -185,7 +201,7 @@ def _names(schema: str | None, name: str, condition: ColumnElement[bool]) -> Sel
 
 
 def _ended(schema: str | None) -> Select[*tuple[Any, ...]]:
-    """Find the failed and cancelled tasks of a queue, those that ended last first."""
+    """Return the failed and cancelled tasks of a queue, the last ended first."""
     tasks = tasks_table(schema)
     ended_at = func.coalesce(tasks.c.cancelled_at, tasks.c.failed_at, tasks.c.process_at)
     return (

@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from sqlalchemy import (
     BigInteger,
+    Boolean,
     ColumnElement,
     Integer,
     Select,
@@ -15,6 +16,7 @@ from sqlalchemy import (
     Text,
     any_,
     bindparam,
+    case,
     cast,
     func,
     or_,
@@ -22,21 +24,23 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import TIMESTAMP
 
-from apoq.schema.models import UPCOMING, tasks_table
+from apoq.core.states import CANCELLED, COMPLETED, FAILED, RUNNING
+from apoq.schema.models import UPCOMING, tasks_table, workers_table
 from apoq.schema.statements.arrays import bigints
 from apoq.schema.statements.running import in_state
 
 LOOKED_AT: Final = 100_000
-"""Tasks that `find` looks at, at most, for no index knows of types and of when tasks were added."""
+"""How many tasks `find` examines, because no index has the types, the errors, or all the times of tasks."""
 
 
 @cache
 def find(schema: str | None, state: str | None) -> Select[*tuple[Any, ...]]:
-    """Answer up to `at_most` tasks of a `state` (None: any), the newest first, their data cut off.
+    """Return up to `at_most` tasks of a `state` (None: of any), the newest first.
 
-    Those with an id of `up_to_id` at most, and, where these aren't null, of the queue `in_queue`, of the type
-    `of_type` and added at or after `since`. Of those that an index finds, only the newest `LOOKED_AT` are
-    looked at; `horizon` tells how far that is. Of data, `excerpt` characters are answered.
+    Only tasks with an id of `up_to_id` at most. A filter that is null is not applied: `in_queue`, `of_type`,
+    `error_class` (the class of the last error) and `since` (see `happened_at`). With `is_retrying`, only
+    tasks that have failed before and wait for their next attempt. Of the tasks that an index finds, only the
+    newest `LOOKED_AT` are examined; `horizon` returns how far that is. Data is cut to `excerpt` characters.
     """
     recent = _recent(schema, state)
     return (
@@ -53,14 +57,14 @@ def find(schema: str | None, state: str | None) -> Select[*tuple[Any, ...]]:
 
 @cache
 def horizon(schema: str | None, state: str | None) -> Select[*tuple[Any, ...]]:
-    """Answer how many tasks `find` looks at, with the same parameters, and the lowest id of them."""
+    """Return how many tasks `find` examines with the same parameters, and the lowest id of them."""
     recent = _recent(schema, state)
     return select(func.count().label("looked_at"), func.min(recent.c.id).label("lowest_id"))
 
 
 @cache
 def find_ids(schema: str | None, state: str) -> Select[*tuple[Any, ...]]:
-    """Answer ids and queues of up to `at_most` tasks of a `state`, the oldest first; filters as in `find`."""
+    """Return ids and queues of up to `at_most` tasks of a `state`, the oldest first; filters as in `find`."""
     tasks = tasks_table(schema)
     return (
         select(tasks.c.id, tasks.c.queue)
@@ -72,20 +76,44 @@ def find_ids(schema: str | None, state: str) -> Select[*tuple[Any, ...]]:
 
 @cache
 def find_queues(schema: str | None) -> Select[*tuple[Any, ...]]:
-    """Answer ids and queues of those tasks of `ids` that exist."""
+    """Return the ids and queues of those tasks of `ids` that exist."""
     tasks = tasks_table(schema)
     return select(tasks.c.id, tasks.c.queue).where(tasks.c.id == any_(bigints("ids"))).order_by(tasks.c.id)
 
 
 @cache
 def details(schema: str | None) -> Select[*tuple[Any, ...]]:
-    """Answer all that is known of the task `task_id`, its data as text, and what time it is."""
-    tasks = tasks_table(schema)
-    return select(
-        *(column for column in _columns(tasks) if column.name != "data"),
-        cast(tasks.c.data, Text).label("data"),
-        func.clock_timestamp().label("now"),
-    ).where(tasks.c.id == bindparam("task_id", type_=BigInteger))
+    """Return everything that is stored about the task `task_id`.
+
+    With its data as text, the database's time (`now`), and the host and the pid of the worker that claimed it
+    last, if that worker still has a row.
+    """
+    tasks, workers = tasks_table(schema), workers_table(schema)
+    return (
+        select(
+            *(column for column in _columns(tasks) if column.name != "data"),
+            cast(tasks.c.data, Text).label("data"),
+            workers.c.host.label("worker_host"),
+            workers.c.pid.label("worker_pid"),
+            func.clock_timestamp().label("now"),
+        )
+        .select_from(tasks.outerjoin(workers, workers.c.id == tasks.c.worker_id))
+        .where(tasks.c.id == bindparam("task_id", type_=BigInteger))
+    )
+
+
+def happened_at(columns: Any) -> ColumnElement[Any]:
+    """Return the time that `since` is compared with: of what happened last to a task in its state.
+
+    When it ended; if it is running, when it was claimed; otherwise, when it was added.
+    """
+    ended_at = func.coalesce(columns.cancelled_at, columns.failed_at, columns.process_at)
+    return case(
+        (columns.state == COMPLETED, columns.completed_at),
+        (or_(columns.state == FAILED, columns.state == CANCELLED), ended_at),
+        (columns.state == RUNNING, func.coalesce(columns.claimed_at, columns.created_at)),
+        else_=columns.created_at,
+    )
 
 
 def _columns(tasks: Table) -> list[ColumnElement[Any]]:
@@ -109,14 +137,18 @@ def _recent(schema: str | None, state: str | None) -> Subquery:
 
 def _filters(columns: Any) -> tuple[ColumnElement[bool], ...]:
     since = bindparam("since", type_=TIMESTAMP(timezone=True))
+    is_retrying = bindparam("is_retrying", False, type_=Boolean)
+    error_class = bindparam("error_class", None, type_=Text)
     return (
         _given("in_queue", Text, columns.queue),
         _given("of_type", Text, columns.type),
-        or_(since.is_(None), columns.created_at >= since),
+        or_(since.is_(None), happened_at(columns) >= since),
+        or_(~is_retrying, columns.fail_count > 0),
+        or_(error_class.is_(None), columns.error["class"].as_string() == error_class),
     )
 
 
 def _given(name: str, kind: Any, column: ColumnElement[Any]) -> ColumnElement[bool]:
-    """Compare a column with a parameter, unless that is null."""
+    """Compare a column with a parameter, unless the parameter is null."""
     value = bindparam(name, type_=kind)
     return or_(value.is_(None), column == value)

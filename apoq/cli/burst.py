@@ -1,0 +1,114 @@
+"""``apoq worker --burst``: run the tasks that are due, and then stop."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, Final
+
+import sqlalchemy as sa
+
+from apoq.cli.exits import Failure, explained
+from apoq.monitor.formatting import length, tasks
+from apoq.postgres.connections import own_engine
+from apoq.postgres.urls import sync_side
+from apoq.schema.statements.held import holds_tasks
+from apoq.schema.statements.survey import survey
+from apoq.worker import Worker
+from apoq.worker.claiming.cursor import MAX_LEVELS, ClaimCursor
+
+logger = logging.getLogger(__name__)
+
+POLL_SECONDS: Final = 0.1
+REST_FACTOR: Final = 20
+"""How many times as long as a look at the queues took it is until the next one."""
+
+STUCK_AFTER_SECONDS: Final = 30.0
+"""Seconds after which a worker gives up that runs nothing although tasks are due."""
+
+_SNAPSHOT: Final = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
+# Of one moment: otherwise, a task could add another one to a queue that was looked at before, and end.
+
+
+class Burst:
+    """Stops a worker when none of its tasks is due and it runs none."""
+
+    def __init__(self, worker: Worker) -> None:
+        """Prepare to watch a worker; fail if its database can't be reached."""
+        self._worker = worker
+        self._engine = own_engine(sync_side(worker._engine))  # noqa: SLF001 - our own
+        self._began = time.monotonic()
+        self._failure: Failure | None = None
+        with explained(self._engine.url), self._engine.connect():
+            pass
+
+    def watch(self, stop: Callable[[], None]) -> None:
+        """Call `stop` when the worker is done, from a thread."""
+        threading.Thread(target=self._watch, args=(stop,), name="apoq-burst", daemon=True).start()
+
+    def finish(self) -> None:
+        """Log what the worker did; fail if it gave up."""
+        self._engine.dispose()
+        stats = self._worker.stats()
+        parts = [f"{tasks(stats.completed)} completed"]
+        parts += [
+            f"{count:,} {what}"
+            for count, what in (
+                (stats.retried, "failed and will be tried again"),
+                (stats.failed, "failed for good"),
+                (stats.cancelled, "cancelled"),
+            )
+            if count
+        ]
+        logger.info("done in %s: %s", length(time.monotonic() - self._began), ", ".join(parts))
+        if self._failure is not None:
+            raise self._failure
+
+    def _watch(self, stop: Callable[[], None]) -> None:
+        stats, changed_at = self._worker.stats(), time.monotonic()
+        while True:
+            before, stats = stats, self._worker.stats()
+            began = time.monotonic()
+            if stats != before or stats.running:
+                changed_at = began
+            is_done, problem = False, "tasks are due, but can't be claimed: does another session lock them?"
+            if not stats.running:  # a look at the database says nothing new while something runs
+                try:
+                    is_done = self._is_done()
+                except sa.exc.DBAPIError as error:
+                    problem = f"the database can't be read: {error.orig}"
+            if not is_done and began - changed_at > STUCK_AFTER_SECONDS:
+                self._failure = Failure(f"nothing has run for {length(STUCK_AFTER_SECONDS)}: {problem}")
+                is_done = True
+            if is_done:
+                stop()
+                return
+            time.sleep(max(POLL_SECONDS, REST_FACTOR * (time.monotonic() - began)))
+
+    def _is_done(self) -> bool:
+        worker = self._worker
+        with self._engine.connect() as connection:
+            connection.exec_driver_sql(_SNAPSHOT)
+            try:
+                return not (
+                    self._holds_tasks(connection)
+                    or any(self._is_due(connection, queue) for queue in worker.queues)
+                )
+            finally:
+                connection.exec_driver_sql("ROLLBACK")
+
+    def _holds_tasks(self, connection: sa.Connection) -> bool:
+        lifecycle = self._worker._lifecycle  # noqa: SLF001 - our own
+        parameters = {"by_worker": lifecycle.runtime.claimer.worker_id}
+        schemas = {queue.schema for queue in self._worker.queues}
+        return any(connection.scalar(holds_tasks(schema), parameters) for schema in schemas)
+
+    def _is_due(self, connection: sa.Connection, queue: Any) -> bool:
+        parameters = {
+            "from_queue": queue.name,
+            "of_types": list(self._worker.processors(queue)),
+            "at_most": MAX_LEVELS + 1,
+        }
+        return ClaimCursor().surveyed(connection.execute(survey(queue.schema), parameters)) <= 0
