@@ -101,7 +101,7 @@ class Burst:
 
     def _holds_tasks(self, connection: sa.Connection) -> bool:
         lifecycle = self._worker._lifecycle  # noqa: SLF001 - our own
-        parameters = {"by_worker": lifecycle.runtime.claimer.worker_id}
+        parameters = {"by_worker": lifecycle.runtime.heartbeat.worker_id}
         schemas = {queue.schema for queue in self._worker.queues}
         return any(connection.scalar(holds_tasks(schema), parameters) for schema in schemas)
 
