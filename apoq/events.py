@@ -160,32 +160,36 @@ class WorkerStopped(WorkerEvent):
 
 @dataclass(frozen=True)
 class ThreadDied(Event):
-    """One of the worker's threads has ended although it should not have; restart the worker."""
+    """One of the worker's threads has died unexpectedly. The worker must be restarted."""
 
     thread: str
+    """The thread's name."""
     error: BaseException
+    """The exception that ended it."""
 
 
 @dataclass(frozen=True)
 class Failing(Event):
-    """Something that the worker repeats until it succeeds fails; reported again at growing intervals."""
+    """An operation of the worker fails, and is repeated until it succeeds. Emitted at growing intervals."""
 
     what: str
-    """What fails, such as "the claim from Queue('emails')"."""
+    """The operation, such as "the claim from Queue('emails')"."""
     error: BaseException
+    """The last exception."""
     failures: int
-    """How often in a row it has failed."""
+    """Number of failures in a row."""
     seconds: float
-    """For how long it has failed."""
+    """Seconds since the first of these failures."""
 
 
 @dataclass(frozen=True)
 class Recovered(Event):
-    """What was failing has succeeded again."""
+    """An operation that had failed has succeeded again."""
 
     what: str
+    """The operation, such as "the claim from Queue('emails')"."""
     failures: int
-    """How often in a row it had failed."""
+    """Number of failures in a row, before the success."""
 
 
 @dataclass(frozen=True)
