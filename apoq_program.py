@@ -5,15 +5,15 @@ import signal
 
 
 def main() -> None:
-    """Run the command line; as PID 1, so that signals end it from the first moment.
+    """Run the command line. As PID 1, handle signals before the imports.
 
-    The kernel drops them for PID 1, such as a container's, unless there is a handler. And in a container that
-    has little of a processor, to import apoq takes a second or more.
+    For PID 1, such as the program of a container, the kernel ignores signals that have no handler. Importing
+    apoq can take a second or more in a container with a small share of a CPU.
     """
     if os.getpid() == 1:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
             signal.signal(number, lambda number, _frame: os._exit(128 + number))
 
-    from apoq.cli import main  # not before that
+    from apoq.cli import main  # after the handlers are set
 
     main()

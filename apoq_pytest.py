@@ -1,7 +1,7 @@
-"""Fixtures for pytest, which finds them by itself; see `apoq.testing`.
+"""Fixtures for pytest, which finds them by an entry point; see `apoq.testing`.
 
-Every pytest in the environment loads this module, whether its project uses apoq or not. So it imports nothing
-but pytest, until a fixture is asked for.
+Every pytest in the environment loads this module, also in projects that don't use apoq. So it imports only
+pytest until a fixture is used.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="session")
 def apoq_url() -> Iterator[URL]:
-    """Answer the URL of an empty database with apoq's tables, which is dropped after the tests.
+    """Return the URL of an empty database with apoq's tables, which is dropped after the tests.
 
-    On the server of DATABASE_URL, where that is set; else on a private one: ``pip install "apoq[embedded]"``.
+    It is on the server of DATABASE_URL if that is set, or else on a private server, which needs
+    ``pip install "apoq[embedded]"``.
     """
     from apoq.testing.databases import private_database
 
@@ -30,7 +31,7 @@ def apoq_url() -> Iterator[URL]:
 
 @pytest.fixture(scope="session")
 def apoq_engine(apoq_url: URL) -> Iterator[Engine]:
-    """Answer an engine on that database; or define a fixture of this name, with an engine of yours."""
+    """Return an engine of that database. To use your own engine, define a fixture with this name."""
     from sqlalchemy import create_engine
 
     engine = create_engine(apoq_url)
@@ -40,7 +41,7 @@ def apoq_engine(apoq_url: URL) -> Iterator[Engine]:
 
 @pytest.fixture
 def apoq_session(apoq_engine: Engine) -> Iterator[Session]:
-    """Give a session whose transaction is rolled back after the test, even where it commits."""
+    """Return a session whose changes are rolled back after the test, even if they were committed."""
     from apoq.testing import rolled_back
 
     with rolled_back(apoq_engine) as session:

@@ -1,4 +1,8 @@
-"""A PostgreSQL Queue for processing background tasks, with a focus on simplicity and reliability."""
+"""A PostgreSQL queue for processing background tasks, with a focus on simplicity and reliability.
+
+Public are the names in `__all__` here and the modules `apoq.events`, `apoq.migrations`, `apoq.testing`,
+`apoq.embedded`, `apoq.flask`, `apoq.pyramid` and `apoq.fastapi`. All other modules are private.
+"""
 
 from typing import Final
 
@@ -10,11 +14,11 @@ NO_LIBPQ: Final = (
 try:
     import psycopg as _psycopg  # noqa: F401
 except ImportError as error:
-    HAS_LIBPQ = False  # the command line still says what is missing
+    HAS_LIBPQ = False  # the command line can still be imported, and reports what is missing
     _cause = error
 
     def __getattr__(name: str) -> object:
-        """Refuse what needs it, when it is asked for."""
+        """Raise ImportError for the names that need libpq."""
         if name in __all__:
             raise ImportError(NO_LIBPQ) from _cause
         raise AttributeError(name)

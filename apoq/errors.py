@@ -3,20 +3,19 @@
 .. code-block:: text
 
     ApoqError
-    ├── InvalidTask            (ValueError)   a type, data or an option that no task can have
-    │   └── InvalidData                       data that jsonb can't hold or a task can't get back
-    ├── InvalidProcessor       (ValueError)   a processor, or its retry options, that can't be used
-    ├── InvalidArguments         (ValueError)   a typed task's data that doesn't fit its function
-    ├── InvalidURL             (ValueError)   a database's URL that can't be read, or has unknown options
-    ├── UnsupportedDatabase    (TypeError)    not PostgreSQL through psycopg 3, or tables that can't be worked
-    ├── UnsupportedSession     (TypeError)    not something that a task can be added through
-    ├── SchemaMismatch                           apoq's tables are missing, at another version, or lack ids
-    ├── SessionMisused                        `task.session` was committed, or ended its own task
-    └── apoq.pyramid.Misconfigured (ConfigurationError)
-                                              a setting or a processor that an application can't have
+    ├── InvalidTask (ValueError): a type, data or an option that a task can't have
+    │   └── InvalidData: data that jsonb can't store, or that would come back changed
+    ├── InvalidProcessor (ValueError): an invalid processor, or a second one for a type
+    ├── InvalidArguments (ValueError): a typed task's data doesn't fit its function
+    ├── InvalidURL (ValueError): a database URL that can't be read
+    ├── UnsupportedDatabase (TypeError): not PostgreSQL through psycopg 3
+    ├── UnsupportedSession (TypeError): not a session that a task can be added through
+    ├── SchemaMismatch: apoq's tables are missing or at another version
+    ├── SessionMisused: `task.session` was committed, or ended its own task
+    └── apoq.pyramid.Misconfigured (ConfigurationError): an invalid setting or processor
 
-A call that makes no sense by itself is a TypeError or a ValueError, as anywhere in Python.
-`apoq.embedded.EmbeddedUnavailable` stands apart: its module needs the standard library alone.
+A call with arguments of the wrong kind raises a plain TypeError or ValueError.
+`apoq.embedded.EmbeddedUnavailable` is not an ApoqError, because its module imports only the standard library.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ _short.maxstring = _short.maxother = 80
 
 
 def glimpse(value: object) -> str:
-    """Show a value in a message: briefly, and even where its own repr is endless or raises."""
+    """Return a short repr of a value for a message, also if its own repr is endless or raises."""
     try:
         return _short.repr(value)
     except Exception:  # noqa: BLE001 - such as that of an int with too many digits
@@ -37,17 +36,18 @@ def glimpse(value: object) -> str:
 
 
 class ApoqError(Exception):
-    """Every error of apoq's own."""
+    """The base class of apoq's errors."""
 
 
 class InvalidTask(ApoqError, ValueError):
-    """A type, data or an option that no task can have; no row was written."""
+    """A type, data or an option that a task can't have. Nothing was sent to the database."""
 
 
 class InvalidData(InvalidTask):
-    """Data that PostgreSQL's jsonb can't hold, or that a typed task would get back changed.
+    """Data that PostgreSQL's jsonb can't store, or that a typed task would get back changed.
 
-    `path` says where, as in ``data['user']['joined']``.
+    Attributes:
+        path (str): The place in the data, such as ``data['user']['joined']``.
     """
 
     def __init__(self, path: str, reason: str) -> None:
@@ -56,41 +56,68 @@ class InvalidData(InvalidTask):
 
 
 class InvalidProcessor(ApoqError, ValueError):
-    """A processor that can't be configured: its type has one already, or its options make no sense."""
+    """A processor that can't be used: its type already has one, or it or its options are invalid."""
 
 
 class InvalidArguments(ApoqError, ValueError):
-    """A typed task's data that doesn't fit the parameters of its function (any more); this attempt fails."""
+    """A typed task's stored data doesn't fit, or no longer fits, its function. The attempt fails."""
 
 
 class InvalidURL(ApoqError, ValueError):
-    """A database's URL that can't be read, or has options that libpq doesn't know; never with a password."""
+    """A database URL that can't be read, or has options that libpq doesn't know.
+
+    The message never contains the password.
+    """
 
 
 class UnsupportedDatabase(ApoqError, TypeError):
     """A database other than PostgreSQL, a driver other than psycopg 3, or a task table of another kind.
 
-    Also an engine or a session whose `schema_translate_map` would move apoq's tables.
+    Also an engine or a session with a `schema_translate_map` that would change the schema of apoq's tables.
     """
 
 
 class UnsupportedSession(ApoqError, TypeError):
-    """Something that a task can't be added through."""
+    """The first argument is not a session or connection that a task can be added through."""
 
 
 class SchemaMismatch(ApoqError):
-    """apoq's tables are missing, at another version than this library's, or give new tasks no free ids."""
+    """apoq's tables are missing, are at another version, or have an id sequence that is behind.
 
-
-def preparing(schema: str | None) -> str:
-    """Say how the tables are brought up to date, for such an error's message."""
-    option = "" if schema is None else f" --schema {shlex.quote(schema)}"
-    arguments = "engine" if schema is None else f"engine, schema={schema!r}"
-    return (
-        f"run `apoq migrate{option}`, `apoq.prepare({arguments})`, or `alembic upgrade head` where your "
-        "migrations include apoq's"
-    )
+    The message names the command that fixes it.
+    """
 
 
 class SessionMisused(ApoqError):
-    """A processor committed ``task.session``, as only the worker does, or ended or deleted its task there."""
+    """A processor committed ``task.session``, which only the worker may do, or ended its own task there."""
+
+
+APOQ, ALEMBIC_UPGRADE = "apoq", "alembic upgrade head"
+_commands = {APOQ: APOQ, ALEMBIC_UPGRADE: ALEMBIC_UPGRADE}
+"""How the commands that messages name are called in this process."""
+
+
+def name_commands(apoq: str = APOQ, alembic_upgrade: str = ALEMBIC_UPGRADE) -> None:
+    """Set how messages name the commands; a Flask application has ``flask apoq`` and ``flask db upgrade``."""
+    _commands.update({APOQ: apoq, ALEMBIC_UPGRADE: alembic_upgrade})
+
+
+def command(arguments: str) -> str:
+    """Return a command as it is called in this process, such as ``apoq doctor`` or ``flask apoq doctor``."""
+    return f"{_commands[APOQ]} {arguments}"
+
+
+def migrate_command(schema: str | None) -> str:
+    """Return the command that brings the tables up to date."""
+    # Flask's has no such option: it reads APOQ_SCHEMA.
+    option = "" if schema is None or _commands[APOQ] != APOQ else f" --schema {shlex.quote(schema)}"
+    return command("migrate") + option
+
+
+def preparing(schema: str | None) -> str:
+    """Return the end of a message, which says how to bring the tables up to date."""
+    arguments = "engine" if schema is None else f"engine, schema={schema!r}"
+    return (
+        f"run `{migrate_command(schema)}`, `apoq.prepare({arguments})`, or `{_commands[ALEMBIC_UPGRADE]}` if "
+        "your migrations include apoq's"
+    )

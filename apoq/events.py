@@ -1,6 +1,7 @@
-"""What a worker reports: what happens to its tasks, and to itself.
+"""The events that a worker emits, about its tasks and about itself.
 
-Listen by ``worker.events.on(TaskFailed, listener)``, or to all of a kind by ``on(TaskEvent, listener)``.
+``worker.events.on(TaskFailed, listener)`` listens to one kind of event, and ``on(TaskEvent, listener)`` to
+all events of tasks.
 """
 
 from __future__ import annotations
@@ -22,161 +23,173 @@ NAMES: Final = (COMPLETED, FAILED, RETRIED)
 
 @dataclass(frozen=True)
 class Event:
-    """Something that a worker reports."""
+    """The base class of a worker's events."""
 
 
 @dataclass(frozen=True)
 class TaskEvent(Event):
-    """Something has happened to a task."""
+    """The base class of events of one task."""
 
     id: int
+    """The task's id."""
     type: str
+    """The task's type."""
     queue: str
-    """The queue's name."""
+    """The name of the task's queue."""
     schema: str | None
-    """The queue's schema."""
+    """The schema of the task's queue, or None for the connection's own."""
     attempt: int
-    """Which attempt this is: 1 is the first."""
+    """The number of this attempt: 1 is the first."""
 
 
 @dataclass(frozen=True)
 class TaskClaimed(TaskEvent):
-    """The worker has claimed it: it begins when a slot is free."""
+    """The worker has claimed the task, and will start it as soon as a slot is free."""
 
 
 @dataclass(frozen=True)
 class TaskStarted(TaskEvent):
-    """Its processor is about to be called."""
+    """The task's processor is about to be called."""
 
     lag: float
-    """Seconds since it was due: the difference of two clocks, the database's and this machine's."""
+    """Seconds between the time when the task was due, by the database's clock, and now, by this machine's."""
 
 
 @dataclass(frozen=True)
 class TaskEnded(TaskEvent):
-    """An attempt has ended, and what became of the task has committed."""
+    """The base class of events of an attempt that has ended and whose result is committed."""
 
     seconds: float | None
-    """How long the attempt took; None if it never began, or nobody listened when the task was claimed."""
+    """Duration of the attempt in seconds. None if it never started, or if there was no listener when the task
+    was claimed."""
 
 
 @dataclass(frozen=True)
 class TaskCompleted(TaskEnded):
-    """It is completed."""
+    """The task is completed."""
 
 
 @dataclass(frozen=True)
 class TaskRetried(TaskEnded):
-    """The attempt failed, and there will be another one."""
+    """The attempt failed, and the task will be retried."""
 
     error: BaseException
+    """The exception that the processor raised, or a `TimeoutError`."""
     fail_count: int
-    """How many attempts have failed, with this one."""
+    """The number of failed attempts, including this one."""
     delay: float
     """Seconds until the task is due again."""
 
 
 @dataclass(frozen=True)
 class TaskFailed(TaskEnded):
-    """It has failed for good."""
+    """The task has failed, and will not be retried."""
 
     error: BaseException
+    """The exception that the processor raised, or a `TimeoutError`."""
     fail_count: int
-    """How many attempts have failed, with this one."""
+    """The number of failed attempts, including this one."""
 
 
 @dataclass(frozen=True)
 class TaskCancelled(TaskEnded):
-    """Its processor has cancelled it, by raising `Cancel`."""
+    """The task's processor has cancelled it by raising `Cancel`."""
 
     error: BaseException
+    """The `Cancel` that the processor raised."""
 
 
 @dataclass(frozen=True)
 class TaskSnoozed(TaskEnded):
-    """Its processor has put it off, by raising `Snooze`; no attempt is used up."""
+    """The task's processor has postponed it by raising `Snooze`. This does not count as an attempt."""
 
     delay: float
-    """Seconds until it is due again."""
+    """Seconds until the task is due again."""
 
 
 @dataclass(frozen=True)
 class TaskReleased(TaskEnded):
-    """It is given back with no attempt used up, because it can't run here now, or can't go on."""
+    """The worker has released the task, because it can't run here now. This does not count as an attempt."""
 
     error: BaseException | None = None
-    """Why, if something went wrong."""
+    """The reason, if there was an error."""
 
 
 @dataclass(frozen=True)
 class TaskLost(TaskEvent):
-    """It was taken from this worker before the attempt ended, and nothing was written to it."""
+    """The task was taken from this worker before the attempt ended, so its result was not written."""
 
     is_late: bool = False
-    """Whether it was taken because its timeout was over."""
+    """Whether it was taken because its timeout expired."""
 
 
 @dataclass(frozen=True)
 class TasksRescued(Event):
-    """Running tasks that no live worker had are pending again."""
+    """Running tasks that no live worker owned are pending again."""
 
     count: int
+    """The number of tasks."""
     schema: str | None
+    """The schema of their queues, or None for the connection's own."""
     is_noted: bool = True
-    """Whether their workers have died; if not, no claim had noted them."""
+    """Whether a worker that has died owned them. If not, no worker had recorded that it claimed them."""
 
 
 @dataclass(frozen=True)
 class WorkerEvent(Event):
-    """Something has happened to the worker itself."""
+    """The base class of events of the worker itself."""
 
     worker: str
-    """Which one, for people to read."""
+    """The worker's repr."""
 
 
 @dataclass(frozen=True)
 class WorkerStarted(WorkerEvent):
-    """It works from now on."""
+    """The worker has started."""
 
 
 @dataclass(frozen=True)
 class WorkerStopping(WorkerEvent):
-    """It claims no more, and waits for the tasks that run."""
+    """The worker claims no more tasks, and waits for the running ones."""
 
 
 @dataclass(frozen=True)
 class WorkerStopped(WorkerEvent):
-    """It has stopped."""
+    """The worker has stopped."""
 
 
 @dataclass(frozen=True)
 class ThreadDied(Event):
-    """One of the worker's threads has ended although it should not have; restart the worker."""
+    """One of the worker's threads has died unexpectedly. The worker must be restarted."""
 
     thread: str
+    """The thread's name."""
     error: BaseException
+    """The exception that ended it."""
 
 
 @dataclass(frozen=True)
 class Failing(Event):
-    """Something that the worker repeats until it succeeds fails; reported again at growing intervals."""
+    """An operation of the worker fails, and is repeated until it succeeds. Emitted at growing intervals."""
 
     what: str
-    """What fails, such as "the claim from Queue('emails')"."""
+    """The operation, such as "the claim from Queue('emails')"."""
     error: BaseException
+    """The last exception."""
     failures: int
-    """How often in a row it has failed."""
+    """Number of failures in a row."""
     seconds: float
-    """For how long it has failed."""
+    """Seconds since the first of these failures."""
 
 
 @dataclass(frozen=True)
 class Recovered(Event):
-    """What was failing has succeeded again."""
+    """An operation that had failed has succeeded again."""
 
     what: str
+    """The operation, such as "the claim from Queue('emails')"."""
     failures: int
-    """How often in a row it had failed."""
+    """Number of failures in a row, before the success."""
 
 
 @dataclass(frozen=True)
@@ -184,32 +197,37 @@ class LeaseLost(Event):
     """The worker could not reach the database for so long that other workers may take its tasks."""
 
     schemas: tuple[str | None, ...]
+    """The schemas in which the lease was lost."""
     is_everywhere: bool
-    """Whether these are all the schemas that it works in."""
+    """Whether these are all schemas of the worker's queues."""
 
 
 @dataclass(frozen=True)
 class OutageBegan(Event):
-    """The database is away."""
+    """The database can't be reached."""
 
     error: str
+    """The message of the error."""
 
 
 @dataclass(frozen=True)
 class OutageLasts(Event):
-    """The database is still away; reported at growing intervals."""
+    """The database still can't be reached. Emitted at growing intervals."""
 
     seconds: float
+    """Seconds since the outage began."""
     what: str
-    """What tries to reach it."""
+    """The part of the worker that tried to reach the database."""
     error: str
+    """The message of the error."""
 
 
 @dataclass(frozen=True)
 class OutageEnded(Event):
-    """The database is back."""
+    """The database can be reached again."""
 
     seconds: float
+    """Seconds that the outage lasted."""
 
 
 E = TypeVar("E", bound=Event)
@@ -221,20 +239,22 @@ def _always() -> bool:
 
 
 class Events:
-    """The events of one worker, and who listens to them.
+    """The listeners of one worker.
 
-    Listen to a class, as in ``on(TaskStarted, listener)``, and the listener gets the event. Listen to a
-    name, and it gets the `Task` as it stands in the database, in no session:
+    A listener of a class, as in ``on(TaskStarted, listener)``, is called with the event. A listener of a name
+    is called with the `Task` as it is in the database, which is in no session:
 
-    | event            | the listener gets | when                                             |
-    |------------------|-------------------|--------------------------------------------------|
-    | `task.completed` | `task`            | the completion has committed                     |
-    | `task.failed`    | `task`, `error`   | a final failure has committed                    |
-    | `task.retried`   | `task`, `error`   | a failure that will be tried again has committed |
+    | event            | arguments       | when                                     |
+    |------------------|-----------------|------------------------------------------|
+    | `task.completed` | `task`          | the completion is committed              |
+    | `task.failed`    | `task`, `error` | the final failure is committed           |
+    | `task.retried`   | `task`, `error` | a failure that is retried is committed   |
 
-    Listeners run on the worker's threads, one after the other: keep them short. One that raises is logged
-    and hurts nothing. An event may be missed: a process may die between the commit and the listener, and the
-    server's answer to the commit may get lost.
+    Note:
+        Listeners are called on the worker's threads, one after the other, so they must be quick. An exception
+        from a listener is logged and changes nothing else. Each event is delivered at most once: it is lost
+        if the process dies, or the connection is lost, at the moment of the commit. If something must happen
+        after a task, add another task.
     """
 
     def __init__(self) -> None:
@@ -249,10 +269,17 @@ class Events:
     def on(self, event: type[E], listener: Callable[[E], Any], *, when: Callable[[], bool] = ...) -> None: ...
 
     def on(self, event: Any, listener: Listener, *, when: Callable[[], bool] = _always) -> None:
-        """Call `listener` at each event of this name or class, from now on.
+        """Call `listener` at each event of this name or class from now on.
 
-        `when` is asked each time, and the listener is called only if it returns true. Raises ValueError if
-        there is no such event, and TypeError if the listener is no plain function.
+        Args:
+            event: A class of `apoq.events`, which includes its subclasses, or one of the names
+                `task.completed`, `task.failed` and `task.retried`.
+            listener: A plain function. It is called with the event, or with the arguments of the name.
+            when: A function that is called before each event; the listener is skipped if it returns False.
+
+        Raises:
+            ValueError: If there is no such event.
+            TypeError: If the listener is not callable, or is a coroutine function.
         """
         if isinstance(event, type) and issubclass(event, Event):
             names: list[object] = list(_with_subclasses(event))
@@ -260,25 +287,25 @@ class Events:
             names = [event]
         else:
             raise ValueError(
-                f"there is no event {event!r}: it is one of {', '.join(NAMES)}, or a class of apoq.events"
+                f"event must be one of {', '.join(NAMES)}, or a class of apoq.events, got {event!r}"
             )
         if not callable(listener) or inspect.iscoroutinefunction(listener):
-            raise TypeError(f"a listener is a plain function, not {listener!r}")
+            raise TypeError(f"a listener must be a plain function, got {listener!r}")
         for name in names:
-            # A new list: events are emitted on other threads, and listeners may call this.
+            # A new list, because other threads iterate over the old one, and listeners may call this method.
             self._listeners[name] = [*self._listeners[name], (listener, when)]
 
     def heard(self, event: str | type[Event]) -> bool:
-        """Return whether anybody listens."""
+        """Return whether the event has a listener that would be called now."""
         listeners = self._listeners[event]
         return bool(listeners) and any(when() for _, when in listeners)
 
     def emit(self, name: str, *arguments: object) -> None:
-        """Call the listeners of this name in the order in which they came."""
+        """Call the listeners of a name, in the order in which they were added."""
         self._call(name, *arguments)
 
     def report(self, event: Event) -> None:
-        """Call the listeners of this event's class in the order in which they came."""
+        """Call the listeners of an event's class, in the order in which they were added."""
         self._call(type(event), event)
 
     def _call(self, name: str | type[Event], *arguments: object) -> None:
@@ -294,7 +321,6 @@ class Events:
 
 
 def _with_subclasses(event: type[Event]) -> Iterator[type[Event]]:
-    """Return a class of events and all its subclasses."""
     yield event
     for subclass in event.__subclasses__():
         yield from _with_subclasses(subclass)

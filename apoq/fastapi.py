@@ -1,4 +1,4 @@
-"""apoq in a FastAPI or Starlette application: a worker on its event loop, and a session for its routes.
+"""Integration with FastAPI and Starlette: a worker on the application's event loop, and sessions for routes.
 
 .. code-block:: python
 
@@ -29,13 +29,13 @@ from apoq.errors import glimpse
 from apoq.worker import Worker
 
 STOP_TIMEOUT: Final = timedelta(seconds=20)
-"""What running tasks get to end in: of the 30 s of gunicorn and Kubernetes, open requests take some, too."""
+"""The time that is left for running tasks at a shutdown, of the 30 s that gunicorn and Kubernetes give."""
 
 
-class lifespan(AbstractAsyncContextManager[None]):  # noqa: N801 - called as if it were a function
-    """Works tasks on the application's event loop, from its start to its end.
+class lifespan(AbstractAsyncContextManager[None]):  # noqa: N801 - called like a function
+    """Runs a worker on the application's event loop, from the application's start to its shutdown.
 
-    Either all of the application's lifespan, or a part of it:
+    It is the application's lifespan, or a part of it:
 
         app = FastAPI(lifespan=apoq.fastapi.lifespan(worker))
 
@@ -45,33 +45,44 @@ class lifespan(AbstractAsyncContextManager[None]):  # noqa: N801 - called as if 
                 yield
             await engine.dispose()
 
-    At the end running tasks have `timeout` (seconds or a timedelta; None: as long as they like) to end in,
-    while the loop goes on; what still runs then is given back, with no attempt used up. Where the database is
-    away, the application starts, and work begins when it is there. Where apoq's tables are missing or at
-    another version, it doesn't start: `SchemaMismatch` says what to do.
+    If the database can't be reached, the application starts anyway, and the worker begins as soon as it can.
+    If apoq's tables are missing or at another version, the application doesn't start: entering the lifespan
+    raises `SchemaMismatch`.
     """
 
     def __init__(self, worker: Worker, *, timeout: float | timedelta | None = STOP_TIMEOUT) -> None:
-        """Prepare to start this worker with the application, and to stop it."""
+        """Create a lifespan that starts and stops this worker.
+
+        Args:
+            worker: The worker.
+            timeout: Longest time to wait for running tasks at the shutdown, in seconds or as a timedelta; see
+                `Worker.stop`. 20 s by default, because gunicorn and Kubernetes kill a process after 30 s.
+                None waits for ever.
+
+        Raises:
+            TypeError: If `worker` is not a worker, or `timeout` is not a number or a timedelta.
+            ValueError: If `timeout` is out of range.
+        """
         if not isinstance(worker, Worker):
-            raise TypeError(f"lifespan takes a worker, such as Worker(engine, queue), not {glimpse(worker)}")
+            raise TypeError(f"worker must be a Worker, such as Worker(engine, queue), got {glimpse(worker)}")
         self._worker = worker
-        self._timeout = None if timeout is None else seconds(timeout, "a timeout")
+        self._timeout = None if timeout is None else seconds(timeout, "timeout")
 
     def __call__(self, _app: object) -> lifespan:
-        """Be the lifespan of this application: what Starlette and FastAPI call."""
+        """Return itself: Starlette and FastAPI call it with the application."""
         return self
 
     async def __aenter__(self) -> None:
         """Start the worker."""
         loop = asyncio.get_running_loop()
-        # On a thread, for it connects to the database, and waits a few seconds for one that is away.
+        # On a thread, because it connects to the database, and waits a few seconds for one that doesn't
+        # respond.
         starting = asyncio.ensure_future(asyncio.to_thread(self._worker.start, loop=loop))
         try:
             await asyncio.shield(starting)
         except asyncio.CancelledError:
             with suppress(Exception):
-                await starting  # for nothing cancels the thread
+                await starting  # because the thread can't be cancelled
             await self._stop()
             raise
 
@@ -80,20 +91,31 @@ class lifespan(AbstractAsyncContextManager[None]):  # noqa: N801 - called as if 
         await self._stop()
 
     async def _stop(self) -> None:
-        # On a thread, for the coroutines that it waits for are on this loop.
+        # On a thread, because it waits for coroutines on this loop.
         await asyncio.to_thread(self._worker.stop, self._timeout)
 
 
 def transaction(make_session: async_sessionmaker[Any] | sessionmaker[Any]) -> Any:
-    """Make the dependency that gives a FastAPI route a session, in a transaction of the request's own.
+    """Return a dependency that gives a FastAPI route a session, with one transaction per request.
 
         SessionDep = Annotated[AsyncSession, transaction(async_sessionmaker(engine))]
 
-    It commits when the route has returned and before the response is sent, so that a client never hears of
-    what was not committed; and it is rolled back by what the route raises, `HTTPException` included. In
-    tests, ``app.dependency_overrides[…]`` takes the `dependency` of what is answered here.
+    Args:
+        make_session: A `sessionmaker` or an `async_sessionmaker`.
+
+    Returns:
+        A dependency for `Annotated`. In tests, its attribute `dependency` is the key for
+        ``app.dependency_overrides``.
+
+    Raises:
+        TypeError: If `make_session` is neither.
+
+    Note:
+        The transaction is committed when the route has returned, before the response is sent, so the
+        request fails if the commit fails. An exception from the route, `HTTPException` included, rolls it
+        back.
     """
-    # Here, for Starlette alone may be what is installed.
+    # Here, because Starlette may be installed without FastAPI.
     from fastapi import Depends  # noqa: PLC0415
 
     # FastAPI's own default, "request", would commit after the response has been sent.
@@ -117,6 +139,6 @@ def _dependency(make_session: object) -> Callable[[], object]:
 
             return begin
     raise TypeError(
-        "transaction takes what makes sessions, such as async_sessionmaker(engine), "
-        f"not {type(make_session).__qualname__}"
+        "make_session must be a sessionmaker or an async_sessionmaker, such as async_sessionmaker(engine), "
+        f"got {type(make_session).__qualname__}"
     )

@@ -1,4 +1,4 @@
-"""An asyncio application: tasks added through an AsyncSession, worked by coroutines on its own loop.
+"""An asyncio application: tasks are added through an AsyncSession, and run as coroutines on its event loop.
 
 Runs on DATABASE_URL, or else on a private PostgreSQL of its own:
 
@@ -24,7 +24,7 @@ async def main(url: str) -> None:
 
     async def fetch(task: AsyncRunningTask) -> None:
         nonlocal left
-        await asyncio.sleep(0.1)  # a slow service, for which nobody waits
+        await asyncio.sleep(0.1)  # a slow service
         print(f"🌦️ the weather in {task.data['city']}: changeable")
         left -= 1
         if left == 0:
@@ -43,7 +43,7 @@ async def main(url: str) -> None:
     began = loop.time()
     await done.wait()
     print(f"✨ {len(CITIES)} tasks of 0.1 s each in {loop.time() - began:.2f} s")
-    # `stop` waits for what runs, so it waits on a thread: the loop has tasks to finish.
+    # `stop` waits for running tasks. On another thread, because they run on this thread's loop.
     await asyncio.to_thread(worker.stop)
     await engine.dispose()
 

@@ -1,7 +1,7 @@
-"""Exactly-once effects: four worker processes pay out wages, and one of them is killed half-way.
+"""Exactly-once effects: four worker processes pay wages, and one of them is killed halfway.
 
-What a processor writes through `task.session` commits together with the task's completion, or not at all. So
-the tasks that the dead worker held are run again by the others, and still nobody is paid twice.
+Writes through `task.session` are committed together with the task's completion, or not at all. So although
+the other workers run the tasks of the dead worker again, no one is paid twice.
 
 Runs on DATABASE_URL, or else on a private PostgreSQL of its own:
 
@@ -20,7 +20,7 @@ from apoq import Queue, RunningTask, Task, Worker, prepare
 from apoq.embedded import database
 
 WORKERS = 4
-LEASE = timedelta(seconds=3)  # short, so that the example needn't wait for the usual 15 s
+LEASE = timedelta(seconds=3)  # instead of the default, 15 s, so that the example ends sooner
 
 queue = Queue("wages")
 
@@ -30,7 +30,7 @@ class Base(DeclarativeBase):
 
 
 class Payment(Base):
-    """No constraint keeps two of them apart: that there is one for each task is apoq's doing."""
+    """No constraint prevents a second payment: that there is one for each task is due to apoq."""
 
     __tablename__ = "example_payments"
 
@@ -43,7 +43,7 @@ def pay(task: RunningTask) -> None:
 
 
 def work(url: str) -> None:
-    """Be one of the workers, until a signal comes."""
+    """Run one of the workers until a signal."""
     engine = create_engine(url)
     worker = Worker(engine, queue, lease=LEASE)
     worker.use("pay", pay)
@@ -56,7 +56,7 @@ def main(url: str, count: int) -> bool:
     Base.metadata.drop_all(engine)
     Base.metadata.create_all(engine)
     with Session(engine) as session, session.begin():
-        # What an earlier run of this example has left.
+        # Delete the tasks of an earlier run of this example.
         session.query(Task).where(Task.queue == queue.name).delete()
         queue.add_many(session, "pay", ({"person": n} for n in range(count)))
 

@@ -1,4 +1,4 @@
-"""A hundred messages: add the tasks, work them, hear of each completion.
+"""A hundred messages: add tasks, run them, and print each completion.
 
 Runs on DATABASE_URL, or else on a private PostgreSQL of its own:
 
@@ -20,23 +20,23 @@ COUNT = 100
 
 
 def send(task: RunningTask) -> None:
-    # With its line end, for four threads speak at once.
+    # With the line end in the text, because four threads print at once.
     print(f"📧 sending a {task.data['color']}\n", end="")
 
 
 def main(url: str) -> None:
     engine = create_engine(url)
 
-    # The tables. Safe at every start.
+    # Create or migrate the tables. Safe at every start.
     prepare(engine)
 
-    # Tasks are rows in your own transaction: there when it commits, gone when it rolls back.
+    # A task is a row in your own transaction: it exists if that commits.
     queue = Queue()
     with Session(engine) as session, session.begin():
         for _ in range(COUNT):
             queue.add(session, "send_message", {"color": random.choice(MESSAGES)})
 
-    # What to do with a task of this type, and whom to tell.
+    # The function for tasks of this type, and a listener.
     worker = Worker(engine, queue)
     worker.use("send_message", send)
     left = threading.Semaphore(0)

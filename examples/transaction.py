@@ -1,4 +1,4 @@
-"""An order and the task that sends its receipt: one commit makes both, a rollback takes both.
+"""An order and the task that sends its receipt: both are committed, or both are rolled back.
 
 Runs on DATABASE_URL, or else on a private PostgreSQL of its own:
 

@@ -1,4 +1,4 @@
-"""Typed tasks: an order is placed, and its receipt is sent by a function that gets the order as it was.
+"""Typed tasks: an order is placed, and a function receives it as a dataclass and sends the receipt.
 
 Runs on DATABASE_URL, or else on a private PostgreSQL of its own:
 
@@ -42,7 +42,7 @@ def main(url: str) -> None:
     order = Order(uuid4(), datetime.now(UTC), Decimal("19.90"))
 
     with Session(engine) as session, session.begin():
-        # Checked against the function: by your type checker, and here.
+        # The arguments are checked against the function's signature, by your type checker and at runtime.
         task = send_receipt.add(session, order, locale="fr")
         print(f"task {task.id} is {task.type} with {task.data}")
         remind.using(priority=10).add(session, order_id=order.id)
@@ -51,12 +51,12 @@ def main(url: str) -> None:
         except InvalidTask as error:
             print(f"refused: {error}")
 
-    # The worker knows the tasks of its queue.
+    # A worker of the queue runs its typed tasks.
     worker = Worker(engine, queue)
     while done := worker.work():
         print(f"✨ {done.type} {done.state}")
 
-    send_receipt(order)  # it is still a function
+    send_receipt(order)  # still calls the function
     engine.dispose()
 
 

@@ -19,7 +19,9 @@ from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
 
 from apoq import Queue, Worker, database_url, prepare
+from apoq.client import shared_tasks
 from apoq.embedded import PostgreSQL
+from apoq.errors import name_commands
 
 FAST = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
 """What the tests ask of a server of their own: nothing in it is to outlive them."""
@@ -33,6 +35,13 @@ def docker_answers() -> bool:
         return True
     with socket.socket(socket.AF_UNIX) as probe:
         return probe.connect_ex(host.removeprefix("unix://")) == 0
+
+
+@pytest.fixture(autouse=True)
+def _own_process_state() -> None:
+    """Undo what earlier tests have set for the whole process."""
+    shared_tasks._by_queue.clear()  # the queues of other tests have the same name
+    name_commands()
 
 
 @pytest.fixture(scope="session")

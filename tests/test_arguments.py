@@ -843,11 +843,14 @@ CANT_BE = {
     "star after": (star_after, r"takes \*values"),
     "positional": (positional, "the parameter 'value' of .* is positional-only"),
     "method": (method, "is a method, whose 'self' can't travel: make it a function or a staticmethod"),
-    "class": (Order, "a task is a function, not <class"),
-    "name": ("send", "a task is a function, not 'send'"),
+    "class": (Order, "@queue.task must decorate a function, got <class"),
+    "name": ("send", "@queue.task must decorate a function, got 'send'"),
     "builtin": (len, "the parameter 'obj' of 'builtins.len' is positional-only"),
     "unknown": (iter, "the parameters of 'builtins.iter' can't be known"),
-    "lambda": (lambda user_id: None, r"has no name of its own: give one, `queue.task\(type=…\)`"),
+    "lambda": (
+        lambda user_id: None,
+        r"a task's function must have a name, got .*: give its type, `queue.task\(type=…\)`",
+    ),
     "session": (
         of_session,
         "the parameter 'session' of .* can't travel as JSON: there is no conversion for Session",
@@ -898,12 +901,12 @@ class TestFunctionsThatCantBeTasks:
             ({"type": ""}, "a task's type can't be empty"),
             ({"type": 5}, "a task's type is a string"),
             ({"type": "x" * 256}, "at most 255 characters"),
-            ({"aliases": "old"}, r"aliases are several types, such as \['old'\]"),
+            ({"aliases": "old"}, r"aliases must be a list of types, such as \['old'\]"),
             ({"aliases": [""]}, "a task's type can't be empty"),
             ({"aliases": [5]}, "a task's type is a string"),
             ({"retry_limit": -1}, "retry_limit is a number of retries"),
-            ({"retry_delay": 30}, "retry_delay is a plain function"),
-            ({"timeout": 0}, "timeout: a timeout is longer than nothing"),
+            ({"retry_delay": "30"}, "retry_delay must be a number of seconds, a timedelta, or a function"),
+            ({"timeout": 0}, "timeout must be positive, got 0"),
         ],
     )
     def test_options_that_make_no_sense(self, queue, options, message):

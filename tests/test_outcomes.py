@@ -344,12 +344,18 @@ class TestRetryPolicy:
 
     @pytest.mark.parametrize(
         "delay",
-        [30, timedelta(seconds=30), None, "30", asyncio.sleep],
+        [-1, None, "30", asyncio.sleep],
         ids=lambda value: getattr(value, "__name__", repr(value)),
     )
-    def test_a_delay_that_is_no_plain_function_is_refused_with_what_to_give(self, delay):
-        with pytest.raises(InvalidProcessor, match=r"plain function .* give `lambda fail_count: 30`"):
+    def test_a_delay_that_is_neither_a_duration_nor_a_plain_function_is_rejected(self, delay):
+        with pytest.raises(InvalidProcessor, match=r"^retry_delay must be "):
             RetryPolicy(delay=delay)
+
+    @pytest.mark.parametrize("delay", [30, 30.0, timedelta(seconds=30)], ids=repr)
+    def test_a_delay_may_be_the_same_for_all_failures(self, delay):
+        policy = RetryPolicy(delay=delay)
+
+        assert [policy.delay_after(fail_count) for fail_count in (1, 2, 50)] == [30.0, 30.0, 30.0]
 
 
 class TestExponentialBackoff:

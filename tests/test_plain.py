@@ -109,10 +109,10 @@ def test_a_delay_may_be_of_a_subclass(session, queue):
     ("options", "message"),
     [
         ({"process_at": NotATime(2031, 5, 4)}, "process_at=.* has no time zone"),
-        ({"timeout": Span()}, "timeout: a timeout is a number of seconds or a timedelta, not <"),
+        ({"timeout": Span()}, "timeout must be a number of seconds or a timedelta, got <"),
         (
             {"retry_delay": Decimal(7)},
-            "retry_delay: a delay is a number of seconds or a timedelta, not Decimal",
+            "retry_delay must be a number of seconds or a timedelta, got Decimal",
         ),
     ],
     ids=["NaT", "timedelta64", "Decimal"],

@@ -64,31 +64,35 @@ def test_the_others(name, text, value):
 @pytest.mark.parametrize(
     ("name", "value", "says"),
     [
-        ("concurrency", "many", "is the number of tasks that run at once, 1 or more, not 'many'"),
-        ("concurrency", "0", "1 or more, not '0'"),
-        ("concurrency", True, "1 or more, not True"),
-        ("poll_interval", "soon", "is a time such as 30 s, 10 minutes, 12 h or 7 days, not 'soon'"),
-        ("poll_interval", "5 fortnights", "is a time such as"),
-        ("poll_interval", "0 s", "is longer than nothing, not '0 s'"),
-        ("lease", "-1", "is a time such as"),
-        ("lease", "9" * 30 + " days", "is a time such as"),
-        ("keep_failed", "", "is a time such as"),
-        ("keep_failed", timedelta(-1), "is not negative"),
-        ("in_process_worker", "perhaps", "is true or false, not 'perhaps'"),
-        ("session", "request.dbsession", "is the name of a request's attribute, such as dbsession"),
-        ("session", "", "is the name of a request's attribute"),
-        ("queue", "", "is empty: leave it out, or say what it is"),
+        ("concurrency", "many", "must be a number of tasks, 1 or more, got 'many'"),
+        ("concurrency", "0", "1 or more, got '0'"),
+        ("concurrency", True, "1 or more, got True"),
+        ("poll_interval", "soon", "must be a duration, such as 30 s, 10 minutes, 12 h or 7 days, got 'soon'"),
+        ("poll_interval", "5 fortnights", "must be a duration"),
+        ("poll_interval", "0 s", "must be positive, got '0 s'"),
+        ("lease", "-1", "must be a duration"),
+        ("lease", "9" * 30 + " days", "must be a duration"),
+        ("keep_failed", "", "must be a duration"),
+        ("keep_failed", timedelta(-1), "must not be negative"),
+        ("in_process_worker", "perhaps", "must be true or false, got 'perhaps'"),
+        ("session", "request.dbsession", "must be the name of a request's attribute, such as dbsession"),
+        ("session", "", "must be the name of a request's attribute"),
+        ("queue", "", "must not be empty: remove it"),
         ("queue", "a\0b", "a queue's name"),
-        ("queues", "", "names no queue: leave it out"),
+        ("queues", "", "must not be empty: remove it"),
         ("queues", "x" * 1000, "a queue's name"),
         ("schema", "x" * 64, "a schema's name has at most 63 bytes"),
-        ("base_url", "example.com", "is the start of your site's URLs, such as https://example.com"),
-        ("base_url", "//[", "is the start of your site's URLs"),
+        ("base_url", "example.com", "must be the start of your site's URLs, such as https://example.com"),
+        ("base_url", "//[", "must be the start of your site's URLs"),
         ("listen_url", "postgresql://user:secret@host:port/db", "the database's URL can't be read"),
         ("listen_url", "mysql://user:secret@host/db", "a URL that starts with postgresql://"),
         ("listen_url", "user:secret@host", "the database's URL can't be read"),
-        ("concurency", "8", "is no setting of apoq's: is it apoq.concurrency?"),
-        ("sqlalchemy.url", "postgresql://", "is no setting of apoq's, which are apoq.session, apoq.queue"),
+        ("concurency", "8", "is not a setting of apoq: did you mean apoq.concurrency?"),
+        (
+            "sqlalchemy.url",
+            "postgresql://",
+            "is not a setting of apoq: it must be one of apoq.session, apoq.queue",
+        ),
     ],
 )
 def test_one_that_makes_no_sense(name, value, says):
@@ -103,7 +107,7 @@ def test_one_that_makes_no_sense(name, value, says):
 def test_it_is_said_when_the_application_is_made():
     config = Configurator(settings={"apoq.concurrency": "many"})
 
-    with pytest.raises(Misconfigured, match=r"apoq\.concurrency is the number of tasks"):
+    with pytest.raises(Misconfigured, match=r"apoq\.concurrency must be a number of tasks"):
         config.include("apoq.pyramid")
 
 

@@ -162,18 +162,18 @@ class TestAddingMany:
     @pytest.mark.parametrize("wrong", [7, {"user_id": 7}, None])
     def test_what_is_no_call_is_refused(self, session, task, wrong):
         with pytest.raises(
-            InvalidTask, match=r"calls\[1\] is no call of .*send' but .*: make it by its `call`"
+            InvalidTask, match=r"calls\[1\] must be a call of .*send', got .*: make it with the task's `call`"
         ):
             task.add_many(session, [task.call(1), wrong])
 
     def test_a_call_of_another_task_is_refused(self, session, queue, task):
         other = queue.task(type="other")(send)
 
-        with pytest.raises(InvalidTask, match=r"calls\[0\] is no call of .*send'"):
+        with pytest.raises(InvalidTask, match=r"calls\[0\] must be a call of .*send'"):
             task.add_many(session, [other.call(1)])
 
     def test_one_call_is_not_many(self, session, task):
-        with pytest.raises(InvalidTask, match="add_many takes many calls"):
+        with pytest.raises(InvalidTask, match="calls must be an iterable of calls"):
             task.add_many(session, task.call(1))
 
     def test_a_wrong_argument_is_refused_where_the_call_is_made(self, task):
@@ -216,12 +216,12 @@ class TestUsing:
         ("options", "message"),
         [
             ({"priority": 2**15}, "priority is a whole number"),
-            ({"delay": 60}, "delay is a timedelta"),
+            ({"delay": "60"}, "delay must be a number of seconds or a timedelta"),
             ({"process_at": LATER.replace(tzinfo=None)}, "has no time zone"),
-            ({"delay": timedelta(1), "process_at": LATER}, "a delay or process_at, not both"),
+            ({"delay": timedelta(1), "process_at": LATER}, "can't both be given"),
             ({"retry_limit": -1}, "retry_limit is a whole number"),
-            ({"retry_delay": "1"}, "retry_delay: a delay is a number"),
-            ({"timeout": 0}, "timeout: a timeout is longer than nothing"),
+            ({"retry_delay": "1"}, "retry_delay must be a number"),
+            ({"timeout": 0}, "timeout must be positive, got 0"),
         ],
         ids=lambda value: value if isinstance(value, str) else " ".join(value),
     )
@@ -507,7 +507,7 @@ class TestQueuesOfAWorker:
 
 class TestTwoProcessors:
     def message(self, type_: str) -> str:
-        return f"the type '{type_}' has a processor already"
+        return f"the type '{type_}' (already has a processor|has a processor already)"
 
     def test_a_type_is_one_task_of_its_queue(self, queue):
         queue.task(type="send")(send)
@@ -545,10 +545,10 @@ class TestTwoProcessors:
     def test_equal_queues_of_one_worker_have_one(self, engine):
         one, two = Queue(), Queue()
         one.task(type="send")(send)
-        two.task(type="send")(print_it)
 
         with pytest.raises(InvalidProcessor, match=self.message("send")):
-            Worker(engine, one, two)
+            two.task(type="send")(print_it)
+        assert [*Worker(engine, one, two).types] == ["send"]
 
     def test_equal_queues_of_one_worker_have_one_later_too(self, engine):
         one, two = Queue(), Queue()
@@ -560,7 +560,7 @@ class TestTwoProcessors:
         assert [*probe.registry(worker).of(one)] == ["send"]
 
     def test_a_typed_task_is_not_given_to_use(self, engine, queue, task):
-        with pytest.raises(InvalidProcessor, match=r"is a typed task.*Worker\(engine, queue\)"):
+        with pytest.raises(InvalidProcessor, match=r"must not be a typed task.*Worker\(engine, queue\)"):
             Worker(engine).use("send", task)
 
 

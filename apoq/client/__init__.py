@@ -1,1 +1,1 @@
-"""What callers use, in their own transactions."""
+"""Queues and typed tasks, which write in the caller's transaction."""

@@ -1,4 +1,4 @@
-"""Sends notifications, without keeping anybody waiting."""
+"""Send notifications without blocking the caller."""
 
 from __future__ import annotations
 
@@ -38,36 +38,36 @@ IDLE_SECONDS: Final = 5.0
 """Seconds without a notification after which the thread ends and its connection is closed."""
 
 REST_FACTOR: Final = 20
-"""How many times as long as a round took the thread rests after it, because others want to commit."""
+"""After a round, the thread sleeps this many times as long as the round took, so that others can commit."""
 
 MAX_REST_SECONDS: Final = 0.02
-"""Seconds by which a notification is late at most, after another."""
+"""Longest sleep between two rounds, and so the longest delay of a notification."""
 
 SEND_INTERVAL_SECONDS: Final = 0.005
-"""Seconds between two notifications that are sent at once."""
+"""Shortest time between two notifications that are sent from the caller's thread."""
 
 COMMIT_POLL_SECONDS: Final = 0.0005
-"""Seconds between two looks whether a commit has come through."""
+"""Seconds between two checks whether a transaction has ended."""
 
 COMMIT_WAIT_SECONDS: Final = 1.0
-"""Seconds for which a notification waits for a commit to come through."""
+"""Longest time that a notification waits for the end of a transaction."""
 
 MAX_NOTIFIERS: Final = 4
-"""Pools of a process whose notifications have a thread and a connection of their own at one time."""
+"""Number of notifiers in a process that have their own thread and connection; all others share a thread."""
 
 
 class Threads:
-    """The threads that send notifications in this process: some notifiers have one each, others share one."""
+    """The threads that send notifications in this process."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._owners: dict[threading.Thread, Notifier] = {}
         self._sharers: deque[Notifier] = deque()
         self._is_shared = False
-        """Whether the thread that they share is running."""
+        """Whether the shared thread is running."""
 
     def serve(self, notifier: Notifier) -> None:
-        """Run a notifier on a thread, until it has nothing to send; RuntimeError if none can be started."""
+        """Run a notifier on a thread until it has nothing to send; RuntimeError if none can be started."""
         with self._lock:
             if len(self._owners) < MAX_NOTIFIERS:
                 self._owners[_start_thread(self._run, notifier)] = notifier
@@ -78,7 +78,7 @@ class Threads:
             self._sharers.append(notifier)
 
     def flush(self, timeout: float) -> None:
-        """Wait until all notifications have been sent."""
+        """Wait until all notifications have been sent, for up to `timeout` seconds."""
         deadline = time.monotonic() + timeout
         while self._is_sending() and time.monotonic() < deadline:
             time.sleep(COMMIT_POLL_SECONDS)
@@ -114,9 +114,9 @@ threads = Threads()
 
 
 class Notifier:
-    """Sends the notifications of an engine and all others that share its connection pool.
+    """Sends the notifications of an engine, and of all engines that share its connection pool.
 
-    While there are few, from the caller's thread; else, from another.
+    It sends from the caller's thread if it can do so without waiting, and otherwise from another thread.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -124,25 +124,26 @@ class Notifier:
         self._lock = threading.Lock()
         self._pending: dict[Notification, RootTransaction | None] = {}
         self._is_served = False
-        """Whether a thread sends what is pending."""
+        """Whether a thread sends the pending notifications."""
         self._has_warned = False
-        self._line = NotifyConnection(self._engine)
+        self._connection = NotifyConnection(self._engine)
         self._sent_at = -math.inf
         wakeups: SimpleQueue[None] = SimpleQueue()
         self._wakeups = wakeups
-        # The garbage collector may call this at any moment of any thread: only what takes no lock is safe.
+        # The garbage collector may call this at any moment on any thread, so it must not take a lock.
         self._pool = weakref.ref(engine.pool, lambda _: wakeups.put(None))
 
     @property
     def is_sending(self) -> bool:
-        """Whether something is still to be sent."""
+        """Whether a notification is still to be sent."""
         return bool(self._pending)
 
     def send(self, notification: Notification, transaction: RootTransaction | None = None) -> None:
-        """Send a notification soon: when the transaction is over, if one is given. Never waits."""
+        """Send a notification soon, without waiting; after the end of the transaction, if one is given."""
         with self._lock:
-            if transaction is None and not self._pending and self._line.send(notification):
-                return  # a thread would have to wake up first
+            # From this thread if possible, which is faster than waking up the other one.
+            if transaction is None and not self._pending and self._connection.send(notification):
+                return
             if self._is_served and not self._pending:
                 self._wakeups.put(None)
             self._pending[notification] = transaction
@@ -150,7 +151,7 @@ class Notifier:
                 self._serve()
 
     def run(self) -> None:
-        """Send what comes, on one connection, until nothing has come for a while or the pool is gone."""
+        """Send notifications until there was none for `IDLE_SECONDS`, or the pool is garbage."""
         while not self._ended():
             if not self._pending:
                 with suppress(Empty):
@@ -159,13 +160,13 @@ class Notifier:
             began = time.monotonic()
             self._send_pending()
             time.sleep(min(MAX_REST_SECONDS, REST_FACTOR * (time.monotonic() - began)))
-            with suppress(Exception):  # the next one finds out
-                self._line.open()
-        self._line.close()
+            with suppress(Exception):  # the next notification meets the same error
+                self._connection.open()
+        self._connection.close()
         self._engine.dispose()
 
     def run_once(self) -> None:
-        """Send what is pending, on a connection that is closed afterwards."""
+        """Send the pending notifications on a connection that is closed afterwards."""
         self._send_pending()
         self._engine.dispose()
         with self._lock:
@@ -177,23 +178,23 @@ class Notifier:
         try:
             threads.serve(self)
         except RuntimeError as error:
-            # At the end of the program, none can be: the workers find the task when they look by themselves.
+            # A program that is ending can't start threads; the workers find the task at their next poll.
             if not self._has_warned and not is_ending():
                 self._has_warned = True
                 logger.warning(
-                    "no thread can be started to notify the workers, which find tasks when they look by "
-                    "themselves; the next commit tries again: %s",
+                    "can't start the thread that notifies the workers: they find new tasks at their next "
+                    "poll, and the next commit tries again: %s",
                     error,
                 )
             return
         if self._has_warned:
             self._has_warned = False
-            logger.warning("the thread that notifies the workers could be started: they are notified again")
+            logger.warning("started the thread that notifies the workers: new tasks are notified again")
         self._is_served = True
 
     def _ended(self) -> bool:
         with self._lock:
-            is_idle = time.monotonic() - max(self._sent_at, self._line.sent_at) >= IDLE_SECONDS
+            is_idle = time.monotonic() - max(self._sent_at, self._connection.sent_at) >= IDLE_SECONDS
             if self._pending or not (is_idle or self._pool() is None):
                 return False
             self._is_served = False
@@ -203,9 +204,9 @@ class Notifier:
         with self._lock:
             notifications = dict(self._pending)
         try:
-            self._line.close()
+            self._connection.close()
             self._send(notifications)
-        except Exception as error:  # noqa: BLE001 - workers look by themselves, too
+        except Exception as error:  # noqa: BLE001 - workers find the tasks at their next poll
             logger.debug("a notification could not be sent: %s", error)
         with self._lock:
             for notification, transaction in notifications.items():
@@ -222,7 +223,7 @@ class Notifier:
 
 
 class NotifyConnection:
-    """A connection on which a notification is sent, from any thread, without waiting for the answer."""
+    """A connection on which any thread can send a notification without waiting for the server's response."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -230,17 +231,17 @@ class NotifyConnection:
         self._pooled: PoolProxiedConnection | None = None
         self._name = b""
         self.sent_at = -math.inf
-        """When the last notification was sent, by time.monotonic()."""
+        """Time of the last notification, by time.monotonic()."""
 
     def open(self) -> None:
-        """Take a connection, where there is no pooler in between."""
+        """Take a connection from the pool. Do nothing if it goes through a pooler such as PgBouncer."""
         pooled = self._engine.raw_connection()
         if not is_direct(pooled):
             pooled.close()
             return
         try:
             execute(pooled, FLUSH_NOTHING, {})
-            # To plan it anew would take the server a fifth of the time until a notification arrives.
+            # Prepared, because planning would take a fifth of the time until a notification arrives.
             name = prepare_statement(pooled, notify_only())
         except BaseException as error:
             pooled.invalidate(error)
@@ -249,7 +250,7 @@ class NotifyConnection:
             self._pooled, self._name = pooled, name
 
     def send(self, notification: Notification) -> bool:
-        """Send a notification; return False if that would have to wait, or another was sent just now."""
+        """Send a notification. Return False if it would have to wait, or if another was sent just now."""
         with self._lock:
             if self._pooled is None or time.monotonic() < self.sent_at + SEND_INTERVAL_SECONDS:
                 return False
@@ -266,7 +267,7 @@ class NotifyConnection:
             return True
 
     def close(self) -> None:
-        """Give the connection back, when the last notification is answered."""
+        """Return the connection to the pool after the server's response to the last notification."""
         with self._lock:
             pooled, self._pooled = self._pooled, None
         if pooled is None:
@@ -277,9 +278,9 @@ class NotifyConnection:
             with selectors.DefaultSelector() as selector:
                 selector.register(connection, selectors.EVENT_READ)
                 while not _is_answered(connection):
-                    # Not by the driver, which would wait with the interpreter's lock held.
+                    # Not by the driver, which would hold the interpreter's lock while it waits.
                     if not selector.select(deadline - time.monotonic()):
-                        raise psycopg.OperationalError("a notification was not answered in time")
+                        raise psycopg.OperationalError("the server didn't respond to a notification in time")
         except psycopg.Error as error:
             self._drop(pooled, error)
         finally:
@@ -291,20 +292,21 @@ class NotifyConnection:
 
 
 def _is_answered(connection: psycopg.Connection[Any]) -> bool:
-    """Tell whether all is answered, without waiting; raise the server's error, or that it is gone."""
+    """Return whether the server has responded to everything, without waiting; raise the server's error."""
     pgconn = connection.pgconn
     pgconn.consume_input()
     while not pgconn.is_busy():
         result = pgconn.get_result()
         if result is None:
-            pgconn.consume_input()  # its end comes behind the server's last word
+            pgconn.consume_input()  # raises if the server has closed the connection
             return True
         fast_path.check(connection, result)
     return False
 
 
 def _after_fork() -> None:
-    # The threads are the parent's, and so are their notifiers, whose sockets must not be closed here.
+    # The threads run in the parent only. Their notifiers are kept, because closing the parent's sockets here
+    # would end the parent's sessions.
     _inherited.append(dict(vars(threads)))
     threads.__init__()  # type: ignore[misc]
 

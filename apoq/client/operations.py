@@ -1,6 +1,6 @@
-"""What a queue does in a caller's transaction, each written once for all kinds of sessions.
+"""The operations of a queue in a caller's transaction, for all kinds of sessions.
 
-The parameters are those of the statements, checked.
+`parameters` are the checked parameters of the operation's statement.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from apoq.schema.statements.portable import read_row
 
 BATCH_COUNT = 5_000
 BATCH_SIZE = 4 * 1024 * 1024
-"""Tasks, and characters of their data, that `add_many` sends in one statement."""
+"""Most tasks, and most characters of data, that `add_many` sends in one statement."""
 
 FIRST_COUNT = 1_000
-"""Tasks in the first of them: the sooner a COPY begins, the longer the server works beside Python."""
+"""Most tasks in the first statement: a COPY that begins early lets the server work while Python encodes."""
 
 
 def add(caller: Caller, schema: str | None, parameters: dict[str, Any]) -> Task:
-    """Add a task, and answer it."""
-    (answer,) = caller.execute(enqueue(schema, mapped=caller.is_heard), parameters)
-    task = detached(schema, added_row(parameters, answer))
-    caller.keep(task)
+    """Add a task, and return it."""
+    (row,) = caller.execute(enqueue(schema, mapped=caller.has_orm_listeners), parameters)
+    task = detached(schema, added_row(parameters, row))
+    caller.attach(task)
     caller.notify(has_tasks(schema, parameters["task_queue"]))
     return task
 
@@ -47,10 +47,10 @@ def add_many(
     documents: Iterator[str],
     total: int | None,
 ) -> int:
-    """Add a task for each of these data in JSON; answer how many there were.
+    """Add a task for each of these JSON documents, and return their number.
 
-    `total` is their number where it is known, and making them asks nothing of the caller's connection:
-    during a COPY, that can do nothing else.
+    `total` is their number, if it is known and if iterating over them can't use the caller's connection,
+    which can execute nothing else during a COPY. Without it, no COPY is used.
     """
     statement = enqueue_many(schema)
     count = 0
@@ -67,9 +67,9 @@ def add_many(
 
 
 def cancel(caller: Caller, schema: str | None, parameters: dict[str, Any]) -> bool:
-    """Cancel a task that has not ended, and tell whoever runs it."""
+    """Cancel a task that has not ended, and notify its worker; return whether there was one."""
     for row in caller.execute(cancelling.cancel(schema), parameters):
-        caller.renew(task_class(schema), read_row(row))
+        caller.refresh(task_class(schema), read_row(row))
         if row["claimed_at"] is not None:
             caller.notify(was_cancelled(row["id"]))
         return True
@@ -77,16 +77,16 @@ def cancel(caller: Caller, schema: str | None, parameters: dict[str, Any]) -> bo
 
 
 def retry(caller: Caller, schema: str | None, parameters: dict[str, Any]) -> bool:
-    """Make a task pending that has ended."""
+    """Make a task that has ended pending again; return whether there was one."""
     for row in caller.execute(retrying.retry(schema), parameters):
-        caller.renew(task_class(schema), read_row(row))
+        caller.refresh(task_class(schema), read_row(row))
         caller.notify(has_tasks(schema, parameters["from_queue"]))
         return True
     return False
 
 
-# False where PostgreSQL would refuse the COPY.
 def _copy(driver: Driver, schema: str | None, parameters: dict[str, Any], documents: Iterator[str]) -> bool:
+    """Copy the tasks; return False if PostgreSQL would reject the COPY."""
     for values in driver.execute(copied_values(schema), parameters):
         given = {name: text for name, text in values.items() if text is not None}
         driver.copy(copy_many(schema, *given), copy_lines(given.values(), documents))

@@ -1,20 +1,22 @@
-"""A queue: adds tasks, cancels them and runs them once more, in the caller's transaction."""
+"""Queues, which add, cancel and retry tasks in the caller's transaction."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from datetime import datetime, timedelta
+from functools import wraps
 from types import MappingProxyType
-from typing import Any, Concatenate, TypeVar, Unpack, overload
+from typing import Any, Concatenate, TypeVar, Unpack, cast, overload
 from weakref import WeakSet
 
 from sqlalchemy import inspect
 from typing_extensions import ParamSpec
 
 from apoq.client.operations import add, add_many, cancel, retry
-from apoq.client.session_adapters import AsyncioSession, SyncSession, through
+from apoq.client.session_adapters import SESSION_CLASSES, AsyncioSession, SyncSession, through
+from apoq.client.shared_tasks import shared_tasks
 from apoq.client.typed_task import Anything, Decorator, TypedTask
-from apoq.client.unsupported_sessions import refusal
+from apoq.client.unsupported_sessions import forgotten, is_mistaken, refusal, shown_arguments
 from apoq.core.options import HIGHEST_LIMIT, Options, checked, integer
 from apoq.core.outcomes import Cancel, report
 from apoq.core.payload import MAX_DATA_SIZE, check_name, check_schema, check_type, encode
@@ -26,28 +28,65 @@ from apoq.schema.models import DEFAULT_QUEUE, Task, task_class
 P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T", bound=Running)
+F = TypeVar("F", bound=Callable[..., Any])
 
 _LOWEST_ID, _HIGHEST_ID = -(2**63), 2**63 - 1
 
 
-class Queue:
-    """A name and a schema, to which tasks are added. It holds no connection: the caller's session is used.
+def _session_first(method: F) -> F:
+    """Decorate a method of a queue, so that a call without a session raises an error that says so."""
 
-    Tasks of different queues are worked by different workers, or by one that is given both.
+    @wraps(method)
+    def call(self: Queue, *args: Any, **kwargs: Any) -> Any:
+        first = args[0] if args else kwargs.get("session")
+        if not isinstance(first, SESSION_CLASSES):
+            is_given = "session" in kwargs or (
+                args and (is_mistaken(first) or not isinstance(first, str | int))
+            )
+            if is_given:
+                raise UnsupportedSession(refusal(first))
+            arguments = shown_arguments(args, kwargs)
+            raise UnsupportedSession(
+                forgotten(f"queue.{method.__name__}({', '.join(filter(None, ['session', arguments]))})")
+            )
+        return method(self, *args, **kwargs)
+
+    return cast("F", call)
+
+
+class Queue:
+    """A named queue of tasks.
+
+    It has a name and a schema, but no connection: each call uses the caller's session or connection.
+
+    Queues with the same name and schema are equal, and share their typed tasks: a worker of the one runs the
+    tasks that were defined with ``@queue.task`` on the other.
+
+    Attributes:
+        name (str): The queue's name.
+        schema (str | None): The schema of apoq's tables, or None for the connection's own (its search_path).
+        max_data_size (int): The limit of a task's data, in bytes of JSON.
     """
 
     def __init__(
         self, name: str = DEFAULT_QUEUE, *, schema: str | None = None, max_data_size: int = MAX_DATA_SIZE
     ) -> None:
-        """Name a queue; `schema` is where apoq's tables are (default: by the connection's search_path).
+        """Create a queue. Nothing is written to the database.
 
-        `max_data_size` is the limit of a task's data, in bytes of JSON.
+        Args:
+            name: The queue's name, of at most 255 characters.
+            schema: The schema of apoq's tables. By default the connection's search_path chooses it.
+            max_data_size: The limit of a task's data, in bytes of JSON: 1 MiB by default.
+
+        Raises:
+            InvalidTask: If an argument is invalid.
         """
         self.name = check_name(name, "a queue's name")
         self.schema = check_schema(schema)
         self.max_data_size = integer("max_data_size", max_data_size, 1, HIGHEST_LIMIT)
         self._tasks: dict[str, TypedTask[..., Any]] = {}
         self._registries: WeakSet[Registry] = WeakSet()
+        self._shared = shared_tasks(self.name, self.schema)
 
     def __repr__(self) -> str:
         schema = "" if self.schema is None else f", schema={self.schema!r}"
@@ -61,7 +100,7 @@ class Queue:
 
     @property
     def task_class(self) -> type[Task]:
-        """The class mapped to this queue's table: `apoq.Task`, unless the queue has a schema of its own."""
+        """The mapped class of this queue's tasks: `apoq.Task`, or a subclass if the queue has a schema."""
         return task_class(self.schema)
 
     @overload
@@ -80,13 +119,14 @@ class Queue:
         data: Any = ...,
         **options: Unpack[Options],
     ) -> Coroutine[Any, Any, Task]: ...
+    @_session_first
     def add(
         self,
         session: SyncSession | AsyncioSession,
         type: str,
         data: Any = {},  # noqa: B006 - never changed
         *,
-        delay: timedelta | None = None,
+        delay: float | timedelta | None = None,
         process_at: datetime | None = None,
         priority: int = 0,
         retry_limit: int | None = None,
@@ -94,22 +134,39 @@ class Queue:
         timeout: float | timedelta | None = None,
         meta: Mapping[str, Any] | None = None,
     ) -> Task | Coroutine[Any, Any, Task]:
-        """Add a task in the transaction of `session`, with one statement, and answer it with its id.
+        """Add a task in the transaction of `session`, and return it.
 
-        The task is there when the caller commits, and gone when the caller rolls back. Nothing is
-        committed, retried or flushed here. With an asyncio session or connection, await the answer. A
-        `Task` added through an ORM session is in that session; any other is in none.
+        The task exists when the caller commits, and doesn't exist if the caller rolls back.
 
-        `data` is anything that JSON can hold. It is due at once, or after `delay`, or at `process_at`
-        (with a time zone); of the due tasks of a queue, those with a higher `priority` are claimed first.
-        `retry_limit`, `retry_delay` and `timeout` (seconds or timedeltas) stand for the processor's own.
-        `meta` is a dict for your application's own use, such as a request id or a tenant, of at most 4 KB of
-        JSON; a processor reads it as ``task.meta``. The keys `traceparent` and `tracestate` are reserved.
+        Args:
+            session: A SQLAlchemy session, `scoped_session`, Core connection, or psycopg 3 connection, or the
+                asyncio variant of one of these.
+            type: The task's type, by which a worker finds its processor; at most 255 characters.
+            data: The task's data: anything that JSON can represent. An empty dict by default.
+            delay: Time until the task is due, in seconds or as a timedelta. By default it is due at once.
+            process_at: Time when the task is due, with a time zone. Not together with `delay`.
+            priority: From -32,768 to 32,767. Among the due tasks of a queue, higher ones are claimed first.
+            retry_limit: Number of retries after a failure. By default the processor's.
+            retry_delay: Time before each retry, in seconds or as a timedelta. By default the processor's.
+            timeout: Limit of each attempt, in seconds or as a timedelta. By default the processor's.
+            meta: A dict for your own use, such as a request id or a tenant, of at most 4 KB of JSON. A
+                processor reads it as ``task.meta``. The keys `traceparent` and `tracestate` are reserved.
 
-        Raises `InvalidTask` before anything is sent, and `SchemaMismatch` where the tables are missing.
+        Returns:
+            The new `Task`, with its id. With an asyncio session or connection, an awaitable of it. Added
+            through an ORM session, the object is in that session; otherwise it is in none.
+
+        Raises:
+            InvalidTask: If the type or an option is invalid. Nothing was sent.
+            InvalidData: If the data can't be stored, or is too large. Nothing was sent.
+            UnsupportedSession: If `session` is not a session or connection, or has no usable engine.
+            UnsupportedDatabase: If it is not on PostgreSQL through psycopg 3, or translates apoq's schema.
+            SchemaMismatch: If apoq's tables are missing or at another version.
+
+        Note:
+            Executes one INSERT in the caller's transaction. It doesn't commit, retry, flush, or open a
+            savepoint. Workers are notified after the commit, from another connection.
         """
-        if isinstance(session, str):
-            raise UnsupportedSession(refusal(session))
         options = checked(delay, process_at, priority, retry_limit, retry_delay, timeout, meta)
         parameters = {"task_queue": self.name, "task_type": check_type(type), **options}
         parameters["task_data"] = encode(data, self.max_data_size)
@@ -131,13 +188,14 @@ class Queue:
         items: Iterable[Any],
         **options: Unpack[Options],
     ) -> Coroutine[Any, Any, int]: ...
+    @_session_first
     def add_many(
         self,
         session: SyncSession | AsyncioSession,
         type: str,
         items: Iterable[Any],
         *,
-        delay: timedelta | None = None,
+        delay: float | timedelta | None = None,
         process_at: datetime | None = None,
         priority: int = 0,
         retry_limit: int | None = None,
@@ -145,22 +203,45 @@ class Queue:
         timeout: float | timedelta | None = None,
         meta: Mapping[str, Any] | None = None,
     ) -> int | Coroutine[Any, Any, int]:
-        """Add a task for each of `items` in the transaction of `session`, and answer how many there were.
+        """Add a task for each of `items` in the transaction of `session`.
 
-        Sent in batches as `items` yields them: a million tasks never stand in memory, nor in one
-        statement. Fastest where `items` is a list or a tuple: what is beyond the first batch is sent by one
-        COPY then. Options as in `add`, the same for all. Where `items` holds something that JSON can't,
-        `InvalidData` says which; tasks before it may have been sent by then, and a COPY that fails fails the
-        transaction, so let the error roll back, all or to a savepoint. On a psycopg connection in
-        autocommit, each batch is committed by itself.
+        Batches are sent while `items` is iterated, so a generator of a million tasks needs little memory. A
+        list or a tuple is fastest: after the first batch, one COPY sends the rest.
+
+        Args:
+            session: A session or connection, as for `add`.
+            type: The type of all these tasks.
+            items: The data of each task.
+            delay: Time until the tasks are due, in seconds or as a timedelta. By default they are due at
+                once.
+            process_at: Time when the tasks are due, with a time zone. Not together with `delay`.
+            priority: From -32,768 to 32,767. Among the due tasks of a queue, higher ones are claimed first.
+            retry_limit: Number of retries after a failure. By default the processor's.
+            retry_delay: Time before each retry, in seconds or as a timedelta. By default the processor's.
+            timeout: Limit of each attempt, in seconds or as a timedelta. By default the processor's.
+            meta: The `meta` of all these tasks, as for `add`.
+
+        Returns:
+            The number of tasks. With an asyncio session or connection, an awaitable of it.
+
+        Raises:
+            InvalidTask: If the type or an option is invalid, or `items` is not an iterable of data. Nothing
+                was sent.
+            InvalidData: If one of the items can't be stored. Earlier items may already be inserted.
+            UnsupportedSession: If `session` is not a session or connection, or has no usable engine.
+            UnsupportedDatabase: If it is not on PostgreSQL through psycopg 3, or translates apoq's schema.
+            SchemaMismatch: If apoq's tables are missing or at another version.
+
+        Note:
+            After an exception, roll back the transaction or a savepoint, because earlier batches may be
+            inserted, and a failed COPY aborts the transaction. On a psycopg connection in autocommit mode,
+            each batch is committed separately.
         """
-        if isinstance(session, str):
-            raise UnsupportedSession(refusal(session))
         options = checked(delay, process_at, priority, retry_limit, retry_delay, timeout, meta)
         parameters = {"task_queue": self.name, "task_type": check_type(type), **options}
         if isinstance(items, str | bytes | dict) or not isinstance(items, Iterable):
             raise InvalidTask(
-                f"add_many takes the data of many tasks, such as a list of dicts, not one {glimpse(items)}"
+                f"items must be the data of many tasks, such as a list of dicts, got {glimpse(items)}"
             )
         total = len(items) if isinstance(items, list | tuple) else None
         return through(
@@ -174,20 +255,34 @@ class Queue:
     def cancel(
         self, session: AsyncioSession, task: Task | int, *, reason: str = ...
     ) -> Coroutine[Any, Any, bool]: ...
+    @_session_first
     def cancel(
         self, session: SyncSession | AsyncioSession, task: Task | int, *, reason: str = ""
     ) -> bool | Coroutine[Any, Any, bool]:
-        """Cancel a task of this queue, or the one with this id, in the transaction of `session`.
+        """Cancel a task of this queue in the transaction of `session`.
 
-        Answers whether it did: not where the task has ended already, or isn't in this queue. With an asyncio
-        session or connection, await the answer. `reason` is kept in `Task.error`.
+        A task that has not started will not run. A running task is stopped when you commit: a coroutine
+        is cancelled, and for a plain function `task.should_stop` becomes True. Its result is discarded, and
+        its writes to ``task.session`` are rolled back. Its worker notices the cancellation at once if a
+        notification arrives, and otherwise within a few heartbeats.
 
-        A task that waits is not run. One that runs when you commit is told to stop: a coroutine is cancelled,
-        for a plain function `task.should_stop` turns true. Whatever it comes to then is refused, and what it
-        wrote to `task.session` undone. Its worker learns of it at once if a notification reaches it, else
-        within its next heartbeats.
+        Args:
+            session: A session or connection, as for `add`.
+            task: The task, or its id.
+            reason: A text that is stored in the task's `error`.
 
-        Where the task is just being completed, this waits for that to end, one way or the other.
+        Returns:
+            True if the task was cancelled; False if it had already ended, or is not in this queue. With an
+            asyncio session or connection, an awaitable of it.
+
+        Raises:
+            InvalidTask: If `task` is not a task of this schema or an id, or `reason` is not text.
+            UnsupportedSession: If `session` is not a session or connection, or has no usable engine.
+            UnsupportedDatabase: If it is not on PostgreSQL through psycopg 3, or translates apoq's schema.
+            SchemaMismatch: If apoq's tables are missing or at another version.
+
+        Note:
+            If a worker is completing the task at the same moment, this waits for the worker's transaction.
         """
         parameters = {
             "task_id": self._id_of(task),
@@ -197,20 +292,40 @@ class Queue:
         return through(session, lambda caller: cancel(caller, self.schema, parameters))
 
     @overload
-    def retry(self, session: SyncSession, task: Task | int, *, delay: timedelta | None = ...) -> bool: ...
+    def retry(
+        self, session: SyncSession, task: Task | int, *, delay: float | timedelta | None = ...
+    ) -> bool: ...
     @overload
     def retry(
-        self, session: AsyncioSession, task: Task | int, *, delay: timedelta | None = ...
+        self, session: AsyncioSession, task: Task | int, *, delay: float | timedelta | None = ...
     ) -> Coroutine[Any, Any, bool]: ...
+    @_session_first
     def retry(
-        self, session: SyncSession | AsyncioSession, task: Task | int, *, delay: timedelta | None = None
+        self,
+        session: SyncSession | AsyncioSession,
+        task: Task | int,
+        *,
+        delay: float | timedelta | None = None,
     ) -> bool | Coroutine[Any, Any, bool]:
-        """Run a task of this queue that has ended once more, or the one with this id.
+        """Run an ended task of this queue again.
 
-        It is pending when you commit `session`, due at once or after `delay`, whether it had failed, was
-        cancelled or had completed, and has all its attempts again. Its last error stays until the next.
-        Answers whether it did: not where the task has not ended, or isn't in this queue. With an asyncio
-        session or connection, await the answer.
+        When you commit, the task is pending, whether it had failed, was cancelled or was completed. It has
+        all its attempts again, and keeps its last error until the next one.
+
+        Args:
+            session: A session or connection, as for `add`.
+            task: The task, or its id.
+            delay: Time until the task is due, in seconds or as a timedelta. By default it is due at once.
+
+        Returns:
+            True if the task will run again; False if it has not ended, or is not in this queue. With an
+            asyncio session or connection, an awaitable of it.
+
+        Raises:
+            InvalidTask: If `task` is not a task of this schema or an id, or `delay` is invalid.
+            UnsupportedSession: If `session` is not a session or connection, or has no usable engine.
+            UnsupportedDatabase: If it is not on PostgreSQL through psycopg 3, or translates apoq's schema.
+            SchemaMismatch: If apoq's tables are missing or at another version.
         """
         parameters = {
             "task_id": self._id_of(task),
@@ -221,8 +336,8 @@ class Queue:
 
     @property
     def tasks(self) -> Mapping[str, TypedTask[..., Any]]:
-        """The typed tasks of this queue, by their types and aliases."""
-        return MappingProxyType(self._tasks)
+        """The typed tasks of this queue, and of the queues that are equal to it, by type and alias."""
+        return MappingProxyType({**self._shared.by_type, **self._tasks})
 
     @overload
     def task(self, function: Callable[Concatenate[Anything, ...], R], /) -> TypedTask[..., R, ...]: ...
@@ -253,17 +368,27 @@ class Queue:
         retry_delay: RetryDelay = exponential_backoff,
         timeout: float | timedelta | None = None,
     ) -> Any:
-        """Make a function's calls tasks of this queue: ``@queue.task``, or ``@queue.task(retry_limit=3)``.
+        """Make a function a typed task: ``@queue.task``, or ``@queue.task(retry_limit=3)``.
 
-        What it answers still calls the function, and adds tasks by ``.add(session, …)`` with the function's
-        own arguments. A worker that is given this queue runs them. A first parameter that is annotated with
-        `RunningTask`, or `AsyncRunningTask` for a coroutine function, gets the running task.
+        The result can still be called like the function, and ``.add(session, …)`` adds a call as a task.
+        Workers of this queue run it. If the first parameter is annotated with `RunningTask`, or with
+        `AsyncRunningTask` for a coroutine function, it receives the running task.
 
-        `type` is the function's dotted path unless it is named here, and `aliases` are types that it had
-        before and are still worked. The other options are as in `Worker.use`.
+        Args:
+            function: The function, when used without parentheses.
+            type: The type of its tasks. By default the function's dotted path.
+            aliases: Other types that the function also processes, such as its earlier names.
+            retry_limit: Number of retries after a failure.
+            retry_delay: Time before a retry, in seconds or as a timedelta, or a function that returns it for
+                the number of failures so far.
+            timeout: Limit of each attempt, in seconds or as a timedelta; see `Worker.use`. None: no limit.
 
-        Raises `InvalidProcessor` where the type has a processor already, an argument could not travel as
-        JSON, or an option makes no sense.
+        Returns:
+            A `TypedTask`, or a decorator that returns one.
+
+        Raises:
+            InvalidProcessor: If the type already has a processor, an annotation can't be represented in JSON,
+                or an option is invalid.
         """
 
         def decorate(function: Callable[..., Any]) -> TypedTask[..., Any]:
@@ -282,26 +407,32 @@ class Queue:
         return decorate if function is None else decorate(function)
 
     def register_in(self, registry: Registry) -> None:
-        """Tell a worker's registry the typed tasks of this queue: those of now, and those to come."""
-        for type_, task in self._tasks.items():
+        """Add the typed tasks of this queue to a worker's registry, and those that are defined later."""
+        for type_, task in self.tasks.items():
             registry.put(self, type_, task.processor)
         self._registries.add(registry)
+        self._shared.registries.add(registry)
 
     def _register(self, task: TypedTask[..., Any]) -> None:
-        types, registries = dict.fromkeys((task.type, *task.aliases)), tuple(self._registries)
+        types, registries = dict.fromkeys((task.type, *task.aliases)), tuple(self._shared.registries)
         for type_ in types:
-            if type_ in self._tasks:
+            if found := self._tasks.get(type_) or self._shared.conflict(type_, task):
                 raise InvalidProcessor(
-                    f"the type {type_!r} has a processor already, {self._tasks[type_].function!r}: "
-                    f"name another by {self!r}.task(type=…)"
+                    f"the type {type_!r} already has a processor, {found.function!r}: choose another type by "
+                    f"{self!r}.task(type=…)"
                 )
+        again = {type_ for type_ in types if type_ in self._shared.by_type}
         for registry in registries:
-            for type_ in types:
+            for type_ in types.keys() - again:
                 registry.check_free(self, type_)
         for type_ in types:
-            self._tasks[type_] = task
+            self._tasks[type_] = self._shared.by_type[type_] = task
             for registry in registries:
-                registry.put(self, type_, task.processor)
+                if type_ not in again:
+                    registry.put(self, type_, task.processor)
+                elif registry in self._registries:
+                    # Of a function that was defined again, a worker of this very queue runs this queue's.
+                    registry.put(self, type_, task.processor, replaces=True)
 
     def _documents(self, items: Iterable[Any]) -> Iterator[str]:
         for index, data in enumerate(items):
@@ -310,14 +441,16 @@ class Queue:
     def _id_of(self, task: Task | int) -> int:
         if isinstance(task, Task):
             if inspect(task).mapper.local_table is not self.task_class.__table__:
-                raise InvalidTask(f"{task!r} is in another schema than {self!r}")
+                raise InvalidTask(f"task must be in the schema of {self!r}, got {task!r}")
             if task.id is None:
-                raise InvalidTask(f"{task!r} has no id yet: flush the session that it was added to")
+                raise InvalidTask(
+                    f"task must have an id, got {task!r}: flush the session that it was added to"
+                )
             return task.id
         return integer("a task's id", task, _LOWEST_ID, _HIGHEST_ID)
 
 
 def _reason(reason: object) -> str:
     if not isinstance(reason, str):
-        raise InvalidTask(f"a reason is text, not {glimpse(reason)}")
+        raise InvalidTask(f"reason must be text, got {glimpse(reason)}")
     return reason

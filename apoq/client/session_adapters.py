@@ -1,6 +1,6 @@
-"""One way to execute in a caller's transaction, whatever kind of session or connection the caller has.
+"""Adapters that execute statements in a caller's transaction, for each kind of session and connection.
 
-Operations are written once, against `Caller`; the asyncio kinds are derived from the others.
+Operations are written once, for a `Caller`. Asyncio sessions run the same code by `run_sync`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from sqlalchemy.util.concurrency import in_greenlet
 
 from apoq.client.after_commit import notify_after_connection_commit, notify_after_session_commit
 from apoq.client.unsupported_sessions import is_mock, kind_of, refusal
-from apoq.errors import SchemaMismatch, UnsupportedSession, preparing
+from apoq.errors import SchemaMismatch, UnsupportedSession, command, preparing
 from apoq.postgres.connections import compiled, is_missing
 from apoq.postgres.loaders import read_anything
 from apoq.postgres.urls import check_dialect, check_untranslated
@@ -38,73 +38,87 @@ from apoq.schema.statements.notify import Notification
 SyncSession = Session | scoped_session[Any] | Connection | psycopg.Connection[Any]
 AsyncioSession = AsyncSession | async_scoped_session[Any] | AsyncConnection | psycopg.AsyncConnection[Any]
 
+SESSION_CLASSES: Final = (
+    Session,
+    scoped_session,
+    AsyncSession,
+    async_scoped_session,
+    Connection,
+    AsyncConnection,
+    psycopg.Connection,
+    psycopg.AsyncConnection,
+)
+
 Row = Mapping[Any, Any]
 T = TypeVar("T")
 
 _TAKEN: Final = "23505"
-"""SQLSTATE of a value that another row has in a unique column."""
+"""SQLSTATE of a unique violation."""
 
 CLOCK: Final = "apoq_clock"
-"""The option of a connection on which a test has set the clock: see `apoq.testing`."""
+"""The execution option of a connection whose clock a test has set: see `apoq.testing`."""
 
 NO_ENGINE: Final = (
-    "this session has no engine for apoq's tables: make it by Session(engine), or add `Task` to its binds, "
-    "as in Session(binds={apoq.Task: engine, …})"
+    "this session has no engine for apoq's tables: create it with Session(engine), or add `Task` to its "
+    "binds, as in Session(binds={apoq.Task: engine, …})"
 )
 
 _MAPPER: Final = Task.__mapper__
-"""What a session chooses its engine by, whatever the statement is; SQLAlchemy itself gives a mapper, too."""
+"""The mapper by which a session chooses its engine."""
 
 _WRITE: Final = insert(Task)
-"""What a session chooses its engine by, too, if it reads from a replica."""
+"""The statement by which a session that reads from a replica chooses its engine."""
 
 LINES = 50
-"""That a COPY sends at once: one by one, they would take longer."""
+"""Number of lines that a COPY sends at once, which is faster than one by one."""
 
 _TURN: Final = "apoq.turn"
-"""In the `info` of an asyncio session: whose turn it is."""
+"""Key in the `info` of an asyncio session: the lock that orders concurrent calls."""
 
 COMMITS_WITH = "apoq.commits_with"
-"""In the `info` of a session on a connection: the session that commits what this one has written."""
+"""Key in the `info` of a session on a connection: the session that commits this one's writes."""
 
 
 class Driver(Protocol):
     """The psycopg connection of a caller's transaction."""
 
     def execute(self, statement: Executable, parameters: dict[str, Any]) -> Sequence[Row]:
-        """Execute one statement, and answer the rows that it returns."""
+        """Execute one statement, and return its rows."""
 
     def copy(self, statement: Composed, lines: Iterator[str]) -> None:
-        """Send lines by a COPY, as they come."""
+        """Send lines by a COPY as the iterator yields them."""
 
 
 class Caller(Protocol):
     """A caller's transaction."""
 
     @property
-    def is_heard(self) -> bool:
-        """Whether somebody listens to the session's ORM statements; one takes Python half as long again."""
+    def has_orm_listeners(self) -> bool:
+        """Whether the session has listeners of ORM statements, which take half as much time again."""
 
     def execute(self, statement: Executable, parameters: dict[str, Any]) -> Sequence[Row]:
-        """Execute one statement, and answer the rows that it returns."""
+        """Execute one statement, and return its rows."""
 
     def driver(self) -> AbstractContextManager[Driver | None]:
-        """Give the connection that has executed the last statement, or None where it can't COPY the same."""
+        """Yield the connection that has executed the last statement, or None if a COPY can't do the same."""
 
-    def keep(self, task: Task) -> None:
-        """Put a task that stands in the database into the session, where there is one."""
+    def attach(self, task: Task) -> None:
+        """Put a task that is in the database into the session, if there is one."""
 
-    def renew(self, mapped: type[Task], row: Row) -> None:
-        """Let the session, where there is one and it has this task, know what was written to it."""
+    def refresh(self, mapped: type[Task], row: Row) -> None:
+        """Update the session's object of this task, if it has one, with a row that was just written."""
 
     def notify(self, notification: Notification) -> None:
-        """Tell workers something after the commit, where it can be known."""
+        """Notify workers after the commit, if the adapter can know when it happens."""
 
 
 def through(
     session: SyncSession | AsyncioSession, operation: Callable[[Caller], T]
 ) -> T | Coroutine[Any, Any, T]:
-    """Do something in a caller's transaction: at once, or in an awaitable where the caller is asyncio's."""
+    """Execute an operation in a caller's transaction; return an awaitable if the session is asyncio's.
+
+    Raises `UnsupportedSession` if it is not a session or a connection.
+    """
     if is_mock(session):
         raise UnsupportedSession(refusal(session))
     match session:
@@ -128,21 +142,21 @@ def through(
 
 
 async def _in_turn(session: AsyncSession, operation: Callable[[Caller], T]) -> T:
-    # Several at once, as asyncio.gather begins them, would each take the session's first connection.
+    # Concurrent calls, as by asyncio.gather, would each make the session take its first connection.
     async with session.info.setdefault(_TURN, asyncio.Lock()):
         return await session.run_sync(lambda sync: operation(_OrmSession(sync)))
 
 
 def bind_of(session: Session) -> Engine | Connection:
-    """Return what a session executes apoq's statements on; `UnsupportedSession` if that isn't one place.
+    """Return the engine or connection to which a session would flush a `Task`.
 
-    It is where a flush would write a `Task`, also if the session reads from a replica.
+    Raises `UnsupportedSession` if there is none, or several.
     """
     if isinstance(session, ShardedSession):
         raise UnsupportedSession(
-            "a ShardedSession sends a statement to several shards: give the connection of one, "
-            "`session.connection(bind_arguments={'shard_id': …})`, which is in the session's transaction, or "
-            "a session of its own, `Session(engine_of_the_shard)`"
+            "a task can't be added through a ShardedSession, which has several databases: pass the "
+            "connection of one shard, `session.connection(bind_arguments={'shard_id': …})`, which is in the "
+            "session's transaction, or another session, `Session(engine_of_the_shard)`"
         )
     try:
         with _writing(session):
@@ -152,23 +166,23 @@ def bind_of(session: Session) -> Engine | Connection:
     if not isinstance(bind, Engine | Connection):
         raise UnsupportedSession(
             "a session's get_bind must return one Engine or Connection for `apoq.Task`, and that of this "
-            f"{kind_of(session)} returned {kind_of(bind)}: give a Session(engine), or an "
+            f"{kind_of(session)} returned {kind_of(bind)}: pass a Session(engine), or an "
             "AsyncSession(engine) if the engine is an AsyncEngine"
         )
     return bind
 
 
 def connection_of(session: Session, bind: Engine | Connection) -> Connection:
-    """Return the connection of a session's transaction on this engine, which its `get_bind` has chosen."""
+    """Return a session's connection on this engine or connection, in the session's transaction."""
     return session.connection(bind_arguments={"bind": bind})
 
 
 @contextmanager
 def _writing(session: Session) -> Iterator[None]:
-    """Let a session choose the engine that it writes to.
+    """Make a session with a replica choose the engine that it writes to.
 
-    One that reads from a replica tells a write by its statement or by `_flushing`, as in SQLAlchemy's
-    documentation ("Custom Vertical Partitioning"), which sends other INSERTs to a replica.
+    Such a session recognises a write by its statement or by `_flushing`, as in SQLAlchemy's documentation
+    ("Custom Vertical Partitioning").
     """
     before = session._flushing  # noqa: SLF001 - see above
     session._flushing = True  # noqa: SLF001
@@ -185,11 +199,11 @@ class _OrmSession:
         _check_dialect(self._bind.dialect)
 
     @property
-    def is_heard(self) -> bool:
+    def has_orm_listeners(self) -> bool:
         return bool(self._session.dispatch.do_orm_execute)
 
     def execute(self, statement: Executable, parameters: dict[str, Any]) -> Sequence[Row]:
-        # What else waits in the session is flushed when its owner wants it to be.
+        # Without a flush of the session's other objects, which is the caller's decision.
         with _clear_errors(statement), self._session.no_autoflush, self._clear_state():
             connection = connection_of(self._session, self._bind)
             check_untranslated(connection.get_execution_options(), _schema(statement))
@@ -197,8 +211,8 @@ class _OrmSession:
             check_untranslated(getattr(self._session, "execution_options", {}), _schema(statement))
             with _writing(self._session):
                 result: Any = self._session.execute(statement, parameters, bind_arguments={"mapper": _MAPPER})
-            # A listener may have added them. An UPDATE's result has a context since SQLAlchemy 2.1.
-            if self.is_heard and hasattr(result, "context"):
+            # A listener may have added options. An UPDATE's result has a context since SQLAlchemy 2.1.
+            if self.has_orm_listeners and hasattr(result, "context"):
                 check_untranslated(result.context.execution_options, _schema(statement))
             self._result = result
             return _rows(result)
@@ -212,33 +226,33 @@ class _OrmSession:
             if isinstance(error, PendingRollbackError) or transaction is None or transaction.is_active:
                 raise
             raise UnsupportedSession(
-                "nothing can be added in this session now, when its transaction is beginning or ending, as "
-                "in the events after_begin, after_commit and after_rollback: add the task in before_commit "
-                "or earlier, or through a session of its own"
+                "a task can't be added while the session's transaction is beginning or ending, as in the "
+                "events after_begin, after_commit and after_rollback: add it in before_commit or earlier, or "
+                "through another session"
             ) from error
 
     def driver(self) -> AbstractContextManager[Driver | None]:
         return _driver(self._result.context)
 
-    def keep(self, task: Task) -> None:
+    def attach(self, task: Task) -> None:
         # In an event such as after_insert, SQLAlchemy warns of objects that are added to the session.
-        if self._session._warn_on_events:  # noqa: SLF001 - nothing public says that it is flushing
+        if self._session._warn_on_events:  # noqa: SLF001 - there is no public API for this
             return
         self._session.add(task)
         transaction = self._session.get_nested_transaction() or self._session.get_transaction()
         if transaction is not None:
-            # A rollback takes it out of the session then, like an object that was flushed.
-            transaction._new[inspect(task)] = True  # noqa: SLF001 - nothing public does it without a flush
+            # So that a rollback removes it from the session, like an object that was flushed.
+            transaction._new[inspect(task)] = True  # noqa: SLF001 - no public API does it without a flush
 
-    def renew(self, mapped: type[Task], row: Row) -> None:
+    def refresh(self, mapped: type[Task], row: Row) -> None:
         known = self._session.identity_map.get(identity_key(mapped, row["id"]))
         if known is not None:
             for name, value in row.items():
-                # SQLAlchemy has seen the change, and will undo it with the transaction; here it is read.
+                # The ORM's UPDATE has marked the object, so that a rollback expires it.
                 set_committed_value(known, name, value)
 
     def notify(self, notification: Notification) -> None:
-        # A session on a connection is in somebody else's transaction, often one that a test rolls back.
+        # A session on a connection doesn't end that connection's transaction, which a test may roll back.
         if isinstance(self._bind, Engine):
             notify_after_session_commit(self._session, self._bind, notification)
         elif COMMITS_WITH in self._session.info:
@@ -246,7 +260,7 @@ class _OrmSession:
 
 
 class _CoreConnection:
-    is_heard = False
+    has_orm_listeners = False
 
     def __init__(self, connection: Connection) -> None:
         _check_dialect(connection.dialect)
@@ -261,21 +275,21 @@ class _CoreConnection:
     def driver(self) -> AbstractContextManager[Driver | None]:
         return _driver(self._result.context)
 
-    def keep(self, task: Task) -> None:
-        """Leave the task in no session: there is none."""
+    def attach(self, task: Task) -> None:
+        """Do nothing, because there is no session."""
 
-    def renew(self, mapped: type[Task], row: Row) -> None:
-        """Nothing: there is no session."""
+    def refresh(self, mapped: type[Task], row: Row) -> None:
+        """Do nothing, because there is no session."""
 
     def notify(self, notification: Notification) -> None:
         notify_after_connection_commit(self._connection, notification)
 
 
 class _PsycopgConnection:
-    is_heard = False
+    has_orm_listeners = False
 
-    # With cursors of a kind that we know, whatever the connection makes: Django's answer jsonb as text, and
-    # a RawCursor takes no named parameters.
+    # With plain cursors instead of the connection's own: Django's return jsonb as text, and a RawCursor takes
+    # no named parameters.
 
     def __init__(self, connection: psycopg.Connection[Any]) -> None:
         self._connection = connection
@@ -283,28 +297,28 @@ class _PsycopgConnection:
     def execute(self, statement: Executable, parameters: dict[str, Any]) -> Sequence[Row]:
         with _clear_errors(statement), psycopg.Cursor(self._connection, row_factory=dict_row) as cursor:
             read_anything(cursor)
-            # In a pipeline, another one around it waits for the answer.
+            # In a pipeline, a nested one waits for the result.
             with self._connection.pipeline() if self._is_in_pipeline() else nullcontext():
                 cursor.execute(*_compiled(statement, parameters))
             return cursor.fetchall() if cursor.description else ()
 
     @contextmanager
     def driver(self) -> Iterator[Driver | None]:
-        yield None if self._is_in_pipeline() else self  # in a pipeline there can be no COPY
+        yield None if self._is_in_pipeline() else self  # COPY isn't possible in a pipeline
 
     def copy(self, statement: Composed, lines: Iterator[str]) -> None:
         with psycopg.Cursor(self._connection) as cursor, cursor.copy(statement) as copy:
             while chunk := "".join(islice(lines, LINES)):
                 copy.write(chunk)
 
-    def keep(self, task: Task) -> None:
-        """Leave the task in no session: there is none."""
+    def attach(self, task: Task) -> None:
+        """Do nothing, because there is no session."""
 
-    def renew(self, mapped: type[Task], row: Row) -> None:
-        """Nothing: there is no session."""
+    def refresh(self, mapped: type[Task], row: Row) -> None:
+        """Do nothing, because there is no session."""
 
     def notify(self, notification: Notification) -> None:
-        """Give none: psycopg doesn't tell of its commits. Workers find the task when they look next."""
+        """Do nothing, because psycopg has no event for a commit. Workers find the task at their next poll."""
 
     def _is_in_pipeline(self) -> bool:
         return self._connection.pgconn.pipeline_status != PipelineStatus.OFF
@@ -336,24 +350,24 @@ class _AsyncPsycopgConnection(_PsycopgConnection):
 
 @contextmanager
 def _driver(context: ExecutionContext) -> Iterator[Driver | None]:
-    # Not the session's own idea of its connection: it may choose one by the statement.
+    # From the statement's context, because a session may choose its connection by the statement.
     connection: Any = context.root_connection.connection.driver_connection
     dialect = context.dialect
     kind = _AsyncPsycopgConnection if dialect.is_async else _PsycopgConnection
     options = context.execution_options
     if options.get("schema_translate_map") or options.get(CLOCK):
-        yield None  # these change SQLAlchemy's own statements only
+        yield None  # these options change SQLAlchemy's own statements only
         return
     try:
         with kind(connection).driver() as driver:
             yield driver
     except psycopg.Error as error:
-        # As if SQLAlchemy had executed it.
+        # The same error as if SQLAlchemy had executed the COPY.
         raise DBAPIError.instance("COPY", None, error, psycopg.Error, dialect=dialect) from error
 
 
 def _rows(result: Any) -> Sequence[Row]:
-    # What an ORM statement answers always has rows.
+    # The result of an ORM statement has no such attribute, and always has rows.
     has_rows = getattr(result, "returns_rows", True)
     return cast("Sequence[Row]", result.mappings().all()) if has_rows else ()
 
@@ -367,8 +381,8 @@ def _check_dialect(dialect: Dialect) -> None:
     check_dialect(dialect)
     if dialect.is_async and not in_greenlet():
         raise UnsupportedSession(
-            "this is the synchronous side of an asyncio session: give the AsyncSession or AsyncConnection "
-            "itself, and await the answer"
+            "session must be the AsyncSession or AsyncConnection itself, got its synchronous side: pass the "
+            "asyncio object, and await the result"
         )
 
 
@@ -385,19 +399,19 @@ def _clear_errors(statement: Any) -> Iterator[None]:
         cause: Any = getattr(error, "orig", error)
         if is_missing(error):
             raise SchemaMismatch(
-                f"{cause.diag.message_primary}. Are apoq's tables missing, or at another version? Then "
+                f"{cause.diag.message_primary}: apoq's tables seem to be missing, or at another version: "
                 f"{preparing(_schema(statement))}"
             ) from error
         if _is_taken_id(cause):
             raise SchemaMismatch(
-                "the id of the new task is taken, because the sequence of apoq_tasks.id is behind, as after "
-                "a restore without it: `apoq doctor` shows the statement that sets it"
+                "the id of the new task already exists, because the sequence of apoq_tasks.id is behind, as "
+                f"after a restore without sequences: `{command('doctor')}` shows the statement that sets it"
             ) from error
         raise
 
 
 def _is_taken_id(cause: Any) -> bool:
     diag = getattr(cause, "diag", None)
-    # A naming convention may have renamed the key.
+    # Not only by name, because a naming convention may have renamed the primary key.
     is_key = diag and (diag.constraint_name == "apoq_tasks_pkey" or "(id)=(" in (diag.message_detail or ""))
     return bool(is_key) and cause.sqlstate == _TAKEN

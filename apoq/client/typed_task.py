@@ -1,4 +1,4 @@
-"""Functions whose calls are tasks."""
+"""Typed tasks: functions whose calls are added to a queue."""
 
 from __future__ import annotations
 
@@ -9,46 +9,63 @@ from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from functools import cached_property, update_wrapper
+from functools import cached_property, update_wrapper, wraps
 from pathlib import Path
-from typing import Any, Concatenate, Generic, Protocol, TypeVar, Unpack, overload
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Concatenate,
+    Final,
+    Generic,
+    Protocol,
+    TypeVar,
+    Unpack,
+    cast,
+    overload,
+)
 
 from typing_extensions import ParamSpec
 
-from apoq.client.session_adapters import AsyncioSession, SyncSession
+from apoq.client.session_adapters import SESSION_CLASSES, AsyncioSession, SyncSession
+from apoq.client.unsupported_sessions import forgotten, is_mistaken, refusal, shown_arguments
 from apoq.core.arguments import Arguments, UnknownAnnotation
 from apoq.core.options import Options, checked
 from apoq.core.registry import Running, check_processed, make_processor
 from apoq.core.retry import DEFAULT_RETRY_LIMIT, RetryDelay, exponential_backoff
-from apoq.errors import InvalidProcessor, InvalidTask, glimpse
+from apoq.errors import InvalidProcessor, InvalidTask, UnsupportedSession, glimpse
 from apoq.schema.models import Task
 
 P = ParamSpec("P")
-"""The parameters whose arguments travel."""
+"""The parameters whose arguments are stored with the task."""
 C = ParamSpec("C", default=P)
-"""The parameters of the function itself, of which the first may be the running task."""
+"""All parameters of the function; the first may be the running task."""
 R = TypeVar("R")
 R_co = TypeVar("R_co", covariant=True)
 T = TypeVar("T", bound=Running)
+F = TypeVar("F", bound=Callable[..., Any])
+
+_OTHER_LIBRARIES: Final = {"apply_async", "defer", "delay", "enqueue", "send"}
+"""Names of the method `add` in other libraries."""
 
 
 class Anything:
-    """What a first parameter takes only where it takes anything.
+    """A type that only a parameter without an annotation, or annotated with Any or object, accepts.
 
-    It might take a running task, too, for all that a type checker knows; so such a function isn't checked.
+    Such a first parameter could also be the running task, which a type checker can't know. So the arguments
+    of such a function are not checked.
     """
 
 
 class TaskQueue(Protocol):
-    """What a typed task knows of its `Queue`."""
+    """The queue of a typed task."""
 
     @property
     def name(self) -> str:
-        """Its name."""
+        """The queue's name."""
 
     @property
     def schema(self) -> str | None:
-        """Where its tables are."""
+        """The schema of the queue's tables, or None for the connection's own."""
 
     def add(self, session: Any, type: str, data: Any, **options: Unpack[Options]) -> Any:
         """Add a task."""
@@ -59,17 +76,42 @@ class TaskQueue(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Call(Generic[P]):
-    """A call of a typed task that may be added to its queue."""
+    """A call of a typed task, made by `TypedTask.call` for `TypedTask.add_many`.
+
+    Attributes:
+        type: The task's type.
+        data: The arguments as JSON.
+    """
 
     type: str
     data: dict[str, Any]
-    """Its arguments, as they travel."""
+
+
+def _session_first(method: F) -> F:
+    """Decorate a method of a typed task, so that a call without a session raises an error that says so."""
+
+    @wraps(method)
+    def call(self: TypedTask[..., Any, ...], /, *args: Any, **kwargs: Any) -> Any:
+        if not args or not isinstance(args[0], SESSION_CLASSES):
+            if args and is_mistaken(args[0]):
+                raise UnsupportedSession(refusal(args[0]))
+            example = self._example(shown_arguments(args, kwargs), method.__name__)
+            raise UnsupportedSession(forgotten(example))
+        return method(self, *args, **kwargs)
+
+    return cast("F", call)
 
 
 class TypedTask(Generic[P, R_co, C]):
-    """A function whose calls can be added to a queue, where its workers run them.
+    """A function whose calls can be added to a queue as tasks.
 
-    Made by ``@queue.task``. Calling it calls the function, here and now.
+    Created by ``@queue.task``. Calling it calls the function directly, without a task.
+
+    Attributes:
+        function (Callable): The function itself.
+        type (str): The type of its tasks.
+        aliases (tuple[str, ...]): Other types that it also processes.
+        queue (Queue): The queue that its tasks are added to.
     """
 
     def __init__(
@@ -83,15 +125,18 @@ class TypedTask(Generic[P, R_co, C]):
         retry_delay: RetryDelay = exponential_backoff,
         timeout: float | timedelta | None = None,
     ) -> None:
-        """Use `Queue.task` instead, which also tells the workers."""
+        """Use `Queue.task` instead, which also registers the task."""
         if isinstance(function, TypedTask):
-            function = function.function  # which is a task of another queue, too
+            function = function.function  # also a task of another queue
         if isinstance(function, staticmethod):
             function = function.__func__
         if not callable(function) or inspect.isclass(function):
-            raise InvalidProcessor(f"a task is a function, not {glimpse(function)}: `@queue.task(type=…)`")
+            raise InvalidProcessor(
+                f"@queue.task must decorate a function, got {glimpse(function)}: write `@queue.task`, or "
+                "`@queue.task(type=…)` with keywords"
+            )
         if isinstance(aliases, str):
-            raise InvalidProcessor(f"aliases are several types, such as [{aliases!r}], not {aliases!r}")
+            raise InvalidProcessor(f"aliases must be a list of types, such as [{aliases!r}], got {aliases!r}")
         self.queue = queue
         self.function: Callable[C, R_co] = function
         self.type = name_of(function) if type is None else type
@@ -104,15 +149,25 @@ class TypedTask(Generic[P, R_co, C]):
         process = self._process_async if processor.is_coroutine else self._process
         self.processor = replace(processor, function=process)
         self._options = Options()
-        # Of what the module defines further down: read when they are first needed.
+        # Now if possible. Annotations may name what the module defines below: these are read at the first
+        # use.
         with suppress(UnknownAnnotation):
             self._arguments  # noqa: B018
-        # Not its __dict__, which may hold anything.
+        # Without the function's __dict__, which may contain any names.
         update_wrapper(self, function, updated=())
 
     def __call__(self, *args: C.args, **kwargs: C.kwargs) -> R_co:
-        """Call the function."""
+        """Call the function directly, without a task, and return its result."""
         return self.function(*args, **kwargs)
+
+    if not TYPE_CHECKING:  # with which type checkers would accept any attribute
+
+        def __getattr__(self, name: str) -> Any:
+            """Point to `add` those who know it by another name."""
+            message = f"{type(self).__name__!r} object has no attribute {name!r}"
+            if name in _OTHER_LIBRARIES:
+                message += f": did you mean `{self._example('…')}`?"
+            raise AttributeError(message)
 
     @overload
     def add(self, session: SyncSession, /, *args: P.args, **kwargs: P.kwargs) -> Task: ...
@@ -120,56 +175,115 @@ class TypedTask(Generic[P, R_co, C]):
     def add(
         self, session: AsyncioSession, /, *args: P.args, **kwargs: P.kwargs
     ) -> Coroutine[Any, Any, Task]: ...
+    @_session_first
     def add(self, session: SyncSession | AsyncioSession, /, *args: P.args, **kwargs: P.kwargs) -> Any:
-        """Add a call with these arguments, in the transaction of `session`, and answer the task.
+        """Add a call with these arguments as a task, in the transaction of `session`.
 
-        As `Queue.add` does: await the answer where the session is asyncio's. Raises `InvalidTask` where the
-        arguments don't fit the function, and `InvalidData` if a value doesn't fit its annotation, has no
-        form in JSON, or would not come back from it as it was given.
+        Args:
+            session: A session or a connection, as for `Queue.add`.
+            *args: The function's positional arguments, without the running task.
+            **kwargs: The function's keyword arguments.
+
+        Returns:
+            The new `Task`. With an asyncio session, an awaitable of it.
+
+        Raises:
+            InvalidTask: If the arguments don't fit the function's signature.
+            InvalidData: If an argument doesn't fit its annotation, can't be converted to JSON, or would be
+                changed by the conversion.
+            UnsupportedSession: If `session` is not a session or a connection.
+            SchemaMismatch: If apoq's tables are missing or at another version.
+
+        Note:
+            Executes one INSERT in the caller's transaction. It doesn't commit or flush.
         """
-        return self.queue.add(session, self.type, self._arguments.write(args, kwargs), **self._options)
+        return self._add(session, args, kwargs)
 
     @overload
     def add_many(self, session: SyncSession, calls: Iterable[Call[P]], /) -> int: ...
     @overload
     def add_many(self, session: AsyncioSession, calls: Iterable[Call[P]], /) -> Coroutine[Any, Any, int]: ...
+    @_session_first
     def add_many(self, session: SyncSession | AsyncioSession, calls: Iterable[Call[P]], /) -> Any:
-        """Add many calls, made by `call`, in the transaction of `session`, and answer how many there were.
+        """Add many calls as tasks, in the transaction of `session`.
 
-        As `Queue.add_many` does: in batches, as `calls` yields them, and fastest where it is a list.
+        Args:
+            session: A session or a connection, as for `Queue.add_many`.
+            calls: Calls of this task, made by `call`. A list or a tuple is fastest.
+
+        Returns:
+            The number of tasks. With an asyncio session, an awaitable of it.
+
+        Raises:
+            InvalidTask: If `calls` is not an iterable of calls of this task. Earlier calls may already be
+                inserted.
+            UnsupportedSession: If `session` is not a session or a connection.
+            SchemaMismatch: If apoq's tables are missing or at another version.
+
+        Note:
+            Sends batches in the caller's transaction while it iterates over `calls`, as `Queue.add_many`
+            does.
         """
-        if not isinstance(calls, Iterable):
-            raise InvalidTask(f"add_many takes many calls of {self.type!r}, not {glimpse(calls)}")
-        items = self._items(calls)
-        return self.queue.add_many(
-            session, self.type, list(items) if isinstance(calls, list | tuple) else items, **self._options
-        )
+        return self._add_many(session, calls)
 
     def call(self, *args: P.args, **kwargs: P.kwargs) -> Call[P]:
-        """Make a call for `add_many`; raises what `add` does where the arguments don't fit."""
+        """Return a call with these arguments, for `add_many`.
+
+        Args:
+            *args: The function's positional arguments, without the running task.
+            **kwargs: The function's keyword arguments.
+
+        Raises:
+            InvalidTask: If the arguments don't fit the function's signature.
+            InvalidData: If an argument doesn't fit its annotation, can't be converted to JSON, or would be
+                changed by the conversion.
+        """
         return Call(self.type, self._arguments.write(args, kwargs))
 
     def using(self, **options: Unpack[Options]) -> TypedTask[P, R_co, C]:
-        """Answer a copy that adds its tasks with these options, those of `Queue.add`; this one is unchanged.
+        """Return a copy that adds its tasks with these options. This task is unchanged.
 
-        Options of `using` on a copy are added to those that it has.
+        Args:
+            **options: `delay`, `process_at`, `priority`, `retry_limit`, `retry_delay`, `timeout` and `meta`,
+                as for `Queue.add`. They are added to the options that this task already has.
+
+        Raises:
+            InvalidTask: If an option is invalid.
+            TypeError: If there is no such option.
         """
         for name in options.keys() - Options.__annotations__:
             raise TypeError(f"using() got an unexpected keyword argument {name!r}")
         merged: Options = {**self._options, **options}
         checked(**merged)
         copied = copy(self)
-        copied._options = merged  # noqa: SLF001 - its own
+        copied._options = merged  # noqa: SLF001 - of the same class
         return copied
 
     def __repr__(self) -> str:
         return f"<TypedTask {self.type!r} of {self.queue!r}>"
 
+    def _add(self, session: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self.queue.add(session, self.type, self._arguments.write(args, kwargs), **self._options)
+
+    def _add_many(self, session: Any, calls: Iterable[Call[P]]) -> Any:
+        if not isinstance(calls, Iterable):
+            raise InvalidTask(f"calls must be an iterable of calls of {self.type!r}, got {glimpse(calls)}")
+        items = self._items(calls)
+        return self.queue.add_many(
+            session, self.type, list(items) if isinstance(calls, list | tuple) else items, **self._options
+        )
+
+    def _example(self, arguments: str, method: str = "add") -> str:
+        """Return a call of a method, as a message shows it."""
+        name = getattr(self.function, "__name__", "task")
+        return f"{name}.{method}({', '.join(filter(None, ['session', arguments]))})"
+
     def _items(self, calls: Iterable[Call[P]]) -> Iterator[dict[str, Any]]:
         for index, call in enumerate(calls):
             if not isinstance(call, Call) or call.type != self.type:
                 raise InvalidTask(
-                    f"calls[{index}] is no call of {self.type!r} but {glimpse(call)}: make it by its `call`"
+                    f"calls[{index}] must be a call of {self.type!r}, got {glimpse(call)}: make it with the "
+                    "task's `call`"
                 )
             yield call.data
 
@@ -187,7 +301,7 @@ class TypedTask(Generic[P, R_co, C]):
 
 
 class Decorator(Protocol):
-    """What ``queue.task(…)`` answers."""
+    """The decorator that ``queue.task(…)`` returns."""
 
     @overload
     def __call__(self, function: Callable[Concatenate[Anything, ...], R], /) -> TypedTask[..., R, ...]: ...
@@ -198,12 +312,14 @@ class Decorator(Protocol):
 
 
 def name_of(function: Callable[..., Any]) -> str:
-    """Answer the dotted path of a function, by which its tasks are known."""
+    """Return the dotted path of a function, which is the default type of its tasks."""
     module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
     if not name or name.endswith("<lambda>"):
-        raise InvalidProcessor(f"{function!r} has no name of its own: give one, `queue.task(type=…)`")
+        raise InvalidProcessor(
+            f"a task's function must have a name, got {function!r}: give its type, `queue.task(type=…)`"
+        )
     if module == "__main__":
-        # Of a program, what others call it when they import it.
+        # The name by which other programs import this one.
         main = sys.modules["__main__"]
         file = getattr(main, "__file__", None)
         spec = getattr(main, "__spec__", None)

@@ -8,7 +8,7 @@ from typing import Any, TypedDict
 
 from apoq.core.payload import check_time, encode
 from apoq.core.plain import plain_number
-from apoq.core.retry import LONGEST_DELAY, seconds, time_limit
+from apoq.core.retry import duration, time_limit
 from apoq.errors import InvalidTask, glimpse
 
 HIGHEST_LIMIT = 2**31 - 2
@@ -25,7 +25,7 @@ _LOWEST_PRIORITY, _HIGHEST_PRIORITY = -(2**15), 2**15 - 1
 class Options(TypedDict, total=False):
     """What may be said of a task when it is added, beside its type and data."""
 
-    delay: timedelta | None
+    delay: float | timedelta | None
     process_at: datetime | None
     priority: int
     retry_limit: int | None
@@ -35,7 +35,7 @@ class Options(TypedDict, total=False):
 
 
 def checked(
-    delay: timedelta | None = None,
+    delay: float | timedelta | None = None,
     process_at: datetime | None = None,
     priority: int = 0,
     retry_limit: int | None = None,
@@ -50,7 +50,7 @@ def checked(
         "task_retry_limit": (
             None if retry_limit is None else integer("retry_limit", retry_limit, 0, HIGHEST_LIMIT)
         ),
-        "task_retry_delay": None if retry_delay is None else _retry_delay(retry_delay),
+        "task_retry_delay": None if retry_delay is None else _duration(retry_delay, "retry_delay"),
         "task_timeout": None if timeout is None else _timeout(timeout),
         "task_meta": None if meta is None or meta == {} else _meta(meta),
     }
@@ -64,24 +64,20 @@ def integer(name: str, value: object, lowest: int, highest: int) -> int:
     return number
 
 
-def _when(delay: timedelta | None, process_at: datetime | None) -> dict[str, Any]:
+def _when(delay: float | timedelta | None, process_at: datetime | None) -> dict[str, Any]:
     if delay is not None and process_at is not None:
-        raise InvalidTask("give a delay or process_at, not both")
-    if delay is not None:
-        if not isinstance(delay, timedelta):
-            raise InvalidTask(f"delay is a timedelta, such as timedelta(seconds=30), not {glimpse(delay)}")
-        if not timedelta() <= delay <= LONGEST_DELAY:
-            raise InvalidTask(f"a delay is between zero and a century, not {delay}")
+        raise InvalidTask("delay and process_at can't both be given: pass one of them")
     if process_at is not None:
         check_time(process_at)
-    return {"task_delay": delay, "task_process_at": process_at}
+    task_delay = None if delay is None else _duration(delay, "delay")
+    return {"task_delay": task_delay, "task_process_at": process_at}
 
 
-def _retry_delay(value: float | timedelta) -> timedelta:
+def _duration(value: float | timedelta, name: str) -> timedelta:
     try:
-        return timedelta(seconds=seconds(value))
+        return duration(value, name)
     except (TypeError, ValueError) as error:
-        raise InvalidTask(f"retry_delay: {error}") from None
+        raise InvalidTask(str(error)) from None
 
 
 def _meta(value: object) -> str:
@@ -97,4 +93,4 @@ def _timeout(value: float | timedelta) -> timedelta:
     try:
         return time_limit(value)
     except (TypeError, ValueError) as error:
-        raise InvalidTask(f"timeout: {error}") from None
+        raise InvalidTask(str(error)) from None

@@ -78,7 +78,7 @@ def make_processor(
     try:
         limit = None if timeout is None else time_limit(timeout).total_seconds()
     except (TypeError, ValueError) as error:
-        raise InvalidProcessor(f"timeout: {error}") from None
+        raise InvalidProcessor(str(error)) from None
     return Processor(function, policy, is_coroutine_function(function), limit)
 
 
@@ -119,9 +119,10 @@ class Registry:
             queue: {**processors, type_: processor} for queue, processors in self._by_queue.items()
         }
 
-    def put(self, queue: Hashable, type_: str, processor: Processor) -> None:
-        """Work a type in one queue; `InvalidProcessor` where it has a processor there already."""
-        self.check_free(queue, type_)
+    def put(self, queue: Hashable, type_: str, processor: Processor, *, replaces: bool = False) -> None:
+        """Work a type in one queue; `InvalidProcessor` if it already has a processor and isn't replaced."""
+        if not replaces:
+            self.check_free(queue, type_)
         processors = {**self.of(queue), type_: self._within_middleware(processor)}
         self._by_queue = {**self._by_queue, queue: processors}
 

@@ -20,8 +20,9 @@ DEFAULT_RETRY_LIMIT = 5
 LONGEST_DELAY = timedelta(days=36525)
 """A century: what is longer is a mistake, and PostgreSQL's timestamps end somewhere."""
 
-RetryDelay = Callable[[int], float | timedelta]
-"""Answers the wait before the next attempt, as seconds or a timedelta, from the number of failures so far."""
+RetryDelay = Callable[[int], float | timedelta] | float | timedelta
+"""The delay before the next attempt, in seconds or as a timedelta, or a function that returns it for the
+number of failures so far."""
 
 
 def exponential_backoff(fail_count: int, chance: float | None = None) -> int:
@@ -35,23 +36,28 @@ def exponential_backoff(fail_count: int, chance: float | None = None) -> int:
     return math.floor(chance * 2.0 ** min(fail_count, 7) + 1)
 
 
-def seconds(delay: float | timedelta, name: str = "a delay") -> float:
-    """Read a delay given in seconds or as a timedelta; ValueError or TypeError for what is no delay."""
+def seconds(delay: float | timedelta, name: str = "delay") -> float:
+    """Return a delay in seconds, from seconds or a timedelta; TypeError or ValueError if it is invalid."""
     if isinstance(delay, timedelta):
         delay = delay.total_seconds()
     number = plain_number(delay)
     if number is None:
-        raise TypeError(f"{name} is a number of seconds or a timedelta, not {glimpse(delay)}")
+        raise TypeError(f"{name} must be a number of seconds or a timedelta, got {glimpse(delay)}")
     if not 0 <= number <= LONGEST_DELAY.total_seconds():  # also false for NaN
-        raise ValueError(f"{name} is between zero and a century, not {glimpse(number)} s")
+        raise ValueError(f"{name} must be between zero and a century, got {glimpse(number)} s")
     return float(number)
 
 
+def duration(value: float | timedelta, name: str) -> timedelta:
+    """Return a duration as a timedelta, from seconds or a timedelta; TypeError or ValueError as `seconds`."""
+    return timedelta(seconds=seconds(value, name))
+
+
 def time_limit(timeout: float | timedelta) -> timedelta:
-    """Read a timeout: as `seconds` does, and longer than nothing."""
-    limit = timedelta(seconds=seconds(timeout, "a timeout"))
+    """Return a timeout as a timedelta; TypeError or ValueError if it is not a positive duration."""
+    limit = duration(timeout, "timeout")
     if not limit:
-        raise ValueError("a timeout is longer than nothing: leave it out where there is no limit")
+        raise ValueError(f"timeout must be positive, got {glimpse(timeout)}; omit it for no limit")
     return limit
 
 
@@ -65,16 +71,25 @@ class RetryPolicy:
     def __post_init__(self) -> None:
         if isinstance(self.limit, bool) or not isinstance(self.limit, int) or self.limit < 0:
             raise InvalidProcessor(f"retry_limit is a number of retries, 0 or more, not {self.limit!r}")
-        if not callable(self.delay) or inspect.iscoroutinefunction(self.delay):
+        if inspect.iscoroutinefunction(self.delay):
             raise InvalidProcessor(
-                f"retry_delay is a plain function of the fail count, not {self.delay!r}: "
-                "for the same wait each time, give `lambda fail_count: 30`"
+                f"retry_delay must be a plain function that takes the fail count, got {self.delay!r}"
             )
+        if not callable(self.delay):
+            try:
+                seconds(self.delay, "retry_delay")
+            except TypeError:
+                raise InvalidProcessor(
+                    "retry_delay must be a number of seconds, a timedelta, or a function that takes the fail "
+                    f"count and returns one of these, got {glimpse(self.delay)}"
+                ) from None
+            except ValueError as error:
+                raise InvalidProcessor(str(error)) from None
 
     def delay_after(self, fail_count: int) -> float:
         """Answer the seconds to wait after this failure; the default's where the own function fails."""
         try:
-            return seconds(self.delay(fail_count))
+            return seconds(self.delay(fail_count) if callable(self.delay) else self.delay, "retry_delay")
         except BaseException:  # of whatever kind: the failure that it follows must be stored
             logger.exception(
                 "retry_delay of %r failed for fail_count=%d; the default delay is used",

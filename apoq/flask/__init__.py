@@ -1,4 +1,4 @@
-"""apoq in a Flask application: tasks join its session, processors run in its context, ``flask apoq`` works.
+"""Integration with Flask: tasks in the request's session, an application context for each processor.
 
 .. code-block:: python
 
@@ -17,5 +17,6 @@
 """
 
 from apoq.flask.extension import Apoq
+from apoq.flask.tasks import AppTask
 
-__all__ = ["Apoq"]
+__all__ = ["Apoq", "AppTask"]

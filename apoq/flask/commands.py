@@ -1,4 +1,4 @@
-"""``flask apoq``: the commands of ``apoq``, on the application's database."""
+"""``flask apoq``: the commands of ``apoq`` for the application's database."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from apoq.postgres.urls import check_engine
 
 
 def group() -> click.Group:
-    """Make the group ``apoq`` of an application's command line."""
-    return Commands("apoq", callback=_aim, commands=[_worker], help="Run and manage background tasks.")
+    """Return the group ``apoq`` of an application's command line."""
+    return Commands("apoq", callback=_set_target, commands=[_worker], help="Run and manage background tasks.")
 
 
 @with_appcontext
 @click.pass_context
-def _aim(ctx: click.Context) -> None:
+def _set_target(ctx: click.Context) -> None:
     with explained():
         found = _installed()
         engine = found.database.engine
@@ -43,15 +43,15 @@ def _aim(ctx: click.Context) -> None:
 @click.command("worker")
 @worker_options
 def _worker(concurrency: int | None, **options: Any) -> None:
-    """Run the application's worker until it is told to stop.
+    """Run the application's worker until SIGINT (Ctrl-C) or SIGTERM.
 
     \b
         flask apoq worker
         flask apoq worker --reload
         flask apoq worker --burst
 
-    SIGINT (Ctrl-C) or SIGTERM stops the worker: it claims no more tasks, waits for the running ones, and says
-    how many there are. A second signal ends it at once.
+    It then claims no more tasks, waits for the running ones, and prints how many there are. A second signal ends
+    it at once.
     """  # noqa: D301 - click's sign
     found = _installed()
     run_worker(lambda: found.worker, concurrency=concurrency, **options)

@@ -1,4 +1,4 @@
-"""The application context in which a task is processed."""
+"""The application context in which a processor runs."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from apoq.worker import AsyncRunningTask, RunningTask
 
 
 def context_for(app: Flask, task: RunningTask | AsyncRunningTask) -> AbstractContextManager[object]:
-    """Answer a new application context, whose end is that of the application's sessions."""
+    """Return a new application context, at whose end the application's sessions are closed."""
     return app.app_context() if isinstance(task, RunningTask) else _context_on_a_loop(app)
 
 
 @contextmanager
 def _context_on_a_loop(app: Flask) -> Iterator[None]:
-    """Be in an application context on a thread that runs an event loop, but end it on another thread.
+    """Enter an application context on a thread that runs an event loop, and exit it on another thread.
 
-    An application may have coroutine functions among those that it calls at the end of a context, as
-    Flask-SQLAlchemy-Lite does. Flask runs them on a loop of their own, which a thread with a loop can't.
+    An application may have teardown functions that are coroutine functions, as Flask-SQLAlchemy-Lite has.
+    Flask runs them on a new event loop, which isn't possible on a thread that already runs one.
     """
-    apart, context = copy_context(), app.app_context()
-    apart.run(context.push)
+    isolated, context = copy_context(), app.app_context()
+    isolated.run(context.push)
     here = copy_context()
     tokens = [
         (variable, variable.set(value))
-        for variable, value in apart.items()
+        for variable, value in isolated.items()
         if here.get(variable) is not value
     ]
     error: BaseException | None = None
@@ -43,9 +43,9 @@ def _context_on_a_loop(app: Flask) -> Iterator[None]:
             variable.reset(token)
         with ThreadPoolExecutor(1, thread_name_prefix="apoq-teardown") as thread:
             try:
-                popped = thread.submit(apart.run, context.pop, error)
+                popped = thread.submit(isolated.run, context.pop, error)
             except RuntimeError:
-                # The system allows no more threads. Only coroutine functions among those need one.
-                apart.run(context.pop, error)
+                # The system allows no more threads. Plain teardown functions need none.
+                isolated.run(context.pop, error)
             else:
                 popped.result()

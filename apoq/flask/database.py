@@ -1,4 +1,4 @@
-"""Where an application's tasks are: which session they are added in, and which engine they are worked on."""
+"""The session in which an application adds tasks, and the engine of its worker."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ AnySession = Session | AsyncSession | scoped_session[Any] | async_scoped_session
 
 
 class Database:
-    """What an application has of SQLAlchemy: Flask-SQLAlchemy, Flask-SQLAlchemy-Lite, or its own session.
+    """The SQLAlchemy extension of an application, or the session that it gave to `Apoq`.
 
-    It is looked for when it is needed, so that extensions may be initialised in any order.
+    The extension is looked up at the first use, so that extensions may be initialised in any order.
     """
 
     def __init__(
@@ -38,9 +38,9 @@ class Database:
 
     @cached_property
     def engine(self) -> Engine | AsyncEngine:
-        """The engine that workers and commands use."""
-        # In the current context, if it is this application's: to leave another one would end what a
-        # scoped session of the thread's has begun.
+        """The engine of the worker and the commands."""
+        # In the current context, if it is this application's: the exit of another context would close the
+        # thread's scoped session.
         is_current = has_app_context() and current_app == self._app
         with nullcontext() if is_current else self._app.app_context():
             engine = self._target().engine
@@ -48,9 +48,9 @@ class Database:
 
     @property
     def bind(self) -> str:
-        """The bind of that engine, as Flask-Migrate's template for several binds names its functions.
+        """The name of that engine's bind, as Flask-Migrate's template for several binds uses it.
 
-        "" is the default one; so is any that leads to the same database.
+        It is "" for the default bind, and for a bind of the same database.
         """
         own, engines = sync_side(self.engine), self._engines()
         default = engines.pop(None, None)
@@ -59,15 +59,16 @@ class Database:
         return next((key or "" for key, each in engines.items() if sync_side(each.engine) is own), "")
 
     def session(self) -> Session | AsyncSession:
-        """Answer the session of the current application context."""
+        """Return the session of the current application context."""
         found: AnySession = self._session() if self._session else self._extensions_session()
-        # A registry of sessions is called for the current one.
+        # A scoped session returns the current session when it is called.
         return found() if isinstance(found, scoped_session | async_scoped_session) else found
 
     def joined(self, given: SyncSession | AsyncioSession | None) -> SyncSession | AsyncioSession:
-        """Answer what a task is added through, to be in the transaction of a session: the current one's.
+        """Return the session or connection to add a task through, for a given session or the current one.
 
-        Raises `UnsupportedSession` where that session's tables are in another database.
+        It is in the same transaction. Raises `UnsupportedSession` if that session is on another database than
+        the tasks of the application.
         """
         if isinstance(given, scoped_session | async_scoped_session):
             given = given()
@@ -81,12 +82,12 @@ class Database:
         if not self._is_elsewhere(sync_side(engine)):
             return session
         if self._bind is not None and isinstance(session, Session) and session is self.session():
-            # The same session, in its transaction on the other engine.
+            # The connection of the same session on the engine of the tasks.
             return session.connection(bind_arguments={"bind": self._target()})
         raise UnsupportedSession(
-            f"this session would put the task into {_place(engine)}, and this application's tasks are in "
-            f"{_place(self.engine)}: add it through a session on that database, or let APOQ_BIND name "
-            "the bind that this session uses"
+            f"session must be on the database of this application's tasks, {_place(self.engine)}, got one on "
+            f"{_place(engine)}: add the task through another session, or set APOQ_BIND to the bind of this "
+            "session"
         )
 
     def _extensions_session(self) -> Any:
@@ -98,24 +99,24 @@ class Database:
             return self._app.extensions["sqlalchemy"]
         except KeyError:
             raise ApoqError(
-                f"apoq finds no database in the application {self._app.name!r}: call init_app of "
-                "Flask-SQLAlchemy or Flask-SQLAlchemy-Lite on it, or give a session: Apoq(session=…)"
+                f"the application {self._app.name!r} must have Flask-SQLAlchemy or Flask-SQLAlchemy-Lite: "
+                "call its init_app, or pass your own session, Apoq(session=…)"
             ) from None
 
     def _engines(self) -> dict[str | None, Any]:
-        """Answer the extension's engines; in a test that rolls back, connections may stand for them."""
+        """Return the extension's engines, which may be connections in a test that rolls back."""
         db = self._app.extensions.get("sqlalchemy")
         return {**getattr(db, "async_engines", {}), **db.engines} if db else {}
 
     def _target(self) -> Any:
-        """Where apoq's tables are: an engine, or the connection that a test has put in its place."""
+        """Return the engine of apoq's tables, or the connection that replaces it in a test."""
         if self._bind is None:
             return bind_of(_sync(self.session()))
         self._extension()
         engines = self._engines()
         if self._bind not in engines:
             known = ", ".join(repr(name) for name in engines if name is not None) or "none"
-            raise ApoqError(f"APOQ_BIND is {self._bind!r}, and the application's binds are: {known}")
+            raise ApoqError(f"APOQ_BIND must be one of the application's binds ({known}), got {self._bind!r}")
         found = engines[self._bind]
         return sync_side(found)
 
@@ -125,7 +126,7 @@ class Database:
             return False
         if any(engine is sync_side(known.engine) for known in self._engines().values()):
             return _place(engine) != _place(own)
-        # One engine may reach the database past the other's pooler.
+        # Host and port may differ, because one of the engines may use a pooler.
         return engine.url.database != own.url.database
 
 
@@ -134,7 +135,7 @@ def _sync(session: Session | AsyncSession) -> Session:
 
 
 def _place(engine: Engine | AsyncEngine) -> str:
-    """Say which database it is, with no password."""
+    """Return the name and the place of a database, without the password."""
     host = engine.url.host or engine.url.query.get("host") or ""
     port = engine.url.port or engine.url.query.get("port") or ""
     return f"{engine.url.database!r} on {host}{port and f':{port}'}" if host else repr(engine.url.database)

@@ -1,4 +1,4 @@
-"""The extension."""
+"""The Flask extension."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from apoq.client.session_adapters import AsyncioSession, SyncSession
 from apoq.core.options import Options
 from apoq.core.registry import ProcessorOptions, Running, make_processor
 from apoq.core.retry import DEFAULT_RETRY_LIMIT, RetryDelay, exponential_backoff
-from apoq.errors import InvalidProcessor, glimpse
+from apoq.errors import InvalidProcessor, glimpse, name_commands
 from apoq.flask.commands import group
 from apoq.flask.database import AnySession, Database
 from apoq.flask.installed import KEY, Installed, serve
@@ -33,9 +33,9 @@ T = TypeVar("T", bound=Running)
 
 
 class Apoq:
-    """The extension: has processors, for any number of applications, and adds tasks in the current one.
+    """The Flask extension: adds tasks in the current application, and holds the processors of its worker.
 
-    What belongs to one application stands in its ``extensions["apoq"]``.
+    One object serves any number of applications.
     """
 
     def __init__(
@@ -46,21 +46,28 @@ class Apoq:
         queues: Iterable[Queue] = (),
         session: Callable[[], AnySession] | None = None,
     ) -> None:
-        """Make the extension, for `app` or for those that `init_app` is called with.
+        """Create the extension.
 
-        `queue` is what tasks are added to, unless APOQ_QUEUE and APOQ_SCHEMA name it; the worker works it,
-        and `queues` as well. `session` is a `scoped_session`, or a function that answers the current
-        request's session; by default it is that of Flask-SQLAlchemy or Flask-SQLAlchemy-Lite.
+        Args:
+            app: The application. Without it, call `init_app`.
+            queue: The queue that tasks are added to, and that the worker works on. By default the one that
+                the settings APOQ_QUEUE and APOQ_SCHEMA name, or else ``Queue()``.
+            queues: Other queues that the worker works on.
+            session: A `scoped_session`, or a function that returns the current request's session. By default
+                the session of Flask-SQLAlchemy or Flask-SQLAlchemy-Lite.
+
+        Raises:
+            TypeError: If a queue is not a `Queue`, or `session` can't be used.
         """
         self._others = tuple(queues)
         for given in (*self._others, *filter(None, [queue])):
             if not isinstance(given, Queue):
-                raise TypeError(f"a queue is a Queue, such as Queue('emails'), not {glimpse(given)}")
+                raise TypeError(f"a queue must be a Queue, such as Queue('emails'), got {glimpse(given)}")
         makes = isinstance(session, sessionmaker | async_sessionmaker)
         if session is not None and (makes or not callable(session)):
             raise TypeError(
-                "session answers the current request's session, which the request commits: give a "
-                f"scoped_session or a function, not a {type(session).__qualname__}"
+                "session must be a scoped_session or a function that returns the current request's session, "
+                f"which the request commits, got a {type(session).__qualname__}"
             )
         self._queue = queue
         self._session = session
@@ -70,26 +77,37 @@ class Apoq:
             self.init_app(app)
 
     def init_app(self, app: Flask) -> None:
-        """Read the application's settings, and give it the commands ``flask apoq``.
+        """Read the application's settings, and add the commands ``flask apoq``.
 
-        Before or after the `init_app` of the extension that has the session.
+        It may be called before or after the `init_app` of the SQLAlchemy extension.
+
+        Args:
+            app: The application.
+
+        Raises:
+            RuntimeError: If the application already has an `Apoq`.
+            TypeError: If a setting has the wrong type.
+            ValueError: If a setting is invalid.
         """
         if KEY in app.extensions:
-            raise RuntimeError(f"the application {app.name!r} has an Apoq already: call init_app once")
+            raise RuntimeError(f"the application {app.name!r} already has an Apoq: call init_app once")
         settings = Settings.read(app.config)
         queue = settings.make_queue(self._queue)
         database = Database(app, bind=settings.bind, session=self._session)
         app.extensions[KEY] = Installed(app, settings, (queue, *self._others), database, self)
         app.cli.add_command(group())
+        name_commands("flask apoq", "flask db upgrade")
         if settings.in_process_worker:
             request_started.connect(serve, app)
 
     @property
     def current(self) -> Installed:
-        """What the current application has."""
+        """The state of the extension in the current application."""
         found = current_app.extensions.get(KEY)
         if not isinstance(found, Installed) or found.owner is not self:
-            raise RuntimeError(f"the application {current_app.name!r} has no such Apoq: call its init_app")
+            raise RuntimeError(
+                f"the application {current_app.name!r} doesn't have this Apoq: call its init_app with it"
+            )
         return found
 
     @property
@@ -99,11 +117,14 @@ class Apoq:
 
     @property
     def worker(self) -> Worker:
-        """The current application's worker in this process: for its `events`, `work`, `start` and `stop`."""
+        """The current application's worker in this process, created at the first use and not started."""
         return self.current.worker
 
     def is_healthy(self) -> bool:
-        """Tell whether the current application's worker is at work in this process, for a health check."""
+        """Return whether the current application's worker is started in this process, and healthy.
+
+        For health checks; see `Worker.is_healthy`.
+        """
         return self.current.is_healthy()
 
     @overload
@@ -122,10 +143,30 @@ class Apoq:
         session: SyncSession | AsyncioSession | None = None,
         **options: Unpack[Options],
     ) -> Task | Coroutine[Any, Any, Task]:
-        """Add a task in the transaction of the current session, or of `session`, as `Queue.add` does.
+        """Add a task to the current application's queue, and return it.
 
-        It is there when you commit, and gone when you roll back. Raises `UnsupportedSession`, too, where
-        `session` is on another database than the application's tasks.
+        The task exists when the session commits, and doesn't exist if it rolls back.
+
+        Args:
+            type: The task's type, by which a worker finds its processor.
+            data: The task's data: anything that JSON can represent. An empty dict by default.
+            session: The session whose transaction adds the task. By default the current request's.
+            **options: The options of `Queue.add`, such as `delay` and `priority`.
+
+        Returns:
+            The new `Task`, with its id. With an asyncio session or connection, an awaitable of it.
+
+        Raises:
+            InvalidTask: If the type or an option is invalid. Nothing was sent.
+            InvalidData: If the data can't be stored, or is too large. Nothing was sent.
+            UnsupportedSession: If the session is not one, or is on another database than the application's
+                tasks.
+            SchemaMismatch: If apoq's tables are missing or at another version.
+            RuntimeError: If there is no application context, or `init_app` was not called for its
+                application.
+
+        Note:
+            Executes one INSERT in the session's transaction. It doesn't commit or flush.
         """
         current = self.current
         joined: Any = current.database.joined(session)
@@ -153,28 +194,64 @@ class Apoq:
         session: SyncSession | AsyncioSession | None = None,
         **options: Unpack[Options],
     ) -> int | Coroutine[Any, Any, int]:
-        """Add a task for each of `items`, as `Queue.add_many` does; answer how many there were."""
+        """Add a task for each of `items` to the current application's queue; see `Queue.add_many`.
+
+        Args:
+            type: The type of all these tasks.
+            items: The data of each task.
+            session: The session whose transaction adds the tasks. By default the current request's.
+            **options: The options of `Queue.add`, for all these tasks.
+
+        Returns:
+            The number of tasks. With an asyncio session or connection, an awaitable of it.
+
+        Raises:
+            InvalidTask: If the type or an option is invalid, or `items` is not an iterable of data.
+            InvalidData: If one of the items can't be stored. Earlier items may already be inserted.
+            UnsupportedSession: If the session is not one, or is on another database than the application's
+                tasks.
+            SchemaMismatch: If apoq's tables are missing or at another version.
+            RuntimeError: If there is no application context, or `init_app` was not called for its
+                application.
+        """
         current = self.current
         joined: Any = current.database.joined(session)
         count: int | Coroutine[Any, Any, int] = current.queue.add_many(joined, type, items, **options)
         return count
 
     def use(self, type: str, processor: Callable[[Any], Any], **options: Unpack[ProcessorOptions]) -> None:
-        """Work tasks of this type with `processor`, as `Worker.use` does, in every application of this Apoq.
+        """Run tasks of this type with `processor`, in the workers of all applications of this extension.
 
-        Before or after `init_app`. Each call is in an application context of its own.
+        Each call runs in a new application context. It may be called before or after `init_app`.
+
+        Args:
+            type: The type of the tasks.
+            processor: A plain function or a coroutine function that takes the running task.
+            **options: The options of `Worker.use`: `retry_limit`, `retry_delay` and `timeout`.
+
+        Raises:
+            InvalidProcessor: If the type already has a processor, or an argument is invalid.
         """
-        make_processor(type, processor, **options)  # which refuses what can't be one
+        make_processor(type, processor, **options)  # raises if it is invalid
         if type in self._processors:
             raise InvalidProcessor(
-                f"the type {type!r} has a processor already, {self._processors[type][0]!r}: a type has one"
+                f"the type {type!r} already has a processor, {self._processors[type][0]!r}: choose another "
+                "type"
             )
         self._processors[type] = (processor, options)
         for worker in list(self._workers):
             worker.use(type, processor, **options)
 
     def processor(self, type: str, **options: Unpack[ProcessorOptions]) -> Callable[[F], F]:
-        """Decorate a plain or a coroutine function that works tasks of this type, as `use` does."""
+        """Return a decorator that registers a function as the processor of a type, as `use` does.
+
+        Args:
+            type: The type of the tasks.
+            **options: The options of `Worker.use`: `retry_limit`, `retry_delay` and `timeout`.
+
+        Returns:
+            A decorator that returns the function unchanged. It raises what `use` raises.
+        """
 
         def decorate(function: F) -> F:
             self.use(type, function, **options)
@@ -209,11 +286,27 @@ class Apoq:
         retry_delay: RetryDelay = exponential_backoff,
         timeout: float | timedelta | None = None,
     ) -> Any:
-        """Make a function's calls tasks, as `Queue.task` does: ``@apoq.task``, ``@apoq.task(retry_limit=3)``.
+        """Make a function a typed task: ``@apoq.task``, or ``@apoq.task(retry_limit=3)``.
 
-        They are added to the current application's queue, in the current session:
-        ``send_welcome.add(user_id=7)``, or ``send_welcome.add(session, user_id=7)``. Each runs in an
-        application context of its own.
+        ``send_welcome.add(user_id=7)`` adds a call to the current application's queue, in the current
+        request's session; ``send_welcome.add(session, user_id=7)`` in another session. Each task runs in a
+        new application context.
+
+        Args:
+            function: The function, when used without parentheses.
+            type: The type of its tasks. By default the function's dotted path.
+            aliases: Other types that the function also processes, such as its earlier names.
+            retry_limit: Number of retries after a failure.
+            retry_delay: Time before a retry, in seconds or as a timedelta, or a function that returns it for
+                the number of failures so far.
+            timeout: Limit of each attempt, in seconds or as a timedelta; see `Worker.use`. None: no limit.
+
+        Returns:
+            An `AppTask`, which is a `TypedTask`, or a decorator that returns one.
+
+        Raises:
+            InvalidProcessor: If the type already has a processor, an annotation can't be represented in JSON,
+                or an option is invalid.
         """
         options: ProcessorOptions = {
             "retry_limit": retry_limit,
@@ -232,14 +325,14 @@ class Apoq:
         return decorate if function is None else decorate(function)
 
     def equip(self, worker: Worker) -> None:
-        """Give a worker the processors: those that there are, and those that are still to come."""
+        """Add the processors to a worker, including those that are registered later."""
         for type_, (processor, options) in self._processors.items():
             worker.use(type_, processor, **options)
         self._workers.add(worker)
 
 
 class CurrentQueue:
-    """The current application's queue, for typed tasks that are made before there is an application."""
+    """The current application's queue, for typed tasks that are defined before there is an application."""
 
     def __init__(self, apoq: Apoq) -> None:
         self._apoq = apoq
@@ -249,18 +342,18 @@ class CurrentQueue:
 
     @property
     def name(self) -> str:
-        """Its name."""
+        """The queue's name."""
         return self._apoq.queue.name
 
     @property
     def schema(self) -> str | None:
-        """Where its tables are."""
+        """The schema of the queue's tables, or None for the connection's own."""
         return self._apoq.queue.schema
 
     def add(self, session: Any, type: str, data: Any, **options: Unpack[Options]) -> Any:
-        """Add a task, in the current session where none is given."""
+        """Add a task, in the current session if none is given."""
         return self._apoq.add(type, data, session=session, **options)
 
     def add_many(self, session: Any, type: str, items: Iterable[Any], **options: Unpack[Options]) -> Any:
-        """Add many tasks."""
+        """Add many tasks, in the current session if none is given."""
         return self._apoq.add_many(type, items, session=session, **options)

@@ -1,4 +1,4 @@
-"""What apoq has in one application."""
+"""The state of the extension in one application."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from apoq.worker import Worker
 from apoq.worker.in_process import InProcessWorker
 
 KEY: Final = "apoq"
-"""Where it stands: ``app.extensions["apoq"]``."""
+"""Its key in ``app.extensions``."""
 
 
 class Owner(Protocol):
-    """Who has the processors: the extension."""
+    """The extension, which has the processors."""
 
     def equip(self, worker: Worker) -> None:
-        """Give a worker its processors."""
+        """Add the processors to a worker."""
 
 
 class Installed:
-    """apoq in one application: its settings, its queue, its database, and its worker in this process."""
+    """The state of the extension in one application."""
 
     def __init__(
         self, app: Flask, settings: Settings, queues: tuple[Queue, ...], database: Database, owner: Owner
@@ -35,7 +35,7 @@ class Installed:
         self.app = app
         self.settings = settings
         self.queue = queues[0]
-        """What tasks are added to."""
+        """The queue that tasks are added to."""
         self._queues = queues
         self.database = database
         self.owner = owner
@@ -48,7 +48,7 @@ class Installed:
 
     @property
     def worker(self) -> Worker:
-        """The application's worker, made when it is first asked for. It is `start`ed by whoever wants it."""
+        """The application's worker in this process, created at the first use and not started."""
         engine = self.database.engine
         with self._lock:
             if self._worker is None:
@@ -63,15 +63,15 @@ class Installed:
             return self._worker
 
     def is_healthy(self) -> bool:
-        """Tell whether the worker is at work in this process."""
+        """Return whether the worker is started in this process, and healthy."""
         return self._worker is not None and self._worker.is_healthy()
 
     def serve(self) -> None:
-        """Start the worker, beside the first request in each process: only what serves is to work tasks."""
+        """Start the worker at the first request, so that only processes that serve requests run tasks."""
         if not self.app.testing:
             self._in_process.serve()
 
 
 def serve(app: Flask, **_: Any) -> None:
-    """Note that a request has begun, as Flask's signal tells."""
+    """Receive Flask's signal that a request has started."""
     app.extensions[KEY].serve()

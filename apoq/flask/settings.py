@@ -1,14 +1,13 @@
-"""An application's settings."""
+"""The settings of an application."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from datetime import timedelta
 from typing import Any, Final, Self
 
 from apoq.client.queue import Queue
-from apoq.core.retry import seconds
+from apoq.core.retry import duration
 from apoq.schema.models import DEFAULT_QUEUE
 
 PREFIX: Final = "APOQ_"
@@ -18,38 +17,42 @@ _DURATIONS: Final = ("poll_interval", "lease", "keep_completed", "keep_failed")
 
 @dataclass(frozen=True)
 class Settings:
-    """What ``app.config`` says under ``APOQ_…``."""
+    """The settings ``APOQ_…`` in ``app.config``."""
 
     queue: str | None = None
-    """The name of the queue that tasks are added to, and worked from."""
+    """The name of the queue that tasks are added to and that the worker works on."""
     schema: str | None = None
-    """Where apoq's tables are, if not where the search_path leads."""
+    """The schema of apoq's tables; None: the connection's own."""
     bind: str | None = None
-    """In which of Flask-SQLAlchemy's binds, or Lite's engines, they are."""
+    """The bind of apoq's tables in Flask-SQLAlchemy, or their engine in Flask-SQLAlchemy-Lite."""
     in_process_worker: bool = False
-    """Whether each process that serves requests works tasks, too."""
+    """Whether each process that serves requests also runs a worker."""
     worker: Mapping[str, Any] = field(default_factory=dict, repr=False)
-    """What else a `Worker` is told; its `listen_url` may have a password in it."""
+    """Other arguments of `Worker`. Not in the repr, because `listen_url` may contain a password."""
 
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> Self:
-        """Read them; a duration may be in seconds, as the environment has it."""
+        """Read and check the settings. Durations may be in seconds or timedeltas."""
         own = _given(config, ("queue", "schema", "bind", "in_process_worker"))
         worker = _given(config, ("concurrency", "listen_url"))
         for name, value in _given(config, _DURATIONS).items():
-            key = PREFIX + name.upper()
-            worker[name] = None if value is None else timedelta(seconds=seconds(value, key))
+            worker[name] = None if value is None else duration(value, PREFIX + name.upper())
         settings = cls(**own, worker=worker)
         if not isinstance(settings.in_process_worker, bool):
-            raise TypeError(f"APOQ_IN_PROCESS_WORKER is True or False, not {settings.in_process_worker!r}")
+            raise TypeError(
+                f"APOQ_IN_PROCESS_WORKER must be True or False, got {settings.in_process_worker!r}"
+            )
         return settings
 
     def make_queue(self, given: Queue | None) -> Queue:
-        """Answer the application's queue: the one that was given, or the one that is named here."""
+        """Return the application's queue: `given`, or the one that the settings name."""
         if given is None:
             return Queue(DEFAULT_QUEUE if self.queue is None else self.queue, schema=self.schema)
         if self.queue is not None or self.schema is not None:
-            raise ValueError(f"Apoq has {given!r} already: leave out that one, or APOQ_QUEUE and APOQ_SCHEMA")
+            raise ValueError(
+                f"the queue must be given once, got {given!r} and also APOQ_QUEUE or APOQ_SCHEMA: remove the "
+                "one or the other"
+            )
         return given
 
 

@@ -8,7 +8,7 @@ from typing import Final, NamedTuple
 
 import sqlalchemy as sa
 
-from apoq.errors import SchemaMismatch
+from apoq.errors import SchemaMismatch, migrate_command
 from apoq.schema.preflight import RIGHTS, SCHEMA, TABLE, Problem
 from apoq.schema.statements import preflight as statements
 
@@ -85,8 +85,7 @@ def why_missing(connection: sa.Connection, schema: str | None) -> Problem | None
         f"apoq's tables{where} exist, but no version is recorded in apoq_migrations, as in a copy of a "
         "schema without its rows"
     )
-    option = "" if schema is None else f" --schema {shlex.quote(schema)}"
-    return Problem(TABLE, text, f"run `apoq migrate{option}`, which records it")
+    return Problem(TABLE, text, f"run `{migrate_command(schema)}`, which records it")
 
 
 def where_looked(connection: sa.Connection, schema: str | None) -> str:

@@ -1,4 +1,4 @@
-"""Tasks at home in Pyramid: added in the request's transaction, processed with a request of their own.
+"""Integration with Pyramid: tasks in the request's transaction, and a request for each processor.
 
 .. code-block:: python
 
@@ -27,7 +27,16 @@ __all__ = ["Misconfigured", "apoq_task", "includeme", "load_worker", "make_worke
 
 
 def includeme(config: Any) -> None:
-    """Give an application `request.apoq`, `config.add_apoq_task`, and what its settings ask for."""
+    """Add `request.apoq`, `config.add_apoq_task` and `config.add_apoq_queue`; called by `config.include`.
+
+    With the setting ``apoq.in_process_worker``, it also starts a worker at the first request.
+
+    Args:
+        config: The configurator.
+
+    Raises:
+        Misconfigured: If a setting is invalid.
+    """
     application = Application(config.registry)
     application.enter()
     config.add_directive("add_apoq_task", add_apoq_task)
@@ -44,34 +53,52 @@ def _request_tasks(request: Any) -> RequestTasks:
 
 
 def make_worker(registry: Registry) -> Worker:
-    """Make a worker with an application's processors, as its settings say.
+    """Create a worker with the processors and the settings of an application. It is not started.
 
-    Each task is processed with a request of its own. Raises `Misconfigured` where the application doesn't
-    include ``apoq.pyramid``, or has no session.
+    Each task is processed with a new request.
+
+    Args:
+        registry: The application's registry, such as ``app.registry``.
+
+    Returns:
+        The worker.
+
+    Raises:
+        Misconfigured: If the application doesn't include ``apoq.pyramid``, has no session, or has a typed
+            task that is a coroutine function.
     """
     return Application.of(registry).make_worker()
 
 
 def load_worker(config_uri: str) -> Worker:
-    """Make the worker of the application in an ini file (``development.ini``, or ``…#section``).
+    """Create the application of an ini file, and its worker, which is not started.
 
-    Logging is set up as the file says. Raises `Misconfigured` where the file can't be used, and whatever the
-    application raises while it is made.
+    Logging is set up as the file configures it.
+
+    Args:
+        config_uri: The file, such as ``development.ini`` or ``development.ini#section``.
+
+    Returns:
+        The worker.
+
+    Raises:
+        Misconfigured: If the file can't be used; also what `make_worker` raises. Other exceptions come from
+            the application.
     """
     try:
         setup_logging(config_uri)
         get_app(config_uri, options={"__script__": "apoq"})
-        # Not the app's own: in the file, it may be wrapped into filters.
+        # Not `app.registry`, because filters in the file may wrap the application.
         return make_worker(global_registries.last)
     except Misconfigured:
         raise
     except configparser.InterpolationError as error:
-        # Its message has the value in it, which may be a URL with a password.
+        # Without its message, which contains the value, such as a URL with a password.
         raise Misconfigured(
-            f"{config_uri}: {error.option} in [{error.section}] can't be read: write a % as %%, and say what "
-            "each %(name)s refers to"
+            f"{config_uri}: {error.option} in [{error.section}] can't be read: write % as %%, and define "
+            "each name in %(name)s"
         ) from None
     except (configparser.Error, ConfigurationError, OSError, LookupError, PlasterError) as error:
         if isinstance(error, KeyError | IndexError):
-            raise  # the application's own
+            raise  # a bug of the application
         raise Misconfigured(f"{config_uri}: {error}") from error

@@ -1,4 +1,4 @@
-"""What an application has said of its tasks, and the workers that are made of it."""
+"""The processors and queues of an application, and its workers."""
 
 from __future__ import annotations
 
@@ -17,44 +17,48 @@ from apoq.worker.in_process import InProcessWorker
 
 _KEY: Final = "apoq"
 
+NO_COROUTINE: Final = (
+    "must be a plain function, not a coroutine function, because Pyramid's requests belong to a thread"
+)
+
 
 class Application:
-    """The tasks of one Pyramid application."""
+    """The state of apoq in one Pyramid application."""
 
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
         self.settings = Settings.read(registry.settings)
         self.processors: dict[str, tuple[Callable[[Any], Any], ProcessorOptions]] = {}
-        """By their types: the processors, and their options for `Worker.use`."""
+        """The processors by type, with their options for `Worker.use`."""
         self.queues: list[Queue] = []
-        """Those with typed tasks."""
+        """The queues with typed tasks."""
         self.in_process: Worker | None = None
         self._starter: InProcessWorker | None = None
 
     @classmethod
     def of(cls, registry: Registry) -> Application:
-        """Answer a registry's application; `Misconfigured` where it doesn't include apoq."""
+        """Return the state in a registry; raise `Misconfigured` if the application doesn't include apoq."""
         try:
             found: Application = registry[_KEY]
         except KeyError:
             raise Misconfigured(
-                'this application has nothing of apoq\'s: call config.include("apoq.pyramid"), or write '
+                'this application doesn\'t include apoq: call config.include("apoq.pyramid"), or write '
                 "`pyramid.includes = apoq.pyramid` into its section of the ini file"
             ) from None
         return found
 
     def enter(self) -> None:
-        """Let the registry know."""
+        """Put this object into the registry."""
         self._registry[_KEY] = self
 
     def make_worker(self) -> Worker:
-        """Make a worker with the application's processors, as its settings say."""
+        """Create a worker with the application's processors and settings."""
         settings = self.settings
         requests = Requests(self._registry, settings)
         typed = [queue for queue in self.queues if not settings.queues or queue.name in settings.queues]
         named = settings.make_queues()
         if settings.queues:
-            # Which may be in a schema of its own.
+            # By name only, because a queue of typed tasks may be in another schema.
             named = [queue for queue in named if queue.name not in {queue.name for queue in typed}]
         try:
             worker = Worker(
@@ -62,16 +66,20 @@ class Application:
             )
             for type_, (processor, options) in self.processors.items():
                 worker.use(type_, processor, **options)
-        except InvalidProcessor as error:  # one by add_apoq_task, and one by @queue.task
+        except InvalidProcessor as error:  # a type has two processors
             raise Misconfigured(str(error)) from error
+        for queue in worker.queues:
+            for type_, found in worker.processors(queue).items():
+                if found.is_coroutine:
+                    raise Misconfigured(f"{type_} {NO_COROUTINE}")
         return worker
 
     def embed(self, _event: object) -> None:
-        """Make the in-process worker, so that it can't begin to work with a mistake in it."""
+        """Create the in-process worker before the first request, so that a mistake is reported early."""
         self.in_process = worker = self.make_worker()
         self._starter = InProcessWorker(lambda: worker, name=self._registry.__name__)
 
     def serve(self, _event: object) -> None:
-        """Start the in-process worker beside the first request."""
+        """Start the in-process worker at the first request."""
         if self._starter is not None:
             self._starter.serve()

@@ -1,4 +1,4 @@
-"""What an application's ini file says about its tasks."""
+"""The settings of an application, in its ini file."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 class Misconfigured(ApoqError, ConfigurationError):  # type: ignore[misc]  # Pyramid has no types
-    """An application, a setting or a processor that can't be used; the message says how to mend it."""
+    """An invalid application, setting or processor. The message says how to fix it."""
 
 
 _FALSY: Final = {"f", "false", "n", "no", "off", "0", ""}
@@ -31,30 +31,32 @@ _FALSY: Final = {"f", "false", "n", "no", "off", "0", ""}
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The settings whose names begin with ``apoq.``, checked."""
+    """The settings whose names begin with ``apoq.``."""
 
     session: str = "dbsession"
-    """The request's attribute with the SQLAlchemy session."""
+    """The name of the request's attribute that is the SQLAlchemy session."""
     queue: str = "default"
     """The queue that `request.apoq.add` adds to."""
     queues: tuple[str, ...] = ()
-    """Those that the worker works; none: the one above."""
+    """The queues that the worker works on; empty: only `queue`."""
     schema: str | None = None
+    """The schema of apoq's tables; None: the connection's own."""
     base_url: str | None = None
-    """What `request.route_url` begins with in a processor."""
+    """The start of the URLs that `request.route_url` returns in a processor."""
     in_process_worker: bool = False
+    """Whether each process that serves requests also runs a worker."""
     worker: Mapping[str, Any] = field(default_factory=dict, repr=False)
-    """What else a `Worker` is told; its `listen_url` may have a password in it."""
+    """Other arguments of `Worker`. Not in the repr, because `listen_url` may contain a password."""
 
     @classmethod
     def read(cls, settings: Mapping[str, Any]) -> Settings:
-        """Read an application's settings; `Misconfigured` where one is unknown or makes no sense."""
+        """Read and check an application's settings; raise `Misconfigured` if one is unknown or invalid."""
         given = {
             name.removeprefix(PREFIX): value for name, value in settings.items() if name.startswith(PREFIX)
         }
         known = {name: _read(name, given.pop(name), read) for name, read in READERS.items() if name in given}
         for unknown in given:
-            raise Misconfigured(f"{PREFIX}{unknown} is no setting of apoq's{_suggestion(unknown)}")
+            raise Misconfigured(f"{PREFIX}{unknown} is not a setting of apoq{_suggestion(unknown)}")
         own = {name.name for name in fields(cls)}
         return cls(
             **{name: value for name, value in known.items() if name in own},
@@ -62,18 +64,18 @@ class Settings:
         )
 
     def make_queue(self) -> Queue:
-        """Make the queue that requests add to."""
+        """Create the queue that requests add to."""
         return Queue(self.queue, schema=self.schema)
 
     def make_queues(self) -> list[Queue]:
-        """Make the queues that a worker works."""
+        """Create the queues that a worker works on."""
         return [Queue(name, schema=self.schema) for name in self.queues or [self.queue]]
 
 
 def _suggestion(unknown: str) -> str:
     for name in get_close_matches(unknown, READERS, 1):
-        return f": is it {PREFIX}{name}?"
-    return f", which are {', '.join(PREFIX + name for name in READERS)}"
+        return f": did you mean {PREFIX}{name}?"
+    return f": it must be one of {', '.join(PREFIX + name for name in READERS)}"
 
 
 def _read(name: str, value: Any, read: Callable[[Any], T]) -> T:
@@ -87,20 +89,20 @@ def _read(name: str, value: Any, read: Callable[[Any], T]) -> T:
 
 def _text(value: Any) -> str:
     if not isinstance(value, str) or not value.strip():
-        raise ValueError("is empty: leave it out, or say what it is")
+        raise ValueError("must not be empty: remove it, or give it a value")
     return value.strip()
 
 
 def _attribute(value: Any) -> str:
     if not (isinstance(value, str) and value.isidentifier()):
-        raise ValueError(f"is the name of a request's attribute, such as dbsession, not {value!r}")
+        raise ValueError(f"must be the name of a request's attribute, such as dbsession, got {value!r}")
     return value
 
 
 def _names(value: Any) -> tuple[str, ...]:
     names = aslist(value)
     if not names:
-        raise ValueError("names no queue: leave it out, or say which the worker is to work")
+        raise ValueError("must not be empty: remove it, or list the queues that the worker works on")
     for name in names:
         Queue(name)
     return tuple(names)
@@ -117,31 +119,33 @@ def _schema(value: Any) -> str | None:
 def _boolean(value: Any) -> bool:
     text = str(value).strip().lower()
     if text not in truthy and text not in _FALSY:
-        raise ValueError(f"is true or false, not {value!r}")
+        raise ValueError(f"must be true or false, got {value!r}")
     return text in truthy
 
 
 def _concurrency(value: Any) -> int:
     if isinstance(value, bool) or not re.fullmatch(r"\s*[1-9]\d{0,5}\s*", str(value)):
-        raise ValueError(f"is the number of tasks that run at once, 1 or more, not {value!r}")
+        raise ValueError(f"must be a number of tasks, 1 or more, got {value!r}")
     return int(value)
 
 
 def _duration(value: Any) -> timedelta:
     if isinstance(value, timedelta):
         if value < timedelta():
-            raise ValueError(f"is not negative, as {value!r} is")
+            raise ValueError(f"must not be negative, got {value!r}")
         return value
     try:
         return read_duration(str(value).lower())
     except (ValueError, OverflowError):
-        raise ValueError(f"is a time such as 30 s, 10 minutes, 12 h or 7 days, not {value!r}") from None
+        raise ValueError(
+            f"must be a duration, such as 30 s, 10 minutes, 12 h or 7 days, got {value!r}"
+        ) from None
 
 
 def _interval(value: Any) -> timedelta:
     duration = _duration(value)
     if duration <= timedelta():
-        raise ValueError(f"is longer than nothing, not {value!r}")
+        raise ValueError(f"must be positive, got {value!r}")
     return duration
 
 
@@ -153,7 +157,7 @@ def _retention(value: Any) -> timedelta | None:
 
 def _base_url(value: Any) -> str:
     if not re.fullmatch(r"https?://[^/?#\s]+(/[^?#\s]*)?", _text(value)):
-        raise ValueError("is the start of your site's URLs, such as https://example.com")
+        raise ValueError(f"must be the start of your site's URLs, such as https://example.com, got {value!r}")
     return _text(value).rstrip("/")
 
 
@@ -175,4 +179,4 @@ READERS: Final[dict[str, Callable[[Any], Any]]] = {
     "keep_failed": _retention,
     "listen_url": _database_url,
 }
-"""How each setting is read, by its name."""
+"""The functions that read the settings, by name."""

@@ -1,4 +1,4 @@
-"""Which function processes which type of task, said as Pyramid's views are."""
+"""Registration of processors, in the way of Pyramid's views."""
 
 from __future__ import annotations
 
@@ -14,16 +14,12 @@ from apoq.client.queue import Queue
 from apoq.client.typed_task import TypedTask
 from apoq.core.registry import ProcessorOptions, is_coroutine_function, make_processor
 from apoq.errors import InvalidProcessor, glimpse
-from apoq.pyramid.application import Application
+from apoq.pyramid.application import NO_COROUTINE, Application
 from apoq.pyramid.settings import Misconfigured
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 CATEGORY: Final = "apoq tasks"
-
-_NO_COROUTINE: Final = (
-    "is a coroutine function, and Pyramid's requests belong to a thread: make it a plain function"
-)
 
 
 def add_apoq_task(
@@ -32,16 +28,27 @@ def add_apoq_task(
     type: str | None = None,
     **options: Unpack[ProcessorOptions],
 ) -> None:
-    """Process tasks of this type with ``function(task, request)``, or what a dotted name leads to.
+    """Process tasks of this type with ``function(task, request)``.
 
-    The default type is the function's own dotted name. The options are those of `Worker.use`. Two functions
-    for one type are a conflict, as two views for one URL are.
+    Two functions for the same type are a configuration conflict, like two views for the same URL.
+
+    Args:
+        config: The configurator; omit it when you call ``config.add_apoq_task``.
+        function: The function, or its dotted name. It takes the running task and a request.
+        type: The type of the tasks. By default the function's dotted name.
+        **options: The options of `Worker.use`: `retry_limit`, `retry_delay` and `timeout`.
+
+    Raises:
+        Misconfigured: If the function or an option is invalid.
     """
     found: Any = config.maybe_dotted(function)
     if isinstance(found, TypedTask):
-        raise Misconfigured(f"{found!r} is no function of a task and a request: config.add_apoq_queue(queue)")
+        raise Misconfigured(
+            f"function must take a task and a request, got {found!r}: for typed tasks, call "
+            "config.add_apoq_queue(queue)"
+        )
     if not callable(found):
-        raise Misconfigured(f"add_apoq_task takes a function of a task and a request, not {glimpse(found)}")
+        raise Misconfigured(f"function must be one that takes a task and a request, got {glimpse(found)}")
     name = _name_of(found)
     type = type or name
     try:
@@ -59,23 +66,30 @@ def add_apoq_task(
 
 
 def add_apoq_queue(config: Any, queue: Queue | str) -> None:
-    """Work a queue of typed tasks, too, or what a dotted name leads to.
+    """Also run the typed tasks of this queue in the application's workers.
 
-    Each is processed with a request that is the current one, `pyramid.threadlocal.get_current_request()`.
+    Each runs with a new request, which `pyramid.threadlocal.get_current_request` returns.
+
+    Args:
+        config: The configurator; omit it when you call ``config.add_apoq_queue``.
+        queue: The queue, or its dotted name.
+
+    Raises:
+        Misconfigured: If it is not a `Queue`, or if one of its typed tasks is a coroutine function.
     """
     found = config.maybe_dotted(queue)
     if not isinstance(found, Queue):
-        raise Misconfigured(f"add_apoq_queue takes a Queue, such as Queue('emails'), not {glimpse(found)}")
+        raise Misconfigured(f"queue must be a Queue, such as Queue('emails'), got {glimpse(found)}")
 
     def register() -> None:
         queues = Application.of(config.registry).queues
         if any(queue is found for queue in queues):
             return
         queues.append(found)
-        # Only now, for a scan may just have imported them.
+        # Not earlier, because a scan may have imported the tasks after this call.
         for type_, task in found.tasks.items():
             if task.processor.is_coroutine:
-                raise Misconfigured(f"{type_} {_NO_COROUTINE}")
+                raise Misconfigured(f"{type_} {NO_COROUTINE}")
             introspectable = config.introspectable(
                 CATEGORY, (found, type_), f"{type_}: {task!r}", "apoq task"
             )
@@ -86,24 +100,33 @@ def add_apoq_queue(config: Any, queue: Queue | str) -> None:
 
 
 class apoq_task:  # noqa: N801 - as view_config is
-    """Have `config.scan()` find a function of ``(task, request)`` that processes tasks of this type.
+    """Decorator that registers a function as the processor of a type at ``config.scan()``.
 
-    The same as `config.add_apoq_task(function, type, …)`.
+    It does the same as ``config.add_apoq_task(function, type, …)``. The function is not changed.
     """
 
     def __init__(self, type: str | None = None, **options: Unpack[ProcessorOptions]) -> None:
+        """Create the decorator.
+
+        Args:
+            type: The type of the tasks. By default the function's dotted name.
+            **options: The options of `Worker.use`: `retry_limit`, `retry_delay` and `timeout`.
+
+        Raises:
+            Misconfigured: If it is used without parentheses.
+        """
         if callable(type):
-            raise Misconfigured("write the decorator with parentheses: @apoq_task()")
+            raise Misconfigured("@apoq_task must be used with parentheses: @apoq_task()")
         self._type = type
         self._options = options
 
     def __call__(self, function: F) -> F:
-        """Note the function, and leave it as it is."""
+        """Attach the registration to the function, and return the function unchanged."""
 
         def found(context: Any, _name: str, function: F) -> None:
             config = context.config.with_package(info.module)
             if not hasattr(config, "add_apoq_task"):
-                raise Misconfigured('config.include("apoq.pyramid") comes before config.scan()')
+                raise Misconfigured('config.include("apoq.pyramid") must be called before config.scan()')
             config.add_apoq_task(function, self._type, _info=info.codeinfo, **self._options)
 
         info = venusian.attach(function, found, category="pyramid")
@@ -117,13 +140,13 @@ def _name_of(function: Callable[..., Any]) -> str:
 
 def _processor(function: Callable[..., Any], name: str) -> Callable[[Any], Any]:
     if is_coroutine_function(function):
-        raise Misconfigured(f"{name} {_NO_COROUTINE}")
+        raise Misconfigured(f"{name} {NO_COROUTINE}")
     try:
         inspect.signature(function).bind("task", "request")
     except (TypeError, ValueError):
         raise Misconfigured(
-            f"{name} is called with the running task and a request, as a view is with its context and a "
-            "request: let it take them, `(task, request)`"
+            f"{name} must take two arguments, the running task and a request: "
+            f"`def {name.rpartition('.')[2]}(task, request)`"
         ) from None
 
     @wraps(function)

@@ -1,4 +1,4 @@
-"""For your tests: what has been added in a transaction that is rolled back, and running it there.
+"""Test helpers: look for new tasks, and run them, in a transaction that the test rolls back.
 
 .. code-block:: python
 
@@ -8,7 +8,7 @@
         assert_enqueued(session, "send_welcome", user_id=7)
         drain(session, worker)
 
-Nothing here commits, needs a worker that has started, or touches another transaction.
+None of them commits, or needs a started worker.
 """
 
 from apoq.testing.clock import freeze, travel

@@ -1,4 +1,4 @@
-"""A database for the tests, and sessions on it that leave nothing behind."""
+"""A database for tests, and sessions that are rolled back."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from apoq.migrations import prepare
 from apoq.postgres.urls import database_url
 
 _FAST: Final = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
-"""Of a server of the tests' own: nothing in it is to outlive them."""
+"""Settings of a private server, whose data is not needed after the tests."""
 
 _COMMITS: Final[dict[str, Any]] = {"join_transaction_mode": "create_savepoint"}
-"""So that a commit is one to a savepoint, and a rollback doesn't undo what came before the session."""
+"""With it, a commit releases a savepoint, and a rollback undoes only this session's changes."""
 
 
 @contextmanager
 def private_database() -> Iterator[URL]:
-    """Create a database with apoq's tables, and drop it in the end."""
+    """Create a database with apoq's tables, and drop it at the end."""
     with database(settings=_FAST) as server:
         url = database_url(server)
         admin = create_engine(url, isolation_level="AUTOCOMMIT", poolclass=NullPool)
@@ -41,8 +41,8 @@ def private_database() -> Iterator[URL]:
             _execute(admin, f"CREATE DATABASE {name} TEMPLATE template0 ENCODING 'UTF8'")
         except ProgrammingError as error:
             raise ApoqError(
-                f"no database for the tests could be created by DATABASE_URL: {error.orig}. Give it a role "
-                "that may, or leave it out for a private server, or define a fixture apoq_engine of your own"
+                f"DATABASE_URL must have a role that may create databases: {error.orig}: use another role, "
+                "unset it for a private server, or define your own fixture apoq_engine"
             ) from None
         try:
             url = url.set(database=name)
@@ -60,17 +60,24 @@ def rolled_back(engine: AsyncEngine, **options: Any) -> AbstractAsyncContextMana
 def rolled_back(
     engine: Engine | AsyncEngine, **options: Any
 ) -> AbstractContextManager[Session] | AbstractAsyncContextManager[AsyncSession]:
-    """Give a session that may be committed, and whose every trace is gone after the ``with`` block.
+    """Return a context manager that yields a session, and rolls back everything at its end.
 
-    An `AsyncSession`, in an ``async with`` block, where the engine is asyncio's. The options are those of
-    the session. Other sessions on ``session.connection()`` join its transaction.
+    The session may be committed, which releases a savepoint. Other sessions on ``session.connection()`` join
+    its transaction.
+
+    Args:
+        engine: The engine. With an `AsyncEngine`, use ``async with``; the session is an `AsyncSession`.
+        **options: Arguments of the session.
+
+    Raises:
+        TypeError: If `engine` is not an engine.
     """
     match engine:
         case Engine():
             return _rolled_back(engine, options)
         case AsyncEngine():
             return _rolled_back_async(engine, options)
-    raise TypeError(f"rolled_back takes an Engine or an AsyncEngine, not {type(engine).__qualname__}")
+    raise TypeError(f"engine must be an Engine or an AsyncEngine, got {type(engine).__qualname__}")
 
 
 @contextmanager
@@ -85,7 +92,7 @@ def _rolled_back(engine: Engine, options: dict[str, Any]) -> Iterator[Session]:
 
 @asynccontextmanager
 async def _rolled_back_async(engine: AsyncEngine, options: dict[str, Any]) -> AsyncIterator[AsyncSession]:
-    # An attribute that a commit has expired can't be read without an await.
+    # Without expire_on_commit, because an expired attribute can't be loaded without an await.
     defaults = {**_COMMITS, "expire_on_commit": False}
     async with engine.connect() as connection, connection.begin() as transaction:
         try:

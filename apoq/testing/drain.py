@@ -1,4 +1,4 @@
-"""Runs what is due, in the transaction of a test: as a worker would, and by the same code."""
+"""`drain`: runs due tasks in the transaction of a test, with the worker's code."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ from apoq.testing.inside import (
     AsyncTestSession,
     Inner,
     TestSession,
-    answered,
     clear_errors,
     connection_of,
+    in_session,
     inside,
 )
 from apoq.worker import Worker
@@ -58,10 +58,10 @@ from apoq.worker.lease import Lease
 from apoq.worker.settling.settler import settlement_arrays, write_settlements
 
 FOR_EVER: Final = Lease(math.inf, math.inf)
-"""Tasks that run in the caller's transaction can't be taken by another worker."""
+"""Other workers can't take tasks of the caller's transaction."""
 
 DEFAULT_LIMIT: Final = 1_000
-"""Attempts of one `drain`, unless its caller says otherwise."""
+"""Default of the maximum number of attempts."""
 
 Errors = Literal["raise", "record"]
 
@@ -80,23 +80,37 @@ def drain(
     errors: Errors = "raise",
     limit: int = DEFAULT_LIMIT,
 ) -> list[Task] | Coroutine[Any, Any, list[Task]]:
-    """Run what is due, and what becomes due by it, in the transaction of `session`; answer the tasks.
+    """Run the due tasks in the transaction of `session`, and the tasks that become due by that.
 
-    In line, with the processors of a worker, which isn't started, or of a queue's typed tasks: claimed in
-    the same order, tried again, completed together with what was written to ``task.session``. That session
-    is in the test's transaction, too, and nothing is committed. What `session` holds is written before and
-    read anew after, as by a commit of yours.
+    Tasks are claimed, run, retried and completed as by a worker, with the same code, but on this thread, and
+    nothing is committed. ``task.session`` is in the test's transaction, too.
 
-    An attempt that fails is written to its task, and then its error is raised; so is an `InvalidProcessor`
-    where tasks are due that have no processor. With ``errors="record"``, all goes on as in a worker. After
-    `limit` attempts, it is a RuntimeError that there are still more.
+    Args:
+        session: The session or connection of the test.
+        *workers: Workers, which need not be started, or queues with typed tasks.
+        errors: With "raise", `drain` stores the failure of an attempt and then raises its exception, and due
+            tasks without a processor are an error. With "record", it continues after failures, like a worker.
+        limit: The maximum number of attempts, against tasks that add themselves again and again.
 
-    Answers each task that has run, as it stands in the end. With an asyncio session, await the answer.
+    Returns:
+        The tasks that have run, as they are afterwards. With an asyncio session, an awaitable of them.
+
+    Raises:
+        InvalidProcessor: If due tasks have no processor, with ``errors="raise"``; if a queue has no typed
+            tasks.
+        RuntimeError: If tasks are still due after `limit` attempts, or if it would block a running event
+            loop.
+        TypeError: If there is no worker or queue, or another object instead of one.
+        UnsupportedSession: If `session` can't be used.
+        SchemaMismatch: If apoq's tables are missing or at another version.
+
+    Note:
+        A session is flushed before, and its objects are expired afterwards, as by a commit.
     """
     if not workers:
-        raise TypeError("drain runs the processors of a worker or a queue: drain(session, worker)")
+        raise TypeError("drain must be given a worker or a queue: drain(session, worker)")
     if errors not in {"raise", "record"}:
-        raise ValueError(f'errors is "raise" or "record", not {errors!r}')
+        raise ValueError(f'errors must be "raise" or "record", got {errors!r}')
     crews = [crew_of(worker) for worker in workers]
     if not isinstance(session, AsyncSession | async_scoped_session | AsyncConnection):
         _refuse_to_block(crews)
@@ -110,8 +124,8 @@ def _refuse_to_block(crews: Sequence[Crew]) -> None:
         return
     if not in_greenlet() and any(crew.has_coroutines for crew in crews):
         raise RuntimeError(
-            "drain would block the event loop that runs here, and has coroutines: give an AsyncSession "
-            "and await the answer, or `await asyncio.to_thread(drain, session, worker)`"
+            "drain must not run coroutines on the thread of a running event loop, which it would block: pass "
+            "an AsyncSession and await the result, or `await asyncio.to_thread(drain, session, worker)`"
         )
 
 
@@ -132,7 +146,7 @@ class _Drain:
         with ExitStack() as stack:
             self._connection = connection_of(self._inner)
             if not self._connection.get_execution_options().get(CLOCK):
-                # Else they would read when the transaction began: a worker has transactions of its own.
+                # Otherwise now() would be the beginning of the test's transaction; a worker begins new ones.
                 stack.enter_context(travel(self._inner, timedelta()))
             stack.callback(self._close)
             self._flush()
@@ -144,7 +158,7 @@ class _Drain:
                 self._refuse_more(limit)
             if self._errors == "raise":
                 self._refuse_leftovers()
-        return list(map(self._answer, self._ended.values()))
+        return list(map(self._task_of, self._ended.values()))
 
     def _execute(
         self, queue: Queue, statement: Executable, parameters: Mapping[str, Any]
@@ -155,7 +169,7 @@ class _Drain:
             return connection.execute(statement, parameters)
 
     def _due(self) -> Iterator[tuple[Crew, Queue, ClaimCursor]]:
-        """Find out where something is due, and where a claim of it begins."""
+        """Yield the queues that have due tasks, with the position at which a claim begins."""
         for crew in self._crews:
             for queue in crew.queues:
                 position = ClaimCursor()
@@ -204,14 +218,14 @@ class _Drain:
 
     def _open_async(self) -> AsyncTaskSession:
         session = AsyncTaskSession(join_transaction_mode="create_savepoint")
-        # Not an AsyncConnection, for the test's may be none: then the coroutine just isn't held up by it.
+        # Not an AsyncConnection, because the test's connection may be a synchronous one.
         session.sync_session.bind = self._connection
         return session
 
     def _attempt(self, crew: Crew, attempt: AnyAttempt) -> None:
         self._last = attempt
         if may_begin(attempt):
-            # Where a processor has a session of its own on this connection, it commits into this.
+            # A processor may commit another session on this connection, which must only end a savepoint.
             savepoint = self._inner.begin_nested()
             self._connection = connection_of(self._inner)
             within = self._connection.get_nested_transaction()
@@ -267,7 +281,7 @@ class _Drain:
             row = self._execute(queue, statement, parameters | held(attempt)).mappings().first()
         is_kept = end.outcome is not None or crew.completion.keep
         if row is None:
-            # Taken from this attempt by the processor itself, which has cancelled or deleted it.
+            # The attempt no longer owns the task, because its processor has cancelled or deleted it.
             tasks = tasks_table(queue.schema)
             found = select(*tasks.c).where(tasks.c.id == attempt.id)
             row, is_kept = self._execute(queue, found, {}).mappings().first(), True
@@ -275,13 +289,13 @@ class _Drain:
             known = {"data": attempt.known_data(), **row}
             self._ended[queue.schema, attempt.id] = _Row(queue.schema, known, is_kept)
 
-    def _answer(self, row: _Row) -> Task:
-        # One that isn't kept is in no session, for it isn't in the database.
-        return answered(self._inner, row.schema, row.row) if row.is_kept else detached(row.schema, row.row)
+    def _task_of(self, row: _Row) -> Task:
+        # A task that isn't kept is in no session, because it isn't in the database.
+        return in_session(self._inner, row.schema, row.row) if row.is_kept else detached(row.schema, row.row)
 
     def _is_raised(self, outcome: BaseException, end: AttemptResult) -> bool:
         if not isinstance(outcome, Exception | SystemExit):
-            return True  # meant for the program, or for pytest
+            return True  # KeyboardInterrupt, and exceptions of pytest
         if self._errors == "record" or isinstance(outcome, TaskLost):
             return False
         has_failed = end.settlement is not None and end.settlement.state == FAILED
@@ -290,12 +304,12 @@ class _Drain:
     def _refuse_more(self, limit: int) -> None:
         for _, queue, _ in self._due():
             raise RuntimeError(
-                f"drain has made {limit} attempts, and more is due in {queue!r}: does a task add itself, or "
-                f"snooze for no time? If not, give a higher limit. The last was {self._last!r}"
+                f"drain stopped after {limit} attempts, but tasks are still due in {queue!r}; the last "
+                f"attempt was {self._last!r}: if no task adds itself or snoozes for 0 s, pass a higher limit"
             )
 
     def _refuse_leftovers(self) -> None:
-        """Refuse to leave what a mistyped type, or a processor that wasn't configured, would leave."""
+        """Raise if due tasks have no processor, as with a misspelled type."""
         known: dict[Queue, set[str]] = {}
         for crew in self._crews:
             for queue in crew.queues:
@@ -315,9 +329,9 @@ class _Drain:
             )
             if names := self._execute(queue, left, {}).scalars().all():
                 raise InvalidProcessor(
-                    f"due in {queue!r} are tasks of types that have no processor here: {', '.join(names)}. "
-                    f"It has processors of: {', '.join(sorted(types)) or 'none'}. A worker leaves the others "
-                    'to other workers, and so does drain(…, errors="record")'
+                    f"due tasks in {queue!r} must have a processor, and those of these types have none: "
+                    f"{', '.join(names)}. There are processors for: {', '.join(sorted(types)) or 'none'}. "
+                    'drain(…, errors="record") ignores the others, as a worker does'
                 )
 
     def _flush(self) -> None:
@@ -328,14 +342,14 @@ class _Drain:
         if self._runner is not None:
             self._runner.close()
         if isinstance(self._inner, Session) and self._inner.is_active:
-            # What a commit would do: the processors have written, too.
+            # As a commit would do, because the processors have written to the same rows.
             self._inner.flush()
             if self._inner.expire_on_commit:
                 self._inner.expire_all()
 
 
 class _Row(NamedTuple):
-    """A task that has run, as it stands."""
+    """A task that has run, as it is now."""
 
     schema: str | None
     row: Mapping[Any, Any]

@@ -1,4 +1,4 @@
-"""What has been added, and waits to be run."""
+"""Assertions about pending tasks."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from apoq.testing.inside import (
     AsyncTestSession,
     Inner,
     TestSession,
-    answered,
     clear_errors,
     connection_of,
+    in_session,
     inside,
 )
 
 AnyTypedTask = TypedTask[..., Any, ...]
 
 SHOWN: Final = 20
-"""Tasks that are listed where the right one isn't there."""
+"""Maximum number of tasks in a failure's message."""
 
 
 class Enqueued(list[Task]):
-    """The tasks that were found; where there are none, its text says what there is instead."""
+    """The tasks that were found. If there are none, its repr lists other tasks."""
 
     def __init__(self, tasks: list[Task], others: list[Task]) -> None:
         super().__init__(tasks)
@@ -73,12 +73,26 @@ def enqueued(
     queue: Queue | str | None = None,
     **arguments: Any,
 ) -> list[Task] | Coroutine[Any, Any, list[Task]]:
-    """Answer the pending tasks that the transaction of `session` sees: of this type, and with this data.
+    """Return the pending tasks of this type, and with this data, that the transaction of `session` sees.
 
-    `task` is a type or a typed task; None: any. Where `data`, or the keywords, name some keys of a task's
-    data, it may have others; data that is no dict is the task's whole. `queue` is a `Queue`, which has a
-    schema, or the name of one; by default a typed task's own, and else any. With an asyncio session, await
-    the answer.
+    Args:
+        session: The session or connection of the test.
+        task: A type or a typed task. None: any.
+        data: The data of the tasks. A dict may have only some of their keys.
+        queue: A `Queue` or the name of one. By default the queue of a typed task, or any queue.
+        **arguments: Keys and values of the data, in addition to `data`.
+
+    Returns:
+        The tasks, in the order of their ids. With an asyncio session, an awaitable of them.
+
+    Raises:
+        TypeError: If `task` is not a type or a typed task, or if there are keywords and `data` is not a dict.
+        InvalidTask: If a typed task doesn't have such an argument.
+        UnsupportedSession: If `session` can't be used.
+        SchemaMismatch: If apoq's tables are missing or at another version.
+
+    Note:
+        A session is flushed before.
     """
     wanted = _Wanted(task, data, queue, arguments)
     return inside(session, wanted.find)
@@ -113,14 +127,36 @@ def assert_enqueued(
     queue: Queue | str | None = None,
     **arguments: Any,
 ) -> Task | Coroutine[Any, Any, Task]:
-    """Answer the one task that `enqueued` finds; AssertionError, with what there is, if it isn't one."""
-    __tracebackhide__ = True  # what has failed is the test, by pytest's lights
+    """Assert that there is exactly one such pending task, and return it.
+
+    Args:
+        session: The session or connection of the test.
+        task: A type or a typed task.
+        data: The data of the task. A dict may have only some of its keys.
+        queue: A `Queue` or the name of one. By default the queue of a typed task, or any queue.
+        **arguments: Keys and values of the data, in addition to `data`.
+
+    Returns:
+        The task. With an asyncio session, an awaitable of it.
+
+    Raises:
+        AssertionError: If there is no such task, or more than one. The message lists the tasks that there
+            are.
+        TypeError: If `task` is not a type or a typed task, or if there are keywords and `data` is not a dict.
+        InvalidTask: If a typed task doesn't have such an argument.
+        UnsupportedSession: If `session` can't be used.
+        SchemaMismatch: If apoq's tables are missing or at another version.
+
+    Note:
+        A session is flushed before.
+    """
+    __tracebackhide__ = True  # pytest then shows the line of the test
     wanted = _Wanted(task, data, queue, arguments)
     return inside(session, wanted.find_one)
 
 
 class _Wanted:
-    """What a test looks for."""
+    """The tasks that a test looks for."""
 
     def __init__(
         self,
@@ -131,7 +167,7 @@ class _Wanted:
     ) -> None:
         if arguments:
             if not isinstance(data, dict | None):
-                raise TypeError(f"keywords are keys of a task's data, which is no dict here: {glimpse(data)}")
+                raise TypeError(f"data must be a dict if there are keywords, got {glimpse(data)}")
             data = {**(data or {}), **arguments}
         if isinstance(task, TypedTask):
             self.type: str | None = task.type
@@ -143,8 +179,7 @@ class _Wanted:
             self.type = task
         else:
             raise TypeError(
-                "give the type of a task, or a function that was made a task by @queue.task, not "
-                f"{glimpse(task)}"
+                f"task must be a task's type, or a function decorated with @queue.task, got {glimpse(task)}"
             )
         self.data = data
         self.schema = queue.schema if isinstance(queue, Queue) else None
@@ -161,7 +196,7 @@ class _Wanted:
         return " ".join(words)
 
     def find(self, inner: Inner) -> Enqueued:
-        """Answer those that match."""
+        """Return the tasks that match."""
         tasks = tasks_table(self.schema)
         conditions = [tasks.c.state == PENDING]
         if self.type is not None:
@@ -176,23 +211,23 @@ class _Wanted:
             rows = connection.execute(select(*tasks.c).where(*conditions).order_by(tasks.c.id)).mappings()
             found = [row for row in rows if self._matches(row["data"])]
             if found:
-                return Enqueued([answered(inner, self.schema, row) for row in found], [])
+                return Enqueued([in_session(inner, self.schema, row) for row in found], [])
             last = select(*tasks.c).order_by(tasks.c.id.desc()).limit(SHOWN)
             others = [detached(self.schema, row) for row in connection.execute(last).mappings()]
         return Enqueued([], others[::-1])
 
     def find_one(self, inner: Inner) -> Task:
-        """Answer the one that matches."""
+        """Return the only task that matches."""
         __tracebackhide__ = True
         found = self.find(inner)
         if len(found) == 1:
             return found[0]
         if found:
-            what, listed = f"{len(found)} tasks, and not one, are pending: {self}", found[:SHOWN]
+            problem, listed = f"expected one pending task, found {len(found)}: {self}", found[:SHOWN]
         else:
-            what, listed = f"no {self} is pending", found.others
-        lines = [f"  {_shown(task)}" for task in listed] or ["  nothing"]
-        raise AssertionError("\n".join([f"{what}. In this transaction there is:", *lines]))
+            problem, listed = f"no {self} is pending", found.others
+        lines = [f"  {_shown(task)}" for task in listed] or ["  none"]
+        raise AssertionError("\n".join([f"{problem}. The tasks in this transaction:", *lines]))
 
     def _matches(self, data: Any) -> bool:
         if self.data is None:
@@ -205,7 +240,7 @@ class _Wanted:
 
 
 def _equal(stored: Any, wanted: Any) -> bool:
-    """Compare as JSON, for that is what was stored of a tuple or a UUID."""
+    """Compare as JSON, in which a tuple or a UUID was stored."""
     if stored == wanted:
         return True
     try:

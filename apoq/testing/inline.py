@@ -1,4 +1,4 @@
-"""What of a worker is another where all happens on one thread, and in one transaction."""
+"""Replacements for parts of a worker that runs on one thread and in one transaction."""
 
 from __future__ import annotations
 
@@ -25,50 +25,51 @@ from apoq.worker.threads import MissingThreads
 
 @dataclass(frozen=True)
 class Crew:
-    """Whose tasks run, and how they are completed."""
+    """The queues whose tasks run, their processors, and how tasks are completed."""
 
     queues: tuple[Queue, ...]
     processors: Callable[[Queue], Mapping[str, Processor]]
-    """Answers those of a queue, by their types."""
+    """Returns the processors of a queue, by type."""
     completion: Completion
 
     @property
     def has_coroutines(self) -> bool:
-        """Tell whether any of its processors needs an event loop."""
+        """Whether one of the processors is a coroutine function."""
         found = [processor for queue in self.queues for processor in self.processors(queue).values()]
         return any(processor.is_coroutine for processor in found)
 
 
 def crew_of(worker: Worker | Queue) -> Crew:
-    """Answer what a worker works, which needn't have started, or one would that is given just a queue."""
+    """Return the queues and processors of a worker, or of a queue's typed tasks."""
     if isinstance(worker, Queue):
         if not worker.tasks:
             raise InvalidProcessor(
-                f"{worker!r} has no typed tasks: give the queue that has them by @queue.task, or a worker"
+                f"the queue must have typed tasks, got {worker!r}, which has none: pass another queue or "
+                "a worker"
             )
         registry = Registry()
         worker.register_in(registry)
         return Crew((worker,), registry.of, InLineCompletion(keep=True))
     if not isinstance(worker, Worker):
-        raise TypeError(f"drain takes workers or queues after its session, not {worker!r}")
+        raise TypeError(f"drain must be given workers or queues after the session, got {worker!r}")
     keep = worker.options.keeps_completed
     return Crew(worker.queues, worker.processors, InLineCompletion(keep=keep))
 
 
 class InLineCompletion(Completion):
-    """Completes a task in a transaction that goes on."""
+    """Completes a task without ending the transaction."""
 
     def __init__(self, *, keep: bool) -> None:
         super().__init__(Events(), keep=keep)
 
     def write(self, connection: Connection, attempt: AnyAttempt) -> Mapping[Any, Any] | None:
-        """Complete a task; answer its row, or None where it was lost."""
+        """Complete a task; return its row, or None if the attempt no longer owns it."""
         statement = self.statement(attempt.from_queue.schema, full=True, alike=True)
         return connection.execute(statement, held(attempt)).mappings().first()
 
 
 def held(attempt: AnyAttempt) -> dict[str, Any]:
-    """Answer the parameters by which a statement finds a task that is still held."""
+    """Return the parameters by which a statement finds a task that the attempt still owns."""
     return {
         "ids": array_text([attempt.id]),
         "tokens": array_text([attempt.claim_token]),
@@ -77,7 +78,7 @@ def held(attempt: AnyAttempt) -> dict[str, Any]:
 
 
 class InLineDeadlines(Deadlines):
-    """Lets an attempt that took too long fail when it has ended: there is nobody to do it before."""
+    """Fails an attempt that took too long when it has ended, because no other thread can do it earlier."""
 
     def __init__(self) -> None:
         outage = Outage()
@@ -85,12 +86,12 @@ class InLineDeadlines(Deadlines):
         self._ends_at: dict[AnyAttempt, tuple[float, float]] = {}
 
     def watch(self, attempt: AnyAttempt, limit: float, grace: float = 0.0) -> None:
-        """Let an attempt stop in `limit` seconds."""
+        """Set the end of an attempt to `limit` seconds from now."""
         attempt.ends_at = time.monotonic() + limit
         self._ends_at[attempt] = attempt.ends_at + grace, limit
 
     def forget(self, attempt: AnyAttempt) -> bool:
-        """Raise TimeoutError where its time was over before it ended."""
+        """Raise TimeoutError if the attempt took longer than its limit."""
         ends_at, limit = self._ends_at.pop(attempt)
         if time.monotonic() >= ends_at:
             raise overdue(limit)

@@ -1,4 +1,4 @@
-"""One way to do something in the transaction of a test, whatever kind of session it has."""
+"""Execute an operation in the transaction of a test, for each kind of session."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ T = TypeVar("T")
 def inside(
     session: TestSession | AsyncTestSession, operation: Callable[[Inner], T]
 ) -> T | Coroutine[Any, Any, T]:
-    """Do something in a session: at once, or in an awaitable where it is asyncio's."""
+    """Execute an operation in a session; return an awaitable if the session is asyncio's."""
     __tracebackhide__ = True
     if is_mock(session):
         raise UnsupportedSession(refusal(session))
@@ -44,13 +44,13 @@ def inside(
         case AsyncSession() | AsyncConnection():
             return session.run_sync(operation)
     raise UnsupportedSession(
-        "give the session or the connection of your test, which is SQLAlchemy's Session, scoped_session, "
-        f"Connection, AsyncSession or AsyncConnection, not {kind_of(session)}: {instead_of(session)}"
+        "session must be the session or the connection of your test, SQLAlchemy's Session, scoped_session, "
+        f"Connection, AsyncSession or AsyncConnection, got {kind_of(session)}: {instead_of(session)}"
     )
 
 
 def connection_of(inner: Inner) -> Connection:
-    """Answer the connection on which apoq's statements are executed, in a transaction."""
+    """Return the connection, in a transaction, on which apoq's statements are executed."""
     if isinstance(inner, Session):
         connection = session_adapters.connection_of(inner, session_adapters.bind_of(inner))
     else:
@@ -58,27 +58,27 @@ def connection_of(inner: Inner) -> Connection:
     check_dialect(connection.dialect)
     if connection.dialect.is_async and not in_greenlet():
         raise UnsupportedSession(
-            "this is the synchronous side of an asyncio session: give the AsyncSession or AsyncConnection "
-            "itself, and await the answer"
+            "session must be the AsyncSession or AsyncConnection itself, got its synchronous side: pass the "
+            "asyncio object, and await the result"
         )
     driver: Any = connection.connection.driver_connection
     if driver.autocommit:
         raise UnsupportedSession(
-            "this session is in autocommit, so that what a test does would stay: let it begin a transaction, "
-            "which the test rolls back (leave out isolation_level='AUTOCOMMIT')"
+            "session must be in a transaction that the test rolls back, got one in autocommit mode: omit "
+            "isolation_level='AUTOCOMMIT'"
         )
     return connection
 
 
-def answered(inner: Inner, schema: str | None, row: Mapping[Any, Any]) -> Task:
-    """Make a `Task` of a row that has just been read: the session's own, where there is a session."""
+def in_session(inner: Inner, schema: str | None, row: Mapping[Any, Any]) -> Task:
+    """Return the `Task` of a row that has just been read; the session's object, if there is a session."""
     task = detached(schema, row)
     return inner.merge(task, load=False) if isinstance(inner, Session) else task
 
 
 @contextmanager
 def clear_errors(schema: str | None) -> Iterator[None]:
-    """Say what to do where the tables are missing."""
+    """Raise `SchemaMismatch` if the tables are missing."""
     try:
         yield
     except DBAPIError as error:

@@ -1,4 +1,4 @@
-"""How a worker works."""
+"""The options of a worker."""
 
 from __future__ import annotations
 
@@ -7,33 +7,43 @@ from datetime import timedelta
 
 from sqlalchemy import URL
 
+from apoq.core.retry import duration
+
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerOptions:
-    """What `Worker` is told beside its engine and its queues; ValueError where it makes no sense."""
+    """The options of a `Worker`. Durations may be given in seconds, and are stored as timedeltas.
+
+    Raises ValueError or TypeError if an option is invalid.
+    """
 
     concurrency: int
+    """Number of tasks that run at once."""
     poll_interval: timedelta
+    """Time between two polls of an idle worker."""
     lease: timedelta
+    """Time after which other workers take over the tasks of a worker that has died."""
     keep_completed: timedelta | None
+    """Time after which completed tasks are deleted; None: never."""
     keep_failed: timedelta | None
+    """Time after which failed and cancelled tasks are deleted; None: never."""
     listen_url: str | URL | None = field(repr=False)
-    """It may have a password in it."""
+    """URL of the connection for notifications. Not in the repr, because it may contain a password."""
 
     def __post_init__(self) -> None:
         number = self.concurrency
         if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-            raise ValueError(
-                f"concurrency is the number of tasks that run at once, 1 or more, not {number!r}"
-            )
-        for name, value in (("poll_interval", self.poll_interval), ("lease", self.lease)):
-            if not isinstance(value, timedelta) or value <= timedelta():
-                raise ValueError(f"{name} is a timedelta longer than nothing, not {value!r}")
-        for name, keep in (("keep_completed", self.keep_completed), ("keep_failed", self.keep_failed)):
-            if keep is not None and (not isinstance(keep, timedelta) or keep < timedelta()):
-                raise ValueError(f"{name} is a timedelta, or None for ever, not {keep!r}")
+            raise ValueError(f"concurrency must be a number of tasks, 1 or more, got {number!r}")
+        for name in ("poll_interval", "lease"):
+            value = duration(getattr(self, name), name)
+            if not value:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)!r}")
+            object.__setattr__(self, name, value)
+        for name in ("keep_completed", "keep_failed"):
+            if (kept := getattr(self, name)) is not None:
+                object.__setattr__(self, name, duration(kept, name))
 
     @property
     def keeps_completed(self) -> bool:
-        """Tell whether a task is marked as completed, and not deleted instead."""
+        """Whether a completed task is kept for some time, instead of being deleted at once."""
         return self.keep_completed != timedelta()

@@ -1,4 +1,4 @@
-"""What works tasks."""
+"""The worker."""
 
 from __future__ import annotations
 
@@ -30,24 +30,26 @@ from apoq.worker.settling.counters import WorkerStats
 from apoq.worker.signals import STARTED, caught, wait
 
 STOP_TIMEOUT: Final = timedelta(seconds=25)
-"""What `run` gives running tasks to end after a signal: a little less than Kubernetes' 30 s."""
+"""The time that `run` waits for running tasks after a signal: less than the 30 s of Kubernetes."""
 
 
 class Worker:
-    """Works the tasks of one or more queues.
+    """Runs the tasks of one or more queues.
 
-    Each task is claimed in a short transaction of its own, run outside any, and settled with others. Any
-    number of workers, in any number of processes, share the work. A worker that dies is noticed by the
-    others within its `lease`, and its tasks are run again.
+    A worker claims tasks in a short transaction, runs their processors outside of it, and settles several
+    tasks in another one. Any number of workers, in any number of processes, can work on the same queues. If a
+    worker dies, the others notice within its `lease`, and run its tasks again.
 
-    In an application, `start` and `stop` may be called from any thread, any number of times. A program that
-    ends and hasn't stopped its worker is held up by it for a second at most, in which short tasks end and
-    all others are given back.
+    `start` and `stop` may be called from any thread, any number of times. At the end of a program, a worker
+    that wasn't stopped waits up to a second for its running tasks, and releases the others.
 
-    After a fork, a worker that was started goes on in the parent. In the child it hasn't started: it keeps
-    its processors, listeners and options, and `start` or `work` there begin a life of their own, on
-    connections of their own. So that the two don't speak on the same ones, the engine has a new pool in the
-    child, as by ``engine.dispose(close=False)``. Other engines and open sessions are the application's care.
+    Attributes:
+        events (Events): The listeners of this worker; see `apoq.events`.
+
+    Note:
+        After a fork, a started worker continues in the parent. In the child it is not started, but keeps its
+        processors, listeners and options. The engine gets a new connection pool in the child, as by
+        ``engine.dispose(close=False)``. Other engines and open sessions are not changed.
     """
 
     def __init__(
@@ -55,99 +57,111 @@ class Worker:
         engine: Engine | AsyncEngine,
         *queues: Queue,
         concurrency: int = 4,
-        poll_interval: timedelta = timedelta(seconds=2),
-        lease: timedelta = timedelta(seconds=15),
-        keep_completed: timedelta | None = timedelta(days=1),
-        keep_failed: timedelta | None = timedelta(days=7),
+        poll_interval: float | timedelta = timedelta(seconds=2),
+        lease: float | timedelta = timedelta(seconds=15),
+        keep_completed: float | timedelta | None = timedelta(days=1),
+        keep_failed: float | timedelta | None = timedelta(days=7),
         listen_url: str | URL | None = None,
         middleware: Middleware | Iterable[Middleware] = (),
     ) -> None:
-        """Prepare to work these queues (none given: the default one) in the database of `engine`.
+        """Create a worker. It does nothing until `work`, `start` or `run`.
 
-        The engine serves the sessions of processors, so its pool should have `concurrency` connections;
-        the worker's own few are apart from it. `concurrency` is how many tasks run at once, plain functions
-        and coroutine functions together. `poll_interval` is how often an idle worker looks if no notification
-        wakes it, and `lease` how long after its death its tasks are taken over by others. Completed tasks are
-        deleted `keep_completed` after their completion, failed and cancelled ones after `keep_failed`; None
-        keeps them for ever, and with zero a task is deleted instead of being marked as completed. A kept task
-        takes about 1 KB: at 800 a second, a day of them is up to 80 GB, so keep them for a shorter time then.
-        `listen_url` leads to the same database past a pooler in transaction mode, through which notifications
-        don't arrive; only the connection that listens is opened there. `middleware` is a function, or a list
-        of them, the outermost first: each takes a running task and returns a context manager, such as an
-        application's context, in which the processor is called. The completion is written after it. What the
-        context manager raises fails the attempt.
+        Args:
+            engine: The engine of the database. Its pool serves ``task.session``, so it should allow
+                `concurrency` connections. The worker's own few connections are not taken from this pool.
+            *queues: The queues to work on. By default ``Queue()``.
+            concurrency: Number of tasks that run at once, plain functions and coroutines together.
+            poll_interval: Time between two polls of an idle worker, in seconds or as a timedelta. New tasks
+                are usually found earlier, by notifications.
+            lease: Time after which other workers take over the tasks of this one if it has died, in seconds
+                or as a timedelta.
+            keep_completed: Time after which completed tasks are deleted, in seconds or as a timedelta. None
+                keeps them for ever; zero deletes them on completion. A task takes about 1 KB, so 800 tasks
+                per second are up to 80 GB per day.
+            keep_failed: Time after which failed and cancelled tasks are deleted, in seconds or as a
+                timedelta. None keeps them for ever.
+            listen_url: A URL of the same database for the one connection that receives notifications. Use it
+                if `engine` connects through a pooler in transaction mode, through which they don't arrive.
+            middleware: A function, or a list of functions, the outermost first. Each takes the running task
+                and returns a context manager, in which the processor is called. The completion is written
+                after its exit. An exception from it fails the attempt.
+
+        Raises:
+            TypeError: If an argument has the wrong type.
+            ValueError: If `concurrency` or a duration is out of range.
+            UnsupportedDatabase: If the engine is not on PostgreSQL through psycopg 3, or translates apoq's
+                schema.
+            InvalidURL: If the engine's URL or `listen_url` is invalid.
         """
         if not isinstance(engine, Engine | AsyncEngine):
-            # Its type only: a URL holds a password.
-            raise TypeError(f"a worker takes an Engine or an AsyncEngine, not {type(engine).__qualname__}")
+            # Only its type, because a URL contains a password.
+            raise TypeError(f"engine must be an Engine or an AsyncEngine, got {type(engine).__qualname__}")
         check_engine(engine)
         queues = queues or (Queue(),)
         for queue in queues:
             if not isinstance(queue, Queue):
-                raise TypeError(
-                    f"a worker takes queues after its engine, such as Queue('emails'), not {queue!r}"
-                )
+                raise TypeError(f"queues must be Queue objects, such as Queue('emails'), got {queue!r}")
             check_untranslated(engine.get_execution_options(), queue.schema)
         self._engine = engine
         self._options = WorkerOptions(
             concurrency=concurrency,
-            poll_interval=poll_interval,
-            lease=lease,
-            keep_completed=keep_completed,
-            keep_failed=keep_failed,
+            poll_interval=poll_interval,  # type: ignore[arg-type]  # seconds are converted, here and below
+            lease=lease,  # type: ignore[arg-type]
+            keep_completed=keep_completed,  # type: ignore[arg-type]
+            keep_failed=keep_failed,  # type: ignore[arg-type]
             listen_url=listen_url,
         )
         self.events = Events()
         logs.listen(self.events)
         self._on_thread_died: Callable[[ThreadDied], object] = lambda _: None
         self.events.on(ThreadDied, self._thread_died)
-        # Two that are equal are one, whose typed tasks were said in two places.
         self._queues = tuple(dict.fromkeys(queues))
         self._registry = Registry(middleware)
-        for queue in queues:
+        for queue in self._queues:
             queue.register_in(self._registry)
-        self._lifecycle = self._new_life()
-        PROCESS.enter(self, Worker._begin_anew)
+        self._lifecycle = self._new_lifecycle()
+        PROCESS.enter(self, Worker._reset_after_fork)
 
     def __repr__(self) -> str:
         return f"<Worker of {', '.join(map(repr, self._queues))} concurrency={self._options.concurrency}>"
 
     @property
     def queues(self) -> tuple[Queue, ...]:
-        """The queues that it works."""
+        """The queues that the worker works on."""
         return self._queues
 
     @property
     def options(self) -> WorkerOptions:
-        """What it was told beside its engine and its queues."""
+        """The worker's options, with durations as timedeltas."""
         return self._options
 
     @property
     def types(self) -> list[str]:
-        """The types of tasks that it works."""
+        """The types of tasks that the worker has a processor for, sorted."""
         return sorted({type_ for queue in self._queues for type_ in self.processors(queue)})
 
     def processors(self, queue: Queue) -> Mapping[str, Processor]:
-        """Answer the processors of one of its queues, by the types of tasks that they work."""
+        """Return the processors for the tasks of one of the worker's queues, by type."""
         return self._registry.of(queue)
 
     def _adjust(self, *, queues: Iterable[str] | None = None, concurrency: int | None = None) -> None:
-        """Change what it was made for, before it starts: what the command line's options do.
+        """Override the queues, by their names, or the concurrency, before the worker starts.
 
-        It works only those of its queues that have one of these names, or another number of tasks at once.
+        The command line does this for its options.
         """
         if self._lifecycle.is_in_use:
-            raise RuntimeError("adjust a worker before it starts")
+            raise RuntimeError("a worker can't be adjusted after it has started")
         if queues is not None:
             names, known = set(queues), dict.fromkeys(queue.name for queue in self._queues)
             if not names or not names.issubset(known):
                 raise ValueError(
-                    f"this worker's queues are {', '.join(known)}, not {', '.join(names - {*known})}"
+                    f"queues must be some of this worker's, {', '.join(known)}, got "
+                    f"{', '.join(names - {*known}) or 'none'}"
                 )
             self._queues = tuple(queue for queue in self._queues if queue.name in names)
         if concurrency is not None:
             self._options = replace(self._options, concurrency=concurrency)
-        self._lifecycle = self._new_life()
+        self._lifecycle = self._new_lifecycle()
 
     def use(
         self,
@@ -158,26 +172,35 @@ class Worker:
         retry_delay: RetryDelay = exponential_backoff,
         timeout: float | timedelta | None = None,
     ) -> None:
-        """Work tasks of this type with `processor`, a plain or a coroutine function of the running task.
+        """Run tasks of this type, in all queues of this worker, with `processor`.
 
-        Returning completes the task, whatever the value; raising fails the attempt, which is tried again up
-        to `retry_limit` times, after the seconds (or the timedelta) that `retry_delay` answers for the
-        number of failures so far. By raising `Retry`, `Cancel` or `Snooze` it chooses itself what becomes of
-        the task.
+        When the processor returns, the task is completed; the value is ignored. If it raises an exception,
+        the attempt has failed, and the task is retried. It can also raise `Retry`, `Cancel` or `Snooze`.
 
-        An attempt that runs longer than `timeout` (seconds or a timedelta; None: no limit) fails with a
-        `TimeoutError`. A coroutine is cancelled for it. A plain function can't be stopped: at its limit
-        `task.should_stop` turns true and the attempt has failed, so that the retry may begin, here or
-        elsewhere. What the function still answers is refused, and what it wrote to `task.session` undone;
-        but it goes on, and its slot stays taken until it returns. So let it look at `task.should_stop`, or
-        give what it waits for a timeout of its own.
+        Args:
+            type: The type of the tasks.
+            processor: A plain function or a coroutine function that takes the running task: a `RunningTask`,
+                or an `AsyncRunningTask` for a coroutine function.
+            retry_limit: Number of retries after a failure. With 5, there are up to 6 attempts.
+            retry_delay: Time before a retry, in seconds or as a timedelta, or a function that returns it for
+                the number of failures so far.
+            timeout: Limit of each attempt, in seconds or as a timedelta. An attempt that exceeds it fails
+                with a `TimeoutError`. None: no limit.
 
-        It is worked so in all queues of this worker. Raises `InvalidProcessor` where the type has a processor
-        already, be it by a typed task of one of them, or where an option makes no sense.
+        Raises:
+            InvalidProcessor: If the type already has a processor, such as a typed task, or an argument is
+                invalid.
+
+        Note:
+            At its timeout a coroutine is cancelled. A plain function can't be stopped: `task.should_stop`
+            becomes True, the attempt has failed, and a retry may start. The function's result is discarded
+            and its writes to ``task.session`` are rolled back, but it occupies its slot until it returns. So
+            check `task.should_stop` in long functions, and set timeouts on what they wait for.
         """
         if isinstance(processor, TypedTask):
             raise InvalidProcessor(
-                f"{processor!r} is a typed task, which a worker of its queue knows: Worker(engine, queue)"
+                f"processor must not be a typed task, got {processor!r}: a worker of its queue runs it, "
+                "Worker(engine, queue)"
             )
         made = make_processor(
             type, processor, retry_limit=retry_limit, retry_delay=retry_delay, timeout=timeout
@@ -186,33 +209,51 @@ class Worker:
         self._lifecycle.runtime.look_for_tasks()
 
     def work(self) -> Task | None:
-        """Claim, run and settle one due task on this thread; answer it, or None where nothing is due.
+        """Claim, run and settle one due task on this thread.
 
-        It answers the task whether it completed or failed, as it then stands in the database.
-        Raises `SchemaMismatch` where apoq's tables are missing or at another version.
+        Returns:
+            The task as it is in the database afterwards, whether it was completed or has failed; None if no
+            task is due.
+
+        Raises:
+            SchemaMismatch: If apoq's tables are missing or at another version.
         """
         return self._lifecycle.work()
 
     def start(self, *, loop: asyncio.AbstractEventLoop | None = None) -> None:
-        """Work in the background, on threads, until `stop`; return at once.
+        """Start working in the background, on threads, and return. Do nothing if the worker is started.
 
-        Coroutine processors run on `loop`, the application's, or else on one of the worker's own. Touches no
-        signals. Starting twice is harmless. Where the database is away, work begins when it is there. Raises
-        `SchemaMismatch` where apoq's tables are missing or at another version, and RuntimeError if the system
-        allows no more threads.
+        If the database can't be reached, the worker begins as soon as it can.
+
+        Args:
+            loop: The running event loop of the application, for coroutine processors. By default the worker
+                starts a loop on another thread.
+
+        Raises:
+            SchemaMismatch: If apoq's tables are missing or at another version.
+            RuntimeError: If the system allows no more threads.
+
+        Note:
+            It sets no signal handlers.
         """
         self._start(loop, self._lifecycle.stops)
 
     def stop(self, timeout: float | timedelta | None = None) -> None:
-        """Claim no more, give back what has not begun, and wait for running tasks to end.
+        """Stop claiming, release tasks that have not started, and wait for the running ones.
 
-        From here on, `task.should_stop` is true for those that run. After `timeout` (seconds or a timedelta;
-        None waits for ever) those that still do are given back too, with no attempt used up: coroutines are
-        cancelled, and what a thread still does is not settled. Stopping twice, or before starting, is
-        harmless.
+        `task.should_stop` becomes True for running tasks. Do nothing if the worker is not started.
+
+        Args:
+            timeout: Longest time to wait for running tasks, in seconds or as a timedelta. Those that are
+                still running are then released, which doesn't count as an attempt: coroutines are cancelled,
+                and the results of functions that still run on threads are discarded. None waits for ever.
+
+        Raises:
+            ValueError: If `timeout` is out of range.
+            TypeError: If `timeout` is not a number or a timedelta.
         """
-        patience = None if timeout is None else seconds(timeout, "a timeout")
-        if self._lifecycle.stop(patience):
+        limit = None if timeout is None else seconds(timeout, "timeout")
+        if self._lifecycle.stop(limit):
             PROCESS.forget(self)
 
     def run(
@@ -221,37 +262,47 @@ class Worker:
         timeout: float | timedelta = STOP_TIMEOUT,
         on_start: Callable[[Callable[[], None]], object] | None = None,
     ) -> None:
-        """Start, wait for SIGINT or SIGTERM, and stop; from the main thread of a program of its own.
+        """Start, wait for SIGINT or SIGTERM, and stop. For a program whose only purpose is the worker.
 
-        A second signal ends the program at once. Should one of the worker's threads end, it stops as well,
-        and this raises, so that whoever watches over the program starts another. `on_start` is called when it
-        has started, with a function that stops it, from any thread; a signal after that is the first one
-        still.
+        A second signal ends the program at once.
+
+        Args:
+            timeout: Longest time to wait for running tasks, in seconds or as a timedelta; see `stop`.
+            on_start: A function that is called when the worker has started. Its argument is a function that
+                stops the worker, which may be called from any thread.
+
+        Raises:
+            RuntimeError: If it is not called from the main thread, if one of the worker's threads died, or if
+                the system allows no more threads.
+            SchemaMismatch: If apoq's tables are missing or at another version.
+
+        Note:
+            It handles SIGINT and SIGTERM while it runs, and restores their handlers afterwards.
         """
         if threading.current_thread() is not threading.main_thread():
             raise RuntimeError(
-                "run handles signals, which only the main thread can: elsewhere, call start and stop"
+                "run must be called from the main thread, because it handles signals: elsewhere, call start "
+                "and stop"
             )
-        timeout = seconds(timeout, "a timeout")
+        timeout = seconds(timeout, "timeout")
         with caught() as signals:
             self._run_until(signals, timeout, on_start=on_start)
 
     def is_healthy(self) -> bool:
-        """Tell whether the worker is at work: started, with all its threads, and heard by the database.
+        """Return whether the worker is started, all its threads are alive, and it holds its lease.
 
-        What a health check asks. It is false while the database is away, or every claim or settlement fails,
-        for longer than a few seconds, and while a thread can't be started; and true again by itself when that
-        is over.
+        For health checks. It returns False if the database can't be reached or all claims or settlements fail
+        for more than a few seconds, or if a thread can't be started. It returns True again after recovery.
         """
         return self._lifecycle.is_healthy()
 
     def stats(self) -> WorkerStats:
-        """Answer how many tasks run now, and what became of those that have ended since it was made."""
+        """Return the number of running tasks, and those of ended attempts since the worker was created."""
         return self._lifecycle.stats()
 
     @property
     def last_heartbeat_at(self) -> datetime | None:
-        """When the database last answered the worker's heartbeat, by this machine's clock."""
+        """Time of the worker's last successful heartbeat, by this machine's clock; None before the first."""
         return self._lifecycle.runtime.heartbeat.last_heartbeat_at
 
     def _run_until(
@@ -262,12 +313,12 @@ class Worker:
         on_start: Callable[[Callable[[], None]], object] | None,
         on_stop: Callable[[], object] = lambda: None,
     ) -> None:
-        """Start, and stop as soon as there is anything in `orders`; `on_stop` is called before it stops."""
+        """Start, and stop when something is put into `orders`; call `on_stop` before stopping."""
         errors: list[BaseException] = []
 
         def die(event: ThreadDied) -> None:
             errors.append(
-                RuntimeError(f"the worker's thread {event.thread} died, and so the worker has stopped")
+                RuntimeError(f"the worker stopped because its thread {event.thread} died; see the log")
             )
             orders.put(0)
 
@@ -279,7 +330,7 @@ class Worker:
             orders.put(STARTED)
 
         self._on_thread_died = die
-        # On a thread, for it may wait for the database, and this one is to notice a signal meanwhile.
+        # On a thread, because it may wait for the database, while this thread must react to signals.
         start = partial(self._start, None, self._lifecycle.stops)
         starting = threading.Thread(target=begin, name="apoq-starter", daemon=True)
         try:
@@ -305,17 +356,16 @@ class Worker:
         if self._lifecycle.start(loop, stops):
             PROCESS.watch(self)
 
-    def _new_life(self) -> Lifecycle:
+    def _new_lifecycle(self) -> Lifecycle:
         return Lifecycle(self._engine, self._queues, self._registry, self.events, self._options, repr(self))
 
-    def _begin_anew(self) -> None:
-        """Be a worker that hasn't started, in a child that was forked.
+    def _reset_after_fork(self) -> None:
+        """Reset the worker in a forked child, in which it has no threads.
 
-        The threads and the sockets are the parent's. So are the connections in the pool of the caller's
-        engine, on which the parent's processors may be writing just now: it gets another here, as
-        SQLAlchemy advises.
+        The engine gets a new pool, as SQLAlchemy's documentation recommends, because the connections in the
+        old one are also the parent's.
         """
         engine = sync_side(self._engine)
         PROCESS.keep(self._lifecycle, engine.pool)
         engine.dispose(close=False)
-        self._lifecycle = self._new_life()
+        self._lifecycle = self._new_lifecycle()

@@ -1,4 +1,4 @@
-"""Starts everything: a database and a mail server where none are given, the worker, and the web server."""
+"""Starts a database and a mail server unless the environment has them, the worker, and the web server."""
 
 import logging
 import os
@@ -20,7 +20,7 @@ with ExitStack() as stack:
     if "SMTP_PORT" not in os.environ:
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
-        mail_server = Controller(Debugging(), hostname="127.0.0.1", port=port)  # prints what it gets
+        mail_server = Controller(Debugging(), hostname="127.0.0.1", port=port)  # prints each message
         mail_server.start()
         stack.callback(mail_server.stop)
         os.environ.update(SMTP_HOST=mail_server.hostname, SMTP_PORT=str(mail_server.port))

@@ -1,4 +1,4 @@
-"""Starts everything: a database and a mail server where none are given, and a web server that works, too."""
+"""Starts a database and a mail server unless the environment has them, and a web server with a worker."""
 
 import logging
 import os
@@ -22,7 +22,7 @@ with ExitStack() as stack:
     if "SMTP_PORT" not in os.environ:
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
-        mail_server = Controller(Debugging(), hostname="127.0.0.1", port=port)  # prints what it gets
+        mail_server = Controller(Debugging(), hostname="127.0.0.1", port=port)  # prints each message
         mail_server.start()
         stack.callback(mail_server.stop)
         os.environ.update(SMTP_HOST=mail_server.hostname, SMTP_PORT=str(mail_server.port))

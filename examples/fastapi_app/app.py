@@ -63,7 +63,7 @@ def send(message: EmailMessage) -> None:
 
 @asynccontextmanager
 async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-    works = os.environ.get("IN_PROCESS_WORKER") == "1"  # or else `apoq worker app:worker` does
+    works = os.environ.get("IN_PROCESS_WORKER") == "1"  # otherwise run `apoq worker app:worker`
     async with apoq.fastapi.lifespan(worker) if works else nullcontext():
         yield
     await engine.dispose()
@@ -92,8 +92,8 @@ async def sign_up(
     await session.flush()  # for its id
     await send_welcome.add(session, user_id=user.id)
     if fail:
-        raise RuntimeError("neither the user nor the task is there now")
-    return RedirectResponse("/", 303)  # both are, before this is sent
+        raise RuntimeError("the user and the task are rolled back")
+    return RedirectResponse("/", 303)  # both are committed before the response is sent
 
 
 @app.get("/health")

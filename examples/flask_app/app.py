@@ -70,8 +70,8 @@ def sign_up() -> ResponseReturnValue:
     db.session.flush()  # for its id
     send_welcome.add(user_id=user.id)
     if "fail" in request.form:
-        raise RuntimeError("neither the user nor the task is there now")
-    db.session.commit()  # both are
+        raise RuntimeError("the user and the task are rolled back")
+    db.session.commit()  # commits both
     return redirect(url_for("site.index"), 303)
 
 

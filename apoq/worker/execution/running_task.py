@@ -1,4 +1,4 @@
-"""What a processor gets: the task that it is to process."""
+"""The running task, which a processor takes."""
 
 from __future__ import annotations
 
@@ -18,65 +18,72 @@ S = TypeVar("S", bound=TaskSession | AsyncTaskSession)
 class _Running(Running, Generic[S]):
     __slots__ = ("_attempt", "data")
 
+    data: Any
+    """The task's data."""
+
     def __init__(self, attempt: AnyAttempt) -> None:
         self._attempt = attempt
-        self.data: Any = attempt.data
+        self.data = attempt.data
 
     @property
     def id(self) -> int:
-        """The task's id, with which you find its row."""
+        """The task's id."""
         return self._attempt.id
 
     @property
     def type(self) -> str:
-        """What kind of work it is."""
+        """The task's type."""
         return self._attempt.type
 
     @property
     def from_queue(self) -> Queue:
-        """The queue that it came from."""
+        """The task's queue, as a `Queue`."""
         return self._attempt.from_queue
 
     @property
     def queue(self) -> str:
-        """The name of the queue that it came from."""
+        """The name of the task's queue."""
         return self._attempt.from_queue.name
 
     @property
     def priority(self) -> int:
-        """Within a queue, what is higher is claimed first."""
+        """The task's priority: higher ones are claimed first."""
         return self._attempt.row[PRIORITY]
 
     @property
     def created_at(self) -> datetime:
-        """When it was added."""
+        """Time when the task was added, by the database's clock."""
         return read_time(self._attempt.row[CREATED_AT])
 
     @property
     def process_at(self) -> datetime:
-        """When it was due."""
+        """Time when the task was due."""
         return read_time(self._attempt.row[PROCESS_AT])
 
     @property
     def attempt(self) -> int:
-        """Which attempt this is: 1 is the first."""
+        """The number of this attempt: 1 is the first."""
         return self._attempt.number
 
     @property
     def fail_count(self) -> int:
-        """How many attempts have failed."""
+        """The number of attempts that have failed before this one."""
         return self._attempt.fail_count
 
     @property
     def claim_token(self) -> int:
-        """What this worker must show to write to the task: it grows with each claim."""
+        """The fencing token of this claim, which grows with each claim of the task.
+
+        Pass it to other systems that must reject writes of a worker that has lost the task.
+        """
         return self._attempt.claim_token
 
     @property
     def meta(self) -> dict[str, Any]:
-        """The application's own notes, given to `add`; empty if there are none.
+        """The `meta` that was given to `add`; empty if there was none.
 
-        Empty as well if another program has written what is no JSON object, or larger than 8,000 bytes.
+        Also empty if another program has stored a value that is not a JSON object, or is larger than 8,000
+        bytes.
         """
         text = self._attempt.row[META]
         try:
@@ -87,23 +94,27 @@ class _Running(Running, Generic[S]):
 
     @property
     def should_stop(self) -> bool:
-        """Whether this attempt should come to an end.
+        """Whether the processor should stop; a long-running processor should check this regularly.
 
-        Its worker is stopping, or has lost its lease (so that others may run the task), or the task was
-        cancelled, or its own `timeout` is over. A processor that runs for long looks at it now and then. At
-        a stop it has what `stop(timeout)` leaves it: save how far it has come and return, or give the task
-        back with ``raise Snooze(0)``, which uses up no attempt. Past its own timeout, the attempt has failed
-        already, and it just has to return; so it has where the task was cancelled.
+        It becomes True when
+
+        - the worker is stopping: save the progress and return, or ``raise Snooze(0)`` to run the task again
+          without using up an attempt. The time for that is the `timeout` of `Worker.stop`;
+        - the worker has lost its lease, so that another worker may run the task: return;
+        - the task was cancelled: return;
+        - the attempt's timeout has expired, so that it has already failed: return.
         """
         return self._attempt.should_stop
 
     @property
     def session(self) -> S:
-        """A session in whose transaction the task will be completed: your writes take effect exactly once.
+        """The session in whose transaction the task is completed.
 
-        Opened when it is first asked for, so that a processor that doesn't use it holds no connection. When
-        the processor returns, the worker writes the completion in the same transaction and commits both; when
-        it raises, or when the task has been taken from this worker meanwhile, neither takes place.
+        Its writes take effect exactly once. When the processor returns, the worker writes the completion in
+        this transaction and commits it. If the processor raises an exception, or this worker no longer owns
+        the task, the transaction is rolled back.
+
+        The session is opened when it is first used. A processor that doesn't use it needs no connection.
         """
         return cast("S", self._attempt.session())
 
@@ -112,7 +123,7 @@ class _Running(Running, Generic[S]):
 
 
 class RunningTask(_Running[TaskSession]):
-    """What a plain processor gets: the task, and ``task.session``, a SQLAlchemy `Session`."""
+    """The running task that a plain function takes. Its ``session`` is a SQLAlchemy `Session`."""
 
     __slots__ = ()
 
@@ -120,7 +131,7 @@ class RunningTask(_Running[TaskSession]):
 
 
 class AsyncRunningTask(_Running[AsyncTaskSession]):
-    """What a coroutine processor gets: the task, and ``task.session``, an `AsyncSession`."""
+    """The running task that a coroutine function takes. Its ``session`` is a SQLAlchemy `AsyncSession`."""
 
     __slots__ = ()
 
@@ -140,4 +151,4 @@ KNOWN = (
     "claim_token",
     "meta",
 )
-"""What a running task knows of its row."""
+"""Attributes of a running task that are also columns of the task."""

@@ -1,4 +1,4 @@
-"""How many attempts have ended, and how."""
+"""Counters of ended attempts."""
 
 from __future__ import annotations
 
@@ -10,26 +10,32 @@ from apoq.core.outcomes import Settlement
 
 
 class WorkerStats(NamedTuple):
-    """What a worker is doing, and has done since it was made."""
+    """The numbers of a worker's tasks and attempts, from `Worker.stats`.
+
+    Attributes:
+        running: Number of tasks that are running now.
+        completed: Number of completed tasks since the worker was created.
+        retried: Number of failed attempts that are followed by another one.
+        failed: Number of tasks that have failed, and are not retried.
+        cancelled: Number of tasks that their processor has cancelled, by raising `Cancel`.
+    """
 
     running: int = 0
     completed: int = 0
     retried: int = 0
-    """Failed attempts whose task is tried again."""
     failed: int = 0
-    """Tasks that have failed for good."""
     cancelled: int = 0
 
 
 class Counter:
-    """Counts what has been written, from any thread."""
+    """Counts committed results. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._counts = dict.fromkeys(WorkerStats._fields, 0)
 
     def count(self, settlement: Settlement | None, number: int = 1) -> None:
-        """Count attempts that ended so; None is a completion."""
+        """Count `number` attempts with this result; None is a completion."""
         match settlement:
             case None:
                 name = "completed"
@@ -45,6 +51,6 @@ class Counter:
             self._counts[name] += number
 
     def stats(self, running: int) -> WorkerStats:
-        """Answer the counts until now."""
+        """Return the numbers until now."""
         with self._lock:
             return WorkerStats(**self._counts | {"running": running})

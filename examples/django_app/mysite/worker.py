@@ -1,4 +1,4 @@
-"""What `apoq worker mysite.worker:worker` runs."""
+"""The worker: run it with `apoq worker mysite.worker:worker`."""
 
 import os
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from sqlalchemy import URL, create_engine
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "mysite.settings")
 django.setup()
 
-# Only now, for these import models.
+# After django.setup(), because these import models.
 from django.conf import settings  # noqa: E402
 from django.db import close_old_connections  # noqa: E402
 from signup.tasks import queue  # noqa: E402
@@ -20,7 +20,7 @@ from apoq import RunningTask, Worker  # noqa: E402
 
 @contextmanager
 def fresh_connections(_task: RunningTask) -> Iterator[None]:
-    """Do around each task what Django does around a request."""
+    """Close old connections before and after each task, as Django does for each request."""
     close_old_connections()
     try:
         yield

@@ -20,7 +20,7 @@ class SignUp(TestCase):
 
         self.assertEqual(tasks(), [(send_welcome.type, str(User.objects.get().pk))])
 
-    def test_what_raises_adds_none(self):
+    def test_an_exception_rolls_the_task_back(self):
         with self.assertRaises(RuntimeError):
             self.client.post("/sign-up", {**ADA, "fail": "1"})
 

@@ -19,6 +19,6 @@ def sign_up(request: HttpRequest) -> HttpResponse:
         user = User.objects.create(name=request.POST["name"], email=request.POST["email"])
         send_welcome.add(connection.connection, user_id=user.pk)
         if "fail" in request.POST:
-            raise RuntimeError("neither the user nor the task is there now")
-    # Both are.
+            raise RuntimeError("the user and the task are rolled back")
+    # Both are committed now.
     return HttpResponseRedirect(reverse("index"), status=303)

@@ -8,7 +8,7 @@ ENVIRONMENT = {"DATABASE_URL": "sqlalchemy.url", "SMTP_HOST": "smtp.host", "SMTP
 
 
 def with_environment(settings):
-    """What the environment says goes before the ini file."""
+    """Return the settings, in which environment variables override the ini file."""
     given = {setting: os.environ[name] for name, setting in ENVIRONMENT.items() if name in os.environ}
     return {**settings, **given}
 

@@ -1,4 +1,4 @@
-"""The tables, and `request.dbsession`, as Pyramid's cookiecutter has them."""
+"""The tables, and `request.dbsession`, as in Pyramid's cookiecutter."""
 
 import zope.sqlalchemy
 from pyramid_tm import explicit_manager

@@ -17,5 +17,5 @@ def sign_up(request):
     request.dbsession.flush()  # for its id
     request.apoq.add("send_welcome", {"user_id": user.id})
     if "fail" in request.params:
-        raise RuntimeError("neither the user nor the task is there now")
-    return HTTPSeeOther(request.route_url("home"))  # pyramid_tm commits, and both are
+        raise RuntimeError("the user and the task are rolled back")
+    return HTTPSeeOther(request.route_url("home"))  # pyramid_tm then commits both

@@ -1,4 +1,4 @@
-"""Users, and the mails that they got."""
+"""Users, and the mails that they received."""
 
 import django.db.models.deletion
 from django.db import migrations, models

@@ -1,4 +1,4 @@
-"""users, and the mails that they got"""
+"""users, and the mails that they received"""
 
 import sqlalchemy as sa
 from alembic import op
