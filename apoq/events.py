@@ -295,7 +295,7 @@ class Events:
             # A new list, because other threads iterate over the old one, and listeners may call this method.
             self._listeners[name] = [*self._listeners[name], (listener, when)]
 
-    def heard(self, event: str | type[Event]) -> bool:
+    def has_listeners(self, event: str | type[Event]) -> bool:
         """Return whether the event has a listener that would be called now."""
         listeners = self._listeners[event]
         return bool(listeners) and any(when() for _, when in listeners)

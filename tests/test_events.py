@@ -65,7 +65,7 @@ def test_an_event_that_nobody_listens_to_is_no_error(events):
 def test_it_can_be_told_whether_anybody_listens(events):
     events.on(COMPLETED, print)
 
-    assert (events.heard(COMPLETED), events.heard(FAILED)) == (True, False)
+    assert (events.has_listeners(COMPLETED), events.has_listeners(FAILED)) == (True, False)
 
 
 @pytest.mark.parametrize("name", ["completed", "task.complete", "", None, 5])
@@ -86,7 +86,7 @@ def test_a_listener_that_could_not_be_called_is_refused(events, listener):
     with pytest.raises(TypeError, match="a listener must be a plain function, got "):
         events.on(COMPLETED, listener)
 
-    assert not events.heard(COMPLETED)
+    assert not events.has_listeners(COMPLETED)
 
 
 @pytest.mark.parametrize("raised", [ValueError("oops"), SystemExit(1), KeyboardInterrupt()], ids=repr)
@@ -159,11 +159,11 @@ class TestAClassOfEvents:
         wants = [False, False, True, True]
         events.on(TasksRescued, heard.append, when=lambda: wants.pop(0))
 
-        assert not events.heard(TasksRescued)
+        assert not events.has_listeners(TasksRescued)
         events.report(rescued)
         assert heard == []
 
-        assert events.heard(TasksRescued)
+        assert events.has_listeners(TasksRescued)
         events.report(rescued)
         assert heard == [rescued]
 

@@ -147,7 +147,7 @@ class TestCoroutines:
             assert looked.acquire(timeout=SOON)
         go_on.set()
         until(lambda: probe.executor(worker).load == 0)
-        assert cancellations == ["the task is no longer this worker's"]
+        assert cancellations == ["the worker no longer owns the task"]
         assert load(engine, task_id).state == "cancelled"
         with engine.connect() as connection:
             assert connection.scalar(sa.text("SELECT count(*) FROM ledger")) == 0

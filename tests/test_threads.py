@@ -236,7 +236,7 @@ class TestStart:
         ["farewell", "heartbeat", "lost-tasks", "settler", "listener", "scanner", "pruner", "claimer"],
     )
     def test_raises_and_leaves_nothing_half_started(self, engine, worker, limit, name, monkeypatch):
-        monkeypatch.setattr(PROCESS, "_farewell", None)  # as in a process that has started no worker yet
+        monkeypatch.setattr(PROCESS, "_stopper", None)  # as in a process that has started no worker yet
         ran = threading.Event()
         worker.use("t", lambda task: ran.set())
         add(engine)

@@ -1,4 +1,4 @@
-"""What runs tasks."""
+"""Workers, which run tasks."""
 
 from apoq.worker.execution.running_task import AsyncRunningTask, RunningTask
 from apoq.worker.worker import Worker

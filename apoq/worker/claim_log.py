@@ -1,4 +1,4 @@
-"""What a worker's claims have written down, for others to find if it dies."""
+"""The tasks that the worker holds, and the notes of its claims in the database."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from apoq.schema.statements.claim import CLAIM
 from apoq.worker.execution.attempt import Claimed
 
 MIN_FORGOTTEN: Final = 16
-"""Notes that one statement forgets, at least: each of its own would be one more a claim."""
+"""Notes that one statement deletes, at least: to delete each by itself would double the statements."""
 
 
 @dataclass
@@ -24,21 +24,24 @@ class _Left:
 
 
 class ClaimLog:
-    """Knows which tasks the worker holds, and of which claims nobody needs the notes any more."""
+    """Knows which tasks the worker holds, and which notes of its claims are no longer needed.
+
+    Each claim writes a note with the ids of its tasks, by which other workers find them if this one dies.
+    """
 
     def __init__(self) -> None:
         self._held: dict[int, Claimed] = {}
-        # By the `id()` of the row: a task may be claimed once more while its last run goes on, and schemas
-        # count from 1 each.
+        # By the `id()` of the row: a task may be claimed again while its last attempt still runs, and tasks
+        # of different schemas may have the same id.
         self._lock = threading.Lock()
-        # Not from 1: nobody else can write down what this worker is about to claim.
+        # Not from 1: no other program should be able to guess the number of the next claim, and take it.
         self._numbers = count(secrets.randbits(48))
         self._under_way: dict[int, str | None] = {}
         self._left: dict[int, _Left] = {}
         self._done: dict[str | None, list[int]] = {}
 
     def begin(self, schema: str | None) -> int:
-        """Return the number of the next claim, which is under way until `claimed` or `failed`."""
+        """Return the number of the next claim, which is under way until `claimed` or `failed` is called."""
         with self._lock:
             number = next(self._numbers)
             self._under_way[number] = schema
@@ -52,7 +55,7 @@ class ClaimLog:
             return known + self._done.get(schema, [])
 
     def done(self, schema: str | None) -> list[int]:
-        """Return the claims of which everything is settled, and whose notes are to go: none, or many."""
+        """Return the claims whose tasks are all settled, and whose notes can be deleted: none, or many."""
         with self._lock:
             done = self._done.get(schema, ())
             return list(done) if len(done) >= MIN_FORGOTTEN else []
@@ -64,11 +67,11 @@ class ClaimLog:
             if size:
                 self._left[number] = _Left(schema, size)
             else:
-                # It may have noted what another session has changed meanwhile, and so didn't take.
+                # There may be a note all the same, of tasks that another session has just changed.
                 self._done.setdefault(schema, []).append(number)
 
     def failed(self, number: int) -> None:
-        """Forget a claim that has failed: should it commit nevertheless, the worker knows nothing of it."""
+        """Forget a claim that has failed; if it commits nevertheless, its tasks are strays."""
         with self._lock:
             del self._under_way[number]
 
@@ -81,7 +84,7 @@ class ClaimLog:
         return list(self._held.values())
 
     def settled(self, tasks: list[Claimed]) -> None:
-        """Forget tasks that have been written."""
+        """Forget tasks whose results have been written."""
         numbers = Counter([row[CLAIM].number for row in tasks if self._held.pop(id(row), None) is not None])
         with self._lock:
             for number, size in numbers.items():
@@ -92,7 +95,7 @@ class ClaimLog:
                     self._done.setdefault(left.schema, []).append(number)
 
     def given_up(self, task: Claimed) -> None:
-        """Forget a task that can't be written: others find it by its note, once this worker is gone."""
+        """Forget a task whose result can't be written: its note leads other workers to it later."""
         self._held.pop(id(task), None)
 
     def forgotten(self, schema: str | None, numbers: Iterable[int]) -> None:

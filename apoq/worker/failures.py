@@ -1,4 +1,4 @@
-"""What fails and is tried again: since when it has failed, what the log says, and when the next try is."""
+"""Failures that are tried again: since when, when they are reported, and when the next try is."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ MAX_BACKOFF_SECONDS: Final = 2.0
 
 FIRST_REMINDERS_SECONDS: Final = (10.0, 60.0)
 REMINDER_INTERVAL_SECONDS: Final = 300.0
-"""Seconds after which the log says again that something still fails: at first, and from then on."""
+"""Seconds after which a failure that lasts is reported again: the first times, and then always."""
 
 
 class Duration:
-    """How long something has lasted, and whether the log should say so again."""
+    """How long something has lasted, and whether it should be reported again."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
@@ -36,7 +36,7 @@ class Duration:
         return self._clock() - self._began
 
     def is_reminder_due(self) -> bool:
-        """Tell whether the log should say now that it still lasts; once for each time that it should."""
+        """Return whether it should be reported now that it still lasts; true once for each time."""
         seconds = self.seconds
         if seconds < self._reminder_at:
             return False
@@ -138,7 +138,7 @@ class Failures:
         self.count, self._duration, self._is_reported = 0, None, False
 
     def is_failing_for(self, seconds: float) -> bool:
-        """Tell whether it has failed for longer than this, and never succeeded meanwhile."""
+        """Return whether it has failed for longer than this, without a success."""
         duration = self._duration
         return duration is not None and duration.seconds > seconds
 
@@ -157,6 +157,6 @@ def backoff(failures: int, chance: float | None = None) -> float:
 
 
 def _next_reminder(seconds: float) -> float:
-    """Return when the log should say again that something still fails that has failed for so long."""
+    """Return when a failure that has lasted for so long should be reported the next time."""
     following = (seconds // REMINDER_INTERVAL_SECONDS + 1) * REMINDER_INTERVAL_SECONDS
     return min((at for at in FIRST_REMINDERS_SECONDS if at > seconds), default=following)

@@ -19,13 +19,13 @@ START_RETRY_SECONDS: Final = 10.0
 
 
 class InProcessWorker:
-    """Starts a worker beside the first request that a process serves.
+    """Starts a worker when a process serves its first request.
 
-    So no script of the application's starts one, nor a parent that forks the processes that serve.
+    So the application's scripts start none, and neither does a parent that forks the serving processes.
     """
 
     def __init__(self, find: Callable[[], Worker], *, name: str) -> None:
-        """`find` answers the worker, on a thread of its own; `name` is the application's, for the log."""
+        """`find` returns the worker, on a thread of its own; `name` is the application's, for the log."""
         self._find = find
         self._name = name
         self._began_in = 0
@@ -36,7 +36,7 @@ class InProcessWorker:
         if self._began_in == os.getpid() and time.monotonic() < self._again_at:
             return
         self._began_in, self._again_at = os.getpid(), math.inf
-        # On a thread, for the request is not to wait for a database that is away.
+        # On a thread, because the request must not wait if the database is away.
         starter = threading.Thread(target=self._start, name="apoq-starter", daemon=True)
         try:
             starter.start()
@@ -46,12 +46,12 @@ class InProcessWorker:
     def _start(self) -> None:
         try:
             self._find().start()
-        except Exception as error:  # noqa: BLE001 - the application serves on
+        except Exception as error:  # noqa: BLE001 - the application goes on serving
             self._failed(error)
 
     def _failed(self, error: Exception) -> None:
         logger.critical(
-            "the in-process worker of %r can't start, and a request %d s from now tries again: %s",
+            "the in-process worker of %r can't start; the first request after %d s tries again: %s",
             self._name,
             START_RETRY_SECONDS,
             error,

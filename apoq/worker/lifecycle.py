@@ -55,7 +55,7 @@ class Lifecycle:
         self._is_started = False
         self._is_registering = False
         self.stops = 0
-        """How often it was told to stop: a start that was asked for before that does nothing."""
+        """How often `stop` was called: a start that was asked for before that does nothing."""
         self._is_spent = False
         """Whether a thread has outlived a stop, such as one that waits for a connection to be made."""
 
@@ -110,8 +110,7 @@ class Lifecycle:
     def start(self, loop: asyncio.AbstractEventLoop | None, stops: int) -> bool:
         """Start the services; return whether they had not started before.
 
-        Does nothing if the worker was told to stop after `stops` was read, even while this waits for the
-        database.
+        Does nothing if `stop` was called after `stops` was read, even while this waits for the database.
         """
         if self.runtime.is_current():
             return False  # it has started, or the caller would not run; and a stop may wait for the caller

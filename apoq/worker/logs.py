@@ -64,7 +64,7 @@ def write(event: Event) -> None:
         _write_other(event)
 
 
-# What the claimer, the listener and the settler meet:
+# Of the claimer, the listener and the settler:
 
 
 def task_passed_over(task_id: int, seconds: float, error: BaseException) -> None:
@@ -111,7 +111,7 @@ def table_locked(consequence: str) -> None:
 
 
 def task_unwritable(task_id: int, error: BaseException) -> None:
-    """Log that the server refuses to write what became of a task."""
+    """Log that the server refuses to write the result of a task."""
     logger.error("the database refused the result of task %d", task_id, exc_info=error)
 
 
@@ -129,7 +129,7 @@ def session_unreachable(error: BaseException) -> None:
     )
 
 
-# What the others meet:
+# Of the other parts:
 
 
 def rescue_refused(error: BaseException) -> None:
@@ -176,8 +176,8 @@ def loop_taken() -> None:
 
 
 def stopped_before_start(worker: object) -> None:
-    """Log that a worker was told to stop before it had started."""
-    logger.info("%r was told to stop before it had started", worker)
+    """Log that a worker was stopped before it had started."""
+    logger.info("%r was stopped before it had started", worker)
 
 
 def tasks_released_at_stop(count: int) -> None:
@@ -200,11 +200,11 @@ def results_late() -> None:
 
 
 def settling_failed(error: BaseException) -> None:
-    """Log that what had ended could not be settled at the end."""
+    """Log that results could not be written at the end."""
     logger.warning("some tasks could not be settled, and other workers will run them again: %s", brief(error))
 
 
-# For those who look for a fault of the worker's:
+# To debug the worker:
 
 
 def failed_again(what: str, failures: int, error: BaseException) -> None:

@@ -1,4 +1,4 @@
-"""What befalls the process that workers are embedded in: it forks, and it ends."""
+"""Forks and the exit of the process in which workers run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 from apoq.worker import logs
 
 EXIT_WAIT_SECONDS: Final = 1.0
-"""Seconds by which workers that nobody has stopped hold up the end of the program at most."""
+"""Seconds by which workers that were not stopped delay the end of the program, at most."""
 
 
 class _Stoppable(Protocol):
@@ -28,60 +28,60 @@ class _Process:
         self._started: set[_Stoppable] = set()
         self._lock = threading.Lock()
         self._ending = threading.Event()
-        self._farewell: threading.Thread | None = None
+        self._stopper: threading.Thread | None = None
         self._inherited: list[object] = []
 
-    def enter(self, worker: _Stoppable, begin_anew: Callable[[Any], None]) -> None:
-        """Call `begin_anew` with this worker in each child that is forked; the worker itself may go."""
-        self._workers[worker] = begin_anew
+    def enter(self, worker: _Stoppable, restart: Callable[[Any], None]) -> None:
+        """Call `restart` with this worker in each forked child, if the worker still exists then."""
+        self._workers[worker] = restart
 
     def get_ready(self) -> None:
-        """Start the thread that stops workers when the program ends; RuntimeError if it can't be started."""
+        """Start the thread that stops workers at the program's end; raise RuntimeError if that fails."""
         with self._lock:
-            if self._farewell is None:
-                # Now, because at the end no thread can be started. And a thread, because the main one
-                # shouldn't wait for a database that is away.
-                farewell = threading.Thread(target=self._stop_all, name="apoq-farewell", daemon=True)
-                farewell.start()
-                self._farewell = farewell
+            if self._stopper is None:
+                # Now, because no thread can be started at the end. And on a thread, because the main one
+                # must not wait for a database that is away.
+                stopper = threading.Thread(target=self._stop_all, name="apoq-stopper", daemon=True)
+                stopper.start()
+                self._stopper = stopper
 
     def watch(self, worker: _Stoppable) -> None:
-        """Stop this worker when the program ends, if nobody else does; whoever else lets go of it."""
+        """Stop this worker when the program ends, unless `forget` is called before."""
         with self._lock:
             self._started.add(worker)
 
     def forget(self, worker: _Stoppable) -> None:
-        """Let go of a worker that has stopped."""
+        """Forget a worker that has stopped."""
         with self._lock:
             self._started.discard(worker)
 
     def end(self) -> None:
-        """Have what is held given back, within `EXIT_WAIT_SECONDS`."""
+        """Stop the workers, within `EXIT_WAIT_SECONDS`."""
         self._ending.set()
-        if self._farewell is not None:
-            self._farewell.join(EXIT_WAIT_SECONDS)
+        if self._stopper is not None:
+            self._stopper.join(EXIT_WAIT_SECONDS)
 
     def keep(self, *inherited: object) -> None:
-        """Never let go of these, a parent's: a connection in use would be rolled back as it is collected."""
+        """Keep these objects of a parent process: collecting a connection in use would roll it back."""
         self._inherited.append(inherited)
 
     def fork(self) -> None:
-        """Let the workers begin anew, in a child that was forked."""
+        """Restart the workers in a forked child."""
         workers = list(self._workers.items())
-        # Afresh, for another thread may have held these at the fork.
-        self._lock, self._ending, self._farewell = threading.Lock(), threading.Event(), None
+        # New ones, because another thread may have held these at the fork.
+        self._lock, self._ending, self._stopper = threading.Lock(), threading.Event(), None
         self._started = set()
-        for worker, begin_anew in workers:
-            begin_anew(worker)
+        for worker, restart in workers:
+            restart(worker)
 
     def _stop_all(self) -> None:
         self._ending.wait()
-        # Half of the time for tasks to end, the other half to write what became of them.
+        # Half of the time for tasks to end, the other half to write their results.
         deadline = time.monotonic() + EXIT_WAIT_SECONDS / 2
         for worker in list(self._started):
             try:
                 worker.stop(timeout=max(0.0, deadline - time.monotonic()))
-            except Exception as error:  # noqa: BLE001 - others rescue what it held
+            except Exception as error:  # noqa: BLE001 - other workers rescue its tasks
                 logs.not_stopped(worker, error)
 
 

@@ -69,7 +69,7 @@ class Service(ABC):
         if self._thread is not None and self._turning.acquire(blocking=False):
             pause: float | None = 0.0
             try:
-                for _ in range(2):  # the second one finds out whether there is more to do
+                for _ in range(2):  # the second turn shows whether there is more to do
                     if pause == 0.0 and not self._is_ending and not self._failures.count:
                         pause = turn()
             except Exception as error:  # noqa: BLE001 - its own thread meets it

@@ -1,4 +1,4 @@
-"""The signals by which a program of its own is told to end."""
+"""The signals that end a worker's own program."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from queue import Empty, SimpleQueue
 from typing import Final
 
 STARTED: Final = -1
-"""What the queue has, beside signals, when the worker has started; zero is a stop without a signal."""
+"""In the queue of signals: the worker has started. Zero is a stop without a signal."""
 
 SIGNAL_POLL_SECONDS: Final = 1.0
-"""Seconds between two looks for a signal that has woken nobody."""
+"""Seconds between two looks for a signal that has not woken the main thread."""
 
 
 @contextmanager

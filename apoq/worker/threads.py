@@ -13,9 +13,9 @@ THREAD_RETRY_SECONDS: Final = 2.0
 
 
 class MissingThreads:
-    """What could not be started, for example because the system allows no more threads.
+    """Threads that could not be started, for example because the system allows no more.
 
-    It is logged once, and tried again until it works.
+    That is logged once, and tried again until it succeeds.
     """
 
     def __init__(self, outage: Outage) -> None:

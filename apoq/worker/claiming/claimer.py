@@ -236,17 +236,17 @@ class Claimer(Service):
         self._moves.append((queue.cursor, rows, len(rows) < limit))
         tasks: list[Claimed] = [(*row, batch) for row in rows]
         self._claim_log.hold(tasks)
-        if self._events.heard(TaskClaimed):
+        if self._events.has_listeners(TaskClaimed):
             for task in tasks:
                 self._events.report(reports.claimed(task))
         return tasks
 
     def _is_followed(self) -> bool:
         """Return whether a listener wants to know of each task that begins, or how long it takes."""
-        return self._events.heard(TaskStarted) or self._events.heard(TaskCompleted)
+        return self._events.has_listeners(TaskStarted) or self._events.has_listeners(TaskCompleted)
 
     def _report_start(self, row: Claimed) -> None:
-        if self._events.heard(TaskStarted):
+        if self._events.has_listeners(TaskStarted):
             self._events.report(reports.started(row))
 
     def _move_cursors(self) -> None:

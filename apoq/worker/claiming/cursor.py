@@ -14,10 +14,10 @@ from apoq.schema.statements.claim import ID, PRIORITY, PROCESS_AT
 START: Final = (-math.inf, 0)
 
 COMMIT_SLACK_SECONDS: Final = 0.5
-"""Seconds by which a task may be committed later than one that is due after it, and still be seen at once."""
+"""Seconds by which a task may be committed later than one that is due after it, and claims still find it."""
 
 MAX_LEVELS: Final = 64
-"""Priorities that a claim looks into one by one; if there are more, it looks through the others together."""
+"""Priorities that a claim looks at one by one; if there are more, it looks at the others together."""
 
 FIRST_PASS, LONGEST_PASS = 15.0, 600.0
 """Seconds for which a task is passed over that the server refused to claim: at first, and at most."""
@@ -26,7 +26,7 @@ MAX_PASSED_OVER: Final = 1_000
 """Tasks that are passed over at once, at most."""
 
 _LOWEST_TIME: Final = -210_866_803_200.0
-"""The first moment of PostgreSQL's calendar, in seconds since 1970; before it there is -infinity alone."""
+"""The first moment of PostgreSQL's calendar, in seconds since 1970; only -infinity is before it."""
 
 _LOWEST_ID: Final = -(2**63)
 
@@ -45,16 +45,16 @@ class First(NamedTuple):
 class ClaimCursor:
     """For each priority, the `process_at` and id behind which the next claim looks.
 
-    Under a transaction that is open for long, anywhere in the database, every task that was ever taken since
-    is still in the index, and a claim from the start would walk through all of them. What is behind the
-    position, such as a task that was committed late or given back, is found by the next survey, which
-    puts the position back.
+    While a transaction is open for long, anywhere in the database, every task that was claimed since it began
+    is still in the index, and a claim from the start would walk through all of them. A task that appears
+    before the cursor, because it was committed late or released, is found by the next survey, which moves the
+    cursor back.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self.is_careful = False
-        """Whether the first task that is due was taken from a dead worker, and so is to begin at once."""
+        """Whether the first due task was rescued from a dead worker; it must not be prefetched."""
         self.first_due: tuple[int, int] | None = None
         """The priority and id of the task that was the first to be due at the last survey."""
         self.lower_than: int | None = None
@@ -63,7 +63,7 @@ class ClaimCursor:
         self._be_at({0: START})
 
     def parameters(self) -> dict[str, str]:
-        """Return the position as `claim` takes it, the highest priority first."""
+        """Return the parameters of `claim`, the highest priority first."""
         return self._written
 
     def passed_over(self) -> list[int]:
@@ -79,14 +79,13 @@ class ClaimCursor:
             _, before = self._passed_over.pop(task_id, (0.0, FIRST_PASS / 2))
             seconds = min(2 * before, LONGEST_PASS)
             if len(self._passed_over) >= MAX_PASSED_OVER:
-                self._passed_over.pop(
-                    next(iter(self._passed_over))
-                )  # the one that was refused the longest ago
+                longest_ago = next(iter(self._passed_over))
+                del self._passed_over[longest_ago]
             self._passed_over[task_id] = time.monotonic() + seconds, seconds
         return seconds
 
     def claimed(self, tasks: Sequence[Sequence[Any]], *, is_all: bool) -> None:
-        """Move behind the tasks of a claim, which are in order; `is_all`: it found no more than these."""
+        """Move behind the tasks of a claim, which are in order; `is_all`: there were no others."""
         ends = {task[PRIORITY]: (task[PROCESS_AT], task[ID]) for task in tasks}
         with self._lock:
             moved = dict(self._levels)
@@ -98,9 +97,9 @@ class ClaimCursor:
             self._be_at(moved)
 
     def surveyed(self, rows: Iterable[Sequence[Any]], *, known: bool = False) -> float:
-        """Take over what a survey has found, the highest priority first; return the seconds until one is due.
+        """Move to the result of a survey, the highest priority first; return the seconds until a task is due.
 
-        `known`: it has looked into the known priorities alone. Else at up to one more than `MAX_LEVELS`.
+        `known`: only known priorities were surveyed. Otherwise, up to one more than `MAX_LEVELS` were.
         """
         found: dict[int, tuple[float, int]] = {}
         due_in = math.inf
@@ -124,19 +123,19 @@ class ClaimCursor:
             if not known and len(found) > MAX_LEVELS:
                 *_, lower_than, _last = found
                 del found[_last]
-            # Those that have no task now may get one at any time, and claims are to see it at once.
+            # A priority that has no task now may get one at any time, and the next claim must see it.
             for priority in self._levels:
                 if len(found) < MAX_LEVELS and (lower_than is None or priority >= lower_than):
                     found.setdefault(priority, (now - COMMIT_SLACK_SECONDS, 0))
             self.lower_than = lower_than
             self._be_at(found)
             self.is_careful, self.first_due = is_careful, first_due
-        # What is due in the lower ones isn't known.
+        # It isn't known which tasks are due in the lower priorities.
         return due_in if lower_than is None else min(due_in, 0.0)
 
     def _be_at(self, levels: dict[int, tuple[float, int]]) -> None:
         self._levels = levels
-        # Written now, and not when it is asked for: then, a task waits.
+        # As text now, and not in `parameters`: at that time, a task waits.
         priorities, ends = zip(*sorted(levels.items(), reverse=True), strict=True)
         times, ids = zip(*ends, strict=True)
         self._written = {
@@ -152,13 +151,13 @@ _MICROSECOND = 1e-6 / 2
 
 
 def _before(at: float, id_: int) -> tuple[float, int]:
-    """Return a position behind which this task is found."""
-    # Far from now, a float doesn't tell microseconds apart. And there is no id before the first.
+    """Return a position just before this task."""
+    # Far from today, a float can't tell microseconds apart. And no id is lower than the lowest.
     if not math.isinf(at) and (math.ulp(at) >= _MICROSECOND or id_ == _LOWEST_ID):
         return _within(at - max(math.ulp(at), 1e-6)), 0
     return _within(at), max(id_ - 1, _LOWEST_ID)
 
 
 def _within(at: float) -> float:
-    """Return a time that the server can read: -infinity for what is before its calendar."""
+    """Return a time that the server can read: -infinity if it is before the server's calendar."""
     return at if at >= _LOWEST_TIME else -math.inf

@@ -26,20 +26,20 @@ from apoq.worker.failures import Outage
 from apoq.worker.service import Service
 
 CHECK_INTERVAL_SECONDS: Final = 15.0
-"""Seconds of silence after which the connection is asked whether it is still there."""
+"""Seconds of silence after which the connection is tested."""
 
 PROBE_TIMEOUT_SECONDS: Final = 5.0
-"""Seconds within which a notification that was sent to try a connection must have arrived."""
+"""Seconds within which a notification that was sent as a test must arrive."""
 
 PROBE_RETRY_SECONDS: Final = 60.0
-"""Seconds after which it is tried again whether notifications arrive.
+"""Seconds after which it is tested again whether notifications arrive.
 
-Ten times as many through a pooler, where each try may leave a session of others behind that listens: it hears
-nothing there, but each NOTIFY wakes it.
+Ten times as many through a pooler: there, each test may leave behind a session that listens although it
+belongs to another client, and each NOTIFY wakes it.
 """
 
 MAX_NOTIFICATIONS: Final = 1_000
-"""Notifications after which those that were read are acted upon, even if there are more."""
+"""Notifications that are read at most before the listener reacts to them."""
 
 LONGEST_ID: Final = len(str(2**63 - 1))
 """Digits of a task's id, at most."""
@@ -47,27 +47,27 @@ LONGEST_ID: Final = len(str(2**63 - 1))
 CROWD_SIZE: Final = 100
 """Notifications at once that are too many for claims on the same connection.
 
-A session of the server's that has notifications to send reads no statement before it has sent them.
+The server reads a statement only after it has sent all notifications of that session.
 """
 
 CROWD_SECONDS: Final = 1.0
-"""Seconds for which claims then are made elsewhere."""
+"""Seconds for which claims are then made on another connection."""
 
 FLOOD_SECONDS: Final = 1.0
 """Seconds after which the listener gives up, if there are always more notifications than it has read.
 
-Any role that may connect can send them. What isn't read stays in the server's queue, which all share, and the
-server takes as much time to send them as the worker to read them.
+Any role that may connect can send them. Unread notifications stay in a queue of the server that all sessions
+share, and to send them takes the server as much time as the worker needs to read them.
 """
 
 REST_FACTOR: Final = 5
-"""How many times as long as reading and acting took it is to the next time: as after a claim."""
+"""The listener pauses so many times as long as it took to read and to react, as the claimer does."""
 
 MAX_REST_SECONDS: Final = 0.02
-"""Seconds to it, at most."""
+"""Seconds of that pause, at most."""
 
 
-class Heard(NamedTuple):
+class Received(NamedTuple):
     """The notifications that were read at once."""
 
     number: int
@@ -128,7 +128,7 @@ class Listener(Service):
         super().start()
 
     def turn(self) -> float | None:
-        """Listen until told to stop; if no notifications arrive, return when to try again."""
+        """Listen until `end`; if no notifications arrive, return when to try again."""
         assert self._waker is not None
         with ListeningConnection(self._listening, self._waker[0]) as connection:
             self._connection = connection
@@ -138,7 +138,7 @@ class Listener(Service):
             except psycopg.Error:
                 if not connection.is_cut:
                     raise
-                return 0.0  # the server has done nothing: it was cut here
+                return 0.0  # not the server's fault: the worker has cut it
             finally:
                 self._connection = None
         return PROBE_RETRY_SECONDS if connection.is_direct else 10 * PROBE_RETRY_SECONDS
@@ -178,49 +178,48 @@ class Listener(Service):
         connection.listen([trial.channel], {trial})
         execute(self._engine, notify(), trial._asdict())
         deadline = time.monotonic() + PROBE_TIMEOUT_SECONDS
-        is_heard = False
-        while not is_heard and not self._is_ending and (left := deadline - time.monotonic()) > 0:
-            is_heard = connection.wait(left).is_notified
+        has_arrived = False
+        while not has_arrived and not self._is_ending and (left := deadline - time.monotonic()) > 0:
+            has_arrived = connection.wait(left).is_notified
         connection.execute("UNLISTEN {}", trial.channel)
-        if is_heard:
+        if has_arrived:
             logs.notifications_arrive()
             self._has_warned = False
         elif not self._is_ending:
             logs.no_notifications(is_news=not self._has_warned)
             self._has_warned = True
-        return is_heard
+        return has_arrived
 
     def _listen(self, connection: ListeningConnection) -> None:
         connection.listen([CANCELLED, CHANNEL], self._awaited)
         self.recovered()
-        self._on_cancelled(None)  # a cancellation until now notified nobody here
-        # By another way than the worker's own, its role need not be allowed to claim.
+        self._on_cancelled(None)  # until now, cancellations did not notify this connection
+        # With listen_url, the role of this connection may not be allowed to claim.
         ours = connection.pooled if self._listening is self._engine else None
-        # What was added before this connection listened has given its notification to nobody.
+        # Tasks that were added before this connection listened have not notified it.
         self._claimer.notified(ours)
         began = caught_up_at = time.monotonic()
         crowded_until = 0.0
         while not self._is_ending:
-            heard = connection.wait(CHECK_INTERVAL_SECONDS)
+            received = connection.wait(CHECK_INTERVAL_SECONDS)
             woke_at = time.monotonic()
-            if heard.is_all:
+            if received.is_all:
                 caught_up_at = woke_at
             elif woke_at - caught_up_at > FLOOD_SECONDS:
                 self._give_up()
                 return
-            if heard.number > CROWD_SIZE:
+            if received.number > CROWD_SIZE:
                 crowded_until = woke_at + CROWD_SECONDS
-            if heard.is_notified:
+            if received.is_notified:
                 self._claimer.notified(ours if woke_at > crowded_until else None)
-            if heard.cancelled:
-                self._on_cancelled(heard.cancelled)
-            if self._is_flooded and heard.is_all and woke_at - began > CHECK_INTERVAL_SECONDS:
+            if received.cancelled:
+                self._on_cancelled(received.cancelled)
+            if self._is_flooded and received.is_all and woke_at - began > CHECK_INTERVAL_SECONDS:
                 self._is_flooded = False
                 logs.notifications_read_again()
-            if not heard.number and not self._is_ending:
+            if not received.number and not self._is_ending:
                 connection.execute("SELECT 1")
-            # Reading included, which has begun before; so that a stream of notifications costs a share of the
-            # time only.
+            # Reading counts, too, so that a stream of notifications takes only a share of the worker's time.
             rest = min(MAX_REST_SECONDS, REST_FACTOR * (time.monotonic() - connection.woke_at))
             time.sleep(max(0.0, connection.woke_at + rest - time.monotonic()))
 
@@ -230,7 +229,7 @@ class Listener(Service):
 
 
 class ListeningConnection:
-    """A connection of an engine's that is the listener's alone, and what was heard on it."""
+    """A connection of its own for the listener, and the notifications that it has received."""
 
     def __init__(self, engine: Engine, waker: socket.socket) -> None:
         self._engine = engine
@@ -244,8 +243,8 @@ class ListeningConnection:
         self.is_cut = False
         self._awaited: frozenset[tuple[bytes, bytes]] = frozenset()
         self._forget()
-        # What comes beside the answer to a statement. Not by Connection.add_notify_handler: for it the driver
-        # decodes each, and raises an error if one isn't text in the connection's encoding.
+        # For notifications that arrive together with the result of a statement. Not add_notify_handler: for
+        # it, psycopg decodes each, and raises an error if one isn't text in the connection's encoding.
         self._driver.pgconn.notify_handler = self._note
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._driver, selectors.EVENT_READ)
@@ -261,19 +260,20 @@ class ListeningConnection:
         self._awaited = frozenset(
             (notification.channel.encode(), notification.payload.encode()) for notification in awaited
         )
-        # In one statement: once there is much to send on the first channel, the server would read no second.
+        # In one statement: if there are many notifications on the first channel, the server would not read a
+        # second statement for a long time.
         names = [*channels]
         self.execute("; ".join(["LISTEN {}"] * len(names)), *names)
 
-    def wait(self, seconds: float) -> Heard:
+    def wait(self, seconds: float) -> Received:
         """Wait for notifications, until the time is up or the waker has something to read."""
         if self._driver.closed:
-            # A claim has found it lost; its socket is gone, and there is nothing to wait for.
+            # A claim has found that it is lost: its socket is closed, and can't be waited for.
             raise psycopg.OperationalError("the connection that listens is lost")
         if not self._count:
             self._selector.select(seconds)
         self.woke_at = time.monotonic()
-        # Past Connection.notifies, which takes 0.1 ms to find out what is there already.
+        # Not Connection.notifies, which takes 0.1 ms for notifications that have arrived already.
         pgconn = self._driver.pgconn
         is_all = False
         while not is_all and self._count < MAX_NOTIFICATIONS:
@@ -282,12 +282,12 @@ class ListeningConnection:
             while notify := pgconn.notifies():
                 self._note(notify)
             is_all = self._count == before
-        heard = Heard(self._count, self._is_notified, self._cancelled, is_all)
+        received = Received(self._count, self._is_notified, self._cancelled, is_all)
         self._forget()
-        return heard
+        return received
 
     def cut(self) -> None:
-        """End it, from another thread."""
+        """Close it, from another thread."""
         self.is_cut = True
         cut(self._driver)
 
@@ -304,8 +304,8 @@ class ListeningConnection:
         self._cancelled: set[int] = set()
 
     def _note(self, notify: PGnotify) -> None:
-        # Any role may notify, of anything, and as often as it likes: kept is only what can be meant for this
-        # worker, and not more than can be looked at.
+        # Any role may send any notification, as often as it likes. Only those that can be meant for this
+        # worker are kept, and not more than it can look at.
         self._count += 1
         if notify.relname == _CANCELLED:
             is_id = notify.extra.isdigit() and len(notify.extra) <= LONGEST_ID

@@ -1,4 +1,4 @@
-"""Claims from one queue, whatever other programs have written into its tasks."""
+"""Claims from one queue, even if other programs have written invalid values into its tasks."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ class QueueClaims:
             try:
                 number, rows = self._execute(at_most, free, where)
             except DatabaseError as error:
-                # The note of a claim is written with it, and is no task's row.
+                # The note is written by the same statement, and is not the row of a task.
                 is_of_note = error.diag.table_name == ClaimRow.__tablename__
                 if is_of_note or not is_caused_by_a_row(error):
                     raise

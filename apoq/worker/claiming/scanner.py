@@ -24,7 +24,7 @@ from apoq.worker.lease import Lease
 from apoq.worker.service import Service
 
 REST_FACTOR: Final = 20
-"""How many times as long as a survey took the scanner rests after it."""
+"""After a survey, the scanner pauses so many times as long as it took."""
 
 RESURVEY_SECONDS: Final = 0.05
 """Seconds after a claim that found too few tasks until the next survey."""
@@ -33,7 +33,7 @@ BUSY_RESURVEY_SECONDS: Final = 0.25
 """Seconds after a claim that found enough: by then, a new and higher priority is found."""
 
 SURVEY_TIMEOUT_SECONDS: Final = 60.0
-"""Seconds that a survey may take: beside a long transaction, it walks through all that was taken since."""
+"""Seconds that a survey may take: during a long transaction, it walks through all tasks claimed since."""
 
 
 class QueueScanner(Service):
@@ -125,9 +125,9 @@ class QueueScanner(Service):
         return due_in
 
     def _is_news(self, now: float) -> bool:
-        """Return whether a claim should look for what is due: not again, if the last one has left the same.
+        """Return whether the claimer should claim: not if the same tasks are due that it left the last time.
 
-        Such as a task that another session has locked. It is tried again after a poll interval.
+        Another session may have locked them, for example. They are tried again after a poll interval.
         """
         due = [position.first_due for position in self._positions.values()]
         is_news = due != self._told or now >= self._told_at + self._poll_interval

@@ -59,15 +59,15 @@ class Claim:
     lease: Lease
     """Of the worker, in the queue's schema."""
     signal: StopSignal
-    """Given when these are to stop."""
+    """Given when these tasks should stop."""
     fetch: Callable[[AnyAttempt], Sequence[Sequence[Any]]]
     """Reads the data of one of them that is large, as `read_data` does."""
     number: int = 0
     """Of this worker's claims."""
     on_start: Callable[[Claimed], object] | None = None
-    """Called when one of them begins, if anybody wants to know; then its time is measured, too."""
+    """Called when one of them begins, if there is a listener; then its time is measured, too."""
     is_ahead: bool = False
-    """Whether they were more than found a slot at once."""
+    """Whether they were more than there were free slots."""
 
 
 Claimed = ClaimedTask[Claim]
@@ -76,7 +76,7 @@ Claimed = ClaimedTask[Claim]
 def longest_data(queue: Queue) -> int:
     """Return how many characters the data of a task of this queue may have, as PostgreSQL writes it.
 
-    It puts spaces where the limit of the queue counts none.
+    PostgreSQL adds spaces, which the limit of the queue doesn't count.
     """
     return min(2 * queue.max_data_size + 1_000, HIGHEST_LIMIT)
 
@@ -90,7 +90,7 @@ def short_data(row: Claimed) -> Any:
 
 
 class StopSignal:
-    """How a worker tells all the tasks that it has claimed that they are to stop."""
+    """Tells all tasks of a worker in one schema to stop."""
 
     __slots__ = ("is_given",)
 
@@ -99,7 +99,7 @@ class StopSignal:
 
 
 LOST: Final = StopSignal(is_given=True)
-"""What an attempt has instead, once its task is no longer this worker's."""
+"""The signal of an attempt whose task the worker no longer owns."""
 
 
 class _Attempt(Generic[S]):
@@ -134,7 +134,7 @@ class _Attempt(Generic[S]):
 
     @property
     def from_queue(self) -> Queue:
-        """The queue that it came from."""
+        """The queue from which it was claimed."""
         return self.row[CLAIM].from_queue
 
     @property
@@ -149,12 +149,12 @@ class _Attempt(Generic[S]):
 
     @property
     def claim_token(self) -> int:
-        """What this worker must show to write to the task."""
+        """The token without which nothing can be written to the task."""
         return self.row[CLAIM_TOKEN]
 
     @property
     def lease(self) -> Lease:
-        """Until when the task is the worker's own."""
+        """The lease until whose end the worker owns the task."""
         return self.row[CLAIM].lease
 
     @property
@@ -166,14 +166,14 @@ class _Attempt(Generic[S]):
 
     @property
     def timeout(self) -> float | None:
-        """How many seconds it may take; None: as long as it likes."""
+        """How many seconds it may take; None: no limit."""
         own = self.row[TIMEOUT]
-        # Whatever another program has written into the row, it is a limit.
+        # Another program may have written any value into the row.
         return self.processor.timeout if own is None else min(max(own, 0.0), _LONGEST)
 
     @property
     def should_stop(self) -> bool:
-        """Whether it should come to an end; see `RunningTask.should_stop`."""
+        """Whether the processor should end; see `RunningTask.should_stop`."""
         if self.signal.is_given:
             return True
         return self.ends_at is not None and time.monotonic() >= self.ends_at
@@ -224,11 +224,11 @@ class _Attempt(Generic[S]):
         return self.opened
 
     def recall(self) -> None:
-        """Tell it, from another thread, that the task is no longer this worker's."""
+        """Tell it, from another thread, that the worker no longer owns the task."""
         self.signal = LOST
 
     def cut_off(self) -> None:
-        """Undo what its session has written so far, from another thread: the worker's lease has ended."""
+        """Roll back its session, from another thread, because the worker's lease has ended."""
         if self.opened is not None:
             cut_off(self.opened)
 
@@ -247,7 +247,7 @@ class Attempt(_Attempt[TaskSession]):
     __slots__ = ()
 
 
-_LOST_MESSAGE: Final = "the task is no longer this worker's"
+_LOST_MESSAGE: Final = "the worker no longer owns the task"
 
 
 class AsyncAttempt(_Attempt[AsyncTaskSession]):
@@ -260,17 +260,17 @@ class AsyncAttempt(_Attempt[AsyncTaskSession]):
         self._is_cancelled = False
         self._awaits = asyncio.current_task()
         try:
-            # Only now, so that whoever recalls it sees one or the other.
+            # After `_awaits` is set, so that `recall` either sets the signal before this, or cancels.
             if self.signal is LOST:
                 raise asyncio.CancelledError(_LOST_MESSAGE)
             await self.processor.function(task)
         finally:
             awaits, self._awaits = self._awaits, None
             if self._is_cancelled and awaits is not None:
-                awaits.uncancel()  # what goes on here isn't meant
+                awaits.uncancel()  # the cancellation was meant for the processor only
 
     def recall(self) -> None:
-        """Tell it, from another thread, that the task is no longer this worker's, and cancel it, once."""
+        """Tell it, from another thread, that the worker no longer owns the task, and cancel it once."""
         super().recall()
         awaits: asyncio.Task[Any] | None = getattr(self, "_awaits", None)
         if awaits is not None:
@@ -278,7 +278,7 @@ class AsyncAttempt(_Attempt[AsyncTaskSession]):
                 awaits.get_loop().call_soon_threadsafe(self._cancel)
 
     def _cancel(self) -> None:
-        # On its own loop: it has ended, or it awaits something.
+        # On its own event loop: the processor has ended, or it awaits something.
         if self._awaits is not None and not self._is_cancelled:
             self._is_cancelled = self._awaits.cancel(_LOST_MESSAGE)
 

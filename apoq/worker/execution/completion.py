@@ -1,4 +1,4 @@
-"""How completions are written, and how much of the tasks is read back."""
+"""Writes completions, and reads back as much of the tasks as listeners need."""
 
 from __future__ import annotations
 
@@ -18,46 +18,49 @@ from apoq.worker.execution.attempt import AnyAttempt
 
 
 class Completion:
-    """Writes completions: tasks are marked, or deleted where completed ones aren't kept."""
+    """Marks tasks as completed, or deletes them if completed tasks aren't kept."""
 
     def __init__(self, events: Events, *, keep: bool) -> None:
         self._events = events
         self.keep = keep
 
     @property
-    def is_heard(self) -> bool:
-        """Tell whether somebody listens to completions."""
-        return self._events.heard(COMPLETED)
+    def has_listeners(self) -> bool:
+        """Whether there are listeners to `task.completed`."""
+        return self._events.has_listeners(COMPLETED)
 
     def statement(self, schema: str | None, *, full: bool, alike: bool) -> Executable:
-        """Complete the tasks of `ids`; answer their ids, or their whole rows. `alike`: their tokens are."""
+        """Return the statement that completes tasks and returns their ids, or their rows if `full`.
+
+        `alike`: they have the same claim token.
+        """
         write = complete if self.keep else remove
         return _returning(write(schema, alike=alike), schema, full=full)
 
     def write(self, connection: Connection, attempt: AnyAttempt) -> Mapping[Any, Any] | None:
-        """Complete a task in a transaction that is about to be committed; answer None where it was lost.
+        """Complete a task in a transaction that is about to be committed.
 
-        Otherwise its id, or its whole row where somebody listens. Raises `Release` where the worker's lease
-        has ended: others may have begun with the task.
+        Returns its id, or its row if there are listeners, and None if the worker no longer owns it. Raises
+        `Release` if the worker's lease has ended, because another worker may have begun the task.
         """
         if not attempt.lease.is_held:
             raise Release
         schema = attempt.from_queue.schema
         parameters = {"task_id": attempt.id, "held_under": attempt.claim_token}
         statement = complete_last(schema) if self.keep else remove_last(schema)
-        if self.is_heard:
-            # On the processor's connection, which may be of any DateStyle.
+        if self.has_listeners:
+            # On the processor's connection, which may have any DateStyle.
             found = connection.execute(_returning(statement, schema, full=True, is_ours=False), parameters)
             row = found.mappings().first()
             return None if row is None else read_row(row)
-        # Each task has one of these, and nothing is read back: as text, it takes half of SQLAlchemy's time.
+        # Each task needs one of these. As text, it takes half of the time that SQLAlchemy needs.
         text, _ = compiled(statement)
         written = connection.exec_driver_sql(text, parameters)
         return {"id": attempt.id} if written.rowcount else None
 
 
-def told(schema: str | None) -> list[ColumnElement[Any]]:
-    """Return the columns of a task that has ended, for those who listen: all but its data, which is known."""
+def reported_columns(schema: str | None) -> list[ColumnElement[Any]]:
+    """Return the columns that listeners get of an ended task: all except its data, which is known."""
     return [column for column in tasks_table(schema).c if column.key != "data"]
 
 
@@ -67,10 +70,10 @@ def _returning(
 ) -> Executable:
     tasks = tasks_table(schema)
     columns: dict[str, ColumnElement[Any]] = {
-        str(column.key): column for column in (told(schema) if full else [tasks.c.id])
+        str(column.key): column for column in (reported_columns(schema) if full else [tasks.c.id])
     }
     if isinstance(statement, Delete):
-        # What is deleted is told of as it would stand there.
+        # A task that is deleted is reported as if it were marked as completed.
         columns |= {name: value for name, value in AS_COMPLETED.items() if name in columns}
     write = portable if not is_ours else _as_it_is
     return statement.returning(*(write(name, value) for name, value in columns.items()))

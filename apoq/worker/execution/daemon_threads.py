@@ -51,7 +51,7 @@ class DaemonExecutor(ThreadPoolExecutor):
     def _run(self) -> None:
         while (call := self._calls.get()) is not None:
             call()
-            del call  # what it holds is not to live until the next one
+            del call  # its objects must not live until the next call
             self._idle.release()
 
 
@@ -60,7 +60,7 @@ def _call(future: Future[Any], function: Callable[..., Any], *args: Any, **kwarg
         return
     try:
         result = function(*args, **kwargs)
-    except BaseException as error:  # noqa: BLE001 - whoever awaits it gets it
+    except BaseException as error:  # noqa: BLE001 - the future raises it
         future.set_exception(error)
     else:
         future.set_result(result)

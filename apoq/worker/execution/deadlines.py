@@ -34,7 +34,7 @@ class Deadlines(Service):
         self._lock = threading.Lock()
 
     def watch(self, attempt: AnyAttempt, limit: float, grace: float = 0.0) -> None:
-        """Let an attempt stop in `limit` seconds, and end it if it is still there `grace` seconds later."""
+        """Tell an attempt to stop in `limit` seconds, and end it if it still runs `grace` seconds later."""
         attempt.ends_at = time.monotonic() + limit
         until = attempt.ends_at + grace
         self._until[attempt] = until, threading.get_ident()
@@ -50,12 +50,12 @@ class Deadlines(Service):
         """Stop watching an attempt that has ended; return False if its timeout had ended it before."""
         if self._until.pop(attempt, None) is not None:
             return True
-        with self._lock:  # until whoever ended it is done with it
+        with self._lock:  # until `_end` has finished with it
             self._over.discard(attempt)
         return False
 
     def withdraw(self, attempts: Iterable[AnyAttempt]) -> list[AnyAttempt]:
-        """Stop watching these, which are to be released; return them without those whose time was up."""
+        """Stop watching these before they are released; return those whose time was not up."""
         with self._lock:
             return [
                 attempt
@@ -65,7 +65,7 @@ class Deadlines(Service):
 
     def turn(self) -> float | None:
         """End those whose time is up; return when the next one's will be."""
-        # Before looking, so that what begins meanwhile leads to another turn.
+        # Before looking, so that an attempt that begins meanwhile leads to another turn.
         self._wakes_at = math.inf
         watched = self._until.copy()
         now = time.monotonic()

@@ -15,11 +15,11 @@ CANCELLATION_SECONDS: Final = 2.0
 """Seconds that a coroutine has to end after it was cancelled."""
 
 BLOCKED_AFTER_SECONDS: Final = 0.25
-"""Seconds after which a loop that doesn't respond is taken for blocked by a coroutine."""
+"""Seconds after which a loop that doesn't respond counts as blocked by a coroutine."""
 
 
 class EventLoopThread:
-    """The application's event loop, where it gave one; else a loop of the worker's own, on a thread."""
+    """The application's event loop if `start` was given one; otherwise a loop on a thread of the worker's."""
 
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -30,12 +30,12 @@ class EventLoopThread:
         """Whether a coroutine has kept the loop from responding, as `cancel` has found out."""
 
     def use(self, loop: asyncio.AbstractEventLoop | None) -> None:
-        """Run on the application's loop; None: on one of its own, begun when the first coroutine comes."""
+        """Run on the application's loop; None: on a loop of its own, started with the first coroutine."""
         self._loop = loop
 
     @property
     def is_applications(self) -> bool:
-        """Tell whether they run on the application's loop."""
+        """Whether coroutines run on the application's loop."""
         return self._loop is not None and self._thread is None
 
     def spawn(self, function: Callable[[Any], Coroutine[Any, Any, None]], argument: object) -> None:
@@ -43,17 +43,17 @@ class EventLoopThread:
         self._running_loop().call_soon_threadsafe(self._spawn, function, argument)
 
     def open(self) -> None:
-        """Start the worker's own loop, unless there is one; RuntimeError if that isn't possible."""
+        """Start the worker's own loop if there is none; raise RuntimeError if that isn't possible."""
         self._running_loop()
 
     @property
     def is_closed(self) -> bool:
-        """Tell whether the loop has ended, so that no coroutine can run."""
+        """Whether the loop is closed, so that no coroutine can run."""
         loop = self._loop
         return loop is not None and loop.is_closed()
 
     def run(self, coroutine: Coroutine[Any, Any, Any], timeout: float | None = None) -> Any:
-        """Run a coroutine from another thread, and return its result; TimeoutError if none comes."""
+        """Run a coroutine from another thread, and return its result; raise TimeoutError after `timeout`."""
         try:
             loop = self._running_loop()
         except BaseException:
@@ -62,7 +62,7 @@ class EventLoopThread:
         return asyncio.run_coroutine_threadsafe(coroutine, loop).result(timeout)
 
     def cancel(self, timeout: float) -> None:
-        """Cancel what runs, and wait so many seconds for it to end."""
+        """Cancel all running coroutines, and wait `timeout` seconds for them to end."""
         if self._loop is not None and self._loop.is_running():
             try:
                 self.run(self._cancel(timeout), timeout + BLOCKED_AFTER_SECONDS)
@@ -70,7 +70,7 @@ class EventLoopThread:
                 self.is_blocked = True  # until that coroutine ends, or with the process
 
     def is_current(self) -> bool:
-        """Tell whether the caller is on this loop, which it would block by waiting."""
+        """Return whether the caller is on this loop, which it would block by waiting."""
         if self._thread is not None:
             # Not the running loop: with gevent, all threads are greenlets of one, and see the same loop run.
             return threading.current_thread() is self._thread
@@ -88,11 +88,11 @@ class EventLoopThread:
         if loop is not None and thread is not None:
             with suppress(RuntimeError):  # it has ended by itself
                 loop.call_soon_threadsafe(loop.stop)
-            # Where a coroutine blocks it, it ends when that does.
+            # If a coroutine blocks it, it ends after that coroutine.
             thread.join(timeout)
 
     def _running_loop(self) -> asyncio.AbstractEventLoop:
-        with self._lock:  # slots ask for it at once, and an engine serves one loop only
+        with self._lock:  # several slots may ask for it at the same time
             if self._loop is None:
                 try:
                     loop = asyncio.new_event_loop()
@@ -123,7 +123,7 @@ class EventLoopThread:
             loop.run_until_complete(loop.shutdown_asyncgens())
             loop.close()
 
-    async def _cancel(self, timeout: float) -> None:  # noqa: ASYNC109 - what still runs then goes on
+    async def _cancel(self, timeout: float) -> None:  # noqa: ASYNC109 - coroutines that still run go on
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()

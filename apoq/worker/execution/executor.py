@@ -1,4 +1,4 @@
-"""Where claimed tasks run: a number of slots, on threads and on an event loop."""
+"""Runs claimed tasks in a number of slots, on threads and on an event loop."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from apoq.worker.execution.task_sessions import TaskSessions
 from apoq.worker.threads import MissingThreads
 
 YIELD_SECONDS: Final = 0.0001
-"""Seconds in which a thread that was given a task wakes up and has taken the interpreter.
+"""Seconds in which the thread of a slot wakes up and takes the interpreter's lock.
 
-From a thread that goes on meanwhile it would have to wait for that, asleep once more.
+If the thread that handed it a task went on without this pause, the slot would have to wait for the lock.
 """
 
 
@@ -50,7 +50,7 @@ class Executor:
         self.low_water = 0
         """`on_low` is called when no more tasks than this are in line."""
         self.run_time: float | None = None
-        """What a task takes, in seconds: an average in which the last few dozen count."""
+        """Seconds that a task takes: an average of about the last few dozen."""
         self._event_loop = event_loop
         self._sessions = sessions
         self._completion = completion
@@ -67,7 +67,7 @@ class Executor:
         self._on_threads = 0
         """How many slots have a task on a thread."""
         self._for_threads: SimpleQueue[Attempt | None] = SimpleQueue()
-        # By identity: a task that was given back may run here again before its first run has ended.
+        # Attempts, not ids: a task that was released may run here again before its first attempt has ended.
         self._running: set[AnyAttempt] = set()
         self._in_no_slot: set[AnyAttempt] = set()
 
@@ -159,7 +159,7 @@ class Executor:
         with self._lock:
             with suppress(IndexError):
                 while True:
-                    # One by one, because slots take from the line meanwhile.
+                    # One by one, because slots take tasks from the line meanwhile.
                     row = self._line.popleft()
                     batch = row[CLAIM]
                     is_meant = schemas is None or batch.from_queue.schema in schemas
@@ -202,7 +202,7 @@ class Executor:
         for _ in self._threads:
             self._for_threads.put(None)
         self._threads.clear()
-        # Another, for what is left in this one is meant for those threads.
+        # A new one, because the rest of the old one is meant for those threads.
         self._for_threads = SimpleQueue()
 
     def _pop(self) -> AnyAttempt | None:
@@ -254,7 +254,7 @@ class Executor:
         self.put(())
 
     def _begin_elsewhere(self, attempt: AnyAttempt, *, on_thread: bool) -> None:
-        """Go on with an attempt of the other kind, in the slot of one that has ended."""
+        """Run an attempt of the other kind, in the slot of one that has ended."""
         with self._lock:
             self._on_threads -= on_thread
             has_begun = self._begin(attempt)
@@ -292,12 +292,12 @@ class Executor:
 
     def _ended(self, end: AttemptResult, started: float) -> None:
         took = time.monotonic() - started
-        # Threads may overwrite each other's sample: an average doesn't mind.
+        # Threads may overwrite each other's sample, which an average tolerates.
         self.run_time = took if self.run_time is None else self.run_time + (took - self.run_time) / 16
         try:
             self._running.remove(end.attempt)
         except KeyError:
-            # It was given back meanwhile; if it had committed before, that holds.
+            # It was released meanwhile. If its transaction had committed before, it is completed.
             if end.row is None:
                 return
         self._on_ended(end)

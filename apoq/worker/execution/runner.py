@@ -1,4 +1,4 @@
-"""Run a processor once, and see what comes of it."""
+"""Runs a processor once, and decides what becomes of its task."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ from apoq.worker.execution.task_sessions import TaskSession, could_not_connect
 
 
 class TaskLost(Exception):
-    """The task was taken from this worker while it ran; nothing is written to it any more."""
+    """The worker no longer owns the task; nothing is written to it."""
 
 
 @dataclass(slots=True, eq=False)
 class AttemptResult:
-    """An attempt that has ended, and what is to be written about it."""
+    """The result of an attempt, as the settler writes it."""
 
     attempt: AnyAttempt
     outcome: BaseException | None
     settlement: Settlement | None
-    """None: it is completed."""
+    """None: the task is completed."""
     row: Mapping[Any, Any] | None = None
-    """Where the completion has been committed with ``task.session``: the task's row, or its id alone."""
+    """If the completion was committed with ``task.session``: the task's row, or only its id."""
     seconds: float | None = None
-    """How long it took, if somebody wants to know."""
+    """How long it took, if there is a listener."""
 
 
 def ended(
@@ -51,7 +51,7 @@ def ended(
     row: Mapping[Any, Any] | None = None,
     seconds: float | None = None,
 ) -> AttemptResult:
-    """Decide what becomes of a task whose attempt ended so."""
+    """Return the result of an attempt that ended with this outcome."""
     if outcome is None:
         return AttemptResult(attempt, None, None, row, seconds)
     settlement = settle(outcome, attempt=attempt.number, fail_count=attempt.fail_count, policy=attempt.policy)
@@ -59,7 +59,7 @@ def ended(
 
 
 def is_late(end: AttemptResult) -> bool:
-    """Tell whether the attempt was ended before, by its timeout."""
+    """Return whether the timeout had ended the attempt before."""
     return isinstance(end.outcome, TaskLost) and end.attempt.signal is not LOST
 
 
@@ -78,17 +78,17 @@ def _run(attempt: Attempt, completion: Completion, deadlines: Deadlines) -> Atte
     try:
         attempt.read()
         if attempt.signal is LOST:
-            raise TaskLost  # noqa: TRY301 - between the line and its slot
+            raise TaskLost  # noqa: TRY301 - after it left the line
         if attempt.row[CLAIM].on_start is not None:
             began_at = _begin(attempt)
         limit = attempt.timeout
-        answer = (
+        returned = (
             attempt.processor.function(RunningTask(attempt))
             if limit is None
             else _run_within(limit, attempt, deadlines)
         )
-        if answer is not None:
-            _refuse_awaitable(attempt, answer)
+        if returned is not None:
+            _refuse_awaitable(attempt, returned)
         if attempt.opened is not None:
             row = _complete_in(attempt.opened, attempt, completion)
     except BaseException as error:  # noqa: BLE001 - even SystemExit is one task's failure, not the worker's
@@ -136,7 +136,7 @@ def _begin(attempt: AnyAttempt) -> float:
 
 
 def _outcome(attempt: AnyAttempt, error: BaseException) -> BaseException:
-    # What was lost is lost. And where the worker itself has cut the session off, the error comes of that.
+    # If the worker has cut off the session, that caused the error.
     if isinstance(error, TaskLost):
         return error
     if attempt.is_cut_off:
@@ -145,33 +145,33 @@ def _outcome(attempt: AnyAttempt, error: BaseException) -> BaseException:
 
 
 def overdue(limit: float, thread_id: int = 0) -> TimeoutError:
-    """Make the error of an attempt that took more than these seconds, and is still on this thread."""
+    """Return the error of an attempt that took longer than `limit` seconds, and still runs on this thread."""
     error = TimeoutError(f"ran longer than its timeout of {limit:.10g} s")
-    frame = sys._current_frames().get(thread_id)  # noqa: SLF001 - public, whatever its name says
+    frame = sys._current_frames().get(thread_id)  # noqa: SLF001 - public in spite of its name
     if frame is not None:
         error.add_note(f"At that time it was here:\n{''.join(traceback.format_stack(frame))}")
     return error
 
 
 def _run_within(limit: float, attempt: Attempt, deadlines: Deadlines) -> Any:
-    """Run the function, which nothing can stop; raise `TaskLost` where its attempt was ended meanwhile."""
+    """Run the function, which can't be stopped; raise `TaskLost` if the timeout has ended its attempt."""
     deadlines.watch(attempt, limit)
     try:
-        answer = attempt.processor.function(RunningTask(attempt))
+        returned = attempt.processor.function(RunningTask(attempt))
     except KeyboardInterrupt:
         deadlines.forget(attempt)
-        raise  # meant for the program, whenever it comes
+        raise  # it is meant for the program
     except BaseException as error:
         if deadlines.forget(attempt):
             raise
         raise TaskLost from error
     if not deadlines.forget(attempt):
         raise TaskLost
-    return answer
+    return returned
 
 
 async def _await_within(limit: float, attempt: AsyncAttempt, deadlines: Deadlines) -> None:
-    """Await the function, and cancel it at the limit; `TaskLost` where it took no notice for too long."""
+    """Await the function, and cancel it at the limit; raise `TaskLost` if it ignored that for too long."""
     error: BaseException | None = None
     deadlines.watch(attempt, limit, CANCELLATION_SECONDS)
     try:
@@ -182,7 +182,7 @@ async def _await_within(limit: float, attempt: AsyncAttempt, deadlines: Deadline
     if not deadlines.forget(attempt):
         raise TaskLost from error
     if scope.expired():
-        # Whatever it made of the cancellation.
+        # Even if it caught the cancellation.
         raise overdue(limit) from error
     if error is not None:
         raise error
@@ -194,10 +194,10 @@ def _complete_in(session: TaskSession, attempt: AnyAttempt, completion: Completi
     row = completion.write(session.connection(), attempt)
     if row is None:
         session.rollback()
-        # Settled like any failure: where the task was lost, as it is nearly always, nothing is written.
+        # Settled like any failure. If the worker has lost the task, the usual cause, nothing is written.
         raise SessionMisused(
-            "task.session has changed the task itself, so that it could not be completed, and all that was "
-            "written there is undone: to end the task otherwise, raise Cancel, Retry or Snooze"
+            "task.session must not change the running task itself: its transaction was rolled back. To end "
+            "the task in another way, raise Cancel, Retry or Snooze"
         )
     session.commit_completion()
     return row
@@ -220,6 +220,6 @@ def _refuse_awaitable(attempt: AnyAttempt, value: Any) -> None:
         if inspect.iscoroutine(value):
             value.close()
         raise InvalidProcessor(
-            f"the processor of {attempt.type!r} is a plain function that answered an awaitable, which nobody "
-            "awaits: make it `async def`"
+            f"the processor of {attempt.type!r} is a plain function, but returned an awaitable, which is not "
+            "awaited: make it `async def`"
         )

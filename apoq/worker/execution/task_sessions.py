@@ -49,11 +49,11 @@ class AsyncTaskSession(AsyncSession):
 
 @event.listens_for(TaskSession, "before_commit")
 def _guard(session: Session) -> None:
-    # A commit of the processor's own would part its writes from the completion.
+    # A commit by the processor would separate its writes from the completion.
     if not session.in_nested_transaction() and not session.info.get(_COMPLETING):
         raise SessionMisused(
-            "task.session is committed by the worker, together with the task's completion: leave out the "
-            "commit, or open a session of your own for what is to be committed before"
+            "the worker commits task.session, together with the task's completion: remove the commit, or "
+            "open a session of your own for writes that must be committed earlier"
         )
 
 
@@ -70,15 +70,15 @@ def cut_off(session: TaskSession | AsyncTaskSession) -> None:
 
 
 def is_cut_off(session: TaskSession | AsyncTaskSession) -> bool:
-    """Tell whether this was done to it."""
+    """Return whether the session was cut off."""
     return _CUT_OFF in session.info
 
 
 def could_not_connect(error: BaseException) -> bool:
-    """Tell whether an attempt failed because `task.session` could not connect to its database.
+    """Return whether an attempt failed because `task.session` could not connect to its database.
 
-    Not because another database is away, nor because a connection was lost that had been made. An outcome
-    that the processor has chosen, such as `Retry`, stands.
+    False if another database is away, and if a connection was lost after it had been made. An outcome that
+    the processor has chosen by raising, such as `Retry`, takes precedence.
     """
     seen: set[int] = set()
     asked: list[object] = [] if isinstance(error, Outcome) else [error]
@@ -100,7 +100,7 @@ def _make_ready(engine: Engine) -> None:
 
 
 def _mark_unconnected(context: ExceptionContext) -> None:
-    if context.connection is None:  # it was to be made
+    if context.connection is None:  # it could not be made
         setattr(context.original_exception, _UNCONNECTED, True)
 
 
@@ -124,14 +124,14 @@ class TaskSessions:
         return AsyncTaskSession(self._async_engine())
 
     def renew(self) -> None:
-        """Use new connections from now on: the pooled ones may be dead, and none would say so."""
+        """Use new connections from now on, because the pooled ones may be dead without an error."""
         with self._lock:
             for engine in (self._engine, self._sync_twin, self._async_twin):
                 if engine is not None:
                     renew(sync_side(engine))
 
     def dispose(self, timeout: float) -> None:
-        """Close what was opened here, within so many seconds; the engine that was given is its owner's."""
+        """Close the worker's own engines, within `timeout` seconds; the application's engine stays open."""
         with self._lock:
             if self._sync_twin is not None:
                 self._sync_twin.dispose()

@@ -1,4 +1,4 @@
-"""Shows that the worker is alive, and rescues the tasks of those that aren't."""
+"""Shows that the worker is alive, and rescues the tasks of dead workers."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ HEARTBEATS_PER_LEASE: Final = 5
 """Heartbeats to a lease: a worker counts as dead when it has missed this many."""
 
 GRACE_HEARTBEATS: Final = 1.5
-"""Heartbeats after which a worker counts as dead whose connection is gone."""
+"""Heartbeats after which a worker counts as dead if its connection is gone."""
 
 LOCK_TIMEOUT_HEARTBEATS: Final = 0.5
-"""Heartbeats for which one waits for a lock on the tasks, before it does without a rescue."""
+"""Heartbeats for which a rescue waits for a lock on the tasks, before it gives up."""
 
 MIN_INTERVAL_SECONDS: Final = 0.05
 """Seconds between two heartbeats, at least, when another worker is about to count as dead."""
@@ -50,14 +50,14 @@ MIN_INTERVAL_SECONDS: Final = 0.05
 MAX_RESCUED_AT_ONCE: Final = 1_000
 
 FORGOTTEN_AFTER: Final = timedelta(hours=1)
-"""For so long the row of a dead worker is kept, for people to read."""
+"""How long the row of a dead worker is kept, for people to read."""
 
 REASON: Final = encode(report(WorkerDied(WorkerDied.__doc__)))
 """The error of a task that was taken from a dead worker."""
 
 
 class Presence:
-    """What the worker shows of itself in one schema, and what it knows of the others there."""
+    """The worker in one schema: its lease, its queues, and the other workers there."""
 
     def __init__(
         self, schema: str | None, queues: list[str], lease: Lease, grace: float, outage: Outage
@@ -72,7 +72,7 @@ class Presence:
         where = "" if schema is None else f" in the schema {schema!r}"
         self.rescuing = Failures(f"the rescue of tasks of dead workers{where}", outage)
         self.has_told = False
-        """Whether the log says that a task can't be rescued."""
+        """Whether it was logged that a task can't be rescued."""
         self.has_lapsed = True
         """Whether the end of the lease has been reported; at first it has none."""
 
@@ -137,7 +137,7 @@ class Heartbeat:
         self._forgets_at = 0.0
         self.worker_id = UUID(int=0)
         self.last_heartbeat_at: datetime | None = None
-        """When the database last answered."""
+        """When the last heartbeat succeeded, by this machine's clock."""
 
     @property
     def leases(self) -> dict[str | None, Lease]:

@@ -26,7 +26,7 @@ from apoq.worker.service import Service
 T = TypeVar("T")
 
 MIN_INTERVAL_SECONDS: Final = 0.05
-"""Seconds from one look to the next, at least: any role may notify, and as often as it likes."""
+"""Seconds from one look to the next, at least: any role can send notifications, as often as it likes."""
 
 
 class LostTaskMonitor(Service):
@@ -34,8 +34,8 @@ class LostTaskMonitor(Service):
 
     No guarantee depends on it, because the results of such tasks are refused by their claim tokens. Tasks
     that have been here for longer than `interval` seconds are looked up that often, and immediately if a
-    notification says that they were cancelled. A lost task is told to stop each time, because the first time
-    may have been just before it began.
+    notification says that they were cancelled. The signal to stop is repeated, because the first may come
+    just before the task begins.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Rescues running tasks that no claim has noted."""
+"""Rescues running tasks that are in no note of a claim."""
 
 from __future__ import annotations
 
@@ -55,11 +55,11 @@ class _Pass:
 
 
 class Sweep(Service):
-    """Walks through all tasks that have not ended, slowly, and rescues those that run without a claim's note.
+    """Walks slowly through all tasks that have not ended, and rescues running ones that are in no note.
 
-    Workers find what a dead one held by the notes of its claims. Where these are missing, as after a restore
-    or a replication of the task table alone, nobody else would find such a task. One is rescued if it is
-    found in two passes, between which a worker that is alive has had the time to show it.
+    Workers find the tasks of a dead worker by the notes of its claims. If these are missing, as after a
+    restore or a replication of the task table alone, no other part would find such a task. It is rescued if
+    two passes find it, because a live worker would have written the note in between.
     """
 
     def __init__(

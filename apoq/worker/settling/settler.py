@@ -30,7 +30,7 @@ from apoq.schema.statements.settle import settle
 from apoq.worker import logs, reports
 from apoq.worker.claim_log import ClaimLog
 from apoq.worker.execution.attempt import AnyAttempt, Claimed, short_data
-from apoq.worker.execution.completion import Completion, told
+from apoq.worker.execution.completion import Completion, reported_columns
 from apoq.worker.execution.runner import AttemptResult, TaskLost, ended, is_late, overdue
 from apoq.worker.failures import Outage
 from apoq.worker.isolation import Isolation
@@ -40,29 +40,29 @@ from apoq.worker.settling.counters import Counter
 T = TypeVar("T")
 
 LOCKED_POLL_SECONDS: Final = 0.25
-"""Seconds between two looks whether what somebody had locked is free."""
+"""Seconds after which tasks that another session had locked are tried again."""
 
 MAX_LOCKED_POLL_SECONDS: Final = 4.0
-"""The same, where a whole table stays locked: each look waits for it, and holds up what is beside it."""
+"""The same for a whole table that stays locked: each try waits for it, and delays other schemas."""
 
 OUTAGE_SECONDS: Final = 10.0
-"""Seconds without a task that couldn't connect after which the next one is news again."""
+"""Seconds without a task that couldn't connect after which the next one is logged again."""
 
 Rows = dict[int, Mapping[Any, Any] | None]
-"""The tasks that were written, by their id; with their rows, where somebody wants to hear of them."""
+"""The tasks that were written, by id; with their rows, if there are listeners."""
 
 
 class Unsettled(NamedTuple):
-    """What has ended in one schema, and how it is written."""
+    """Results in one schema, and the method that writes them."""
 
     write: Callable[[str | None, list[Any]], None]
     schema: str | None
     ended: list[Any]
-    """Claimed rows, of what has completed, or else `AttemptResult`."""
+    """Claimed rows of completed tasks, or else `AttemptResult`."""
     is_locked: bool = False
-    """Whether some of it was locked by somebody else, the last time."""
+    """Whether another session had locked some of the tasks the last time."""
     looks_at: float = 0.0
-    """When it is tried again, after that."""
+    """When they are tried again after that."""
 
 
 class Closed(NamedTuple):
@@ -100,11 +100,11 @@ class Settler(Service):
         self._events = events
         self._claim_log = claim_log
         self._on_pending = on_pending
-        # Most attempts complete, and nothing more is to be known of them.
+        # Most attempts complete, and only their claimed rows are needed.
         self._completed: deque[Claimed] = deque()
         self._ended: deque[AttemptResult] = deque()
         self._kept: dict[int, AttemptResult] = {}
-        """What has completed of which more is to be told than the row says, by the `id()` of that."""
+        """Completed attempts of which listeners get more than the claimed row, by the `id()` of the row."""
         self._unsettled: deque[Unsettled] = deque()
         self._put_off: list[Unsettled] = []
         self._closed: dict[str | None, Closed] = {}
@@ -118,8 +118,8 @@ class Settler(Service):
     def put(self, end: AttemptResult) -> None:
         """Settle this attempt soon."""
         is_written = end.outcome is None and end.row is not None
-        if is_written and end.seconds is None and not self._completion.is_heard:
-            # Its transaction has completed the task, and nobody listens.
+        if is_written and end.seconds is None and not self._completion.has_listeners:
+            # Its transaction has completed the task, and there are no listeners.
             self._counter.count(None)
             self._claim_log.settled([end.attempt.row])
             return
@@ -135,7 +135,7 @@ class Settler(Service):
     def _collect(self, end: AttemptResult) -> None:
         if end.outcome is None and end.row is None:
             row = end.attempt.row
-            if end.seconds is not None or (self._completion.is_heard and not end.attempt.has_data):
+            if end.seconds is not None or (self._completion.has_listeners and not end.attempt.has_data):
                 self._kept[id(row)] = end
             self._completed.append(row)
         else:
@@ -184,7 +184,7 @@ class Settler(Service):
         return unsettled.looks_at if closed is None else closed.until
 
     def _write_first(self) -> None:
-        """Write the first of what is unsettled, or put in its place what is to be written instead."""
+        """Write the first of the unsettled parts, or replace it by smaller ones."""
         schema = self._unsettled[0].schema
         if not self._isolation.call(schema, self._schemas, self._try_first, otherwise=False):
             unsettled = self._unsettled.popleft()
@@ -243,7 +243,7 @@ class Settler(Service):
             if task[ID] not in rows:
                 self._events.report(reports.lost(task))
                 continue
-            if kept is not None and self._events.heard(TaskCompleted):
+            if kept is not None and self._events.has_listeners(TaskCompleted):
                 self._events.report(reports.completed(task, kept.seconds))
             if row := rows[task[ID]]:
                 known = {"data": short_data(task) if kept is None else kept.attempt.known_data()}
@@ -284,28 +284,28 @@ class Settler(Service):
         return []
 
     def _execute_completion(self, schema: str | None, tasks: list[Claimed]) -> Rows:
-        is_heard, token = self._completion.is_heard, tasks[0][CLAIM_TOKEN]
+        is_full, token = self._completion.has_listeners, tasks[0][CLAIM_TOKEN]
         alike = len({task[CLAIM_TOKEN] for task in tasks}) == 1
-        statement = self._completion.statement(schema, full=is_heard, alike=alike)
+        statement = self._completion.statement(schema, full=is_full, alike=alike)
         held = {"held_under": token} if alike else _tokens(tasks)
-        return self._execute(statement, tasks, held, is_heard=is_heard)
+        return self._execute(statement, tasks, held, is_full=is_full)
 
     def _execute_settlement(self, schema: str | None, ends: list[AttemptResult]) -> Rows:
-        is_heard = self._events.heard(FAILED) or self._events.heard(RETRIED)
+        is_full = self._events.has_listeners(FAILED) or self._events.has_listeners(RETRIED)
         tasks = [end.attempt.row for end in ends]
         return self._execute(
-            write_settlements(schema, full=is_heard),
+            write_settlements(schema, full=is_full),
             tasks,
             _tokens(tasks) | settlement_arrays(ends),
-            is_heard=is_heard,
+            is_full=is_full,
         )
 
     def _execute(
-        self, statement: Executable, tasks: list[Claimed], arrays: dict[str, Any], *, is_heard: bool
+        self, statement: Executable, tasks: list[Claimed], arrays: dict[str, Any], *, is_full: bool
     ) -> Rows:
         ids = [task[ID] for task in tasks]
         parameters = {"ids": array_text(ids), **arrays}
-        if is_heard:
+        if is_full:
             found = execute(self._engine, statement, parameters)
             return {row["id"]: row for row in found.mappings()}
         written = execute(self._engine, statement, parameters)
@@ -319,7 +319,7 @@ class Settler(Service):
         event = reports.ended(end)
         self._events.report(event)
         name = NAMED.get(type(event))
-        if name is not None and row is not None and self._events.heard(name):
+        if name is not None and row is not None and self._events.has_listeners(name):
             errors = () if end.outcome is None else (end.outcome,)
             known = {**row, "data": end.attempt.known_data()}
             self._events.emit(name, detached(end.attempt.from_queue.schema, known), *errors)
@@ -335,11 +335,11 @@ class Settler(Service):
 def write_settlements(schema: str | None, *, full: bool) -> Executable:
     """Write the settlements of `settlement_arrays` to the tasks of `ids`; return their ids, or more."""
     tasks = tasks_table(schema)
-    return settle(schema).returning(*(told(schema) if full else [tasks.c.id]))
+    return settle(schema).returning(*(reported_columns(schema) if full else [tasks.c.id]))
 
 
 NAMED: Final = {TaskCompleted: COMPLETED, TaskFailed: FAILED, TaskRetried: RETRIED}
-"""The events that are told by name as well."""
+"""The events that are also emitted by name."""
 
 
 def _describe(schema: str | None) -> str:
