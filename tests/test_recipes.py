@@ -61,12 +61,13 @@ def recipe(url, monkeypatch) -> Iterator[Recipe]:
     monkeypatch.setenv("DATABASE_URL", url.render_as_string(hide_password=False))
     made: list[Any] = []
 
-    def run(heading: str, *, blocks: slice = slice(None)) -> Any:
+    def run(heading: str, *, blocks: slice = slice(None), queue: Queue | None = None) -> Any:
         module: Any = ModuleType(f"recipe_{len(made)}")
         monkeypatch.setitem(sys.modules, module.__name__, module)
         made.append(module)
-        for code in code_of("") + code_of(heading)[blocks]:
-            exec(compile(code, str(PAGE), "exec", dont_inherit=True), vars(module))
+        _execute(module, code_of(""))
+        module.queue = queue or module.queue
+        _execute(module, code_of(heading)[blocks])
         module.Base.metadata.create_all(module.engine)
         return module
 
@@ -113,6 +114,11 @@ def serve(monkeypatch) -> Iterator[Callable[..., str]]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)
         gc.collect()
+
+
+def _execute(module: ModuleType, codes: list[str]) -> None:
+    for code in codes:
+        exec(compile(code, str(PAGE), "exec", dont_inherit=True), vars(module))
 
 
 def work_all(worker: Worker) -> None:
@@ -356,6 +362,14 @@ class TestFanOut:
         with page.engine.connect() as connection:
             firsts = connection.scalars(sa.text("SELECT task_id FROM ledger ORDER BY task_id")).all()
         assert firsts == list(range(0, 1_000, 100))
+
+    def test_without_rows_there_is_only_the_last_step(self, page):
+        with page.engine.begin() as connection:
+            connection.execute(sa.update(page.Import).values(rows=0))
+
+        work_all(page.worker)
+
+        assert [task.type for task in tasks(page, state="completed")] == ["import_file", "import_done"]
 
     def test_it_waits_for_a_chunk_that_failed_for_good(self, page):
         broken = {300}
@@ -907,20 +921,19 @@ class TestDeleting:
 
 class TestANewSignature:
     def test_the_first_step_runs_what_the_old_code_has_added(self, recipe):
-        old = recipe("Change the signature of a typed task", blocks=slice(1))
+        # In another queue, because queues of the same name share their tasks in a process.
+        old = recipe("Change the signature of a typed task", blocks=slice(1), queue=Queue("old"))
         new = recipe("Change the signature of a typed task", blocks=slice(1, None))
         delivered: list[tuple[int, str]] = []
         new.deliver = lambda *order: delivered.append(order)
         with Session(old.engine) as session, session.begin():
             old.invoice.add(session, 1)
             new.send_invoice_mail.add(session, 2, locale="fr")
+            session.execute(sa.update(Task).values(queue="default"))
 
-        assert old.worker.work().type == "invoice"
-        with Session(old.engine) as session, session.begin():
-            old.invoice.add(session, 3)
         work_all(new.worker)
 
-        assert delivered == [(2, "fr"), (3, "en")]
+        assert sorted(delivered) == [(1, "en"), (2, "fr")]
 
     def test_the_old_code_refuses_an_argument_that_it_does_not_know(self, recipe):
         old = recipe("Change the signature of a typed task", blocks=slice(1))
