@@ -46,7 +46,10 @@ def quoted() -> list[str]:
 
 @pytest.mark.parametrize("message", quoted())
 def test_a_quoted_message_is_in_the_source(message):
-    for fragment in re.split(r"\s*…\s*", message):
+    fragments = [fragment for fragment in re.split(r"\s*…\s*", message) if fragment]
+
+    assert fragments
+    for fragment in fragments:
         assert any(fragment in text for text in texts()), fragment
 
 
