@@ -398,7 +398,7 @@ class TestBranches:
         done = revision("--head", first)
 
         assert done.exit_code == 1
-        assert "its heads are shared@head, tenant@head" in done.output
+        assert "must be a head of your history (shared@head, tenant@head)" in done.output
 
     def test_a_label_that_is_taken_leaves_nothing_behind(self, branches):
         before = set(Path("migrations").rglob("*.py"))
@@ -499,7 +499,7 @@ def break_a_hook(project: Project) -> None:
 @pytest.mark.parametrize(
     ("breaks", "said"),
     [
-        (lose_the_parent, "and another one goes on from it"),
+        (lose_the_parent, "is missing, but another one follows it"),
         (break_a_revision, "history can't be read: SyntaxError"),
         (forget_an_import, "No module named 'not_installed'"),
         (forget_a_variable, "KeyError: 'NOT_SET'"),

@@ -190,6 +190,7 @@ def _workers(found: Figures, most: int | None) -> list[RenderableType]:
     columns = ("worker", "queues", "slots", "claimed", "up", "heartbeat")
     made = table(*columns, right={"slots", "claimed", "up"}, widest=most)
     made.columns[0].max_width = most and 2 * most
+    made.columns[-1].max_width = None
     for worker in listed:
         made.add_row(*_worker(worker))
     more = [
