@@ -288,7 +288,7 @@ class TestStats:
         self.pending(add, retrying=1, scheduled=1, ready=1)
         for state in ("waiting", "completed", "failed", "cancelled"):
             add(state=state)
-        found = _figures(Target(engine=engine), by_type=False)
+        found = probe.stats_figures(Target(engine=engine), by_type=False)
 
         def headings(width: int) -> list[str]:
             console = Console(width=width, record=True, file=io.StringIO())
@@ -304,7 +304,7 @@ class TestStats:
     def test_in_80_columns_a_state_without_tasks_is_left_out(self, engine, add):
         add(), add(state="completed"), add(state="cancelled")
         console = Console(width=80, record=True, file=io.StringIO())
-        console.print(shown(_figures(Target(engine=engine), by_type=False), MAX_NAME_COLUMNS, 80))
+        console.print(shown(probe.stats_figures(Target(engine=engine), by_type=False), MAX_NAME_COLUMNS, 80))
 
         (heading, *_) = console.export_text().splitlines()
 
