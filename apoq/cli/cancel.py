@@ -8,8 +8,9 @@ import click
 import sqlalchemy as sa
 
 from apoq.cli.output import yes_option
-from apoq.cli.selection import TASK_ID, Words, act, filters, retrying_option, select, since_when
+from apoq.cli.selection import Words, act, filters, retrying_option, select, since_when
 from apoq.cli.target import Target
+from apoq.cli.values import identifier
 from apoq.client.queue import Queue
 from apoq.core.states import CANCELLABLE, PENDING
 
@@ -17,7 +18,7 @@ _WORDS: Final = Words("cancel", "Cancelled", "only pending, waiting and running 
 
 
 @click.command("cancel")
-@click.argument("ids", metavar="[ID]...", nargs=-1, type=TASK_ID)
+@click.argument("ids", metavar="[ID]...", nargs=-1, type=identifier)
 @click.option(
     "--state",
     type=click.Choice(CANCELLABLE),

@@ -1,4 +1,4 @@
-"""Values on the command line: durations, times, and JSON."""
+"""Values on the command line: durations, times, IDs, and JSON."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ _DURATIONS: Final = "90s, 30 min, 2h, 1d, 1w or 1h30m"
 _TIMES: Final = "2031-05-04, 2031-05-04T12:00 (in your time zone) or 2031-05-04T12:00Z"
 _DAY: Final = re.compile(r"\d{8}", re.ASCII)
 """A date without hyphens, which could also be read as a number of seconds."""
+
+
+FIRST_ID, LAST_ID = -(2**63), 2**63 - 1
 
 
 def duration(value: Any) -> timedelta:
@@ -95,6 +98,17 @@ def _zoned(at: datetime, value: str) -> datetime:
         raise BadParameter(
             f"must have a time zone, such as {value}Z, because the year is so far away."
         ) from None
+
+
+def identifier(value: Any) -> int:
+    """Read a task's ID."""
+    try:
+        number = int(value)
+    except ValueError:
+        number = None
+    if number is None or not FIRST_ID <= number <= LAST_ID:
+        raise BadParameter(f"must be a task's ID, which is a whole number, got {str(value)[:40]!r}.")
+    return number
 
 
 def json_value(value: Any) -> Any:
