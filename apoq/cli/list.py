@@ -26,7 +26,7 @@ from apoq.schema.models import DEFAULT_QUEUE
 from apoq.schema.statements.find import LOOKED_AT, find, horizon
 
 RETRYING: Final = "retrying"
-"""What people are shown instead of `pending` if an attempt has failed and the next one has not started."""
+"""Shown instead of `pending` if an attempt has failed and the next one has not started."""
 
 STYLES: Final = {PENDING: "", RETRYING: "yellow", RUNNING: "cyan", COMPLETED: "green", FAILED: "red"}
 """The color of a state."""

@@ -217,7 +217,7 @@ def _worker(worker: WorkerFigures) -> tuple[str | Text, ...]:
 
 
 def _foot(found: Figures) -> Text:
-    """Return a line with what is in no table."""
+    """Return a line with the numbers that are in no table."""
     alive = sum(worker.is_alive for worker in found.workers)
     workers = "1 worker is" if alive == 1 else f"{alive or 'no'} workers are"
     parts = [(f"{workers} alive", "dim" if alive else "yellow")]

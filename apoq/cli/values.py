@@ -112,7 +112,7 @@ def identifier(value: Any) -> int:
 
 
 def json_value(value: Any) -> Any:
-    """Read JSON from the argument itself, a file (``@path``) or stdin (``-``); show where it is invalid."""
+    """Read JSON from the argument, a file (``@path``) or stdin (``-``); show an invalid place."""
     if not isinstance(value, str):
         return value
     try:
@@ -128,7 +128,7 @@ def json_value(value: Any) -> Any:
 
 
 def _contents(value: str) -> str:
-    # JSON is UTF-8, whatever encoding the terminal has.
+    # JSON is UTF-8, in any terminal.
     if value == "-":
         if sys.stdin is None:
             raise OSError("stdin is closed")

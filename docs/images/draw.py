@@ -56,7 +56,7 @@ def build_report(year: int) -> None:
 
 
 class MailboxFull(Exception):
-    """What some tasks fail with."""
+    """The error of some tasks."""
 
 
 def send(task: RunningTask) -> None:
