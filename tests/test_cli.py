@@ -348,7 +348,7 @@ class TestCheck:
 
 class TestOutput:
     def test_a_question_that_nobody_can_answer_is_a_no(self):
-        with pytest.raises(click.UsageError, match="say --yes"):
+        with pytest.raises(click.UsageError, match="pass --yes"):
             confirm("Delete 7 tasks?", yes=False)
 
     def test_yes_is_not_asked(self):

@@ -276,7 +276,7 @@ class TestStats:
         with engine.begin() as connection:
             connection.exec_driver_sql(
                 "INSERT INTO apoq_tasks (type, process_at, fail_count) "
-                "SELECT 't', now() + interval '1 h', n % 2 FROM generate_series(1, 12000) AS n"
+                "SELECT 't', now() + interval '1 h', mod(n, 2) FROM generate_series(1, 12000) AS n"
             )
 
         (queue,) = self.figures(run)["queues"]
@@ -297,9 +297,9 @@ class TestStats:
             assert max(map(len, lines)) <= width
             return [" ".join(line.split()) for line in lines if line.startswith("queue")]
 
-        states = "queue ready scheduled retrying waiting running completed failed cancelled"
-        assert headings(80) == [states, "queue lag per min"]
-        assert headings(120) == [f"{states} lag per min"]
+        unfinished, ended = "ready scheduled retrying waiting running", "completed failed cancelled"
+        assert headings(80) == [f"queue {unfinished} lag", f"queue {ended} per min"]
+        assert headings(120) == [f"queue {unfinished} {ended} lag per min"]
 
     def test_in_80_columns_a_state_without_tasks_is_left_out(self, engine, add):
         add(), add(state="completed"), add(state="cancelled")
@@ -385,7 +385,7 @@ class TestDoctor:
         done = run("doctor")
 
         assert (done.exit_code, "No errors, 1 warning." in done.output) == (0, True)
-        assert "→ apoq worker" in done.output
+        assert "→ start one: apoq worker" in done.output
 
     def test_missing_tables_are_to_be_mended(self, run, empty_url):
         done = run("doctor", "--database-url", empty_url.render_as_string(hide_password=False))

@@ -38,11 +38,11 @@ def command(
     yes: bool,
     **wanted: Any,
 ) -> None:
-    """Cancel tasks that are pending, waiting or running.
+    """Cancel tasks that have not ended.
 
-    Select them by their IDs, or by options. A running coroutine is cancelled. A running plain function is
-    asked to stop by `task.should_stop`; its writes to `task.session` are rolled back. More than one task is
-    changed only after a confirmation.
+    Select pending, waiting or running tasks by their IDs, or by options. A running coroutine is cancelled. A
+    running plain function is asked to stop by `task.should_stop`; its writes to `task.session` are rolled
+    back. More than one task is changed only after a confirmation.
 
     \b
         apoq cancel 7

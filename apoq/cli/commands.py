@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 COMMANDS: Final = {
-    "worker": "Run a worker until Ctrl-C or SIGTERM.",
+    "worker": "Run a worker until SIGINT (Ctrl-C) or SIGTERM.",
     "migrate": "Create apoq's tables, or upgrade them.",
     "revision": "Write a revision for apoq's tables into your Alembic history.",
     "check": "Check that the tables match this version of apoq.",

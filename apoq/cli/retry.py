@@ -46,7 +46,7 @@ def command(
     yes: bool,
     **wanted: Any,
 ) -> None:
-    """Run tasks again that have completed, failed or been cancelled.
+    """Run tasks again that failed, were cancelled or completed.
 
     Select them by their IDs, or by options. They become pending, with all their attempts available again. By
     default they are due at once. More than one task is changed only after a confirmation.
