@@ -209,7 +209,7 @@ class TestMigrate:
         second = run("migrate", DATABASE_URL=plain(empty_url))
 
         assert first.output == f"Created apoq's tables, at version {LATEST}.\n"
-        assert second.output == f"apoq's tables are at version {LATEST} already: nothing to do.\n"
+        assert second.output == f"apoq's tables already have version {LATEST}: nothing to do.\n"
 
     def test_it_makes_them_in_a_schema(self, run, empty_url):
         run("migrate", "--schema", "jobs", DATABASE_URL=plain(empty_url))
@@ -248,7 +248,7 @@ class TestMigrate:
 
         assert done.exit_code == 1
         assert "permission denied" in done.output
-        assert "use a role that may do that" in done.output
+        assert "use another role" in done.output
 
 
 class TestCheck:
@@ -348,7 +348,7 @@ class TestCheck:
 
 class TestOutput:
     def test_a_question_that_nobody_can_answer_is_a_no(self):
-        with pytest.raises(click.UsageError, match="say --yes"):
+        with pytest.raises(click.UsageError, match="pass --yes"):
             confirm("Delete 7 tasks?", yes=False)
 
     def test_yes_is_not_asked(self):

@@ -313,7 +313,7 @@ def test_a_pool_without_a_free_connection_is_named(url):
     with engine.connect():
         done = framework(engine, "list")
 
-    assert (done.exit_code, is_one_line(done), "larger pool" in done.stderr) == (1, True, True)
+    assert (done.exit_code, is_one_line(done), "pool_size" in done.stderr) == (1, True, True)
     engine.dispose()
 
 

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -132,11 +133,13 @@ class TestStats:
             "name": "default",
             "ready": 2,
             "scheduled": 2,
+            "retrying": 0,
             "waiting": 0,
             "running": 1,
             "completed": 3,
             "failed": 1,
             "cancelled": 1,
+            "oldest_type": "t",
             "per_minute": 1,
             "last_hour": 2,
         }
@@ -251,7 +254,73 @@ class TestStats:
 
         lines = console.export_text().splitlines()
         assert max(map(len, lines)) <= 80
-        assert "done" in lines[0]
+        assert "completed" in lines[0]
+
+    def pending(self, add, *, retrying: int, scheduled: int, ready: int = 0) -> None:
+        later = ago(hours=-1)
+        for _ in range(retrying):
+            add(fail_count=1, process_at=later)
+        for _ in range(scheduled):
+            add(process_at=later)
+        for _ in range(ready):
+            add(fail_count=1)
+
+    def test_pending_tasks_are_ready_scheduled_or_retrying(self, run, add):
+        self.pending(add, retrying=3, scheduled=2, ready=1)
+
+        (queue,) = self.figures(run)["queues"]
+
+        assert (queue["ready"], queue["scheduled"], queue["retrying"]) == (1, 2, 3)
+
+    def test_those_that_are_due_later_share_a_bound(self, run, engine):
+        with engine.begin() as connection:
+            connection.exec_driver_sql(
+                "INSERT INTO apoq_tasks (type, process_at, fail_count) "
+                "SELECT 't', now() + interval '1 h', mod(n, 2) FROM generate_series(1, 12000) AS n"
+            )
+
+        (queue,) = self.figures(run)["queues"]
+
+        assert queue["scheduled"] + queue["retrying"] == count.COUNTED + 1
+        assert re.search(r"^default +· +[45],\d{3}\+ +[45],\d{3}\+ +·", run("stats").output, re.MULTILINE)
+
+    def test_all_states_fit_80_columns_in_two_tables(self, engine, add):
+        self.pending(add, retrying=1, scheduled=1, ready=1)
+        for state in ("waiting", "completed", "failed", "cancelled"):
+            add(state=state)
+        found = probe.stats_figures(Target(engine=engine), by_type=False)
+
+        def headings(width: int) -> list[str]:
+            console = Console(width=width, record=True, file=io.StringIO())
+            console.print(shown(found, MAX_NAME_COLUMNS, width))
+            lines = console.export_text().splitlines()
+            assert max(map(len, lines)) <= width
+            return [" ".join(line.split()) for line in lines if line.startswith("queue")]
+
+        unfinished, ended = "ready scheduled retrying waiting running", "completed failed cancelled"
+        assert headings(80) == [f"queue {unfinished} lag", f"queue {ended} per min"]
+        assert headings(120) == [f"queue {unfinished} {ended} lag per min"]
+
+    def test_in_80_columns_a_state_without_tasks_is_left_out(self, engine, add):
+        add(), add(state="completed"), add(state="cancelled")
+        console = Console(width=80, record=True, file=io.StringIO())
+        console.print(shown(probe.stats_figures(Target(engine=engine), by_type=False), MAX_NAME_COLUMNS, 80))
+
+        (heading, *_) = console.export_text().splitlines()
+
+        states = ["ready", "scheduled", "running", "completed", "failed", "cancelled"]
+        assert heading.split() == ["queue", *states, "lag", "per", "min"]
+
+    def test_the_living_come_first_and_few_of_the_dead_are_shown(self, run, enlist):
+        for number in range(5):
+            enlist(host=f"dead-{number}", seen=timedelta(minutes=20))
+        enlist(host="alive")
+
+        lines = run("stats").output.splitlines()
+
+        table = lines[lines.index(next(line for line in lines if line.startswith("worker"))) :]
+        assert [line.split()[0].partition("-")[0] for line in table[2:6]] == ["alive", "dead", "dead", "dead"]
+        assert table[6] == "… and 2 more have died in the last hour"
 
     def test_of_an_empty_database_there_is_nothing_to_tell(self, run):
         shown = run("stats").output
@@ -316,7 +385,7 @@ class TestDoctor:
         done = run("doctor")
 
         assert (done.exit_code, "No errors, 1 warning." in done.output) == (0, True)
-        assert "→ apoq worker" in done.output
+        assert "→ start one: apoq worker" in done.output
 
     def test_missing_tables_are_to_be_mended(self, run, empty_url):
         done = run("doctor", "--database-url", empty_url.render_as_string(hide_password=False))
@@ -382,7 +451,7 @@ class TestDoctor:
 
         finding = self.findings(run)["running"]
         assert (finding["level"], "1 task running that no claim" in finding["text"]) == (WARNING, True)
-        assert "wait: a worker takes them back within about 2 min" in finding["cure"]
+        assert "wait: a worker makes them pending within about 2 min" in finding["cure"]
 
     def test_a_worker_of_another_version_is_worth_a_look(self, run, enlist):
         enlist(version="0.0.9")
@@ -593,7 +662,7 @@ class TestDoctor:
 
         assert done.exit_code == 0, done.output
         told = self.findings(run, "--database-url", url)["rights"]
-        assert (told["level"], told["text"]) == (WARNING, "this role can add tasks, and can't work them")
+        assert (told["level"], told["text"]) == (WARNING, "this role can add tasks, but not run them")
         assert f"GRANT UPDATE, DELETE ON public.apoq_tasks TO {role};" in told["cure"]
 
     def test_where_there_are_no_tables_no_rights_are_missed(self, run, empty_url):
@@ -636,5 +705,5 @@ class TestDemo:
         done = self.demo(APOQ_PG_BINDIR=str(tmp_path))
 
         assert done.returncode == 1
-        assert "the demo wants a PostgreSQL of its own" in done.stderr
+        assert "the demo needs a private PostgreSQL server" in done.stderr
         assert "Traceback" not in done.stderr

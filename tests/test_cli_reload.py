@@ -138,7 +138,7 @@ def test_after_an_error_it_waits_for_the_next_change(start, engine, tmp_path):
     program = start()
     program.wait_for("has started")
 
-    (tmp_path / "app.py").write_text("this is not Python")
+    (tmp_path / "app.py").write_text("def")
     program.wait_for("SyntaxError")
     program.wait_for("the worker ended with code 2; it starts again when a Python file changes")
     write(tmp_path, "number three")

@@ -109,7 +109,7 @@ class TestTheOtherStreams:
     def test_stdin_is_closed_and_somebody_is_to_be_asked(self, shell):
         done = shell("apoq add t && apoq add t && apoq cancel --type t <&-")
 
-        assert (done.returncode, b"say --yes" in done.stderr) == (2, True)
+        assert (done.returncode, b"pass --yes" in done.stderr) == (2, True)
 
     def test_stdin_may_begin_with_a_byte_order_mark(self, shell):
         assert shell("printf '\\xef\\xbb\\xbf{}' | apoq add t -").returncode == 0

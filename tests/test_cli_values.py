@@ -10,7 +10,7 @@ import pytest
 from click import BadParameter
 
 from apoq.cli.tracebacks import highlighted, own_frame
-from apoq.cli.values import duration, past_time, patience, time
+from apoq.cli.values import duration, identifier, past_time, patience, time
 
 HOUR = timedelta(hours=1)
 
@@ -82,6 +82,12 @@ class TestATime:
 def test_anything_else_is_refused_with_examples(read, text):
     with pytest.raises(BadParameter, match=r"must be .*, got "):
         read(text)
+
+
+@pytest.mark.parametrize("text", ["", "seven", "1.5", str(2**63), "9" * 5_000])
+def test_an_id_is_a_whole_number(text):
+    with pytest.raises(BadParameter, match="must be a task's ID, which is a whole number, got "):
+        identifier(text)
 
 
 OWN = '  File "/srv/shop/tasks.py", line 12, in charge\n    call(card)'

@@ -93,7 +93,7 @@ class Lazy:
 
 lazy = Lazy()
 """
-PATIENCE = 30
+PATIENCE = 60
 
 
 class Program:
@@ -548,7 +548,7 @@ class TestWhatIsToBeWorked:
     @pytest.mark.parametrize(
         ("name", "place"),
         [
-            ("app_of_theirs:broken", r"app_of_theirs\.py, line 46\)$"),
+            ("app_of_theirs:broken", r"app_of_theirs\.py, line 47\)$"),
             ("app_without_modules:worker", r"app_without_modules\.py, line 1\)$"),
             ("app_that_is_no_python:worker", r"app_that_is_no_python\.py, line 2\)$"),
         ],

@@ -104,7 +104,7 @@ def test_one_revision_adopts_them(flask, empty_url, tmp_path):
     )
     assert heads.count("(head)") == 1
     assert "No new upgrade operations" in check
-    assert "already: nothing to write" in again
+    assert "already has apoq's tables at version 1: nothing to write" in again
     assert str(LATEST) in ours
     assert re.search(r"CREATE TABLE .*apoq_tasks", sql)
 
@@ -153,5 +153,5 @@ def test_a_template_that_asks_the_application_wants_the_command_of_flask(flask, 
     done = CliRunner().invoke(main, ["revision", "-d", "history"])
 
     assert done.exit_code == 1
-    assert "call `flask apoq revision`" in done.stderr
+    assert "run `flask apoq revision`" in done.stderr
     assert not list(tmp_path.rglob("versions/*.py"))

@@ -11,6 +11,8 @@ CLEAN = (
     *("apoq/*.py", "apoq/client/*.py", "apoq/flask/*.py", "apoq/pyramid/*.py", "apoq/testing/*.py"),
     *("apoq/worker/worker.py", "apoq/worker/options.py"),
     *("apoq/worker/execution/running_task.py", "apoq/worker/settling/counters.py"),
+    *("apoq/cli/*.py", "apoq/monitor/*.py", "docs/command-line.md", "docs/images/draw.py"),
+    *(f"apoq/schema/statements/{name}.py" for name in ("count", "find", "held")),
     *("docs/reference.md", "examples/**/*", "apoq_*.py"),
 )
 """Where they are not used; ``("**/*",)`` is everywhere."""

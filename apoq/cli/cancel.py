@@ -8,8 +8,9 @@ import click
 import sqlalchemy as sa
 
 from apoq.cli.output import yes_option
-from apoq.cli.selection import TASK_ID, Words, act, filters, retrying_option, select, since_when
+from apoq.cli.selection import Words, act, filters, retrying_option, select, since_when
 from apoq.cli.target import Target
+from apoq.cli.values import identifier
 from apoq.client.queue import Queue
 from apoq.core.states import CANCELLABLE, PENDING
 
@@ -17,7 +18,7 @@ _WORDS: Final = Words("cancel", "Cancelled", "only pending, waiting and running 
 
 
 @click.command("cancel")
-@click.argument("ids", metavar="[ID]...", nargs=-1, type=TASK_ID)
+@click.argument("ids", metavar="[ID]...", nargs=-1, type=identifier)
 @click.option(
     "--state",
     type=click.Choice(CANCELLABLE),
@@ -37,11 +38,11 @@ def command(
     yes: bool,
     **wanted: Any,
 ) -> None:
-    """Cancel tasks that are pending, waiting or running.
+    """Cancel tasks that have not ended.
 
-    Select them by their IDs, or by options. A running coroutine is cancelled. A running plain function is
-    asked to stop by `task.should_stop`; its writes to `task.session` are rolled back. More than one task is
-    changed only after a confirmation.
+    Select pending, waiting or running tasks by their IDs, or by options. A running coroutine is cancelled. A
+    running plain function is asked to stop by `task.should_stop`; its writes to `task.session` are rolled
+    back. More than one task is changed only after a confirmation.
 
     \b
         apoq cancel 7

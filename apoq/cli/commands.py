@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 COMMANDS: Final = {
-    "worker": "Run a worker until it is told to stop.",
+    "worker": "Run a worker until SIGINT (Ctrl-C) or SIGTERM.",
     "migrate": "Create apoq's tables, or upgrade them.",
     "revision": "Write a revision for apoq's tables into your Alembic history.",
     "check": "Check that the tables match this version of apoq.",
@@ -19,7 +19,7 @@ COMMANDS: Final = {
     "stats": "Show the tasks of each queue by their state, and the workers.",
     "demo": "Watch apoq work on a private PostgreSQL server.",
 }
-"""What each command does, in the order of the help. The module ``apoq.cli.<name>`` has the `command`."""
+"""The commands, in the order of the help. The module ``apoq.cli.<name>`` has the `command`."""
 
 EXITS: Final = "Exit codes: 0 success, 1 failure, 2 usage error, 3 database unreachable, 4 tables outdated."
 """The exit codes of every command, for the help."""

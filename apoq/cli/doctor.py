@@ -39,7 +39,7 @@ _MARKS: Final = {OK: Text("✓", "green"), WARNING: Text("!", "yellow"), BAD: Te
 @json_option
 @click.pass_context
 def command(context: click.Context, *, as_json: bool) -> None:
-    """Check the server, the connection, the tables and the workers, and say what to do.
+    """Check the server, the tables and the workers, and say what to do.
 
     \b
         apoq doctor

@@ -1,4 +1,4 @@
-"""Ends a worker's process in time, whatever still runs in it."""
+"""Ends a worker's process in time, even if something still runs in it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LOG_FLUSH_SECONDS: Final = 0.25
 
 
 class Ending:
-    """Ends this process some time after it was told to stop, if it still exists then.
+    """Ends this process some time after it began to stop, if it still exists then.
 
     A worker stops in time, but Python waits for the application's threads and exit handlers, maybe for ever.
     A program that continues after its worker has stopped, such as a test of it, is not ended.
@@ -64,7 +64,7 @@ class Ending:
         self._orders.put(0)
 
     def begin(self) -> None:
-        """Start the countdown, because the worker was told to stop."""
+        """Start the countdown, because the worker stops now."""
         self._is_told.set()
 
     def _end(self, is_logged: bool, more: float) -> None:

@@ -116,7 +116,7 @@ SENTENCES: Final[dict[str, tuple[type[Failure], str]]] = {
     "58": (Failure, "the server failed: {message}: see its log"),
     "XX": (Failure, "the server failed: {message}: see its log"),
 }
-"""What to say about an error of the server, by its SQLSTATE or the class of that."""
+"""The messages for errors of the server, by their SQLSTATE or the class of that."""
 
 _OTHER: Final = (
     Failure,

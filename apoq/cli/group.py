@@ -82,7 +82,7 @@ class _Main(Commands):
 
 
 def read_text(value: str) -> str:
-    """Read an argument or a variable as UTF-8, whatever the locale; fail if it is not text."""
+    """Read an argument or a variable as UTF-8 in any locale; fail if it is not text."""
     try:
         text = os.fsencode(value).decode()
     except UnicodeError:

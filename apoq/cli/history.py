@@ -1,4 +1,4 @@
-"""What `apoq revision` reads in a project's Alembic history: apoq's version there, and the heads."""
+"""A project's Alembic history, as `apoq revision` reads it: apoq's version there, and the heads."""
 
 from __future__ import annotations
 

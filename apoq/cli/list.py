@@ -13,22 +13,20 @@ from apoq.cli.exits import warn
 from apoq.cli.looking import looking, task_json
 from apoq.cli.output import json_option, show, show_json_lines, table, widest
 from apoq.cli.selection import (
-    FIRST_ID,
-    LAST_ID,
-    TASK_ID,
     filters,
     parameters_of,
     retrying_option,
     since_when,
 )
 from apoq.cli.target import Target
+from apoq.cli.values import FIRST_ID, LAST_ID, identifier
 from apoq.core.states import COMPLETED, FAILED, PENDING, RUNNING, STATES
 from apoq.monitor.formatting import ago, clean, length
 from apoq.schema.models import DEFAULT_QUEUE
 from apoq.schema.statements.find import LOOKED_AT, find, horizon
 
 RETRYING: Final = "retrying"
-"""What people are shown instead of `pending` if an attempt has failed and the next one has not started."""
+"""Shown instead of `pending` if an attempt has failed and the next one has not started."""
 
 STYLES: Final = {PENDING: "", RETRYING: "yellow", RUNNING: "cyan", COMPLETED: "green", FAILED: "red"}
 """The color of a state."""
@@ -46,7 +44,7 @@ _WHOLE: Final = 2**31 - 1
     "--limit", type=click.IntRange(1, MOST), default=20, show_default=True, help="How many tasks to list."
 )
 @click.option(
-    "--before", "before_id", type=TASK_ID, metavar="ID", help="Only tasks with a lower ID: the next page."
+    "--before", "before_id", type=identifier, metavar="ID", help="Only tasks with a lower ID: the next page."
 )
 @json_option
 @click.pass_obj

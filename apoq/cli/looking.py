@@ -33,7 +33,7 @@ SETTINGS: Final = f"""
 
 @contextmanager
 def looking(target: Target) -> Iterator[sa.Connection]:
-    """Open a read-only transaction that can read any value, whatever program wrote it."""
+    """Open a read-only transaction that can read any value, also one from another program."""
     with target.begin(prepared=False) as connection:
         read_anything(connection.connection.driver_connection)  # type: ignore[arg-type]
         connection.exec_driver_sql(SETTINGS)

@@ -11,7 +11,7 @@ from apoq.migrations.places import here
 @click.command("migrate")
 @click.pass_obj
 def command(target: Target) -> None:
-    """Create apoq's tables, or upgrade them to this library's version.
+    """Create apoq's tables, or upgrade them.
 
     \b
         apoq migrate

@@ -1,4 +1,4 @@
-"""What commands print: tables for people, JSON for programs, and questions before changes."""
+"""The output of commands: tables for people, JSON for programs, and questions before changes."""
 
 from __future__ import annotations
 

@@ -40,6 +40,7 @@ class Reloader(Supervisor):
             raise BadUsage(
                 '--reload needs the package watchfiles, which is not installed: pip install "apoq[reload]"'
             ) from None
+        logging.getLogger("watchfiles").setLevel(logging.WARNING)  # the changes are logged here
         threading.Thread(target=self._watch, args=(watchfiles,), name="apoq-reload", daemon=True).start()
         logger.info("watching the Python files in %s", self._folder)
 

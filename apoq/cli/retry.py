@@ -10,9 +10,9 @@ import click
 import sqlalchemy as sa
 
 from apoq.cli.output import yes_option
-from apoq.cli.selection import TASK_ID, Words, act, filters, select, since_when
+from apoq.cli.selection import Words, act, filters, select, since_when
 from apoq.cli.target import Target
-from apoq.cli.values import duration
+from apoq.cli.values import duration, identifier
 from apoq.client.queue import Queue
 from apoq.core.retry import LONGEST_DELAY
 from apoq.core.states import FAILED, FINAL
@@ -22,7 +22,7 @@ _WORDS: Final = Words("retry", "Retried", "only completed, failed and cancelled 
 
 
 @click.command("retry")
-@click.argument("ids", metavar="[ID]...", nargs=-1, type=TASK_ID)
+@click.argument("ids", metavar="[ID]...", nargs=-1, type=identifier)
 @click.option(
     "--state", type=click.Choice(FINAL), help="Only tasks in this state. Default: failed, if you give no IDs."
 )
@@ -46,7 +46,7 @@ def command(
     yes: bool,
     **wanted: Any,
 ) -> None:
-    """Run tasks again that have completed, failed or been cancelled.
+    """Run tasks again that failed, were cancelled or completed.
 
     Select them by their IDs, or by options. They become pending, with all their attempts available again. By
     default they are due at once. More than one task is changed only after a confirmation.

@@ -107,7 +107,7 @@ def run_worker(
     logs.set_up(log_format, log_level)
     _adjust(worker, queues, concurrency)
     _say_what_runs(worker)
-    # What a second Ctrl-C does, because the first one is caught.
+    # For a second Ctrl-C, because the first one is caught.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     status = Status()
     until_done = Burst(worker) if burst else None

@@ -30,9 +30,6 @@ MOST: Final = 100_000
 BATCH: Final = 100
 """How many tasks one transaction changes at most, so that it holds no lock for long."""
 
-FIRST_ID, LAST_ID = -(2**63), 2**63 - 1
-TASK_ID: Final = click.IntRange(FIRST_ID, LAST_ID)
-"""A task's ID on the command line."""
 
 REASONS: Final = 10
 """For how many tasks an error says why they were not changed."""

@@ -16,9 +16,9 @@ from apoq.cli.exits import Failure
 from apoq.cli.list import RETRYING, STYLES, shown_state
 from apoq.cli.looking import looking, missing, task_json
 from apoq.cli.output import console, json_option, show, show_json
-from apoq.cli.selection import TASK_ID
 from apoq.cli.target import Target
 from apoq.cli.tracebacks import Frame, highlighted, own_frame
+from apoq.cli.values import identifier
 from apoq.core.states import FAILED, RUNNING
 from apoq.monitor.formatting import ago, clean, local
 from apoq.schema.statements.find import details
@@ -37,7 +37,7 @@ _TIMES: Final = {
 
 
 @click.command("show")
-@click.argument("task_id", metavar="ID", type=TASK_ID)
+@click.argument("task_id", metavar="ID", type=identifier)
 @click.option("--full", is_flag=True, help="Show all of the data, however long it is.")
 @json_option
 @click.pass_obj

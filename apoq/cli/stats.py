@@ -118,7 +118,7 @@ def _ended(queue: QueueFigures) -> int:
     return queue.failed + queue.cancelled
 
 
-_STATES: Final = (
+_OPEN: Final = (
     _Column("ready", lambda queue: _count(queue.ready, "bold")),
     _Column("scheduled", lambda queue: _count(queue.scheduled, total=_upcoming(queue))),
     _Column(
@@ -128,6 +128,8 @@ _STATES: Final = (
     ),
     _Column("waiting", lambda queue: _count(queue.waiting), lambda queue: queue.waiting > 0),
     _Column("running", lambda queue: _count(queue.running, "cyan")),
+)
+_ENDED: Final = (
     _Column("completed", lambda queue: _count(queue.completed, "green")),
     _Column("failed", lambda queue: _count(queue.failed, "red", total=_ended(queue))),
     _Column(
@@ -136,22 +138,21 @@ _STATES: Final = (
         lambda queue: queue.cancelled > 0 or _ended(queue) > COUNTED,
     ),
 )
-_SPEED: Final = (
-    _Column("lag", lambda queue: _lag(queue.lag)),
-    _Column("per min", lambda queue: _count(round(queue.per_minute), bound=None)),
-)
+_LAG: Final = _Column("lag", lambda queue: _lag(queue.lag))
+_RATE: Final = _Column("per min", lambda queue: _count(round(queue.per_minute), bound=None))
 
 
 def _queues(found: Figures, most: int | None, width: int) -> list[RenderableType]:
-    """Return one table of the queues, or two if one would be too wide."""
-    whole = _queue_table(found, most, (*_STATES, *_SPEED))
+    """Return a table of the queues; if it is too wide, one for open and one for ended tasks."""
+    columns = (*_OPEN, *_ENDED, _LAG, _RATE)
+    whole = _queue_table(found, most, columns)
     if most is None or _width(whole) <= width:
         return [whole]
-    states = [column for column in _STATES if any(map(column.is_in_use, found.queues))]
-    used = _queue_table(found, most, (*states, *_SPEED))
-    if _width(used) <= width:
-        return [used]
-    return [_queue_table(found, most, states), "", _queue_table(found, most, _SPEED)]
+    used = [column for column in columns if any(map(column.is_in_use, found.queues))]
+    shorter = _queue_table(found, most, used)
+    if _width(shorter) <= width:
+        return [shorter]
+    return [_queue_table(found, most, (*_OPEN, _LAG)), "", _queue_table(found, most, (*_ENDED, _RATE))]
 
 
 def _width(table: Table) -> int:
@@ -190,6 +191,7 @@ def _workers(found: Figures, most: int | None) -> list[RenderableType]:
     columns = ("worker", "queues", "slots", "claimed", "up", "heartbeat")
     made = table(*columns, right={"slots", "claimed", "up"}, widest=most)
     made.columns[0].max_width = most and 2 * most
+    made.columns[-1].max_width = None
     for worker in listed:
         made.add_row(*_worker(worker))
     more = [
@@ -216,7 +218,7 @@ def _worker(worker: WorkerFigures) -> tuple[str | Text, ...]:
 
 
 def _foot(found: Figures) -> Text:
-    """Return a line with what is in no table."""
+    """Return a line with the numbers that are in no table."""
     alive = sum(worker.is_alive for worker in found.workers)
     workers = "1 worker is" if alive == 1 else f"{alive or 'no'} workers are"
     parts = [(f"{workers} alive", "dim" if alive else "yellow")]

@@ -1,4 +1,4 @@
-"""What is said while a worker stops and still runs tasks."""
+"""Messages while a worker stops and still runs tasks."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 Each child runs the same command line, and is connected to the supervisor by a socket. Through it, the child
 reports its statistics, and the supervisor tells the child to stop. It doesn't use a signal for that, because
 systemd and others send one to the children as well, and two signals end a worker at once. If the supervisor
-has ended, in whatever way, the child finds the socket closed and stops. Each child is in a process group of
+has ended, in any way, the child finds the socket closed and stops. Each child is in a process group of
 its own, so that Ctrl-C reaches only the supervisor.
 """
 
@@ -141,7 +141,7 @@ class Child:
 
 
 class Supervisor:
-    """Keeps a number of child processes running until it is told to stop."""
+    """Keeps a number of child processes running until a signal."""
 
     def __init__(self, command: list[str], count: int, *, timeout: float) -> None:
         self._command = command
@@ -154,7 +154,7 @@ class Supervisor:
         self._said_at = time.monotonic()
         self._notice: StopNotice | None = None
         self._awake: socket.socket | None = None
-        """Has something to read written to it if the next turn is to be taken now."""
+        """Has something to read written to it if the next turn must be taken now."""
 
     def run(self) -> int:
         """Start the children, replace those that die, stop them at a signal; return an exit code."""

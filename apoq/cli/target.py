@@ -25,7 +25,7 @@ READABLE: Final = """
     SET LOCAL IntervalStyle = 'postgres';
     SET LOCAL quote_all_identifiers = off
 """
-"""Formats that psycopg can read, whatever the settings of the database, the role or the engine are."""
+"""Formats that psycopg can read, instead of those of the database, the role or the engine."""
 
 VARIABLES: Final = ("APOQ_DATABASE_URL", "DATABASE_URL")
 """The environment variables with the database's URL; the first one that is set is used."""

@@ -1,4 +1,4 @@
-"""Values on the command line: durations, times, and JSON."""
+"""Values on the command line: durations, times, IDs, and JSON."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ _DURATIONS: Final = "90s, 30 min, 2h, 1d, 1w or 1h30m"
 _TIMES: Final = "2031-05-04, 2031-05-04T12:00 (in your time zone) or 2031-05-04T12:00Z"
 _DAY: Final = re.compile(r"\d{8}", re.ASCII)
 """A date without hyphens, which could also be read as a number of seconds."""
+
+
+FIRST_ID, LAST_ID = -(2**63), 2**63 - 1
 
 
 def duration(value: Any) -> timedelta:
@@ -97,8 +100,19 @@ def _zoned(at: datetime, value: str) -> datetime:
         ) from None
 
 
+def identifier(value: Any) -> int:
+    """Read a task's ID."""
+    try:
+        number = int(value)
+    except ValueError:
+        number = None
+    if number is None or not FIRST_ID <= number <= LAST_ID:
+        raise BadParameter(f"must be a task's ID, which is a whole number, got {str(value)[:40]!r}.")
+    return number
+
+
 def json_value(value: Any) -> Any:
-    """Read JSON from the argument itself, a file (``@path``) or stdin (``-``); show where it is invalid."""
+    """Read JSON from the argument, a file (``@path``) or stdin (``-``); show an invalid place."""
     if not isinstance(value, str):
         return value
     try:
@@ -114,7 +128,7 @@ def json_value(value: Any) -> Any:
 
 
 def _contents(value: str) -> str:
-    # JSON is UTF-8, whatever encoding the terminal has.
+    # JSON is UTF-8, in any terminal.
     if value == "-":
         if sys.stdin is None:
             raise OSError("stdin is closed")

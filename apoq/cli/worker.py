@@ -31,7 +31,7 @@ POOL_SIZE: Final = 5
 def command(
     target: Target, /, names: tuple[str, ...], ini: str | None, concurrency: int | None, **options: Any
 ) -> None:
-    """Run a worker until it is told to stop.
+    """Run a worker until SIGINT (Ctrl-C) or SIGTERM.
 
     MODULE:OBJECT is a Queue, a Worker, or a function that returns one of these. The worker of a Queue runs
     its typed tasks in the database of --database-url; you may give several queues. A Worker has its own
@@ -43,8 +43,8 @@ def command(
         apoq worker myapp.tasks:queue --reload
         apoq worker myapp.tasks:queue --burst
 
-    SIGINT (Ctrl-C) or SIGTERM stops the worker: it claims no more tasks, waits for the running ones, and says
-    how many there are. A second signal ends it at once.
+    At the signal, it claims no more tasks, waits for the running ones, and says how many there are. A second
+    signal ends it at once.
     """  # noqa: D301 - click's sign
     _refuse("schema", "a queue has its own: Queue(schema=…)")
     make: Callable[[], Worker]

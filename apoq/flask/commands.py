@@ -50,8 +50,8 @@ def _worker(concurrency: int | None, **options: Any) -> None:
         flask apoq worker --reload
         flask apoq worker --burst
 
-    It then claims no more tasks, waits for the running ones, and prints how many there are. A second signal
-    ends it at once.
+    At the signal, it claims no more tasks, waits for the running ones, and says how many there are. A second
+    signal ends it at once.
     """  # noqa: D301 - click's sign
     found = _installed()
     run_worker(lambda: found.worker, concurrency=concurrency, **options)

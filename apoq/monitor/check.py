@@ -1,4 +1,4 @@
-"""What `apoq doctor` finds, and what to do about it."""
+"""The findings of `apoq doctor`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ BAD: Final = "bad"
 
 
 class Finding(NamedTuple):
-    """What a check found, with what to do about it (`cure`)."""
+    """The result of a check, with the steps to take (`cure`)."""
 
     level: str
     subject: str

@@ -11,6 +11,7 @@ import fcntl
 import io
 import logging
 import os
+import platform
 import pty
 import re
 import struct
@@ -55,7 +56,7 @@ def build_report(year: int) -> None:
 
 
 class MailboxFull(Exception):
-    """What some tasks fail with."""
+    """The error of some tasks."""
 
 
 def send(task: RunningTask) -> None:
@@ -116,12 +117,7 @@ def run(command: str, url: str, folder: str, *, interrupt_after: str = "") -> st
             time.sleep(1)
             os.write(terminal, b"\x03")
     os.waitpid(pid, 0)
-    return output.decode().replace("\r\n", "\n").replace(platform_node(), HOST)
-
-
-def platform_node() -> str:
-    """Return this machine's name, which is in no picture."""
-    return os.uname().nodename
+    return output.decode().replace("\r\n", "\n")
 
 
 def draw(folder: Path, command: str, shown: str) -> None:
@@ -140,6 +136,7 @@ def draw(folder: Path, command: str, shown: str) -> None:
 
 def draw_all(folder: Path) -> None:
     """Draw a worker, a failed task, statistics of busy queues, and what the doctor says about problems."""
+    platform.node = lambda: HOST  # as the workers here register
     logging.disable()
     with PostgreSQL() as server, tempfile.TemporaryDirectory(prefix="shop") as application:
         engine = create_engine(server.url)
