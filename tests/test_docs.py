@@ -133,7 +133,7 @@ def commands(page: Path) -> Iterator[list[str]]:
             lexer.wordchars += "{}[]:,@…$"
             yield from _calls(list(lexer))
     for code in re.findall(r"`((?:flask |python -m )?apoq [a-z-].*?)`", pages.prose(page)):
-        yield from _calls(code.split())
+        yield from _calls(shlex.split(code))
 
 
 def _calls(words: list[str]) -> Iterator[list[str]]:

@@ -37,7 +37,7 @@ INTERNAL: dict[str, set[str]] = {
     "apoq.RunningTask": {"from_queue", "is_async"},
     "apoq.Task": {"indexed_state", "metadata", "registry", "type_annotation_map", *UPCOMING},
     "apoq.flask.Apoq": {"current", "equip"},
-    "apoq.events.Events": {"heard", "emit", "report"},
+    "apoq.events.Events": {"has_listeners", "emit", "report"},
     "apoq.flask.AppTask": {"call"},  # those of TypedTask
 }
 """Public names of public classes that other parts of the library use; the reference doesn't show them."""
