@@ -1,4 +1,4 @@
-"""Runs apoq's migrations against the database that the command line, the environment or alembic.ini names."""
+"""Runs apoq's migrations on the database from the command line, the environment or alembic.ini."""
 
 import os
 
@@ -20,13 +20,13 @@ def url():
         or context.config.get_main_option("sqlalchemy.url")
     )
     if not found:
-        message = "which database? Set DATABASE_URL, or call `alembic -x url=postgresql://… upgrade head`"
+        message = "no database URL: set DATABASE_URL, or run `alembic -x url=postgresql://… upgrade head`"
         raise SystemExit(message)
     return database_url(found)
 
 
 def include_name(name, type_, _parents):
-    # Other tables in the same database are somebody else's.
+    # Other tables in the same database don't belong to apoq.
     return type_ != "table" or name in Base.metadata.tables
 
 
@@ -48,7 +48,7 @@ def run(connection: Connection) -> None:
         adopted = adopt(connection)
         context.run_migrations()
         if adopted and not current(connection):
-            # `alembic current` and its like only look: the original keeps its version table.
+            # Commands such as `alembic current` only read, so the Node.js original keeps its version table.
             connection.get_transaction().rollback()
 
 
@@ -59,7 +59,7 @@ if context.is_offline_mode():
 elif (given := context.config.attributes.get("connection")) is not None:
     run(given)
 else:
-    # READ COMMITTED: what others did is seen once the lock has been waited for.
+    # READ COMMITTED, so that after waiting for the lock this sees the changes of other migrations.
     engine = create_engine(url(), poolclass=NullPool, isolation_level="READ COMMITTED")
     with engine.connect() as connection:
         run(connection)

@@ -19,7 +19,7 @@ def downgrade() -> None:
 
 % if upgrades and upgrades != "pass":
 
-# For apoq/migrations/v${up_revision}.py, where an installed apoq has it too; then it goes from here:
+# Move this to apoq/migrations/v${up_revision}.py, so that it is installed with apoq, and delete it here:
 #
 # def upgrade(op: Operations, schema: str | None = None) -> None:
 % for line in upgrades.splitlines()[1:-1]:

@@ -1,1 +1,1 @@
-"""apoq beside the floor, PgQueuer and Procrastinate, in one run: ``python -m benchmarks``."""
+"""Compares apoq with the floor, PgQueuer and Procrastinate in one run: ``python -m benchmarks``."""

@@ -1,4 +1,4 @@
-"""The command: ``python -m benchmarks --help``."""
+"""Compares apoq with plain psycopg and with other queues: ``python -m benchmarks --help``."""
 
 from __future__ import annotations
 
@@ -23,25 +23,27 @@ from benchmarks.sizes import Sizes
 
 QUICK = 0.1
 QUICK_SECONDS = 50.0
-"""No step begins after so many seconds of --quick, however slow the machine is."""
+"""With --quick, no step starts after so many seconds, even if the machine is slow."""
 
 
 def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument(
-        "--quick", action="store_true", help="the cheap scenarios, once, at small sizes: within a minute"
+        "--quick", action="store_true", help="run only the cheap scenarios, once, at small sizes (one minute)"
     )
     parser.add_argument("--list", action="store_true", help="print the scenarios")
-    parser.add_argument("--only", nargs="+", metavar="SCENARIO", help="run these; a beginning with * will do")
+    parser.add_argument("--only", nargs="+", metavar="SCENARIO", help="run these; a prefix may end with *")
     parser.add_argument("--contenders", nargs="+", metavar="NAME", help=", ".join(NAMES))
     parser.add_argument(
         "--runs",
         type=int,
-        help=f"runs of each scenario, in turn ({RUNS}, of the shortest {MORE_RUNS}; with --quick 1)",
+        help=f"number of runs of each scenario ({RUNS}; {MORE_RUNS} of the shortest; with --quick 1)",
     )
-    parser.add_argument("--scale", type=float, help=f"of all sizes and times (1; with --quick {QUICK})")
-    parser.add_argument("--held", type=float, metavar="SECONDS", help="for which the snapshot is held (600)")
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help="where results.json and the plots go")
+    parser.add_argument(
+        "--scale", type=float, help=f"factor for all sizes and times (1; with --quick {QUICK})"
+    )
+    parser.add_argument("--held", type=float, metavar="SECONDS", help="how long to hold the snapshot (600)")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="folder for results.json and the plots")
     return parser.parse_args(words)
 
 
@@ -56,7 +58,7 @@ def main(options: argparse.Namespace) -> int:
         print(error, file=sys.stderr)
         return 2
     for name in [name for name in names if missing(name)]:
-        print(f"{name} is skipped: not installed: {', '.join(missing(name))}")
+        print(f"skipping {name}: not installed: {', '.join(missing(name))}")
         names.remove(name)
     scale = options.scale or (QUICK if options.quick else 1.0)
     sizes = Sizes().scaled(scale)
@@ -66,7 +68,7 @@ def main(options: argparse.Namespace) -> int:
         )
     runs = options.runs or (1 if options.quick else None)
     begun = time.monotonic()
-    # Whoever ends it, what was measured until then is kept.
+    # The results so far are shown even if the process is ended by SIGTERM.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with Server() as server, tempfile.TemporaryDirectory() as folder:
         results = Results({**server.describe(), "runs": runs or f"{RUNS} or {MORE_RUNS}", "scale": scale})
@@ -74,7 +76,7 @@ def main(options: argparse.Namespace) -> int:
             end = begun + QUICK_SECONDS if options.quick else math.inf
             _run(Bench(server, sizes, Path(folder)), scenarios, names, runs, results, end)
         except KeyboardInterrupt:
-            results.errors.append("interrupted: what follows is what was measured until then")
+            results.errors.append("interrupted: the results are incomplete")
     results.machine["seconds"] = round(time.monotonic() - begun)
     show(results, scenarios)
     show_targets(results)
@@ -82,8 +84,8 @@ def main(options: argparse.Namespace) -> int:
         options.output.mkdir(parents=True, exist_ok=True)
         results.write(options.output / "results.json")
         draw(results, scenarios, options.output)
-    for what in results.errors:
-        print(f"ERROR {what}", file=sys.stderr)
+    for message in results.errors:
+        print(f"ERROR {message}", file=sys.stderr)
     return 1 if results.errors else 0
 
 
@@ -94,7 +96,7 @@ def _run(
         (scenario, run, name)
         for scenario in scenarios
         for run in range(1 if scenario.once else runs or scenario.runs)
-        for name in takers(scenario, names)
+        for name in participants(scenario, names)
     ]
     with Progress(len(steps)) as progress:
         for scenario, run, name in steps:
@@ -104,14 +106,14 @@ def _run(
             progress.step(f"{scenario.name} · {name} · run {run + 1}")
             try:
                 results.add(scenario.name, name, scenario.measure(bench, name))
-            except Exception as error:  # noqa: BLE001 - the others' figures are still wanted
+            except Exception as error:  # noqa: BLE001 - the other scenarios still run
                 results.errors.append(f"{scenario.name}, run {run + 1}: {type(error).__name__}: {error}")
 
 
-def takers(scenario: Scenario, names: list[str]) -> list[str]:
-    """Answer who takes part in a scenario: those that were chosen, and what stands beside apoq."""
+def participants(scenario: Scenario, names: list[str]) -> list[str]:
+    """Return the participants of a scenario: the chosen contenders, and the baselines if apoq is chosen."""
     found = [name for name in scenario.contenders if name in names]
-    return found + [name for name in scenario.beside if "apoq" in found]
+    return found + [name for name in scenario.baselines if "apoq" in found]
 
 
 def _scenarios(options: argparse.Namespace) -> list[Scenario]:
@@ -125,7 +127,7 @@ def _scenarios(options: argparse.Namespace) -> list[Scenario]:
             if scenario.name == word or (word.endswith("*") and scenario.name.startswith(word[:-1]))
         ]
         if not matching:
-            raise ValueError(f"no scenario is called {word!r}: --list prints them")
+            raise ValueError(f"unknown scenario {word!r}: see --list")
         found += [scenario for scenario in matching if scenario not in found]
     return found
 

@@ -1,4 +1,4 @@
-"""What an application does without any queue: the measure of what apoq adds to it."""
+"""Baselines: an application without a queue, to measure the cost that apoq adds."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from benchmarks.contender import TYPE, Contender, document
 
 
 class Orm(Contender):
-    """The same row, added by the ORM as any other object, and committed: no Queue, no notification."""
+    """The same row, added and committed as any other ORM object: no Queue, no notification."""
 
     name = "plain ORM"
     table = "apoq_tasks"
@@ -45,7 +45,7 @@ class Orm(Contender):
 
 
 class Plain(Contender):
-    """An insert into a bare table through psycopg, and its commit."""
+    """An insert into a minimal table through psycopg, and a commit."""
 
     name = "plain psycopg"
     needs = ("psycopg",)
@@ -73,20 +73,20 @@ class Plain(Contender):
 
 
 class Notifying(Plain):
-    """The same with a pg_notify in the transaction, as most queues do it."""
+    """The same with a pg_notify in the transaction, as most queues do."""
 
     name = "psycopg + NOTIFY"
     statement = f"WITH added AS ({Plain.statement} RETURNING id) SELECT pg_notify('plain', '') FROM added"
 
 
 class Loop(Orm):
-    """A loop that opens a session, does the insert of the processor, and commits."""
+    """A loop that opens a session, executes the processor's insert, and commits."""
 
     name = "plain loop"
     finished = "SELECT count(*) FROM effects"
 
     def prepare(self) -> None:
-        """Nothing: the table of effects is all that it writes to."""
+        """Create nothing, because the loop writes only to the table of effects."""
 
     async def add(self, number: int) -> None:
         with Session(self.engine) as session:
@@ -98,7 +98,7 @@ _EFFECT = sa.text("INSERT INTO effects (n) VALUES (:n)")
 
 
 def time_adds(engine: sa.Engine, add: Any, count: int) -> list[float]:
-    """Time what `add` takes in transactions that read and write something else, in seconds each."""
+    """Return the seconds that each `add` takes in a transaction that also reads and writes other rows."""
     took = []
     for number in range(count):
         with Session(engine) as session:

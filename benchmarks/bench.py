@@ -1,4 +1,4 @@
-"""What scenarios are made of: a database, processes that add, processes that work, and the counting."""
+"""The parts of a scenario: a database, processes that add tasks, worker processes, and the checks."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from benchmarks.process import Child
 from benchmarks.server import Server
 from benchmarks.sizes import Sizes
 
-SOONEST_LOOK: Final = 0.01
-LATEST_LOOK: Final = 0.25
-"""Seconds between two looks how far the workers have come."""
+MIN_POLL_SECONDS: Final = 0.01
+MAX_POLL_SECONDS: Final = 0.25
+"""Bounds of the interval at which the progress of workers is polled."""
 
 
 class WrongCount(Exception):
-    """A task was handled not at all, or more than once, or is not finished in the database."""
+    """A task was never handled, was handled more than once, or is not finished in the database."""
 
 
 @dataclass
 class Handled:
-    """What workers have handled: the tasks' numbers, when each began, and how long it took."""
+    """The tasks that workers have handled: their numbers, start times and durations."""
 
     numbers: array[int]
     started: array[float]
@@ -59,25 +59,25 @@ class Database:
         return row[0]
 
     def fill(self, kind: str, count: int, first: int = 0) -> None:
-        """Put rows of a kind into the tables by SQL; as if they had stood there a while."""
+        """Insert rows of a kind by SQL and vacuum the table, as if the rows had been there for a while."""
         self.connection.execute(self.who.fills[kind], {"count": count, "first": first})
         self.connection.execute(f"VACUUM ANALYZE {self.who.table}")
 
     def add(self, count: int, *, first: int = 0) -> float:
-        """Add tasks by the contender's own bulk call; answer the seconds it took."""
-        # Procrastinate gives all of a batch to one function call, which is slow for large ones.
+        """Add tasks by the contender's own bulk call; return the seconds that it took."""
+        # Procrastinate passes a whole batch to one function call, which is slow for large batches.
         portion = 1_000 if self.who.name == "Procrastinate" else 0
         with self.child("enqueue_bulk", first=first, count=count, portion=portion) as child:
-            child.answer()
+            child.receive()
             return float(child.ask("go", 120 + count / 1_000)["seconds"])
 
     def checkpoint(self) -> None:
-        """Leave nothing for the server to write out of what came before."""
+        """Let the server write all earlier changes to disk, so that this doesn't disturb the measurement."""
         with suppress(psycopg.errors.InsufficientPrivilege):
             self.connection.execute("CHECKPOINT")
 
     def settle(self) -> None:
-        """Let the table be as it is after a while: what autovacuum has to do with new rows is done."""
+        """Do the work that autovacuum would do with new rows."""
         self.connection.execute(f"VACUUM (ANALYZE) {self.who.table}")
         self.checkpoint()
 
@@ -90,11 +90,11 @@ class Database:
                 for path in paths
             ]
             for child in children:
-                child.answer()
+                child.receive()
             yield Workers(self, children, paths)
 
     def check(self, handled: Handled, expected: Iterable[int]) -> None:
-        """Raise `WrongCount` unless each expected task was handled once, and is finished in the database."""
+        """Raise `WrongCount` unless each expected task was handled once and is finished in the database."""
         wanted, found = sorted(expected), sorted(handled.numbers)
         if found != wanted:
             lost, twice = set(wanted) - set(found), len(found) - len(set(found))
@@ -124,46 +124,47 @@ class Workers:
             child.say("go")
 
     def reports(self) -> list[dict[str, Any]]:
-        """Ask each how far it has come, and what it takes."""
-        return self._asked("report")
+        """Return each worker's progress, CPU time and memory."""
+        return self._ask_all("report")
 
-    def _asked(self, word: str) -> list[dict[str, Any]]:
+    def _ask_all(self, word: str) -> list[dict[str, Any]]:
         for child in self._children:
             child.say(word)
-        return [child.answer() for child in self._children]
+        return [child.receive() for child in self._children]
 
-    def wait_handled(self, count: int, patience: float = 0.0) -> tuple[int, float]:
-        """Wait until so many were begun; answer how many, and when that was seen."""
-        # Procrastinate's rate is the lowest: some 400 a second.
-        end = time.monotonic() + (patience or 60 + count / 100)
-        pause, first_seen = SOONEST_LOOK, 0.0
+    def wait_handled(self, count: int, timeout: float = 0.0) -> tuple[int, float]:
+        """Wait until so many tasks have started; return their number, and the time at which it was read."""
+        # Procrastinate has the lowest rate, some 400 tasks per second.
+        end = time.monotonic() + (timeout or 60 + count / 100)
+        pause, first_seen = MIN_POLL_SECONDS, 0.0
         while True:
             time.sleep(pause)
-            answers = self._asked("count")
-            begun = sum(answer["count"] for answer in answers)
-            now = max(answer["now"] for answer in answers)
+            responses = self._ask_all("count")
+            begun = sum(response["count"] for response in responses)
+            now = max(response["now"] for response in responses)
             if begun >= count:
                 return begun, now
-            # A look takes some of the time that is measured, and a late last one adds to it. So they are few,
-            # yet each comes before the end: a quarter of the way, and no longer than this has been seen.
+            # Each poll takes some of the time that is measured, and a late last poll adds to it. So there are
+            # few polls, but none is expected to be late: the next one comes after a quarter of the estimated
+            # time left, and after no more time than has been observed.
             if begun:
                 first_seen = first_seen or now
                 ran = now - first_seen
                 left = (count - begun) * ran / begun
-                pause = min(max(min(left / 4, ran), SOONEST_LOOK), LATEST_LOOK)
+                pause = min(max(min(left / 4, ran), MIN_POLL_SECONDS), MAX_POLL_SECONDS)
             if now > end:
                 raise WrongCount(
-                    f"{self._database.who.name}: only {begun} of {count} tasks were begun in time"
+                    f"{self._database.who.name}: only {begun} of {count} tasks have started in time"
                 )
 
-    def wait_finished(self, patience: float = 60) -> float:
-        """Wait until the database has no task left to finish; answer when that was."""
-        connection, end = self._database.connection, time.monotonic() + patience
-        # By the partial indexes: a look through the whole table would be felt by those who are measured.
+    def wait_finished(self, timeout: float = 60) -> float:
+        """Wait until the database has no unfinished task; return the time at which that was read."""
+        connection, end = self._database.connection, time.monotonic() + timeout
+        # By the partial indexes, because a scan of the whole table would disturb the measurement.
         connection.execute("SET enable_seqscan = off")
         while self._database.value(self._database.who.unfinished):
             if time.monotonic() > end:
-                raise WrongCount(f"{self._database.who.name}: tasks that were handled don't get finished")
+                raise WrongCount(f"{self._database.who.name}: tasks were handled, but not finished in time")
             time.sleep(0.004)
         now = time.monotonic()
         self._finished = True
@@ -171,12 +172,12 @@ class Workers:
         return now
 
     def stop(self) -> Handled:
-        """End them, with a graceful stop where anything is unfinished; answer what they have handled."""
+        """End the workers, gracefully if a task is unfinished; return the tasks that they have handled."""
         handled = Handled(array("q"), array("d"), array("d"))
         for child in self._children:
             child.say("leave" if self._finished else "stop")
         for child, path in zip(self._children, self._paths, strict=True):
-            count = child.answer()["count"]
+            count = child.receive()["count"]
             with Path(path).open("rb") as file:
                 for column in (handled.numbers, handled.started, handled.took):
                     column.fromfile(file, count)
@@ -199,14 +200,14 @@ class Bench:
             yield Database(url, contender(name), self._folder, connection)
 
     def count(self, name: str, size: int) -> int:
-        """Answer how many tasks this contender gets where others get `size`."""
+        """Return the number of tasks for this contender if others get `size`."""
         return max(50, round(size * contender(name).share))
 
     def drain(self, name: str, size: int, *, processes: int = 1, **options: Any) -> float:
-        """Let workers work off what stands there; answer tasks a second, from first start to last settle.
+        """Drain a backlog; return the tasks per second from the first start to the last settlement.
 
-        What a worker needs to get there is a scenario of its own: here it would only blur the rates of those
-        who need half a second for it.
+        The time until the first start is a scenario of its own. Here, it would only distort the rates of the
+        contenders that need half a second for it.
         """
         count = self.count(name, size)
         with self.database(name) as database:
@@ -229,17 +230,17 @@ class Bench:
 
 def _prepare(name: str, url: str) -> None:
     with Child("prepare", contender=name, url=url) as child:
-        child.answer()
+        child.receive()
 
 
 def percentile(values: list[float], share: float) -> float:
-    """Answer the value that `share` of them don't exceed."""
+    """Return the value that a `share` of the values don't exceed."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, math.ceil(share * len(ordered)) - 1)] if ordered else math.nan
 
 
 def read_times(path: str) -> array[float]:
-    """Read the commits that a process has noted."""
+    """Read the times of commits that a process has written to a file."""
     times = array("d")
     times.frombytes(Path(path).read_bytes())
     Path(path).unlink()
@@ -247,7 +248,7 @@ def read_times(path: str) -> array[float]:
 
 
 def delays(handled: Handled, first: int, committed: array[float]) -> list[tuple[float, float]]:
-    """Pair each commit with the milliseconds until its task began."""
+    """Return the time of each commit, with the milliseconds until its task started."""
     return [
         (committed[number - first], (started - committed[number - first]) * 1_000)
         for number, started in zip(handled.numbers, handled.started, strict=True)

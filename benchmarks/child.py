@@ -1,6 +1,7 @@
-"""One process of the benchmark: ``python -m benchmarks.child ROLE TASK``; its standard streams carry JSON.
+"""A process of the benchmark: ``python -m benchmarks.child ROLE TASK``.
 
-It says when it is ready, waits for "go", and ends with its standard input.
+It communicates in lines of JSON on its standard streams: it reports that it is ready, waits for "go", and
+ends when its standard input is closed.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def say(**words: Any) -> None:
 
 
 def go() -> float:
-    """Say that all is ready; answer when it was told to go."""
+    """Report that the process is ready, and wait for "go"; return the time at which it came."""
     say(ready=True)
     if not sys.stdin.readline():
         os._exit(1)
@@ -32,7 +33,7 @@ def go() -> float:
 
 
 def memory(process: int | str = "self") -> float:
-    """Answer the resident memory of a process, by default this one, in MB."""
+    """Return the resident memory of a process, by default this one, in MB."""
     for line in Path(f"/proc/{process}/status").read_text().splitlines():
         if line.startswith("VmRSS:"):
             return int(line.split()[1]) / 1024
@@ -45,13 +46,13 @@ def prepare(one: Contender) -> None:
 
 
 def enqueue_each(one: Contender, *, first: int, count: int, interval: float, path: str) -> None:
-    """Add tasks one a transaction, as fast as it goes or every `interval` seconds, and note each commit."""
+    """Add one task per transaction, as fast as possible or every `interval` seconds; record each commit."""
     committed = array("d", bytes(8 * count))
     warm = min(20, count // 4)
 
     async def run() -> None:
         await one.connect()
-        for number in range(warm):  # statements get prepared, and caches warm
+        for number in range(warm):  # prepares statements and fills caches
             await one.add(first + number)
         began = go()
         due = began
@@ -88,7 +89,7 @@ def enqueue_bulk(one: Contender, *, first: int, count: int, portion: int = 0) ->
 def enqueue_rate(
     one: Contender, *, first: int, rate: float, seconds: float, interval: float, path: str
 ) -> None:
-    """Add tasks at a rate, a batch every `interval` seconds, and note each commit."""
+    """Add tasks at a rate, in a batch every `interval` seconds; record each commit."""
     total = int(rate * seconds)
     committed = array("d", bytes(8 * total))
 
@@ -116,7 +117,7 @@ def enqueue_rate(
 
 
 def clients(one: Contender, *, first: int, threads: int, seconds: float, most: int) -> None:
-    """Add tasks from many threads, each task in a transaction of its own, for some seconds."""
+    """Add tasks from many threads for some seconds, each task in its own transaction."""
     counts = [0] * threads
     begin = threading.Barrier(threads + 1)
 
@@ -147,40 +148,40 @@ def clients(one: Contender, *, first: int, threads: int, seconds: float, most: i
 
 
 def work(one: Contender, *, capacity: int, path: str, **options: Any) -> None:
-    """Work tasks until told to stop; meanwhile answer how far it has come."""
+    """Run tasks until "stop" is received; meanwhile, report the progress on request."""
     todo = Work(WorkerStats(capacity), threading.Event(), **options)
     began = go()
-    threading.Thread(target=_answers, args=(todo, began, path), daemon=True).start()
+    threading.Thread(target=_respond, args=(todo, began, path), daemon=True).start()
     one.work(todo)
     _write(todo, path)
 
 
 def _write(todo: Work, path: str) -> None:
-    count = todo.tally.count
+    count = todo.stats.count
     with Path(path).open("wb") as file:
-        for column in (todo.tally.numbers, todo.tally.started, todo.tally.took):
+        for column in (todo.stats.numbers, todo.stats.started, todo.stats.took):
             column[:count].tofile(file)
     say(count=count)
 
 
-def _answers(todo: Work, began: float, path: str) -> None:
+def _respond(todo: Work, began: float, path: str) -> None:
     for line in sys.stdin:
         if line == "count\n":
-            say(count=todo.tally.count, now=time.monotonic())
+            say(count=todo.stats.count, now=time.monotonic())
         elif line == "report\n":
-            count, cpu = todo.tally.count, time.process_time()
+            count, cpu = todo.stats.count, time.process_time()
             say(count=count, now=time.monotonic(), began=began, cpu=cpu, memory=memory())
         elif line == "stop\n":
             todo.stop.set()
-        elif line == "leave\n":  # all is finished, and how quickly each can stop is another question
+        elif line == "leave\n":  # all tasks are finished, and the time of a graceful stop isn't measured
             _write(todo, path)
             os._exit(0)
     if not todo.stop.is_set():
-        os._exit(1)  # whoever started this is gone
+        os._exit(1)  # the parent process is gone
 
 
 def add_times(one: Contender, *, count: int) -> None:
-    """Time what `add` takes in transactions that do other work, too."""
+    """Time `add` in transactions that also do other work."""
     import sqlalchemy as sa
 
     from apoq import Queue, Task, database_url
@@ -204,7 +205,7 @@ def add_times(one: Contender, *, count: int) -> None:
 
 
 def loop(one: Contender, *, count: int, threads: int) -> None:
-    """Do what a processor does without any queue: a session, the insert, the commit."""
+    """Do the work of a processor without a queue: open a session, insert, commit."""
     numbers = iter(range(count))
 
     async def run() -> None:

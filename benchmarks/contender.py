@@ -1,4 +1,4 @@
-"""What takes part: how it prepares its tables, adds tasks, works them, and how its counts are read."""
+"""The interface of the contenders: they create their tables, add tasks, run them, and count them by SQL."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from typing import Any, ClassVar, Self
 
 PADDING = "x" * 80
 TYPE = "bench"
-"""The type, entrypoint or task name of all tasks that are to be worked."""
+"""The type, entrypoint or task name of all tasks that workers run."""
 
 
 def document(number: int) -> dict[str, Any]:
-    """Answer a task's data: about 100 bytes, and the number by which it is counted."""
+    """Return a task's data: about 100 bytes, with the number by which the task is counted."""
     return {"n": number, "padding": PADDING}
 
 
 class WorkerStats:
-    """Which tasks were handled, and when: in memory that is there from the start, safe between threads."""
+    """The handled tasks and their times, in memory that is allocated at the start; thread-safe."""
 
     def __init__(self, capacity: int) -> None:
         self.numbers = array("q", bytes(8 * capacity))
@@ -40,7 +40,7 @@ class WorkerStats:
         numbers, started, slots, monotonic = self.numbers, self.started, self._executor, time.monotonic
 
         def record(number: int) -> int:
-            slot = next(slots)  # atomic, as an append would be
+            slot = next(slots)  # atomic, like an append
             started[slot] = monotonic()
             numbers[slot] = number
             return slot
@@ -50,46 +50,46 @@ class WorkerStats:
 
 @dataclass
 class Work:
-    """What a worker is asked to do until `stop` is set."""
+    """The work of a worker until `stop` is set."""
 
-    tally: WorkerStats
+    stats: WorkerStats
     stop: threading.Event
     concurrency: int = 4
     kind: str = "plain"
     """plain, coroutine, or session (which inserts a row through the task's session)"""
     seconds: float = 0.0
-    """what a task sleeps"""
+    """The time that a task sleeps."""
     prunes: bool = True
-    """whether finished tasks are deleted when their time is over, where that is a choice"""
+    """Whether finished tasks are deleted after their retention, if the contender has that option."""
 
     def handle(self, number: int) -> None:
-        slot = self.tally.record(number)
+        slot = self.stats.record(number)
         if self.seconds:
             time.sleep(self.seconds)
-            self.tally.took[slot] = time.monotonic() - self.tally.started[slot]
+            self.stats.took[slot] = time.monotonic() - self.stats.started[slot]
 
     async def handle_async(self, number: int) -> None:
-        slot = self.tally.record(number)
+        slot = self.stats.record(number)
         if self.seconds:
             await asyncio.sleep(self.seconds)
-            self.tally.took[slot] = time.monotonic() - self.tally.started[slot]
+            self.stats.took[slot] = time.monotonic() - self.stats.started[slot]
 
 
 class Contender:
-    """One that takes part. Its methods run in a process of its own; its SQL is for the one that checks."""
+    """A contender. Its methods run in their own process; its SQL is executed by the process that checks."""
 
     name: ClassVar[str]
     needs: ClassVar[tuple[str, ...]] = ()
-    """The modules without which it is skipped."""
+    """Modules that it needs; without them, it is skipped."""
     share: ClassVar[float] = 1.0
-    """Of the tasks that others get: one that is slower by orders gets fewer, and a rate is a rate."""
+    """Its share of the others' tasks: a much slower contender gets fewer, because only rates are compared."""
     table: ClassVar[str] = ""
     unfinished: ClassVar[str] = ""
-    """SQL: is there a task that is not finished?"""
+    """SQL that returns whether there is an unfinished task."""
     finished: ClassVar[str] = ""
-    """SQL: how many tasks ended well, at their first attempt."""
+    """SQL that returns how many tasks succeeded in their first attempt."""
     fills: ClassVar[dict[str, str]] = {}
-    """SQL that puts `count` rows of a kind into the tables: due, others, future, finished."""
+    """SQL that inserts `count` rows of a kind: due, others, future, finished."""
 
     def __init__(self, url: str, *, notify: bool = False) -> None:
         self.url = url
@@ -106,20 +106,20 @@ class Contender:
         """Connect as one that adds tasks."""
 
     def another(self) -> Self:
-        """Answer one for another thread of the same process."""
+        """Return a contender for another thread of the same process."""
         return type(self)(self.url, notify=self.notify)
 
     async def add(self, number: int) -> None:
-        """Add one task in a transaction of its own; when this returns, it is committed."""
+        """Add one task in its own transaction, which is committed when this returns."""
         raise NotImplementedError
 
     async def add_many(self, numbers: Iterable[int]) -> None:
-        """Add many in one transaction, in the quickest way that is documented."""
+        """Add many tasks in one transaction, in the fastest documented way."""
         raise NotImplementedError
 
     async def close(self) -> None:
-        """Close what `connect` has opened."""
+        """Close the connections of `connect`."""
 
     def work(self, work: Work) -> None:
-        """Work tasks until told to stop."""
+        """Run tasks until `work.stop` is set."""
         raise NotImplementedError

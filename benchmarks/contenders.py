@@ -1,4 +1,4 @@
-"""Who takes part, by name; each module is imported only in the processes that need it."""
+"""The contenders by name; each module is imported only in the processes that need it."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ NAMES = ("apoq", "floor", "PgQueuer asyncpg", "PgQueuer psycopg", "Procrastinate
 
 
 def contender(name: str) -> type[Contender]:
-    """Answer the class of a contender."""
+    """Return the class of a contender."""
     module, attribute = _PLACES[name]
     found: type[Contender] = getattr(import_module(module), attribute)
     return found
 
 
 def missing(name: str) -> list[str]:
-    """Answer the modules for want of which a contender can't take part."""
+    """Return the modules that a contender needs and that are not installed."""
     return [module for module in contender(name).needs if find_spec(module) is None]
 
 
 def chosen(words: list[str]) -> list[str]:
-    """Answer the contenders that the words of a command line mean; a beginning of a name will do."""
+    """Return the contenders that are given on the command line, by a name or its beginning."""
     names = [name for name in NAMES if any(name.lower().startswith(word.lower()) for word in words)]
     for word in words:
         if not any(name.lower().startswith(word.lower()) for name in NAMES):
-            raise ValueError(f"no contender is called {word!r}: there are {', '.join(NAMES)}")
+            raise ValueError(f"unknown contender {word!r}: choose from {', '.join(NAMES)}")
     return names

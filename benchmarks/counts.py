@@ -1,14 +1,14 @@
-"""Counts that don't depend on how fast the machine is: ``python -m benchmarks.counts --help``.
+"""Counts that don't depend on the speed of the machine: ``python -m benchmarks.counts --help``.
 
-What a task costs the server: WAL, shared buffers, statements, commits and updates. Each scenario has a
-database of its own on a private server. One process does everything, from its first connection to its last,
-so that all of its counts have arrived when they are read. To compare two engines, run it with each of them
-(--package) and look at what differs by more than the spread of the runs.
+It measures what a task costs the server: WAL, shared buffers, statements, commits and updates. Each scenario
+has its own database on a private server. One process does everything, from its first connection to its last,
+so that all of its counts are complete when they are read. To compare two versions of apoq, run it with each
+of them (--package), and look for differences that exceed the spread of the runs.
 
-Only the scenario writes: autovacuum is off, and the only checkpoint comes before the tables are made. Pages
-that are made after it need no full-page images, so that the WAL is that of the records alone. All other
-settings are as PostgreSQL comes. Statements are counted by pg_stat_statements, buffers and commits by
-pg_stat_database.
+Only the scenario writes: autovacuum is off, and the only checkpoint comes before the tables are created.
+Pages that are created after the checkpoint need no full-page images, so the WAL consists of the records
+alone. All other settings are PostgreSQL's defaults. Statements are counted by pg_stat_statements, buffers and
+commits by pg_stat_database.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ COUNTS: Final = {
     "updates": "updates",
     "hot": "HOT",
 }
-"""By their names in --json, what the columns of the table are."""
+"""The counts in --json, and their titles in the table."""
 
 BEFORE_AND_AFTER: Final = """
     SELECT pg_current_wal_insert_lsn() - '0/0' AS wal, blks_hit + blks_read AS buffers,
@@ -63,16 +63,16 @@ UPDATES: Final = """
 """
 
 
-# In a process of its own, where `apoq` may be that of another checkout.
+# In a separate process, where `apoq` may be imported from another checkout.
 
 
 def child(role: str, url: str, number: int) -> None:
-    """Do what a scenario consists of, with apoq's public names alone."""
+    """Run a scenario, with only the public names of apoq."""
     import sqlalchemy as sa
 
     from apoq import database_url
 
-    random.seed(0)  # the jitter of a worker's looks is the same each time
+    random.seed(0)  # makes the jitter of a worker's polls the same each time
     engine = sa.create_engine(database_url(url), pool_size=CONCURRENCY)
     ROLES[role](engine, number)
     engine.dispose()
@@ -89,7 +89,7 @@ def make_tables(engine: Any, _number: int) -> None:
 
 
 def add(engine: Any, number: int) -> None:
-    """Add tasks in one transaction: nothing here depends on how many notifications are sent meanwhile."""
+    """Add tasks in one transaction, so that the counts don't depend on the number of notifications."""
     from sqlalchemy.orm import Session
 
     from apoq import Queue
@@ -101,7 +101,7 @@ def add(engine: Any, number: int) -> None:
 
 
 def add_each(engine: Any, number: int) -> None:
-    """Add tasks in a transaction each; how many notifications follow is a matter of time."""
+    """Add each task in its own transaction; the number of notifications depends on timing."""
     from sqlalchemy.orm import Session
 
     from apoq import Queue
@@ -143,7 +143,7 @@ def idle(engine: Any, seconds: int) -> None:
 
 
 def _work(engine: Any, number: int, processor: Callable[[Any], object]) -> None:
-    """Work all tasks, which are there before the worker starts."""
+    """Run all tasks, which were added before the worker starts."""
     from apoq import Worker
 
     worker = Worker(engine, concurrency=CONCURRENCY, keep_completed=None, keep_failed=None)
@@ -165,18 +165,18 @@ ROLES: Final = {
 }
 
 
-# In the process that counts.
+# In the process that reads the counts.
 
 
 class Counter:
-    """A private server, and the package whose counts are taken on it."""
+    """Reads the counts of a package on a private server."""
 
     def __init__(self, server: str, package: Path) -> None:
         self._server = make_url(server).set(drivername="postgresql")
         self._package = package
 
     def count(self, role: str, number: int, *, filled: int = 0) -> dict[str, int]:
-        """Count what one process does in a new database, with so many tasks in it."""
+        """Return the counts of one process in a new database that has `filled` tasks."""
         import psycopg
 
         name = f"counts_{uuid4().hex[:10]}"
@@ -203,19 +203,19 @@ class Counter:
         subprocess.run(words, check=True, env=environment)
 
     def _read(self, admin: Any, name: str) -> dict[str, Any]:
-        """Read the counts of a database in which nobody is any more."""
+        """Read the counts of a database after its last session has ended."""
         import psycopg
 
         sessions = "SELECT count(*) FROM pg_stat_activity WHERE datname = %s"
         while admin.execute(sessions, [name]).fetchone()[0]:
-            time.sleep(0.05)  # what a session has counted arrives when it ends
+            time.sleep(0.05)  # a session's counts are complete when it has ended
         with admin.cursor(row_factory=psycopg.rows.dict_row) as cursor:
             found: dict[str, Any] = cursor.execute(BEFORE_AND_AFTER, [name]).fetchone()
             return found
 
 
 def scenarios(counter: Counter, tasks: int, seconds: int) -> dict[str, dict[str, float]]:
-    """Take all counts; return those of one task, or of one second."""
+    """Run all scenarios; return the counts per task or per second."""
     some = max(1, tasks // 10)
 
     def each(counts: dict[str, int], number: float) -> dict[str, float]:
@@ -229,13 +229,13 @@ def scenarios(counter: Counter, tasks: int, seconds: int) -> dict[str, dict[str,
         f"add {some:,}, per task": each(counter.count("add", some), some),
         f"add {some:,} and commit each, per task": each(counter.count("add_each", some), some),
         f"add_many {tasks:,}, per task": each(counter.count("add_many", tasks), tasks),
-        "start and stop, in all": each(start, 1),
+        "start and stop, in total": each(start, 1),
         f"idle for {seconds} s, per second": each({key: whole[key] - start[key] for key in whole}, seconds),
     }
 
 
 def table(runs: list[dict[str, dict[str, float]]]) -> str:
-    """Write the medians, each with its spread if there are several runs."""
+    """Return a table of the medians, with their spread if there are several runs."""
     lines = [f"{'':38}" + "".join(f"{title:>22}" for title in COUNTS.values())]
     for name in runs[0]:
         cells = []
@@ -250,10 +250,10 @@ def table(runs: list[dict[str, dict[str, float]]]) -> str:
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.counts", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--package", type=Path, default=ROOT, help="a checkout of apoq (this one)")
-    parser.add_argument("--runs", type=int, default=1, help="runs, whose spread is shown (1)")
-    parser.add_argument("--tasks", type=int, default=20_000, help="tasks that are drained (20,000)")
-    parser.add_argument("--idle", type=int, default=30, help="seconds that a worker idles (30)")
+    parser.add_argument("--package", type=Path, default=ROOT, help="checkout of apoq to measure (this one)")
+    parser.add_argument("--runs", type=int, default=1, help="number of runs, whose spread is shown (1)")
+    parser.add_argument("--tasks", type=int, default=20_000, help="number of tasks to drain (20,000)")
+    parser.add_argument("--idle", type=int, default=30, help="seconds for which a worker idles (30)")
     parser.add_argument("--json", action="store_true", help="print each run as a line of JSON")
     options = parser.parse_args(words)
 

@@ -1,8 +1,8 @@
-"""The floor: what plain psycopg does in batches on a bare table. It shares no code with apoq.
+"""The floor: plain psycopg in batches on a minimal table. It shares no code with apoq.
 
-One connection, prepared statements, 500 rows claimed by one statement and settled by another, each a
-transaction; no attempts, tokens, priorities, retries or recovery. Bound by the server's writing of two
-row versions and their index entries a task, and by one fsync a batch of each.
+It uses one connection and prepared statements. One statement claims 500 rows and another one settles them,
+each in its own transaction. There are no attempts, tokens, priorities, retries or recovery. The limits are
+the server's writes of two row versions per task with their index entries, and two fsyncs per batch.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Floor(Contender):
         self.connection.execute(statement, (Jsonb(document(number)),), prepare=True)
 
     async def add_many(self, numbers: Iterable[int]) -> None:
-        # COPY's text form, in which a backslash has a meaning of its own.
+        # In COPY's text format, a backslash must be escaped.
         lines = [json.dumps(document(number)).replace("\\", "\\\\") + "\n" for number in numbers]
         with self.connection.transaction(), self.connection.cursor() as cursor:
             with cursor.copy("COPY floor_tasks (payload) FROM STDIN") as copy:

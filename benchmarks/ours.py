@@ -1,4 +1,4 @@
-"""apoq itself, through its public surface and at its default settings."""
+"""apoq itself, by its public API and with its default settings."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def _fill(columns: str, values: str, *, type_: str = f"'{TYPE}'") -> str:
 class Apoq(Contender):
     name = "apoq"
     table = "apoq_tasks"
-    # All have begun when this is asked. By what claims have noted: to look for running ones among those that
-    # haven't ended would walk through what is in front.
+    # All tasks have started when this is executed. It uses the log of claims, because a search among all
+    # tasks that have not ended would read the rows in front of them.
     unfinished = """
         SELECT EXISTS (
             SELECT FROM apoq_claims JOIN apoq_tasks ON id = ANY (task_ids) WHERE state = 'running'
@@ -39,7 +39,7 @@ class Apoq(Contender):
         "due": _fill("priority", "0"),
         "others": _fill("process_at", "now() - interval '1 hour'", type_="'others'"),
         "future": _fill("priority, process_at", "10, now() + interval '1 day'"),
-        # Their time is over. At attempt 0, to be told from those that the benchmark's worker has finished.
+        # Their retention is over. Their attempt is 0, to distinguish them from the tasks of the benchmark.
         "finished": _fill("state, completed_at", "'completed', now() - interval '2 days'"),
     }
     engine: sa.Engine
@@ -54,7 +54,7 @@ class Apoq(Contender):
         self.queue = Queue()
 
     def another(self) -> Self:
-        # The threads of a program share its engine, and so its notifications.
+        # The threads of a program share an engine, and so its notifications.
         other = super().another()
         other.engine, other.queue = self.engine, self.queue
         return other

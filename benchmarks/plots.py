@@ -1,4 +1,4 @@
-"""Bars for medians, with their spread, and lines for what changes over time: as SVG, by hand."""
+"""Draws bars for medians with their spread, and lines for changes over time, as plain SVG."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LEFT, WIDTH, RIGHT, BAR, HEAD = 190, 420, 130, 24, 40
 
 
 def draw(results: Results, scenarios: list[Scenario], folder: Path) -> None:
-    """Write a picture for each scenario that has figures."""
+    """Write an SVG file for each scenario that has figures."""
     for scenario in scenarios:
         figures = results.figures.get(scenario.name, {})
         parts = [figure for figure in figures if " part " not in figure]

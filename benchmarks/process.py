@@ -1,4 +1,4 @@
-"""Processes of the benchmark's own: started one by one, spoken to in lines of JSON, ended by their id."""
+"""Child processes of the benchmark, with which it communicates in lines of text and JSON."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ ROOT = Path(__file__).parent.parent
 
 
 class ChildFailed(RuntimeError):
-    """A process of the benchmark has died, or has not answered in time."""
+    """A process of the benchmark has died, or has not responded in time."""
 
 
 class Child:
-    """``python -m benchmarks.child`` with a role; it ends with the block, in whatever way that is left."""
+    """``python -m benchmarks.child`` with a role; it is ended when the `with` block is left."""
 
     program = "benchmarks.child"
 
@@ -36,15 +36,15 @@ class Child:
             stderr=self._errors,
             text=True,
         )
-        self._answers: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
     def _read(self) -> None:
         assert self._process.stdout is not None
         for line in self._process.stdout:
-            self._answers.put(line)
-        self._answers.put(None)
+            self._lines.put(line)
+        self._lines.put(None)
 
     def __enter__(self) -> Self:
         return self
@@ -66,34 +66,34 @@ class Child:
         self._errors.close()
 
     def say(self, word: str) -> None:
-        """Send it a line."""
+        """Send a line to the process."""
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(word + "\n")
             self._process.stdin.flush()
         except BrokenPipeError:
-            raise ChildFailed(f"the process {self.role!r} has ended: {self._said()}") from None
+            raise ChildFailed(f"the process {self.role!r} has ended: {self._last_errors()}") from None
 
-    def answer(self, patience: float = 60) -> dict[str, Any]:
-        """Wait for its next line."""
+    def receive(self, timeout: float = 60) -> dict[str, Any]:
+        """Wait for the process's next line, and return its JSON."""
         try:
-            line = self._answers.get(timeout=patience)
+            line = self._lines.get(timeout=timeout)
         except queue.Empty:
-            raise ChildFailed(f"no answer of the process {self.role!r} in {patience:.0f} s") from None
+            raise ChildFailed(f"the process {self.role!r} has not responded in {timeout:.0f} s") from None
         if line is None:
             self._process.wait()
             raise ChildFailed(
-                f"the process {self.role!r} ended with {self._process.returncode}: {self._said()}"
+                f"the process {self.role!r} ended with {self._process.returncode}: {self._last_errors()}"
             )
         found: dict[str, Any] = json.loads(line)
         return found
 
-    def ask(self, word: str, patience: float = 60) -> dict[str, Any]:
-        """Send it a line, and wait for its answer."""
+    def ask(self, word: str, timeout: float = 60) -> dict[str, Any]:
+        """Send a line to the process, and return its response."""
         self.say(word)
-        return self.answer(patience)
+        return self.receive(timeout)
 
-    def _said(self) -> str:
+    def _last_errors(self) -> str:
         time.sleep(0.05)
         self._errors.seek(0)
         return self._errors.read().decode(errors="replace").strip()[-2000:]

@@ -1,4 +1,4 @@
-"""How far the benchmark has come: a bar on a terminal, a line a step elsewhere."""
+"""Shows the progress of the benchmark: a bar on a terminal, otherwise one line per step."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ WIDTH = 30
 
 
 class Progress:
-    """Shows the step that runs, on the standard error stream."""
+    """Shows the current step on the standard error stream."""
 
     def __init__(self, total: int) -> None:
         self._total, self._done, self._begun = total, 0, time.monotonic()
@@ -25,7 +25,7 @@ class Progress:
             sys.stderr.flush()
 
     def step(self, text: str) -> None:
-        """Begin a step."""
+        """Show the start of a step."""
         elapsed = time.monotonic() - self._begun
         clock = f"{int(elapsed) // 60}:{int(elapsed) % 60:02}"
         count = f"{self._done + 1}/{self._total}"

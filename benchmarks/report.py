@@ -1,4 +1,4 @@
-"""The figures of all runs: their medians, spreads and ratios, as a table and as JSON."""
+"""Reports the figures of all runs with medians, spreads and ratios, as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ def show(results: Results, scenarios: list[Scenario]) -> None:
         figures = results.figures.get(scenario.name, {})
         if not figures:
             continue
-        direction = ", less is better" if scenario.less_is_better else ""
+        direction = ", lower is better" if scenario.less_is_better else ""
         print(f"\n{scenario.name}: {scenario.title}{direction}")
         for figure, values in figures.items():
             if " part " in figure:
-                continue  # for the plots
+                continue  # only for the plots
             unit = scenario.unit_of(figure)
             against = f"/ {scenario.reference}" if scenario.reference in values and len(values) > 1 else ""
             print(
@@ -69,16 +69,16 @@ def show(results: Results, scenarios: list[Scenario]) -> None:
 
 
 def number(value: float) -> str:
-    """Write a figure with about three digits that mean something."""
+    """Format a figure with about three significant digits."""
     if abs(value) >= 100:  # noqa: PLR2004
         return f"{value:,.0f}"
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3g}"  # noqa: PLR2004
 
 
 def show_targets(results: Results) -> None:
-    """Print what is to be shown, as far as its figures were measured."""
+    """Print which targets were reached, if their figures were measured."""
     if results.skipped:
-        print(f"\nskipped, for the time was up: {', '.join(results.skipped)}")
+        print(f"\nskipped, because the time was up: {', '.join(results.skipped)}")
     lines = []
     for target in TARGETS:
         value = target.value(results.median)
@@ -88,4 +88,4 @@ def show_targets(results: Results) -> None:
             mark = "reached" if reached else "MISSED"
             lines.append(f"  {target.title:78} {number(value):>8} {sign} {number(target.bound):<6} {mark}")
     if lines:
-        print("\nwhat it must show\n" + "\n".join(lines))
+        print("\ntargets\n" + "\n".join(lines))

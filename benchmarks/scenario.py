@@ -1,4 +1,4 @@
-"""One thing that is measured."""
+"""The definition of a scenario."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from benchmarks.contenders import NAMES
 RUNS: Final = 3
 
 MORE_RUNS: Final = 7
-"""Of what is over in a third of a second: single ones differ by a third."""
+"""Number of runs of scenarios that take a third of a second: single runs differ by a third."""
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """What is measured, of whom, and against whom."""
+    """A measurement, with its contenders and the reference to compare them with."""
 
     name: str
     title: str
     unit: str
     measure: Callable[[Bench, str], dict[str, float]]
-    """One run of one contender: its figures by their names."""
+    """Runs one contender once, and returns its figures by name."""
     contenders: tuple[str, ...] = NAMES
-    beside: tuple[str, ...] = ()
-    """Measures of the application without a queue: they run wherever apoq does."""
+    baselines: tuple[str, ...] = ()
+    """Measurements without a queue, which run whenever apoq does."""
     reference: str = "floor"
-    """Of whom the others' figures are multiples."""
+    """The contender by whose figures the others' are divided."""
     less_is_better: bool = False
     runs: int = RUNS
-    """How many there are, unless ``--runs`` says."""
+    """The number of runs, unless ``--runs`` is given."""
     once: bool = False
-    """Too long to be run several times."""
+    """Whether there is only one run, because it takes long."""
     quick: bool = False
-    """Part of ``--quick``."""
+    """Whether it is part of ``--quick``."""
     units: dict[str, str] | None = None
-    """Units of figures that are not in the scenario's."""
+    """Units of figures whose unit isn't the scenario's."""
 
     def unit_of(self, figure: str) -> str:
         return (self.units or {}).get(figure, self.unit)

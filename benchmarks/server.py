@@ -1,4 +1,4 @@
-"""The server that all are measured on, and a fresh database for each measurement."""
+"""The server for all measurements, with a new database for each."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COUNTING = {"shared_preload_libraries": "pg_stat_statements"}
 
 
 class Server:
-    """DATABASE_URL's, or else a private one with the settings that PostgreSQL comes with."""
+    """The server of DATABASE_URL, or else a private one with PostgreSQL's default settings."""
 
     def __init__(self) -> None:
         self._stack = ExitStack()
@@ -40,10 +40,10 @@ class Server:
 
     @contextmanager
     def database(self, name: str, prepare: Callable[[str], None], *, counting: bool = False) -> Iterator[str]:
-        """Create a database for the length of a block, with the tables that `prepare` makes for `name`.
+        """Create a database for a `with` block, with the tables that `prepare` creates for `name`.
 
-        `counting`: on a server that counts statements. That one is another private server, for the counting
-        costs a little.
+        `counting`: on a server that counts statements. It is a separate private server, because counting
+        costs some time.
         """
         if counting and self.is_own and self._counting is None:
             self._counting = self._own(COUNTING)
@@ -71,7 +71,7 @@ class Server:
             admin.execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
 
     def describe(self) -> dict[str, Any]:
-        """Describe the machine and the server."""
+        """Return the properties of the machine and the server."""
         assert self._url is not None
         names = ("server_version", "fsync", "synchronous_commit", "shared_buffers", "autovacuum", "wal_level")
         with psycopg.connect(_libpq(self._url), autocommit=True) as connection:

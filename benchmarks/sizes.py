@@ -1,4 +1,4 @@
-"""How much of everything is done: one scale for all."""
+"""The sizes of all scenarios, with one scale for all."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Sizes:
     cost_each: int = 1_000
 
     def scaled(self, scale: float) -> Sizes:
-        """Answer sizes that take about `scale` of the time."""
+        """Return sizes for about `scale` times the duration."""
 
         def tasks(count: int, least: int) -> int:
             return max(least, round(count * scale))

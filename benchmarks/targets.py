@@ -1,4 +1,4 @@
-"""What the benchmark must show: ratios of medians within one run."""
+"""Targets of the benchmark: ratios of medians within one run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Median = Callable[[str, str, str], float | None]
 
 @dataclass(frozen=True)
 class Target:
-    """A figure and its bound; `against` names what the first is divided by, the best of them if several."""
+    """A figure and its bound; the figure is divided by the best one of the contenders `against`."""
 
     title: str
     bound: float
@@ -19,7 +19,7 @@ class Target:
     against: tuple[str, ...] = ()
     at_least: bool = True
     over: str = ""
-    """Another figure of apoq's own, by which it is divided."""
+    """Another figure of apoq, by which the figure is divided."""
 
     def value(self, median: Median) -> float | None:
         mine = median(self.scenario, self.figure, "apoq")
@@ -46,7 +46,7 @@ TARGETS = (
     Target(
         "task.session, 4 slots / a plain loop in 4 threads", 0.8, "drain_sessions", "4 slots", ("plain loop",)
     ),
-    Target("enqueue one a transaction / plain ORM", 0.95, "enqueue", "rate", ("plain ORM",)),
+    Target("enqueue one per transaction / plain ORM", 0.95, "enqueue", "rate", ("plain ORM",)),
     Target("32 clients with a worker / plain ORM inserts", 0.9, "enqueue_clients", "rate", ("plain ORM",)),
     Target(
         "32 clients with a worker / plain psycopg inserts", 0.9, "enqueue_clients", "rate", ("plain psycopg",)
@@ -56,15 +56,15 @@ TARGETS = (
     Target("idle latency, p50 / the floor's", 1.5, "latency", "p50", _FLOOR, _LEAST),
     Target("idle latency, p99, ms", 5.0, "latency", "p99", (), _LEAST),
     Target("a million due tasks / without", 0.9, "backlog", "rate", over="without"),
-    Target("a million of other types in front / without", 0.9, "others_in_front", "rate", over="without"),
-    Target("a million future ones in front / without", 0.9, "future_in_front", "rate", over="without"),
+    Target("a million tasks of other types / without", 0.9, "others_in_front", "rate", over="without"),
+    Target("a million future tasks / without", 0.9, "future_in_front", "rate", over="without"),
     Target("a million finished rows / without", 0.9, "finished_rows", "rate", over="without"),
-    Target("a full load beside the pruner / without", 0.95, "retention", "rate", over="without"),
+    Target("full load with the pruner / without", 0.95, "retention", "rate", over="without"),
     Target("held snapshot: last p99 / first p99", 1.5, "held_snapshot", "p99 last", (), _LEAST, "p99 first"),
-    Target("idle: statements a second", 1.0, "idle", "statements", (), _LEAST),
+    Target("idle: statements per second", 1.0, "idle", "statements", (), _LEAST),
     Target("idle: CPU, % of a core", 0.5, "idle", "CPU", (), _LEAST),
     Target("memory at rest, MB", 80.0, "memory", "at rest", (), _LEAST),
     Target(
-        "memory, growth over a million tasks once warm, MB", 5.0, "memory", "growth, the rest", (), _LEAST
+        "memory, growth over a million tasks after warm-up, MB", 5.0, "memory", "growth, the rest", (), _LEAST
     ),
 )

@@ -1,1 +1,1 @@
-"""What apoq must survive: real servers, processes and signals, one fault at a time."""
+"""Tests apoq under faults, one at a time, with real servers, processes and signals."""

@@ -1,4 +1,4 @@
-"""Show what apoq survives: ``python -m chaos --help``. Nothing may be lost, nothing may take effect twice."""
+"""Tests apoq under faults: no task may be lost or take effect twice. See ``python -m chaos --help``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from chaos.server import Place, Server, Skipped
 from chaos.stage import LIMITS, SLOTS
 
 QUICK_SECONDS = 95.0
-"""No scenario begins after so many seconds of --quick."""
+"""With --quick, no scenario starts after so many seconds."""
 
 COLUMNS = {
     "scenario": 21,
@@ -41,13 +41,13 @@ COLUMNS = {
 
 def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m chaos", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="the short scenarios only: within two minutes")
+    parser.add_argument("--quick", action="store_true", help="run only the short scenarios (two minutes)")
     parser.add_argument("--list", action="store_true", help="print the scenarios")
     parser.add_argument("--only", nargs="+", metavar="SCENARIO", choices=SCENARIOS, help="run these")
-    parser.add_argument("--rate", type=float, help="tasks a second (300; in the hour 500)")
-    parser.add_argument("--minutes", type=float, default=60, help="how long the hour is (60)")
-    parser.add_argument("--seed", type=int, default=1, help="of the hour's faults (1)")
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help="where results.json and the logs go")
+    parser.add_argument("--rate", type=float, help="tasks per second (300; in the scenario hour 500)")
+    parser.add_argument("--minutes", type=float, default=60, help="duration of the scenario hour (60)")
+    parser.add_argument("--seed", type=int, default=1, help="seed of the faults in the scenario hour (1)")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="folder for results.json and the logs")
     return parser.parse_args(words)
 
 
@@ -69,10 +69,10 @@ def main(options: argparse.Namespace) -> int:
         if options.output:
             document = json.dumps(results, indent=1, default=str).replace("Infinity", '"never"')
             (folder / "results.json").write_text(document + "\n", encoding="utf-8")
-    misses = [f"{name}: {miss}" for name, found in results.items() for miss in judged(found)]
+    misses = [f"{name}: {miss}" for name, found in results.items() for miss in missed(found)]
     print(
         "\n".join(f"MISSED {miss}" for miss in misses)
-        or "Nothing was lost or doubled, and all targets were met."
+        or "No task was lost or took effect twice, and all targets were met."
     )
     return 1 if misses else 0
 
@@ -99,7 +99,7 @@ def _run(
                 results[name] = SCENARIOS[name].run(place, server, folder / name, chosen)
             except Skipped as reason:
                 results[name] = {"skipped": str(reason)}
-            except Exception as error:  # noqa: BLE001 - the others are still wanted
+            except Exception as error:  # noqa: BLE001 - the other scenarios still run
                 results[name] = {"error": f"{type(error).__name__}: {error}"}
                 if not server.is_running:
                     server.start()
@@ -120,14 +120,14 @@ def show(name: str, found: dict[str, Any]) -> None:
             print(f"{'':{COLUMNS['scenario']}} {what}: {_text(found[what])} (at most {most})", flush=True)
 
 
-def judged(found: dict[str, Any]) -> list[str]:
-    """Answer what must not be so."""
+def missed(found: dict[str, Any]) -> list[str]:
+    """Return a message for each target that a scenario has missed."""
     if "skipped" in found:
         return []
     if "error" in found:
         return [found["error"]]
     misses = [
-        f"{what}: {_text(found[what])} instead of {most} at most"
+        f"{what}: {_text(found[what])}, must be at most {most}"
         for what, most in found["limits"].items()
         if found[what] is not None and found[what] > most
     ]

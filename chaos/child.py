@@ -1,4 +1,4 @@
-"""One process of the suite: ``python -m chaos.child ROLE TASK``. It ends with its standard input."""
+"""A process of the suite: ``python -m chaos.child ROLE TASK``. It ends when its standard input is closed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from sqlalchemy.orm import Session
 from apoq import Queue, RunningTask, Worker
 
 TICK = 0.05
-"""Seconds from one transaction of an enqueuing process to the next."""
+"""Seconds between the transactions of an enqueuing process."""
 
 LEDGER = sa.text("INSERT INTO ledger (number) VALUES (:number)")
 
@@ -33,7 +33,7 @@ def noop(_task: RunningTask) -> None:
 
 
 def ledger(task: RunningTask) -> None:
-    """Have an effect that must take place once."""
+    """Write a row that must be written exactly once."""
     task.session.execute(LEDGER, {"number": task.data["number"]})
 
 
@@ -50,18 +50,18 @@ def work(
     lease: float | None = None,
     retry_limit: int | None = None,
 ) -> None:
-    """Work tasks, as a user's own program would: with nothing set but what the README asks for.
+    """Run a worker as in a user's own program, with only the settings that the README asks for.
 
-    Which is nothing, except behind PgBouncer: then `direct` leads past it. A scenario may set more.
+    That is none, except behind PgBouncer: then `direct` is a URL that leads past it. A scenario may set more.
     """
     if environment:
         if "LD_PRELOAD" not in os.environ:
-            # A library can only be preloaded into a program that begins.
+            # A library can be preloaded only when a program starts.
             os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **environment})  # noqa: S606
-        time.sleep = sleep  # under libfaketime, time.sleep fails now and then: [Errno 22] Invalid argument
+        time.sleep = sleep  # under libfaketime, time.sleep sometimes fails: [Errno 22] Invalid argument
 
     def hold(task: RunningTask) -> None:
-        """Keep a slot until told by a file, then have an effect."""
+        """Occupy a slot until a file exists, then write a row."""
         released = Path(folder, f"release-{task.data['number']}")
         while not released.exists():
             time.sleep(0.1)
@@ -74,18 +74,19 @@ def work(
     limit: dict[str, Any] = {} if retry_limit is None else {"retry_limit": retry_limit}
     for processor in (noop, ledger, hold):
         worker.use(processor.__name__, processor, **limit)
-    threading.Thread(target=_end_with_input, daemon=True).start()
+    threading.Thread(target=_exit_with_input, daemon=True).start()
     worker.run()
-    logging.getLogger(__name__).info("the worker has ended")
+    logging.getLogger(__name__).info("the worker has stopped")
 
 
 def offer(
     url: str, first: int, rate: float, folder: str, schemas: list[str | None], settings: str = ""
 ) -> None:
-    """Add tasks at a rate until told to stop, through whatever happens.
+    """Add tasks at a rate until a line is received; errors don't stop it.
 
-    A number is noted as sure when its commit was confirmed, as unsure when nobody knows. What can't be added
-    is dropped, and not added later: the clients of a website that is down go away, too.
+    A number is recorded as sure if its commit was confirmed, and as unsure if the outcome of the commit is
+    unknown. A task that can't be added is dropped, not added later, as the clients of a website that is down
+    go away as well.
     """
     arguments = {"application_name": "offerer", "options": settings}
     engine = sa.create_engine(url, connect_args=arguments)
@@ -111,7 +112,7 @@ def offer(
                 is_committing = True
                 session.commit()
             sure.extend(range(number, until))
-        except Exception as error:  # noqa: BLE001 - of whatever kind: it goes on
+        except Exception as error:  # noqa: BLE001 - the process goes on after any error
             logging.getLogger(__name__).info("could not add, committing=%s: %s", is_committing, error)
             if is_committing:
                 unsure.extend(range(number, until))
@@ -123,7 +124,7 @@ def offer(
     print(json.dumps({"sure": len(sure), "unsure": len(unsure)}), flush=True)
 
 
-def _end_with_input() -> None:
+def _exit_with_input() -> None:
     sys.stdin.read()
     os._exit(1)
 

@@ -1,4 +1,4 @@
-"""What lies between a client and the server: a line that can be cut, without either side being told."""
+"""A proxy between clients and the server, which can cut connections without either side noticing."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from contextlib import suppress
 from chaos.server import free_port
 
 CATCH_UP = 0.1
-"""Seconds of its speed that a link may be late."""
+"""Seconds of delay for which a link may catch up."""
 
 
 class Link:
-    """A link that carries so many bytes a second, of all connections together."""
+    """A link with a limited speed in bytes per second, shared by all connections."""
 
     def __init__(self, speed: float) -> None:
         self._speed = speed
@@ -23,10 +23,10 @@ class Link:
         self._lock = threading.Lock()
 
     def carry(self, size: int) -> None:
-        """Wait until so many bytes are through."""
+        """Wait until so many bytes have been transferred."""
         now = time.monotonic()
         with self._lock:
-            # What a sleep takes too long, on a busy machine, is made up for.
+            # Catches up if a sleep took too long on a busy machine.
             self._is_free_at = max(self._is_free_at, now - CATCH_UP) + size / self._speed
             pause = self._is_free_at - now
         time.sleep(max(0.0, pause))
@@ -43,7 +43,7 @@ class Line:
         self.is_over = False
 
     def close(self) -> None:
-        """Close both sides, and let whoever waits for the line to flow see that."""
+        """Close both sides, and wake the threads that wait for the line."""
         self.is_over = True
         self.flows.set()
         for side in (self.client, self.server):
@@ -54,11 +54,11 @@ class Line:
 
 
 class Proxy:
-    """Leads connections to a port of this machine, each by two threads.
+    """Forwards connections to a port of this machine, with two threads for each.
 
-    While it is cut, no byte, no FIN and no RST comes through, either way. What was on its way arrives when
-    the line is mended, as TCP would send it again, unless the line stays dead: then it never does.
-    `speed` is how many bytes it carries in a second.
+    While it is cut, no byte, no FIN and no RST passes in either direction. Bytes that were on their way
+    arrive when the connection is restored, because TCP would send them again. If the connection stays dead,
+    they never arrive. `speed` is the number of bytes per second.
     """
 
     def __init__(self, port: int, speed: float = math.inf) -> None:
@@ -73,16 +73,16 @@ class Proxy:
         threading.Thread(target=self._accept, daemon=True).start()
 
     def cut(self) -> None:
-        """Let nothing through any more."""
+        """Stop forwarding."""
         with self._lock:
             self._is_cut = True
-            # By now, the server's own keepalives would have found out about those of an earlier cut.
-            self._bury()
+            # By now, the server's own keepalives would have detected the dead connections of an earlier cut.
+            self._close_dead()
             for line in self._lines:
                 line.flows.clear()
 
-    def mend(self, *, old_stay_dead: bool = False) -> None:
-        """Let everything through; `old_stay_dead`: only on connections that are made from now on."""
+    def restore(self, *, old_stay_dead: bool = False) -> None:
+        """Forward again; with `old_stay_dead`, only connections that are made from now on."""
         with self._lock:
             self._is_cut = False
             if old_stay_dead:
@@ -92,7 +92,7 @@ class Proxy:
                 line.flows.set()
 
     def lead_to(self, port: int) -> None:
-        """Close all connections, and lead new ones elsewhere."""
+        """Close all connections, and forward new ones to another port."""
         with self._lock:
             self._leads_to = port
             for line in self._lines:
@@ -100,14 +100,14 @@ class Proxy:
             self._lines = []
 
     def close(self) -> None:
-        self._socket.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
+        self._socket.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts connections
         self._socket.close()
         with self._lock:
-            self._bury()
+            self._close_dead()
             for line in self._lines:
                 line.close()
 
-    def _bury(self) -> None:
+    def _close_dead(self) -> None:
         for line in self._dead:
             line.close()
         self._dead = []
@@ -131,7 +131,7 @@ class Proxy:
             line.server.settimeout(None)
             for side in (line.client, line.server):
                 side.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        except OSError:  # nobody is there, or the line was closed meanwhile
+        except OSError:  # the server isn't running, or the line was closed meanwhile
             line.close()
             return
         pair = (line.client, line.server)
@@ -140,7 +140,7 @@ class Proxy:
 
 
 def _pump(line: Line, source: socket.socket, target: socket.socket) -> None:
-    """Carry bytes one way until one side closes."""
+    """Forward bytes in one direction until one side closes."""
     with suppress(OSError):
         while data := source.recv(65_536):
             line.link.carry(len(data))

@@ -1,4 +1,4 @@
-"""The scenarios: what befalls the workers or the server, and since when all must be well again."""
+"""The scenarios: each makes a fault, and returns the time from which the recovery counts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TERMINATE = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usenam
 
 @dataclass(frozen=True)
 class Options:
-    """What the command says about all scenarios."""
+    """Options of the command for all scenarios."""
 
     rate: float = 300
     seed: int = 1
@@ -35,7 +35,7 @@ class Options:
 
 
 Fault = Callable[[Stage, Options], float | None]
-"""Do it; answer since when (by time.monotonic()) the recovery counts: None for its end."""
+"""Makes a fault; returns the time (time.monotonic()) from which the recovery counts, or None for its end."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,9 @@ SCENARIOS: dict[str, Scenario] = {}
 def scenario(
     *, quick: bool = False, share: float = 1.0, schemas: Sequence[str] = (), **how: Any
 ) -> Callable[[Fault], Fault]:
-    """Make a scenario of a fault, on the server that all share, with a share of the usual rate."""
+    """Register a fault as a scenario on the shared server, with a share of the usual rate."""
 
-    def enter(fault: Fault) -> Fault:
+    def register(fault: Fault) -> Fault:
         name = fault.__name__
 
         def run(_place: Place, server: Server, folder: Path, options: Options) -> dict[str, Any]:
@@ -66,11 +66,11 @@ def scenario(
         SCENARIOS[name] = Scenario((fault.__doc__ or "").split("\n")[0], run, quick)
         return fault
 
-    return enter
+    return register
 
 
 def play(stage: Stage, fault: Fault, options: Options, *, holds: bool = True, **how: Any) -> dict[str, Any]:
-    """Run the load, let the fault happen, wait for the recovery, and count."""
+    """Run the load, make the fault, wait for the recovery, and count."""
     stage.begin(**how)
     if holds:
         stage.hold_each()
@@ -79,17 +79,17 @@ def play(stage: Stage, fault: Fault, options: Options, *, holds: bool = True, **
 
 
 def strike(stage: Stage, fault: Fault, options: Options) -> None:
-    """Let the fault happen, and wait for the recovery."""
-    stage.note("the fault begins")
+    """Make the fault, and wait for the recovery."""
+    stage.log("the fault begins")
     over = fault(stage, options)
-    stage.note("the fault is over")
+    stage.log("the fault is over")
     stage.await_recovery(time.monotonic() if over is None else over)
-    stage.note("all is well again")
+    stage.log("recovered")
 
 
 @scenario(quick=True)
 def sigkill(stage: Stage, _options: Options) -> float:
-    """One worker is killed, and a new one started."""
+    """A worker is killed, and a new one is started."""
     return _kill(stage)
 
 
@@ -102,7 +102,7 @@ def _kill(stage: Stage) -> float:
 
 @scenario()
 def sigkill_repeated(stage: Stage, _options: Options) -> float:
-    """Every three seconds a worker is killed, eight times."""
+    """A worker is killed every three seconds, eight times."""
     since = 0.0
     for number in range(8):
         worker = stage.workers[number % len(stage.workers)]
@@ -114,7 +114,7 @@ def sigkill_repeated(stage: Stage, _options: Options) -> float:
 
 @scenario()
 def zombie(stage: Stage, _options: Options) -> None:
-    """A worker is stopped for longer than its lease, and then goes on."""
+    """A worker is paused for longer than its lease, and then continues."""
     worker = stage.workers[-1]
     stage.strike(worker, partial(worker.process.send, signal.SIGSTOP))
     time.sleep(LEASE + 6)
@@ -129,19 +129,19 @@ def _restart(stage: Stage, options: Options, how: int) -> None:
 
 @scenario()
 def restart_fast(stage: Stage, options: Options) -> None:
-    """The server is shut down, and started 5 s later."""
+    """The server is shut down, and started again 5 s later."""
     _restart(stage, options, signal.SIGINT)
 
 
 @scenario(quick=True)
 def restart_immediate(stage: Stage, options: Options) -> None:
-    """The server is shut down as if it crashed, and started 5 s later."""
+    """The server is shut down as if it had crashed, and started again 5 s later."""
     _restart(stage, options, signal.SIGQUIT)
 
 
 @scenario(quick=True)
 def terminate(stage: Stage, options: Options) -> None:
-    """All sessions are ended five times a second, for 10 s."""
+    """All sessions are terminated five times per second, for 10 s."""
     with stage.server.admin() as admin:
         for _ in range(15 if options.is_quick else 50):
             admin.execute(TERMINATE)
@@ -150,7 +150,7 @@ def terminate(stage: Stage, options: Options) -> None:
 
 @scenario()
 def exhausted(stage: Stage, _options: Options) -> None:
-    """All sessions are ended, and all connections taken by somebody else for 10 s."""
+    """All sessions are terminated, and another program takes all connections for 10 s."""
     taken: list[psycopg.Connection[Any]] = []
     url = stage.server.url("postgres").replace("+psycopg", "") + "?application_name=taker"
     query = TERMINATE + " AND application_name <> 'taker'"
@@ -176,30 +176,30 @@ def _cut(stage: Stage, seconds: float, *, old_stay_dead: bool) -> None:
     else:
         worker.proxy.cut()
     time.sleep(seconds)
-    worker.proxy.mend(old_stay_dead=old_stay_dead)
+    worker.proxy.restore(old_stay_dead=old_stay_dead)
 
 
 @scenario(quick=True, proxies=True)
 def cut_short(stage: Stage, _options: Options) -> None:
-    """A worker hears nothing from the server for 6 s; what was on its way then arrives."""
+    """A worker receives nothing from the server for 6 s; then the delayed bytes arrive."""
     _cut(stage, 6, old_stay_dead=False)
 
 
 @scenario(proxies=True)
 def cut_long(stage: Stage, _options: Options) -> None:
-    """A worker hears nothing from the server for 25 s; its connections stay dead, and nobody tells."""
+    """A worker receives nothing from the server for 25 s; its connections stay dead without an error."""
     _cut(stage, 25, old_stay_dead=True)
 
 
 @scenario(proxies=True)
 def cut_forgotten(stage: Stage, _options: Options) -> None:
-    """A worker's connections die, and nobody tells; new ones work, as behind a new firewall."""
+    """A worker's connections die without an error; new ones work, as behind a replaced firewall."""
     _cut(stage, 1, old_stay_dead=True)
 
 
 @scenario(quick=True, holds=False)
 def rolling(stage: Stage, _options: Options) -> float:
-    """One worker after the other is replaced, by SIGTERM."""
+    """The workers are replaced one after the other, by SIGTERM."""
     began = time.monotonic()
     for worker in stage.workers:
         _roll(stage, worker)
@@ -217,7 +217,7 @@ def _roll(stage: Stage, worker: Worker) -> None:
 
 @scenario(workers=[{"lease": lease} for lease in (120, 15, 2)])
 def mixed_leases(stage: Stage, _options: Options) -> float:
-    """Workers have leases of 2 minutes, 15 s and 2 s; each is given another; then one is killed."""
+    """Workers have leases of 2 minutes, 15 s and 2 s; each gets another lease; then one is killed."""
     time.sleep(20)
     stage.release_all()
     for worker, lease in zip(stage.workers, (2, 120, 5), strict=True):
@@ -227,14 +227,14 @@ def mixed_leases(stage: Stage, _options: Options) -> float:
     time.sleep(10)
     stage.expect("tasks taken from live workers", stage.rescued, at_most=0)
     since = _kill(stage)
-    # From now on, only what the killed one held may be taken.
+    # From now on, only the tasks of the killed worker may be rescued.
     stage.limits["rescued"] = stage.struck
     return since
 
 
 @scenario(workers=[{"retry_limit": 0}] * WORKERS, holds=False)
 def away_under_prefetched(stage: Stage, options: Options) -> None:
-    """The server is away for 5 s when much is claimed ahead, all of which has one attempt."""
+    """The server is down for 5 s while many tasks are prefetched, each with a single attempt."""
     stage.limits.update(failed=SLOTS, wasted=0)
     stage.add("ledger", 1_000)
     held = "SELECT count(*) FROM tasks WHERE state = 'running'"
@@ -244,7 +244,7 @@ def away_under_prefetched(stage: Stage, options: Options) -> None:
 
 @scenario(share=0.1, load={"settings": "-c synchronous_commit=local"})
 def hanging_commits(stage: Stage, _options: Options) -> None:
-    """The workers' commits hang for 80 s: the synchronous standby isn't there."""
+    """The workers' commits hang for 80 s, because the synchronous standby is missing."""
     stage.limits["wasted"] = 0
     stage.server.set("synchronous_standby_names", "gone")
     try:
@@ -255,7 +255,7 @@ def hanging_commits(stage: Stage, _options: Options) -> None:
 
 @scenario(share=0.1, proxies=True, speed=5e6)
 def slow_link(stage: Stage, _options: Options) -> None:
-    """Each worker's link carries 5 MB a second, and 1,000 tasks of 200 KB come at once."""
+    """Each worker's link has 5 MB/s, and 1,000 tasks of 200 KB are added at once."""
 
     def size() -> float:
         return max(memory(worker.process.pid) for worker in stage.workers)
@@ -275,9 +275,9 @@ def slow_link(stage: Stage, _options: Options) -> None:
     # All links together need 13 s, a single one 40 s.
     with suppress(TimeoutError):
         until(is_over, 50)
-    stage.expect("of these, left after 50 s", stage.ask(left, numbers[0], numbers[-1])[0][0], at_most=0)
+    stage.expect("large tasks left after 50 s", stage.ask(left, numbers[0], numbers[-1])[0][0], at_most=0)
     stage.limits["claimed_again"] = len(numbers)
-    stage.expect(f"MB more than at first ({before:.0f}) in a worker's memory", most - before, at_most=100)
+    stage.expect(f"growth of a worker's memory, from {before:.0f} MB, in MB", most - before, at_most=100)
 
 
 @scenario()
@@ -294,12 +294,12 @@ def locked_table(stage: Stage, _options: Options) -> None:
         while time.monotonic() < deadline:
             time.sleep(0.5)
             most = max(most, stage.ask(sessions)[0][0])
-    stage.expect(f"the workers' sessions beyond the {before} before", most - before, at_most=12)
+    stage.expect(f"additional sessions of the workers ({before} before)", most - before, at_most=12)
 
 
 @scenario()
 def clock(stage: Stage, _options: Options) -> float:
-    """One worker's clock is an hour ahead, one's an hour behind; the former is killed after 10 s."""
+    """One worker's clock is an hour ahead, another's an hour behind; the first is killed after 10 s."""
     time.sleep(10)
     worker = stage.workers[0]
     since = stage.strike(worker, partial(worker.process.send, signal.SIGKILL))
@@ -308,11 +308,11 @@ def clock(stage: Stage, _options: Options) -> float:
 
 
 def _faketime(**how: str) -> dict[str, str]:
-    """Return the environment of a program whose clock is wrong."""
+    """Return the environment of a program with a wrong clock."""
     libraries = list(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))
     if not libraries:
-        raise Skipped("no libfaketime here")
-    # The monotonic clock ticks the same on any machine.
+        raise Skipped("libfaketime is not installed")
+    # The monotonic clock stays right, as on a real machine with a wrong clock.
     usual = {"LD_PRELOAD": str(libraries[0]), "FAKETIME_DONT_FAKE_MONOTONIC": "1", "DONT_FAKE_MONOTONIC": "1"}
     return {**usual, **how}
 
@@ -330,7 +330,7 @@ def clock_steps(place: Place, _server: Server, folder: Path, options: Options) -
     """The server's clock steps forward by an hour."""
     offset = place.folder / "offset"
     offset.write_text("+0\n")
-    # Without the cache, because else each process of the server would see the step at another moment.
+    # Without the cache, or else each process of the server would see the step at a different time.
     environment = _faketime(FAKETIME_TIMESTAMP_FILE=str(offset), FAKETIME_NO_CACHE="1")
 
     def fault(stage: Stage, _options: Options) -> float:
@@ -351,7 +351,7 @@ def clock_steps(place: Place, _server: Server, folder: Path, options: Options) -
 
 
 def schema_dropped(_place: Place, server: Server, folder: Path, options: Options) -> dict[str, Any]:
-    """One of the eight schemas that each worker works is dropped under load, and made again."""
+    """One of the eight schemas of each worker is dropped under load, and created again."""
     others = ["a", "b", "c", "d", "e", "f"]
 
     def fault(stage: Stage, _options: Options) -> None:
@@ -376,7 +376,7 @@ def schema_dropped(_place: Place, server: Server, folder: Path, options: Options
             admin.execute(add)
             with suppress(TimeoutError):
                 until(lambda: stage.ask(left)[0][0] == 0, 20)
-        stage.expect("tasks left in the schema made again", stage.ask(left)[0][0], at_most=0)
+        stage.expect("tasks left in the new schema", stage.ask(left)[0][0], at_most=0)
 
     with Stage(server, "schema_dropped", folder, options.rate, others) as stage:
         stage.prepare("dropped")
@@ -386,7 +386,7 @@ def schema_dropped(_place: Place, server: Server, folder: Path, options: Options
 def _failover(
     place: Place, folder: Path, options: Options, fault: Callable[[Server, Stage, Options], None]
 ) -> dict[str, Any]:
-    """Do this to a primary, to which all come through proxies, and its synchronous standby."""
+    """Make a fault of a primary and its synchronous standby; all processes connect through proxies."""
     primary = Server(place, place.folder / folder.name).create()
     standby = Server(place, place.folder / f"{folder.name}_standby").create_as_standby(primary)
     try:
@@ -400,13 +400,13 @@ def _failover(
 
 def _lead_to(stage: Stage, server: Server) -> None:
     stage.server = server
-    for proxy in (stage.way, *(worker.proxy for worker in stage.workers)):
+    for proxy in (stage.load_proxy, *(worker.proxy for worker in stage.workers)):
         assert proxy is not None
         proxy.lead_to(server.port)
 
 
 def failover(place: Place, _server: Server, folder: Path, options: Options) -> dict[str, Any]:
-    """The primary crashes; its standby is promoted, and all are led there."""
+    """The primary crashes; its standby is promoted, and all connections are led to it."""
 
     def fault(standby: Server, stage: Stage, _options: Options) -> None:
         stage.server.stop(signal.SIGQUIT)
@@ -418,7 +418,7 @@ def failover(place: Place, _server: Server, folder: Path, options: Options) -> d
 
 
 def failover_readonly(place: Place, _server: Server, folder: Path, options: Options) -> dict[str, Any]:
-    """All are led to the standby, which can only be read for 5 s, and then is promoted."""
+    """All connections are led to the standby, which is read-only for 5 s and then promoted."""
 
     def fault(standby: Server, stage: Stage, _options: Options) -> None:
         primary = stage.server
@@ -433,7 +433,7 @@ def failover_readonly(place: Place, _server: Server, folder: Path, options: Opti
 def pgbouncer(place: Place, server: Server, folder: Path, options: Options) -> dict[str, Any]:
     """The workers' PgBouncer, in transaction mode, is restarted by SIGTERM, and 5 s later by SIGKILL."""
     if not PGBOUNCER.exists():
-        raise Skipped("no PgBouncer here")
+        raise Skipped("PgBouncer is not installed")
     port = free_port()
     users, settings = place.folder / "users.txt", place.folder / "pgbouncer.ini"
     users.write_text('"app" ""\n')
@@ -465,7 +465,7 @@ def pgbouncer(place: Place, server: Server, folder: Path, options: Options) -> d
 
 
 def disk_full(place: Place, _server: Server, folder: Path, options: Options) -> dict[str, Any]:
-    """The server's disk is full for 6 s; if it ended because of that, it is started when there is room."""
+    """The server's disk is full for 6 s; if the server ended, it is started when there is space."""
 
     def fault(stage: Stage, _options: Options) -> None:
         filler = small / "filler"
@@ -487,7 +487,7 @@ def disk_full(place: Place, _server: Server, folder: Path, options: Options) -> 
 
 
 def hour(_place: Place, server: Server, folder: Path, options: Options) -> dict[str, Any]:
-    """One fault after the other, by chance, for --minutes; the first worker is spared."""
+    """Random faults, one after the other, for --minutes; the first worker is spared."""
     chance = random.Random(options.seed)  # noqa: S311 - no secret
     faults: tuple[Fault, ...] = (
         sigkill,
@@ -506,14 +506,14 @@ def hour(_place: Place, server: Server, folder: Path, options: Options) -> dict[
         time.sleep(min(60, options.minutes * 10))
         begin = memory(spared.pid)
         while time.monotonic() < deadline:
-            # Who is last is struck.
+            # The faults affect the last worker.
             stage.workers[1:] = chance.sample(stage.workers[1:], 2)
             fault = chance.choice(faults)
-            stage.note(fault.__name__)
+            stage.log(fault.__name__)
             strike(stage, fault, options)
             time.sleep(chance.uniform(2, 15))
         growth = memory(spared.pid) - begin
-        stage.expect(f"MB more than at first ({begin:.0f}) in the spared worker's memory", growth, at_most=20)
+        stage.expect(f"growth of the spared worker's memory, from {begin:.0f} MB, in MB", growth, at_most=20)
         return stage.finish()
 
 

@@ -1,4 +1,4 @@
-"""Servers that can be stopped in the middle of things, started again, copied and promoted."""
+"""PostgreSQL servers that can be stopped at any time, started again, copied and promoted."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from typing import Any, Self
 
 import psycopg
 
-# How a server is run without being root, and by which programs, is known there already.
+# It already knows how to find PostgreSQL's programs, and how to run a server if this user is root.
 from apoq.embedded import _gets_ready, _last_lines, _new_folder, _server_user, _usable, find_bindir
 
 PATIENCE = 60.0
@@ -29,15 +29,15 @@ SETTINGS = {
     "unix_socket_directories": "",
     "max_connections": "60",
 }
-"""Few connections, so that they can be used up; otherwise, what PostgreSQL comes with."""
+"""Few connections, so that a scenario can exhaust them; otherwise, PostgreSQL's defaults."""
 
 
 class Skipped(Exception):
-    """A scenario can't be run here; the message says why."""
+    """A scenario can't run on this machine; the message gives the reason."""
 
 
 class Place:
-    """A folder for servers, PostgreSQL's programs, and the user that may run them; gone with the block."""
+    """A folder for servers, PostgreSQL's programs, and the user who runs them; removed after the block."""
 
     def __init__(self) -> None:
         self._user = _server_user()
@@ -58,13 +58,13 @@ class Place:
         self._stack.close()
 
     def give(self, path: Path) -> Path:
-        """Let the servers' user own this."""
+        """Make the servers' user the owner of a path."""
         if self._user:
             os.chown(path, self._user["user"], self._user["group"])
         return path
 
     def run(self, *command: str | Path) -> None:
-        """Run a program to its end."""
+        """Run a program and wait for its end."""
         done = subprocess.run(command, check=False, capture_output=True, timeout=PATIENCE, **self._options())
         if done.returncode:
             raise RuntimeError(f"{Path(command[0]).name}: {_last_lines(done.stderr)}")
@@ -72,7 +72,7 @@ class Place:
     def start(
         self, log: Path, *command: str | Path, ends_by: int, environment: Mapping[str, str] = NOTHING
     ) -> subprocess.Popen[bytes]:
-        """Start a server of whatever kind, which ends by this signal if this program is killed."""
+        """Start a server process, which gets the signal `ends_by` when this program ends or is killed."""
         options = self._options()
         options["env"].update(environment)
         if sys.platform == "linux":
@@ -88,12 +88,12 @@ class Place:
 
     @contextmanager
     def small_disk(self, megabytes: int) -> Iterator[Path]:
-        """Mount a file system of so many megabytes."""
+        """Mount a file system of a given size."""
         folder = self.folder / "small"
         folder.mkdir()
         mount = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "chaos", str(folder)]
         if subprocess.run(mount, check=False, capture_output=True).returncode:
-            raise Skipped("mounting a small file system isn't allowed here")
+            raise Skipped("this user may not mount a small file system")
         try:
             yield self.give(folder)
         finally:
@@ -112,7 +112,7 @@ class Server:
         self.port = free_port()
 
     def create(self) -> Self:
-        """Make its data folder, with a user that is no superuser, as an application's is."""
+        """Create the data folder, and a role that isn't a superuser, like an application's."""
         choices = ["-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C", "--no-sync"]
         self._place.run(self._place.programs / "initdb", "-D", str(self._data), *choices)
         self.start()
@@ -121,7 +121,7 @@ class Server:
         return self
 
     def create_as_standby(self, primary: Server) -> Self:
-        """Make its data folder a copy of the primary's, and follow it; commits there wait for this one."""
+        """Create the data folder as a copy of the primary's, and follow it synchronously."""
         synchronous = "SELECT 1 FROM pg_stat_replication WHERE sync_state = 'sync'"
         source = f"host=127.0.0.1 port={primary.port} user=postgres"
         choices = ["-d", source, "-D", str(self._data), "-R", "-X", "stream", "-c", "fast", "--no-sync"]
@@ -137,9 +137,9 @@ class Server:
         return self._process is not None and self._process.poll() is None
 
     def start(self) -> None:
-        """Start it, and wait until it takes connections."""
+        """Start the server, and wait until it accepts connections."""
         status = self._data / "postmaster.pid"
-        status.unlink(missing_ok=True)  # a dead one's, which may say that it is ready
+        status.unlink(missing_ok=True)  # the file of a dead server may say that it is ready
         words = [word for name, value in SETTINGS.items() for word in ("-c", f"{name}={value}")]
         program = self._place.programs / "postgres"
         command: list[str | Path] = [program, "-D", self._data, "-p", str(self.port), *words]
@@ -150,7 +150,7 @@ class Server:
             raise RuntimeError(f"the server didn't start: {_last_lines(self._log.read_bytes())}")
 
     def stop(self, how: int = signal.SIGINT) -> None:
-        """Stop it: fast by SIGINT, immediately by SIGQUIT."""
+        """Stop the server: fast by SIGINT, immediately by SIGQUIT."""
         assert self._process is not None
         end(self._process, how)
 
@@ -161,16 +161,16 @@ class Server:
             admin.execute("SELECT pg_reload_conf()")
 
     def promote(self) -> None:
-        """Make a standby the primary."""
+        """Promote a standby to primary."""
         with self.admin() as admin:
             admin.execute("SELECT pg_promote()")
 
     def url(self, database: str, port: int | None = None) -> str:
-        """Where SQLAlchemy finds a database as the application's user: here, or behind a proxy's port."""
+        """Return SQLAlchemy's URL of a database for the application's role; `port` may be that of a proxy."""
         return f"postgresql+psycopg://app@127.0.0.1:{port or self.port}/{database}"
 
     def admin(self, database: str = "postgres") -> psycopg.Connection[Any]:
-        """Connect as the superuser, for whom three connections are set aside."""
+        """Connect as the superuser, for whom three connections are reserved."""
         return psycopg.connect(
             f"host=127.0.0.1 port={self.port} user=postgres dbname={database} connect_timeout=2",
             autocommit=True,
@@ -178,7 +178,7 @@ class Server:
 
 
 def end(process: subprocess.Popen[bytes], how: int) -> None:
-    """End a process by this signal, or by SIGKILL where that doesn't help; nothing where it has ended."""
+    """End a running process by a signal, or by SIGKILL if that isn't enough."""
     if process.poll() is None:
         process.send_signal(how)
         try:
@@ -189,11 +189,11 @@ def end(process: subprocess.Popen[bytes], how: int) -> None:
 
 
 def until(condition: Callable[[], bool], seconds: float = PATIENCE) -> None:
-    """Wait until something is so."""
+    """Wait until a condition is true."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
-            raise TimeoutError("it didn't come about in time")
+            raise TimeoutError(f"the condition has not become true in {seconds:g} s")
         time.sleep(0.05)
 
 
@@ -204,7 +204,7 @@ def free_port() -> int:
 
 
 def fill(path: Path) -> None:
-    """Write until the disk is full."""
+    """Write to a file until the disk is full."""
     with suppress(OSError), path.open("ab", buffering=0) as file:
         while True:
             file.write(bytes(65_536))

@@ -1,4 +1,4 @@
-"""Where a scenario takes place: a database, workers, enqueuing processes, and somebody who watches."""
+"""The setting of a scenario: a database, workers, enqueuing processes, and a watcher."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from chaos.watcher import WORKERS, Victim, Watcher
 OFFERERS = 2
 SLOTS = 4 * WORKERS
 PATIENCE = 60.0
-"""Seconds for which a recovery is waited for."""
+"""Seconds to wait for a recovery."""
 
 LIMITS: Mapping[str, float] = {
     "lost": 0,
@@ -34,14 +34,14 @@ LIMITS: Mapping[str, float] = {
     "elsewhere": 20,
     "full_speed": 5,
 }
-"""What is counted may be this at most, unless a scenario says otherwise; times are in seconds.
+"""Maximum values of the counts, unless a scenario has others; times are in seconds.
 
 `elsewhere` is the time until a lost worker's tasks run again. `full_speed` is the time from the end of the
-fault until all is at full speed.
+fault until all tasks are completed at the offered rate.
 """
 
 STEADY = 3.0
-"""Seconds for which full speed must last to count; it counts from when it began."""
+"""Seconds for which full speed must last to count; the time of recovery is when it began."""
 
 UNFINISHED = """
     SELECT type, state, left(worker_id::text, 4), claim_token, fail_count, count(*), min(process_at)::text
@@ -90,18 +90,18 @@ class Process(Child):
 
 @dataclass
 class Worker:
-    """A worker's process, and its own way to the server, where there is one."""
+    """A worker's process, and its own proxy to the server, if there is one."""
 
     process: Process
     proxy: Proxy | None
     settings: dict[str, Any]
-    """What its process is told beside where the server is."""
+    """Arguments of its process, in addition to the server's URL."""
 
 
 class Stage:
-    """One scenario's processes and their load, from their start to the count of what came of it.
+    """The processes of a scenario and their load, from their start to the final counts.
 
-    The load is spread over the default schema and `schemas`. The view `tasks` shows all of it.
+    The load is spread over the default schema and `schemas`. The view `tasks` has the tasks of all schemas.
     """
 
     def __init__(
@@ -111,10 +111,10 @@ class Stage:
         self.name = name
         self.rate = rate
         self.workers: list[Worker] = []
-        self.way: Proxy | None = None
-        """The enqueuing processes' own way to the server."""
+        self.load_proxy: Proxy | None = None
+        """The proxy of the enqueuing processes, if they have one."""
         self.pooler_port: int | None = None
-        """Where the workers connect to, if not straight to the server."""
+        """The port to which the workers connect, if not directly to the server."""
         self.full_speed: list[float | None] = []
         self.all_work: list[float | None] = []
         self.limits = dict(LIMITS)
@@ -138,7 +138,7 @@ class Stage:
             admin.execute(f"CREATE VIEW tasks AS {' UNION ALL '.join(tables)}")
             admin.execute("CREATE TABLE ledger (number bigint NOT NULL)")
             admin.execute("GRANT INSERT ON ledger TO app")
-        shutil.rmtree(self._folder, ignore_errors=True)  # an earlier run's
+        shutil.rmtree(self._folder, ignore_errors=True)  # of an earlier run
         self._folder.mkdir(parents=True)
         return self
 
@@ -146,7 +146,7 @@ class Stage:
         self.stack.close()
 
     def prepare(self, schema: str | None) -> None:
-        """Make apoq's tables in a schema, as the application would."""
+        """Create apoq's tables in a schema, as the application would."""
         engine = sa.create_engine(self.server.url(self.name))
         if schema:
             with engine.begin() as connection:
@@ -162,10 +162,10 @@ class Stage:
         workers: Sequence[Mapping[str, Any]] = [NOTHING] * WORKERS,
         load: Mapping[str, Any] = NOTHING,
     ) -> None:
-        """Start workers, load and watcher, and wait until all run at full speed.
+        """Start workers, load and watcher, and wait until all workers run at full speed.
 
-        With `proxies`, each worker has its own way to the server, which carries `speed` bytes a second.
-        `workers` are the settings of each, and `load` those of the enqueuing processes.
+        With `proxies`, each worker has its own proxy to the server, with a `speed` in bytes per second.
+        `workers` are the settings of each worker, and `load` those of the enqueuing processes.
         """
         for settings in workers:
             proxy = self._proxy(speed) if proxies else None
@@ -175,14 +175,14 @@ class Stage:
         for number in range(1, OFFERERS + 1):
             offerer = self._start(
                 "offer",
-                url=self.server.url(self.name, self.way.port if self.way else None),
+                url=self.server.url(self.name, self.load_proxy.port if self.load_proxy else None),
                 first=number * 10**9,
                 rate=self.rate / OFFERERS,
                 folder=str(self._folder),
                 schemas=[None, *self._schemas],
                 **load,
             )
-            offerer.answer()
+            offerer.receive()
             self._offerers.append(offerer)
         self._watcher = Watcher(self.name, self.rate, lambda: self.server)
         self.stack.callback(self._watcher.stop)
@@ -190,11 +190,11 @@ class Stage:
         until(lambda: self._watcher.since(began, 1.0, lambda sample: sample.all_work) is not None)
 
     def lead_all_by_proxy(self) -> None:
-        """Let the enqueuing processes come through a proxy, too; before `begin`."""
-        self.way = self._proxy()
+        """Let the enqueuing processes connect through a proxy as well; call it before `begin`."""
+        self.load_proxy = self._proxy()
 
     def hold_each(self) -> None:
-        """Give each worker a task that it keeps until the end, so that one sees when another has it."""
+        """Give each worker a task that it holds until the end, to measure when another worker takes it."""
         query = """
             SELECT number, row_number() OVER (PARTITION BY worker_id ORDER BY number), state FROM (
                 SELECT (data->>'number')::bigint AS number, worker_id, state FROM tasks
@@ -205,21 +205,21 @@ class Stage:
         deadline = time.monotonic() + PATIENCE
         while len(held) < WORKERS:
             if time.monotonic() > deadline:
-                raise TimeoutError("not every worker came to hold a task")
+                raise TimeoutError(f"not every worker has claimed a task to hold in {PATIENCE:g} s")
             self._hold(1)
             until(lambda: all(state == "running" for _, _, state in self.ask(query)))
-            # Those that came to a worker that has one are ended.
+            # Tasks of a worker that already has one are released.
             rows = self.ask(query)
             held = [number for number, place, _ in rows if place == 1]
             self._release([number for number, place, _ in rows if place > 1])
 
     def release_all(self) -> None:
-        """Let all tasks end that are held."""
+        """Let all held tasks end."""
         self._release(self._held)
         self._held = []
 
     def strike(self, worker: Worker, act: Callable[[], object]) -> float:
-        """Do this to a worker, and watch when what it held runs anew; answer when it was done."""
+        """Make a fault of a worker, and watch when its tasks run again; return the time of the fault."""
         query = "SELECT id FROM apoq_workers WHERE pid = %s ORDER BY started_at DESC LIMIT 1"
         found = self.ask(query, worker.process.pid)
         act()
@@ -232,26 +232,26 @@ class Stage:
 
     @property
     def rescued(self) -> int:
-        """How many tasks were taken from workers that counted as dead."""
+        """The number of tasks that were rescued from workers that counted as dead."""
         found: int = self.ask("SELECT coalesce(sum(rescue_count), 0)::bigint FROM tasks")[0][0]
         return found
 
     @property
     def struck(self) -> int:
-        """How many tasks the victims held."""
+        """The number of tasks that the victims held."""
         return sum(len(victim.ids) for victim in self._watcher.victims)
 
     def replace(self, worker: Worker) -> None:
-        """Start a new process in a worker's place, as its supervisor would."""
+        """Start a new process in place of a worker's, as a supervisor would."""
         worker.process = self._new_worker(worker.proxy, worker.settings)
 
     def await_recovery(self, since: float) -> None:
-        """Wait until the victims' tasks run elsewhere and all is at full speed, and note since when."""
+        """Wait until the victims' tasks run elsewhere and the load is at full speed, and record the times."""
         deadline = time.monotonic() + PATIENCE
         full = all_work = None
         while full is None or all_work is None or self._watcher.left:
             if time.monotonic() > deadline:
-                self._complain("not so well")
+                self._log_state("not recovered in time")
                 break
             time.sleep(0.1)
             full = self._watcher.since(since, STEADY, lambda sample: sample.is_full)
@@ -259,24 +259,24 @@ class Stage:
         self.full_speed.append(full)
         self.all_work.append(all_work)
 
-    def note(self, what: str) -> None:
-        """Write down what happens, beside the workers' logs."""
+    def log(self, what: str) -> None:
+        """Write a line to a log in the folder of the workers' logs."""
         with (self._folder / "faults.log").open("a") as file:
             file.write(f"{time.strftime('%X')} {what}\n")
 
-    def _complain(self, what: str) -> None:
-        """Write down what there is to see, and the workers' stacks beside their logs."""
-        self.note(f"{what}: {self.ask(UNFINISHED)}")
+    def _log_state(self, what: str) -> None:
+        """Log the unfinished tasks, and write the workers' stacks to files next to their logs."""
+        self.log(f"{what}: {self.ask(UNFINISHED)}")
         for worker in self.workers:
             worker.process.send(signal.SIGUSR1)
         time.sleep(0.2)
 
     def finish(self) -> dict[str, Any]:
-        """Offer no more, let the workers end what there is, and count."""
+        """Stop the load, let the workers finish all tasks, and count."""
         for offerer in self._offerers:
             offerer.say("stop")
         for offerer in self._offerers:
-            offerer.answer()
+            offerer.receive()
         self.release_all()
         self._end_all()
         found = self._count()
@@ -287,7 +287,7 @@ class Stage:
             "elsewhere": None if not elsewhere else _longest(elsewhere),
             "full_speed": _longest(self.full_speed),
             "all_work": _longest(self.all_work),
-            "slots": self._muster(),
+            "slots": self._working_slots(),
             "limits": self.limits,
         }
 
@@ -296,19 +296,19 @@ class Stage:
         with suppress(TimeoutError):
             until(lambda: self.ask(unfinished)[0][0] == 0, PATIENCE)
 
-    def _muster(self) -> int:
-        """Answer how many slots can still run a task: none may be left waiting for what never comes."""
+    def _working_slots(self) -> int:
+        """Return how many slots can still run a task: none may hang for ever."""
         running = "SELECT count(*) FROM tasks WHERE type = 'hold' AND state = 'running'"
         self._hold(SLOTS)
         with suppress(TimeoutError):
             until(lambda: self.ask(running)[0][0] == SLOTS, 15)
         found: int = self.ask(running)[0][0]
         if found < SLOTS:
-            self._complain("not all slots work")
+            self._log_state("not all slots work")
         return found
 
     def add(self, type_: str, count: int, *, padding: str = "", priority: int = 0) -> range:
-        """Add tasks at once, beside the steady load, and return their numbers."""
+        """Add tasks at once, in addition to the steady load, and return their numbers."""
         numbers = range(self._offered, self._offered + count)
         self._offered += count
         query = """
@@ -321,7 +321,7 @@ class Stage:
         return numbers
 
     def expect(self, what: str, found: float, *, at_most: float) -> None:
-        """Count something that only this scenario does."""
+        """Add a count, with its maximum, that only this scenario has."""
         self._expected[what] = found
         self.limits[what] = at_most
 
@@ -335,7 +335,7 @@ class Stage:
     def _count(self) -> dict[str, Any]:
         with self.server.admin(self.name) as admin:
             admin.execute("CREATE TABLE offered (number bigint, sure boolean)")
-            admin.execute("SET work_mem = '256MB'")  # so that NOT IN looks things up
+            admin.execute("SET work_mem = '256MB'")  # so that NOT IN uses a hash table
             with admin.cursor() as cursor, cursor.copy("COPY offered FROM STDIN") as copy:
                 for number in range(self._offered):
                     copy.write_row((number, True))
@@ -362,16 +362,16 @@ class Stage:
         self._begun += 1
         process = Process(role, log=str(self._folder / f"{self._begun:02}-{role}.log"), **task)
         self.stack.push(process)
-        # Whatever state it is in: what was to be shown has been.
+        # Killed in any state, because the counts are complete.
         self.stack.callback(process.send, signal.SIGKILL)
         return process
 
     def ask(self, query: str, *parameters: object) -> list[Any]:
-        """Ask the database, as the superuser."""
+        """Execute a query as the superuser, and return its rows."""
         with self.server.admin(self.name) as admin:
             return admin.execute(query, parameters or None).fetchall()
 
 
 def _longest(seconds: list[float | None]) -> float | None:
-    """Answer the longest of these; infinity where one never came to its end."""
+    """Return the longest of these times; infinity if one of them is None, because it never ended."""
     return max((float("inf") if one is None else one for one in seconds), default=None)

@@ -1,4 +1,4 @@
-"""Watches a scenario: whether all goes well, and since when."""
+"""Watches a scenario: whether tasks are completed at the offered rate, and since when."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from chaos.server import Server
 
 WORKERS = 3
 
-CLOSE_TO_FULL = 0.8
-"""Of what is offered in a second, which must be a part of the rate: on a busy machine, it isn't all."""
+FULL_SHARE = 0.8
+"""Share of the tasks offered in a second that must be completed in it, to count as full speed."""
 
-SOME = 0.25
-"""Of the rate: what must be offered at least, for it to say anything."""
+MIN_OFFERED_SHARE = 0.25
+"""Share of the rate that must have been offered; on a busy machine, not all of it is."""
 
 SAMPLE = """
     SELECT
@@ -37,12 +37,12 @@ LEFT = """
     SELECT id FROM apoq_tasks JOIN unnest(%s::bigint[], %s::bigint[]) AS held (id, token) USING (id)
     WHERE state <> 'completed' AND (state = 'pending' OR apoq_tasks.claim_token = held.token)
 """
-"""Of what a victim held: what hasn't begun anew, nor been completed."""
+"""The tasks of a victim that have neither started again nor been completed."""
 
 
 @dataclass
 class Victim:
-    """Tasks that a worker held when something befell it, and how long it took until they ran anew."""
+    """The tasks that a worker held at the time of a fault, and the seconds until they ran again."""
 
     since: float
     ids: list[int]
@@ -51,17 +51,17 @@ class Victim:
 
 
 class Sample(NamedTuple):
-    """How it stands at a moment."""
+    """The state at a point in time."""
 
     when: float
     is_full: bool
-    """All that is offered is completed at once."""
+    """Whether the offered tasks are completed immediately."""
     all_work: bool
-    """And each worker has its share of it."""
+    """Whether, in addition, each worker completes some of them."""
 
 
 class Watcher:
-    """Looks ten times a second what is offered and completed, and what becomes of victims' tasks."""
+    """Reads ten times per second how many tasks were offered and completed, and checks the victims' tasks."""
 
     def __init__(self, database: str, rate: float, server: Callable[[], Server]) -> None:
         self.victims: list[Victim] = []
@@ -79,11 +79,11 @@ class Watcher:
 
     @property
     def left(self) -> list[Victim]:
-        """Victims of whose tasks some have not begun anew."""
+        """The victims with tasks that have not started again."""
         return [victim for victim in self.victims if victim.seconds is None]
 
     def since(self, moment: float, lasting: float, is_so: Callable[[Sample], bool]) -> float | None:
-        """Answer how long after this moment it began to be so, if it has lasted."""
+        """Return how long after a moment a condition became true, if it has lasted; else None."""
         began = None
         for sample in self._samples:
             if sample.when >= moment:
@@ -106,7 +106,9 @@ class Watcher:
                     now = time.monotonic()
                     known = [(when, id_) for when, id_ in known if now - when <= 1] + [(now, last)]
                     offered = last - known[0][1]
-                    is_flowing = offered > SOME * self._rate and completed >= CLOSE_TO_FULL * offered
+                    is_flowing = (
+                        offered > MIN_OFFERED_SHARE * self._rate and completed >= FULL_SHARE * offered
+                    )
                     is_full = is_flowing and age < 1
                     self._samples.append(Sample(now, is_full, is_full and workers >= WORKERS))
                     for victim in self.left:

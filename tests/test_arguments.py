@@ -557,7 +557,7 @@ LOST: dict[str, tuple[Any, Any, str, str]] = {
         list[Line],
         [LINE, Discounted("a", Decimal(1), 5)],
         "[1]",
-        "it would come back as Line, not as Discounted: annotate it as Discounted, or give Line",
+        "it would come back as Line, not as Discounted: annotate it as Discounted, or pass Line",
     ),
     "a subclass without fields": (
         Line | None,
@@ -685,11 +685,11 @@ class TestWrongCalls:
             (
                 {"user_id": User(id=7)},
                 "data['user_id']",
-                "a mapped object belongs to its session: give its id",
+                "a mapped object belongs to its session: pass its id",
             ),
             ({"user_id": 7, "plain": User(id=7)}, "data['plain']", "a mapped object belongs to its session"),
             ({"user_id": 7, "plain": [User(id=7)]}, "data['plain'][0]", "User is not JSON: a mapped object"),
-            ({"user_id": object()}, "data['user_id']", "object has no form in JSON: <object"),
+            ({"user_id": object()}, "data['user_id']", "object can't be converted to JSON: <object"),
             ({"user_id": 7, "locale": AT}, "data['locale']", "Expected `str`, got `datetime`"),
             ({"user_id": 7, "locale": "\0"}, "data['locale']", "jsonb can't hold U+0000"),
             (
@@ -708,7 +708,7 @@ class TestWrongCalls:
             (
                 {"user_id": 7, "plain": AT},
                 "data['plain']",
-                "datetime is not JSON, and converted only if 'send' annotates its parameter",
+                "datetime is not JSON, and is converted only if 'send' annotates its parameter",
             ),
             ({"user_id": 7, "plain": [{"at": AT}]}, "data['plain'][0]['at']", "datetime is not JSON"),
         ],
@@ -750,9 +750,9 @@ class TestWrongCalls:
                 {"at": "x"},
                 r"data\['value'\]\.at: Input should be a valid datetime.*, says Strict, for",
             ),
-            (list[int], collections.deque([1]), "deque has no form in JSON"),
+            (list[int], collections.deque([1]), "deque can't be converted to JSON"),
             (float, float("nan"), None),
-            (datetime | None, NotATime(1, 1, 1), "NotATime has no form in JSON"),
+            (datetime | None, NotATime(1, 1, 1), "NotATime can't be converted to JSON"),
         ],
         ids=["time", "UUID", "date", "dict", "literal", "bound", "model", "deque", "NaN", "NaT"],
     )
@@ -778,7 +778,7 @@ class TestWrongCalls:
     def test_more_than_a_task_may_hold(self, session):
         task = Queue(max_data_size=20).task(type="send")(lambda text: None)
 
-        with pytest.raises(InvalidData, match="over the limit of 20"):
+        with pytest.raises(InvalidData, match="exceed the limit of 20"):
             task.add(session, "x" * 20)
 
 
@@ -838,39 +838,42 @@ async def wrong_async_task(task: RunningTask) -> None: ...
 
 
 CANT_BE = {
-    "generator": (generator, "is a generator function"),
-    "star": (star, r"takes \*values, and arguments travel by their names: give it a parameter for each"),
+    "generator": (generator, "must not be a generator function"),
+    "star": (star, r"takes \*values, but arguments are sent by name: give it a parameter for each"),
     "star after": (star_after, r"takes \*values"),
     "positional": (positional, "the parameter 'value' of .* is positional-only"),
-    "method": (method, "is a method, whose 'self' can't travel: make it a function or a staticmethod"),
+    "method": (
+        method,
+        "is a method, whose 'self' can't be sent as JSON: make it a function or a staticmethod",
+    ),
     "class": (Order, "@queue.task must decorate a function, got <class"),
     "name": ("send", "@queue.task must decorate a function, got 'send'"),
     "builtin": (len, "the parameter 'obj' of 'builtins.len' is positional-only"),
-    "unknown": (iter, "the parameters of 'builtins.iter' can't be known"),
+    "unknown": (iter, "the parameters of 'builtins.iter' can't be read"),
     "lambda": (
         lambda user_id: None,
         r"a task's function must have a name, got .*: give its type, `queue.task\(type=…\)`",
     ),
     "session": (
         of_session,
-        "the parameter 'session' of .* can't travel as JSON: there is no conversion for Session",
+        "the parameter 'session' of .* can't be sent as JSON: Session can't be converted",
     ),
-    "inside": (of_sessions, "the parameter 'sessions' of .*: there is no conversion for Session: give what"),
+    "inside": (of_sessions, "the parameter 'sessions' of .*: Session can't be converted: pass something"),
     "pydantic field": (
         of_places,
         "FieldInfo .*: give each field of a pydantic dataclass a plain default, or",
     ),
     "mapped": (
         of_users,
-        "can't travel as JSON: User is a mapped class, .*: give the id, and load the object",
+        "can't be sent as JSON: User is a mapped class, .*: pass the id, and load the object",
     ),
-    "subclass": (of_markup, "no conversion for Markup: annotate str, for which one may be given"),
-    "number": (of_number, "no conversion for Number: annotate int or float, for which one may be given"),
-    "callback": (of_callback, "the parameter 'call' of .*: there is no conversion for Callable"),
+    "subclass": (of_markup, "Markup can't be converted: annotate str, which accepts it as well"),
+    "number": (of_number, "Number can't be converted: annotate int or float, which accept it as well"),
+    "callback": (of_callback, "the parameter 'call' of .*: Callable can't be converted"),
     "ambiguous union": (of_times, "the parameter 'at' of .* more than one str-like type"),
     "models": (of_models, "the parameter 'of' of .* custom type .* a pydantic model with a discriminator"),
-    "mapped field": (of_mapped_field, "can't travel as JSON: User is a mapped class"),
-    "mapped model field": (of_mapped_model_field, "can't travel as JSON: User is a mapped class"),
+    "mapped field": (of_mapped_field, "can't be sent as JSON: User is a mapped class"),
+    "mapped model field": (of_mapped_model_field, "can't be sent as JSON: User is a mapped class"),
     "validation alias": (
         of_validated,
         r"Validated\.user_id is written as 'user_id' and read as 'userId': give it an `alias=`",
@@ -879,11 +882,11 @@ CANT_BE = {
         of_serialized,
         r"Serialized\.user_id is written as 'userId' and read as 'user_id': give it an `alias=`",
     ),
-    "pydantic constraint": (of_positive, r"Gt\(gt=0\) is pydantic's, and checked in its models only"),
-    "pydantic type": (of_secret, "no conversion for SecretStr: make it a field of a pydantic model"),
+    "pydantic constraint": (of_positive, r"Gt\(gt=0\) is pydantic's, which checks it only in its models"),
+    "pydantic type": (of_secret, "SecretStr can't be converted: make it a field of a pydantic model"),
     "private attribute": (of_private, r"PrivateParcel\._id is private, and msgspec leaves it out: rename"),
-    "late task": (late_task, "gets the running task as its first parameter, not as 'task'"),
-    "async task": (wrong_task, "is a plain function, so the task that it gets is annotated RunningTask"),
+    "late task": (late_task, "must take the running task as its first parameter, not as 'task'"),
+    "async task": (wrong_task, "is a plain function, so its running task must be annotated RunningTask"),
     "plain task": (wrong_async_task, "is a coroutine function, so .* annotated AsyncRunningTask"),
 }
 
@@ -898,13 +901,13 @@ class TestFunctionsThatCantBeTasks:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"type": ""}, "a task's type can't be empty"),
-            ({"type": 5}, "a task's type is a string"),
+            ({"type": ""}, "a task's type must not be empty"),
+            ({"type": 5}, "a task's type must be a string"),
             ({"type": "x" * 256}, "at most 255 characters"),
             ({"aliases": "old"}, r"aliases must be a list of types, such as \['old'\]"),
-            ({"aliases": [""]}, "a task's type can't be empty"),
-            ({"aliases": [5]}, "a task's type is a string"),
-            ({"retry_limit": -1}, "retry_limit is a number of retries"),
+            ({"aliases": [""]}, "a task's type must not be empty"),
+            ({"aliases": [5]}, "a task's type must be a string"),
+            ({"retry_limit": -1}, "retry_limit must be a number of retries"),
             ({"retry_delay": "30"}, "retry_delay must be a number of seconds, a timedelta, or a function"),
             ({"timeout": 0}, "timeout must be positive, got 0"),
         ],

@@ -257,7 +257,7 @@ class TestEveryKindOfSession:
 @pytest.mark.parametrize("task", [None, "7", True, 2**63, 1.0], ids=repr)
 @pytest.mark.parametrize("change", ["cancel", "retry"])
 def test_a_task_is_a_task_or_its_id(session, queue, change, task):
-    with pytest.raises(InvalidTask, match="a task's id is a whole number"):
+    with pytest.raises(InvalidTask, match="a task's id must be a whole number"):
         getattr(queue, change)(session, task)
 
 

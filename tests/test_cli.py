@@ -265,19 +265,19 @@ class TestCheck:
             ("DROP TABLE apoq_workers", "the table apoq_workers is missing"),
             (
                 "ALTER TABLE apoq_tasks ALTER COLUMN data DROP NOT NULL",
-                "the column apoq_tasks.data may be NULL",
+                "the column apoq_tasks.data must not accept NULL",
             ),
             (
                 "ALTER TABLE apoq_tasks ALTER COLUMN fail_count TYPE smallint",
-                "the column apoq_tasks.fail_count is of type SMALLINT, and not INTEGER",
+                "the type of apoq_tasks.fail_count must be INTEGER, got SMALLINT",
             ),
             (
                 "ALTER TABLE apoq_tasks ALTER COLUMN priority SET DEFAULT 7",
-                "the column apoq_tasks.priority defaults to 7, and not 0",
+                "the default of apoq_tasks.priority must be 0, got 7",
             ),
             (
                 "ALTER TABLE apoq_tasks ALTER COLUMN process_at DROP DEFAULT",
-                "the column apoq_tasks.process_at defaults to nothing, and not now()",
+                "the default of apoq_tasks.process_at must be now(), got nothing",
             ),
             ("DROP INDEX apoq_tasks_open_idx", "the index apoq_tasks_open_idx is missing"),
             (
@@ -285,14 +285,14 @@ class TestCheck:
                     "DROP INDEX apoq_tasks_failed_idx; CREATE INDEX apoq_tasks_failed_idx ON apoq_tasks"
                     " (queue, coalesce(cancelled_at, failed_at, process_at)) WHERE indexed_state = 'failed'"
                 ),
-                "the index apoq_tasks_failed_idx is missing, or another one",
+                "the index apoq_tasks_failed_idx is missing or differs from the model",
             ),
             (
                 (
                     "DROP INDEX apoq_tasks_completed_idx; CREATE INDEX apoq_tasks_completed_idx"
                     " ON apoq_tasks (completed_at) WHERE state = 'completed'"
                 ),
-                "the index apoq_tasks_completed_idx is missing, or another one",
+                "the index apoq_tasks_completed_idx is missing or differs from the model",
             ),
             (
                 "UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'apoq_tasks_failed_idx'::regclass",
@@ -308,7 +308,7 @@ class TestCheck:
                     " ALTER TABLE apoq_tasks ADD CONSTRAINT apoq_tasks_state_check"
                     " CHECK (state IN ('pending', 'done'))"
                 ),
-                "the CHECK apoq_tasks_state_check is missing, or another one",
+                "the CHECK apoq_tasks_state_check is missing or differs from the model",
             ),
         ],
     )

@@ -158,8 +158,8 @@ class TestAdd:
         [
             (["t", '"\\u0000"'], 1, "jsonb can't hold U+0000"),
             (["t", "NaN"], 1, "JSON has no nan"),
-            (["", "{}"], 1, "a task's type can't be empty"),
-            (["t", "--priority", "99999"], 1, "priority is a whole number"),
+            (["", "{}"], 1, "a task's type must not be empty"),
+            (["t", "--priority", "99999"], 1, "priority must be a whole number"),
             (["t", "--delay", "1h", "--at", "2031-05-04T12:00Z"], 1, "not both"),
             (
                 ["t", "--delay", "soon"],

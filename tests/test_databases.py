@@ -143,7 +143,7 @@ def test_an_option_that_libpq_does_not_know_is_named(option):
 
 
 def test_what_to_do_instead_of_prismas_options_is_said():
-    with pytest.raises(InvalidURL, match=r"got 'pgbouncer', 'schema': .*Queue\(schema=…\), or by --schema"):
+    with pytest.raises(InvalidURL, match=r"got 'pgbouncer', 'schema': .*Queue\(schema=…\), or use --schema"):
         database_url("postgresql://host/app?pgbouncer=true&schema=public")
 
 

@@ -707,7 +707,9 @@ class TestSettings:
         assert (settings.worker, settings.in_process_worker) == ({"concurrency": 8}, True)
 
     def test_what_is_no_duration_is_named(self):
-        with pytest.raises(TypeError, match="APOQ_LEASE is a number of seconds or a timedelta, not '3 s'"):
+        with pytest.raises(
+            TypeError, match="APOQ_LEASE must be a number of seconds or a timedelta, got '3 s'"
+        ):
             self.read(APOQ_LEASE="3 s")
 
     def test_the_in_process_worker_is_a_question_of_yes_or_no(self):
@@ -790,7 +792,7 @@ class TestCommands:
         result = self.run(app, command)
 
         assert result.exit_code == 1
-        assert "apoq works on PostgreSQL" in result.output
+        assert "must be PostgreSQL through psycopg 3" in result.output
 
     def test_an_unmigrated_database_is_named_with_the_cure(self, make_app, apoq, empty_url):
         apoq.use("t", print)

@@ -55,7 +55,7 @@ def test_the_statement_that_it_names_is_enough(engine, sql, schema):
     found = problem(engine, schema)
 
     assert found is not None
-    assert "id 1, and there are tasks up to id 5" in found.text
+    assert "id 1, but there are tasks up to id 5" in found.text
     sql(found.fix)
     assert problem(engine, schema) is None
     with Session(engine) as session, session.begin():

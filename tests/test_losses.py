@@ -186,7 +186,7 @@ SAME: dict[str, tuple[Any, Any]] = {
 
 LOST: dict[str, tuple[Any, Any, str, str]] = {
     "int": (1, 2, "", "it would come back as another value, 2"),
-    "bool for int": (True, 1, "", "it would come back as int, not as bool: annotate it as bool, or give int"),
+    "bool for int": (True, 1, "", "it would come back as int, not as bool: annotate it as bool, or pass int"),
     "int for bool": (1, True, "", "as bool, not as int"),
     "False": (False, True, "", "another value, True"),
     "float for int": (1.0, 1, "", "as int, not as float"),
@@ -241,7 +241,7 @@ LOST: dict[str, tuple[Any, Any, str, str]] = {
         [type("User", (Plain,), {"__mapper__": None})()],
         [{}],
         "[0]",
-        "a mapped object belongs to its session: give its id",
+        "a mapped object belongs to its session: pass its id",
     ),
     "in a generic": (Page(items=[True]), Page[int](items=[1]), ".items[0]", "as int, not as bool"),
     "another generic": (Page(items=[1]), Login(), "", "as Login, not as Page"),

@@ -91,8 +91,8 @@ class TestAdding:
             ({"traceparent": "00-1"}, "'traceparent', which is reserved for tracing"),
             ({"tracestate": ""}, "'tracestate', which is reserved for tracing"),
             ({"at": object()}, r"meta\['at'\]"),
-            ({1: 2}, "a key of a JSON object is a string"),
-            ({"long": "x" * 5_000}, "over the limit of 4,096"),
+            ({1: 2}, "a key of a JSON object must be a string"),
+            ({"long": "x" * 5_000}, "exceed the limit of 4,096"),
         ],
     )
     def test_what_it_can_not_be_is_refused_before_anything_is_sent(self, session, meta, message):

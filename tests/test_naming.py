@@ -96,4 +96,4 @@ def test_an_index_of_another_name_on_other_rows_or_columns_is_none_of_ours(engin
             f"DROP INDEX apoq_tasks_completed_idx; CREATE INDEX i ON apoq_tasks ({columns}) WHERE {where}"
         )
 
-    assert differences(engine) == ["the index apoq_tasks_completed_idx is missing, or another one"]
+    assert differences(engine) == ["the index apoq_tasks_completed_idx is missing or differs from the model"]

@@ -148,7 +148,7 @@ class TestWhatItDoesNotHold:
     def test_a_number_that_is_none(self, number):
         error = fault({"prices": [1.0, number]})
 
-        assert str(error) == f"data['prices'][1]: JSON has no {float(number)}: give None or text instead"
+        assert str(error) == f"data['prices'][1]: JSON has no {float(number)}: pass None or text instead"
 
     @pytest.mark.parametrize(
         ("text", "named"), [("a\0b", "U+0000 (NUL)"), (f"a{SURROGATE}", "a lone surrogate")]
@@ -176,7 +176,7 @@ class TestWhatItDoesNotHold:
     def test_a_key_that_is_no_text(self, key):
         error = fault({"a": [{key: 1}]})
 
-        assert str(error) == f"data['a'][0]: a key of a JSON object is a string, not {key!r}"
+        assert str(error) == f"data['a'][0]: a key of a JSON object must be a string, got {key!r}"
 
     @pytest.mark.parametrize(
         "value",
@@ -290,8 +290,8 @@ class TestSize:
 
     def test_the_message_says_how_large_the_data_are_and_what_to_do(self):
         assert str(fault("x" * 1_999, max_size=1_000)) == (
-            "data: 2,001 bytes of JSON are over the limit of 1,000: keep what is large elsewhere and put its "
-            "key here, or raise Queue(max_data_size=…)"
+            "data: 2,001 bytes of JSON exceed the limit of 1,000: store large values elsewhere and pass "
+            "their key, or raise Queue(max_data_size=…)"
         )
 
 
@@ -305,12 +305,12 @@ class TestNames:
     @pytest.mark.parametrize(
         ("name", "message"),
         [
-            ("", "a task's type can't be empty"),
-            ("x" * 256, r"a task's type has at most 255 characters, not 256: 'xxx"),
-            (None, "a task's type is a string, not None"),
-            (b"t", "a task's type is a string, not b't'"),
-            (5, "a task's type is a string, not 5"),
-            (Loud(), "a task's type is a string, not <Loud instance"),
+            ("", "a task's type must not be empty"),
+            ("x" * 256, r"a task's type must have at most 255 characters, got 256: 'xxx"),
+            (None, "a task's type must be a string, got None"),
+            (b"t", "a task's type must be a string, got b't'"),
+            (5, "a task's type must be a string, got 5"),
+            (Loud(), "a task's type must be a string, got <Loud instance"),
             ("a\0", r"a task's type can't hold U\+0000"),
             (SURROGATE, "a task's type can't hold a lone surrogate"),
         ],
@@ -321,7 +321,7 @@ class TestNames:
             check_type(name)
 
     def test_the_message_says_whose_name_it_is(self):
-        with pytest.raises(InvalidTask, match="a queue's name can't be empty"):
+        with pytest.raises(InvalidTask, match="a queue's name must not be empty"):
             check_name("", "a queue's name")
 
 

@@ -187,7 +187,7 @@ class TestNoTablesAtAll:
         done = cli(engine, "migrate")
 
         assert done.exit_code == 4
-        assert "no schema in the search_path (nowhere) exists" in done.output
+        assert "the search_path (nowhere) must include an existing schema" in done.output
 
 
 class TestTwoSets:

@@ -108,7 +108,7 @@ def test_a_delay_may_be_of_a_subclass(session, queue):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"process_at": NotATime(2031, 5, 4)}, "process_at=.* has no time zone"),
+        ({"process_at": NotATime(2031, 5, 4)}, "process_at must have a time zone"),
         ({"timeout": Span()}, "timeout must be a number of seconds or a timedelta, got <"),
         (
             {"retry_delay": Decimal(7)},

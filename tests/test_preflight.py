@@ -172,7 +172,7 @@ class TestRowSecurity:
         sql("ALTER TABLE apoq_tasks ENABLE ROW LEVEL SECURITY; CREATE POLICY t ON apoq_tasks USING (false)")
         (problem,) = look(as_role)
 
-        create, _, disable = problem.fix.partition(", if no policy there is restrictive; else ")
+        create, _, disable = problem.fix.partition(", if no policy there is restrictive; otherwise ")
         sql(create)
 
         assert look(as_role) == []
@@ -256,7 +256,7 @@ class TestTable:
         assert (problem.subject, problem.is_fatal) == (TABLE, True)
 
         for start in (worker.start, worker.work):
-            with pytest.raises(UnsupportedDatabase, match="unique within one table") as raised:
+            with pytest.raises(UnsupportedDatabase, match="unique only within one table") as raised:
                 start()
             assert problem.text in str(raised.value)
             assert problem.fix in str(raised.value)

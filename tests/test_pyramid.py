@@ -411,7 +411,7 @@ class TestConfiguration:
             (lambda task: None, r"let it take them, `\(task, request\)`"),
             ("pyramid_site", "takes a function of a task and a request, not <module"),
             (coroutine, "is a coroutine function, and Pyramid's requests belong to a thread"),
-            (generator, "is a generator function, of which a call runs nothing"),
+            (generator, "must not be a generator function, because calling it runs nothing"),
         ],
     )
     def test_a_function_that_can_not_process(self, config, function, says):

@@ -81,7 +81,7 @@ def test_the_others(name, text, value):
         ("queue", "a\0b", "a queue's name"),
         ("queues", "", "must not be empty: remove it"),
         ("queues", "x" * 1000, "a queue's name"),
-        ("schema", "x" * 64, "a schema's name has at most 63 bytes"),
+        ("schema", "x" * 64, "a schema's name must have at most 63 bytes"),
         ("base_url", "example.com", "must be the start of your site's URLs, such as https://example.com"),
         ("base_url", "//[", "must be the start of your site's URLs"),
         ("listen_url", "postgresql://user:secret@host:port/db", "the database's URL can't be read"),

@@ -293,9 +293,9 @@ class TestStop:
         worker.use("t", lambda task: done.set())
         worker.start()
 
-        with pytest.raises((TypeError, ValueError), match="a timeout is "):
+        with pytest.raises((TypeError, ValueError), match="timeout must be "):
             worker.stop(timeout)
-        with pytest.raises((TypeError, ValueError), match="a timeout is "):
+        with pytest.raises((TypeError, ValueError), match="timeout must be "):
             worker.run(timeout=timeout)
 
         add(engine)

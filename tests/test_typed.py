@@ -215,11 +215,11 @@ class TestUsing:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"priority": 2**15}, "priority is a whole number"),
+            ({"priority": 2**15}, "priority must be a whole number"),
             ({"delay": "60"}, "delay must be a number of seconds or a timedelta"),
-            ({"process_at": LATER.replace(tzinfo=None)}, "has no time zone"),
+            ({"process_at": LATER.replace(tzinfo=None)}, "must have a time zone"),
             ({"delay": timedelta(1), "process_at": LATER}, "can't both be given"),
-            ({"retry_limit": -1}, "retry_limit is a whole number"),
+            ({"retry_limit": -1}, "retry_limit must be a whole number"),
             ({"retry_delay": "1"}, "retry_delay must be a number"),
             ({"timeout": 0}, "timeout must be positive, got 0"),
         ],
@@ -403,8 +403,8 @@ class TestMismatchedData:
             ),
             ({}, "the argument 'user_id' of 'send' is missing in the task's data"),
             ({"user_id": 7, "x": 1}, "'send' has no parameter for the argument 'x' of the task's data"),
-            ([7], "the data of 'send' is an object of its arguments, such as {'user_id': 7}, not [7]"),
-            (None, "the data of 'send' is an object of its arguments, such as {'user_id': 7}, not None"),
+            ([7], "the data of 'send' must be an object of its arguments, such as {'user_id': 7}, got [7]"),
+            (None, "the data of 'send' must be an object of its arguments, such as {'user_id': 7}, got None"),
         ],
         ids=["type", "null", "text", "inside", "field", "missing", "unexpected", "list", "null data"],
     )

@@ -104,7 +104,7 @@ def test_a_server_that_falls_silent_is_cut_after_that_long(own):
 
     with pytest.raises(
         psycopg.OperationalError,
-        match=r"^the server has not answered for 0\.2 s: apoq has cut the connection$",
+        match=r"^the server has not responded for 0\.2 s: apoq has closed the connection$",
     ):
         execute(own, sa.select(sa.func.pg_sleep(30)), {}, timeout=0.2)
 
@@ -113,9 +113,9 @@ def test_a_server_that_falls_silent_is_cut_after_that_long(own):
 
 def test_after_its_limit_an_engine_waits_for_no_answer_and_sends_nothing(own):
     watch.limit(own, time.monotonic() + 0.2)
-    with pytest.raises(psycopg.OperationalError, match=r"^the worker is stopping: apoq waits no longer"):
+    with pytest.raises(psycopg.OperationalError, match=r"^the worker is stopping: apoq no longer waits"):
         execute(own, sa.select(sa.func.pg_sleep(30)), {})
-    with pytest.raises(psycopg.OperationalError, match=r"^the worker is stopping: apoq waits no longer"):
+    with pytest.raises(psycopg.OperationalError, match=r"^the worker is stopping: apoq no longer waits"):
         execute(own, sa.text("SELECT 1"), {})
 
     watch.limit(own, None)

@@ -1,1 +1,1 @@
-"""Plain Python: what a task, a retry or an option is. No database."""
+"""Plain Python, without a database: states, options, retries and the outcome of an attempt."""

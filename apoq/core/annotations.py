@@ -1,4 +1,4 @@
-"""Finds what of an annotation could never travel as JSON, before a value is given."""
+"""Rejects annotations whose values could never be converted to JSON, before any value is given."""
 
 from __future__ import annotations
 
@@ -6,42 +6,42 @@ from collections.abc import Iterator
 from numbers import Real
 from typing import Any, Final, get_args, get_type_hints
 
-from apoq.core.conversion import TO_BASE, NoForm, is_model, stood_in
+from apoq.core.conversion import TO_BASE, NotConvertible, is_model, replaced_class
 from apoq.core.plain import is_mapped
 
-_SUCH_AS_AN_ID: Final = "give what stands for it, such as an id"
+_SEND_AN_ID: Final = "pass something that identifies it, such as an id"
 
 
 def check_type(type_: Any) -> None:
-    """Raise `NoForm` for a type that values can't be converted to; NameError if its annotations name none."""
+    """Raise `NotConvertible` if JSON can't be converted to a type; NameError if a name in it is undefined."""
     import msgspec  # noqa: PLC0415
 
     _check_constraints(type_)
     for kind in _classes(type_, {}):
         _check_class(kind)
-    # A schema is made of all that the type consists of.
+    # A schema includes every part of the type, so an unsupported part raises here.
     try:
         msgspec.json.schema_components([type_], schema_hook=_schema)
-    except (NameError, NoForm):
+    except (NameError, NotConvertible):
         raise
-    except Exception as error:  # noqa: BLE001 - whatever it is, the type can't be converted
-        raise NoForm(f"{error}: {_instead_after(str(error))}") from None
+    except Exception as error:  # noqa: BLE001 - any error means that the type can't be converted
+        raise NotConvertible(f"{error}: {_advice_after(str(error))}") from None
 
 
 def _check_constraints(type_: Any) -> None:
-    # Not those of a model's fields, which are checked when it is made.
+    # This skips the fields of pydantic models, because pydantic checks their constraints.
     for constraint in getattr(type_, "__metadata__", ()):
         if type(constraint).__module__.partition(".")[0] in {"pydantic", "annotated_types"}:
-            raise NoForm(
-                f"{constraint!r} is pydantic's, and checked in its models only: make it a field of a model, "
-                "or write msgspec.Meta(…)"
+            raise NotConvertible(
+                f"{constraint!r} is pydantic's, which checks it only in its models: make it a field of a "
+                "model, or use msgspec.Meta(…)"
             )
     for argument in get_args(type_):
         _check_constraints(argument)
 
 
 def _classes(type_: Any, seen: dict[int, Any]) -> Iterator[type]:
-    """Walk through the classes that a type consists of, and those of their fields."""
+    """Yield every class in a type, including the classes of their fields."""
     if id(type_) in seen:
         return
     seen[id(type_)] = type_
@@ -58,25 +58,25 @@ def _fields(kind: Any) -> list[Any]:
         return []
     try:
         return list(get_type_hints(kind).values())
-    except Exception:  # noqa: BLE001 - msgspec reads them, too, and says what is wrong
+    except Exception:  # noqa: BLE001 - msgspec reads them as well, and its error says what is wrong
         return []
 
 
 _DECLARES: Final = ("__dataclass_fields__", "__struct_fields__", "__attrs_attrs__", "__total__", "_fields")
-"""What a class has that declares its fields; the last two are of a TypedDict and of a NamedTuple."""
+"""Attributes that mark a class with declared fields; the last two mark a TypedDict and a NamedTuple."""
 
 
 def _check_class(kind: type) -> None:
     if is_mapped(kind):
-        raise NoForm(
-            f"{kind.__qualname__} is a mapped class, whose objects belong to their session: give the id, and "
+        raise NotConvertible(
+            f"{kind.__qualname__} is a mapped class, whose objects belong to their session: pass the id, and "
             "load the object in the function"
         )
     if is_model(kind):
         _check_aliases(kind)
     for field in getattr(kind, "__attrs_attrs__", ()):
         if field.name.startswith("_"):
-            raise NoForm(
+            raise NotConvertible(
                 f"{kind.__qualname__}.{field.name} is private, and msgspec leaves it out: rename the field"
             )
 
@@ -84,43 +84,43 @@ def _check_class(kind: type) -> None:
 def _check_aliases(model: Any) -> None:
     own = model.__pydantic_decorators__
     if own.model_serializers or own.model_validators:
-        return  # which may read what is written
+        return  # a custom serializer or validator may read the written name
     by_name = model.model_config.get("populate_by_name") or model.model_config.get("validate_by_name")
     for name, field in model.model_fields.items():
         written, read = field.serialization_alias or name, field.validation_alias or name
         is_read = written in getattr(read, "choices", [read]) or (by_name and written == name)
         if not is_read and not field.exclude:
-            raise NoForm(
+            raise NotConvertible(
                 f"{model.__qualname__}.{name} is written as {written!r} and read as {read!r}: give it an "
-                "`alias=`, which is for both"
+                "`alias=`, which applies to both"
             )
 
 
 def _schema(type_: type) -> dict[str, Any]:
     if is_model(type_) or type_ is object:
         return {"type": "object"}
-    if stood_in(type_):
+    if replaced_class(type_):
         return {"type": "string"}
-    raise NoForm(f"there is no conversion for {type_.__qualname__}: {_instead_of(type_)}")
+    raise NotConvertible(f"{type_.__qualname__} can't be converted: {_advice_for(type_)}")
 
 
-def _instead_of(type_: type) -> str:
+def _advice_for(type_: type) -> str:
     for base in TO_BASE:
         if issubclass(type_, base):
-            return f"annotate {base.__name__}, for which one may be given"
+            return f"annotate {base.__name__}, which accepts it as well"
     if issubclass(type_, Real):  # such as numpy's numbers
-        return "annotate int or float, for which one may be given"
+        return "annotate int or float, which accept it as well"
     if type_.__module__.partition(".")[0] == "pydantic":
         return "make it a field of a pydantic model"
-    return _SUCH_AS_AN_ID
+    return _SEND_AN_ID
 
 
-def _instead_after(error: str) -> str:
+def _advice_after(error: str) -> str:
     if "Type unions" in error:
         return (
-            "annotate one of them, or a class that says which it is, such as tagged msgspec classes or a "
+            "annotate one of them, or classes that JSON can distinguish, such as tagged msgspec classes or a "
             "pydantic model with a discriminator"
         )
-    if "FieldInfo" in error:  # a default that is `pydantic.Field(…)`
+    if "FieldInfo" in error:  # from a default of `pydantic.Field(…)`
         return "give each field of a pydantic dataclass a plain default, or make it a pydantic model"
-    return _SUCH_AS_AN_ID
+    return _SEND_AN_ID

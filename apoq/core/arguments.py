@@ -1,4 +1,4 @@
-"""A function's arguments as JSON, by their names, and back, by its annotations."""
+"""Converts a function's arguments to JSON, by name, and back, by the function's annotations."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from types import NoneType, UnionType
 from typing import Any, Final, Union, get_args, get_origin, get_type_hints
 
 from apoq.core.annotations import check_type
-from apoq.core.conversion import ERRORS, NoForm, convert, explain, find_mismatch, plain, reread
+from apoq.core.conversion import ERRORS, NotConvertible, convert, explain, find_mismatch, plain, reread
 from apoq.core.losses import find_loss
 from apoq.core.payload import encode
 from apoq.core.plain import MAPPED, class_name, is_mapped
@@ -20,17 +20,17 @@ from apoq.errors import InvalidArguments, InvalidData, InvalidProcessor, Invalid
 
 
 class UnknownAnnotation(InvalidProcessor):
-    """An annotation names what isn't there; the module may well define it further down."""
+    """An annotation uses a name that isn't defined (yet: the module may define it further down)."""
 
 
 class Arguments:
-    """How the arguments of a function travel."""
+    """Converts the arguments of one function to JSON and back."""
 
     follow_task = False
-    """Whether the function gets the running task before them."""
+    """Whether the function takes the running task as its first parameter, before these arguments."""
 
     def __init__(self, function: Callable[..., Any], name: str, *, is_coroutine: bool) -> None:
-        """Look at a task's function; `InvalidProcessor` where an argument of it couldn't travel."""
+        """Inspect a task's function; `InvalidProcessor` if one of its arguments can't be sent as JSON."""
         self._name = name
         signature = _signature(function, name)
         parameters = list(signature.parameters.values())
@@ -42,28 +42,29 @@ class Arguments:
             _check_running(annotations[parameters.pop(0).name], name, is_coroutine=is_coroutine)
         self._types: dict[str, Any] = {}
         self._required: list[str] = []
-        self._rest = ""
-        self._rest_type: Any = None
-        self._exact: dict[str, frozenset[type]] = {}
-        self._rest_exact: frozenset[type] = frozenset()
+        self._var_keyword = ""
+        self._var_keyword_type: Any = None
+        self._json_types: dict[str, frozenset[type]] = {}
+        self._var_keyword_json_types: frozenset[type] = frozenset()
         for parameter in parameters:
             _check_kind(parameter, name)
             type_ = annotations.get(parameter.name, Any)
             _check_type(type_, parameter.name, name)
             if parameter.kind is Parameter.VAR_KEYWORD:
-                self._rest, self._rest_type, self._rest_exact = parameter.name, type_, _exact(type_)
+                self._var_keyword, self._var_keyword_type = parameter.name, type_
+                self._var_keyword_json_types = _json_types(type_)
                 continue
-            self._types[parameter.name], self._exact[parameter.name] = type_, _exact(type_)
+            self._types[parameter.name], self._json_types[parameter.name] = type_, _json_types(type_)
             if parameter.default is Parameter.empty:
                 self._required.append(parameter.name)
-        self._signature = Signature([_shown(parameter, annotations) for parameter in parameters])
+        self._signature = Signature([_with_annotation(parameter, annotations) for parameter in parameters])
 
     def write(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return the given arguments of a call as JSON; `InvalidTask` if they don't fit or would change."""
         return self._write_bound(self._signature.bind, args, kwargs)
 
     def write_some(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Answer some of a call's arguments as JSON, to look for the call by them; raises as `write` does."""
+        """Return some of a call's arguments as JSON, to find the call by them; raises what `write` raises."""
         return self._write_bound(self._signature.bind_partial, (), kwargs)
 
     def _write_bound(
@@ -73,27 +74,27 @@ class Arguments:
             given = bind(*args, **kwargs).arguments
         except TypeError as error:
             raise InvalidTask(f"{self._name}() {error}: its parameters are {self._signature}") from None
-        given |= given.pop(self._rest, {})
+        given |= given.pop(self._var_keyword, {})
         return {name: self._write(name, value) for name, value in given.items()}
 
     def read(self, data: Any) -> dict[str, Any]:
-        """Answer the arguments that a task's data holds; `InvalidArguments` where they don't fit."""
+        """Return the arguments in a task's data; `InvalidArguments` if they don't fit the function."""
         if not isinstance(data, dict):
             raise InvalidArguments(
-                f"the data of {self._name!r} is an object of its arguments, such as "
-                f"{{'user_id': 7}}, not {glimpse(data)}"
+                f"the data of {self._name!r} must be an object of its arguments, such as "
+                f"{{'user_id': 7}}, got {glimpse(data)}"
             )
         arguments = {name: self._read(name, value) for name, value in data.items()}
         for name in self._required:
             if name not in arguments:
                 raise InvalidArguments(
-                    f"the argument {name!r} of {self._name!r} is missing in the task's data: where the "
-                    "parameter is new, give it a default until tasks of before are done"
+                    f"the argument {name!r} of {self._name!r} is missing in the task's data: if the "
+                    "parameter is new, give it a default until the tasks added before it are done"
                 )
         return arguments
 
     def _write(self, name: str, value: Any) -> Any:
-        if type(value) in self._exact.get(name, self._rest_exact):
+        if type(value) in self._json_types.get(name, self._var_keyword_json_types):
             return value
         type_, path = self._type(name), f"data[{name!r}]"
         if is_mapped(type(value)):
@@ -101,7 +102,7 @@ class Arguments:
         if type_ is Any and not isinstance(value, _JSON):
             raise InvalidData(
                 path,
-                f"{class_name(value)} is not JSON, and converted only if {self._name!r} annotates "
+                f"{class_name(value)} is not JSON, and is converted only if {self._name!r} annotates "
                 f"its parameter: {glimpse(value)}",
             )
         document = cause = None
@@ -112,7 +113,7 @@ class Arguments:
         except ERRORS as error:
             loss, cause = explain(error), error.__cause__
         if loss:
-            encode(document, sys.maxsize, path)  # raises if JSON can't hold it, and says where
+            encode(document, sys.maxsize, path)  # raises a more exact error if JSON can't hold the value
             loss = find_mismatch(value, type_) or loss
             reason = f"{loss.reason}, for {self._name!r}"
             if value is None:
@@ -124,8 +125,8 @@ class Arguments:
         type_ = self._type(name)
         if type_ is None:
             raise InvalidArguments(
-                f"{self._name!r} has no parameter for the argument {name!r} of the task's data: where it is "
-                "gone, take it and ignore it until tasks of before are done"
+                f"{self._name!r} has no parameter for the argument {name!r} of the task's data: if you "
+                "removed it, accept and ignore it until the tasks added before are done"
             )
         if type_ is Any:
             return value
@@ -135,36 +136,36 @@ class Arguments:
             path, reason = explain(error)
             at = path and f", at {name}{path}"
             raise InvalidArguments(
-                f"the argument {name!r} of {self._name!r} doesn't fit: {reason}{at}: where the "
-                "parameter has changed, take its old form, too, until tasks of before are done"
+                f"the argument {name!r} of {self._name!r} doesn't fit: {reason}{at}: if the parameter has "
+                "changed, accept its old form as well until the tasks added before are done"
             ) from error.__cause__
 
     def _type(self, name: str) -> Any:
-        return self._types.get(name, self._rest_type)
+        return self._types.get(name, self._var_keyword_type)
 
 
 _JSON = (type(None), bool, int, float, str, list, tuple, dict)
 
 
-_EXACT: Final = frozenset({NoneType, bool, int, float, str})
-"""The types whose values are the same in JSON."""
+_JSON_SCALARS: Final = frozenset({NoneType, bool, int, float, str})
+"""Types whose values are the same in JSON."""
 
 
-def _exact(type_: Any) -> frozenset[type]:
-    """Return the types of which a value needs no conversion, if it is annotated so."""
+def _json_types(type_: Any) -> frozenset[type]:
+    """Return the types whose values need no conversion if the parameter has this annotation."""
     if type_ is Any:
-        return _EXACT
+        return _JSON_SCALARS
     members = get_args(type_) if get_origin(type_) in {Union, UnionType} else (type_,)
-    return _EXACT.intersection(member for member in members if isinstance(member, type))
+    return _JSON_SCALARS.intersection(member for member in members if isinstance(member, type))
 
 
 def _signature(function: Callable[..., Any], name: str) -> Signature:
     try:
         return inspect.signature(function)
-    except NameError as error:  # from Python 3.14 on, which evaluates the annotations here
+    except NameError as error:  # Python 3.14 and later evaluate the annotations here
         raise _unknown(name, error) from None
     except (TypeError, ValueError) as error:
-        raise InvalidProcessor(f"the parameters of {name!r} can't be known: {error}") from None
+        raise InvalidProcessor(f"the parameters of {name!r} can't be read: {error}") from None
 
 
 def _annotations(function: Callable[..., Any], name: str) -> Mapping[str, Any]:
@@ -189,7 +190,7 @@ def _unknown(name: str, error: NameError) -> UnknownAnnotation:
     )
 
 
-def _shown(parameter: Parameter, annotations: Mapping[str, Any]) -> Parameter:
+def _with_annotation(parameter: Parameter, annotations: Mapping[str, Any]) -> Parameter:
     return parameter.replace(annotation=annotations.get(parameter.name, Parameter.empty))
 
 
@@ -197,17 +198,17 @@ def _check_kind(parameter: Parameter, name: str) -> None:
     match parameter.kind:
         case Parameter.VAR_POSITIONAL:
             raise InvalidProcessor(
-                f"{name!r} takes *{parameter.name}, and arguments travel by their names: give it a parameter "
+                f"{name!r} takes *{parameter.name}, but arguments are sent by name: give it a parameter "
                 "for each, or one that is a list"
             )
         case Parameter.POSITIONAL_ONLY:
             raise InvalidProcessor(
-                f"the parameter {parameter.name!r} of {name!r} is positional-only, and arguments travel by "
-                "their names: leave out the `/`"
+                f"the parameter {parameter.name!r} of {name!r} is positional-only, but arguments are sent by "
+                "name: leave out the `/`"
             )
     if parameter.name in {"self", "cls"} and parameter.annotation is Parameter.empty:
         raise InvalidProcessor(
-            f"{name!r} is a method, whose {parameter.name!r} can't travel: make it a function or a "
+            f"{name!r} is a method, whose {parameter.name!r} can't be sent as JSON: make it a function or a "
             "staticmethod"
         )
 
@@ -216,20 +217,22 @@ def _check_running(type_: type[Running], name: str, *, is_coroutine: bool) -> No
     if type_.is_async != is_coroutine:
         kind, function = ("AsyncRunningTask", "coroutine") if is_coroutine else ("RunningTask", "plain")
         raise InvalidProcessor(
-            f"{name!r} is a {function} function, so the task that it gets is annotated {kind}"
+            f"{name!r} is a {function} function, so its running task must be annotated {kind}"
         )
 
 
 def _check_type(type_: Any, parameter: str, name: str) -> None:
     if _is_running(type_):
-        raise InvalidProcessor(f"{name!r} gets the running task as its first parameter, not as {parameter!r}")
+        raise InvalidProcessor(
+            f"{name!r} must take the running task as its first parameter, not as {parameter!r}"
+        )
     try:
         check_type(type_)
     except NameError as error:
         raise _unknown(name, error) from None
-    except NoForm as error:
+    except NotConvertible as error:
         raise InvalidProcessor(
-            f"the parameter {parameter!r} of {name!r} can't travel as JSON: {error}"
+            f"the parameter {parameter!r} of {name!r} can't be sent as JSON: {error}"
         ) from None
 
 

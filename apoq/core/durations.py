@@ -1,4 +1,4 @@
-"""Lengths of time, as people write them."""
+"""Durations as people write them."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _PART: Final = re.compile(
 def read_duration(text: str) -> timedelta:
     """Read 90 (seconds), 90s, 15m, 30 min, 1h30m, 10 minutes or 7 days.
 
-    ValueError for what is no duration, and OverflowError for one that is longer than the calendar.
+    ValueError if the text is not a duration; OverflowError if it is too long for a timedelta.
     """
     text = text.strip()
     if _NUMBER.fullmatch(text):
         return timedelta(seconds=float(text))
     if not text or _PART.sub("", text):
-        raise ValueError(f"{text!r} is no duration: write 90s, 15m, 2h, 1d, 1w or 1h30m")
+        raise ValueError(f"{text!r} is not a duration: write 90s, 15m, 2h, 1d, 1w or 1h30m")
     parts = (timedelta(**{_UNITS[unit[0]]: float(count)}) for count, unit in _PART.findall(text))
     return sum(parts, timedelta())

@@ -1,4 +1,4 @@
-"""What a value would lose on its way through JSON: pure functions, for typed tasks."""
+"""Finds information that a value would lose on its way through JSON: pure functions, for typed tasks."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ from apoq.core.plain import MAPPED, is_mapped
 from apoq.errors import glimpse
 
 _SCALARS: Final = {str, int, float, bytes, bytearray, datetime, date, time, timedelta, UUID, Decimal}
-"""What may come back for a value of a subclass, such as a Markup or an IntEnum: only the class is lost."""
+"""A value of a subclass, such as Markup or IntEnum, may come back as one of these: only the class is lost."""
 
 _NUMBERS: Final[dict[type, tuple[type, ...]]] = {int: (Integral,), float: (Real,)}
-"""What may be given for these as well: numpy's numbers, and an int for a float."""
+"""Other types that may be given for these: numpy's numbers, and an int for a float."""
 
 _SIMPLE: Final = {NoneType, bool, int, float, str, UUID}
-"""Of these, `==` says whether two of the same type are the same (of NaN, it's asked once more)."""
+"""Types whose values are the same if they are equal. NaN isn't, so `_is_same` compares it once more."""
 
 _RECORDS: Final = ("__dataclass_fields__", "__pydantic_core_schema__", "__struct_fields__", "__attrs_attrs__")
-"""What a class has that declares its fields."""
+"""Attributes that mark a class with declared fields."""
 
-_NOTHING: Final = object()
+_NOT_FOUND: Final = object()
 
 
 class Loss(NamedTuple):
-    """Where a value would not come back as it was given, and why."""
+    """A place where a value would not come back as it was given, and the reason."""
 
     path: str
     reason: str
 
 
 def find_loss(given: Any, back: Any) -> Loss | None:
-    """Return the first place where `back` is not what was `given`, or None if they are the same.
+    """Return the first place where `back` differs from `given`, or None if they are the same.
 
-    The same is: equal scalars, though not True for 1; datetimes of the same instant; lists and tuples, sets,
-    and dicts of the same items; and objects of one class with the same attributes, or that are equal by an
-    `__eq__` of their own. docs/typed-tasks.md says so to users.
+    These count as the same: equal scalars, but not True and 1; datetimes of the same instant; lists and
+    tuples, sets, and dicts with the same items; and objects of one class with the same attributes, or that
+    are equal by an `__eq__` of their own. docs/typed-tasks.md describes this to users.
     """
     kind: type = type(back)
     if given is back or (type(given) is kind and kind in _SIMPLE and given == back):
@@ -54,7 +54,7 @@ def find_loss(given: Any, back: Any) -> Loss | None:
     if is_mapped(type(given)):
         return Loss("", MAPPED)
     if isinstance(back, Enum) and not isinstance(given, Enum):
-        return find_loss(given, back.value)  # a value may be given for its member
+        return find_loss(given, back.value)  # an enum's value may be given for its member
     if isinstance(back, (list, tuple, deque)) and _has_items_of(given, kind):
         return _in_items(given, back)
     if isinstance(back, (set, frozenset)) and isinstance(given, (set, frozenset)):
@@ -63,7 +63,7 @@ def find_loss(given: Any, back: Any) -> Loss | None:
         return _in_dict(given, back)
     if _class(given) is not _class(back):
         was, is_ = type(given).__qualname__, kind.__qualname__
-        return Loss("", f"it would come back as {is_}, not as {was}: annotate it as {was}, or give {is_}")
+        return Loss("", f"it would come back as {is_}, not as {was}: annotate it as {was}, or pass {is_}")
     if _is_compared_by_itself(kind):
         return None if _is_equal(given, back) else _changed(back)
     return _in_object(given, back)
@@ -83,7 +83,7 @@ def _is_same(given: Any, back: Any) -> bool:
             has_nan = given.is_nan() or back.is_nan()
             return str(given) == str(back) if has_nan else given == back
         case datetime():
-            # Not `==`, which is False between zones when the clocks are being put back.
+            # Not `==`, which is False between different zones in the hour that occurs twice.
             is_naive = back.utcoffset() is None
             return (given.utcoffset() is None) == is_naive and given - back == timedelta()
         case time():
@@ -92,9 +92,9 @@ def _is_same(given: Any, back: Any) -> bool:
 
 
 def _has_items_of(given: Any, kind: type) -> bool:
-    """Tell whether its items may come back in a list, a tuple or another kind of sequence."""
+    """Return whether the items of `given` may come back in a sequence of this kind."""
     if kind is list:
-        # The names of a NamedTuple would be lost.
+        # A NamedTuple would lose its names.
         return isinstance(given, (list, tuple, set, frozenset)) and not hasattr(given, "_fields")
     if kind is tuple:
         return isinstance(given, (list, tuple))
@@ -106,7 +106,7 @@ def _in_items(given: Any, back: Any) -> Loss | None:
         return _changed(back)
     kinds = [*map(type, given)]
     if _SIMPLE.issuperset(kinds) and kinds == [*map(type, back)] and [*given] == [*back]:
-        return None  # the same, but faster
+        return None  # same result as the loop below, but faster
     for index, (item, other) in enumerate(zip(given, back, strict=True)):
         if loss := find_loss(item, other):
             names = getattr(back, "_fields", None)
@@ -116,7 +116,7 @@ def _in_items(given: Any, back: Any) -> Loss | None:
 
 def _in_set(given: AbstractSet[Any], back: AbstractSet[Any]) -> Loss | None:
     others = {other: other for other in back}
-    if len(given) != len(back) or any(_partner(item, others) is _NOTHING for item in given):
+    if len(given) != len(back) or any(_find_same(item, others) is _NOT_FOUND for item in given):
         return _changed(back)
     return None
 
@@ -124,19 +124,19 @@ def _in_set(given: AbstractSet[Any], back: AbstractSet[Any]) -> Loss | None:
 def _in_dict(given: Mapping[Any, Any], back: Mapping[Any, Any]) -> Loss | None:
     others = {other: other for other in back}
     for key, value in given.items():
-        other = _partner(key, others)
-        if loss := _GONE if other is _NOTHING else find_loss(value, back[other]):
+        other = _find_same(key, others)
+        if loss := _MISSING if other is _NOT_FOUND else find_loss(value, back[other]):
             return _inside(f"[{glimpse(key)}]", loss)
         del others[other]
     return next((_inside(f"[{glimpse(key)}]", _added(back[key])) for key in others), None)
 
 
-def _partner(item: Any, others: Mapping[Any, Any]) -> Any:
-    """Return the one of the others that is the same, or `_NOTHING`."""
-    other = others.get(item, _NOTHING)
-    if other is not _NOTHING and find_loss(item, other) is None:
+def _find_same(item: Any, others: Mapping[Any, Any]) -> Any:
+    """Return the item of `others` that is the same, or `_NOT_FOUND`."""
+    other = others.get(item, _NOT_FOUND)
+    if other is not _NOT_FOUND and find_loss(item, other) is None:
         return other
-    return next((other for other in others if find_loss(item, other) is None), _NOTHING)
+    return next((other for other in others if find_loss(item, other) is None), _NOT_FOUND)
 
 
 def _in_object(given: Any, back: Any) -> Loss | None:
@@ -144,7 +144,7 @@ def _in_object(given: Any, back: Any) -> Loss | None:
     if not attributes and not others and callable(given):
         return _changed(back)
     for name, value in attributes.items():
-        loss = find_loss(value, others[name]) if name in others else _GONE
+        loss = find_loss(value, others[name]) if name in others else _MISSING
         if loss and not _is_derived(given, name):
             return _inside(f".{name}", loss)
     added = (name for name in others if name not in attributes and not _is_derived(back, name))
@@ -163,19 +163,19 @@ def _attributes(value: Any) -> Mapping[str, Any]:
 
 
 def _is_derived(value: Any, name: str) -> bool:
-    """Tell whether an attribute is computed from the others."""
+    """Return whether an attribute is computed from the others."""
     return name == "_attrs_cached_hash" or isinstance(getattr(type(value), name, None), cached_property)
 
 
 @lru_cache
 def _is_compared_by_itself(kind: Any) -> bool:
-    # The `__eq__` of a class that declares its fields may leave some of them out.
+    # The `__eq__` of a class with declared fields may ignore some of them.
     has_own = kind.__eq__ is not object.__eq__ and not any(hasattr(kind, name) for name in _RECORDS)
     return has_own or issubclass(kind, Enum)
 
 
 def _class(value: Any) -> type:
-    # mypy takes a `Page(…)` for a `Page[int]`, and so does pydantic's `==`.
+    # mypy accepts a `Page(…)` as a `Page[int]`, and pydantic's `==` treats them as equal.
     generic = getattr(type(value), "__pydantic_generic_metadata__", None)
     return (generic and generic["origin"]) or type(value)
 
@@ -183,15 +183,15 @@ def _class(value: Any) -> type:
 def _is_equal(given: Any, back: Any) -> bool:
     try:
         return bool(given == back)
-    except Exception:  # noqa: BLE001 - as that of an array, which is neither true nor false
+    except Exception:  # noqa: BLE001 - such as from an array, which has no single truth value
         return False
 
 
-_GONE: Final = Loss("", "it would not come back: leave it out, or annotate a type that has it")
+_MISSING: Final = Loss("", "it would not come back: leave it out, or annotate a type that has it")
 
 
 def _changed(back: Any) -> Loss:
-    # What was given is not shown: it may be a secret, which is why it isn't kept.
+    # The given value is not shown: the class may drop it on purpose because it is a secret.
     return Loss("", f"it would come back as another value, {glimpse(back)}")
 
 

@@ -1,4 +1,4 @@
-"""What may be said of a task when it is added: checked before any statement is sent."""
+"""Options of a new task, checked before any statement is sent."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from apoq.errors import InvalidTask, glimpse
 HIGHEST_LIMIT = 2**31 - 2
 
 MAX_META_SIZE = 4 * 1024
-"""Bytes of JSON that a task's `meta` may take."""
+"""Maximum size of a task's `meta`, in bytes of JSON."""
 
 RESERVED_META = ("traceparent", "tracestate")
-"""Keys of `meta` in which traces are passed on."""
+"""Keys of `meta` that are reserved for passing on traces."""
 
 _LOWEST_PRIORITY, _HIGHEST_PRIORITY = -(2**15), 2**15 - 1
 
 
 class Options(TypedDict, total=False):
-    """What may be said of a task when it is added, beside its type and data."""
+    """Options of a new task, in addition to its type and data."""
 
     delay: float | timedelta | None
     process_at: datetime | None
@@ -43,7 +43,7 @@ def checked(
     timeout: float | timedelta | None = None,
     meta: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Answer these options as parameters of a statement; `InvalidTask` where a task can't have them."""
+    """Return these options as parameters of a statement; `InvalidTask` if a task can't have them."""
     return {
         **_when(delay, process_at),
         "task_priority": integer("priority", priority, _LOWEST_PRIORITY, _HIGHEST_PRIORITY),
@@ -57,10 +57,10 @@ def checked(
 
 
 def integer(name: str, value: object, lowest: int, highest: int) -> int:
-    """Answer a whole number within bounds; `InvalidTask` where it is none."""
+    """Return a whole number within bounds; `InvalidTask` if the value is not one."""
     number = plain_number(value)
     if not isinstance(number, int) or not lowest <= number <= highest:
-        raise InvalidTask(f"{name} is a whole number from {lowest} to {highest}, not {glimpse(value)}")
+        raise InvalidTask(f"{name} must be a whole number from {lowest} to {highest}, got {glimpse(value)}")
     return number
 
 

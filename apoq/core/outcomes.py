@@ -1,4 +1,4 @@
-"""What became of an attempt, and what that makes of the task: decided without a database or a clock."""
+"""Decides the next state of a task from the outcome of an attempt, without a database or a clock."""
 
 from __future__ import annotations
 
@@ -12,21 +12,29 @@ from apoq.core.states import CANCELLED, FAILED, PENDING
 
 MAX_MESSAGE_LENGTH = 4_000
 MAX_TRACEBACK_LENGTH = 16_000
-"""Characters of an error that are kept on the task: the head and the tail of what is longer."""
+"""Characters of an error that are stored with the task; of a longer text, the beginning and the end."""
 
 MAX_INTEGER = 2**31 - 1
-"""The largest number that the task's columns hold."""
+"""The largest number that the integer columns of a task can hold."""
 
 
 class Outcome(Exception):
-    """Raised by a processor to choose what becomes of its task; its writes to ``task.session`` are undone."""
+    """Base of the exceptions by which a processor chooses the outcome of its task.
+
+    The processor's writes to ``task.session`` are rolled back.
+    """
 
 
 class Retry(Outcome):
-    """Fail this attempt and try again, after `delay` (seconds or a timedelta) instead of the usual.
+    """Fail this attempt and try the task again, after a delay of your choice.
 
-    Uses up an attempt: when none is left, the task fails. ``raise Retry(delay=60) from error`` keeps
-    the error.
+    It uses up an attempt: if none is left, the task is marked `failed`. ``raise Retry(delay=60) from error``
+    stores that error with the task.
+
+    Args:
+        reason: The message that is stored with the task, unless `Retry` is raised from another error.
+        delay: The wait before the next attempt, as seconds or a timedelta; by default, the processor's
+            `retry_delay` decides.
     """
 
     def __init__(self, reason: str = "", *, delay: float | timedelta | None = None) -> None:
@@ -35,32 +43,40 @@ class Retry(Outcome):
 
 
 class Cancel(Outcome):
-    """End the task as `cancelled`, for this reason; it isn't tried again."""
+    """Cancel the task; it isn't tried again.
+
+    Args:
+        reason: The message that is stored with the task.
+    """
 
     def __init__(self, reason: str = "") -> None:
         super().__init__(reason)
 
 
 class Snooze(Outcome):
-    """Put the task off for `delay` (seconds or a timedelta); no attempt is used up."""
+    """Postpone the task without using up an attempt.
+
+    Args:
+        delay: The time until the task is due again, as seconds or a timedelta.
+    """
 
     def __init__(self, delay: float | timedelta) -> None:
-        super().__init__(f"put off for {delay}")
+        super().__init__(f"postponed by {delay}")
         self.delay = seconds(delay)
 
 
 class Release(Outcome):
-    """Give the task back, due as before and with no attempt used up: it can't run here, or not soon."""
+    """Release the task, due as before and without using up an attempt: it can't run here, or not soon."""
 
 
 class Unreachable(Outcome):
-    """Try the task again soon, with no attempt used up: ``task.session`` could not connect.
+    """Try the task again soon, without using up an attempt: ``task.session`` could not connect.
 
-    Not at once, for the server may have no connection left, or know another password by now.
+    Not at once, because the server may have no connections left, or a new password.
     """
 
     def __init__(self, reason: str = "", *, chance: float | None = None) -> None:
-        """`chance` is a number in [0, 1); random where it isn't given."""
+        """`chance` is a number in [0, 1), random by default."""
         super().__init__(reason)
         if chance is None:
             chance = random.random()  # noqa: S311 - jitter, no secret
@@ -68,11 +84,11 @@ class Unreachable(Outcome):
 
 
 class WorkerDied(Exception):
-    """The worker that ran the task is gone, and nobody knows how far it came."""
+    """The worker that ran the task died, and how much of the task it finished is unknown."""
 
 
 class Settlement(NamedTuple):
-    """What is written to a task when its attempt has ended, unless that completed it."""
+    """The values that are written to a task when an attempt ends without completing it."""
 
     state: str
     attempt: int
@@ -83,7 +99,7 @@ class Settlement(NamedTuple):
 
 
 def settle(outcome: BaseException, *, attempt: int, fail_count: int, policy: RetryPolicy) -> Settlement:
-    """Decide what becomes of a task whose attempt number `attempt`, after `fail_count` failures, ended so."""
+    """Decide the next state of a task from its outcome, the attempt's number and the failures before it."""
     match outcome:
         case Cancel():
             return Settlement(CANCELLED, attempt, fail_count, error=report(outcome))
@@ -92,12 +108,12 @@ def settle(outcome: BaseException, *, attempt: int, fail_count: int, policy: Ret
         case Release():
             return Settlement(PENDING, attempt - 1, fail_count)
         case WorkerDied():
-            # Whoever rescued it has counted the failure and stored the error; this claim just ends it.
+            # The worker that rescued it has counted the failure and stored the error: only end the task.
             return Settlement(FAILED, attempt - 1, fail_count)
-    fail_count = min(fail_count + 1, MAX_INTEGER)  # whatever another program has written there
-    # The limit may be the processor's, which only its worker knows: it is kept for people to read.
+    fail_count = min(fail_count + 1, MAX_INTEGER)  # another program may have written any number there
+    # The limit may be the processor's, which only its worker knows: it is stored for people to read.
     error = report(outcome) | {"retry_limit": str(policy.limit)}
-    # Attempts and failures differ where another program, such as the Node.js original, works the same table.
+    # Attempts and failures differ if another program, such as the Node.js original, works on the same table.
     if max(attempt, fail_count) > policy.limit:
         return Settlement(FAILED, attempt, fail_count, error=error)
     chosen = outcome.delay if isinstance(outcome, Retry) else None
@@ -120,22 +136,22 @@ def report(error: BaseException) -> dict[str, str]:
 
 
 def reason(error: BaseException) -> BaseException:
-    """Return the error that a processor has raised `Retry` from, if it has."""
+    """Return the error from which `Retry` was raised, or else the error itself."""
     if isinstance(error, Retry) and error.__cause__ is not None:
         return error.__cause__
     return error
 
 
 def message_of(error: BaseException) -> str:
-    """Return an error's message, also if it can't be made."""
+    """Return an error's message, or a replacement if its `str()` raises."""
     try:
         return str(error)
-    except BaseException:  # noqa: BLE001 - an error whose text can't be made is still an error
-        return "(its message could not be made)"
+    except BaseException:  # noqa: BLE001 - an error without a message is still an error
+        return "(the message is not available: str() of the error raised)"
 
 
 def _clean(text: str, limit: int) -> str:
     if len(text) > limit:
         text = f"{text[: limit // 2]}\n… {len(text) - limit} characters left out …\n{text[-limit // 2 :]}"
-    # jsonb holds neither U+0000 nor a lone surrogate.
+    # jsonb can hold neither U+0000 nor a lone surrogate.
     return text.replace("\0", "\N{REPLACEMENT CHARACTER}").encode("utf-8", "replace").decode("utf-8")

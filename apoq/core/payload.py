@@ -1,4 +1,4 @@
-"""A task's type and data: checked and encoded before any statement is sent."""
+"""Checks a task's type and encodes its data, before any statement is sent."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from apoq.core.plain import MAPPED, class_name, is_mapped, plain_number
 from apoq.errors import InvalidData, InvalidTask, glimpse
 
 MAX_DATA_SIZE = 1024 * 1024
-"""Bytes of JSON that one task may carry, unless its queue says otherwise."""
+"""Maximum size of a task's data in bytes of JSON, unless its queue has another limit."""
 
 MAX_TYPE_LENGTH = 255
 LONGEST_SCHEMA = 63
@@ -21,19 +21,19 @@ _encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(","
 
 
 def check_type(type_: object) -> str:
-    """Answer a task's type; `InvalidTask` where it is none."""
+    """Return a task's type; `InvalidTask` if it can't be one."""
     return check_name(type_, "a task's type")
 
 
 def check_name(name: object, what: str) -> str:
-    """Answer a name that fits a text column and an index; `InvalidTask` where it doesn't."""
+    """Return a name that fits into a text column and an index; `InvalidTask` if it doesn't."""
     if not isinstance(name, str):
-        raise InvalidTask(f"{what} is a string, not {glimpse(name)}")
+        raise InvalidTask(f"{what} must be a string, got {glimpse(name)}")
     if not name:
-        raise InvalidTask(f"{what} can't be empty")
+        raise InvalidTask(f"{what} must not be empty")
     if len(name) > MAX_TYPE_LENGTH:
         raise InvalidTask(
-            f"{what} has at most {MAX_TYPE_LENGTH} characters, not {len(name):,}: {name[:40]!r}…"
+            f"{what} must have at most {MAX_TYPE_LENGTH} characters, got {len(name):,}: {name[:40]!r}…"
         )
     if fault := _text_fault(name):
         raise InvalidTask(f"{what} can't hold {fault}: {name!r}")
@@ -41,52 +41,54 @@ def check_name(name: object, what: str) -> str:
 
 
 def check_schema(name: object) -> str | None:
-    """Return a schema's name, or None for the connection's own; `InvalidTask` for what can't be one."""
+    """Return a schema's name, or None for the connection's default; `InvalidTask` if it can't be one."""
     if name is None:
         return None
     checked = check_name(name, "a schema's name")
     if len(checked.encode()) > LONGEST_SCHEMA:
-        # PostgreSQL would cut it off, and not find it afterwards.
-        raise InvalidTask(f"a schema's name has at most {LONGEST_SCHEMA} bytes, not {name!r}")
+        # PostgreSQL would truncate it, and not find the schema afterwards.
+        raise InvalidTask(f"a schema's name must have at most {LONGEST_SCHEMA} bytes, got {name!r}")
     if set(checked) & {"%", "'"}:
-        # Migrations as scripts, and the reflection for `apoq check`, write them wrong.
-        raise InvalidTask(f"a schema's name can't hold % or ', not {name!r}")
+        # Migrations as scripts, and the reflection for `apoq check`, quote them wrongly.
+        raise InvalidTask(f"a schema's name must not contain % or ', got {name!r}")
     if checked.startswith("pg_"):
-        raise InvalidTask(f"a schema's name can't begin with pg_, as PostgreSQL's own do: {name!r}")
+        raise InvalidTask(
+            f"a schema's name must not begin with pg_, which PostgreSQL reserves for its own, got {name!r}"
+        )
     return checked
 
 
 FIRST, LAST = datetime(1, 1, 3, tzinfo=UTC), datetime(9999, 12, 29, tzinfo=UTC)
-"""What Python can read back, whatever the session's time zone."""
+"""The times that Python can read back in every session, in any time zone."""
 
 
 def check_time(at: object) -> datetime:
-    """Answer a time that everybody reads alike; `InvalidTask` where it is none."""
+    """Return a time that means the same everywhere; `InvalidTask` if it is not one."""
     if not isinstance(at, datetime):
-        raise InvalidTask(f"process_at is a datetime, not {glimpse(at)}")
+        raise InvalidTask(f"process_at must be a datetime, got {glimpse(at)}")
     if not _is_aware(at):
-        raise InvalidTask(
-            f"process_at={at} has no time zone, so nobody knows when it is: "
-            "for example, datetime.now(UTC) has one"
-        )
+        raise InvalidTask(f"process_at must have a time zone, as datetime.now(UTC) has, got {at}")
     if not FIRST <= at <= LAST:
-        raise InvalidTask(f"process_at={at} is at the end of the calendar: leave it out for now")
+        raise InvalidTask(
+            f"process_at must be between {FIRST.date()} and {LAST.date()}, got {at}; omit it to run the task "
+            "now"
+        )
     return at
 
 
 def _is_aware(at: datetime) -> bool:
     try:
         return at.utcoffset() is not None
-    except ValueError:  # of pandas' NaT, which says that it is a datetime
+    except ValueError:  # from pandas' NaT, which claims to be a datetime
         return False
 
 
 def encode(data: Any, max_size: int = MAX_DATA_SIZE, name: str = "data") -> str:
-    """Encode a task's data as the JSON text of a jsonb value; `InvalidData` says what can't be, and where."""
+    """Encode a task's data as JSON text for jsonb; `InvalidData` names the part that can't be encoded."""
     try:
         text = "".join(_encoder.iterencode(data, _one_shot=True))
         size = len(text.encode())
-        # The encoder turns other keys into strings, goes as deep as the stack is, and lets U+0000 pass.
+        # The encoder turns other keys into strings, nests as deep as the stack allows, and accepts U+0000.
         sound = _is_sound(data) and "\\u0000" not in text
     except (TypeError, ValueError, RecursionError) as error:
         for path, reason in _faults(data, name, ()):
@@ -98,15 +100,15 @@ def encode(data: Any, max_size: int = MAX_DATA_SIZE, name: str = "data") -> str:
     if size > max_size:
         raise InvalidData(
             name,
-            f"{size:,} bytes of JSON are over the limit of {max_size:,}: keep what is large elsewhere and "
-            "put its key here, or raise Queue(max_data_size=…)",
+            f"{size:,} bytes of JSON exceed the limit of {max_size:,}: store large values elsewhere and "
+            "pass their key, or raise Queue(max_data_size=…)",
         )
     return text
 
 
 def _is_sound(data: Any) -> bool:
-    """Tell whether all keys are text and the nesting is bounded, going through it level by level."""
-    # add_many asks this of every task: loops, where a generator or a union would take twice as long.
+    """Return whether all keys are strings and the nesting is bounded, checking one level after the other."""
+    # add_many calls this for every task, so it uses loops: a generator or a union would take twice as long.
     level = [data] if isinstance(data, _CONTAINERS) else []
     for _ in range(_DEEPEST):
         inner: list[Any] = []
@@ -128,7 +130,7 @@ _CONTAINERS = (dict, list, tuple)
 
 
 def _faults(value: Any, path: str, parents: tuple[int, ...]) -> Iterator[tuple[str, str]]:
-    """Find what jsonb can't hold, with the path that leads there."""
+    """Yield the path of each value that jsonb can't hold, and the reason."""
     if not isinstance(value, dict | list | tuple):
         if fault := _fault(value):
             yield path, fault
@@ -141,7 +143,7 @@ def _faults(value: Any, path: str, parents: tuple[int, ...]) -> Iterator[tuple[s
 
 
 _DEEPEST = 200
-"""Levels of lists and dicts: Python's parser reads a few hundred more back, on a stack with room for them."""
+"""Levels of lists and dicts; Python's parser can read a few hundred more if the stack has room for them."""
 
 
 def _faults_inside(value: Any, path: str, parents: tuple[int, ...]) -> Iterator[tuple[str, str]]:
@@ -151,7 +153,7 @@ def _faults_inside(value: Any, path: str, parents: tuple[int, ...]) -> Iterator[
         return
     for key, item in value.items():
         if not isinstance(key, str):
-            yield path, f"a key of a JSON object is a string, not {glimpse(key)}"
+            yield path, f"a key of a JSON object must be a string, got {glimpse(key)}"
         elif fault := _text_fault(key):
             yield path, f"jsonb can't hold {fault}, the key {glimpse(key)}"
         else:
@@ -166,11 +168,11 @@ def _fault(value: Any) -> str | None:
             try:
                 int.__repr__(value)
             except ValueError:  # see sys.set_int_max_str_digits
-                return "an int with more digits than Python reads back: give it as text"
+                return "an int with more digits than Python can read back: pass it as text"
             return None
         case float():
             return (
-                None if math.isfinite(value) else f"JSON has no {float(value)!r}: give None or text instead"
+                None if math.isfinite(value) else f"JSON has no {float(value)!r}: pass None or text instead"
             )
         case str():
             fault = _text_fault(value)

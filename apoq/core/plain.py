@@ -1,4 +1,4 @@
-"""Values of other libraries' classes, and Python's own for them."""
+"""Recognises values of other libraries' classes, such as numpy's numbers and mapped objects."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Final
 def plain_number(value: object) -> int | float | None:
     """Return a number of any class, such as numpy's, as an int or a float; None if it is not a number.
 
-    A bool is none, nor is a fraction or a Decimal, for which a float is too short.
+    A bool doesn't count as a number. Neither does a fraction or a Decimal, which a float can't hold exactly.
     """
     if isinstance(value, bool):
         return None
@@ -20,21 +20,21 @@ def plain_number(value: object) -> int | float | None:
             return int(index(value))
         if isinstance(value, Real) and not isinstance(value, Rational):
             return float(value)
-    except TypeError:  # numpy's timedelta64 says that it is a whole number
+    except TypeError:  # from numpy's timedelta64, which claims to be a whole number
         pass
     return None
 
 
-MAPPED: Final = "a mapped object belongs to its session: give its id, and load it when the task runs"
+MAPPED: Final = "a mapped object belongs to its session: pass its id, and load it when the task runs"
 
 
 def is_mapped(kind: type) -> bool:
-    """Tell whether a class is mapped by SQLAlchemy, whichever way."""
+    """Return whether a class is mapped by SQLAlchemy, in any style."""
     return hasattr(kind, "__mapper__")
 
 
 def class_name(value: object) -> str:
-    """Name the class of a value in a message; with its module if it is a namesake, such as numpy's `bool`."""
+    """Return the name of a value's class for a message; with its module if a builtin has the same name."""
     kind = type(value)
     is_namesake = kind.__module__ != "builtins" and hasattr(builtins, kind.__qualname__)
     return f"{kind.__module__}.{kind.__qualname__}" if is_namesake else kind.__qualname__

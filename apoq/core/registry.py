@@ -1,4 +1,4 @@
-"""Which processor works which type of task."""
+"""The processors of a worker, by the type of task."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from apoq.core.retry import DEFAULT_RETRY_LIMIT, RetryDelay, RetryPolicy, expone
 from apoq.errors import InvalidProcessor, InvalidTask
 
 Middleware = Callable[[Any], AbstractContextManager[object]]
-"""Returns, for a running task, a context manager in which its processor is called."""
+"""Callable that takes a running task and returns a context manager, in which the processor is called."""
 
 
 class ProcessorOptions(TypedDict, total=False):
-    """What may be said of a processor; see `Worker.use`."""
+    """Options of a processor; see `Worker.use`."""
 
     retry_limit: int
     retry_delay: RetryDelay
@@ -27,18 +27,18 @@ class ProcessorOptions(TypedDict, total=False):
 
 
 class Running:
-    """A claimed task, as its processor sees it."""
+    """Base of the running tasks that processors receive."""
 
     __slots__ = ()
 
     data: Any
     is_async: ClassVar[bool]
-    """Whether it is for a coroutine function."""
+    """Whether it is for coroutine functions."""
 
 
 @dataclass(frozen=True, slots=True)
 class Processor:
-    """A function that works a type of task, how its failures are retried, and how long it may take."""
+    """The function for a type of task, how its failures are retried, and how long it may take."""
 
     function: Callable[[Any], Any]
     policy: RetryPolicy
@@ -47,11 +47,11 @@ class Processor:
     """In seconds."""
 
     def policy_for(self, retry_limit: int | None, retry_delay: timedelta | None) -> RetryPolicy:
-        """Answer the policy for a task, which may have a limit or a delay of its own."""
+        """Return the policy for a task, which may have a limit or a delay of its own."""
         if retry_limit is None and retry_delay is None:
             return self.policy
         return RetryPolicy(
-            # Whatever a row says makes a policy: one that raised here would stop the whole claim.
+            # Every value in the row must make a valid policy: an error here would stop the whole claim.
             self.policy.limit if retry_limit is None else max(0, retry_limit),
             self.policy.delay if retry_delay is None else lambda _fail_count: retry_delay,
         )
@@ -65,14 +65,16 @@ def make_processor(
     retry_delay: RetryDelay = exponential_backoff,
     timeout: float | timedelta | None = None,
 ) -> Processor:
-    """Make the processor of a type; `InvalidProcessor` where it can't be one."""
+    """Make the processor for a type; `InvalidProcessor` if the function or an option is invalid."""
     check_processed(type_)
     if not callable(function):
-        raise InvalidProcessor(f"the processor of {type_!r} is a function of the task, not {function!r}")
+        raise InvalidProcessor(
+            f"the processor for {type_!r} must be a function that takes the task, got {function!r}"
+        )
     if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
         raise InvalidProcessor(
-            f"the processor of {type_!r} is a generator function, of which a call runs nothing: "
-            "leave out its `yield`"
+            f"the processor for {type_!r} must not be a generator function, because calling it runs nothing: "
+            "remove its `yield`"
         )
     policy = RetryPolicy(retry_limit, retry_delay)
     try:
@@ -83,7 +85,7 @@ def make_processor(
 
 
 def check_processed(type_: str) -> None:
-    """Raise `InvalidProcessor` where no task can have this type."""
+    """Raise `InvalidProcessor` if no task can have this type."""
     try:
         check_type(type_)
     except InvalidTask as error:
@@ -91,7 +93,7 @@ def check_processed(type_: str) -> None:
 
 
 class Registry:
-    """The processors of one worker: by type, in all of its queues or in one of them."""
+    """The processors of one worker, by type: for all of its queues, or for one of them."""
 
     def __init__(self, middleware: Middleware | Iterable[Middleware] = ()) -> None:
         self._middleware = (middleware,) if callable(middleware) else tuple(middleware)
@@ -105,11 +107,11 @@ class Registry:
         self._by_queue: dict[Hashable, dict[str, Processor]] = {}
 
     def of(self, queue: Hashable) -> Mapping[str, Processor]:
-        """Answer the processors of a queue's types."""
+        """Return the processors for a queue, by type."""
         return self._by_queue.get(queue, self._everywhere)
 
     def use(self, type_: str, processor: Processor) -> None:
-        """Work a type in all queues; `InvalidProcessor` where it has a processor already, in any of them."""
+        """Register a processor for all queues; `InvalidProcessor` if one of them has one for this type."""
         for queue in (None, *self._by_queue):
             self.check_free(queue, type_)
         processor = self._within_middleware(processor)
@@ -120,18 +122,18 @@ class Registry:
         }
 
     def put(self, queue: Hashable, type_: str, processor: Processor, *, replaces: bool = False) -> None:
-        """Work a type in one queue; `InvalidProcessor` if it already has a processor and isn't replaced."""
+        """Register a processor for one queue; `InvalidProcessor` if it has one, unless that is replaced."""
         if not replaces:
             self.check_free(queue, type_)
         processors = {**self.of(queue), type_: self._within_middleware(processor)}
         self._by_queue = {**self._by_queue, queue: processors}
 
     def check_free(self, queue: Hashable, type_: str) -> None:
-        """Raise `InvalidProcessor` where a type has a processor already."""
+        """Raise `InvalidProcessor` if the type has a processor in this queue."""
         if found := self.of(queue).get(type_):
             raise InvalidProcessor(
-                f"the type {type_!r} has a processor already, {found.function!r}: a type has one, by one "
-                "`use` or one `@queue.task`"
+                f"the type {type_!r} has a processor already, {found.function!r}: register only one, "
+                "by `use` or `@queue.task`"
             )
 
     def _within_middleware(self, processor: Processor) -> Processor:
@@ -158,7 +160,7 @@ def _within(
 
 
 def is_coroutine_function(function: Callable[..., Any]) -> bool:
-    """Tell whether calling it answers a coroutine."""
+    """Return whether calling the function returns a coroutine."""
     while isinstance(function, partial):
         function = function.func
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(

@@ -1,4 +1,4 @@
-"""When a failed attempt is followed by another, and how long after."""
+"""Retry policies: how often a failed task is tried again, and after which delay."""
 
 from __future__ import annotations
 
@@ -18,18 +18,27 @@ logger = logging.getLogger(__name__)
 DEFAULT_RETRY_LIMIT = 5
 
 LONGEST_DELAY = timedelta(days=36525)
-"""A century: what is longer is a mistake, and PostgreSQL's timestamps end somewhere."""
+"""A century: a longer delay is a mistake, and PostgreSQL's timestamps have a maximum."""
 
 RetryDelay = Callable[[int], float | timedelta] | float | timedelta
-"""The delay before the next attempt, in seconds or as a timedelta, or a function that returns it for the
-number of failures so far."""
+"""The delay before the next attempt, in seconds or as a timedelta.
+
+It may also be a function that takes the number of failures so far and returns such a delay.
+"""
 
 
 def exponential_backoff(fail_count: int, chance: float | None = None) -> int:
-    """Answer the original's default wait in whole seconds: ``floor(chance * 2^min(fail_count, 7) + 1)``.
+    """Return the default delay before a retry, which doubles with each failure and has jitter.
 
-    `chance` is a number in [0, 1); random where it isn't given. So the first retry comes after 1 to 2
-    seconds, the seventh and later ones after 1 to 128.
+    The first retry comes after 1 to 2 seconds, the seventh and later ones after 1 to 128. The formula is that
+    of the Node.js original: ``floor(chance * 2^min(fail_count, 7) + 1)``.
+
+    Args:
+        fail_count: The number of failures so far.
+        chance: A number in [0, 1); random by default.
+
+    Returns:
+        The delay in whole seconds.
     """
     if chance is None:
         chance = random.random()  # noqa: S311 - jitter, no secret
@@ -43,7 +52,7 @@ def seconds(delay: float | timedelta, name: str = "delay") -> float:
     number = plain_number(delay)
     if number is None:
         raise TypeError(f"{name} must be a number of seconds or a timedelta, got {glimpse(delay)}")
-    if not 0 <= number <= LONGEST_DELAY.total_seconds():  # also false for NaN
+    if not 0 <= number <= LONGEST_DELAY.total_seconds():  # also rejects NaN
         raise ValueError(f"{name} must be between zero and a century, got {glimpse(number)} s")
     return float(number)
 
@@ -63,14 +72,14 @@ def time_limit(timeout: float | timedelta) -> timedelta:
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """How often a type's tasks are tried again, and how long after a failure."""
+    """How often the tasks of a type are retried, and how long after a failure."""
 
     limit: int = DEFAULT_RETRY_LIMIT
     delay: RetryDelay = exponential_backoff
 
     def __post_init__(self) -> None:
         if isinstance(self.limit, bool) or not isinstance(self.limit, int) or self.limit < 0:
-            raise InvalidProcessor(f"retry_limit is a number of retries, 0 or more, not {self.limit!r}")
+            raise InvalidProcessor(f"retry_limit must be a number of retries, 0 or more, got {self.limit!r}")
         if inspect.iscoroutinefunction(self.delay):
             raise InvalidProcessor(
                 f"retry_delay must be a plain function that takes the fail count, got {self.delay!r}"
@@ -87,12 +96,12 @@ class RetryPolicy:
                 raise InvalidProcessor(str(error)) from None
 
     def delay_after(self, fail_count: int) -> float:
-        """Answer the seconds to wait after this failure; the default's where the own function fails."""
+        """Return the seconds to wait after this failure; the default delay if `delay` raises."""
         try:
             return seconds(self.delay(fail_count) if callable(self.delay) else self.delay, "retry_delay")
-        except BaseException:  # of whatever kind: the failure that it follows must be stored
+        except BaseException:  # even SystemExit: the failed attempt must still be stored
             logger.exception(
-                "retry_delay of %r failed for fail_count=%d; the default delay is used",
+                "retry_delay %r failed for fail_count=%d; using the default delay",
                 self.delay,
                 fail_count,
             )

@@ -1,4 +1,4 @@
-"""The states of a task, and how it moves between them.
+"""The states of a task, and the transitions between them.
 
 .. code-block:: text
 
@@ -11,9 +11,10 @@
               └───────────────────────────────────────────────────────────┘
                                     Queue.retry
 
-    `Queue.cancel` is the one way on that is not a worker's, and `Queue.retry` the one way back.
+    Workers make all transitions except two, which callers make: `Queue.cancel`, and `Queue.retry`, which is
+    the only way out of a final state.
 
-    A `waiting` task has not ended, and can't be claimed, not even by the Node.js original, until something
+    A `waiting` task has not ended. It can't be claimed, not even by the Node.js original, until something
     else makes it pending. It can be cancelled.
 """
 
@@ -32,7 +33,7 @@ CANCELLED: Final = "cancelled"
 STATES: Final = (PENDING, WAITING, RUNNING, COMPLETED, FAILED, CANCELLED)
 
 FINAL: Final = (COMPLETED, FAILED, CANCELLED)
-"""Where a task has ended: a worker never moves it from here, and a caller may retry it."""
+"""States of a task that has ended: workers never change them, but a caller may retry the task."""
 
 TRANSITIONS: Final = {
     PENDING: {RUNNING, CANCELLED},
@@ -40,12 +41,12 @@ TRANSITIONS: Final = {
     RUNNING: {PENDING, COMPLETED, FAILED, CANCELLED},
     **{state: {PENDING} for state in FINAL},
 }
-"""Where a task may go from each state."""
+"""The states that a task may enter from each state."""
 
 CANCELLABLE: Final = tuple(state for state in STATES if CANCELLED in TRANSITIONS[state])
-"""From where a caller may cancel it."""
+"""The states in which a caller may cancel a task."""
 
 
 def alternatives(states: Iterable[str]) -> str:
-    """Write states as a list in SQL."""
+    """Return states as a list in SQL."""
     return f"({', '.join(map(repr, states))})"

@@ -1,7 +1,7 @@
-"""Versions of apoq's tables, applied through Alembic's `Operations`.
+"""Versions of apoq's tables, applied by Alembic's `Operations`.
 
-Four ways lead to the same tables: ``alembic upgrade head`` in apoq's own repository, `prepare` in a program,
-`upgrade` in a revision of your own project's history, and `upgrade_sql` where that isn't Alembic's.
+There are four ways to create the same tables: ``alembic upgrade head`` in apoq's own repository, `prepare` in
+a program, `upgrade` in a revision of your project, and `upgrade_sql` if your project doesn't use Alembic.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Tell in what a database's tables differ from the model."""
+"""Finds differences between a database's tables and the model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from apoq.core.payload import check_schema
 from apoq.postgres.urls import check_untranslated
 from apoq.schema.models import Base
 
-if TYPE_CHECKING:  # Alembic takes 0.2 s to import
+if TYPE_CHECKING:  # importing Alembic takes 0.2 s
     from alembic.migration import MigrationContext
 
 _INVALID: Final = sa.text(
@@ -20,13 +20,20 @@ _INVALID: Final = sa.text(
 
 
 def differences(connection: sa.Connection, schema: str | None = None) -> list[str]:
-    """Return what the tables lack, or have otherwise than the model, a sentence each.
+    """Return the differences between apoq's tables in a database and the model of this version.
 
-    Columns with their types, defaults and nullability, indexes, and the CHECK. Other names of indexes and of
-    the CHECK are no difference: a naming convention may have given them. What somebody has added to the
-    tables, such as an index or a column of their own, is theirs.
+    It compares columns with their types, defaults and nullability, indexes, and CHECK constraints. Indexes
+    and CHECK constraints may have other names, because a naming convention may have changed them. Additional
+    columns and indexes, such as your own, don't count.
+
+    Args:
+        connection: A connection to the database.
+        schema: The schema of the tables; by default, the search_path is used.
+
+    Returns:
+        A sentence for each difference; an empty list if there are none.
     """
-    # Here, for `import apoq` shall not import Alembic.
+    # Imported here, so that `import apoq` doesn't import Alembic.
     from alembic.autogenerate import compare_metadata  # noqa: PLC0415
     from alembic.migration import MigrationContext  # noqa: PLC0415
 
@@ -70,7 +77,7 @@ def differences(connection: sa.Connection, schema: str | None = None) -> list[st
 
 
 def _is_same(context: MigrationContext, index: sa.Index, other: sa.Index) -> bool:
-    """Return whether an index that was found has the columns and rows of one that is wanted."""
+    """Return whether an existing index has the same columns and rows as an expected one."""
     return (
         index.table.name == other.table.name  # type: ignore[union-attr]
         and context.impl.compare_indexes(index, other).is_equal
@@ -84,7 +91,7 @@ def _where(index: sa.Index) -> set[str]:
 
 
 def _sentences(diff: Any) -> list[str]:
-    if isinstance(diff, list):  # what differs in one column
+    if isinstance(diff, list):  # the changes of one column
         return [sentence for change in diff for sentence in _sentences(change)]
     match diff:
         case ("add_table", table):
@@ -92,13 +99,14 @@ def _sentences(diff: Any) -> list[str]:
         case ("add_column", _, table, column):
             return [f"the column {table}.{column.name} is missing"]
         case ("add_index", index):
-            return [f"the index {index.name} is missing, or another one"]
+            return [f"the index {index.name} is missing or differs from the model"]
         case ("modify_nullable", _, table, column, _, is_nullable, _):
-            return [f"the column {table}.{column} may {'' if is_nullable else 'not '}be NULL"]
+            must = "must not" if is_nullable else "must"
+            return [f"the column {table}.{column} {must} accept NULL"]
         case ("modify_type", _, table, column, _, is_, wanted):
-            return [f"the column {table}.{column} is of type {is_}, and not {wanted}"]
+            return [f"the type of {table}.{column} must be {wanted}, got {is_}"]
         case ("modify_default", _, table, column, _, is_, wanted):
-            return [f"the column {table}.{column} defaults to {_default(is_)}, and not {_default(wanted)}"]
+            return [f"the default of {table}.{column} must be {_default(wanted)}, got {_default(is_)}"]
     return []
 
 
@@ -114,29 +122,29 @@ def _checks(connection: sa.Connection, table: sa.Table) -> list[str]:
     ]
     wanted = [check for check in table.constraints if isinstance(check, sa.CheckConstraint)]
     return [
-        f"the CHECK {check.name} is missing, or another one"
+        f"the CHECK {check.name} is missing or differs from the model"
         for check in wanted
         if _literals(str(check.sqltext)) not in found
     ]
 
 
 def _indexes(connection: sa.Connection, table: sa.Table) -> list[str]:
-    """Look at what autogenerate does not: which rows an index holds, and whether it can be used."""
+    """Compare what autogenerate ignores: which rows an index contains, and whether it is valid."""
     found = {
         index["name"]: index["dialect_options"].get("postgresql_where", "")
         for index in sa.inspect(connection).get_indexes(table.name, schema=table.schema)
         if "dialect_options" in index
     }
     other = [
-        f"the index {index.name} is missing, or another one"
+        f"the index {index.name} is missing or differs from the model"
         for index in table.indexes
         if index.name in found and _literals(found[index.name]) != _where(index)
     ]
     name = connection.dialect.identifier_preparer.format_table(table)
     invalid = connection.scalars(_INVALID, {"name": name})
-    return other + [f"the index {index} is not valid: REINDEX INDEX {index}" for index in invalid]
+    return other + [f"the index {index} is not valid: run REINDEX INDEX {index}" for index in invalid]
 
 
 def _literals(condition: str) -> set[str]:
-    """Return the strings in a condition, which PostgreSQL writes in a form of its own."""
+    """Return the string literals in a condition, to compare it although PostgreSQL has rewritten it."""
     return set(re.findall(r"'([^']*)'", condition))

@@ -1,4 +1,4 @@
-"""Bring a database up to date from a program, and tell whether it is."""
+"""Migrates a database from a program, and checks its version."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from apoq.migrations.places import another_set, where_looked, why_missing
 from apoq.migrations.steps import LATEST, current, newer, upgrade
 from apoq.postgres.urls import check_engine
 
-# Each starter in a transaction that sees, once it has waited for its turn, what the others did in theirs.
+# READ COMMITTED, so that after waiting for its turn each process sees the changes of the others.
 OPTIONS: Final[dict[str, Any]] = {"isolation_level": "READ COMMITTED"}
 
 NO_ENCODING: Final = (
-    "this database's encoding is SQL_ASCII, in which text means nothing: create one with ENCODING 'UTF8'"
+    "the database must have an encoding, got SQL_ASCII, which defines no characters beyond ASCII: create a "
+    "database with ENCODING 'UTF8'"
 )
 
 
@@ -29,23 +30,33 @@ def prepare(engine: AsyncEngine, *, schema: str | None = None) -> Coroutine[Any,
 def prepare(
     engine: sa.Engine | AsyncEngine, *, schema: str | None = None
 ) -> Coroutine[Any, Any, None] | None:
-    """Run the pending migrations of apoq's tables, in one transaction; an `AsyncEngine` is awaited.
+    """Create apoq's tables or migrate them to the version of this library, in one transaction.
 
-    Safe at every deploy and start: any number of starters take turns, and if nothing is to be done it
-    reads the version and writes nothing. A database of the Node.js original is adopted, its tasks kept. If
-    the tables are there without their version, as in a copy of the schema alone, it is recorded.
+    It is safe to call at every deploy and every start: any number of concurrent callers take turns, and if
+    the tables are up to date, it reads their version and writes nothing. It adopts a database of the Node.js
+    original and keeps its tasks. If the tables exist without a recorded version, as in a copy of a schema
+    without its rows, it records the version.
 
-    Raises `SchemaMismatch` if the database is newer than this library, or has no encoding. Without `schema`,
-    it makes no second set of tables: it raises `SchemaMismatch` if the search_path leads to none, and another
-    schema has some.
+    Args:
+        engine: The database. With an `AsyncEngine`, await the result.
+        schema: The schema of the tables, created if it is missing; by default, the search_path is used.
+
+    Raises:
+        SchemaMismatch: The tables are newer than this library; or the database has no encoding; or, without
+            `schema`, another schema has apoq's tables and those of the search_path have none: a second set
+            of tables would be created.
+
+    Note:
+        It uses a connection and a transaction of its own. On your own connection, call
+        `apoq.migrations.upgrade`.
     """
     if isinstance(engine, AsyncEngine):
         check_engine(engine)
         return _prepare_async(engine.execution_options(**OPTIONS), schema)
     if not isinstance(engine, sa.Engine):
         raise TypeError(
-            f"prepare takes an Engine or an AsyncEngine, not {type(engine).__qualname__}: "
-            "on a connection of yours, call apoq.migrations.upgrade"
+            f"engine must be an Engine or an AsyncEngine, got {type(engine).__qualname__}: "
+            "on your own connection, call apoq.migrations.upgrade"
         )
     check_engine(engine)
     with _readable(), engine.execution_options(**OPTIONS).begin() as connection:
@@ -61,7 +72,7 @@ async def _prepare_async(engine: AsyncEngine, schema: str | None) -> None:
 
 @contextmanager
 def _readable() -> Iterator[None]:
-    """Say what it means that SQLAlchemy can't read a new connection's answers."""
+    """Raise a clear error if SQLAlchemy gets bytes from a new connection, because it has no encoding."""
     try:
         yield
     except TypeError as error:
@@ -75,7 +86,7 @@ def _prepare(connection: sa.Connection, schema: str | None) -> None:
     if version > LATEST:
         raise SchemaMismatch(newer(version))
     if version < LATEST:
-        # Here, for `import apoq` shall not import Alembic.
+        # Imported here, so that `import apoq` doesn't import Alembic.
         from alembic.migration import MigrationContext  # noqa: PLC0415
         from alembic.operations import Operations  # noqa: PLC0415
 
@@ -86,7 +97,15 @@ def _prepare(connection: sa.Connection, schema: str | None) -> None:
 
 
 def check(connection: sa.Connection, schema: str | None = None) -> None:
-    """Raise `SchemaMismatch`, with what to do, unless the tables are at this library's version."""
+    """Check that apoq's tables are at the version of this library.
+
+    Args:
+        connection: A connection to the database.
+        schema: The schema of the tables; by default, the search_path is used.
+
+    Raises:
+        SchemaMismatch: The tables are missing or at another version. The message says what to do.
+    """
     version = current(connection, schema)
     if version > LATEST:
         raise SchemaMismatch(newer(version))
@@ -100,12 +119,12 @@ def check(connection: sa.Connection, schema: str | None = None) -> None:
 
 
 def missing(schema: str | None, what: str = "are missing") -> str:
-    """Say that the tables are not there, or too old, and what to do."""
+    """Return the message for tables that are missing or too old, with what to do."""
     where = "" if schema is None else f" in the schema {schema!r}"
-    return f"apoq's tables{where} {what}; this library wants version {LATEST}: {preparing(schema)}"
+    return f"apoq's tables{where} {what}; this library needs version {LATEST}: {preparing(schema)}"
 
 
 def _check_encoding(connection: sa.Connection) -> None:
-    # Reached where the connection names an encoding of its own (client_encoding).
+    # Only reached if the connection sets its own client_encoding; otherwise SQLAlchemy fails to connect.
     if connection.scalar(sa.text("SHOW server_encoding")) == "SQL_ASCII":
         raise SchemaMismatch(NO_ENCODING)

@@ -1,4 +1,4 @@
-"""The same steps as SQL, for histories that Alembic doesn't keep: Django's, Flyway's or sqitch's."""
+"""The migrations as SQL, for tools other than Alembic, such as Django, Flyway or sqitch."""
 
 from __future__ import annotations
 
@@ -10,26 +10,41 @@ from apoq.migrations.steps import downgrade, upgrade
 
 
 def upgrade_sql(*, version: int, schema: str | None = None) -> str:
-    """Answer the statements that bring apoq's tables to a version from the one before.
+    """Return the SQL that migrates apoq's tables to a version from the one before it.
 
-    They belong in one transaction. In a migration of Django's:
+    Run its statements in one transaction. In a Django migration:
 
         operations = [
             migrations.RunSQL(
                 apoq.migrations.upgrade_sql(version=1), apoq.migrations.downgrade_sql(version=0)
             ),
         ]
+
+    Args:
+        version: The version to migrate to; 1 creates the tables.
+        schema: The schema of the tables; by default, the search_path is used.
+
+    Raises:
+        SchemaMismatch: This library doesn't know the version.
     """
-    return _written(upgrade, version=version, schema=schema)
+    return _as_script(upgrade, version=version, schema=schema)
 
 
 def downgrade_sql(*, version: int, schema: str | None = None) -> str:
-    """Answer the statements that take apoq's tables back to a version from the one after; 0 drops them."""
-    return _written(downgrade, version=version, schema=schema)
+    """Return the SQL that migrates apoq's tables back to a version from the one after it.
+
+    Args:
+        version: The version to migrate to; 0 drops the tables with all tasks.
+        schema: The schema of the tables; by default, the search_path is used.
+
+    Raises:
+        SchemaMismatch: This library doesn't know the version.
+    """
+    return _as_script(downgrade, version=version, schema=schema)
 
 
-def _written(step: Callable[..., None], **options: Any) -> str:
-    # Here, for `import apoq` shall not import Alembic.
+def _as_script(step: Callable[..., None], **options: Any) -> str:
+    # Imported here, so that `import apoq` doesn't import Alembic.
     from alembic.migration import MigrationContext  # noqa: PLC0415
     from alembic.operations import Operations  # noqa: PLC0415
 

@@ -1,4 +1,4 @@
-"""Walk from one version of the tables to another, and keep the record of it."""
+"""Migrates the tables from one version to another, and records the version."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ STEPS: Final[dict[int, ModuleType]] = {1: v0001}
 LATEST: Final = max(STEPS)
 
 VERSION_TABLE: Final = "apoq_migrations"
-"""The original's name; the table is Alembic's version table."""
+"""Alembic's version table, with the name that the Node.js original uses."""
 
 TABLES: Final = frozenset({"apoq_tasks", "apoq_workers", "apoq_claims", VERSION_TABLE})
 
 OWN: Final = ("apoq_workers", "apoq_claims")
-"""Those that the original doesn't have."""
+"""Tables that the Node.js original doesn't have."""
 
 LOCK_KEY: Final = 97112111113
-"""The original's: the bytes of "apoq" in decimal."""
+"""The original's key: the bytes of "apoq" in decimal."""
 
 LOCK_WAIT_SECONDS: Final = 60.0
-"""Seconds to wait for the lock. Any role may take it, so there has to be an end to it."""
+"""Seconds to wait for the lock; limited, because any role can take and keep it."""
 
 LOCK_POLL_SECONDS: Final = 0.05
 """Seconds between two attempts to take the lock."""
@@ -44,7 +44,7 @@ _KEY: Final[sa.ColumnElement[int]] = sa.literal_column(str(LOCK_KEY))
 
 
 def upgrade(op: Operations | ModuleType, *, version: int = LATEST, schema: str | None = None) -> None:
-    """Bring apoq's tables to a version, from a revision of your own.
+    """Migrate apoq's tables to a version, in a revision of your own project.
 
         from alembic import op
         import apoq.migrations
@@ -52,12 +52,25 @@ def upgrade(op: Operations | ModuleType, *, version: int = LATEST, schema: str |
         def upgrade() -> None:
             apoq.migrations.upgrade(op, version=1)
 
-    Part of the revision's transaction, online and with ``--sql``. A version reached already is passed over.
-    Warns if it makes a second set of tables because the search_path leads to none of those that there are.
-    Offline, where the database can't be asked, it begins at the version before.
+    It does nothing if the tables are at this version or a later one. With ``--sql``, it can't read the
+    version of the tables and starts from the one before. It warns if it creates a second set of tables
+    because no schema in the search_path has apoq's tables, but another schema has.
+
+    Args:
+        op: ``alembic.op``, or an `Operations` object.
+        version: The version to migrate to; by default, the latest one. Give it in a revision, so that the
+            revision always does the same.
+        schema: The schema of the tables, created if it is missing; by default, the search_path is used.
+
+    Raises:
+        SchemaMismatch: This library doesn't know the version; or another session holds the migration lock for
+            too long; or the tables exist without a recorded version and are not apoq's.
+
+    Note:
+        It runs in the transaction of the revision.
     """
     operations: Any = op
-    schema = _checked(schema)
+    schema = _quoted(schema)
     _check_version(version, lowest=1)
     has_some = False
     if operations.get_context().as_sql:
@@ -69,7 +82,7 @@ def upgrade(op: Operations | ModuleType, *, version: int = LATEST, schema: str |
         lock(connection)
         is_unnamed = schema is None
         if is_unnamed and (found := home(connection)) is not None:
-            schema = _checked(found)
+            schema = _quoted(found)
         adopt(connection, schema)
         start = current(connection, schema)
         if start < version:
@@ -86,18 +99,31 @@ def upgrade(op: Operations | ModuleType, *, version: int = LATEST, schema: str |
     _record(operations, version, schema)
     if has_some and version == LATEST and (wrong := differences(operations.get_bind(), schema)):
         raise SchemaMismatch(
-            f"tables of these names existed without a version, and are not apoq's: {'; '.join(wrong)}. "
-            "Drop or rename them, and try again"
+            "tables with the names of apoq's exist, but without a version, and differ from apoq's: "
+            f"{'; '.join(wrong)}. Drop or rename them, and try again"
         )
 
 
 def downgrade(op: Operations | ModuleType, *, version: int = 0, schema: str | None = None) -> None:
-    """Take apoq's tables back to a version, from a revision of your own; 0 drops them with every task.
+    """Migrate apoq's tables back to a version, in a revision of your own project.
 
-    Offline it begins at the version after.
+    It does nothing if the tables are at this version or an earlier one. With ``--sql``, it can't read the
+    version of the tables and starts from the one after.
+
+    Args:
+        op: ``alembic.op``, or an `Operations` object.
+        version: The version to migrate to; 0 drops the tables with all tasks.
+        schema: The schema of the tables; by default, the search_path is used.
+
+    Raises:
+        SchemaMismatch: This library doesn't know the version, or that of the tables; or another session holds
+            the migration lock for too long.
+
+    Note:
+        It runs in the transaction of the revision.
     """
     operations: Any = op
-    schema = _checked(schema)
+    schema = _quoted(schema)
     _check_version(version, lowest=0)
     if operations.get_context().as_sql:
         operations.execute(_lock_statement())
@@ -117,7 +143,7 @@ def downgrade(op: Operations | ModuleType, *, version: int = 0, schema: str | No
 
 
 def current(connection: sa.Connection, schema: str | None = None) -> int:
-    """Return the version of the tables in a database; 0 if there are none, or only the original's."""
+    """Return the version of apoq's tables in a database; 0 if there are none, or only the original's."""
     check_untranslated(connection.get_execution_options(), check_schema(schema))
     if not _is_ours(connection, schema):
         return 0
@@ -126,13 +152,13 @@ def current(connection: sa.Connection, schema: str | None = None) -> int:
 
 
 def lock(connection: sa.Connection) -> None:
-    """Wait for other starters, and hold the lock to the end of the transaction.
+    """Wait for other migrations, and hold the migration lock until the end of the transaction.
 
     Raises `SchemaMismatch` if another session holds it for longer than the session's `lock_timeout`, or, if
     that is not set, for longer than `LOCK_WAIT_SECONDS`.
     """
-    # It tries again and again, because a wait that PostgreSQL ends would abort the transaction: then nobody
-    # could be asked who holds the lock.
+    # It polls, because a wait that PostgreSQL ends would abort the transaction, which could then no longer
+    # query who holds the lock.
     began = time.monotonic()
     patience = 0.0
     while not connection.scalar(sa.select(sa.func.pg_try_advisory_xact_lock(_KEY))):
@@ -142,14 +168,14 @@ def lock(connection: sa.Connection) -> None:
             raise SchemaMismatch(_held(holder, patience))
         connection.execute(
             sa.select(sa.func.pg_sleep(LOCK_POLL_SECONDS))
-        )  # there, so that no event loop sleeps here
+        )  # sleeps in the server: `time.sleep` would block an event loop
 
 
 def adopt(connection: sa.Connection, schema: str | None = None) -> bool:
-    """Make room for Alembic's version table where the Node.js original's stands; tell whether it did.
+    """Drop the version table of the Node.js original, if there is one; return whether it did.
 
-    The original's two versions are recorded in a table of the same name with other columns. It is dropped:
-    what it says, version 1 finds by looking. Call it in the transaction of the upgrade, after `lock`.
+    It has the name of Alembic's version table, but other columns. Its content isn't needed, because version 1
+    looks at the tables themselves. Call it in the transaction of the upgrade, after `lock`.
     """
     if not sa.inspect(connection).has_table(VERSION_TABLE, schema=schema) or _is_ours(connection, schema):
         return False
@@ -158,9 +184,9 @@ def adopt(connection: sa.Connection, schema: str | None = None) -> bool:
 
 
 def newer(version: int) -> str:
-    """Say that the tables are of a later library than this, and what to do."""
+    """Return the message for tables that are newer than this library, with what to do."""
     return (
-        f"apoq's tables are at version {version}, and this library knows them up to version {LATEST}: "
+        f"apoq's tables are at version {version}, but this library knows only versions up to {LATEST}: "
         "upgrade the library (pip install --upgrade apoq)"
     )
 
@@ -172,13 +198,17 @@ def include_object(
     reflected: bool,  # noqa: ARG001
     compare_to: Any,  # noqa: ARG001
 ) -> bool:
-    """Keep autogenerate from touching apoq's tables: ``context.configure(include_object=…)`` in env.py."""
+    """Hide apoq's tables from autogenerate; pass it to ``context.configure(include_object=…)`` in env.py.
+
+    Returns:
+        False for apoq's tables and their columns, indexes and constraints; True for everything else.
+    """
     table = name if type_ == "table" else getattr(getattr(object, "table", None), "name", None)
     return table not in TABLES
 
 
-def _checked(schema: str | None) -> str | None:
-    """Return the schema's name for Alembic, which would take one with a dot in it for two."""
+def _quoted(schema: str | None) -> str | None:
+    """Return the schema's name for Alembic, which would read a name with a dot as two names."""
     return None if schema is None else sa.quoted_name(str(check_schema(schema)), quote=True)
 
 
@@ -190,7 +220,7 @@ def _is_ours(connection: sa.Connection, schema: str | None) -> bool:
 
 
 def _table(schema: str | None) -> sa.Table:
-    # As Alembic makes it, down to the name of its key.
+    # The same table that Alembic creates, including the name of its primary key.
     return sa.Table(
         VERSION_TABLE,
         sa.MetaData(),
@@ -215,19 +245,20 @@ def _lock_statement() -> sa.Select[tuple[Any]]:
 
 
 def _held(holder: sa.RowMapping | None, patience: float) -> str:
-    text = f"waited {patience:g} s for the lock by which migrations of apoq take turns, and "
+    text = f"waited {patience:g} s for the lock that lets only one migration of apoq run, but "
     if holder is None:
-        return f"{text}another session still holds it: try again when that has ended"
+        return f"{text}another session still holds it: try again when that session has ended"
     pid, role, name = holder["pid"], holder["usename"], holder["application_name"]
     return (
         f"{text}process {pid} (role {role}, {name!r}) still holds it: if that is a migration, try again "
-        f"later; else SELECT pg_terminate_backend({pid})"
+        f"later; otherwise run SELECT pg_terminate_backend({pid})"
     )
 
 
 def _check_version(version: int, *, lowest: int) -> None:
     if not lowest <= version <= LATEST:
+        known = f"from {lowest} to {LATEST}" if lowest < LATEST else f"{LATEST}"
         raise SchemaMismatch(
-            f"this apoq knows its tables from version {lowest} to {LATEST}, not {version}: "
-            "install the apoq that does, or give another version"
+            f"version must be {known}, got {version}: this apoq knows no others; pass another version, or "
+            "upgrade apoq"
         )

@@ -1,8 +1,8 @@
-"""Version 1: the task table, a superset of the Node.js original's, the workers', and their claims'.
+"""Version 1: the tables of tasks (a superset of the Node.js original's), workers, and claims.
 
-Each step is harmless where it has been taken already, so that a database made by the original (at either
-of its two versions) comes out the same as a new one, with its tasks kept, online and offline. So does one
-with the tables and no record of their version, such as a copy of the schema alone.
+Each step is harmless if it has been done already. So a database made by the original (at either of its two
+versions) becomes the same as a new one, with its tasks kept, online and offline. The same goes for a database
+that has the tables without a recorded version, such as a copy of a schema without its rows.
 
 All names are final (`op.f`): the naming convention of a user's metadata doesn't change them.
 """
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY, INTERVAL, JSONB, TIMESTAMP
 
-if TYPE_CHECKING:  # Alembic takes 0.2 s to import, and a worker has no need of it
+if TYPE_CHECKING:  # importing Alembic takes 0.2 s, and a worker doesn't need it
     from alembic.operations import Operations
 
 TIME = TIMESTAMP(timezone=True)
@@ -23,10 +23,10 @@ ZERO = sa.text("0")
 INDEXED_STATE = "NULLIF(NULLIF(state, 'pending'::text), 'running'::text)"
 
 STORAGE = {
-    # Room on each page for the new version of each of its rows that a claim writes: where it finds none, it
-    # has to write to every index.
+    # Leave room on each page for the new row versions that a claim writes: without it, each update would
+    # write to every index.
     "fillfactor": "45",
-    # Every task is updated twice: vacuum by what changes, not by what the table has ever held.
+    # Every task is updated twice, so vacuum after a number of changes, not after a share of the table.
     "autovacuum_vacuum_scale_factor": "0.01",
     "autovacuum_vacuum_threshold": "1000",
     "autovacuum_vacuum_cost_delay": "0",
@@ -34,7 +34,7 @@ STORAGE = {
 }
 
 CLAIMS_STORAGE = {
-    # It never holds much, and each of its rows goes within seconds.
+    # The table is always small, and each of its rows is deleted within seconds.
     "autovacuum_vacuum_scale_factor": "0",
     "autovacuum_vacuum_threshold": "1000",
     "toast.autovacuum_vacuum_scale_factor": "0",
@@ -43,7 +43,7 @@ CLAIMS_STORAGE = {
 
 
 def upgrade(op: Operations, schema: str | None = None) -> None:
-    """Create the tables, or make them of the original's."""
+    """Create the tables, or change those of the Node.js original."""
     if schema is not None and not _has_schema(op, schema):
         op.execute(sa.schema.CreateSchema(schema, if_not_exists=True))
     op.create_table(
@@ -77,7 +77,7 @@ def upgrade(op: Operations, schema: str | None = None) -> None:
         sa.Column("error", JSONB),
         sa.Column("indexed_state", sa.Text, sa.Computed(INDEXED_STATE, persisted=True)),
         sa.Column("meta", JSONB),
-        # Of features to come: to add them to a table that is in use would be expensive. A plain task leaves
+        # For planned features, because adding them to a table in use would be expensive. A plain task leaves
         # them NULL, which takes one bit.
         sa.Column("unique_key", sa.Text),
         sa.Column("held_unique_key", sa.Text),
@@ -106,7 +106,8 @@ def upgrade(op: Operations, schema: str | None = None) -> None:
         "state IN ('pending', 'waiting', 'running', 'completed', 'failed', 'cancelled')",
         schema=schema,
     )
-    # The original's indexes that no statement uses. A third one stays, for its workers may still run.
+    # Two of the original's indexes that no statement of apoq uses. A third one stays, because the original's
+    # workers may still run.
     for name in ("apoq_tasks_type_idx", "apoq_tasks_state_idx"):
         op.drop_index(op.f(name), "apoq_tasks", schema=schema, if_exists=True)
     op.create_index(
@@ -169,7 +170,7 @@ def upgrade(op: Operations, schema: str | None = None) -> None:
         schema=schema,
         if_not_exists=True,
     )
-    # To compress a thousand ids would take most of a claim's time.
+    # Without compression, which would take most of the time of a claim of a thousand ids.
     _alter(op, "apoq_claims", schema, "ALTER task_ids SET STORAGE EXTERNAL, " + _set(CLAIMS_STORAGE))
 
 
@@ -190,5 +191,5 @@ def _alter(op: Operations, name: str, schema: str | None, change: str) -> None:
 
 
 def _has_schema(op: Operations, schema: str) -> bool:
-    # IF NOT EXISTS wants the right to create schemas even where there is one.
+    # Even with IF NOT EXISTS, creating a schema that exists needs the right to create schemas.
     return not op.get_context().as_sql and sa.inspect(op.get_bind()).has_schema(schema)

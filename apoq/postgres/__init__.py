@@ -1,1 +1,1 @@
-"""How apoq talks to PostgreSQL; it knows no task."""
+"""Connections to PostgreSQL and statements on them; nothing here knows about tasks."""

@@ -1,4 +1,4 @@
-"""apoq's own few connections, apart from the caller's: what its workers and notifications speak through."""
+"""apoq's own few connections, separate from the caller's, for workers and notifications."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection, QueuePoo
 
 from apoq.postgres import fast_path
 from apoq.postgres.engine_twins import bare_pool
-from apoq.postgres.fast_path import Answer
+from apoq.postgres.fast_path import Result
 from apoq.postgres.loaders import read_anything
 from apoq.postgres.watchdog import watch
 
 STATEMENT_TIMEOUT_SECONDS: Final = 60
-"""Seconds after which the server ends a statement of an engine of apoq's own."""
+"""Seconds after which the server cancels a statement on one of apoq's own engines."""
 
 SESSION: Final = f"""
     SET client_encoding = 'UTF8';
@@ -35,15 +35,16 @@ SESSION: Final = f"""
     SET enable_bitmapscan = off;
     SET jit = off
 """
-# UTF-8, whatever the caller's engine or PGCLIENTENCODING say: one character that another encoding doesn't
-# have would stop every claim. The styles, because psycopg reads no others as text. NULL in arrays,
-# or else what became of a task, sent in arrays, could not be written.
-# READ COMMITTED, for at a higher level claims would fail on each other (40001).
-# The time-outs, for a worker that is frozen in a transaction would keep its rows locked, and nobody could
-# rescue them.
-# Plans by index only, for a prepared statement's plan may be made while the table is still empty.
-# Nothing is compiled: before PostgreSQL 18, a scan that is off and yet unavoidable costs ten billion to the
-# planner, and so each heartbeat was compiled for a second, to run for a tenth of a millisecond.
+# client_encoding: UTF-8, even if the caller's engine or PGCLIENTENCODING have another encoding. A single
+# character that it doesn't have would stop every claim.
+# DateStyle, IntervalStyle: psycopg can read only these styles from text.
+# array_nulls: the outcomes of tasks are sent in arrays, which have NULLs.
+# READ COMMITTED: at a higher isolation level, concurrent claims would fail (40001).
+# The timeouts: a worker that freezes within a transaction would keep its rows locked, so that no other worker
+# could rescue them.
+# enable_seqscan, enable_bitmapscan: a prepared statement may be planned while the table is still empty.
+# jit: before PostgreSQL 18, a disabled scan that can't be avoided costs ten billion to the planner. So each
+# heartbeat was compiled for a second, to run for a tenth of a millisecond.
 
 BEGIN: Final = f"""
     BEGIN ISOLATION LEVEL READ COMMITTED;
@@ -52,31 +53,32 @@ BEGIN: Final = f"""
     SET LOCAL statement_timeout = '{STATEMENT_TIMEOUT_SECONDS}s';
     SET LOCAL idle_in_transaction_session_timeout = '5s'
 """
-# The same where a pooler is in between: a setting of the session would be the next one's, too.
+# The same through a pooler, per transaction: the pooler may hand the session and its settings to others.
 
 CONNECT_TIMEOUT_SECONDS: Final = 3
-"""Seconds for a connection to be made, unless the caller's engine says otherwise."""
+"""Seconds to wait for a new connection, unless the caller's engine has its own connect_timeout."""
 
 ANSWER_TIMEOUT_SECONDS: Final = 10.0
-"""Seconds after which a server that hasn't answered a statement is taken for gone."""
+"""Seconds after which a server that hasn't responded to a statement counts as unreachable."""
 
 _UNPREPARED: Final = {"26000", "42P05", "08P01"}
-"""SQLSTATEs of a named prepared statement that is not there, is there already, or is somebody else's."""
+"""SQLSTATEs of a prepared statement whose name is missing, taken already, or another session's."""
 
 _MISSING: Final = {"42P01", "42703", "3F000"}
-"""SQLSTATEs of a table, a column or a schema that is not there."""
+"""SQLSTATEs of a missing table, column or schema."""
 
 _NOT_OF_A_ROW: Final = ("08", "0A", "25", "28", "3", "40", "42", "53", "55", "57", "58")
-"""Classes of SQLSTATEs that speak of a statement, a session or the server, and not of what is in a row."""
+"""Classes of SQLSTATEs that concern a statement, a session or the server, rather than the values in a row."""
 
 _OF_A_STATEMENT: Final = ("40", "54", "55", "57014")
-"""SQLSTATEs, or their classes, of a statement that failed on a connection that goes on.
+"""SQLSTATEs, or their classes, of a failed statement that leaves its connection usable.
 
-OperationalErrors to psycopg: a deadlock, a limit of the server, a lock that could not be had, a cancellation.
+psycopg raises OperationalErrors for them: for a deadlock, an exceeded limit of the server, a lock that was
+not available, and a cancelled statement.
 """
 
 _READ_ONLY: Final = "25006"
-"""SQLSTATE of a server that is no longer the primary, or not yet: after a failover, another one is."""
+"""SQLSTATE of a server that is not the primary: after a failover, another server is."""
 
 _OWNER: Final = "apoq.owner"
 _IS_DIRECT: Final = "apoq.is_direct"
@@ -92,18 +94,19 @@ _dialect = PGDialect_psycopg()  # type: ignore[no-untyped-call]
 
 
 def own_engine(engine: Engine, *, lock_timeout: str = "0") -> Engine:
-    """Make an engine to the same database whose few connections are apoq's own.
+    """Return an engine for the same database with a few connections of its own.
 
-    Made the way the caller's are, and apart from them: it doesn't matter to it that the caller's pool is
-    full, has a single connection, or is at another isolation level. Straight to the server, it prepares
-    its statements; through a pooler such as PgBouncer, which may hand each transaction to another
-    session, it relies on nothing that a session keeps. `lock_timeout` is PostgreSQL's.
+    They are made in the same way as the caller's, but are independent of them: the caller's pool may be full,
+    have a single connection, or use another isolation level. On a direct connection the engine prepares its
+    statements. Through a pooler such as PgBouncer, which may run each transaction in another session, it
+    relies on nothing that a session keeps. `lock_timeout` is PostgreSQL's setting.
     """
     source = bare_pool(engine)
     event.listen(source._dialect, "do_connect", _limit)  # noqa: SLF001 - the pool's own
 
     def connect() -> DBAPIConnection:
-        # Through the pool, for its "connect" events may set what the tables are found by: the search_path.
+        # Through the pool, because its "connect" events may set the search_path, by which the tables are
+        # found.
         pooled = source.connect()
         connection: Any = pooled.driver_connection
         pooled.detach()
@@ -113,8 +116,8 @@ def own_engine(engine: Engine, *, lock_timeout: str = "0") -> Engine:
         "postgresql+psycopg://",
         creator=connect,
         poolclass=QueuePool,
-        pool_use_lifo=True,  # what was prepared on the last one is there
-        pool_reset_on_return=None,  # whoever takes a connection ends what it has begun
+        pool_use_lifo=True,  # the most recently used connection has its statements prepared
+        pool_reset_on_return=None,  # every user of a connection ends its own transaction
         isolation_level="AUTOCOMMIT",
     )
 
@@ -129,7 +132,8 @@ def own_engine(engine: Engine, *, lock_timeout: str = "0") -> Engine:
             set_up(connection, record)
 
     def set_up(connection: Any, record: ConnectionPoolEntry) -> None:
-        # What it has prepared, the driver deallocates at a ROLLBACK, and all else that is prepared as well.
+        # The driver doesn't prepare anything: at a ROLLBACK it would deallocate all prepared statements,
+        # including apoq's.
         connection.prepare_threshold = None
         is_direct = not own.get_execution_options().get(_IS_POOLED) and _keeps_its_session(connection, record)
         record.info[_IS_DIRECT] = is_direct
@@ -147,9 +151,9 @@ def own_engine(engine: Engine, *, lock_timeout: str = "0") -> Engine:
 
 
 def prepare_where_kept(engine: Engine) -> None:
-    """Let an engine's connections prepare statements as psycopg does, but not through a pooler.
+    """Let psycopg prepare statements on an engine's direct connections, but not through a pooler.
 
-    For engines that apoq makes by itself: nobody told them what is in between.
+    For engines that apoq makes itself, because the user couldn't configure them for a pooler.
     """
 
     @event.listens_for(engine, "connect")
@@ -159,7 +163,7 @@ def prepare_where_kept(engine: Engine) -> None:
 
 
 def is_direct(pooled: PoolProxiedConnection) -> bool:
-    """Tell whether a connection of an engine of apoq's own leads straight to the server."""
+    """Return whether a connection of one of apoq's own engines leads to the server without a pooler."""
     return bool(pooled.info[_IS_DIRECT])
 
 
@@ -169,28 +173,27 @@ def execute(
     parameters: Mapping[str, Any],
     *,
     timeout: float = ANSWER_TIMEOUT_SECONDS,
-) -> Answer:
-    """Execute one statement on an engine of apoq's own, as a transaction by itself.
+) -> Result:
+    """Execute one statement as its own transaction, on one of apoq's own engines or a connection of it.
 
-    One round trip, where no pooler is in between. On one of its connections, where the caller has that in
-    hand. Raises psycopg's own errors; an `OperationalError`, too, where the server hasn't answered after
-    `timeout` seconds.
+    It takes one round trip unless there is a pooler. Raises psycopg's errors, including `OperationalError` if
+    the server hasn't responded after `timeout` seconds.
     """
     if not isinstance(where, Engine):
         return _execute(where, statement, parameters, timeout)
     pooled = where.raw_connection()
     try:
-        answer = _execute(pooled, statement, parameters, timeout)
+        result = _execute(pooled, statement, parameters, timeout)
     except BaseException as error:
         pooled.invalidate(error)
-        _note(where, error)
+        _learn_from(where, error)
         raise
     pooled.close()
-    return answer
+    return result
 
 
 def prepare_statement(pooled: PoolProxiedConnection, statement: Executable) -> bytes:
-    """Prepare a statement on a connection that leads straight to the server; answer its name there."""
+    """Prepare a statement on a direct connection to the server; return the statement's name there."""
     connection: Any = pooled.dbapi_connection
     with watch.awaiting(connection, ANSWER_TIMEOUT_SECONDS, pooled.info[_OWNER]):
         return fast_path.prepare(connection, statement, pooled.info.setdefault(_PREPARED, set()))
@@ -201,21 +204,21 @@ def _execute(
     statement: Executable,
     parameters: Mapping[str, Any],
     timeout: float,
-) -> Answer:
-    connection: Any = pooled.dbapi_connection  # psycopg's own, even where the pool knows of it no more
+) -> Result:
+    connection: Any = pooled.dbapi_connection  # psycopg's own, even if it was detached from the pool
     with watch.awaiting(connection, timeout, pooled.info[_OWNER]):
         if is_direct(pooled):
             prepared = pooled.info.setdefault(_PREPARED, set())
             return fast_path.execute(connection, statement, parameters, prepared=prepared)
         connection.execute(pooled.info[_BEGIN])
-        answer = fast_path.execute(connection, statement, parameters, prepared=None)
+        result = fast_path.execute(connection, statement, parameters, prepared=None)
         connection.commit()
-        return answer
+        return result
 
 
 @cache
 def compiled(statement: Executable) -> tuple[Any, dict[str, Any]]:
-    """Compile a Core statement once; answer its text and the parameters that it brings along."""
+    """Compile a Core statement once; return its text and its own parameters."""
     found: Any = cast("Any", statement).compile(dialect=_dialect)
     return str(found), found.params
 
@@ -234,21 +237,21 @@ def make_renewable(engine: Engine) -> None:
     @event.listens_for(engine, "checkout")
     def check(_connection: object, record: ConnectionPoolEntry, _proxy: object) -> None:
         if record.info.pop(_IS_NEW, False):
-            return  # whatever has been found out since it was asked for
+            return  # just made for this checkout: it is good even if `renew` was called meanwhile
         if record.info.get(_GENERATION, 0) != _generations[engine]:
-            raise sqlalchemy.exc.DisconnectionError  # the pool makes a new one
+            raise sqlalchemy.exc.DisconnectionError  # makes the pool open a new connection
 
 
 def renew(engine: Engine) -> None:
-    """Use none of the connections again that were made until now: they may be dead, and none would say so.
+    """Replace all connections of an engine when they are next used: they may be dead without any error.
 
-    Not `dispose`, after which nobody would close those that are in use now.
+    Not `dispose`, after which the connections that are in use now would never be closed.
     """
     _generations[engine] += 1
 
 
 def keeps_session(engine: Engine) -> bool:
-    """Tell whether an engine of apoq's own speaks to the server itself, with no pooler in between."""
+    """Return whether one of apoq's own engines connects to the server without a pooler."""
     pooled = engine.raw_connection()
     try:
         return is_direct(pooled)
@@ -257,7 +260,7 @@ def keeps_session(engine: Engine) -> bool:
 
 
 def is_away(error: BaseException) -> bool:
-    """Tell whether an error speaks of the database being away, and not of what was asked of it."""
+    """Return whether an error means that the database is unreachable, rather than that a statement failed."""
     if isinstance(error, sqlalchemy.exc.DBAPIError):
         error = error.orig or error
     if isinstance(error, psycopg.Error) and (error.sqlstate or "").startswith(_OF_A_STATEMENT):
@@ -268,10 +271,10 @@ def is_away(error: BaseException) -> bool:
 
 
 def is_caused_by_a_row(error: BaseException) -> bool:
-    """Return whether a statement may have failed because of one of its rows: it may succeed without that.
+    """Return whether one of its rows may have made a statement fail, so that it may succeed without that row.
 
-    Such as one whose value the server refuses, or can't read. Not if it failed as such, as for lack of a
-    right.
+    The server may reject a value of the row, or be unable to read it. An error such as a missing right is not
+    caused by a row.
     """
     if is_away(error) or not isinstance(error, psycopg.DatabaseError):
         return False
@@ -279,20 +282,20 @@ def is_caused_by_a_row(error: BaseException) -> bool:
 
 
 def is_missing(error: BaseException) -> bool:
-    """Tell whether an error speaks of a table, a column or a schema that is not there."""
+    """Return whether an error means that a table, a column or a schema is missing."""
     cause = getattr(error, "orig", None) or error
     return getattr(cause, "sqlstate", None) in _MISSING
 
 
 def _limit(_dialect: object, _record: object, _arguments: object, options: dict[str, Any]) -> None:
-    """Let a connection be refused in time."""
+    """Limit the time to connect."""
     options.setdefault("connect_timeout", CONNECT_TIMEOUT_SECONDS)
 
 
 def _keeps_its_session(connection: Any, record: ConnectionPoolEntry) -> bool:
-    """Tell whether the session that serves a connection is the one that answered when it was made.
+    """Return whether a connection is served by the session that accepted it.
 
-    A pooler answers by itself, and makes up the process id that goes with it.
+    A pooler accepts connections by itself, with an invented process id.
     """
     cursor = connection.cursor()
     cursor.execute("SELECT pg_backend_pid()")
@@ -302,8 +305,8 @@ def _keeps_its_session(connection: Any, record: ConnectionPoolEntry) -> bool:
     return bool(pid == cast("Any", record.driver_connection).info.backend_pid)
 
 
-def _note(engine: Engine, error: BaseException) -> None:
-    """Learn from an error: what is in between is a pooler, or the other connections are gone as well."""
+def _learn_from(engine: Engine, error: BaseException) -> None:
+    """Adapt an engine to an error: there is a pooler after all, or the other connections are dead as well."""
     if isinstance(error, psycopg.Error) and error.sqlstate in _UNPREPARED:
         engine.update_execution_options(**{_IS_POOLED: True})
         renew(engine)

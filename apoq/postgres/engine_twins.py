@@ -1,10 +1,10 @@
-"""Engines of the other kind, sync or asyncio, that connect as the caller's engine does.
+"""Engines of the other kind, sync or asyncio, that connect in the same way as the caller's engine.
 
-Threads need a sync connection, and coroutines an asyncio one; an engine makes connections of one kind. What
-psycopg is told is the same for both.
+Threads need sync connections, and coroutines asyncio ones, but an engine makes only one kind. Both kinds use
+the same arguments of psycopg.
 """
 
-# SQLAlchemy keeps what an engine was made with to itself.
+# SQLAlchemy has no public way to read the arguments of an engine.
 # ruff: noqa: SLF001
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from apoq.errors import UnsupportedDatabase
 from apoq.postgres.urls import on_psycopg, sync_side
 
 _NOT_THE_CALLERS: Final = ("sqlalchemy.engine.", "sqlalchemy.util.", "apoq.")
-"""Modules whose "connect" listeners each engine gets of its own."""
+"""Modules whose "connect" listeners are not the caller's: every engine gets its own."""
 
 
 def sync_twin(engine: Engine | AsyncEngine) -> Engine:
-    """Make an `Engine` to the same database, which connects as this one does.
+    """Return an `Engine` for the same database, which connects in the same way as this one.
 
-    With its arguments (`connect_args`) and its listeners ("do_connect" and "connect"). The twin raises
-    `UnsupportedDatabase` when it connects, if the engine's connections can only be of the other kind.
+    It uses the same arguments (`connect_args`) and listeners ("do_connect" and "connect"). It raises
+    `UnsupportedDatabase` when it connects if the source can only make connections of the other kind.
     """
     source = sync_side(engine)
     twin = create_engine(on_psycopg(source.url), **_options(source, is_async=False))
@@ -38,7 +38,7 @@ def sync_twin(engine: Engine | AsyncEngine) -> Engine:
 
 
 def async_twin(engine: Engine | AsyncEngine) -> AsyncEngine:
-    """Make an `AsyncEngine` to the same database, which connects as this one does; see `sync_twin`."""
+    """Return an `AsyncEngine` for the same database, which connects in the same way; see `sync_twin`."""
     source = sync_side(engine)
     twin = create_async_engine(on_psycopg(source.url), **_options(source, is_async=True))
     _forward_events(source, twin.dialect, twin.pool)
@@ -46,9 +46,9 @@ def async_twin(engine: Engine | AsyncEngine) -> AsyncEngine:
 
 
 def bare_pool(engine: Engine) -> Pool:
-    """Make a pool of sync connections that are made as this engine's are; see `sync_twin`.
+    """Return a pool of sync connections that are made in the same way as this engine's; see `sync_twin`.
 
-    Nothing is set on them but by the caller's listeners. The pool doesn't keep the engine alive.
+    Only the caller's listeners configure them. The pool doesn't keep the engine alive.
     """
     twin = create_engine(on_psycopg(engine.url), **_connecting(engine, is_async=False))
     pool = NullPool(twin.pool._creator, dialect=twin.dialect)
@@ -57,7 +57,7 @@ def bare_pool(engine: Engine) -> Pool:
 
 
 def _options(source: Engine, *, is_async: bool) -> dict[str, Any]:
-    """Return what `create_engine` takes, as far as it is seen on a connection."""
+    """Return the arguments of `create_engine` that have an effect on connections."""
     dialect: Any = source.dialect
     return _connecting(source, is_async=is_async) | {
         "isolation_level": dialect._on_connect_isolation_level,
@@ -70,11 +70,11 @@ def _options(source: Engine, *, is_async: bool) -> dict[str, Any]:
 
 def _connecting(source: Engine, *, is_async: bool) -> dict[str, Any]:
     dialect: Any = source.dialect
-    creator: Any = source.pool._creator  # the only one who knows the `connect_args`
+    creator: Any = source.pool._creator  # the only place where the `connect_args` are kept
     known = inspect.getclosurevars(creator).nonlocals if inspect.isfunction(creator) else {}
-    arguments = known.get("cparams")  # of the creator that SQLAlchemy makes, unless it is given one
+    arguments = known.get("cparams")  # a variable of SQLAlchemy's creator; the caller may have passed another
     if arguments is not None and "async_creator_fn" not in arguments:
-        # The dialect's own adapters, and a kind of cursor, are one engine's only.
+        # The cursor class and the dialect's adapters belong to one kind of engine.
         own = {"cursor_factory"}
         if arguments.get("context") is dialect._psycopg_adapters_map:
             own.add("context")
@@ -86,20 +86,20 @@ def _connecting(source: Engine, *, is_async: bool) -> dict[str, Any]:
 
 def _refuse_sync() -> NoReturn:
     raise UnsupportedDatabase(
-        "apoq's threads need sync connections, and this AsyncEngine's are made by its async_creator: pass "
-        "create_async_engine(connect_args=…) instead, or give Worker an Engine"
+        "apoq's threads need sync connections, but this AsyncEngine's are made by its async_creator: use "
+        "create_async_engine(connect_args=…) instead, or pass an Engine to Worker"
     )
 
 
 def _refuse_async() -> NoReturn:
     raise UnsupportedDatabase(
-        "task.session of a coroutine needs asyncio connections, and this Engine's are made by its creator: "
-        "pass create_engine(connect_args=…) instead, or give Worker an AsyncEngine"
+        "task.session of a coroutine needs asyncio connections, but this Engine's are made by its creator: "
+        "use create_engine(connect_args=…) instead, or pass an AsyncEngine to Worker"
     )
 
 
 def _forward_events(source: Engine, dialect: Dialect, pool: Pool) -> None:
-    """Let the caller's listeners to the source's connecting take part in that of its twin."""
+    """Call the caller's connection listeners on the source for the connections of its twin as well."""
     theirs = source.dialect
     callers = [
         listener
@@ -110,11 +110,11 @@ def _forward_events(source: Engine, dialect: Dialect, pool: Pool) -> None:
     @event.listens_for(dialect, "do_connect")
     def connect(dialect: Dialect, record: object, arguments: object, options: object) -> Any:
         for listener in theirs.dispatch.do_connect.listeners:
-            # With the twin's dialect, for `dialect.connect` is to make a connection of its kind.
+            # With the twin's dialect, because `dialect.connect` must make a connection of the twin's kind.
             connection = _call(dialect, listener, dialect, record, arguments, options)
             if connection is not None:
                 if isinstance(connection, psycopg.Connection) is dialect.is_async:
-                    reason = f"it has returned a {type(connection).__qualname__}"
+                    reason = f"it returned a {type(connection).__qualname__}"
                     raise _misfit(dialect, listener, reason)
                 return connection
         return None
@@ -136,6 +136,6 @@ def _misfit(dialect: Dialect, listener: Callable[..., Any], reason: object) -> U
     kind, other = ("an asyncio", "a sync") if dialect.is_async else ("a sync", "an asyncio")
     name = getattr(listener, "__qualname__", listener)
     return UnsupportedDatabase(
-        f"apoq calls the engine's listener {name} for {kind} connection, too, and it works for {other} one "
-        f"only: {reason}; make it work for both"
+        f"the engine's listener {name} must work for {kind} connection as well, because apoq needs one, but "
+        f"it works only for {other} one: {reason}"
     )

@@ -1,8 +1,8 @@
-"""Executes statements through what psycopg puts around libpq, past its cursors.
+"""Executes statements by psycopg's wrapper of libpq, without its cursors.
 
-A cursor serves everybody: it finds out what each value is, whether to prepare, and what to make of a row. For
-apoq's own statements, few and always the same, all that is known; and after a pause of 20 ms a cursor takes a
-third of the time in which an idle worker claims a task.
+A cursor is general: it determines the type of each value, whether to prepare, and how to build a row. apoq
+has few statements, which are always the same, so all of this is known. After a pause of 20 ms, a cursor takes
+a third of the time in which an idle worker claims a task.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from apoq.postgres.watchdog import watch
 _dialect = PGDialect_psycopg(paramstyle="numeric_dollar")  # type: ignore[no-untyped-call]
 
 _NAMED: Final = "apoq.named"
-"""How characters are encoded that an encoding doesn't have: as their names, which JSON can hold, too."""
+"""Error handler that replaces a character that an encoding doesn't have by its name, which JSON can hold."""
 
 PROGRESS_INTERVAL_SECONDS: Final = 0.1
-"""Seconds after which it is noted that more of an answer has arrived: an answer may have many parts."""
+"""Seconds between two notes that more of a response has arrived: a response may have many parts."""
 
-_ANSWERS: Final = {ExecStatus.TUPLES_OK, ExecStatus.COMMAND_OK}
+_SUCCESS: Final = {ExecStatus.TUPLES_OK, ExecStatus.COMMAND_OK}
 
 
-class Answer:
-    """What the server has answered; its rows are read when they are asked for, wherever the connection is."""
+class Result:
+    """The server's response; its rows are converted on access, even if the connection is in use again."""
 
     def __init__(self, connection: psycopg.Connection[Any], result: PGresult) -> None:
         self._result = result
@@ -51,15 +51,15 @@ class Answer:
 
     @property
     def rowcount(self) -> int:
-        """How many rows were read, or written to."""
+        """The number of rows that were read or written."""
         return self._result.command_tuples or 0
 
     def fetchall(self) -> list[tuple[Any, ...]]:
-        """Answer the rows."""
+        """Return the rows."""
         return self._transformer.load_rows(0, self._result.ntuples, tuple)
 
     def mappings(self) -> list[dict[str, Any]]:
-        """Answer the rows, with their columns' names."""
+        """Return the rows as dicts by the names of the columns."""
         names = [cast("bytes", self._result.fname(at)).decode() for at in range(self._result.nfields)]
         return [dict(zip(names, row, strict=True)) for row in self.fetchall()]
 
@@ -73,23 +73,23 @@ def execute(
     parameters: Mapping[str, Any],
     *,
     prepared: set[bytes] | None,
-) -> Answer:
-    """Execute a Core statement on a connection; answer what the server has answered.
+) -> Result:
+    """Execute a Core statement on a connection and return the server's response.
 
-    `prepared`: the names of what the session has prepared, to which this statement's is added; None where
-    nothing may be kept in it. Raises psycopg's errors.
+    `prepared` has the names of the session's prepared statements, to which this statement's name is added;
+    None if the session may keep nothing. Raises psycopg's errors.
     """
     name = None if prepared is None else prepare(connection, statement, prepared)
     send(connection, statement, parameters, name)
-    return Answer(connection, _answer(connection))
+    return Result(connection, _fetch(connection))
 
 
 def prepare(connection: psycopg.Connection[Any], statement: Executable, prepared: set[bytes]) -> bytes:
-    """Prepare a Core statement, unless it is among those that are `prepared`; answer its name."""
+    """Prepare a Core statement unless it is among those that are `prepared`; return its name."""
     name = _name(statement)
     if name not in prepared:
         connection.pgconn.send_prepare(name, _text(statement))
-        _answer(connection)
+        _fetch(connection)
         prepared.add(name)
     return name
 
@@ -100,10 +100,10 @@ def send(
     parameters: Mapping[str, Any],
     name: bytes | None,
 ) -> None:
-    """Send a Core statement, by its name where it is prepared, and don't wait for the answer."""
+    """Send a Core statement, by name if it is prepared, without waiting for the response."""
     pgconn = connection.pgconn
     values = _values(connection, statement, parameters)
-    # Binary is read in less time than text, and whatever the session's DateStyle is.
+    # Binary results are faster to read than text, and don't depend on the session's DateStyle.
     if name is None:
         pgconn.send_query_params(_text(statement), values, result_format=Format.BINARY)
     else:
@@ -113,25 +113,25 @@ def send(
 def _values(
     connection: psycopg.Connection[Any], statement: Executable, parameters: Mapping[str, Any]
 ) -> list[bytes | None]:
-    """Answer a statement's values as the server reads them, in the order of its `$1`."""
+    """Return the values of a statement's parameters as the server reads them, in the order of `$1`, `$2`."""
     _, names, constants = _compiled(statement)
     given = [parameters[name] if name in parameters else constants[name] for name in names]
-    # Encoded together, for each by itself takes longer; apart again by what PostgreSQL's text can't hold.
-    text = "\0".join([value if type(value) is str else _written(value) for value in given])
+    # Encode all values in one call, which is faster, joined by NUL, which PostgreSQL's text can't contain.
+    text = "\0".join([value if type(value) is str else _as_text(value) for value in given])
     encoded = text.encode() if text.isascii() else _encoded(connection, text)
     values = encoded.split(b"\0") if names else []
     if len(values) != len(given):
-        raise psycopg.DataError("PostgreSQL's text can't hold a NUL (0x00)")  # libpq would end there
+        raise psycopg.DataError("PostgreSQL's text can't hold a NUL (0x00)")  # libpq would truncate it there
     return [None if value is None else its for value, its in zip(given, values, strict=True)]
 
 
 def written(values: Mapping[str, Any]) -> dict[str, str]:
-    """Write values ahead, as PostgreSQL reads them: for a statement on whose execution a task waits."""
-    return {name: value if type(value) is str else _written(value) for name, value in values.items()}
+    """Return values as text that PostgreSQL reads, in advance: later, a task waits for the statement."""
+    return {name: value if type(value) is str else _as_text(value) for name, value in values.items()}
 
 
-def _written(value: object) -> str:
-    """Write a value as PostgreSQL reads it; the driver takes ten times as long to find out what it is."""
+def _as_text(value: object) -> str:
+    """Return a value as text that PostgreSQL reads; the driver takes ten times as long to find its type."""
     match value:
         case bool():
             return "t" if value else "f"
@@ -146,14 +146,15 @@ def _written(value: object) -> str:
 def _element(value: object) -> str:
     if value is None:
         return "NULL"
-    return '"' + _written(value).replace("\\", "\\\\").replace('"', '\\"') + '"'
+    return '"' + _as_text(value).replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 def _encoded(connection: psycopg.Connection[Any], text: str) -> bytes:
     """Encode text; raise `DataError` if it can't be.
 
-    What the database's own encoding can't hold is named instead: the server would refuse an error's text for
-    one character. A queue or a type of such a name can't exist there, and by the other name isn't found.
+    A character that the database's own encoding can't hold is replaced by its name, or else the server would
+    reject the whole text of an error. A queue or a type with such a character in its name can't exist there,
+    and isn't found by the replaced name either.
     """
     try:
         if codec := _codec(connection.pgconn.parameter_status(b"server_encoding")):
@@ -165,7 +166,7 @@ def _encoded(connection: psycopg.Connection[Any], text: str) -> bytes:
 
 @cache
 def _codec(encoding: bytes | None) -> str | None:
-    """Return Python's codec of a database's encoding; None if that takes any text, or Python has none."""
+    """Return Python's codec for a database's encoding; None if it can hold any text, or Python has none."""
     if encoding is None or encoding == b"UTF8":
         return None
     try:
@@ -183,21 +184,21 @@ def _name_characters(error: UnicodeError) -> tuple[str, int]:
 codecs.register_error(_NAMED, _name_characters)
 
 
-def _answer(connection: psycopg.Connection[Any]) -> PGresult:
-    """Wait for the answer to what was sent."""
-    result: PGresult = connection.wait(_answering(connection))[-1]
+def _fetch(connection: psycopg.Connection[Any]) -> PGresult:
+    """Wait for the response to a statement that was sent."""
+    result: PGresult = connection.wait(_receive(connection))[-1]
     check(connection, result)
     return result
 
 
-def _answering(connection: psycopg.Connection[Any]) -> PQGen[list[PGresult]]:
-    """Take an answer as it arrives, and note its progress: an answer that is long isn't overdue."""
-    answering = generators.execute(connection.pgconn)
+def _receive(connection: psycopg.Connection[Any]) -> PQGen[list[PGresult]]:
+    """Receive a response and note its progress, because a long response isn't overdue."""
+    receiving = generators.execute(connection.pgconn)
     next_note = time.monotonic() + PROGRESS_INTERVAL_SECONDS
     try:
-        ready = yield next(answering)
+        ready = yield next(receiving)
         while True:
-            awaited = answering.send(ready)  # a short answer ends here
+            awaited = receiving.send(ready)  # a short response ends here
             ready = yield awaited
             if time.monotonic() > next_note:
                 next_note = time.monotonic() + PROGRESS_INTERVAL_SECONDS
@@ -209,15 +210,15 @@ def _answering(connection: psycopg.Connection[Any]) -> PQGen[list[PGresult]]:
 
 
 def _is_ready(connection: psycopg.Connection[Any], awaited: Wait) -> bool:
-    """Tell whether there is something to read, or room to write: psycopg 3.2 says so each time it looks."""
+    """Return whether the socket is really ready: psycopg 3.2 reports that after every wait."""
     with selectors.DefaultSelector() as selector:
         selector.register(connection, awaited)
         return bool(selector.select(0))
 
 
 def check(connection: psycopg.Connection[Any], result: PGresult) -> None:
-    """Raise the server's error, where that is its answer."""
-    if result.status not in _ANSWERS:
+    """Raise the server's error if the response is one."""
+    if result.status not in _SUCCESS:
         if connection.pgconn.status == ConnStatus.BAD:
             raise psycopg.OperationalError(result.get_error_message())
         raise error_from_result(result, connection.info.encoding)
@@ -229,16 +230,16 @@ def _text(statement: Executable) -> bytes:
 
 @cache
 def _name(statement: Executable) -> bytes:
-    """Answer a name by which a statement can be prepared.
+    """Return a name by which a statement can be prepared, made from the statement's text.
 
-    By what it says: should a pooler hand the session to another worker, of whatever version, the same name is
-    the same statement there.
+    If a pooler hands the session to another worker, even one of another version, the same name stands for the
+    same statement there.
     """
     return b"apoq_" + hashlib.sha256(_text(statement)).hexdigest()[:16].encode()
 
 
 @cache
 def _compiled(statement: Executable) -> tuple[str, list[str], dict[str, Any]]:
-    # With the server's own $1: with names, they would have to be found in the text, each time.
+    # With the server's own `$1`: named parameters would have to be found in the text at each execution.
     found: Any = cast("Any", statement).compile(dialect=_dialect)
     return str(found), found.positiontup or [], found.params

@@ -1,7 +1,7 @@
-"""Reads what other programs may have written into a task's row, and Python has no value for.
+"""Loads values that other programs may have written into a task's row and that Python can't represent.
 
-An error while a row is read would stop the claim of this row and of those beside it, again and again. So
-what can't be read is answered as something else, and at most the task itself fails.
+An error while a row is read would stop the claim of this row and of the others in the batch, again and again.
+So such a value is loaded as a substitute, and at most the task itself fails.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ _decoder = json.JSONDecoder()
 _EPOCH = datetime.fromtimestamp(0, UTC)
 _FIRST, _LAST = datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)
 _INTERVAL: Final = struct.Struct("!qii")
-"""PostgreSQL's microseconds, days and months."""
+"""PostgreSQL's binary interval: microseconds, days and months."""
 
 
 class UnreadableData(ValueError):
-    """A task's data is nested too deep for Python, or has a number of too many digits."""
+    """A task's data is nested too deeply for Python, or has a number with too many digits."""
 
 
 def read_anything(reader: AdaptContext) -> None:
-    """Let a connection, or a cursor, read any row that PostgreSQL can hold."""
+    """Make a connection or a cursor able to read any row that PostgreSQL can hold."""
     adapters = reader.adapters
     for type_, loaders in _LOADERS.items():
         for loader in loaders:
@@ -44,16 +44,16 @@ def read_anything(reader: AdaptContext) -> None:
 
 
 def read_json(text: str) -> Any:
-    """Read a task's data; raise `UnreadableData` where Python can't."""
+    """Return a task's data; raise `UnreadableData` if Python can't read it."""
     try:
-        # jsonb's text has no white space around it, for which `loads` would look.
+        # Unlike `loads`, this doesn't look for surrounding white space, which jsonb's text doesn't have.
         return _decoder.raw_decode(text)[0]
     except (ValueError, RecursionError) as error:
         raise UnreadableData(str(error)) from None
 
 
 def read_time(epoch: float | Decimal) -> datetime:
-    """Read a time that is given in seconds since 1970, UTC."""
+    """Return a time from seconds since 1970, UTC; Python's first or last time if it is out of range."""
     try:
         return _EPOCH + _length(epoch)
     except OverflowError:
@@ -61,7 +61,7 @@ def read_time(epoch: float | Decimal) -> datetime:
 
 
 def read_microseconds(epoch: int) -> datetime:
-    """Read a time that is given in microseconds since 1970, UTC."""
+    """Return a time from microseconds since 1970, UTC; Python's first or last time if it is out of range."""
     try:
         return _EPOCH + timedelta(microseconds=epoch)
     except OverflowError:
@@ -69,7 +69,7 @@ def read_microseconds(epoch: int) -> datetime:
 
 
 def read_length(seconds: Decimal) -> timedelta:
-    """Read a length of time; one that is longer than Python's as its longest."""
+    """Return a duration from seconds; Python's longest if it is out of range."""
     try:
         return _length(seconds)
     except OverflowError:
@@ -90,7 +90,7 @@ def _load_json(text: str | bytes) -> Any:
 
 
 class _AnyTime(TimestamptzLoader):
-    """Reads times beyond Python's calendar, such as -infinity, as its first or last."""
+    """Loads times outside of Python's calendar, such as -infinity, as its first or last time."""
 
     def load(self, data: Any) -> datetime:
         try:
@@ -102,7 +102,7 @@ class _AnyTime(TimestamptzLoader):
 
 
 class _AnyBinaryTime(TimestamptzBinaryLoader):
-    """The same, of times that the server sends as a number."""
+    """The same for times in binary format."""
 
     def load(self, data: Any) -> datetime:
         try:
@@ -113,7 +113,7 @@ class _AnyBinaryTime(TimestamptzBinaryLoader):
 
 
 class _AnyInterval(IntervalLoader):
-    """Reads intervals that are longer than Python's, such as infinity, as its longest."""
+    """Loads intervals that are too long for Python, such as infinity, as its longest."""
 
     def load(self, data: Any) -> timedelta:
         text = bytes(data)
@@ -126,7 +126,7 @@ class _AnyInterval(IntervalLoader):
 
 
 class _AnyBinaryInterval(IntervalBinaryLoader):
-    """The same, of intervals that the server sends as numbers."""
+    """The same for intervals in binary format."""
 
     def load(self, data: Any) -> timedelta:
         try:

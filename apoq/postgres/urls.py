@@ -1,4 +1,4 @@
-"""Which databases apoq works on."""
+"""Reads database URLs, and checks that apoq can work on a database."""
 
 from __future__ import annotations
 
@@ -26,29 +26,34 @@ _URL = re.compile(
 _HOST = re.compile(r"(?P<name>\[[^\]]+\]|[^:\[\]]*)(?::(?P<port>\d*))?")
 
 UNREADABLE = (
-    "the database's URL can't be read: it has the form postgresql://user:password@host:5432/name, or "
-    "…@host1:5432,host2:5432/name. Special characters in a password are written with per cent signs, such as "
-    "%40 for @ or %2F for /"
+    "the database's URL can't be read: it must have the form postgresql://user:password@host:5432/name, or "
+    "…@host1:5432,host2:5432/name; percent-encode special characters in a password, such as %40 for @ or "
+    "%2F for /"
 )
-# Which part of it is wrong isn't said, because it may be a part of the password.
+# The message doesn't say which part is wrong, because it may be a part of the password.
 
 _ADVICE = {
-    "pgbouncer": "apoq finds out by itself whether a pooler is in between",
-    "schema": "the schema of apoq's tables is given to Queue(schema=…), or by --schema on the command line",
-    "ssl": "libpq's is sslmode=require",
+    "pgbouncer": "apoq detects a pooler by itself",
+    "schema": "pass the schema of apoq's tables to Queue(schema=…), or use --schema on the command line",
+    "ssl": "use libpq's sslmode=require",
 }
-"""What to know about some options of other clients."""
+"""Advice for some options of other clients."""
 
 
 def database_url(url: str | URL) -> URL:
-    """Read a PostgreSQL URL in any of its usual spellings, ready for ``sqlalchemy.create_engine``.
+    """Return a PostgreSQL URL in any of the usual spellings as a URL for ``sqlalchemy.create_engine``.
 
-    ``postgres://``, ``postgresql://`` and ``postgresql+psycopg://`` all mean psycopg 3, whatever the
-    SQLAlchemy version takes for its default driver. There may be several hosts, as libpq has them:
+    ``postgres://``, ``postgresql://`` and ``postgresql+psycopg://`` all select psycopg 3,
+    regardless of SQLAlchemy's default driver. The URL may have several hosts, as in libpq:
     ``postgresql://host1:5432,host2:5432/name?target_session_attrs=read-write``.
 
-    Raises `UnsupportedDatabase` for any other database or driver, and `InvalidURL` if the URL can't be read
-    or has options that libpq doesn't know. No message has a part of the password in it.
+    Args:
+        url: The URL as a string or as a `sqlalchemy.URL`.
+
+    Raises:
+        UnsupportedDatabase: The URL names another database or another driver.
+        InvalidURL: The URL can't be read, or has options that libpq doesn't know. No error message contains a
+            part of the password.
     """
     if isinstance(url, str):
         parsed = _read(url.strip())
@@ -68,9 +73,9 @@ def on_psycopg(url: URL) -> URL:
 
 
 def without_password(message: str) -> str:
-    """Return an error's message without what stands before an @ in a host.
+    """Return an error's message without the text before an @ in a host.
 
-    If an @ in a password isn't written as %40, the host begins with the rest of the password.
+    If a password has an @ that isn't encoded as %40, the host begins with the rest of the password.
     """
     return re.sub(r"(host(?: name)?:? ['\"])[^'\"]*@", r"\1", message)
 
@@ -85,13 +90,13 @@ def _read(text: str) -> URL:
         raise InvalidURL(UNREADABLE)
     names = [unquote(host["name"].strip("[]")) for host in hosts if host]
     ports = [host["port"] or "" for host in hosts if host]
-    # Without the hosts, of which SQLAlchemy reads one only.
+    # Without the hosts, because SQLAlchemy reads only one.
     url = make_url(f"{found['scheme']}://{found['user']}{found['rest']}")
     host, port = ",".join(names), ",".join(ports)
     if "/" not in host and (len(hosts) == 1 or not any(ports)):
         return url.set(host=host or None, port=int(ports[0]) if ports[0] else None)
     if "host" in url.query:
-        return url  # that one counts, as for libpq
+        return url  # as in libpq, the option has precedence
     if any(ports) and "port" not in url.query:
         url = url.update_query_dict({"port": port})
     return url.update_query_dict({"host": host})
@@ -100,8 +105,8 @@ def _read(text: str) -> URL:
 def _check_scheme(name: str) -> None:
     if name not in _SPELLINGS:
         raise UnsupportedDatabase(
-            f"apoq works on PostgreSQL through psycopg 3, not on {name!r}: "
-            "give a URL that starts with postgresql://"
+            f"the database must be PostgreSQL through psycopg 3, got {name!r}: "
+            "use a URL that starts with postgresql://"
         )
 
 
@@ -119,7 +124,7 @@ def _check_options(url: URL) -> None:
         advice = "".join(f"; {_ADVICE[name]}" for name in unknown if name in _ADVICE)
         raise InvalidURL(
             "the database's URL must have no other options than libpq's, got "
-            f"{', '.join(map(repr, unknown))}: remove what libpq doesn't know{advice}"
+            f"{', '.join(map(repr, unknown))}: remove options that libpq doesn't know{advice}"
         )
     try:
         PGDialect_psycopg().create_connect_args(url)  # type: ignore[no-untyped-call]
@@ -134,7 +139,7 @@ def check_dialect(dialect: Dialect) -> None:
     """Raise `UnsupportedDatabase` unless an engine or a session is on PostgreSQL, through psycopg 3."""
     if dialect.name != "postgresql" or dialect.driver not in _DRIVERS:
         raise UnsupportedDatabase(
-            f"apoq works on PostgreSQL through psycopg 3, and this is {dialect.name}+{dialect.driver}: "
+            f"the database must be PostgreSQL through psycopg 3, got {dialect.name}+{dialect.driver}: "
             "create the engine with a postgresql+psycopg:// URL"
         )
 
@@ -146,19 +151,19 @@ def check_engine(engine: Engine | AsyncEngine) -> None:
 
 
 def check_untranslated(options: Mapping[str, Any], schema: str | None) -> None:
-    """Raise `UnsupportedDatabase` if execution options would look for the tables of a schema in another.
+    """Raise `UnsupportedDatabase` if execution options map the schema of apoq's tables to another.
 
-    SQLAlchemy translates its own statements only: workers, COPY and notifications would miss the tables.
+    SQLAlchemy translates only its own statements: workers, COPY and notifications would not find the tables.
     """
     translated = options.get("schema_translate_map") or {}
     other = translated.get(schema, schema)
     if other != schema:
         raise UnsupportedDatabase(
-            f"apoq's tables can't be found by a schema_translate_map, and this one maps {schema!r} to "
-            f"{other!r}: use Queue(schema={other!r}), and prepare(engine, schema={other!r})"
+            f"schema_translate_map must not map the schema of apoq's tables, but it maps {schema!r} to "
+            f"{other!r}: use Queue(schema={other!r}) and prepare(engine, schema={other!r}) instead"
         )
 
 
 def sync_side(engine: Engine | AsyncEngine) -> Engine:
-    """Answer the engine itself, or the one within an asyncio engine, which has its pool and its events."""
+    """Return the engine itself, or an asyncio engine's inner engine, which has its pool and its events."""
     return engine.sync_engine if isinstance(engine, AsyncEngine) else engine

@@ -1,6 +1,7 @@
-"""Cuts connections on which the server has fallen silent, and asks it to end what was executed there.
+"""Closes connections on which the server has fallen silent, and cancels their statements.
 
-A network that drops packets without a word ends no connection: who waits for an answer would wait for ever.
+A network that silently drops packets doesn't end a connection: without this, a thread that waits for a
+response would wait for ever.
 """
 
 from __future__ import annotations
@@ -23,37 +24,40 @@ from psycopg import capabilities, generators, pq, waiting
 logger = logging.getLogger(__name__)
 
 CHECK_INTERVAL_SECONDS: Final = 0.5
-"""Seconds between two looks for answers that are overdue."""
+"""Seconds between two checks for overdue responses."""
 
 MIN_CHECK_INTERVAL_SECONDS: Final = 0.01
-"""The same, when one is about to be overdue."""
+"""The same if a response is about to be overdue."""
 
 IDLE_SECONDS: Final = 5.0
-"""Seconds without anything to watch after which the thread ends."""
+"""Seconds after which the thread ends if there is nothing to watch."""
 
 CANCEL_TIMEOUT_SECONDS: Final = 5.0
 """Seconds in which a request to cancel a statement must have reached the server."""
 
 
 class Stopped(psycopg.OperationalError):
-    """The worker is stopping: it waits for no answer any more."""
+    """The worker is stopping and no longer waits for responses."""
 
     def __init__(self) -> None:
-        super().__init__("the worker is stopping: apoq waits no longer for the server")
+        super().__init__("the worker is stopping: apoq no longer waits for the server")
 
 
 class Wait(NamedTuple):
-    """A connection on which a thread waits for an answer."""
+    """A connection on which a thread waits for a response."""
 
     deadline: float
     seconds: float
     owner: object
     cut: psycopg.OperationalError | None = None
-    """Why it was cut."""
+    """The reason for which the connection was closed."""
 
 
 class Watchdog:
-    """Knows who waits for an answer, and until when; a thread, while there are any, cuts what is overdue."""
+    """Keeps a deadline for each connection on which a thread waits for the server.
+
+    While there are any, a thread closes the connections whose response is overdue.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -64,9 +68,9 @@ class Watchdog:
 
     @contextmanager
     def awaiting(self, connection: Any, seconds: float, owner: object) -> Iterator[None]:
-        """Cut this connection after so many seconds of silence; the error then says so.
+        """Close this connection if the server is silent for so many seconds; the error then says so.
 
-        The owner is whose limit holds, too (`limit`): the engine that the connection was made by.
+        The owner is the engine that made the connection; its `limit` applies as well.
         """
         self._begin(connection, seconds, owner)
         try:
@@ -79,16 +83,16 @@ class Watchdog:
             self._end(connection)
 
     def note_progress(self, connection: Any) -> None:
-        """Note that the server isn't silent: a part of its answer has arrived."""
+        """Restart the timeout of a connection: a part of the response has arrived."""
         with self._lock:
             if (wait := self._waiting.get(connection)) is not None and wait.cut is None:
                 deadline = self._deadline(wait.seconds, wait.owner)
                 self._waiting[connection] = wait._replace(deadline=deadline)
 
     def limit(self, owner: object, at: float | None) -> None:
-        """Wait for no answer on this owner's connections after `at`, by time.monotonic(); None: no limit.
+        """Wait for no response on this owner's connections after `at` (time.monotonic()); None for no limit.
 
-        What waits then is cut, and what would be sent after it fails.
+        Connections that wait at that time are closed, and later statements fail.
         """
         with self._lock:
             if at is None:
@@ -100,7 +104,7 @@ class Watchdog:
                     self._waiting[connection] = wait._replace(deadline=min(wait.deadline, at))
 
     def cut_all(self, owner: object) -> None:
-        """Cut all connections of this owner on which a thread waits: its lease has ended."""
+        """Close all connections of this owner on which a thread waits: the worker's lease has ended."""
         with self._lock:
             for connection, wait in self._waiting.items():
                 if wait.owner is owner:
@@ -115,8 +119,8 @@ class Watchdog:
                 self._start()
 
     def _end(self, connection: Any) -> psycopg.OperationalError | None:
-        """Leave this connection alone, for the answer is there or never will be; return why it was cut."""
-        # With the lock, for after it the connection may be closed, and its number another's.
+        """Stop watching this connection; return the error if it was closed."""
+        # With the lock, because afterwards the connection may be closed and its file descriptor reused.
         with self._lock:
             wait = self._waiting.pop(connection, None)
         return None if wait is None else wait.cut
@@ -129,8 +133,8 @@ class Watchdog:
 
     def _cut(self, connection: Any, why: str | None) -> None:
         wait = self._waiting[connection]
-        if wait.cut is None:  # once is enough
-            error = psycopg.OperationalError(f"{why}: apoq has cut the connection") if why else Stopped()
+        if wait.cut is None:
+            error = psycopg.OperationalError(f"{why}: apoq has closed the connection") if why else Stopped()
             self._waiting[connection] = wait._replace(deadline=math.inf, cut=error)
             cut(connection)
 
@@ -139,24 +143,24 @@ class Watchdog:
         try:
             thread.start()
         except RuntimeError as error:
-            # The statement is executed unwatched; the next one tries again to start the thread.
+            # The statement is executed without being watched; the next one tries to start the thread again.
             if not self._has_warned and not is_ending():
                 self._has_warned = True
                 logger.warning(
-                    "no thread could be started to watch for connections on which the server has fallen "
-                    "silent: %s; until one can be, a statement on such a connection waits for ever",
+                    "can't start the thread that closes connections on which the server has fallen silent: "
+                    "%s; until it can be started, a statement on such a connection waits for ever",
                     error,
                 )
         else:
             self._thread = thread
 
     def cut_overdue(self) -> None:
-        """Cut the connections on which an answer is overdue."""
+        """Close the connections whose response is overdue."""
         now = time.monotonic()
         with self._lock:
             for connection, wait in self._waiting.items():
                 if wait.deadline <= now:
-                    silence = f"the server has not answered for {wait.seconds:g} s"
+                    silence = f"the server has not responded for {wait.seconds:g} s"
                     self._cut(connection, None if self._is_over(wait.owner) else silence)
 
     def _run(self) -> None:
@@ -176,17 +180,18 @@ class Watchdog:
 
 
 def is_ending() -> bool:
-    """Tell whether the program ends: from then on, Python 3.12 and later start no thread."""
+    """Return whether the program is ending; from then on, Python 3.12 and later can't start threads."""
     return not threading.main_thread().is_alive()
 
 
 def cut(connection: Any) -> None:
-    """End a psycopg connection, from any thread; who waits for its server's answer gets an error.
+    """Close a psycopg connection from any thread; a thread that waits for its response gets an error.
 
-    What the server executes for it is cancelled: otherwise it would go on, such as wait for a lock, and each
-    new try would add a session that waits beside it.
+    The statement on it is cancelled. Otherwise it would go on, for example to wait for a lock, and each retry
+    would add another waiting session.
     """
-    # The request is made first, from the connection's address and key: after the cut, it may be closed.
+    # The request is made first, because it needs the connection's address and key, which are gone once the
+    # waiting thread has closed the connection.
     with suppress(psycopg.Error, RuntimeError):
         if request := _cancellation(connection.pgconn):
             threading.Thread(target=request, name="apoq-cancel", daemon=True).start()
@@ -195,13 +200,13 @@ def cut(connection: Any) -> None:
 
 
 def _cancellation(pgconn: Any) -> Callable[[], None] | None:
-    """Return what cancels a connection's statement, if there is one; it connects to the server, and waits."""
+    """Return a function that cancels the connection's statement, if it has one; it blocks on the network."""
     if pgconn.transaction_status != pq.TransactionStatus.ACTIVE:
         return None
     if capabilities.has_cancel_safe():
         return partial(_cancel, pgconn.cancel_conn())
-    # libpq before version 17 has no other way than to block. In psycopg's C implementation, that would stop
-    # all threads: then the statement goes on until the server's own timeouts end it.
+    # Before version 17, libpq can only block. In psycopg's C implementation, that would block all threads, so
+    # the statement goes on until one of the server's timeouts ends it.
     return partial(_cancel_blocking, pgconn.get_cancel()) if pq.__impl__ == "python" else None
 
 
@@ -220,7 +225,7 @@ watch = Watchdog()
 
 
 def _after_fork() -> None:
-    # The thread is the parent's, and the lock may have been held.
+    # The thread exists only in the parent, and the lock may have been held.
     watch.__init__()  # type: ignore[misc]
 
 

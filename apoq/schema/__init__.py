@@ -1,1 +1,1 @@
-"""What lies in the database: the tables, and each statement on them."""
+"""The tables in the database, and all statements on them."""

@@ -37,19 +37,19 @@ from apoq.core.states import CANCELLED, COMPLETED, FAILED, PENDING, RUNNING, STA
 
 DEFAULT_QUEUE = "default"
 
-# In PostgreSQL's own words, or else Alembic takes what it answers for another expression.
+# Written as PostgreSQL returns it, or else Alembic would consider it a different expression.
 _INDEXED_STATE: Final = f"NULLIF(NULLIF(state, '{PENDING}'::text), '{RUNNING}'::text)"
 
 
 class Base(DeclarativeBase):
-    """apoq's own registry; its metadata is what the migrations are checked against.
+    """Base of the mapped classes; the migrations are checked against its metadata.
 
-    All names of constraints and indexes are final (`conv`): a naming convention of the metadata into which a
-    table is copied doesn't change them.
+    All names of constraints and indexes are final (`conv`): if a table is copied into other metadata, its
+    naming convention doesn't change them.
     """
 
     metadata = MetaData(naming_convention={"pk": "%(table_name)s_pkey"})  # as PostgreSQL names it
-    type_annotation_map = {  # noqa: RUF012 - SQLAlchemy reads it as it stands
+    type_annotation_map = {  # noqa: RUF012 - SQLAlchemy needs a plain dict
         datetime: TIMESTAMP(timezone=True),
         timedelta: INTERVAL(),
         str: Text(),
@@ -58,10 +58,13 @@ class Base(DeclarativeBase):
 
 
 class Task(Base):
-    """A task: work of a `type`, with its `data`, and how far it has come.
+    """A task: a row of the task table, with its `type`, its `data` and its `state`.
 
-    A mapped class like your own: query it, join it, point foreign keys at it, ``session.add()`` it.
-    The table is a superset of the Node.js original's, whose eight columns come first.
+    It is a mapped class like your own: you can query it, join it, reference it by foreign keys, and add it to
+    a session. The table is a superset of the Node.js original's, whose eight columns come first.
+
+    Raises:
+        InvalidTask: A `type`, `data` or `process_at` that no task can have was assigned.
     """
 
     __tablename__ = "apoq_tasks"
@@ -69,46 +72,50 @@ class Task(Base):
     id: Mapped[int] = mapped_column(BigInteger, primary_key=True)
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     process_at: Mapped[datetime] = mapped_column(server_default=func.now())
-    """When it is due: it isn't claimed before."""
+    """The time at which the task is due; it isn't claimed earlier."""
     completed_at: Mapped[datetime | None]
     data: Mapped[Any] = mapped_column(JSONB, server_default=text("'{}'::jsonb"))
     type: Mapped[str]
     state: Mapped[str] = mapped_column(server_default=PENDING)
     fail_count: Mapped[int] = mapped_column(Integer, server_default=text("0"))
-    """How many attempts have failed."""
+    """The number of failed attempts."""
 
     queue: Mapped[str] = mapped_column(server_default=DEFAULT_QUEUE)
     priority: Mapped[int] = mapped_column(SmallInteger, server_default=text("0"))
-    """Within a queue, what is higher is claimed first."""
+    """Within a queue, tasks of a higher priority are claimed first."""
     retry_limit: Mapped[int | None] = mapped_column(Integer)
-    """This task's own, instead of its type's."""
+    """The task's own limit, instead of its type's."""
     retry_delay: Mapped[timedelta | None]
-    """This task's own, instead of its type's."""
+    """The task's own delay, instead of its type's."""
     timeout: Mapped[timedelta | None]
-    """How long an attempt may take: this task's own, instead of its type's."""
+    """The time that an attempt may take, instead of the type's timeout."""
     attempt: Mapped[int] = mapped_column(Integer, server_default=text("0"))
-    """Attempts begun, counted at the claim; a snooze or a release takes its own back."""
+    """The number of attempts, counted by the claim. An attempt that is snoozed or released doesn't count."""
     rescue_count: Mapped[int] = mapped_column(Integer, server_default=text("0"))
-    """How often it was taken from a worker that had died."""
+    """The number of times that the task was rescued from a dead worker."""
     claim_token: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
-    """Grows with each claim and never shrinks: what a worker must show to write to the task."""
+    """Increased by each claim, never decreased: a worker can write to a task only with the current token."""
     worker_id: Mapped[UUID | None]
-    """The worker that claimed it last."""
+    """The worker that claimed the task last."""
     claimed_at: Mapped[datetime | None]
     prefetched: Mapped[bool] = mapped_column(Boolean, server_default=false())
-    """Whether it may not have begun: more were claimed with it than found a slot at once, or it was spent."""
+    """Whether the attempt may not have started.
+
+    Either the claim took more tasks than there were free slots, or the task has no attempts left and is
+    claimed only to be marked `failed`.
+    """
     failed_at: Mapped[datetime | None]
-    """When an attempt last failed."""
+    """The time of the last failed attempt."""
     cancelled_at: Mapped[datetime | None]
     error: Mapped[dict[str, str] | None] = mapped_column(JSONB(none_as_null=True))
     """The last failure: its `class`, `message`, `traceback`, and the `retry_limit` that applied, as text."""
     indexed_state: Mapped[str | None] = mapped_column(Computed(_INDEXED_STATE, persisted=True))
-    """The state, for indexes to find it by; None while it is pending or running. Kept by the database."""
+    """The state for indexes, computed by the database; None while the task is pending or running."""
     meta: Mapped[dict[str, Any] | None] = mapped_column(JSONB(none_as_null=True))
-    """The application's own notes about the task, such as a request's id or a tenant."""
+    """The application's own metadata, such as a request's id or a tenant."""
 
-    # The columns of features to come: a plain task leaves them NULL. Each row is written three times, and a
-    # column that holds something, or is generated, costs each of them more than one that is NULL.
+    # Columns for planned features, which a plain task leaves NULL. Each row is written three times, and each
+    # time a column with a value, or a generated one, costs more than a NULL.
     unique_key: Mapped[str | None]
     held_unique_key: Mapped[str | None]
     key: Mapped[str | None]
@@ -129,10 +136,10 @@ class Task(Base):
 
     __table_args__ = (
         CheckConstraint(f"state IN {alternatives(STATES)}", name=conv("apoq_tasks_state_check")),
-        # No index names the state, nor anything else that a claim changes. So a claim is a heap-only update,
-        # and writes to none of them. https://www.postgresql.org/docs/current/storage-hot.html
-        # This one is in the order in which a claim takes them: it reads the rows that it takes, and those
-        # that are running.
+        # No index contains the state, or any other column that a claim changes. So a claim is a heap-only
+        # update, which writes to no index. https://www.postgresql.org/docs/current/storage-hot.html
+        # This index has the order in which tasks are claimed: a claim reads the rows that it takes, and the
+        # running ones among them.
         Index(
             conv("apoq_tasks_open_idx"),
             "queue",
@@ -147,7 +154,7 @@ class Task(Base):
             "id",
             postgresql_where=text(f"indexed_state = '{WAITING}'"),
         ),
-        # What the pruner deletes from, the oldest first.
+        # The pruner deletes by this index and the next one, the oldest tasks first.
         Index(
             conv("apoq_tasks_completed_idx"),
             "queue",
@@ -176,7 +183,7 @@ class Task(Base):
         return value
 
     def __repr__(self) -> str:
-        # Only what is loaded: a repr must not query, and a detached task can't.
+        # Only loaded attributes: a repr must not query, and a detached task can't.
         shown = [
             f"{name}={self.__dict__[name]!r}" for name in ("id", "type", "state") if name in self.__dict__
         ]
@@ -191,12 +198,12 @@ def _keep_id(state: InstanceState[Task], _attributes: object) -> None:
 
 
 class WorkerRow(Base):
-    """A worker that is at work: for people to read, and for other workers to see that it lives."""
+    """A started worker: for people to look at, and for other workers to check that it is alive."""
 
     __tablename__ = "apoq_workers"
 
     id: Mapped[UUID] = mapped_column(primary_key=True)
-    """Fresh for each start of a worker."""
+    """A new id for each start of a worker."""
     host: Mapped[str]
     pid: Mapped[int] = mapped_column(Integer)
     version: Mapped[str]
@@ -204,28 +211,28 @@ class WorkerRow(Base):
     concurrency: Mapped[int] = mapped_column(Integer)
     started_at: Mapped[datetime] = mapped_column(server_default=func.clock_timestamp())
     last_heartbeat_at: Mapped[datetime] = mapped_column(server_default=func.clock_timestamp())
-    """Its last heartbeat, by the database's clock."""
+    """The time of its last heartbeat, by the database's clock."""
     expires_at: Mapped[datetime]
-    """When its lease ends: until then it counts as alive, as long as its connection is there."""
+    """The end of its lease: until then it counts as alive if its connection exists."""
     grace: Mapped[timedelta]
-    """How long after its last heartbeat it counts as alive once its connection is gone."""
+    """The time after its last heartbeat for which it counts as alive if its connection is gone."""
     backend_pid: Mapped[int | None] = mapped_column(Integer)
     backend_start: Mapped[datetime | None]
-    """The server's process that its heartbeat speaks to; None behind a pooler, which hides it."""
+    """Identifies, with `backend_pid`, the server process of its heartbeat; both are None behind a pooler."""
 
 
 class ClaimRow(Base):
-    """What one claim took, written with it: for other workers to find what a dead one held.
+    """The tasks of one claim, recorded by the claim, so that other workers can find a dead worker's tasks.
 
-    It goes with a later claim of the worker's, when all of it is settled. To find running tasks by an index
-    of them instead, each claim and each completion would write to all indexes of the task table.
+    A later claim of the worker deletes the row when all of its tasks are settled. With an index of running
+    tasks instead, each claim and each completion would write to all indexes of the task table.
     """
 
     __tablename__ = "apoq_claims"
 
     worker_id: Mapped[UUID] = mapped_column(primary_key=True)
     number: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
-    """Counted by the worker."""
+    """The number of the claim, counted by the worker."""
     task_ids: Mapped[list[int]] = mapped_column(ARRAY(BigInteger))
 
 
@@ -236,12 +243,12 @@ UPCOMING: Final = frozenset(
         *("group_id", "schedule", "tick_at", "result"),
     )
 )
-"""Columns that nobody needs to see yet: those of features to come."""
+"""Columns of planned features, which are not shown yet."""
 
 
 @cache
 def task_class(schema: str | None) -> type[Task]:
-    """Answer the class mapped to the task table of a schema: `Task` itself for the connection's own."""
+    """Return the class mapped to the task table of a schema; `Task` itself for the default schema."""
     if schema is None:
         return Task
     table = tasks_table(None).to_metadata(MetaData(), schema=schema)
@@ -254,19 +261,19 @@ def task_class(schema: str | None) -> type[Task]:
 
 
 def tasks_table(schema: str | None) -> Table:
-    """Answer the task table of a schema, for Core statements."""
+    """Return the task table of a schema, for Core statements."""
     return cast("Table", task_class(schema).__table__)
 
 
 @cache
 def workers_table(schema: str | None) -> Table:
-    """Answer the worker table of a schema, for Core statements."""
+    """Return the worker table of a schema, for Core statements."""
     return _in_schema(WorkerRow, schema)
 
 
 @cache
 def claims_table(schema: str | None) -> Table:
-    """Answer the table of claims of a schema, for Core statements."""
+    """Return the table of claims of a schema, for Core statements."""
     return _in_schema(ClaimRow, schema)
 
 
@@ -276,10 +283,10 @@ def _in_schema(mapped: type[Base], schema: str | None) -> Table:
 
 
 def detached(schema: str | None, row: Mapping[Any, Any]) -> Task:
-    """Make a `Task` of a row of its table: loaded, and in no session."""
+    """Return a `Task` with the values of a row, as if it were loaded and detached from its session."""
     mapped = task_class(schema)
     task = mapped.__new__(mapped)
-    # As if loaded: the validators guard what comes in, not what stands in the database.
+    # Without the validators, which check new values, not those from the database.
     mapped.__init__(task)
     task.__dict__.update(row)
     make_transient_to_detached(task)

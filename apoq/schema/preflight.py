@@ -1,6 +1,6 @@
-"""Find what keeps workers from working here: tables of the wrong kind, missing rights, a read-only session.
+"""Finds problems that keep workers from working: unsupported tables, missing rights, read-only sessions.
 
-A worker looks at its start, and `apoq doctor` whenever it is called.
+A worker checks this when it starts, and `apoq doctor` whenever it is called.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ RIGHTS: Final[Mapping[str, tuple[str, ...]]] = {
     "apoq_claims": ("SELECT", "INSERT", "DELETE"),
     "apoq_migrations": ("SELECT",),
 }
-"""What a worker does with each table, and so what its role needs. Inserting tasks isn't part of it."""
+"""The rights that a worker's role needs on each table. It doesn't need to insert tasks."""
 
 TABLE, CITUS = "table", "citus"
 READ_ONLY, SCHEMA, ROLE, ROW_SECURITY = "read-only", "schema", "rights", "row security"
@@ -45,28 +45,28 @@ _KINDS: Final = {
 }
 
 _ORDINARY: Final = (
-    "and apoq works on an ordinary table only: workers identify the tasks that they claim by ctid, which is "
-    "unique within one table"
+    "but must be an ordinary table: workers identify the tasks that they claim by ctid, which is unique only "
+    "within one table"
 )
-_CITUS: Final = "sharded by Citus, on which workers don't work"
+_CITUS: Final = "sharded by Citus, where workers can't work"
 
 
 class Problem(NamedTuple):
-    """One thing that keeps workers from working."""
+    """A problem that keeps workers from working."""
 
     subject: str
     text: str
-    """What is."""
+    """A description of the problem."""
     fix: str
-    """What to do about it: the SQL."""
+    """How to fix it, usually as SQL."""
     is_fatal: bool = False
-    """Whether a worker must not even try, because it would harm other tasks, or fail at every statement."""
+    """Whether a worker must not start, because it would harm other tasks, or every statement would fail."""
 
 
 def check(connection: Connection, schema: str | None = None) -> None:
-    """Raise `UnsupportedDatabase` if workers can't work on these tables; log what else is in their way.
+    """Raise `UnsupportedDatabase` if workers can't work on these tables; log all other problems.
 
-    For a worker's start. Missing rights are only logged, because they may be granted while it runs.
+    Called when a worker starts. Missing rights are only logged, because they may be granted while it runs.
     """
     for problem in problems(connection, schema):
         if problem.is_fatal:
@@ -75,16 +75,16 @@ def check(connection: Connection, schema: str | None = None) -> None:
 
 
 def problems(connection: Connection, schema: str | None = None) -> list[Problem]:
-    """Return what keeps this role from working the tasks of a schema, the fatal ones first.
+    """Return the problems that keep this role from working on the tasks of a schema, the fatal ones first.
 
-    Missing tables are none of these; see `apoq.migrations.check`.
+    Missing tables are not among them; see `apoq.migrations.check`.
     """
     who = connection.execute(session()).mappings().one()
     found = _tables(connection, schema)
     locked = [row for row in found if not row["is_reachable"]]
     if locked:
         name, role = locked[0]["schema"], who["role"]
-        text = f"the role {role} may not use the schema {name}, in which apoq's tables are"
+        text = f"the role {role} may not use the schema {name}, which has apoq's tables"
         return [Problem(SCHEMA, text, f"GRANT USAGE ON SCHEMA {name} TO {role}")]
     return [
         *(problem for row in found if row["name"] == "apoq_tasks" for problem in _kind(connection, row)),
@@ -96,7 +96,7 @@ def problems(connection: Connection, schema: str | None = None) -> list[Problem]
 
 
 def ids_problem(connection: Connection, schema: str | None = None) -> Problem | None:
-    """Return why new tasks get no ids, or those of others, as after a restore without the sequence."""
+    """Return the problem if new tasks get no ids, or ids in use, as after a restore without the sequence."""
     row = next((row for row in _tables(connection, schema) if row["name"] == "apoq_tasks"), None)
     source = row and connection.execute(id_source(), {"oid": row["oid"]}).mappings().first()
     if row is None or not source:
@@ -115,12 +115,12 @@ def ids_problem(connection: Connection, schema: str | None = None) -> Problem | 
     next_id, highest = tuple(connection.execute(last_ids(schema, source["name"], source["schema"])).one())
     if highest is None or highest < next_id:
         return None
-    text = f"the next new task gets the id {next_id}, and there are tasks up to id {highest}: adding fails"
+    text = f"the next new task gets the id {next_id}, but there are tasks up to id {highest}: adding fails"
     return Problem(IDS, text, _setval(source["quoted"], name))
 
 
 def only_adds(connection: Connection, schema: str | None = None) -> bool:
-    """Tell whether this role can add tasks, and isn't meant to work them: it may at most cancel and retry."""
+    """Return whether this role can add tasks, but can't delete them, so that it isn't meant for workers."""
     return any(
         row["may_insert"] and "DELETE" not in row["rights"]
         for row in _tables(connection, schema)
@@ -129,19 +129,19 @@ def only_adds(connection: Connection, schema: str | None = None) -> bool:
 
 
 def check_unsharded(connection: Connection, schema: str | None = None) -> None:
-    """Raise `UnsupportedDatabase` if Citus shards the schema in which apoq's tables are to be made."""
+    """Raise `UnsupportedDatabase` if Citus shards the schema in which apoq's tables will be created."""
     citus = connection.execute(citus_schemas(), {"schema": schema}).mappings().one()
     if not citus["has_citus"]:
         return
     if citus["oid"] is None and citus["shards_new"]:
         raise UnsupportedDatabase(
-            f"a new schema {citus['name']!r} would be {_CITUS}: create it by yourself after "
+            f"a new schema {citus['name']!r} would be {_CITUS}: create it yourself after "
             "SET citus.enable_schema_based_sharding = off, and try again"
         )
     if connection.scalar(citus_shards(), {"oid": citus["oid"]}):
         raise UnsupportedDatabase(
             f"the schema {citus['name']!r} is {_CITUS}: "
-            f"SELECT citus_schema_undistribute({_literal(citus['name'])}), and try again"
+            f"run SELECT citus_schema_undistribute({_literal(citus['name'])}), and try again"
         )
 
 
@@ -151,11 +151,12 @@ def _tables(connection: Connection, schema: str | None) -> list[Any]:
 
 
 def _kind(connection: Connection, row: Any) -> Iterator[Problem]:
-    """Look for a task table whose rows are in several tables, or on other servers."""
+    """Report a task table whose rows are in several tables, or on other servers."""
     name = row["qualified"]
     if row["kind"] in _KINDS:
         fix = (
-            "`apoq migrate --schema NAME` makes the tables in another schema, for Queue(schema=…): move there"
+            "run `apoq migrate --schema NAME` to create the tables in another schema, and use it with "
+            "Queue(schema=…)"
         )
         yield Problem(TABLE, f"{name} is {_KINDS[row['kind']]}, {_ORDINARY}", fix, is_fatal=True)
     elif row["parent"]:
@@ -177,18 +178,21 @@ def _kind(connection: Connection, row: Any) -> Iterator[Problem]:
 
 
 def _split(found: list[Any]) -> Iterator[Problem]:
-    """Look for a search_path that leads to one set of tables for some names, and to another for others."""
+    """Report a search_path that finds apoq's tables in different schemas."""
     if len({row["schema"] for row in found}) > 1:
         names = ", ".join(row["qualified"] for row in found)
         text = f"the search_path leads to tables of different schemas: {names}"
-        fix = "let it lead to one schema with all of apoq's tables, or give that (--schema, Queue(schema=…))"
+        fix = (
+            "change it to lead to one schema with all of apoq's tables, or pass that schema "
+            "(--schema, Queue(schema=…))"
+        )
         yield Problem(TABLE, text, fix)
 
 
 def _read_only(who: Any) -> Iterator[Problem]:
     if who["is_standby"]:
-        fix = "connect to the primary; with several hosts in the URL, by target_session_attrs=read-write"
-        yield Problem(READ_ONLY, "this server is a standby, which can't be written to", fix)
+        fix = "connect to the primary; with several hosts in the URL, add target_session_attrs=read-write"
+        yield Problem(READ_ONLY, "this server is a standby, which is read-only", fix)
     elif who["is_read_only"]:
         setting = "default_transaction_read_only"
         resets = {
@@ -199,8 +203,8 @@ def _read_only(who: Any) -> Iterator[Problem]:
             "configuration file": f"ALTER SYSTEM SET {setting} = off; SELECT pg_reload_conf()",
         }
         source = who["read_only_source"]
-        fix = resets.get(source, f"let nothing in the URL, in PGOPTIONS or in the program set {setting}")
-        yield Problem(READ_ONLY, "transactions are read-only here, and a worker has to write", fix)
+        fix = resets.get(source, f"don't set {setting} in the URL, in PGOPTIONS or in the program")
+        yield Problem(READ_ONLY, "transactions are read-only here, but a worker has to write", fix)
 
 
 def _rights(row: Any, role: str) -> Iterator[Problem]:
@@ -214,17 +218,17 @@ def _row_security(row: Any, role: str) -> Iterator[Problem]:
     if row["is_guarded"]:
         text = (
             f"row-level security on {row['qualified']} may hide rows from the role {role}, and a worker "
-            "works only what it sees"
+            "can run only tasks that it sees"
         )
         fix = (
             f"CREATE POLICY apoq_worker ON {row['qualified']} TO {role} USING (true), if no policy there is "
-            f"restrictive; else ALTER TABLE {row['qualified']} DISABLE ROW LEVEL SECURITY"
+            f"restrictive; otherwise ALTER TABLE {row['qualified']} DISABLE ROW LEVEL SECURITY"
         )
         yield Problem(ROW_SECURITY, text, fix)
 
 
 def _setval(sequence: str, table: str) -> str:
-    return f"SELECT setval({_literal(sequence)}, (SELECT max(id) FROM {table}))"  # noqa: S608 - it is shown only
+    return f"SELECT setval({_literal(sequence)}, (SELECT max(id) FROM {table}))"  # noqa: S608 - only shown, never executed
 
 
 def _literal(name: str) -> str:

@@ -10,7 +10,7 @@ from sqlalchemy import Connection, select
 
 from apoq.client.queue import Queue
 from apoq.client.typed_task import TypedTask
-from apoq.core.conversion import NoForm, reread
+from apoq.core.conversion import NotConvertible, reread
 from apoq.core.states import PENDING
 from apoq.errors import glimpse
 from apoq.postgres.urls import check_untranslated
@@ -245,7 +245,7 @@ def _equal(stored: Any, wanted: Any) -> bool:
         return True
     try:
         return bool(stored == reread(wanted))
-    except (NoForm, TypeError, ValueError):
+    except (NotConvertible, TypeError, ValueError):
         return False
 
 

@@ -1,1 +1,1 @@
-"""Where the time goes."""
+"""Profiles of single parts of apoq."""

@@ -1,4 +1,4 @@
-"""Where the time goes, each measured on a server of its own: ``python -m benchmarks.profile --help``."""
+"""Profiles single parts of apoq, each on its own server: ``python -m benchmarks.profile --help``."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ PROFILES = {
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m benchmarks.profile", description=__doc__)
-    parser.add_argument("profiles", nargs="*", metavar="PROFILE", help=f"of {', '.join(PROFILES)}; else all")
+    parser.add_argument("profiles", nargs="*", metavar="PROFILE", help=f"{', '.join(PROFILES)} (all)")
     chosen = parser.parse_args().profiles or list(PROFILES)
     if unknown := set(chosen) - PROFILES.keys():
-        parser.error(f"no such profile: {', '.join(sorted(unknown))}")
+        parser.error(f"unknown profile: {', '.join(sorted(unknown))}")
     for name in chosen:
         PROFILES[name]()

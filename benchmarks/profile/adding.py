@@ -1,4 +1,4 @@
-"""Ways to add many tasks at once: COPY, as `add_many` does, and INSERT, as it does where it may not COPY."""
+"""Compares COPY with INSERT for many tasks: `add_many` uses COPY, or INSERT if the role can't use COPY."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RUNS = 7
 
 
 def measure(engine: sa.Engine) -> float:
-    """Return how many tasks a second one call adds."""
+    """Return the tasks per second that one call adds."""
     with engine.begin() as connection:
         connection.exec_driver_sql("TRUNCATE apoq_tasks")
     documents = [{"n": n, "padding": "x" * 80} for n in range(TASKS)]
@@ -31,7 +31,7 @@ def measure(engine: sa.Engine) -> float:
 
 
 def show() -> None:
-    """Measure both several times in turn, and print the medians."""
+    """Measure both several times, alternating, and print the medians."""
     found: dict[str, list[float]] = {"COPY": [], "INSERT": []}
     with PostgreSQL() as server:
         engine = sa.create_engine(database_url(make_url(server.url)))
@@ -41,6 +41,6 @@ def show() -> None:
             with mock.patch.object(operations, "_copy", return_value=False):
                 found["INSERT"].append(measure(engine))
         engine.dispose()
-    print(f"{'adding: tasks a second in one call of add_many':50}{'median':>10}{'min':>10}{'max':>10}")
+    print(f"{'adding: tasks per second, one call of add_many':50}{'median':>10}{'min':>10}{'max':>10}")
     for name, rates in found.items():
         print(f"{name:50}{statistics.median(rates):10,.0f}{min(rates):10,.0f}{max(rates):10,.0f}")

@@ -1,4 +1,4 @@
-"""Where a task's way goes, from its commit in one process to the processor of an idle worker in another."""
+"""The steps from the commit of a task in one process to the processor of an idle worker in another."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from apoq.worker.claiming import claimer, listener
 
 TASKS = 300
 PAUSE = 0.02
-"""Seconds between two of them, in which the machine rests."""
+"""Seconds between two tasks, in which the machine is idle."""
 
 WARM_UP = 20
 
@@ -27,26 +27,26 @@ Event = tuple[str, float]
 
 
 def _work(url: str, parent: Connection) -> None:
-    """Work tasks, and answer what happened when: in a process of its own."""
+    """Run tasks in a process of its own, and send the events with their times."""
     events: list[Event] = []
 
-    def note(owner: Any, name: str, before: str | None, after: str) -> None:
+    def record(owner: Any, name: str, before: str | None, after: str) -> None:
         function = getattr(owner, name)
 
-        def noted(*arguments: Any, **options: Any) -> Any:
+        def recorded(*arguments: Any, **options: Any) -> Any:
             if before:
                 events.append((before, time.monotonic()))
-            answer = function(*arguments, **options)
+            result = function(*arguments, **options)
             events.append((after, time.monotonic()))
-            return answer
+            return result
 
-        setattr(owner, name, noted)
+        setattr(owner, name, recorded)
 
-    note(listener.ListeningConnection, "wait", None, "heard")
-    note(claimer, "execute", "claims", "claimed")
+    record(listener.ListeningConnection, "wait", None, "notified")
+    record(claimer, "execute", "claiming", "claimed")
     engine = sa.create_engine(database_url(url))
     worker = Worker(engine)
-    worker.use("bench", lambda _task: events.append(("begins", time.monotonic())))
+    worker.use("bench", lambda _task: events.append(("started", time.monotonic())))
     worker.start()
     parent.send(None)
     parent.recv()
@@ -55,20 +55,20 @@ def _work(url: str, parent: Connection) -> None:
 
 
 def _parts(committed: float, events: list[Event], following: float) -> tuple[float, ...] | None:
-    """Answer the times between a commit, the notification, the claim, its answer and the processor."""
-    begins = next((at for name, at in events if name == "begins" and committed < at < following), None)
-    if begins is None:
+    """Return the times between the commit, the notification, the claim, its result and the processor."""
+    started = next((at for name, at in events if name == "started" and committed < at < following), None)
+    if started is None:
         return None
-    ways = [committed]
-    at = begins
-    for name in ("claimed", "claims", "heard"):
+    times = [committed]
+    at = started
+    for name in ("claimed", "claiming", "notified"):
         at = max((when for what, when in events if what == name and when <= at), default=committed)
-        ways.insert(1, at)
-    return tuple(later - sooner for sooner, later in zip(ways, [*ways[1:], begins], strict=True))
+        times.insert(1, at)
+    return tuple(later - earlier for earlier, later in zip(times, [*times[1:], started], strict=True))
 
 
-def _rested(url: str, statement: str) -> float:
-    """Answer the milliseconds that a statement takes after a pause."""
+def _after_pause(url: str, statement: str) -> float:
+    """Return the milliseconds that a statement takes after a pause."""
     took = []
     plain = make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)
     with psycopg.connect(plain, autocommit=True) as connection:
@@ -109,15 +109,15 @@ def show() -> None:
             if (parts := _parts(at, events, following))
         ][WARM_UP:]
         print(f"{'latency: ms':36}{'median':>15}")
-        names = ("the notification is heard", "the claim is sent", "it is answered", "the processor begins")
+        names = ("notification received", "claim sent", "claim returned", "processor started")
         for name, column in zip(names, zip(*found, strict=True), strict=True):
             print(f"{name:36}{statistics.median(column) * 1e3:15.2f}")
-        print(f"{'all of it':36}{statistics.median(map(sum, found)) * 1e3:15.2f}")
+        print(f"{'in total':36}{statistics.median(map(sum, found)) * 1e3:15.2f}")
         for name, statement in (
-            ("SELECT 1 after such a pause", "SELECT 1"),
+            ("SELECT 1 after the same pause", "SELECT 1"),
             (
                 "a commit that is written to disk",
                 "SELECT txid_current(), pg_logical_emit_message(true, '', 'x')",
             ),
         ):
-            print(f"{name:36}{_rested(server.url, statement):15.2f}")
+            print(f"{name:36}{_after_pause(server.url, statement):15.2f}")

@@ -1,8 +1,8 @@
-"""How the task table is laid out: what a kept task takes, against what it costs to work one.
+"""Compares layouts of the task table: the disk space of a kept task, and the cost of running one.
 
-A page is filled to a part only (its fillfactor), so that a claim finds room on it for the new version of a
-row. What is left of that room stays empty beside completed tasks, for as long as they are kept. So these are
-compared: other fillfactors, and a table of their own for completed tasks.
+Pages are filled only partly (by the fillfactor), so that a claim finds room on the page for the new version
+of a row. The rest of that room stays empty as long as completed tasks are kept. So this compares other
+fillfactors, and a separate table for completed tasks.
 """
 
 from __future__ import annotations
@@ -60,20 +60,20 @@ ENDED: Sequence[str] = (
 
 @dataclass(frozen=True)
 class Cost:
-    """What one task costs."""
+    """The cost of one task."""
 
     hot: float
     """Heap-only updates: 1.0 if each claim is one."""
     wal: float
-    """Bytes of WAL, to add, claim, complete and move it."""
+    """Bytes of WAL to add, claim, complete and move the task."""
     server: float
-    """Microseconds of the server's processor, to claim, complete and move it."""
+    """Microseconds of CPU time on the server to claim, complete and move the task."""
     kept: float
-    """Bytes on disk, with all indexes, once it is completed."""
+    """Bytes on disk, with all indexes, of a completed task."""
 
 
 def measure(engine: sa.Engine, fillfactor: int, *, moves: bool = False) -> Cost:
-    """Add, claim and complete tasks, batch after batch, as a steady load does; keep them all."""
+    """Add, claim and complete tasks in batches, as under a steady load, and keep them all."""
     with engine.begin() as connection:
         connection.exec_driver_sql("DROP SCHEMA public CASCADE")
         connection.exec_driver_sql("CREATE SCHEMA public")
@@ -105,7 +105,7 @@ def measure(engine: sa.Engine, fillfactor: int, *, moves: bool = False) -> Cost:
                 connection.exec_driver_sql("VACUUM (ANALYZE) apoq_tasks")
         ended_at = connection.exec_driver_sql("SELECT pg_current_wal_insert_lsn()").scalar_one()
         wal = connection.exec_driver_sql(f"SELECT pg_wal_lsn_diff('{ended_at}', '{began_at}')").scalar_one()
-        own.dispose()  # its session's statistics are there with its end
+        own.dispose()  # the statistics of a session are complete when it has ended
         time.sleep(0.5)
         hot = connection.exec_driver_sql(
             "SELECT n_tup_hot_upd FROM pg_stat_all_tables WHERE relname = 'apoq_tasks'"
@@ -120,7 +120,7 @@ def measure(engine: sa.Engine, fillfactor: int, *, moves: bool = False) -> Cost:
 
 
 def _work(own: sa.Engine, number: int) -> None:
-    """Claim and complete what is due."""
+    """Claim and complete the due tasks."""
     parameters = {
         "from_queue": "default",
         "of_types": ["bench"],
@@ -141,9 +141,9 @@ def _work(own: sa.Engine, number: int) -> None:
 
 
 def show() -> None:
-    """Measure each several times in turn, and print the medians."""
+    """Measure each several times, alternating, and print the medians."""
     if not Path("/proc/self/schedstat").exists():
-        print("layouts: left out, for it reads /proc/…/schedstat, which is Linux's")
+        print("layouts: skipped, because it needs Linux's /proc/…/schedstat")
         return
     found: dict[str, list[Cost]] = {}
     with PostgreSQL() as server:
@@ -152,9 +152,9 @@ def show() -> None:
             for fillfactor in FILLFACTORS:
                 found.setdefault(f"filled to {fillfactor} %", []).append(measure(engine, fillfactor))
             moved = measure(engine, FILLFACTORS[0], moves=True)
-            found.setdefault("completed ones are moved to a table of their own", []).append(moved)
+            found.setdefault("completed tasks in a separate table", []).append(moved)
         engine.dispose()
-    print(f"{'layouts: a task':50}{'heap-only':>10}{'WAL bytes':>11}{'server µs':>11}{'bytes kept':>12}")
+    print(f"{'layouts: per task':50}{'heap-only':>10}{'WAL bytes':>11}{'server µs':>11}{'bytes kept':>12}")
     for name, costs in found.items():
         hot, wal, took, kept = (
             statistics.median(getattr(cost, field) for cost in costs)

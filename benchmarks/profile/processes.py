@@ -1,7 +1,7 @@
-"""What one and two worker processes make of the machine's processors, beside the floor's.
+"""CPU usage of one and two worker processes, compared with the floor's.
 
-While the middle of a backlog is worked off: the tasks a second, the processor time a task, of the server and
-of the workers, and the share of the time in which the machine's processors had nothing to do.
+While the middle of a backlog is drained, it measures the tasks per second, the CPU time per task of the
+server and of the workers, and the share of time in which the machine's CPUs were idle.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CONTENDERS = ("floor", "apoq")
 
 
 class Moment(NamedTuple):
-    """What had been used up to it, in seconds of processors."""
+    """A point in time, with the CPU seconds used until then."""
 
     at: float
     tasks: int
@@ -33,7 +33,7 @@ class Moment(NamedTuple):
 
 
 class Use(NamedTuple):
-    """What was made of the time between two moments: microseconds a task, and shares."""
+    """CPU usage between two moments: tasks per second, microseconds per task, and the idle share."""
 
     rate: float
     server: float
@@ -45,11 +45,11 @@ def _used(pid: int) -> float:
     try:
         return int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) / 1e9
     except OSError:
-        return 0.0  # it has ended
+        return 0.0  # the process has ended
 
 
 def _moment(database: Database, workers: Workers, count: int) -> Moment:
-    """Wait until so many tasks have begun, and look."""
+    """Wait until so many tasks have started, and return the usage until then."""
     workers.wait_handled(count)
     reports = workers.reports()
     tasks = sum(report["count"] for report in reports)
@@ -84,9 +84,9 @@ def _use(bench: Bench, name: str, processes: int) -> Use:
 
 
 def show() -> None:
-    """Measure each several times in turn, and print the medians."""
+    """Measure each several times, alternating, and print the medians."""
     if not Path("/proc/self/schedstat").exists():
-        print("processes: left out, for it reads /proc/…/schedstat, which is Linux's")
+        print("processes: skipped, because it needs Linux's /proc/…/schedstat")
         return
     kinds = [(name, processes) for processes in (1, 2) for name in CONTENDERS]
     found: dict[tuple[str, int], list[Use]] = {kind: [] for kind in kinds}

@@ -1,7 +1,7 @@
-"""What a transaction of `task.session` takes, beside a plain loop's.
+"""The time of a transaction of `task.session`, compared with that of a plain loop.
 
-The worker's has one statement more, the completion. What that takes, and which part of it is the way to the
-server and back, show transactions that differ in this statement alone, in turn, on one thread.
+The worker's transaction has one more statement, the completion. To measure its cost, and how much of that is
+the round trip, this times transactions that differ only in that statement, alternating, on one thread.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from apoq.schema.statements.settle import complete_last
 
 ROUNDS = 20
 TRANSACTIONS = 50
-"""Of each kind, in each round."""
+"""Number of transactions of each kind in each round."""
 
 INSERT = sa.text("INSERT INTO effects (n) VALUES (:n)")
 RUNNING = """
@@ -45,7 +45,7 @@ def _driver(connection: sa.Connection) -> psycopg.Connection[Any]:
 
 
 def kinds() -> dict[str, Do]:
-    """Answer what is done between the insert and the commit."""
+    """Return the kinds of statements between the insert and the commit."""
     statement = complete_last(None)
     text, _ = compiled(statement)
     of_bare = (
@@ -56,23 +56,25 @@ def kinds() -> dict[str, Do]:
     prepared: set[bytes] = set()
     return {
         "a plain loop": lambda _connection, _task: None,
-        "+ SELECT 1, by libpq": lambda connection, _task: _driver(connection).pgconn.exec_(b"SELECT 1"),
-        "+ an update of a bare table, by libpq": lambda connection, task: fast_path.execute(
+        "+ SELECT 1, through libpq": lambda connection, _task: _driver(connection).pgconn.exec_(b"SELECT 1"),
+        "+ minimal update, through libpq": lambda connection, task: fast_path.execute(
             _driver(connection), of_bare, task, prepared=prepared
         ),
-        "+ the completion, by libpq, prepared": lambda connection, task: fast_path.execute(
+        "+ completion, libpq, prepared": lambda connection, task: fast_path.execute(
             _driver(connection), statement, task, prepared=prepared
         ),
         "+ … not prepared": lambda connection, task: fast_path.execute(
             _driver(connection), statement, task, prepared=None
         ),
-        "+ … by psycopg's cursor": lambda connection, task: _driver(connection).execute(text, task),
-        "+ … by SQLAlchemy, as the worker": lambda connection, task: connection.exec_driver_sql(text, task),
+        "+ … through psycopg's cursor": lambda connection, task: _driver(connection).execute(text, task),
+        "+ … through SQLAlchemy, as a worker": lambda connection, task: connection.exec_driver_sql(
+            text, task
+        ),
     }
 
 
 def show() -> None:
-    """Time each kind in turn, and print the medians."""
+    """Time all kinds, alternating, and print the medians."""
     found: dict[str, list[float]] = {name: [] for name in kinds()}
     with PostgreSQL() as server:
         engine = sa.create_engine(database_url(make_url(server.url)))
@@ -99,7 +101,7 @@ def show() -> None:
                     found[name].append((time.perf_counter() - began) * 1e6)
         engine.dispose()
     plain = statistics.median(found["a plain loop"])
-    print(f"{'sessions: µs a transaction':36}{'median':>15}{'plain / this':>14}")
+    print(f"{'sessions: µs per transaction':36}{'median':>15}{'plain / this':>14}")
     for name, times in found.items():
         median = statistics.median(times)
         print(f"{name:36}{median:15.0f}{plain / median:14.2f}")

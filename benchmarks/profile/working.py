@@ -1,8 +1,8 @@
-"""Where the processor's time goes when many tasks are worked.
+"""CPU time per task when many tasks are run.
 
-The time a task, of the server's process and of this one, for the worker's own two statements on one
-connection, as many tasks to each as it claims at most: with the tables as they are, and with one thing after
-the other changed. Processor time, not the clock, so that a busy machine disturbs less.
+It measures the worker's two statements on one connection, in the server's process and in this one, with as
+many tasks per statement as a claim may have: with the tables as they are, and with one change at a time. It
+measures CPU time instead of elapsed time, so that other load on the machine has less influence.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ TASKS = 60_000
 RUNS = 7
 
 CHANGES: dict[str, Sequence[str]] = {
-    "as it is": (),
-    "with an index that names the state": ("CREATE INDEX ON apoq_tasks (worker_id) WHERE state = 'running'",),
-    "with pages filled to the brim": ("ALTER TABLE apoq_tasks SET (fillfactor = 100)",),
-    "without the index of completed ones": ("DROP INDEX apoq_tasks_completed_idx",),
-    "without the index of failed ones": ("DROP INDEX apoq_tasks_failed_idx",),
+    "unchanged": (),
+    "with an index on running tasks": ("CREATE INDEX ON apoq_tasks (worker_id) WHERE state = 'running'",),
+    "with full pages (fillfactor 100)": ("ALTER TABLE apoq_tasks SET (fillfactor = 100)",),
+    "without the index of completed tasks": ("DROP INDEX apoq_tasks_completed_idx",),
+    "without the index of failed tasks": ("DROP INDEX apoq_tasks_failed_idx",),
     "without the CHECK": ("ALTER TABLE apoq_tasks DROP CONSTRAINT apoq_tasks_state_check",),
 }
 
@@ -45,23 +45,23 @@ FILL = f"""
 """
 
 Cost = tuple[float, float]
-"""Of the server and of this process, in microseconds a task."""
+"""CPU time of the server and of this process, in microseconds per task."""
 
 
 def used_by(pid: int) -> float:
-    """Answer the seconds that a process has spent on a processor."""
+    """Return the CPU time that a process has used, in seconds."""
     return int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) / 1e9
 
 
 def cost(pid: int, do: Callable[[], object]) -> Cost:
-    """Do something, and answer what it cost a task."""
+    """Call a function and return its cost per task."""
     server, here = used_by(pid), time.process_time()
     do()
     return (used_by(pid) - server) / TASKS * 1e6, (time.process_time() - here) / TASKS * 1e6
 
 
 def measure(engine: sa.Engine, changes: Sequence[str]) -> tuple[Cost, Cost]:
-    """Claim and complete all tasks of fresh tables, with these changes made to them."""
+    """Claim and complete all tasks of new tables, to which these changes were made."""
     with engine.begin() as connection:
         connection.exec_driver_sql("DROP SCHEMA public CASCADE")
         connection.exec_driver_sql("CREATE SCHEMA public")
@@ -107,9 +107,9 @@ def measure(engine: sa.Engine, changes: Sequence[str]) -> tuple[Cost, Cost]:
 
 
 def show() -> None:
-    """Measure each several times in turn, and print the medians."""
+    """Measure each several times, alternating, and print the medians."""
     if not Path("/proc/self/schedstat").exists():
-        print("working: left out, for it reads /proc/…/schedstat, which is Linux's")
+        print("working: skipped, because it needs Linux's /proc/…/schedstat")
         return
     with PostgreSQL() as server:
         engine = sa.create_engine(database_url(make_url(server.url)))
@@ -118,7 +118,9 @@ def show() -> None:
             for name, changes in CHANGES.items():
                 found[name].append(tuple(part for pair in measure(engine, changes) for part in pair))
         engine.dispose()
-    print(f"{'working: µs a task':36}{'claim: server':>15}{'Python':>8}{'complete: server':>18}{'Python':>8}")
+    print(
+        f"{'working: µs per task':36}{'claim: server':>15}{'Python':>8}{'complete: server':>18}{'Python':>8}"
+    )
     for name, costs in found.items():
         claim_server, claim_here, server_, here = (
             statistics.median(column) for column in zip(*costs, strict=True)

@@ -1,1 +1,1 @@
-"""Other queues on PostgreSQL, used as their own documentation says is quickest."""
+"""Other queues on PostgreSQL, used in the way that their documentation recommends for speed."""

@@ -1,8 +1,8 @@
 """PgQueuer 1.6, through asyncpg and through psycopg.
 
-As its performance guide says: `pgq autovac` after the installation, a direct connection for the worker, a
-larger `batch_size` for short jobs, on uvloop as its own benchmark does. `durable`, its default, is kept.
-Its jobs are coroutines, all on one loop, and it moves each finished row to a log table.
+It follows the performance guide: `pgq autovac` after the installation, a direct connection for the worker, a
+larger `batch_size` for short jobs. It runs on uvloop, as its own benchmark does, and keeps `durable`, its
+default. Its jobs are coroutines on a single event loop, and it moves each finished row to a log table.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from benchmarks.contender import PADDING, TYPE, Contender, Work
 
 BATCH = 1_000
-"""The best of 10 (its default), 100, 500 and 1,000; several managers in a process were not quicker."""
+"""The fastest of 10 (the default), 100, 500 and 1,000; several managers in a process were not faster."""
 _TAIL = PADDING.encode()
 
 

@@ -1,7 +1,7 @@
-"""Procrastinate 3.10 with its asyncio connector, coroutine tasks, and `concurrency` of the worker.
+"""Procrastinate 3.10 with its asyncio connector, coroutine tasks, and the worker's `concurrency`.
 
-It fetches and finishes each job by statements of its own, so it is bound by two commits a job; more
-concurrency lets commits share an fsync. It gets a twentieth of the tasks that others get.
+It fetches and finishes each job by separate statements, so it is limited by two commits per job; with more
+concurrency, several commits share an fsync. It gets a twentieth of the others' tasks.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from benchmarks.contender import PADDING, TYPE, Contender, Work
 
 CONCURRENCY = 10
-"""Its documentation names no number; from 4 to 50 it makes little difference here."""
+"""Its documentation doesn't recommend a number; from 4 to 50, there is little difference here."""
 
 
 class Procrastinate(Contender):

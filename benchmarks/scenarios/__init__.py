@@ -1,4 +1,4 @@
-"""All that is measured, in the order in which it is shown."""
+"""All scenarios, in the order in which they are shown."""
 
 from benchmarks.scenario import Scenario
 from benchmarks.scenarios import cost, drain, enqueue, fronts, held, latency

@@ -1,4 +1,4 @@
-"""What it costs: of an idle server, of memory, of the write-ahead log."""
+"""The cost of an idle worker, of memory, and of the write-ahead log."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from benchmarks.contenders import NAMES
 from benchmarks.scenario import Scenario
 
 SETTLING = 3.0
-"""Seconds after which a worker that has started is at rest."""
+"""Seconds after which a started worker is idle."""
 
 
 def counted(database: Database) -> Callable[[], float] | None:
-    """Answer what counts the statements of this database, where pg_stat_statements can be had."""
+    """Return a function that counts the statements in this database; None without pg_stat_statements."""
     try:
         database.connection.execute("CREATE EXTENSION IF NOT EXISTS pg_stat_statements")
         query = """
@@ -32,7 +32,7 @@ def counted(database: Database) -> Callable[[], float] | None:
 
 
 def transactions(database: Database) -> float:
-    """Answer the transactions of this database, as far as its sessions have reported them."""
+    """Return the number of transactions in this database that its sessions have reported so far."""
     return float(
         database.value(
             "SELECT xact_commit + xact_rollback FROM pg_stat_database WHERE datname = current_database()"
@@ -41,10 +41,10 @@ def transactions(database: Database) -> float:
 
 
 def idle(bench: Bench, name: str) -> dict[str, float]:
-    """Let a worker rest: statements a second at the server, and the share of a core that its process takes.
+    """Measure an idle worker's statements per second, and its process's share of a core.
 
-    BEGIN, SET LOCAL and COMMIT are statements, too. Bound by how often it must show that it lives, and
-    look for tasks of which no notification came. Without pg_stat_statements, transactions stand instead.
+    BEGIN, SET LOCAL and COMMIT count as statements. The limits are the intervals of its heartbeat, and of its
+    polls for tasks without a notification. Without pg_stat_statements, it counts transactions instead.
     """
     seconds = bench.sizes.idle_seconds
     with bench.database(name, counting=True) as database, database.workers(capacity=0) as workers:
@@ -65,9 +65,9 @@ def idle(bench: Bench, name: str) -> dict[str, float]:
 
 
 def memory(bench: Bench, name: str) -> dict[str, float]:
-    """Watch a worker's resident memory: at rest, after a tenth of a million tasks, after all of them.
+    """Measure a worker's resident memory: when idle, after a tenth of a million tasks, and after all of them.
 
-    The figures include Python, SQLAlchemy and psycopg; what the benchmark itself notes is left out.
+    The figures include Python, SQLAlchemy and psycopg, but not the records of the benchmark itself.
     """
     total = bench.count(name, bench.sizes.memory)
     tenth = total // 10
@@ -92,11 +92,11 @@ def _when_done(workers: Workers, count: int) -> float:
 
 
 def writes(bench: Bench, name: str) -> dict[str, float]:
-    """Count the bytes of write-ahead log, the transactions and the statements of a task.
+    """Count the bytes of write-ahead log, the transactions and the statements per task.
 
-    Of one added by itself, one added with many, and one worked. Bound by the row's versions (an
-    insert and two updates) with their index entries; full page images after a checkpoint are part of it, so
-    one is made before each.
+    It does so for a task that is added alone, a task that is added with many, and a task that is run. The
+    limits are the versions of the row (an insert and two updates) with their index entries. Full-page images
+    after a checkpoint are included, so there is a checkpoint before each step.
     """
     figures = {}
     each, many = bench.sizes.cost_each, bench.count(name, bench.sizes.cost)
@@ -105,9 +105,9 @@ def writes(bench: Bench, name: str) -> dict[str, float]:
 
         def add_each() -> None:
             with database.child("enqueue_each", first=0, count=each, interval=0, path="") as child:
-                child.answer()
+                child.receive()
                 child.ask("go", 60 + each / 20)
-                child.answer()
+                child.receive()
 
         def work() -> None:
             with database.workers(capacity=each + many) as workers:
@@ -143,7 +143,7 @@ _WRITES = {
 SCENARIOS = (
     Scenario(
         "idle",
-        "a worker with nothing to do, a second",
+        "an idle worker, per second",
         "/s",
         idle,
         less_is_better=True,
@@ -162,7 +162,7 @@ SCENARIOS = (
     ),
     Scenario(
         "writes",
-        "WAL, transactions and statements a task",
+        "WAL, transactions and statements per task",
         "bytes",
         writes,
         contenders=NAMES,

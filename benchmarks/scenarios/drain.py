@@ -1,4 +1,4 @@
-"""Working off what stands there."""
+"""Draining a backlog."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from benchmarks.scenario import Scenario
 def one(bench: Bench, name: str) -> dict[str, float]:
     """Drain no-op tasks with one worker process.
 
-    Bound by the server's two updates a task on one core, and by the worker's Python on the other.
+    The limits are the server's two updates per task on one core, and the worker's Python code on the other.
     """
     return {"rate": bench.drain(name, bench.sizes.drain)}
 
 
 def two(bench: Bench, name: str) -> dict[str, float]:
-    """The same with two worker processes: on two cores, bound by the processors."""
+    """The same with two worker processes; on two cores, the limit is CPU time."""
     return {"rate": bench.drain(name, bench.sizes.drain, processes=2)}
 
 
 def threads(bench: Bench, name: str) -> dict[str, float]:
-    """The same with other numbers of slots: with no-op tasks more threads can only cost."""
+    """The same with other numbers of slots; for no-op tasks, more threads can only cost time."""
     return {
         f"{concurrency} slots": bench.drain(name, bench.sizes.drain // 2, concurrency=concurrency)
         for concurrency in (1, 4, 16)
@@ -35,10 +35,10 @@ def coroutines(bench: Bench, name: str) -> dict[str, float]:
 
 
 def sessions(bench: Bench, name: str) -> dict[str, float]:
-    """Insert a row through `task.session`, or in a loop without any queue.
+    """Insert a row through `task.session`, or in a loop without a queue.
 
-    Each is a transaction with an fsync: several threads share some of these. The loop has as many threads as
-    apoq has slots.
+    Each insert is a transaction with an fsync; the commits of several threads can share one. The loop has as
+    many threads as apoq has slots.
     """
     rates = {}
     for slots in (1, 4):
@@ -56,17 +56,17 @@ def _loop(bench: Bench, name: str, slots: int) -> float:
         database.connection.execute("CREATE TABLE effects (n bigint NOT NULL)")
         database.checkpoint()
         with database.child("loop", count=count, threads=slots) as child:
-            child.answer()
+            child.receive()
             seconds = float(child.ask("go", 120 + count / 50)["seconds"])
         database.check_finished(count)
     return count / seconds
 
 
 def busy(bench: Bench, name: str) -> dict[str, float]:
-    """Work tasks that sleep, in 4 slots: the share of the slots' time that is spent in processors.
+    """Run tasks that sleep in 4 slots, and measure the share of the slots' time that is spent in processors.
 
-    Counted from the first start to the last end. What is lost is the time from the end of one task to the
-    start of the next in its slot: bound by the hand-over between threads.
+    The time counts from the first start to the last end. The rest is the time from the end of a task to the
+    start of the next one in the same slot, which is limited by the hand-over between threads.
     """
     figures = {}
     slots = 4
@@ -91,7 +91,7 @@ def busy(bench: Bench, name: str) -> dict[str, float]:
 
 
 def start(bench: Bench, name: str) -> dict[str, float]:
-    """Time from the start of a worker to its first task, with 1,000 waiting: connecting, the first claim."""
+    """Measure the time from a worker's start to its first task of 1,000: it connects and claims."""
     times = []
     with bench.database(name) as database:
         count = bench.count(name, 1_000)
@@ -121,13 +121,13 @@ SCENARIOS = (
         "tasks/s",
         sessions,
         contenders=("apoq",),
-        beside=("plain loop",),
+        baselines=("plain loop",),
         reference="plain loop",
         quick=True,
     ),
     Scenario(
         "busy",
-        "processors of 1, 10 and 100 ms in 4 slots: slots kept busy, overhead a task",
+        "processors of 1, 10 and 100 ms in 4 slots: busy slots, overhead per task",
         "%",
         busy,
         contenders=("apoq", "Procrastinate"),

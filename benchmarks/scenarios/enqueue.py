@@ -8,28 +8,28 @@ from benchmarks.bench import Bench, WrongCount, percentile
 from benchmarks.scenario import Scenario
 
 MOST = 20_000
-"""Tasks of one client at most, in its seconds."""
+"""Maximum number of tasks that one client adds."""
 
 
 def each(bench: Bench, name: str) -> dict[str, float]:
-    """Add one task a transaction, from one client. Bound by an fsync each; then by the round trips."""
+    """Add one task per transaction from one client. The limits are one fsync each, then the round trips."""
     count = bench.sizes.each
     with bench.database(name) as database:
         database.checkpoint()
         with database.child("enqueue_each", first=0, count=count, interval=0, path="") as child:
-            child.answer()
+            child.receive()
             added = child.ask("go", 120 + count / 20)
-            child.answer()
+            child.receive()
         _check_rows(database.value(f"SELECT count(*) FROM {database.who.table}"), count, name)
     return {"rate": added["count"] / added["seconds"]}
 
 
 def clients(bench: Bench, name: str) -> dict[str, float]:
-    """Let 32 clients, 8 threads in each of 4 processes, add one task a transaction each.
+    """Let 32 clients, 8 threads in each of 4 processes, add one task per transaction.
 
-    With 32 of them an fsync serves many commits, so it is bound by the processors; where a commit
-    notifies, by the lock that each holds to its end. apoq's worker works the tasks meanwhile, on the same
-    two cores.
+    With 32 clients, many commits share an fsync, so the limit is CPU time; if a commit sends a notification,
+    it is the lock that the commit holds until its end. apoq's worker runs the tasks at the same time, on the
+    same two cores.
     """
     who, _, rest = name.partition(", ")
     sizes = bench.sizes
@@ -53,23 +53,23 @@ def clients(bench: Bench, name: str) -> dict[str, float]:
         if workers:
             workers.go()
         for child in children:
-            child.answer()
+            child.receive()
         for child in children:
             child.say("go")
-        answers = [child.answer(sizes.client_seconds + 60) for child in children]
-        counts = [count for answer in answers for count in answer["counts"]]
+        responses = [child.receive(sizes.client_seconds + 60) for child in children]
+        counts = [count for response in responses for count in response["counts"]]
         if workers:
             workers.wait_handled(sum(counts))
             workers.wait_finished()
             numbers = (which * MOST + n for which, count in enumerate(counts) for n in range(count))
             database.check(workers.stop(), numbers)
         _check_rows(database.value(f"SELECT count(*) FROM {database.who.table}"), sum(counts), name)
-        # The first of each client was added before the start.
-        return {"rate": (sum(counts) - len(counts)) / max(answer["seconds"] for answer in answers)}
+        # The first task of each client was added before the start.
+        return {"rate": (sum(counts) - len(counts)) / max(response["seconds"] for response in responses)}
 
 
 def bulk(bench: Bench, name: str) -> dict[str, float]:
-    """Add 50,000 tasks in one transaction. Bound by the server's writing of rows and index entries."""
+    """Add 50,000 tasks in one transaction. The limit is the server's writing of rows and index entries."""
     count = bench.count(name, bench.sizes.bulk)
     with bench.database(name) as database:
         database.checkpoint()
@@ -79,12 +79,12 @@ def bulk(bench: Bench, name: str) -> dict[str, float]:
 
 
 def inside(bench: Bench, name: str) -> dict[str, float]:
-    """Time `add` in a transaction that reads and writes other things: one round trip and its Python."""
+    """Time `add` in a transaction that does other work: one round trip and the Python code."""
     count = bench.sizes.add_times
     with bench.database(name) as database, nullcontext(database.connection) as connection:
         connection.execute("CREATE TABLE effects (n bigint NOT NULL)")
         with database.child("add_times", count=count) as child:
-            child.answer()
+            child.receive()
             took = child.ask("go", 120)["took"]
         _check_rows(database.value(f"SELECT count(*) FROM {database.who.table}"), count + 50, name)
     return {"p50": percentile(took, 0.5) * 1e6, "p99": percentile(took, 0.99) * 1e6}
@@ -92,28 +92,30 @@ def inside(bench: Bench, name: str) -> dict[str, float]:
 
 def _check_rows(found: int, wanted: int, name: str) -> None:
     if found != wanted:
-        raise WrongCount(f"{name}: {found} rows in the database, of {wanted} tasks that were added")
+        raise WrongCount(f"{name}: {wanted} tasks were added, but the database has {found} rows")
 
 
 SCENARIOS = (
-    Scenario("enqueue", "one a transaction, one client", "tasks/s", each, beside=("plain ORM",), quick=True),
+    Scenario(
+        "enqueue", "one per transaction, one client", "tasks/s", each, baselines=("plain ORM",), quick=True
+    ),
     Scenario(
         "enqueue_clients",
-        "32 clients, one a transaction; apoq with a worker that works them meanwhile",
+        "32 clients, one per transaction; apoq with a worker that runs them meanwhile",
         "tasks/s",
         clients,
         contenders=("apoq",),
-        beside=("apoq, no worker", "plain ORM", "plain psycopg", "psycopg + NOTIFY"),
+        baselines=("apoq, no worker", "plain ORM", "plain psycopg", "psycopg + NOTIFY"),
         reference="plain ORM",
     ),
     Scenario("enqueue_bulk", "50,000 in one call", "tasks/s", bulk, quick=True),
     Scenario(
         "enqueue_inside",
-        "what add takes in a transaction that does other work",
+        "time of add in a transaction that does other work",
         "µs",
         inside,
         contenders=("apoq",),
-        beside=("plain ORM",),
+        baselines=("plain ORM",),
         reference="plain ORM",
         less_is_better=True,
         quick=True,

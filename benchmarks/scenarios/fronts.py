@@ -1,4 +1,4 @@
-"""A million of something stands in front: how much of the rate is kept."""
+"""Rates with a million other rows in the tables, compared with the rates without them."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from benchmarks.contenders import NAMES
 from benchmarks.scenario import MORE_RUNS, Scenario
 
 BEHIND = 10_000_000
-"""The first number of the tasks that are to be worked."""
+"""The first number of the tasks that the workers must run."""
 
 
 def behind(kind: str) -> Callable[[Bench, str], dict[str, float]]:
     """Drain due tasks with a million rows of a kind in the tables, and without them.
 
-    Bound by what a claim has to look at before it finds a due task: nothing, if its index or its memory of
-    where it was leads past the million.
+    The limit is the number of rows that a claim has to read before it finds a due task: none, if its index or
+    its remembered position leads past the million.
     """
 
     def measure(bench: Bench, name: str) -> dict[str, float]:
         first = bench.count(name, bench.sizes.first)
         front = bench.count(name, bench.sizes.front)
-        # A backlog of just these, where all that stand there are due.
+        # If all rows are due, the comparison is with a backlog of only `first` tasks.
         without = (
             _rate(bench, name, first, kind, first) if kind == "due" else _rate(bench, name, first, "", 0)
         )
@@ -48,16 +48,16 @@ def _rate(bench: Bench, name: str, first: int, kind: str, front: int, **options:
             end = workers.wait_finished()
             handled = workers.stop()
         if kind == "finished" and name == "floor":
-            # Its table has no attempts by which these could be told from those that the worker has finished.
+            # Its table has no attempts, which distinguish these rows from the tasks that the worker has run.
             database.connection.execute(f"DELETE FROM floor_tasks WHERE (payload->>'n')::int < {BEHIND}")
         database.check(handled, range(BEHIND, BEHIND + first))
         return first / (end - min(handled.started))
 
 
 def retention(bench: Bench, name: str) -> dict[str, float]:
-    """Drain beside a million rows whose time is over, with the pruner and without it.
+    """Drain tasks while a million rows are past their retention, with the pruner and without it.
 
-    Bound by the share of its time that the pruner allows itself, of a core that others want as well.
+    The limit is the share of time that the pruner may use, on a core that others need as well.
     """
     count, front = bench.sizes.drain, bench.sizes.front
     without = _rate(bench, name, count, "finished", front, prunes=False)
@@ -66,9 +66,9 @@ def retention(bench: Bench, name: str) -> dict[str, float]:
 
 
 def first_look(bench: Bench, name: str) -> dict[str, float]:
-    """Time from a worker's start to its first task, behind a million tasks of types that it lacks.
+    """Measure the time from a worker's start to its first task, behind a million tasks of other types.
 
-    The type is not in the index: each worker walks past them once, and remembers its position.
+    The type is not in the index: each worker scans past these tasks once, and remembers its position.
     """
     with bench.database(name) as database:
         database.fill("others", bench.sizes.front)
@@ -89,7 +89,7 @@ def _rate_of_backlog(bench: Bench, name: str, first: int, front: int) -> float:
             workers.go()
             begun, when = workers.wait_handled(first)
             handled = workers.stop()
-        # It was stopped on its way: what it has begun is finished, each once.
+        # The worker was stopped in the middle: the tasks that it has started are finished, each once.
         database.check(handled, set(handled.numbers))
         return begun / (when - min(handled.started))
 
@@ -108,16 +108,14 @@ def _scenario(name: str, title: str, kind: str, contenders: tuple[str, ...]) -> 
 
 SCENARIOS = (
     _scenario("backlog", "the first 20,000 of a million due tasks", "due", NAMES),
+    _scenario("others_in_front", "20,000 behind a million tasks of other types", "others", ("apoq",)),
     _scenario(
-        "others_in_front", "20,000 behind a million of types that the worker lacks", "others", ("apoq",)
+        "future_in_front", "20,000 behind a million future tasks of a higher priority", "future", ("apoq",)
     ),
-    _scenario(
-        "future_in_front", "20,000 behind a million future ones of a higher priority", "future", ("apoq",)
-    ),
-    _scenario("finished_rows", "20,000 beside a million finished rows", "finished", ("apoq", "floor")),
+    _scenario("finished_rows", "20,000 with a million finished rows", "finished", ("apoq", "floor")),
     Scenario(
         "first_look",
-        "from a worker's start to its first task, behind a million of other types",
+        "from a worker's start to its first task, behind a million tasks of other types",
         "ms",
         first_look,
         contenders=("apoq",),
@@ -125,7 +123,7 @@ SCENARIOS = (
     ),
     Scenario(
         "retention",
-        "one worker process beside a million rows to be pruned, with the pruner and without",
+        "one worker process with a million rows to prune, with the pruner and without",
         "tasks/s",
         retention,
         contenders=("apoq",),

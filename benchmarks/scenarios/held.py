@@ -1,4 +1,4 @@
-"""A long transaction beside the queue: what it still sees, vacuum can't remove."""
+"""A long transaction in the same database: vacuum can't remove rows that it still sees."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ PARTS = 10
 
 
 def held(bench: Bench, name: str) -> dict[str, float]:
-    """Hold a snapshot for ten minutes, at 1,000 tasks a second; autovacuum as it comes.
+    """Hold a snapshot for ten minutes, at 1,000 tasks per second, with autovacuum at its default settings.
 
-    p50 and p99 from commit to start, by tenths of the time. Bound by how many
-    dead index entries a claim walks through. The others get a minute and a half.
+    It measures p50 and p99 from commit to start, for each tenth of the time. The limit is the number of dead
+    index entries that a claim has to read. The other contenders run for a minute and a half.
     """
     sizes = bench.sizes
     seconds = sizes.held_seconds if name == "apoq" else sizes.others_held_seconds
@@ -45,7 +45,7 @@ def held(bench: Bench, name: str) -> dict[str, float]:
 SCENARIOS = (
     Scenario(
         "held_snapshot",
-        "commit to start at 1,000 tasks/s beside a held snapshot, by tenths of the time",
+        "commit to start at 1,000 tasks/s with a held snapshot, by tenths of the time",
         "ms",
         held,
         less_is_better=True,

@@ -1,4 +1,4 @@
-"""From commit to start: both taken from the machine's one monotonic clock, in two processes."""
+"""The time from commit to start, by the machine's monotonic clock, which both processes share."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ PACE = 0.01
 
 
 def idle(bench: Bench, name: str) -> dict[str, float]:
-    """Add a task every 20 ms to a worker that has nothing else to do.
+    """Add a task every 20 ms for an idle worker.
 
-    From the return of the commit in one process to the first line of the processor in the other. Bound by the
-    notification's way through the server, one claim, and the commit's fsync of that.
+    The time counts from the return of the commit in one process to the first line of the processor in the
+    other. The limits are the delivery of the notification, and one claim with the fsync of its commit.
     """
     count = bench.sizes.idle_adds
     with bench.database(name) as database:
@@ -31,9 +31,9 @@ def idle(bench: Bench, name: str) -> dict[str, float]:
             workers.go()
             time.sleep(0.5)
             with database.child("enqueue_each", notify=True, **options) as child:
-                child.answer()
+                child.receive()
                 child.ask("go", 120 + count * 0.1)
-                child.answer()
+                child.receive()
             workers.wait_handled(count)
             workers.wait_finished()
             handled = workers.stop()
@@ -43,10 +43,10 @@ def idle(bench: Bench, name: str) -> dict[str, float]:
 
 
 def loaded(bench: Bench, name: str) -> dict[str, float]:
-    """Add at half the rate at which this contender has just drained, in a batch every 10 ms.
+    """Add tasks at half the rate at which this contender has just drained, in a batch every 10 ms.
 
-    Each contender at half of its own rate. Bound by what waits for the batches before it: one claimed, one
-    settled; the adding process takes its share of the two cores, too.
+    Each contender runs at half of its own rate. The limit is the wait for the batches before: one is claimed,
+    one is settled. The adding process also uses some of the two cores.
     """
     capacity = bench.drain(name, max(2_000, bench.sizes.drain // 4))
     rate = capacity / 2
@@ -60,7 +60,7 @@ def loaded(bench: Bench, name: str) -> dict[str, float]:
 
 
 def under_rate(database: Database, rate: float, seconds: float) -> list[tuple[float, float]]:
-    """Add at a rate to a worker; answer each task's commit, in seconds from the first, and its delay."""
+    """Add tasks at a rate; return each task's commit, in seconds since the first, and its delay."""
     total = int(rate * seconds)
     path = database.path()
     options: dict[str, Any] = {"first": 0, "rate": rate, "seconds": seconds, "interval": PACE, "path": path}
@@ -68,9 +68,9 @@ def under_rate(database: Database, rate: float, seconds: float) -> list[tuple[fl
         workers.go()
         time.sleep(0.5)
         with database.child("enqueue_rate", notify=True, **options) as child:
-            child.answer()
+            child.receive()
             child.ask("go", 60 + 3 * seconds)
-            child.answer()
+            child.receive()
         workers.wait_handled(total)
         workers.wait_finished()
         handled = workers.stop()
@@ -84,7 +84,7 @@ SCENARIOS = (
     Scenario("latency", "commit to start, idle worker", "ms", idle, less_is_better=True, quick=True),
     Scenario(
         "latency_loaded",
-        "commit to start, under half of one's own drain rate",
+        "commit to start, at half of the contender's own drain rate",
         "ms",
         loaded,
         less_is_better=True,

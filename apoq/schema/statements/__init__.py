@@ -1,5 +1,5 @@
 """Every statement that apoq sends: one function each, which returns a Core expression.
 
-They can be printed, explained and tested by themselves. Each takes the schema of the tables (None for the
-connection's own); what varies from call to call is a bound parameter.
+The statements can be printed, explained and tested by themselves. Each function takes the schema of the
+tables (None for the connection's default); values that differ from call to call are bound parameters.
 """

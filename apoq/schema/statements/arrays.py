@@ -1,4 +1,4 @@
-"""Arrays of numbers as bound parameters, by the hundred."""
+"""Large arrays of numbers as bound parameters."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from sqlalchemy.dialects.postgresql import ARRAY
 
 
 def bigints(name: str) -> Cast[Any]:
-    """Bind an array of whole numbers, which is given as `array_text` of them.
+    """Return a bound array of whole numbers, whose value must be given as `array_text`.
 
-    The driver looks at each element of a list to find its type, which takes twenty times as long.
+    With a list, the driver looks at each element to find its type, which takes twenty times as long.
     """
     return cast(bindparam(name, type_=Text), ARRAY(BigInteger))
 
 
 def array_text(numbers: Iterable[float]) -> str:
-    """Write numbers as PostgreSQL does an array."""
+    """Return numbers as the text of a PostgreSQL array."""
     return f"{{{','.join(map(repr, numbers))}}}"

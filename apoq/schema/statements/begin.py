@@ -1,4 +1,4 @@
-"""Note which of the tasks that were claimed ahead have begun."""
+"""Records that prefetched tasks have started."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from sqlalchemy import Update, and_, false, func, select, update
 
 from apoq.schema.models import tasks_table
 from apoq.schema.statements.arrays import bigints
-from apoq.schema.statements.states import runs
+from apoq.schema.statements.states import has_running_state
 
 
 @cache
 def begin(schema: str | None) -> Update:
-    """Note that the tasks of `ids`, claimed under `tokens`, have begun: from now on, their attempts count.
+    """Record that the tasks `ids`, claimed with `tokens`, have started: from now on, their attempts count.
 
-    What another session has locked is passed over.
+    Tasks that another session has locked are skipped.
     """
     tasks = tasks_table(schema)
     found = func.unnest(bigints("ids"), bigints("tokens")).table_valued("id", "token").render_derived("found")
@@ -23,7 +23,7 @@ def begin(schema: str | None) -> Update:
     begun = (
         select(held.c.id)
         .join(found, and_(held.c.id == found.c.id, held.c.claim_token == found.c.token))
-        .where(runs(held), held.c.prefetched)
+        .where(has_running_state(held), held.c.prefetched)
         .with_for_update(of=held, skip_locked=True)
         .cte("begun")
     )

@@ -1,4 +1,4 @@
-"""Cancel a task, in the transaction of whoever executes this."""
+"""Cancels a task, in the caller's transaction."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _RETURNED: Final = ("id", "state", "cancelled_at", "error", "claimed_at")
 
 @cache
 def cancel(schema: str | None) -> ReturningUpdate[Any]:
-    """Cancel the task `task_id` of `from_queue`, unless it has ended, with an error that says why.
+    """Cancel the task `task_id` of `from_queue` unless it has ended, with an error that gives the `reason`.
 
-    A worker that runs it finds its token worth nothing: it writes to running tasks only.
+    A worker that runs the task can no longer write to it, because workers write only to running tasks.
     """
     tasks = tasks_table(schema)
-    # The mapped class, not its table, so that a session knows of the change.
+    # The mapped class, not its table, so that the session updates its objects.
     return (
         update(task_class(schema))
         .where(
@@ -38,7 +38,7 @@ def cancel(schema: str | None) -> ReturningUpdate[Any]:
             cancelled_at=func.clock_timestamp(),
             error=cast(bindparam("reason", type_=Text), JSONB),
         )
-        # claimed_at, for who has never been claimed isn't running.
+        # claimed_at, because a task that was never claimed isn't running, so no worker has to be notified.
         .returning(*(portable(name, tasks.c[name]) for name in _RETURNED))
         .execution_options(synchronize_session="fetch")
     )

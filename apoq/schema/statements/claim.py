@@ -1,4 +1,4 @@
-"""Take due tasks, so that nobody else does."""
+"""Claims due tasks for one worker."""
 
 from __future__ import annotations
 
@@ -40,12 +40,19 @@ from sqlalchemy.sql.selectable import TableValuedAlias
 
 from apoq.schema.models import tasks_table
 from apoq.schema.statements.arrays import bigints
-from apoq.schema.statements.literals import EPOCH, LAST_BUT_ONE, LAST_BUT_ONE_BIGINT, ONE, RUNNING, ZERO
+from apoq.schema.statements.literals import (
+    EPOCH,
+    MAX_BIGINT_MINUS_ONE,
+    MAX_INTEGER_MINUS_ONE,
+    ONE,
+    RUNNING,
+    ZERO,
+)
 from apoq.schema.statements.notes import note
 from apoq.schema.statements.states import is_pending
 
 CHANGED: Final = ("state", "claim_token", "attempt", "worker_id", "claimed_at", "prefetched")
-"""The columns that a claim writes to. Where an index names one of them, it writes to every index, too."""
+"""The columns that a claim changes. If an index contained one of them, a claim would write to every index."""
 
 
 C = TypeVar("C")
@@ -53,23 +60,24 @@ C = TypeVar("C")
 ClaimedTask = tuple[
     int,  # id
     str,  # type
-    str | None,  # data: its JSON; None or cut off if it is large
+    str | None,  # data as JSON; None or truncated if it is large
     int,  # priority
     float,  # created_at, in seconds since 1970
-    float,  # process_at, the same
+    float,  # process_at, in seconds since 1970
     int,  # attempt
     int,  # fail_count
     int,  # claim_token
     int | None,  # retry_limit
     float | None,  # retry_delay, in seconds
     float | None,  # timeout, in seconds
-    str | None,  # meta: its JSON; None if it is large
-    C,  # the claim that it belongs to, which the worker adds
+    str | None,  # meta as JSON; None if it is large
+    C,  # the claim, which the worker adds
 ]
-"""What `claim` returns of a task, and the claim that it belongs to.
+"""The columns of a task that `claim` returns, and the claim to which the task belongs.
 
-A thousand of these wait at once, and the garbage collector looks at each again and again. As objects of a
-class they would take a tenth of a busy worker's time: one is made when a task begins.
+A thousand of these can wait at once, and the garbage collector visits each of them repeatedly. If they were
+objects of a class, that would take a tenth of a busy worker's time, so an object is made only when a task
+starts.
 """
 
 ID: Final = 0
@@ -86,10 +94,10 @@ RETRY_DELAY: Final = 10
 TIMEOUT: Final = 11
 META: Final = 12
 CLAIM: Final = 13
-"""Where these stand in a `ClaimedTask`."""
+"""The indexes of these values in a `ClaimedTask`."""
 
 LONGEST: Final = 8_000
-"""Bytes that data takes when it is stored, and characters of its text, at most, to be in a claim's answer."""
+"""Maximum size of data that a claim returns: in bytes as stored, and in characters of its text."""
 
 
 @cache
@@ -101,38 +109,39 @@ def claim(
     overflows: bool = False,
     bare: bool = False,
 ) -> ReturningUpdate[Any]:
-    """Mark up to `at_most` due tasks of `from_queue` and `of_types` as running; return them in no order.
+    """Mark up to `at_most` due tasks of `from_queue` and `of_types` as running, and return them unordered.
 
-    Of the priorities of `priorities`, the first first, and in each behind a position: the `process_at`, in
-    seconds since 1970, of `behind_times` and the id of `behind_ids`. So a claim walks through nothing that is
-    known to be taken, even if a long transaction elsewhere keeps it from being vacuumed away. `overflows`:
-    after these, all that are lower than `lower_than`.
+    Tasks are taken by priority, in the order of `priorities`. In each priority, only tasks behind a position
+    are taken: behind the `process_at` in `behind_times` (seconds since 1970) and the id in `behind_ids`. So a
+    claim doesn't scan index entries of tasks that were claimed before, even if a long transaction elsewhere
+    prevents vacuum from removing them.
 
-    `ahead`: they may be more than find one of the `free` slots at once. Then what was taken from a dead
-    worker before is passed over, because it may kill this one, too, and must not take tasks with it that
-    merely waited.
+    Options:
 
-    `passes_over`: not those with the ids `passed_over`.
+    - `ahead`: the claim may take more tasks than there are `free` slots. It skips tasks that were rescued
+      from a dead worker, because such a task may kill this worker as well, and with it tasks that only wait.
+    - `passes_over`: skip the tasks with the ids `passed_over`.
+    - `overflows`: afterwards, take tasks of all priorities lower than `lower_than`.
+    - `bare`: return NULL for all data and metadata, as for large values.
 
-    `bare`: all data and metadata is null, as that which is large always is.
+    `retry_limits` is a JSON object with the limit of each type. A task with more failures than its own limit,
+    or else its type's, is claimed only to be ended: it doesn't start.
 
-    `retry_limits`: a JSON object, of each type's limit. A task that has failed more often than that, or than
-    its own limit, is taken to be ended, and doesn't begin.
+    The attempt is counted by the claim, not when the attempt ends, so that an attempt that kills its worker
+    counts as well. Times are returned as seconds since 1970, and data as text, because most of them are never
+    read. Data of more than `LONGEST` bytes is returned as NULL, and a longer text is truncated to one
+    character more than that: such data is read when the task starts. So the claim returns quickly, and tasks
+    that wait for a slot take little memory.
 
-    The attempt is counted here, and not when it ends: one that kills its worker counts as well. Times are
-    returned as seconds since 1970, and data as text, because most of them are never read. Data that takes
-    more than `LONGEST` bytes is null, and its text is cut off after one character more: it is read when the
-    task begins. So a claim is soon answered, and what waits for a slot takes little memory.
-
-    What is taken is written down, as the `number` of the claims of `by_worker`.
+    The claim is recorded in the table of claims, as claim `number` of the worker `by_worker`.
     """
     tasks = tasks_table(schema)
     picked = _picked(tasks, ahead=ahead, passes_over=passes_over, overflows=overflows)
     return (
         update(tasks)
-        # By where they stand, and as an array: by id, or joined, it takes the server a tenth longer. What is
-        # locked stays in its place. What another session has moved meanwhile, by writing to it between this
-        # statement's beginning and the lock, is left to another claim.
+        # By ctid in an array: by id, or by a join, the server needs a tenth more time. A locked row keeps its
+        # ctid. A row that another session updated between the start of this statement and the lock has
+        # another ctid, and is left to another claim.
         .where(_place == any_(func.array(select(picked.c.ctid).scalar_subquery())))
         .values(_effect(tasks, picked, ahead=ahead))
         .returning(*_returned(tasks, bare=bare))
@@ -154,17 +163,17 @@ _at_most = bindparam("at_most", type_=BigInteger)
 
 
 def _picked(tasks: Table, *, ahead: bool, passes_over: bool, overflows: bool) -> CTE:
-    """Lock due tasks, and return where they stand and their ids."""
+    """Lock due tasks, and return their ctids and ids."""
     due = (
         select(_place, tasks.c.id)
         .where(*_is_claimable(tasks, ahead=ahead, passes_over=passes_over))
         .limit(_at_most)
-        # Others claim at the same time: what they hold is passed over, not waited for.
+        # Other workers claim at the same time: skip the tasks that they have locked, instead of waiting.
         .with_for_update(skip_locked=True)
     )
-    # One index scan for each priority: future tasks of a higher priority are not walked through to find due
-    # ones of a lower. The outer limit ends the scans early, so no row is locked without being taken, unless
-    # its data is large.
+    # One index scan per priority, so that a scan for due tasks of a lower priority doesn't read the future
+    # tasks of a higher one. The outer limit ends the scans early, so no row is locked without being taken,
+    # unless its data is large.
     levels = _levels()
     level = due.where(*_is_on(tasks, levels)).order_by(tasks.c.process_at, tasks.c.id).lateral("due")
     found = select(*level.c).select_from(levels.join(level, true()))
@@ -177,7 +186,7 @@ def _picked(tasks: Table, *, ahead: bool, passes_over: bool, overflows: bool) ->
 
 
 def _levels() -> TableValuedAlias:
-    """Return the priorities that are claimed from, the highest first, and a position in each."""
+    """Return the priorities from which tasks are claimed, the highest first, with a position in each."""
     return (
         func.unnest(
             cast(bindparam("priorities", type_=Text), ARRAY(SmallInteger)),
@@ -190,7 +199,7 @@ def _levels() -> TableValuedAlias:
 
 
 def _is_on(tasks: Table, levels: TableValuedAlias) -> tuple[ColumnElement[bool], ...]:
-    """Pick the tasks of a level that are behind its position."""
+    """Return the conditions that a task has the priority of a level and is behind its position."""
     return (
         tasks.c.priority == levels.c.priority,
         tuple_(tasks.c.process_at, tasks.c.id)
@@ -199,7 +208,7 @@ def _is_on(tasks: Table, levels: TableValuedAlias) -> tuple[ColumnElement[bool],
 
 
 def _is_claimable(tasks: Table, *, ahead: bool, passes_over: bool) -> list[ColumnElement[bool]]:
-    """Pick the tasks that this worker may run now."""
+    """Return the conditions that this worker may run a task now."""
     conditions = [
         tasks.c.queue == bindparam("from_queue", type_=Text),
         is_pending(tasks),
@@ -214,30 +223,31 @@ def _is_claimable(tasks: Table, *, ahead: bool, passes_over: bool) -> list[Colum
 
 
 def _effect(tasks: Table, picked: CTE, *, ahead: bool) -> dict[str, Any]:
-    """Return what a claim writes to a task: the columns of `CHANGED`."""
-    # A task that has used up its attempts is ended, and doesn't begin: a death doesn't count for it.
-    may_not_have_begun = _is_spent(tasks)
+    """Return the new values of the columns `CHANGED`."""
+    # A task without attempts left doesn't start: if this worker dies now, that must not count as an attempt.
+    may_not_have_begun = _has_no_attempts_left(tasks)
     if ahead:
         count = select(func.count()).select_from(picked).scalar_subquery()
         may_not_have_begun = or_(count > bindparam("free", type_=BigInteger), may_not_have_begun)
     return {
         "state": RUNNING,
-        # Whatever another program has written there, no task is in the way of all others.
-        "claim_token": func.least(tasks.c.claim_token, LAST_BUT_ONE_BIGINT) + ONE,
-        "attempt": func.least(tasks.c.attempt, LAST_BUT_ONE) + ONE,
+        # With a maximum, because another program may have written any number there, and an overflow would
+        # stop every claim.
+        "claim_token": func.least(tasks.c.claim_token, MAX_BIGINT_MINUS_ONE) + ONE,
+        "attempt": func.least(tasks.c.attempt, MAX_INTEGER_MINUS_ONE) + ONE,
         "worker_id": bindparam("by_worker", type_=Uuid),
         "claimed_at": func.now(),
         "prefetched": may_not_have_begun,
     }
 
 
-def _is_spent(tasks: Table) -> ColumnElement[bool]:
-    """Pick the tasks that have used up their attempts."""
+def _has_no_attempts_left(tasks: Table) -> ColumnElement[bool]:
+    """Return the condition that a task has used up its attempts."""
     limits = cast(bindparam("retry_limits", type_=Text), JSONB)
-    # Numeric, because Python's numbers may be longer than any integer here.
+    # Numeric, because a number in Python may be too large for any integer type here.
     its_types_limit = cast(func.jsonb_extract_path_text(limits, tasks.c.type), Numeric)
     return and_(
-        tasks.c.fail_count > ZERO,  # most have never failed, and nothing more is asked of them
+        tasks.c.fail_count > ZERO,  # false for most tasks, which saves the other comparison
         tasks.c.fail_count > func.coalesce(tasks.c.retry_limit, its_types_limit),
     )
 
@@ -255,7 +265,7 @@ def _returned(tasks: Table, *, bare: bool) -> tuple[ColumnElement[Any], ...]:
         tasks.c.fail_count,
         tasks.c.claim_token,
         tasks.c.retry_limit,
-        # In seconds, because an interval may be longer than Python's.
+        # In seconds, because an interval may be too long for Python's timedelta.
         func.date_part(EPOCH, tasks.c.retry_delay, type_=Double),
         func.date_part(EPOCH, tasks.c.timeout, type_=Double),
         cast(null(), Text) if bare else short_text(tasks.c.meta),
@@ -263,10 +273,10 @@ def _returned(tasks: Table, *, bare: bool) -> tuple[ColumnElement[Any], ...]:
 
 
 def short_text(data: ColumnElement[Any]) -> ColumnElement[str | None]:
-    """Return data as text: null if it is large, and its beginning if it is long as text only.
+    """Return data as text; NULL if the data is large, and truncated if only its text is long.
 
-    As a number is that has an exponent: jsonb stores 1e100000 in a few bytes.
+    A number with an exponent can be long only as text: jsonb stores 1e100000 in a few bytes.
     """
     is_short = func.pg_column_size(data, type_=Integer) <= literal_column(str(LONGEST), Integer)
-    # A cast to varchar(n) cuts off, and for what is shorter takes less time than left() does.
+    # A cast to varchar(n) truncates, and takes less time than left() for shorter texts.
     return case((is_short, cast(cast(data, Text), VARCHAR(LONGEST + 1))))

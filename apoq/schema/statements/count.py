@@ -1,4 +1,4 @@
-"""Count the tasks in a queue: exactly up to a bound, and no further.
+"""Counts the tasks in a queue: exactly up to a bound, and no further.
 
 However large the tables are, each of these statements reads a bounded number of index entries, because
 statistics that are queried every few seconds must not become the main load of the database.
@@ -66,7 +66,7 @@ def queues(schema: str | None) -> Select[*tuple[Any, ...]]:
 
 @cache
 def count(schema: str | None) -> Select[*tuple[Any, ...]]:
-    """Count the tasks of `from_queue` by their state, up to one more than `COUNTED` of each.
+    """Count the tasks of `from_queue` by state, up to one more than `COUNTED` of each state.
 
     A pending task is `ready` if it is due. If it is due later, it is `retrying` if an attempt has failed, and
     otherwise `scheduled`. `lag` is for how many seconds the oldest ready task has been due, and `oldest_type`

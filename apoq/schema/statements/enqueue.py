@@ -1,4 +1,4 @@
-"""Add tasks, in the transaction of whoever executes these."""
+"""Adds tasks, in the caller's transaction."""
 
 from __future__ import annotations
 
@@ -32,12 +32,13 @@ from apoq.schema.models import Task, task_class, tasks_table
 
 
 def _given() -> dict[str, ColumnElement[Any]]:
-    # Where one is NULL, the column's default is meant.
+    # NULL stands for the default of the column.
     return {
         "queue": bindparam("task_queue", type_=Text),
         "type": bindparam("task_type", type_=Text),
         "priority": bindparam("task_priority", type_=SmallInteger),
-        # now() is when the caller's transaction began, which may be long ago: a delay counts from the call.
+        # Not now(), the start of the caller's transaction, which may be long ago: a delay counts from the
+        # call.
         "process_at": func.coalesce(
             bindparam("task_process_at", type_=TIMESTAMP(timezone=True)),
             func.clock_timestamp() + bindparam("task_delay", type_=INTERVAL),
@@ -54,28 +55,28 @@ def _values() -> dict[str, ColumnElement[Any]]:
     return {**given, "process_at": func.coalesce(given["process_at"], func.now())}
 
 
-# Into the mapped class, and not its table, where somebody listens to ORM statements: zope.sqlalchemy commits
-# a session only when it has seen one. "raw" leaves the parameters' names to us.
+# A statement on the mapped class, not on its table, is needed if the session has listeners to ORM statements:
+# zope.sqlalchemy commits a session only after one. "raw" lets us choose the names of the parameters.
 
 
 @cache
 def enqueue(schema: str | None, *, mapped: bool = True) -> Insert:
-    """Add one task, and answer what of its row the server alone knows; `mapped`: in an ORM statement."""
+    """Add one task and return the values that only the server knows; as an ORM statement if `mapped`."""
     data = cast(bindparam("task_data", type_=Text), JSONB)
     table = tasks_table(schema)
     statement = (
         insert(task_class(schema) if mapped else table)
         .values(**_values(), created_at=func.now(), data=data)
-        # Whatever the session's DateStyle; and neither is infinite, as what another program writes may be.
+        # As numbers, to be independent of the session's DateStyle; these two times can't be infinite.
         .returning(table.c.id, *(_microseconds(table.c[name]) for name in ("created_at", "process_at")))
     )
     return statement.execution_options(dml_strategy="raw") if mapped else statement
 
 
 def added_row(parameters: Mapping[str, Any], returned: Mapping[Any, Any]) -> dict[str, Any]:
-    """Put together the row that `enqueue` has added; to send all of it back would cost a sixth of it."""
+    """Return the row that `enqueue` added; to read all of it from the server would cost a sixth of `add`."""
     return {
-        **_UNTOUCHED,
+        **_DEFAULTS,
         "queue": parameters["task_queue"],
         "type": parameters["task_type"],
         "data": read_json(parameters["task_data"]),
@@ -94,7 +95,7 @@ def _microseconds(time: ColumnElement[Any]) -> ColumnElement[int]:
     return cast(extract("epoch", time) * 1_000_000, BigInteger).label(time.key)
 
 
-_UNTOUCHED: Final[dict[str, Any]] = {
+_DEFAULTS: Final[dict[str, Any]] = {
     **dict.fromkeys(inspect(Task).columns.keys()),
     "state": PENDING,
     "fail_count": 0,
@@ -103,14 +104,14 @@ _UNTOUCHED: Final[dict[str, Any]] = {
     "claim_token": 0,
     "prefetched": False,
 }
-"""What defaults make of a task that nobody has claimed; generated columns are None until they are read."""
+"""The values of a new task by its columns' defaults. The generated column is None while it is pending."""
 
 
 @cache
 def enqueue_many(schema: str | None) -> Insert:
-    """Add a task for each line of a text, its data in JSON; all their options are the same."""
-    # One text with all of them: an array of texts would have to be quoted, one by one. And lines, which
-    # JSON writes as \\n in its strings: PostgreSQL takes them apart faster than the elements of an array.
+    """Add a task for each line of a text: the line is its data as JSON; all tasks have the same options."""
+    # One text for all tasks: in an array, each of them would have to be quoted. Separated by newlines, which
+    # JSON escapes as \\n: PostgreSQL splits lines faster than the elements of an array.
     lines = func.string_to_table(bindparam("task_data", type_=Text), "\n")
     documents = lines.table_valued(column("document", Text)).render_derived("documents")
     values = {**_values(), "created_at": func.now()}
@@ -123,12 +124,13 @@ def enqueue_many(schema: str | None) -> Insert:
 
 @cache
 def copied_values(schema: str | None) -> Select[*tuple[Any, ...]]:
-    """Answer what is given beside the data, as texts for COPY; no row where it may not COPY.
+    """Return the given options of a task as texts for COPY; no row if the role can't use COPY.
 
-    What isn't given is NULL. PostgreSQL refuses a COPY to roles that are subject to row-level security.
+    Options that aren't given are NULL. PostgreSQL refuses COPY to roles that are subject to row-level
+    security.
     """
     values = _given()
-    # In a form that is read alike whatever the session's DateStyle and time zone.
+    # In a format that doesn't depend on the session's DateStyle and time zone.
     values["process_at"] = func.to_char(func.timezone("UTC", values["process_at"]), _TIME)
     refused = func.row_security_active(_table(schema).as_string())
     return select(*(cast(value, Text).label(name) for name, value in values.items())).where(~refused)
@@ -136,20 +138,20 @@ def copied_values(schema: str | None) -> Select[*tuple[Any, ...]]:
 
 @cache
 def copy_many(schema: str | None, *given: str) -> sql.Composed:
-    """Add a task for each line that follows, in COPY's text form; see `copy_lines`.
+    """Add a task for each line that follows, in COPY's text format; see `copy_lines`.
 
-    Of the columns that are given: to read all of them from each line takes the server a tenth longer than to
-    put in their defaults.
+    The lines have only the given columns: reading all columns from each line takes the server a tenth longer
+    than using their defaults.
     """
     columns = sql.SQL(", ").join(map(sql.Identifier, [*given, "data"]))
     return sql.SQL("COPY {} ({}) FROM STDIN").format(_table(schema), columns)
 
 
 def copy_lines(given: Iterable[str], documents: Iterable[str]) -> Iterator[str]:
-    """Make the lines for `copy_many`, of the columns that are given and each task's data in JSON."""
+    """Yield the lines for `copy_many`, with the given columns and each task's data as JSON."""
     start = "".join(text.translate(_ESCAPES) + "\t" for text in given)
     for document in documents:
-        # JSON escapes a tab or a newline by itself.
+        # Tabs and newlines are already escaped in JSON.
         yield start + document.replace("\\", r"\\") + "\n"
 
 

@@ -1,4 +1,4 @@
-"""Find tasks for people to read, without looking through a whole table."""
+"""Finds tasks for people to look at, without reading a whole table."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def _columns(tasks: Table) -> list[ColumnElement[Any]]:
 
 
 def _recent(schema: str | None, state: str | None) -> Subquery:
-    # Bounded here, before the filters that no index serves. A state's index begins with the queue.
+    # The limit comes before the filters that have no index. The index of a state begins with the queue.
     tasks = tasks_table(schema)
     by_index = (
         [] if state is None else [in_state(schema, tasks, state), _given("in_queue", Text, tasks.c.queue)]

@@ -1,4 +1,4 @@
-"""Show that a worker is alive, and look at the other workers."""
+"""Records that a worker is alive, and reads the state of the other workers."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from apoq.schema.statements.literals import EPOCH
 from apoq.schema.statements.notes import forget_claims
 
 WATCHED: Final = 100
-"""How many of the other workers a heartbeat looks at: those that count as dead the soonest."""
+"""Number of other workers that a heartbeat reads: those that will count as dead first."""
 
 _activity = table(
     "pg_stat_activity", column("pid", Integer), column("backend_start", DateTime), schema="pg_catalog"
@@ -47,7 +47,7 @@ _activity = table(
 
 @cache
 def beat(schema: str | None) -> Insert:
-    """Show that the worker is alive; insert its row the first time, and after it was removed."""
+    """Record that the worker is alive; insert its row the first time, or if it was removed."""
     workers = workers_table(schema)
     own = select(_activity.c.backend_start).where(_activity.c.pid == func.pg_backend_pid()).scalar_subquery()
     is_direct = bindparam("is_direct", type_=Boolean)
@@ -55,7 +55,7 @@ def beat(schema: str | None) -> Insert:
         "last_heartbeat_at": func.clock_timestamp(),
         "expires_at": func.clock_timestamp() + bindparam("lease", type_=INTERVAL),
         "grace": bindparam("grace", type_=INTERVAL),
-        # Behind a pooler, the server's process is one that any client may use.
+        # Behind a pooler, the server process may serve any client, so it says nothing about this worker.
         "backend_pid": case((is_direct, func.pg_backend_pid())),
         "backend_start": case((is_direct, own)),
     }
@@ -73,13 +73,13 @@ def beat(schema: str | None) -> Insert:
 
 @cache
 def beat_and_look(schema: str | None) -> Select[Any]:
-    """Show that the worker is alive, and return what is known of the others, in one statement.
+    """Record that the worker is alive, and return the state of the others, in one statement.
 
-    A row for each of those that hold claims and count as dead the soonest, up to `WATCHED`: its id; its last
-    `heartbeat`, in seconds since 1970; its `grace` and the time that is `left` until it counts as dead, both
-    in seconds; whether its connection is gone (`is_gone`), and for so long that it counts as dead at first
-    sight (`is_long_gone`). A worker that has claims and no row has None for its heartbeat, and is long gone.
-    One row without an id, if there are none.
+    There is a row for each worker that has claims, up to `WATCHED` of those that will count as dead first. It
+    has the worker's id; its last `heartbeat`, in seconds since 1970; its `grace` and the time `left` until it
+    counts as dead, both in seconds; whether its connection is gone (`is_gone`); and whether it has been gone
+    for so long that it counts as dead immediately (`is_long_gone`). A worker with claims but no row has None
+    for its heartbeat, and is long gone. If there are no such workers, there is one row without an id.
 
     In each row, `has_unknown` says whether the worker itself has claims other than those that are `known`.
     """
@@ -122,23 +122,24 @@ def beat_and_look(schema: str | None) -> Select[Any]:
 
 @cache
 def leave(schema: str | None) -> Delete:
-    """Remove the worker's row: it has stopped."""
+    """Remove the row of a worker that has stopped, and those of its claims that hold no tasks."""
     workers = workers_table(schema)
     its = bindparam("worker_id", type_=Uuid)
     notes = forget_claims(schema, claims_table(schema).c.worker_id == its).cte("notes")
     return delete(workers).where(workers.c.id == its).add_cte(notes)
 
 
-def alive(schema: str | None, worker_id: ColumnElement[object]) -> ColumnElement[bool]:
-    """Return whether a worker counts as alive, by the database's clock and by what it has written itself."""
+def is_alive(schema: str | None, worker_id: ColumnElement[object]) -> ColumnElement[bool]:
+    """Return the condition that a worker counts as alive, by the database's clock and its own row."""
     workers = workers_table(schema)
     return exists().where(workers.c.id == worker_id, _until(workers) > _now())
 
 
 def _until(workers: FromClause) -> ColumnElement[float]:
-    """Until when a worker counts as alive: to the end of its lease, if the server still has its connection.
+    """Return the time until which a worker counts as alive: the end of its lease, if its connection exists.
 
-    If not, it has died or will be back in a moment: then for its grace after its last heartbeat.
+    If the connection is gone, the worker has died or will reconnect soon: then it counts as alive for its
+    grace after its last heartbeat.
     """
     grace = _epoch(workers.c.last_heartbeat_at) + _epoch(workers.c.grace)
     return case((_is_gone(workers), grace), else_=_epoch(workers.c.expires_at))
@@ -147,16 +148,17 @@ def _until(workers: FromClause) -> ColumnElement[float]:
 def _is_gone(workers: FromClause) -> ColumnElement[bool]:
     backend = exists().where(
         _activity.c.pid == workers.c.backend_pid,
-        # Hidden from roles that may not look at each other's sessions.
+        # NULL if this role may not see the sessions of the worker's role.
         or_(_activity.c.backend_start == workers.c.backend_start, _activity.c.backend_start.is_(None)),
     )
     return and_(workers.c.backend_pid.is_not(None), ~backend)
 
 
 def _is_long_gone(workers: FromClause) -> ColumnElement[bool]:
-    """Return whether a worker's connection is gone and its lease ended as long ago as it lasted.
+    """Return the condition that a worker's connection is gone, and its lease ended at least one lease ago.
 
-    All this with the server up: while it was away, no worker could renew its lease.
+    The time counts from the start of the server at the earliest, because workers can't renew their leases
+    while the server is down.
     """
     lease = _epoch(workers.c.expires_at) - _epoch(workers.c.last_heartbeat_at)
     since = func.greatest(_epoch(workers.c.last_heartbeat_at), _epoch(func.pg_postmaster_start_time()))
@@ -164,10 +166,10 @@ def _is_long_gone(workers: FromClause) -> ColumnElement[bool]:
 
 
 def _epoch(time: ColumnElement[Any]) -> ColumnElement[float]:
-    """Return a time in seconds since 1970, or a length of time in seconds.
+    """Return a time in seconds since 1970, or a duration in seconds.
 
-    As numbers, with which the server can calculate whatever stands in a row: infinity is one of them, and
-    none is out of range.
+    With numbers, the server can calculate for every possible row: they can be infinite, and no result is out
+    of range.
     """
     return func.date_part(EPOCH, time, type_=Double)
 
@@ -178,7 +180,7 @@ def _now() -> ColumnElement[float]:
 
 @cache
 def forget(schema: str | None) -> Delete:
-    """Remove the rows of workers whose lease ended `keep` ago and that hold nothing any more."""
+    """Remove the rows of workers whose lease ended `keep` ago and that have no claims."""
     claims, workers = claims_table(schema), workers_table(schema)
     holds = exists().where(claims.c.worker_id == workers.c.id)
     is_old = workers.c.expires_at < func.clock_timestamp() - bindparam("keep", type_=INTERVAL)

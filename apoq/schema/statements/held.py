@@ -1,4 +1,4 @@
-"""Look whether a worker holds tasks."""
+"""Checks whether a worker holds tasks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from functools import cache
 from sqlalchemy import Select, Uuid, any_, bindparam, exists, func, select
 
 from apoq.schema.models import claims_table, tasks_table
-from apoq.schema.statements.states import runs
+from apoq.schema.statements.states import has_running_state
 
 
 @cache
@@ -17,5 +17,7 @@ def holds_tasks(schema: str | None) -> Select[tuple[bool]]:
     ids = select(func.unnest(claims.c.task_ids)).where(
         claims.c.worker_id == bindparam("by_worker", type_=Uuid)
     )
-    held = select(tasks.c.id).where(tasks.c.id == any_(func.array(ids.scalar_subquery())), runs(tasks))
+    held = select(tasks.c.id).where(
+        tasks.c.id == any_(func.array(ids.scalar_subquery())), has_running_state(tasks)
+    )
     return select(exists(held).label("holds_tasks"))

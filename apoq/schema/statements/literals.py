@@ -1,7 +1,7 @@
-"""What is always the same, as literals.
+"""Constants as literals.
 
-States are, for only then can the planner be sure that a partial index serves; the others, for each parameter
-costs the driver time.
+States are literals because only then can the planner prove that a partial index applies. The others are
+literals because each parameter costs the driver time.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ RUNNING: Final[ColumnElement[str]] = literal_column(f"'{states.RUNNING}'", Text)
 EPOCH: Final[ColumnElement[str]] = literal_column("'epoch'", Text)
 ZERO: Final[ColumnElement[int]] = literal_column("0", Integer)
 ONE: Final[ColumnElement[int]] = literal_column("1", Integer)
-LAST_BUT_ONE: Final[ColumnElement[int]] = literal_column(str(2**31 - 2), Integer)
-"""To this, an integer, one can be added."""
-LOWEST_BUT_ONE: Final[ColumnElement[int]] = literal_column(str(-(2**31) + 1), Integer)
-"""From this, one can be taken away."""
-LAST_BUT_ONE_BIGINT: Final[ColumnElement[int]] = literal_column(str(2**63 - 2), BigInteger)
+MAX_INTEGER_MINUS_ONE: Final[ColumnElement[int]] = literal_column(str(2**31 - 2), Integer)
+"""The highest integer to which one can be added."""
+MIN_INTEGER_PLUS_ONE: Final[ColumnElement[int]] = literal_column(str(-(2**31) + 1), Integer)
+"""The lowest integer from which one can be subtracted."""
+MAX_BIGINT_MINUS_ONE: Final[ColumnElement[int]] = literal_column(str(2**63 - 2), BigInteger)
 
 
 def seconds_between(earlier: ColumnElement[Any], later: ColumnElement[Any]) -> ColumnElement[float | None]:
-    """Return the seconds from one time to another: many, but never infinitely many.
+    """Return the seconds from one time to another, limited to a finite number.
 
-    Before PostgreSQL 17, infinite times can't be subtracted; and JSON has no infinity.
+    Before PostgreSQL 17, infinite times can't be subtracted, and JSON has no infinity.
     """
     first, last = (func.date_part(EPOCH, time, type_=Double) for time in (earlier, later))
     most = literal_column("1e12", Double)

@@ -1,4 +1,4 @@
-"""Find out which tasks somebody else has locked."""
+"""Finds tasks that another session has locked."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from apoq.schema.statements.arrays import bigints
 
 @cache
 def locked(schema: str | None) -> Select[tuple[int]]:
-    """Answer which of the tasks `ids` are locked, such as by a caller who cancels them and hasn't committed.
+    """Return the tasks of `ids` that are locked, such as by a caller who cancels them and hasn't committed.
 
-    Waits for nobody. What doesn't exist isn't locked.
+    The statement doesn't wait for locks. A task that doesn't exist isn't locked.
     """
     tasks = tasks_table(schema)
     free = tasks.alias("free")

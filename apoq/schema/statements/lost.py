@@ -1,4 +1,4 @@
-"""Find out which tasks a worker has lost."""
+"""Finds tasks that a worker no longer owns."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from apoq.schema.statements.settle import held_as
 
 @cache
 def lost(schema: str | None) -> Select[tuple[int, int]]:
-    """Answer which of the tasks `ids`, claimed under `tokens`, are held under them no more.
+    """Return the tasks of `ids`, claimed with `tokens`, that the worker no longer owns.
 
-    They were cancelled, or deleted, or taken by another worker that took this one for dead.
+    They were cancelled or deleted, or another worker that considered this one dead has rescued them.
     """
     tasks = tasks_table(schema)
     held = func.unnest(bigints("ids"), bigints("tokens")).table_valued("id", "token").render_derived("held")

@@ -1,4 +1,4 @@
-"""Write down what a claim takes, and forget it when nothing of it is held any more."""
+"""The log of claims: a claim records its tasks, and is deleted once the worker holds none of them."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from sqlalchemy import (
 
 from apoq.schema.models import claims_table, tasks_table
 from apoq.schema.statements.arrays import bigints
-from apoq.schema.statements.states import runs
+from apoq.schema.statements.states import has_running_state
 
 
 def note(schema: str | None, taken: FromClause) -> Insert:
-    """Write down the ids of what the claim `number` of the worker `by_worker` has `taken`, if any.
+    """Record the ids of the tasks that claim `number` of the worker `by_worker` has `taken`, if any.
 
-    Without a number, nothing: for a claim and what becomes of it in one transaction.
+    Without a number, nothing is recorded: for tests, which claim and settle a task in one transaction.
     """
     by_worker, number = bindparam("by_worker", type_=Uuid), bindparam("number", None, type_=BigInteger)
     ids = func.array_agg(taken.c.id)
@@ -37,20 +37,20 @@ def note(schema: str | None, taken: FromClause) -> Insert:
 
 
 def noted(schema: str | None, tasks: FromClause, by: ColumnElement[bool]) -> ColumnElement[bool]:
-    """Pick the tasks that these claims have written down."""
+    """Return the condition that a task is in one of the claims selected `by` a condition."""
     ids = select(func.unnest(claims_table(schema).c.task_ids)).where(by)
     return tasks.c.id == any_(func.array(ids.scalar_subquery()))
 
 
 def is_noted(schema: str | None, task_id: ColumnElement[int]) -> ColumnElement[bool]:
-    """Return whether any claim has written down this task."""
+    """Return the condition that a task is in any claim."""
     ids = select(func.unnest(claims_table(schema).c.task_ids).label("id")).subquery("noted")
     return exists().where(ids.c.id == task_id)
 
 
 @cache
 def forget_settled(schema: str | None) -> Delete:
-    """Delete the notes `done` of the worker `by_worker`: it has settled all that they name."""
+    """Delete the claims `done` of the worker `by_worker`, which has settled all of their tasks."""
     claims = claims_table(schema)
     return delete(claims).where(
         claims.c.worker_id == bindparam("by_worker", type_=Uuid),
@@ -59,12 +59,12 @@ def forget_settled(schema: str | None) -> Delete:
 
 
 def forget_claims(schema: str | None, of: ColumnElement[bool], *of_tasks: ColumnElement[bool]) -> Delete:
-    """Delete notes, but for those that name a task, or one `of_tasks`, that still runs under their worker."""
+    """Delete claims, except those with a task (one selected by `of_tasks`) that their worker still holds."""
     claims, tasks = claims_table(schema), tasks_table(schema)
     holds = exists().where(
         tasks.c.id == any_(claims.c.task_ids),
         tasks.c.worker_id == claims.c.worker_id,
-        runs(tasks),
+        has_running_state(tasks),
         *of_tasks,
     )
     return delete(claims).where(of, ~holds)

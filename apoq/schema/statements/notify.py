@@ -1,4 +1,4 @@
-"""Tell workers something: a notification, which may be lost and does no harm twice."""
+"""Notifies workers. A notification may be lost, and it is harmless to send one twice."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ CANCELLED: Final = "apoq_cancelled"
 
 
 class Notification(NamedTuple):
-    """What is told to whoever listens to a channel."""
+    """A message to all sessions that listen to a channel."""
 
     channel: str
     payload: str
 
 
 def has_tasks(schema: str | None, queue: str) -> Notification:
-    """Tell that a queue has something new."""
+    """Return the notification that a queue has new tasks."""
     return Notification(CHANNEL, payload(schema, queue))
 
 
 def was_cancelled(task_id: int) -> Notification:
-    """Tell that a task was cancelled; who runs one of this id looks it up."""
+    """Return the notification that a task was cancelled; a worker that runs a task of this id looks it up."""
     return Notification(CANCELLED, str(task_id))
 
 
 def payload(schema: str | None, queue: str) -> str:
-    """Name a queue, as notifications do."""
+    """Return the name of a queue in notifications."""
     return queue if schema is None else f"{schema}.{queue}"
 
 
 @cache
 def notify() -> Select[tuple[object, ...]]:
-    """Notify whoever listens to `channel`.
+    """Notify the sessions that listen to `channel`.
 
-    Not to be executed in a caller's transaction: a commit that notifies takes a lock that the
-    whole server has once. Nothing is written but the notification, so there is nothing to flush either.
+    It must not be executed in a caller's transaction, because a commit with a notification takes a lock of
+    the whole server. The transaction writes nothing else, so its commit doesn't need to wait for the disk.
     """
     flush_nothing = func.set_config(literal_column("'synchronous_commit'"), literal_column("'off'"), true())
     return select(flush_nothing, *notify_only().selected_columns)
@@ -46,9 +46,9 @@ def notify() -> Select[tuple[object, ...]]:
 
 @cache
 def notify_only() -> Select[tuple[object, ...]]:
-    """Do the same in a session that flushes nothing anyway: it is heard a little sooner."""
+    """Notify in a session with `FLUSH_NOTHING`, which is slightly faster than `notify`."""
     return select(func.pg_notify(bindparam("channel", type_=Text), bindparam("payload", type_=Text)))
 
 
 FLUSH_NOTHING: Final = text("SET synchronous_commit = off")
-"""Makes a session such a one."""
+"""Lets the commits of a session not wait for the disk."""

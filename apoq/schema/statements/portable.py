@@ -1,6 +1,6 @@
-"""Times and intervals as numbers, for the caller's connection: its DateStyle and IntervalStyle may be any.
+"""Times and intervals as numbers, for the caller's connection, with any DateStyle and IntervalStyle.
 
-psycopg reads one of each as text. On apoq's own connections they are sent in binary.
+psycopg can read only one style of each as text. On apoq's own connections they are sent in binary format.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ _COLUMNS: Final = {
     for column in tasks_table(None).c
     if type(column.type) in _READERS
 }
-"""Those columns of a task that are sent as numbers, and what reads them."""
+"""The columns of a task that are sent as numbers, and the functions that read them."""
 
 
 def portable(name: str, value: ColumnElement[Any]) -> ColumnElement[Any]:
-    """Return the value of a task's column in a form for `read_row`."""
+    """Return the value of a task's column as an expression for `read_row`."""
     if name not in _COLUMNS:
         return value.label(name)
     seconds: ColumnElement[Any] = cast(extract("epoch", value), Numeric)
     if _COLUMNS[name] is read_length:
-        # As psycopg counts: a year of an interval is 365 days, not 365.25.
+        # As in psycopg, a year of an interval is 365 days, not 365.25.
         seconds -= cast(extract("year", value), Numeric) * 21_600
     return seconds.label(name)
 
 
 def read_row(row: Mapping[Any, Any]) -> dict[str, Any]:
-    """Read a task's columns that were returned by `portable`."""
+    """Return the values of a task's columns that were selected by `portable`."""
     return {
         name: _COLUMNS[name](value) if value is not None and name in _COLUMNS else value
         for name, value in row.items()

@@ -1,7 +1,7 @@
-"""Look at what keeps a role from working on a database, or from migrating it.
+"""Reads conditions that keep a role from working on a database, or from migrating it.
 
-From PostgreSQL's catalogues, which every role may read: a role without rights has to be told which ones it
-lacks.
+All of them read PostgreSQL's catalogues, which every role may read, because a role without rights must be
+able to see which ones it lacks.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from apoq.schema.models import tasks_table
 def session() -> TextClause:
     """Return the roles and the database of this session, quoted, and whether and why it can't write.
 
-    And its search_path, with the schema in which that makes new tables: null if none there exists.
-
-    `read_only_source` is where `default_transaction_read_only` is set, in the words of `pg_settings`.
+    It also returns the search_path and the schema in which new tables are created: NULL if no schema of the
+    search_path exists. `read_only_source` is the value of `pg_settings.source` for
+    `default_transaction_read_only`.
     """
     return text("""
         SELECT quote_ident(current_user) AS role,
@@ -51,9 +51,10 @@ def session() -> TextClause:
 
 @cache
 def tables() -> TextClause:
-    """Return what each of the tables `names` is, and what this role may do with it.
+    """Return the kind of each of the tables `names`, and the rights of this role on it.
 
-    In the schema `schema`, or, where that is null, in the first of the search_path that has it.
+    The tables are in the schema `schema`, or, if that is NULL, in the first schema of the search_path that
+    has them.
     """
     return text("""
         SELECT DISTINCT ON (relname)
@@ -109,10 +110,10 @@ def tables() -> TextClause:
 
 @cache
 def places() -> TextClause:
-    """Return the schemas of this database that have an apoq_tasks, with those of the tables `names` there.
+    """Return the schemas of this database that have an apoq_tasks, and which of the tables `names` they have.
 
-    First those that the search_path leads to, in its order. `is_named` says whether it names one, be it that
-    this role may not use that (`is_usable`), and so doesn't see it (`is_visible`).
+    The schemas of the search_path come first, in its order. `is_named` says whether the search_path names the
+    schema, even if this role may not use it (`is_usable`) and so can't see it (`is_visible`).
     """
     return text("""
         SELECT nspname AS schema,
@@ -136,10 +137,10 @@ def places() -> TextClause:
 
 @cache
 def id_source() -> TextClause:
-    """Return what gives new tasks of the table `oid` their ids: whether there is a default, and its sequence.
+    """Return whether the ids of the table `oid` have a default, and its sequence.
 
-    `schema` and `name` are the sequence's (`quoted`: both, for SQL). They are null if the default is another
-    one, and if this role may not read the sequence or the ids.
+    `schema` and `name` are those of the sequence; `quoted` is both, as an identifier in SQL. They are NULL if
+    the default is not a sequence, or if this role may not read the sequence or the ids.
     """
     return text("""
         SELECT has_default, nspname AS schema, relname AS name,
@@ -172,7 +173,7 @@ def id_source() -> TextClause:
 
 
 def last_ids(schema: str | None, sequence: str, sequence_schema: str) -> Select[tuple[int, int]]:
-    """Return the next id that a sequence gives, and the highest that a task has; null if there is no task."""
+    """Return the next id of a sequence, and the highest id of a task; the latter is NULL without tasks."""
     tasks = tasks_table(schema)
     values = table(
         sequence, column("last_value", BigInteger), column("is_called", Boolean), schema=sequence_schema
@@ -192,7 +193,7 @@ def citus_method() -> TextClause:
 
 @cache
 def citus_schemas() -> TextClause:
-    """Return what Citus does with schemas: `has_citus`, `shards_new` ones; and the schema's name and oid."""
+    """Return whether Citus is there and shards new schemas, and the schema's name and oid."""
     return text("""
         SELECT to_regclass('pg_catalog.pg_dist_schema') IS NOT NULL AS has_citus,
                coalesce(current_setting('citus.enable_schema_based_sharding', true), '') = 'on' AS shards_new,

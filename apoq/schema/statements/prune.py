@@ -1,4 +1,4 @@
-"""Delete what nobody needs any more, a bounded number of rows at a time."""
+"""Deletes tasks that ended long ago, a bounded number at a time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from apoq.schema.statements.states import is_in
 def prune_completed(schema: str | None) -> Delete:
     """Delete up to `at_most` tasks of `from_queue` that completed longer than `keep` ago.
 
-    The oldest first, but for the first few that are `passed_over`: none, unless told otherwise.
+    It deletes the oldest ones, but skips the first `passed_over` of them (0 by default).
     """
     return _prune(schema, _old_completed(schema))
 
@@ -31,13 +31,13 @@ def prune_failed(schema: str | None) -> Delete:
 
 @cache
 def count_prunable_completed(schema: str | None) -> Select[*tuple[Any, ...]]:
-    """Answer how many tasks `prune_completed` would delete, `at_most`."""
+    """Return how many tasks `prune_completed` would delete; `at_most` at most."""
     return _count(_old_completed(schema))
 
 
 @cache
 def count_prunable_failed(schema: str | None) -> Select[*tuple[Any, ...]]:
-    """Answer how many tasks `prune_failed` would delete, `at_most`."""
+    """Return how many tasks `prune_failed` would delete; `at_most` at most."""
     return _count(_old_failed(schema))
 
 
@@ -48,7 +48,7 @@ def _old_completed(schema: str | None) -> Select[*tuple[Any, ...]]:
 
 def _old_failed(schema: str | None) -> Select[*tuple[Any, ...]]:
     tasks = tasks_table(schema)
-    # The Node.js original doesn't say when a task failed: then it was due about that time.
+    # The Node.js original doesn't record when a task failed, but it was due at about that time.
     ended_at = func.coalesce(tasks.c.cancelled_at, tasks.c.failed_at, tasks.c.process_at)
     return _old(schema, is_in(tasks, FAILED, CANCELLED), ended_at)
 
@@ -71,7 +71,7 @@ def _old(
 
 def _prune(schema: str | None, old: Select[*tuple[Any, ...]]) -> Delete:
     tasks = tasks_table(schema)
-    # Several workers prune, and somebody may be retrying one of these.
+    # Several workers prune at the same time, and another session may be retrying one of these tasks.
     passed_over = bindparam("passed_over", 0, type_=Integer)
     taken = old.offset(passed_over).with_for_update(skip_locked=True).cte("old")
     return delete(tasks).where(tasks.c.id == taken.c.id)

@@ -1,4 +1,4 @@
-"""Take back what dead workers held, and what no worker holds."""
+"""Makes running tasks pending again if their worker is dead, or doesn't know of them."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ from sqlalchemy.types import Integer
 
 from apoq.schema.models import claims_table, tasks_table
 from apoq.schema.statements.arrays import bigints
-from apoq.schema.statements.heartbeat import alive
-from apoq.schema.statements.literals import LAST_BUT_ONE, LOWEST_BUT_ONE, PENDING
+from apoq.schema.statements.heartbeat import is_alive
+from apoq.schema.statements.literals import MAX_INTEGER_MINUS_ONE, MIN_INTEGER_PLUS_ONE, PENDING
 from apoq.schema.statements.notes import forget_claims, is_noted, noted
-from apoq.schema.statements.states import runs
+from apoq.schema.statements.states import has_running_state
 
 
 @cache
 def rescue(schema: str | None) -> Update:
-    """Make running tasks of the workers `dead` pending again; `at_most` so many, after the first few.
+    """Make up to `at_most` running tasks of the workers `dead` pending again.
 
-    Those are `passed_over`, none unless told otherwise: they could not be written. A worker that has shown
-    since that it is alive keeps its tasks.
+    It skips the first `passed_over` tasks (0 by default), which could not be written. A worker that has sent
+    a heartbeat in the meantime keeps its tasks.
 
-    What had begun has failed once more. What was claimed ahead loses no attempt, because nobody knows whether
-    it had begun; from then on it is claimed only when it can begin at once. Whether it has attempts left is
-    decided by the worker that claims it next, which knows the limit of its type.
+    For a task that had started, this counts as a failure. A prefetched task doesn't lose an attempt, because
+    it is unknown whether it had started; from then on, it is claimed only if it can start at once. The worker
+    that claims a task next decides whether it has attempts left, because it knows the limit of the type.
     """
     held = tasks_table(schema).alias("held")
     orphans = (
@@ -52,7 +52,7 @@ def rescue(schema: str | None) -> Update:
         .order_by(held.c.id)
         .limit(bindparam("at_most", type_=Integer))
         .offset(bindparam("passed_over", 0, type_=Integer))
-        # Other workers sweep too, and a settle may be under way.
+        # Other workers sweep as well, and a task may be in the middle of being settled.
         .with_for_update(skip_locked=True)
         .cte("orphans")
     )
@@ -62,22 +62,22 @@ def rescue(schema: str | None) -> Update:
 
 @cache
 def held_by_dead(schema: str | None) -> Select[Any]:
-    """Return how many running tasks the workers `dead` hold."""
+    """Return the number of running tasks of the workers `dead`."""
     held = tasks_table(schema).alias("held")
     return select(func.count()).select_from(held).where(_is_held_by_dead(schema, held))
 
 
 @cache
 def forget_dead(schema: str | None) -> Delete:
-    """Forget the claims of the workers `dead` of which nothing is held any more."""
+    """Delete the claims of the workers `dead` that have no running tasks."""
     return forget_claims(schema, _is_of_dead(schema))
 
 
 @cache
 def rescue_unnoted(schema: str | None) -> Update:
-    """Make the tasks of `ids`, claimed under `tokens`, pending again, if no worker that is alive holds them.
+    """Make the tasks of `ids`, claimed with `tokens`, pending again unless a living worker has them.
 
-    For running tasks that no claim has noted, as after a restore of the task table alone.
+    It is for running tasks that are in no claim, such as after a restore of the task table alone.
     """
     tasks = tasks_table(schema)
     found = func.unnest(bigints("ids"), bigints("tokens")).table_valued("id", "token").render_derived("found")
@@ -85,7 +85,7 @@ def rescue_unnoted(schema: str | None) -> Update:
     orphans = (
         select(held.c.id)
         .join(found, and_(held.c.id == found.c.id, held.c.claim_token == found.c.token))
-        .where(runs(held), ~is_noted(schema, held.c.id), ~alive(schema, held.c.worker_id))
+        .where(has_running_state(held), ~is_noted(schema, held.c.id), ~is_alive(schema, held.c.worker_id))
         .with_for_update(of=held, skip_locked=True)
         .cte("orphans")
     )
@@ -95,14 +95,16 @@ def rescue_unnoted(schema: str | None) -> Update:
 def _rescued(schema: str | None) -> dict[str, ColumnElement[Any]]:
     tasks = tasks_table(schema)
     ahead = tasks.c.prefetched
-    # Within the bounds of an integer, whatever another program has written there: a row that could not be
-    # written would be in the way of others.
+    # Within the range of an integer, because another program may have written any number there, and a row
+    # that can't be written would block others.
     return {
         "state": PENDING,
-        "rescue_count": func.least(tasks.c.rescue_count, LAST_BUT_ONE) + 1,
-        "attempt": case((ahead, func.greatest(tasks.c.attempt, LOWEST_BUT_ONE) - 1), else_=tasks.c.attempt),
+        "rescue_count": func.least(tasks.c.rescue_count, MAX_INTEGER_MINUS_ONE) + 1,
+        "attempt": case(
+            (ahead, func.greatest(tasks.c.attempt, MIN_INTEGER_PLUS_ONE) - 1), else_=tasks.c.attempt
+        ),
         "fail_count": case(
-            (ahead, tasks.c.fail_count), else_=func.least(tasks.c.fail_count, LAST_BUT_ONE) + 1
+            (ahead, tasks.c.fail_count), else_=func.least(tasks.c.fail_count, MAX_INTEGER_MINUS_ONE) + 1
         ),
         "failed_at": case((ahead, tasks.c.failed_at), else_=func.clock_timestamp()),
         "error": cast(bindparam("reason", type_=Text), JSONB),
@@ -111,12 +113,14 @@ def _rescued(schema: str | None) -> dict[str, ColumnElement[Any]]:
 
 def _is_held_by_dead(schema: str | None, held: FromClause) -> ColumnElement[bool]:
     # Another worker may have taken it since.
-    return and_(noted(schema, held, _is_of_dead(schema)), runs(held), held.c.worker_id == any_(_dead()))
+    return and_(
+        noted(schema, held, _is_of_dead(schema)), has_running_state(held), held.c.worker_id == any_(_dead())
+    )
 
 
 def _is_of_dead(schema: str | None) -> ColumnElement[bool]:
     claims = claims_table(schema)
-    return and_(claims.c.worker_id == any_(_dead()), ~alive(schema, claims.c.worker_id))
+    return and_(claims.c.worker_id == any_(_dead()), ~is_alive(schema, claims.c.worker_id))
 
 
 def _dead() -> ColumnElement[Any]:
@@ -125,23 +129,24 @@ def _dead() -> ColumnElement[Any]:
 
 @cache
 def give_back(schema: str | None) -> Select[tuple[int]]:
-    """Make tasks pending again that a live worker claimed without learning of it: all of its but `held`.
+    """Make tasks pending again that a living worker claimed without receiving the result.
 
-    It has learnt of the claims `known`. Returns how many are left, because another session has locked them.
+    These are the tasks of all of its claims except the `known` ones, and not the tasks `held`. Returns how
+    many could not be released because another session has locked them.
     """
     tasks = tasks_table(schema)
     is_stray = and_(
         noted(schema, tasks, _is_unknown(schema)),
-        runs(tasks),
+        has_running_state(tasks),
         tasks.c.worker_id == bindparam("by_worker", type_=Uuid),
         tasks.c.id != all_(bigints("held")),
     )
-    # Another session may be cancelling one, in a transaction that takes its time.
+    # Another session may be cancelling one of them, in a long transaction.
     strays = select(tasks.c.id).where(is_stray).with_for_update(skip_locked=True).cte("strays")
     given = (
         update(tasks)
         .where(tasks.c.id == strays.c.id)
-        .values(state=PENDING, attempt=func.greatest(tasks.c.attempt, LOWEST_BUT_ONE) - 1)
+        .values(state=PENDING, attempt=func.greatest(tasks.c.attempt, MIN_INTEGER_PLUS_ONE) - 1)
         .returning(tasks.c.id)
         .cte("given")
     )
@@ -151,7 +156,7 @@ def give_back(schema: str | None) -> Select[tuple[int]]:
 
 @cache
 def forget_unknown(schema: str | None) -> Delete:
-    """Forget the claims of a live worker that it hasn't learnt of, with nothing left to give back."""
+    """Delete the claims of a living worker that it doesn't know and that have no tasks left to release."""
     tasks = tasks_table(schema)
     return forget_claims(schema, _is_unknown(schema), tasks.c.id != all_(bigints("held")))
 

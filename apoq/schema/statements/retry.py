@@ -1,4 +1,4 @@
-"""Try an ended task again, in the transaction of whoever executes this."""
+"""Retries a task that has ended, in the caller's transaction."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ _ENDED: Final[ColumnElement[bool]] = literal_column(f"state IN {alternatives(FIN
 
 @cache
 def retry(schema: str | None) -> ReturningUpdate[Any]:
-    """Make the task `task_id` of `from_queue`, which has ended, pending again, with all its attempts.
+    """Make the task `task_id` of `from_queue`, if it has ended, pending again with all of its attempts.
 
-    Its token stays, for it never shrinks, and so does its last error, until the next one.
+    It keeps its token, which never decreases, and its last error until the next one.
     """
     tasks = tasks_table(schema)
     new = {
         "state": PENDING,
-        # now() is when the caller's transaction began, which may be long ago: a delay counts from the call.
+        # Not now(), the start of the caller's transaction, which may be long ago: a delay counts from the
+        # call.
         "process_at": func.coalesce(
             func.clock_timestamp() + bindparam("task_delay", type_=INTERVAL), func.now()
         ),
@@ -36,7 +37,7 @@ def retry(schema: str | None) -> ReturningUpdate[Any]:
         "failed_at": null(),
         "cancelled_at": null(),
     }
-    # The mapped class, not its table, so that a session knows of the change.
+    # The mapped class, not its table, so that the session updates its objects.
     return (
         update(task_class(schema))
         .where(

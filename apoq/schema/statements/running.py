@@ -1,8 +1,8 @@
-"""Pick running tasks, for people to read: those that claims have noted, and those that none has.
+"""Selects running tasks for people to look at: those in the log of claims, and those that are missing there.
 
-Every claim notes what it takes. A running task without a note is one of a partial restore, say, or of a table
-that was left out of a replication, and no index knows it. It is found among the first of those that have not
-ended, in the order in which they are claimed, because it was claimed before most of them.
+Every claim records its tasks. A running task can be in no claim after a partial restore, for example, or if
+the table of claims was left out of a replication. No index has such tasks. They are found among the first
+tasks that have not ended, in the order of claiming, because they were claimed before most others.
 """
 
 from __future__ import annotations
@@ -29,33 +29,37 @@ from sqlalchemy import (
 from apoq.core import states
 from apoq.schema.models import claims_table, tasks_table
 from apoq.schema.statements.literals import RUNNING
-from apoq.schema.statements.states import is_in, is_open, is_pending, runs
+from apoq.schema.statements.states import has_running_state, is_in, is_open, is_pending
 
 NOTED: Final = 100_000
-"""Ids in notes that are looked up, at most."""
+"""Maximum number of ids in claims that are looked up."""
 
 LOOKED_AT: Final = 1_000
-"""Tasks of a queue that are looked at, at most, to find those that no claim has noted."""
+"""Maximum number of tasks of a queue that are read to find those that are in no claim."""
 
 LOOKED_AT_IN_ALL: Final = 100_000
-"""The same, of all queues."""
+"""The same maximum for all queues together."""
 
 _QUEUE: Final = bindparam("in_queue", None, type_=Text)
 
 
 def is_running(schema: str | None, tasks: FromClause) -> ColumnElement[bool]:
-    """Pick running tasks; those without a note in the queue `in_queue` alone, if it is given."""
+    """Return the condition that a task is running, for tasks that aren't selected by id.
+
+    It uses the log of claims. A running task that is in no claim is found only in the queue `in_queue`, if
+    that is given. For tasks that are selected by id, use `has_running_state`.
+    """
     ids = union_all(_noted(schema).limit(NOTED).subquery().select(), _first_running(schema))
-    return and_(tasks.c.id == any_(func.array(ids.scalar_subquery())), runs(tasks))
+    return and_(tasks.c.id == any_(func.array(ids.scalar_subquery())), has_running_state(tasks))
 
 
 def is_noted(schema: str | None, tasks: FromClause) -> ColumnElement[bool]:
-    """Tell whether a claim has noted a task."""
+    """Return the condition that a task is in any claim."""
     return func.coalesce(tasks.c.id.in_(_noted(schema)), False)
 
 
 def in_state(schema: str | None, tasks: FromClause, state: str) -> ColumnElement[bool]:
-    """Pick the tasks of a state."""
+    """Return the condition that a task is in a state."""
     if state == states.PENDING:
         return is_pending(tasks)
     if state == states.RUNNING:
@@ -64,9 +68,9 @@ def in_state(schema: str | None, tasks: FromClause, state: str) -> ColumnElement
 
 
 def open_queues(schema: str | None) -> CTE:
-    """Find the queues that have tasks which have not ended; in the end a null.
+    """Return the queues that have pending or running tasks, and a NULL at the end.
 
-    One look into the index for each queue, however many tasks it has, as in `pending_priorities`.
+    It takes one index lookup per queue, no matter how many tasks the queue has, as in `pending_priorities`.
     """
     tasks = tasks_table(schema)
     first = select(tasks.c.queue).where(is_open(tasks)).order_by(tasks.c.queue).limit(1)

@@ -1,4 +1,4 @@
-"""Look at the server: what it is, and what about it would hurt a queue."""
+"""Reads the server's version and settings, and conditions on the server that would harm a queue."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ _KINDS: dict[str, TypeEngine[Any]] = {
 
 @cache
 def server() -> Select[*tuple[Any, ...]]:
-    """Answer what the server is, and its settings for this session; null for one that it doesn't have."""
+    """Return the server's version and its settings for this session; NULL if a setting doesn't exist."""
     return select(
         func.version(type_=Text).label("version"),
         *(func.current_setting(name, True, type_=Text).label(name) for name in _SETTINGS),
@@ -75,19 +75,19 @@ def server() -> Select[*tuple[Any, ...]]:
 
 @cache
 def clock() -> Select[*tuple[Any, ...]]:
-    """Answer what time it is for the server, in seconds since 1970."""
+    """Return the server's current time, in seconds since 1970."""
     return select(func.date_part("epoch", func.clock_timestamp(), type_=Double))
 
 
 @cache
 def connections() -> Select[*tuple[Any, ...]]:
-    """Answer how many of the server's connections are taken."""
+    """Return how many of the server's connections are in use."""
     return select(func.sum(_catalogue("pg_stat_database", "numbackends").c.numbackends, type_=BigInteger))
 
 
 @cache
 def vacuuming(schema: str | None) -> Select[*tuple[Any, ...]]:
-    """Answer how the task table is vacuumed: its live and dead tuples, when, and its own settings."""
+    """Return the live and dead tuples of the task table, its last autovacuum, and its own settings."""
     tables = _catalogue("pg_stat_all_tables", "relid", "n_live_tup", "n_dead_tup", "last_autovacuum")
     classes = _catalogue("pg_class", "oid", "reloptions")
     return (
@@ -104,9 +104,9 @@ def vacuuming(schema: str | None) -> Select[*tuple[Any, ...]]:
 
 @cache
 def indexes_naming(schema: str | None) -> Select[*tuple[Any, ...]]:
-    """Answer the indexes of the task table, as to be written in SQL, that name one of the `columns`.
+    """Return the indexes of the task table, as identifiers in SQL, that contain one of the `columns`.
 
-    Be it as a key, in an expression, or in its condition.
+    The column may be a key, in an expression, or in the index's condition.
     """
     depends = _catalogue("pg_depend", "classid", "objid", "refclassid", "refobjid", "refobjsubid")
     classes = _catalogue("pg_class", "oid", "relkind")
@@ -131,10 +131,10 @@ def indexes_naming(schema: str | None) -> Select[*tuple[Any, ...]]:
 
 @cache
 def holders() -> Select[*tuple[Any, ...]]:
-    """Answer what has kept vacuum from removing dead rows here for `longer_than`, the oldest first: 5 of it.
+    """Return up to 5 transactions and slots that have kept vacuum from removing rows for `longer_than`.
 
-    Their `kind`, `name`, `age` in seconds (null for a replication slot, which doesn't say), and for a session
-    its `pid` and `state`.
+    The oldest come first. The columns are `kind`, `name`, `age` in seconds (NULL for a replication slot,
+    whose age is unknown), and, for a session, `pid` and `state`.
     """
     sessions = _catalogue(
         "pg_stat_activity",
@@ -154,7 +154,7 @@ def holders() -> Select[*tuple[Any, ...]]:
     here = func.current_database()
     longer_than = cast(bindparam("longer_than"), INTERVAL)
     name = func.concat_ws(" ", sessions.c.usename, func.nullif(sessions.c.application_name, ""))
-    nobody = cast(null(), Integer).label("pid"), cast(null(), Text).label("state")
+    no_session = cast(null(), Integer).label("pid"), cast(null(), Text).label("state")
     found = union_all(
         select(
             literal("session", Text).label("kind"),
@@ -169,9 +169,9 @@ def holders() -> Select[*tuple[Any, ...]]:
             sessions.c.xact_start < func.clock_timestamp() - longer_than,
         ),
         select(
-            literal("prepared transaction", Text), prepared.c.gid, _age(prepared.c.prepared), *nobody
+            literal("prepared transaction", Text), prepared.c.gid, _age(prepared.c.prepared), *no_session
         ).where(prepared.c.database == here, prepared.c.prepared < func.clock_timestamp() - longer_than),
-        select(literal("replication slot", Text), slots.c.slot_name, cast(null(), Double), *nobody).where(
+        select(literal("replication slot", Text), slots.c.slot_name, cast(null(), Double), *no_session).where(
             slots.c.xmin.is_not(None), slots.c.active.is_(False)
         ),
     ).subquery("found")

@@ -1,4 +1,4 @@
-"""Write what became of tasks, as long as they are this worker's to write to."""
+"""Writes the outcomes of tasks, as long as the worker still owns them."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ from sqlalchemy.types import BigInteger, Double, Integer
 from apoq.core.states import CANCELLED, COMPLETED, FAILED
 from apoq.schema.models import tasks_table
 from apoq.schema.statements.arrays import bigints
-from apoq.schema.statements.states import runs
+from apoq.schema.statements.states import has_running_state
 
 LOCK_TIMEOUT: Final = "500ms"
-"""How long a worker waits for a lock: less than PostgreSQL's `deadlock_timeout`, which is a second."""
+"""The time that a worker waits for a lock: less than PostgreSQL's `deadlock_timeout`, which is one second."""
 
 
 def _literal(text: str) -> ColumnElement[str]:
-    # Not a parameter: each costs the driver time, and these are always the same.
+    # Not a parameter, because each parameter costs the driver time, and this value is always the same.
     return literal_column(f"'{text}'", Text)
 
 
 def _rows(**columns: type) -> TableValuedAlias:
-    """Turn arrays of the same length, bound as parameters, into rows."""
+    """Return rows from bound arrays of the same length."""
     arrays = [
         bigints(f"{name}s") if type_ is BigInteger else bindparam(f"{name}s", type_=ARRAY(type_))
         for name, type_ in columns.items()
@@ -50,22 +50,22 @@ def _rows(**columns: type) -> TableValuedAlias:
 
 
 def _held(schema: str | None, task_id: ColumnElement[Any], token: ColumnElement[int]) -> ColumnElement[bool]:
-    """Pick the tasks that are still held under the token with which they were claimed.
+    """Return the condition that a task still has the token with which it was claimed; limit waits for locks.
 
-    A worker that has lost a task - to the sweep, to another worker, to a cancellation - finds no row.
+    A worker that has lost a task, to a rescue, to another worker or to a cancellation, finds no row.
     """
-    # A caller who cancels one of them and doesn't commit would hold up all the others; and where callers and
-    # workers lock the same rows in another order, who is not to fail is the caller. A subquery of its own is
-    # executed once, before any row is looked at.
+    # Without a timeout, a caller who cancels one of the tasks and doesn't commit would block all others. And
+    # if a caller and a worker lock the same rows in a different order, the worker's statement must fail, not
+    # the caller's. In a subquery, set_config is executed once, before any row is checked.
     within = func.set_config(_literal("lock_timeout"), _literal(LOCK_TIMEOUT), literal_column("true"))
     return and_(held_as(schema, task_id, token), select(within).scalar_subquery().is_not(None))
 
 
 def _held_batch(schema: str | None, *, alike: bool) -> ColumnElement[bool]:
-    """Pick the tasks of `ids` that are held under `tokens`; `alike`: under one token, `held_under`.
+    """Return the condition that a task of `ids` still has its token of `tokens`, or (`alike`) `held_under`.
 
-    So are most batches, for most tasks are claimed once. Then there is nothing to join, which takes a sixth
-    of the server's time.
+    Most batches have a single token, because most tasks are claimed only once. Then no join is needed, which
+    saves a sixth of the server's time.
     """
     if alike:
         return _held(schema, any_(bigints("ids")), bindparam("held_under", type_=BigInteger))
@@ -74,13 +74,13 @@ def _held_batch(schema: str | None, *, alike: bool) -> ColumnElement[bool]:
 
 
 def _held_last(schema: str | None) -> ColumnElement[bool]:
-    """Pick one task that is still held, in a transaction that is about to be committed.
+    """Return the condition for one task that is still held, in a transaction that is about to be committed.
 
-    By plain values, not by arrays: the server makes the plan once for a connection, and not for each task.
+    It uses plain values, not arrays, so that the server plans it once per connection, not for each task.
     """
     held = held_as(schema, bindparam("task_id", type_=BigInteger), bindparam("held_under", type_=BigInteger))
-    # Until the commit, the row is locked: a worker that is frozen before it must not keep it so.
-    # Set here, and not by RETURNING, lest there be an answer to read.
+    # The row is locked until the commit, so a worker that freezes before it must be disconnected. This is set
+    # here and not by RETURNING, to avoid a result that would have to be read.
     unless_frozen = func.set_config(
         _literal("idle_in_transaction_session_timeout"), _literal("5s"), literal_column("true")
     )
@@ -90,51 +90,51 @@ def _held_last(schema: str | None) -> ColumnElement[bool]:
 def held_as(
     schema: str | None, task_id: ColumnElement[Any], token: ColumnElement[int]
 ) -> ColumnElement[bool]:
-    """Pick the task of this id, if it is still held under this token."""
+    """Return the condition that a task has this id, still has this token, and is running."""
     tasks = tasks_table(schema)
     return and_(
         tasks.c.id == task_id,
         tasks.c.claim_token == token,
-        runs(tasks),
+        has_running_state(tasks),
     )
 
 
 AS_COMPLETED: Final[dict[str, ColumnElement[Any]]] = {
     "state": _literal(COMPLETED),
-    # Not now(), which would be when the transaction of `task.session` began. The same for all of a batch,
-    # so the index by which they are pruned keeps it once for many of them, and takes a quarter of the room.
+    # Not now(), the start of the transaction of `task.session`. The time is the same for the whole batch, so
+    # that the index for pruning stores it once for many tasks, and takes a quarter of the space.
     "completed_at": func.statement_timestamp(),
 }
-"""What a completion writes to a task."""
+"""The values that a completion writes to a task."""
 
 
 @cache
 def complete(schema: str | None, *, alike: bool = False) -> Update:
-    """Mark the tasks of `ids`, held under `tokens`, as completed; `alike`: all under `held_under`."""
+    """Mark the tasks of `ids`, claimed with `tokens` (`alike`: all with `held_under`), as completed."""
     return update(tasks_table(schema)).where(_held_batch(schema, alike=alike)).values(AS_COMPLETED)
 
 
 @cache
 def complete_last(schema: str | None) -> Update:
-    """Mark the task `task_id`, held under `held_under`, as completed: last in its transaction."""
+    """Mark the task `task_id`, claimed with the token `held_under`, as completed, last in its transaction."""
     return update(tasks_table(schema)).where(_held_last(schema)).values(AS_COMPLETED)
 
 
 @cache
 def remove(schema: str | None, *, alike: bool = False) -> Delete:
-    """Delete the tasks of `ids`, held as for `complete`: completed, where completed ones aren't kept."""
+    """Delete completed tasks instead of marking them, if completed tasks aren't kept; see `complete`."""
     return delete(tasks_table(schema)).where(_held_batch(schema, alike=alike))
 
 
 @cache
 def remove_last(schema: str | None) -> Delete:
-    """Delete the task `task_id`, held under `held_under`: last in its transaction."""
+    """Delete the task `task_id`, claimed with the token `held_under`, last in its transaction."""
     return delete(tasks_table(schema)).where(_held_last(schema))
 
 
 @cache
 def settle(schema: str | None) -> Update:
-    """Write a `Settlement` to each task of `ids`, held under `tokens`."""
+    """Write a `Settlement` to each task of `ids`, claimed with `tokens`."""
     tasks = tasks_table(schema)
     rows = _rows(
         id=BigInteger,

@@ -1,6 +1,6 @@
-"""Pick the tasks of a state, in words by which the planner finds its index.
+"""Conditions on the state of a task, written so that the planner uses the right index.
 
-No index names the state itself: see `Task`.
+No index contains the state itself; see `Task`.
 """
 
 from __future__ import annotations
@@ -11,24 +11,28 @@ from apoq.schema.statements.literals import PENDING, RUNNING
 
 
 def is_pending(tasks: FromClause) -> ColumnElement[bool]:
-    """Pick pending tasks."""
+    """Return the condition that a task is pending."""
     return and_(is_open(tasks), tasks.c.state == PENDING)
 
 
 def is_open(tasks: FromClause) -> ColumnElement[bool]:
-    """Pick tasks that are pending or running: those in the index that a claim reads."""
+    """Return the condition that a task is pending or running: those are in the index that a claim reads."""
     return tasks.c.indexed_state.is_(None)
 
 
-def runs(tasks: FromClause) -> ColumnElement[bool]:
-    """Pick what is running of tasks that are picked by their ids.
+def has_running_state(tasks: FromClause) -> ColumnElement[bool]:
+    """Return the condition that a task, which is selected by its id, is running.
 
-    By coalesce, lest the planner take an index of running tasks, if somebody has made one: it looks small,
-    and holds a dead entry for each task that was settled since the last vacuum.
+    To select running tasks without ids, use `is_running`, which reads the log of claims. Coalesce prevents
+    the planner from using an index of running tasks, if a user has created one: it seems small, but has a
+    dead entry for each task that was settled since the last vacuum.
     """
     return func.coalesce(tasks.c.state, literal_column("''", Text)) == RUNNING
 
 
 def is_in(tasks: FromClause, *states: str) -> ColumnElement[bool]:
-    """Pick tasks that are in one of these states; neither pending nor running ones, which no index names."""
+    """Return the condition that a task is in one of these states; not for pending or running tasks.
+
+    No index can tell pending tasks from running ones.
+    """
     return or_(*(tasks.c.indexed_state == literal_column(f"'{state}'", Text) for state in states))

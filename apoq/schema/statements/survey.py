@@ -1,4 +1,4 @@
-"""Look over what is pending, without touching it."""
+"""Reads the first pending task of each priority, without locking it."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from apoq.schema.statements.states import is_pending
 
 
 def pending_priorities(schema: str | None) -> CTE:
-    """Find the priorities that pending tasks of the queue have, the highest first.
+    """Return the priorities of the queue's pending tasks, the highest first, and a NULL at the end.
 
-    A loose index scan: one look into the index for each priority, however many tasks have it.
+    This is a loose index scan: one index lookup per priority, no matter how many tasks have it.
     https://wiki.postgresql.org/wiki/Loose_indexscan
     """
     tasks = tasks_table(schema)
@@ -46,13 +46,12 @@ def pending_priorities(schema: str | None) -> CTE:
 def survey(schema: str | None, *, known: bool = False, passes_over: bool = False) -> Select[Any]:
     """Return the first pending task of `from_queue` and `of_types` in each priority, the highest first.
 
-    Up to `at_most` rows: the priority, the task's `process_at` and id, what time it is by the database's
-    clock, and whether the task was taken from a dead worker; one row with the time alone, if there are no
-    tasks. Times are in seconds since 1970. Each task is found from the beginning of the index, past all that
-    is dead or of other types.
+    There are up to `at_most` rows with the priority, the task's `process_at` and id, the current time by the
+    database's clock, and whether the task was rescued from a dead worker. If there are no tasks, there is one
+    row with only the time. Times are in seconds since 1970. Each task is found by a scan from the beginning
+    of the index, past dead entries and tasks of other types.
 
-    `known`: of the given `priorities` only, whatever others there are. `passes_over`: not the tasks
-    `passed_over`.
+    `known`: read only the given `priorities`. `passes_over`: skip the tasks `passed_over`.
     """
     tasks = tasks_table(schema)
     priorities: FromClause = pending_priorities(schema)
@@ -74,7 +73,8 @@ def survey(schema: str | None, *, known: bool = False, passes_over: bool = False
         .limit(1)
         .lateral("first")
     )
-    # Both list the highest first.
+    # The rows are in the right order without sorting, because both kinds of `priorities` have the highest
+    # first.
     found = (
         select(
             priorities.c.priority,

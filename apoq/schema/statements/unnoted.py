@@ -1,4 +1,4 @@
-"""Find running tasks that no claim has noted, as after a restore of the task table alone."""
+"""Finds running tasks that are in no claim, such as after a restore of the task table alone."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import TIMESTAMP
 
 from apoq.schema.models import tasks_table
-from apoq.schema.statements.heartbeat import alive
+from apoq.schema.statements.heartbeat import is_alive
 from apoq.schema.statements.notes import is_noted
-from apoq.schema.statements.states import is_open, runs
+from apoq.schema.statements.states import has_running_state, is_open
 
 
 @cache
 def next_level(schema: str | None) -> Select[Any]:
-    """Return the queue and priority that follow `queue` and `priority`, of tasks that have not ended, if any.
+    """Return the queue and priority after `queue` and `priority` that have pending or running tasks, if any.
 
-    In the order of the queues' names, and in each from the highest priority to the lowest.
+    Queues are ordered by name, and the priorities of a queue from the highest to the lowest.
     """
     tasks = tasks_table(schema)
     queue, priority = bindparam("queue", type_=Text), bindparam("priority", type_=SmallInteger)
@@ -54,11 +54,11 @@ def next_level(schema: str | None) -> Select[Any]:
 
 @cache
 def unnoted(schema: str | None) -> Select[Any]:
-    """Walk through `at_most` tasks of a `queue` and `priority` that have not ended, behind a `time` and `id`.
+    """Read the next `at_most` pending or running tasks of a `queue` and `priority`, behind a `time` and `id`.
 
-    Returns a row for each that is running, was noted by no claim, and belongs to no worker that is alive, and
-    one for the last task of the walk: its id, its token, its time, how many tasks there were until then, and
-    whether it is one of the former. Times are text, as the session writes them.
+    Returns a row for each task that is running, is in no claim, and belongs to no living worker, and a row
+    for the last task that was read. The columns are its id, its token, its time, the number of tasks that
+    were read until then, and whether it is one of the former tasks. Times are text in the session's format.
     """
     tasks = tasks_table(schema)
     time = cast(bindparam("time", type_=Text), TIMESTAMP(timezone=True))
@@ -68,7 +68,7 @@ def unnoted(schema: str | None) -> Select[Any]:
             tasks.c.claim_token.label("token"),
             tasks.c.process_at,
             tasks.c.worker_id,
-            runs(tasks).label("is_running"),
+            has_running_state(tasks).label("is_running"),
             func.row_number().over(order_by=(tasks.c.process_at, tasks.c.id)).label("number"),
         )
         .where(
@@ -81,9 +81,9 @@ def unnoted(schema: str | None) -> Select[Any]:
         .limit(bindparam("at_most", type_=Integer))
         .cte("walk")
     )
-    is_unnoted = (walk.c.is_running & ~is_noted(schema, walk.c.id) & ~alive(schema, walk.c.worker_id)).label(
-        "is_unnoted"
-    )
+    is_unnoted = (
+        walk.c.is_running & ~is_noted(schema, walk.c.id) & ~is_alive(schema, walk.c.worker_id)
+    ).label("is_unnoted")
     last = select(func.max(walk.c.number)).scalar_subquery()
     return (
         select(

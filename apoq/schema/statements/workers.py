@@ -1,4 +1,4 @@
-"""Look at the workers, for people to read."""
+"""Reads the workers, for people to look at."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from typing import Any
 from sqlalchemy import BigInteger, Select, bindparam, func, select
 
 from apoq.schema.models import workers_table
-from apoq.schema.statements.heartbeat import alive
+from apoq.schema.statements.heartbeat import is_alive
 from apoq.schema.statements.literals import seconds_between
 
 
 @cache
 def workers(schema: str | None) -> Select[*tuple[Any, ...]]:
-    """Return up to `at_most` workers, those that were seen last first.
+    """Return up to `at_most` workers, those with the latest heartbeat first.
 
-    With the seconds since they started (`up_for`) and were seen (`unseen_for`), and whether they are alive.
+    The additional columns are the seconds since the worker's start (`up_for`) and its last heartbeat
+    (`unseen_for`), and whether it is alive.
     """
     rows = workers_table(schema).alias("worker")
     since = {
@@ -24,7 +25,7 @@ def workers(schema: str | None) -> Select[*tuple[Any, ...]]:
         for name, time in (("up_for", rows.c.started_at), ("unseen_for", rows.c.last_heartbeat_at))
     }
     return (
-        select(*rows.c, *since.values(), alive(schema, rows.c.id).label("is_alive"))
+        select(*rows.c, *since.values(), is_alive(schema, rows.c.id).label("is_alive"))
         .order_by(rows.c.last_heartbeat_at.desc(), rows.c.id)
         .limit(bindparam("at_most", type_=BigInteger))
     )

@@ -22,7 +22,7 @@ from apoq.core.outcomes import WorkerDied, report
 from apoq.core.payload import encode
 from apoq.events import TasksRescued
 from apoq.postgres.connections import execute, is_away, is_caused_by_a_row, keeps_session, own_engine
-from apoq.postgres.fast_path import Answer
+from apoq.postgres.fast_path import Result
 from apoq.postgres.watchdog import Stopped
 from apoq.schema.statements.arrays import array_text
 from apoq.schema.statements.heartbeat import beat_and_look, forget, leave
@@ -261,7 +261,7 @@ class Heartbeat:
             logs.rescue_refused(error)
         return True
 
-    def _execute(self, statement: Executable, parameters: dict[str, Any]) -> Answer:
+    def _execute(self, statement: Executable, parameters: dict[str, Any]) -> Result:
         return execute(self.engine, statement, parameters, timeout=self._grace)
 
     def _look_at_leases(self) -> None:
