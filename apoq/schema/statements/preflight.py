@@ -81,7 +81,7 @@ def tables() -> TextClause:
                          AND CASE owned.relkind WHEN 'S' THEN NOT has_sequence_privilege(objid, 'USAGE') END
                    ) AS may_insert,
                -- A policy for all commands that lets everything through is as good as none, unless a
-               -- restrictive one stands beside it.
+               -- restrictive one applies as well.
                row_security_active(tables.oid) AND NOT coalesce((
                    SELECT bool_and(polpermissive)
                           AND bool_or(polcmd = '*' AND pg_get_expr(polqual, polrelid) = 'true'
