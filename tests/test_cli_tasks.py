@@ -160,7 +160,7 @@ class TestAdd:
             (["t", "NaN"], 1, "JSON has no nan"),
             (["", "{}"], 1, "a task's type must not be empty"),
             (["t", "--priority", "99999"], 1, "priority must be a whole number"),
-            (["t", "--delay", "1h", "--at", "2031-05-04T12:00Z"], 1, "can't both be given"),
+            (["t", "--delay", "1h", "--at", "2031-05-04T12:00Z"], 1, "not both"),
             (
                 ["t", "--delay", "soon"],
                 2,

@@ -2,34 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import words
 
-CLEAN = (
-    *("apoq/*.py", "apoq/client/*.py", "apoq/flask/*.py", "apoq/pyramid/*.py", "apoq/testing/*.py"),
-    *("apoq/worker/worker.py", "apoq/worker/options.py"),
-    *("apoq/worker/execution/running_task.py", "apoq/worker/settling/counters.py"),
-    *("apoq/cli/*.py", "apoq/monitor/*.py", "docs/command-line.md", "docs/images/draw.py"),
-    *("apoq/core/*.py", "apoq/migrations/*.py", "apoq/postgres/*.py", "apoq/schema/**/*.py"),
-    *("docs/reference.md", "examples/**/*", "apoq_*.py", "CONTRIBUTING.md"),
-)
-"""Where they are not used; ``("**/*",)`` is everywhere."""
-
-UNCLEAN = ("apoq/testing/clock.py", "apoq/schema/statements/preflight.py")
-"""Exceptions, while there are some; the latter has a comment within a statement."""
-
-UNCLEAN_NAMES = ("apoq.testing.clock",)
-"""Modules whose public docstrings are exceptions."""
-
-
-def is_clean(path: Path) -> bool:
-    place = path.relative_to(words.ROOT)
-    return any(path in words.ROOT.glob(pattern) for pattern in CLEAN) and str(place) not in UNCLEAN
-
-
-FILES = [path for path in words.files(words.ROOT) if is_clean(path)]
+FILES = list(words.files(words.ROOT))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(words.ROOT)))
@@ -47,7 +23,6 @@ def test_public_docstrings_are_in_plain_english():
     found = [
         f"{name}: {word!r}: {instead}"
         for name, text in words.public_docstrings(words.ROOT).items()
-        if not name.startswith(UNCLEAN_NAMES)
         for _, word, instead in words.find(words.Text(1, text))
     ]
 
