@@ -160,7 +160,7 @@ class TestAdd:
             (["t", "NaN"], 1, "JSON has no nan"),
             (["", "{}"], 1, "a task's type must not be empty"),
             (["t", "--priority", "99999"], 1, "priority must be a whole number"),
-            (["t", "--delay", "1h", "--at", "2031-05-04T12:00Z"], 1, "not both"),
+            (["t", "--delay", "1h", "--at", "2031-05-04T12:00Z"], 1, "can't both be given"),
             (
                 ["t", "--delay", "soon"],
                 2,
@@ -781,7 +781,7 @@ class TestRetryAndCancel:
         ("arguments", "said"),
         [
             ([], "Which tasks?"),
-            (["7", "--type", "send"], "can't both be given"),
+            (["7", "--type", "send"], "not both"),
             (["seven"], "must be a task's ID, which is a whole number, got 'seven'"),
             ([str(2**64)], "must be a task's ID"),
             (["--state", "lost"], "is not one of"),

@@ -52,7 +52,7 @@ class ClockSet:
 
     def __enter__(self) -> Self:
         if isinstance(self._session, AsyncSession | async_scoped_session | AsyncConnection):
-            raise TypeError("an asyncio session's clock is set by `async with`")
+            raise TypeError("the session is asyncio's: use `async with`")
         inside(self._session, self._set)
         return self
 
@@ -61,7 +61,7 @@ class ClockSet:
 
     async def __aenter__(self) -> Self:
         if not isinstance(self._session, AsyncSession | async_scoped_session | AsyncConnection):
-            raise TypeError("this session isn't asyncio's: its clock is set by a plain `with`")
+            raise TypeError("the session isn't asyncio's: use a plain `with`")
         setting: Any = inside(self._session, self._set)
         await setting
         return self
@@ -99,23 +99,37 @@ class ClockSet:
 
 
 def freeze(session: TestSession | AsyncTestSession, at: datetime) -> ClockSet:
-    """Let apoq's clock stand still at a time, in a test's transaction, for the length of a ``with`` block.
+    """Let apoq's clock stand still in a test's transaction, for the length of a ``with`` block.
 
-    What is added then is created at that time and due at once, or `delay` later; `drain` runs what is due by
-    then. With an asyncio session, it is an ``async with`` block.
+    Tasks that are added in the block are created at that time, and due then or `delay` later; `drain` runs the
+    tasks that are due by then. With an asyncio session, use ``async with``.
+
+    Args:
+        session: The test's session or connection.
+        at: The time that the clock shows, with a time zone.
+
+    Raises:
+        TypeError: If `at` is not a datetime with a time zone.
     """
     if not isinstance(at, datetime) or at.utcoffset() is None:
-        raise TypeError(f"freeze takes a datetime with a time zone, not {glimpse(at)}")
+        raise TypeError(f"freeze needs a datetime with a time zone, got {glimpse(at)}")
     return ClockSet(session, lambda _clock: Clock(at))
 
 
 def travel(session: TestSession | AsyncTestSession, by: timedelta) -> ClockSet:
-    """Let apoq's clock go ahead by some time, in a test's transaction, for the length of a ``with`` block.
+    """Move apoq's clock ahead in a test's transaction, for the length of a ``with`` block.
 
-    A clock that is frozen goes on standing still there. With an asyncio session, it is an ``async with``.
+    A clock that `freeze` has stopped stays stopped. With an asyncio session, use ``async with``.
+
+    Args:
+        session: The test's session or connection.
+        by: The time by which the clock is ahead.
+
+    Raises:
+        TypeError: If `by` is not a timedelta.
     """
     if not isinstance(by, timedelta):
-        raise TypeError(f"travel takes a timedelta, such as timedelta(hours=1), not {glimpse(by)}")
+        raise TypeError(f"travel needs a timedelta such as timedelta(hours=1), got {glimpse(by)}")
     return ClockSet(session, lambda clock: replace(clock, ahead=clock.ahead + by))
 
 
