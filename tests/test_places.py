@@ -242,7 +242,7 @@ class TestTablesWithoutTheirVersion:
 
         done = cli(engine, "migrate")
 
-        assert (done.exit_code, "version 1 is recorded" in done.output) == (0, True)
+        assert (done.exit_code, "recorded version 1" in done.output) == (0, True)
         with engine.begin() as connection:
             assert current(connection) == LATEST
             assert differences(connection) == []
