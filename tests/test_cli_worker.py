@@ -567,7 +567,7 @@ class TestWhatIsToBeWorked:
 
     def test_a_queue_that_the_worker_has_not(self, said):
         assert said("app_of_theirs:worker", "--queues", "emials") == (
-            "this worker's queues are default, emails, not emials"
+            "queues must be some of this worker's, default, emails, got emials"
         )
 
     @pytest.mark.parametrize("option", ["--concurrency", "--processes"])

@@ -693,7 +693,7 @@ def test_a_drain_of_something_else_says_what_it_takes(session):
 
 
 def test_errors_are_raised_or_recorded(session, worker):
-    with pytest.raises(ValueError, match='"raise" or "record", not \'ignore\''):
+    with pytest.raises(ValueError, match='"raise" or "record", got \'ignore\''):
         drain(session, worker, errors="ignore")
 
 

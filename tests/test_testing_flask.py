@@ -185,7 +185,7 @@ def test_what_is_no_such_application_is_refused():
     with pytest.raises(TypeError, match="must be a Flask application, got None"), rolled_back(None):  # type: ignore[arg-type]
         pass
     with (
-        pytest.raises(ApoqError, match=r"neither .*: use apoq\.testing\.rolled_back\(engine\)"),
+        pytest.raises(ApoqError, match=r"must have Flask-SQLAlchemy .*rolled_back\(engine\)"),
         rolled_back(Flask("a")),
     ):
         pass
