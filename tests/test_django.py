@@ -214,7 +214,7 @@ class TestWhatIsNoConnection:
     def test_one_that_is_not_open_yet(self):
         connection.close()
 
-        with pytest.raises(UnsupportedSession, match=r"inside `transaction\.atomic\(\)`"):
+        with pytest.raises(UnsupportedSession, match=r"is None outside `transaction\.atomic\(\)`"):
             queue.add(connection.connection, "t")
 
 

@@ -743,7 +743,7 @@ def test_a_program_whose_worker_has_lost_a_thread_ends_with_an_error(run):
 
     assert (
         told.splitlines()[-1]
-        == "the worker's thread apoq-claimer died, and so the worker has stopped False 0"
+        == "the worker stopped because its thread apoq-claimer died; see the log False 0"
     )
 
 

@@ -178,7 +178,7 @@ class TestAClassOfEvents:
         assert "a listener of TasksRescued raised" in caplog.text
 
     def test_another_class_is_refused(self, events):
-        with pytest.raises(ValueError, match=r"there is no event <class 'int'>"):
+        with pytest.raises(ValueError, match=r"got <class 'int'>"):
             events.on(int, print)
 
     def test_an_event_can_not_be_changed(self, rescued):

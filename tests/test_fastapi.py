@@ -167,11 +167,11 @@ class TestTheLifespan:
 
     @pytest.mark.parametrize("wrong", [None, "worker", queue])
     def test_it_takes_a_worker(self, wrong):
-        with pytest.raises(TypeError, match=r"lifespan takes a worker, such as Worker\(engine, queue\)"):
+        with pytest.raises(TypeError, match=r"worker must be a Worker, such as Worker\(engine, queue\)"):
             lifespan(wrong)
 
     def test_a_timeout_is_a_time(self, url):
-        with pytest.raises((TypeError, ValueError), match="a timeout"):
+        with pytest.raises((TypeError, ValueError), match="timeout must be"):
             lifespan(Worker(create_async_engine(url), queue), timeout=-1)
 
 
@@ -434,7 +434,7 @@ class TestTheTransaction:
 
     @pytest.mark.parametrize("wrong", [None, "engine", Session, sa.create_engine("postgresql+psycopg://")])
     def test_it_takes_what_makes_sessions(self, wrong):
-        with pytest.raises(TypeError, match=r"transaction takes what makes sessions, such as async_sessionm"):
+        with pytest.raises(TypeError, match=r"make_session must be a sessionmaker or an async_sessionmaker"):
             transaction(wrong)
 
 

@@ -370,7 +370,7 @@ class TestProcessing:
     def test_a_type_has_one_processor(self, apoq):
         apoq.use("t", print)
 
-        with pytest.raises(InvalidProcessor, match="the type 't' has a processor already"):
+        with pytest.raises(InvalidProcessor, match="the type 't' already has a processor"):
             apoq.use("t", repr)
 
 
@@ -458,7 +458,7 @@ class TestTypedTasks:
         other.dispose()
 
     def test_a_type_has_one_processor(self, apoq, welcome):
-        with pytest.raises(InvalidProcessor, match="the type 'greet' has a processor already"):
+        with pytest.raises(InvalidProcessor, match="the type 'greet' already has a processor"):
             apoq.use("greet", print)
 
     def test_it_is_still_a_function(self, context, apoq):
@@ -516,11 +516,13 @@ class TestApplications:
         assert apoq.worker is apoq.worker
 
     def test_init_app_is_called_once(self, app, apoq):
-        with pytest.raises(RuntimeError, match="the application 'shop' has an Apoq already"):
+        with pytest.raises(RuntimeError, match="the application 'shop' already has an Apoq"):
             apoq.init_app(app)
 
     def test_another_apoq_says_that_it_is_not_this_applications(self, context):
-        with pytest.raises(RuntimeError, match="the application 'shop' has no such Apoq: call its init_app"):
+        with pytest.raises(
+            RuntimeError, match="the application 'shop' doesn't have this Apoq: call its init_app"
+        ):
             Apoq().add("t")
 
     def test_adding_wants_an_application_context(self, apoq):
@@ -580,7 +582,7 @@ class TestDatabases:
 
         with (
             app.app_context(),
-            pytest.raises(ApoqError, match=r"APOQ_BIND is 'jobs', and .*binds are: .*'other'"),
+            pytest.raises(ApoqError, match=r"APOQ_BIND must be one of .*'other'\), got 'jobs'"),
         ):
             apoq.add("t")
         del app.config["APOQ_BIND"]
@@ -665,18 +667,21 @@ class TestAnApplicationsOwnSession:
         assert tasks(engine) == [("t", "completed"), ("t", "pending")]
 
     def test_a_factory_of_sessions_is_refused(self, engine):
-        with pytest.raises(TypeError, match="which the request commits: give a scoped_session"):
+        with pytest.raises(TypeError, match="which the request commits, got a sessionmaker"):
             Apoq(session=sessionmaker(engine))
 
     def test_a_single_session_is_refused(self, session):
-        with pytest.raises(TypeError, match="give a scoped_session or a function, not a Session"):
+        with pytest.raises(TypeError, match=r"must be a scoped_session or a function .*, got a Session"):
             Apoq(session=session)
 
     def test_without_any_it_says_what_to_do(self):
         app = Flask("shop")
         apoq = Apoq(app)
 
-        with app.app_context(), pytest.raises(ApoqError, match="call init_app of Flask-SQLAlchemy"):
+        with (
+            app.app_context(),
+            pytest.raises(ApoqError, match="must have Flask-SQLAlchemy or Flask-SQLAlchemy-Lite: call"),
+        ):
             apoq.add("t")
 
 
@@ -713,7 +718,7 @@ class TestSettings:
             self.read(APOQ_LEASE="3 s")
 
     def test_the_in_process_worker_is_a_question_of_yes_or_no(self):
-        with pytest.raises(TypeError, match="APOQ_IN_PROCESS_WORKER is True or False, not 'yes'"):
+        with pytest.raises(TypeError, match="APOQ_IN_PROCESS_WORKER must be True or False, got 'yes'"):
             self.read(APOQ_IN_PROCESS_WORKER="yes")
 
     def test_a_queue_is_named_or_given(self):
@@ -721,13 +726,15 @@ class TestSettings:
 
         assert self.read(Apoq(queue=emails)).queue is emails
         assert self.read(APOQ_QUEUE="emails").queue == Queue("emails")
-        with pytest.raises(ValueError, match=r"leave out that one, or APOQ_QUEUE and APOQ_SCHEMA"):
+        with pytest.raises(ValueError, match=r"and also APOQ_QUEUE or APOQ_SCHEMA"):
             self.read(Apoq(queue=emails), APOQ_QUEUE="other")
 
     def test_a_queue_is_a_queue(self):
-        with pytest.raises(TypeError, match=r"a queue is a Queue, such as Queue\('emails'\), not 'emails'"):
+        with pytest.raises(
+            TypeError, match=r"a queue must be a Queue, such as Queue\('emails'\), got 'emails'"
+        ):
             Apoq(queue="emails")
-        with pytest.raises(TypeError, match="not 'e'"):
+        with pytest.raises(TypeError, match="got 'e'"):
             Apoq(queues="emails")
 
 
@@ -780,7 +787,7 @@ class TestCommands:
         result = self.run(app, "check")
 
         assert result.exit_code == 1
-        assert "call init_app of Flask-SQLAlchemy" in result.output
+        assert "must have Flask-SQLAlchemy or Flask-SQLAlchemy-Lite: call" in result.output
 
     @pytest.mark.parametrize("command", ["check", "worker"])
     def test_on_another_database_than_postgresql_they_say_so(self, command):

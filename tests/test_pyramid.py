@@ -329,7 +329,7 @@ class TestOtherSessions:
         assert (work(include, **{"apoq.session": "db"}), notes()) == ("completed", ["noted"])
 
     def test_none(self, work):
-        with pytest.raises(Misconfigured, match="have no `dbsession`: add one that answers a SQLAlchemy"):
+        with pytest.raises(Misconfigured, match="must have an attribute `dbsession` that is a SQLAlchemy"):
             work(lambda config: None)
 
     def test_one_that_does_not_know_apoqs_tables(self, work, engine):
@@ -408,9 +408,9 @@ class TestConfiguration:
     @pytest.mark.parametrize(
         ("function", "says"),
         [
-            (lambda task: None, r"let it take them, `\(task, request\)`"),
-            ("pyramid_site", "takes a function of a task and a request, not <module"),
-            (coroutine, "is a coroutine function, and Pyramid's requests belong to a thread"),
+            (lambda task: None, r"give it the parameters `\(task, request\)`"),
+            ("pyramid_site", "must be one that takes a task and a request, got <module"),
+            (coroutine, "must be a plain function, .*Pyramid's requests belong to a thread"),
             (generator, "must not be a generator function, because calling it runs nothing"),
         ],
     )
@@ -431,7 +431,7 @@ class TestConfiguration:
             apoq_task(process)
 
     def test_a_scan_before_the_include(self):
-        with pytest.raises(Misconfigured, match=r"comes before config\.scan"):
+        with pytest.raises(Misconfigured, match=r"must be called before config\.scan"):
             Configurator().scan(pyramid_site)
 
     def test_an_application_without_apoq(self):
@@ -475,7 +475,7 @@ class TestTypedTasks:
     def test_their_queue_is_given_and_not_they(self, config):
         with pytest.raises(Misconfigured, match=r"config\.add_apoq_queue\(queue\)"):
             config.add_apoq_task(note_typed)
-        with pytest.raises(Misconfigured, match="takes a Queue, such as"):
+        with pytest.raises(Misconfigured, match="must be a Queue, such as"):
             config.add_apoq_queue(note_typed)
 
     def test_their_queue_may_be_given_twice_and_be_said_in_two_places(self, config):
@@ -508,7 +508,7 @@ class TestTypedTasks:
         queue.task(type="t")(coroutine)
         config.add_apoq_queue(queue)
 
-        with pytest.raises(ConfigurationError, match="t is a coroutine function"):
+        with pytest.raises(ConfigurationError, match="t must be a plain function"):
             config.commit()
 
     def test_one_of_a_type_that_has_a_processor_is_refused(self, settings):

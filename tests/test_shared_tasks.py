@@ -47,9 +47,9 @@ def test_a_worker_runs_the_typed_tasks_of_an_equal_queue(engine, schema):
     assert (task.state, ran) == ("completed", [7])
 
 
-@pytest.mark.parametrize("other", [Queue("reports"), Queue("emails", schema="jobs"), Queue()], ids=repr)
-def test_other_queues_share_nothing(engine, other):
-    emails = Queue("emails")
+@pytest.mark.parametrize(("name", "schema"), [("reports", None), ("emails", "jobs"), ("default", None)])
+def test_other_queues_share_nothing(engine, name, schema):
+    emails, other = Queue("emails"), Queue(name, schema=schema)
     define(emails, print)
 
     assert Worker(engine, other).types == []

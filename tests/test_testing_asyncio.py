@@ -213,7 +213,7 @@ def test_a_plain_with_says_what_to_write(with_session):
 def test_the_synchronous_side_of_an_asyncio_session_is_refused(with_session, worker):
     async def test(session):
         await session.connection()
-        with pytest.raises(UnsupportedSession, match="give the AsyncSession"):
+        with pytest.raises(UnsupportedSession, match="must be the AsyncSession"):
             drain(session.sync_session, worker)
 
     with_session(test)

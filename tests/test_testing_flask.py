@@ -182,10 +182,10 @@ def test_after_the_test_the_application_commits(shared_engine, audit_engine, tab
 
 
 def test_what_is_no_such_application_is_refused():
-    with pytest.raises(TypeError, match="takes a Flask application, not None"), rolled_back(None):  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="must be a Flask application, got None"), rolled_back(None):  # type: ignore[arg-type]
         pass
     with (
-        pytest.raises(ApoqError, match=r"neither .*: use apoq\.testing\.rolled_back\(engine\)"),
+        pytest.raises(ApoqError, match=r"must have Flask-SQLAlchemy .*rolled_back\(engine\)"),
         rolled_back(Flask("a")),
     ):
         pass
@@ -196,7 +196,7 @@ def test_asyncio_engines_are_refused(shared_engine):
     app.config["SQLALCHEMY_ASYNC_ENGINES"] = {"default": shared_engine.url}
     flask_sqlalchemy_lite.SQLAlchemy(app)
 
-    with pytest.raises(UnsupportedSession, match="each async view has an event loop"), rolled_back(app):
+    with pytest.raises(UnsupportedSession, match="each async view has another event loop"), rolled_back(app):
         pass
 
 

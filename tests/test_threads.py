@@ -364,7 +364,7 @@ def test_the_next_commit_notifies_workers_if_the_one_before_could_start_no_threa
     for _ in range(4):
         assert ran.acquire(timeout=SOON)
     assert caplog.messages[1:] == [
-        "the thread that notifies the workers could be started: they are notified again"
+        "started the thread that notifies the workers: new tasks are notified again"
     ]
 
 

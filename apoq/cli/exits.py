@@ -210,7 +210,7 @@ def warn(message: str) -> None:
     click.echo(message, err=True)
 
 
-_OURS: Final = re.compile(rf"(?<![\w.-])apoq ({'|'.join(COMMANDS)})\b")
+_OURS: Final = re.compile(rf"(?<![\w.-])(?<!flask )apoq ({'|'.join(COMMANDS)})\b")
 
 UPGRADE: Final = "apoq.upgrade"
 """Where a context's ``meta`` has the command that upgrades the database by the project's own migrations."""

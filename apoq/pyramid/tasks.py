@@ -145,8 +145,8 @@ def _processor(function: Callable[..., Any], name: str) -> Callable[[Any], Any]:
         inspect.signature(function).bind("task", "request")
     except (TypeError, ValueError):
         raise Misconfigured(
-            f"{name} must take two arguments, the running task and a request: "
-            f"`def {name.rpartition('.')[2]}(task, request)`"
+            f"{name} must take two arguments, the running task and a request: give it the parameters "
+            "`(task, request)`"
         ) from None
 
     @wraps(function)

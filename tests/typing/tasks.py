@@ -138,7 +138,9 @@ def options(session: Session) -> None:
     send_welcome.using(process_at=datetime.now(UTC), priority=3).using(timeout=30).add(session, user_id=7)
     ship.using(retry_limit=0, retry_delay=60)
 
-    send_welcome.using(delay=60)  # wrong: arg-type reportArgumentType
+    send_welcome.using(delay=60, retry_delay=0.5, timeout=timedelta(minutes=1))
+    send_welcome.using(delay="60")  # wrong: arg-type reportArgumentType
+    send_welcome.delay(7)  # wrong: attr-defined reportAttributeAccessIssue
     send_welcome.using(delayed=timedelta(hours=1))  # wrong: call-arg reportCallIssue
     send_welcome.using(priority=1).add(session, "7")  # wrong: call-overload reportCallIssue
     queue.task(retries=3)  # wrong: call-overload reportCallIssue
