@@ -31,7 +31,6 @@ def load(names: Sequence[str], make: Callable[[Sequence[Queue]], Worker]) -> Wor
     The current directory is importable, as it is for flask and uvicorn.
     """
     found = [(name, _load(name)) for name in names]
-    queues: dict[int, tuple[str, Queue]] = {}
     for name, each in found:
         if isinstance(each, Worker):
             if len(found) > 1:
@@ -39,43 +38,7 @@ def load(names: Sequence[str], make: Callable[[Sequence[Queue]], Worker]) -> Wor
                     f"{name} is a Worker, which has its own queues: give it alone, or give only queues"
                 )
             return each
-        _check_clash([*queues.values()], name, each)
-        queues.setdefault(id(each), (name, each))
-    return make([queue for _, queue in queues.values()])
-
-
-def _check_clash(before: Sequence[tuple[str, Queue]], name: str, queue: Queue) -> None:
-    """Fail if two different queues of the same name have tasks of the same type."""
-    for other_name, other in before:
-        if other is queue or other != queue:
-            continue
-        if types := sorted(other.tasks.keys() & queue.tasks.keys()):
-            raise BadUsage(
-                f"{other_name} and {name} are both {queue!r}, and both define the task type "
-                f"{', '.join(map(repr, types))}: give one of them another type, by @queue.task(type=…), or "
-                "another queue"
-            )
-
-
-def left_out(worker: Worker) -> list[str]:
-    """Describe tasks of the worker's queues that loaded modules define, but that the worker doesn't run.
-
-    Two `Queue` objects with the same name and schema are equal, but each has its own typed tasks.
-    """
-    sentences = []
-    seen: set[int] = set()
-    for module in [*sys.modules.values()]:
-        for name, found in [*(vars(module).items() if isinstance(module, ModuleType) else ())]:
-            if not isinstance(found, Queue) or id(found) in seen or found not in worker.queues:
-                continue
-            seen.add(id(found))
-            if types := sorted(found.tasks.keys() - worker.processors(found).keys()):
-                place = f"{module.__name__}:{name}"
-                sentences.append(
-                    f"{place} is another {found!r}, with tasks that this worker doesn't run: "
-                    f"{', '.join(types)}. To run them, give {place} as well"
-                )
-    return sentences
+    return make(list(dict.fromkeys(each for _, each in found if isinstance(each, Queue))))
 
 
 def _load(name: str) -> Worker | Queue:

@@ -16,7 +16,6 @@ from apoq.cli import logs
 from apoq.cli.burst import Burst
 from apoq.cli.ending import Ending
 from apoq.cli.exits import BadUsage
-from apoq.cli.loading import left_out
 from apoq.cli.reload import Reloader
 from apoq.cli.status import STATUS_INTERVAL_SECONDS, Status, every, is_wanted
 from apoq.cli.stopping import StopNotice, again_by
@@ -174,8 +173,6 @@ def _say_what_runs(worker: Worker) -> None:
             )
             schema = "" if queue.schema is None else f" in the schema {queue.schema!r}"
             logger.info("queue %r%s: working %s", queue.name, schema, named)
-    for sentence in left_out(worker):
-        logger.warning("%s", sentence)
 
 
 def _say_what_a_stop_waits_for(worker: Worker, timeout: float) -> None:
