@@ -5,33 +5,7 @@ from __future__ import annotations
 import pytest
 import words
 
-<<<<<<< HEAD
 FILES = list(words.files(words.ROOT))
-=======
-CLEAN = (
-    *("apoq/*.py", "apoq/client/*.py", "apoq/flask/*.py", "apoq/pyramid/*.py", "apoq/testing/*.py"),
-    *("apoq/worker/worker.py", "apoq/worker/options.py"),
-    *("apoq/worker/execution/running_task.py", "apoq/worker/settling/counters.py"),
-    *("apoq/cli/*.py", "apoq/monitor/*.py", "docs/command-line.md", "docs/images/draw.py"),
-    *("apoq/core/*.py", "apoq/migrations/*.py", "apoq/postgres/*.py", "apoq/schema/**/*.py"),
-    *("docs/reference.md", "examples/**/*", "apoq_*.py", "CONTRIBUTING.md"),
-)
-"""Where they are not used; ``("**/*",)`` is everywhere."""
-
-UNCLEAN = ("apoq/testing/clock.py",)
-"""Exceptions, while there are some."""
-
-UNCLEAN_NAMES = ("apoq.testing.clock",)
-"""Modules whose public docstrings are exceptions."""
-
-
-def is_clean(path: Path) -> bool:
-    place = path.relative_to(words.ROOT)
-    return any(path in words.ROOT.glob(pattern) for pattern in CLEAN) and str(place) not in UNCLEAN
-
-
-FILES = [path for path in words.files(words.ROOT) if is_clean(path)]
->>>>>>> 864e1c22e248d3d416723516089060af5c89e0ed
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(words.ROOT)))

@@ -210,7 +210,7 @@ def warn(message: str) -> None:
     click.echo(message, err=True)
 
 
-_OURS: Final = re.compile(rf"(?<![\w.-])(?<!flask )apoq ({'|'.join(COMMANDS)})\b")
+_OURS: Final = re.compile(rf"((python -m )?flask )?(?<![\w.-])apoq ({'|'.join(COMMANDS)})\b")
 
 UPGRADE: Final = "apoq.upgrade"
 """Where a context's ``meta`` has the command that upgrades the database by the project's own migrations."""
@@ -227,4 +227,4 @@ def in_this_program(text: str, context: click.Context | None = None) -> str:
     if context is None or context.parent is None:
         return text
     text = text.replace("alembic upgrade head", context.meta.get(UPGRADE, "alembic upgrade head"))
-    return _OURS.sub(lambda call: f"{context.command_path} {call[1]}", text)
+    return _OURS.sub(lambda call: f"{context.command_path} {call[3]}", text)

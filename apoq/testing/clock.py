@@ -101,8 +101,8 @@ class ClockSet:
 def freeze(session: TestSession | AsyncTestSession, at: datetime) -> ClockSet:
     """Let apoq's clock stand still in a test's transaction, for the length of a ``with`` block.
 
-    Tasks that are added in the block are created at that time, and due then or `delay` later; `drain` runs the
-    tasks that are due by then. With an asyncio session, use ``async with``.
+    Tasks that are added in the block are created at that time, and due then or `delay` later; `drain` runs
+    the tasks that are due by then. With an asyncio session, use ``async with``.
 
     Args:
         session: The test's session or connection.
