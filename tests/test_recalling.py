@@ -296,3 +296,20 @@ def test_above_read_committed_a_cancellation_beside_a_completion_is_a_serializat
             queue.cancel(session, task_id)
 
     assert raised.value.orig.sqlstate == "40001"
+
+
+@pytest.mark.parametrize("uses_session", [False, True])
+def test_tasks_that_complete_while_the_worker_looks_for_lost_ones_are_not_lost(
+    engine, make_worker, uses_session, caplog
+):
+    with Session(engine) as session, session.begin():
+        Queue().add_many(session, "t", range(2_000))
+    worker = make_worker(lease=RARELY)
+    worker.use("t", lambda task: uses_session and task.session.execute(sa.text("SELECT 1")))
+    monitor = probe.runtime(worker).lost_task_monitor
+    with caplog.at_level(logging.INFO, "apoq"):
+        worker.start()
+        until(lambda: monitor.look_for(None) or worker.stats().completed == 2_000, 30)
+        worker.stop()
+
+    assert not [message for message in caplog.messages if "no longer" in message]

@@ -38,6 +38,7 @@ from apoq.worker.execution.task_sessions import (
     TaskSession,
     TaskSessions,
     cut_off,
+    is_completing,
     is_cut_off,
 )
 from apoq.worker.lease import Lease
@@ -231,6 +232,11 @@ class _Attempt(Generic[S]):
         """Roll back its session, from another thread, because the worker's lease has ended."""
         if self.opened is not None:
             cut_off(self.opened)
+
+    @property
+    def is_completing(self) -> bool:
+        """Whether its session commits the task's completion, or has committed it."""
+        return self.opened is not None and is_completing(self.opened)
 
     @property
     def is_cut_off(self) -> bool:

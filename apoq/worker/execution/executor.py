@@ -184,6 +184,11 @@ class Executor:
         """Return the attempts that run now."""
         return [*self._running, *self._in_no_slot]
 
+    def unfinished(self) -> set[int]:
+        """Return the `id()` of each claimed row that is in line, or runs and has not begun to complete."""
+        running = {id(attempt.row) for attempt in self.running() if not attempt.is_completing}
+        return running | {id(row) for row in list(self._line)}
+
     def abandon(self) -> list[AnyAttempt]:
         """Return the attempts that run in slots now, and forget them: their results are ignored."""
         running = []

@@ -69,6 +69,11 @@ def cut_off(session: TaskSession | AsyncTaskSession) -> None:
         cut(session.info[_CONNECTION].driver_connection)
 
 
+def is_completing(session: TaskSession | AsyncTaskSession) -> bool:
+    """Return whether the worker commits the session, or has committed it."""
+    return _COMPLETING in session.info
+
+
 def is_cut_off(session: TaskSession | AsyncTaskSession) -> bool:
     """Return whether the session was cut off."""
     return _CUT_OFF in session.info

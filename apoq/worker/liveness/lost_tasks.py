@@ -122,7 +122,10 @@ class LostTaskMonitor(Service):
             "ids": array_text([id_ for id_, _ in rows]),
             "tokens": array_text([token for _, token in rows]),
         }
-        gone = [rows[key] for key in execute(self._engine, lost(schema), parameters)]
+        found = execute(self._engine, lost(schema), parameters).fetchall()
+        # A task that has ended meanwhile isn't lost: this worker has written its result, or is about to.
+        unfinished = self._executor.unfinished() if found else set()
+        gone = [row for key in found if id(row := rows[key]) in unfinished]
         if new := [row for row in gone if _key(row) not in self._logged]:
             logs.tasks_lost(row[ID] for row in new)
             self._logged.update(map(_key, new))
