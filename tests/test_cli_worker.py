@@ -335,7 +335,7 @@ class TestSeveralQueues:
 
         program = start("users:queue", "orders:queue", "users:others", "users:queue", "--burst")
 
-        assert program.end() == 0
+        assert program.end() == 0, program.output
         program.wait_for("done in")
         for said in ("hello from users", "hello from orders", "other in users"):
             assert said in program.output

@@ -102,11 +102,14 @@ def freeze(session: TestSession | AsyncTestSession, at: datetime) -> ClockSet:
     """Let apoq's clock stand still in a test's transaction, for the length of a ``with`` block.
 
     Tasks that are added in the block are created at that time, and due then or `delay` later; `drain` runs
-    the tasks that are due by then. With an asyncio session, use ``async with``.
+    the tasks that are due by then.
 
     Args:
         session: The test's session or connection.
         at: The time that the clock shows, with a time zone.
+
+    Returns:
+        A context manager. With an asyncio session, use ``async with``.
 
     Raises:
         TypeError: If `at` is not a datetime with a time zone.
@@ -119,11 +122,14 @@ def freeze(session: TestSession | AsyncTestSession, at: datetime) -> ClockSet:
 def travel(session: TestSession | AsyncTestSession, by: timedelta) -> ClockSet:
     """Move apoq's clock ahead in a test's transaction, for the length of a ``with`` block.
 
-    A clock that `freeze` has stopped stays stopped. With an asyncio session, use ``async with``.
+    A clock that `freeze` has stopped stays stopped.
 
     Args:
         session: The test's session or connection.
         by: The time by which the clock is ahead.
+
+    Returns:
+        A context manager. With an asyncio session, use ``async with``.
 
     Raises:
         TypeError: If `by` is not a timedelta.
