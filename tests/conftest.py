@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import sys
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -25,6 +27,25 @@ from apoq.errors import name_commands
 
 FAST = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
 """What the tests ask of a server of their own: nothing in it is to outlive them."""
+
+
+CORES = os.cpu_count() or 1
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let the interpreters that the tests start share their bytecode, even if none may be written.
+
+    There are hundreds, and each would compile apoq, and what lacks bytecode of its own, such as SQLAlchemy if
+    uv has installed it.
+    """
+    if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):
+        folder = os.environ["PYTHONPYCACHEPREFIX"] = tempfile.mkdtemp(prefix="apoq-bytecode-")
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """Return the number of processes for `-n auto`: one more than cores, because many tests wait."""
+    return CORES + 1
 
 
 def docker_answers() -> bool:
@@ -62,7 +83,8 @@ def server() -> Iterator[sa.URL]:
 
 @pytest.fixture(scope="session")
 def admin(server: sa.URL) -> Iterator[sa.Engine]:
-    engine = sa.create_engine(server, isolation_level="AUTOCOMMIT", poolclass=NullPool)
+    # Two connections that stay open, because a new one would take half the time of cloning a database.
+    engine = sa.create_engine(server, isolation_level="AUTOCOMMIT", pool_size=2, pool_pre_ping=True)
     yield engine
     engine.dispose()
 
