@@ -10,6 +10,7 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -32,20 +33,37 @@ FAST = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
 CORES = os.cpu_count() or 1
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Let the interpreters that the tests start share their bytecode, even if none may be written.
+MEMORY = Path("/dev/shm")
+ROOM = 4_000_000_000
+"""Bytes that must be free there for the servers of the tests."""
 
-    There are hundreds, and each would compile apoq, and what lacks bytecode of its own, such as SQLAlchemy if
-    uv has installed it.
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Set up the environment of the tests, and of the processes that they start.
+
+    The servers are in memory, where there is room, because cloning a database is faster there. Interpreters
+    share their bytecode even if none may be written: there are hundreds, and each would compile apoq, and all
+    that lacks bytecode, such as SQLAlchemy if uv has installed it.
     """
+    if "TMPDIR" not in os.environ and MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > ROOM:
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
+        os.environ["TMPDIR"] = tempfile.tempdir = str(MEMORY)
     if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):
         folder = os.environ["PYTHONPYCACHEPREFIX"] = tempfile.mkdtemp(prefix="apoq-bytecode-")
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
     """Return the number of processes for `-n auto`: one more than cores, because many tests wait."""
     return CORES + 1
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Let a process that has no tests left take some of another's, unless `--dist` says otherwise."""
+    if config.getoption("numprocesses", None) and config.option.dist == "no":
+        config.option.dist = "worksteal"
 
 
 def docker_answers() -> bool:
