@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import drawn  # noqa: F401 - it registers a profile
 import pages
 import pytest
 import sqlalchemy as sa
@@ -64,6 +65,23 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     """Let a process that has no tests left take some of another's, unless `--dist` says otherwise."""
     if config.getoption("numprocesses", None) and config.option.dist == "no":
         config.option.dist = "worksteal"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_report_to_serializable() -> Any:
+    """Let a report be sent to xdist's controller if a log or an error in it holds what UTF-8 can't."""
+    return encodable((yield))
+
+
+def encodable(value: Any) -> Any:
+    match value:
+        case str():
+            return value.encode(errors="backslashreplace").decode()
+        case dict():
+            return {key: encodable(item) for key, item in value.items()}
+        case list() | tuple():
+            return type(value)(map(encodable, value))
+    return value
 
 
 def docker_answers() -> bool:
