@@ -25,6 +25,8 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 from waiting import patience
 
+pytestmark = pytest.mark.slow
+
 SOON = 30.0
 
 until = patience(SOON)

@@ -23,6 +23,8 @@ from sqlalchemy.orm import Session
 
 from apoq import InvalidData, InvalidTask, Queue, Task, UnsupportedSession, Worker
 
+pytestmark = pytest.mark.slow
+
 queue = Queue()
 
 

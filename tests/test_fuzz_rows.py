@@ -34,7 +34,10 @@ from apoq.core.states import STATES
 from apoq.postgres.connections import own_engine
 
 # The threads of a worker take their jitter from it, while Hypothesis makes the next example.
-pytestmark = pytest.mark.filterwarnings("ignore:Do not use the `random` module inside strategies")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Do not use the `random` module inside strategies"),
+    pytest.mark.slow,
+]
 
 PATIENCE = 6.0
 """Seconds in which innocent tasks have to be done: on an idle machine they take a hundredth."""

@@ -65,6 +65,8 @@ from apoq.worker.liveness.peers import Peer
 from apoq.worker.settling import counters
 from apoq.worker.settling.settler import Settler
 
+pytestmark = pytest.mark.slow
+
 HOUR = 3600
 LEASE = 3
 GRACE = 1

@@ -35,7 +35,10 @@ from apoq.schema.statements.notify import CHANNEL
 from apoq.worker.claiming import listener
 
 PROGRAM = shutil.which("pgbouncer") or shutil.which("pgbouncer", path="/usr/sbin:/usr/local/sbin")
-pytestmark = pytest.mark.skipif(PROGRAM is None, reason="no pgbouncer here: apt-get install pgbouncer")
+pytestmark = [
+    pytest.mark.skipif(PROGRAM is None, reason="no pgbouncer here: apt-get install pgbouncer"),
+    pytest.mark.slow,
+]
 
 SOON = 30.0
 

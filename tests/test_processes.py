@@ -25,6 +25,8 @@ from apoq.schema.statements.recover import rescue
 from apoq.worker.claiming.cursor import ClaimCursor
 from apoq.worker.claiming.queue_claims import workable
 
+pytestmark = pytest.mark.slow
+
 SOON = 60.0
 
 until = patience(SOON)
