@@ -14,7 +14,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import drawn  # noqa: F401 - it registers a profile
 import pages
 import pytest
 import sqlalchemy as sa
@@ -39,6 +38,7 @@ ROOM = 4_000_000_000
 """Bytes that must be free there for the servers of the tests."""
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     """Set up the environment of the tests, and of the processes that they start.
 
@@ -46,6 +46,8 @@ def pytest_configure(config: pytest.Config) -> None:
     share their bytecode even if none may be written: there are hundreds, and each would compile apoq, and all
     that lacks bytecode, such as SQLAlchemy if uv has installed it.
     """
+    if config.getoption("--hypothesis-profile", None):
+        import drawn  # noqa: F401 - it registers one
     if "TMPDIR" not in os.environ and MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > ROOM:
         os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
         os.environ["TMPDIR"] = tempfile.tempdir = str(MEMORY)
