@@ -15,7 +15,7 @@ from sqlalchemy.dialects.postgresql import ARRAY, INTERVAL
 
 from apoq.postgres.connections import _IS_POOLED, execute, own_engine
 from apoq.schema.statements.notify import Notification
-from apoq.worker.claiming.listener import MAX_NOTIFICATIONS, Heard, ListeningConnection
+from apoq.worker.claiming.listener import MAX_NOTIFICATIONS, ListeningConnection, Received
 
 
 @pytest.fixture
@@ -148,11 +148,11 @@ def test_a_notification_that_comes_beside_an_answer_is_heard(own, waker):
     with ListeningConnection(own, waker) as connection:
         connection.listen(["here"], [Notification("here", "ours"), Notification("here", "")])
         execute(connection.pooled, sa.select(sa.func.pg_notify("here", "ours")), {})
-        assert connection.wait(0.0) == Heard(1, is_notified=True, cancelled=set(), is_all=True)
+        assert connection.wait(0.0) == Received(1, is_notified=True, cancelled=set(), is_all=True)
         connection.execute("NOTIFY {}", "here")
         assert connection.wait(0.0).is_notified
         execute(connection.pooled, sa.select(sa.func.pg_notify("here", "another's")), {})
-        assert connection.wait(0.0) == Heard(1, is_notified=False, cancelled=set(), is_all=True)
+        assert connection.wait(0.0) == Received(1, is_notified=False, cancelled=set(), is_all=True)
         assert connection.wait(0.0).number == 0
 
 
