@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import sys
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -25,6 +28,62 @@ from apoq.errors import name_commands
 
 FAST = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
 """What the tests ask of a server of their own: nothing in it is to outlive them."""
+
+
+CORES = os.cpu_count() or 1
+
+
+MEMORY = Path("/dev/shm")
+ROOM = 4_000_000_000
+"""Bytes that must be free there for the servers of the tests."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Set up the environment of the tests, and of the processes that they start.
+
+    The servers are in memory, where there is room, because cloning a database is faster there. Interpreters
+    share their bytecode even if none may be written: there are hundreds, and each would compile apoq, and all
+    that lacks bytecode, such as SQLAlchemy if uv has installed it.
+    """
+    if config.getoption("--hypothesis-profile", None):
+        import drawn  # noqa: F401 - it registers one
+    if "TMPDIR" not in os.environ and MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > ROOM:
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
+        os.environ["TMPDIR"] = tempfile.tempdir = str(MEMORY)
+    if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):
+        folder = os.environ["PYTHONPYCACHEPREFIX"] = tempfile.mkdtemp(prefix="apoq-bytecode-")
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Return the number of processes for `-n auto`: one more than cores, because many tests wait."""
+    return CORES + 1
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Let a process that has no tests left take some of another's, unless `--dist` says otherwise."""
+    if config.getoption("numprocesses", None) and config.option.dist == "no":
+        config.option.dist = "worksteal"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_report_to_serializable() -> Any:
+    """Let a report be sent to xdist's controller if a log or an error in it holds what UTF-8 can't."""
+    return encodable((yield))
+
+
+def encodable(value: Any) -> Any:
+    match value:
+        case str():
+            return value.encode(errors="backslashreplace").decode()
+        case dict():
+            return {key: encodable(item) for key, item in value.items()}
+        case list() | tuple():
+            return type(value)(map(encodable, value))
+    return value
 
 
 def docker_answers() -> bool:
@@ -62,7 +121,8 @@ def server() -> Iterator[sa.URL]:
 
 @pytest.fixture(scope="session")
 def admin(server: sa.URL) -> Iterator[sa.Engine]:
-    engine = sa.create_engine(server, isolation_level="AUTOCOMMIT", poolclass=NullPool)
+    # Two connections that stay open, because a new one would take half the time of cloning a database.
+    engine = sa.create_engine(server, isolation_level="AUTOCOMMIT", pool_size=2, pool_pre_ping=True)
     yield engine
     engine.dispose()
 

@@ -21,7 +21,8 @@ import attrs
 import msgspec
 import pydantic
 import pytest
-from hypothesis import given, settings
+from drawn import drawn
+from hypothesis import given
 from hypothesis import strategies as st
 from markupsafe import Markup
 from sqlalchemy import Column, Integer, MetaData, Table
@@ -302,7 +303,7 @@ class TestRoundTrips:
         assert arguments.write((value,), {"other": value}) == {"value": value, "other": value}
         assert arguments.read({"value": value})["value"] is value
 
-    @settings(max_examples=25, deadline=None)
+    @drawn(25)
     @given(
         st.lists(
             st.builds(

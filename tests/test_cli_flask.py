@@ -14,6 +14,8 @@ from sqlalchemy.orm import Session
 
 from apoq import Queue, Task
 
+pytestmark = pytest.mark.slow
+
 APP = """
 import os
 from flask import Flask

@@ -686,6 +686,7 @@ def test_the_name_of_a_prepared_transaction_is_quoted_in_what_is_to_be_pasted(mo
             connection.exec_driver_sql(finding.cure.removeprefix("COMMIT PREPARED or "))
 
 
+@pytest.mark.slow
 class TestDemo:
     def demo(self, **environment: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "apoq", "demo", "--tasks", "200"]

@@ -23,6 +23,8 @@ from apoq.cli import main
 from apoq.cli.exits import BadUsage
 from apoq.cli.reload import Reloader
 
+pytestmark = pytest.mark.slow
+
 PATIENCE = 60
 APP = """
 import threading

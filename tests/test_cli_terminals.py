@@ -21,6 +21,8 @@ from sqlalchemy.pool import NullPool
 from apoq import Queue
 from apoq.cli.commands import COMMANDS
 
+pytestmark = pytest.mark.slow
+
 APOQ = [sys.executable, "-m", "apoq"]
 
 

@@ -195,6 +195,7 @@ def is_alive(pid: int) -> bool:
     return not (status.exists() and status.read_text().rpartition(")")[2].split()[0] == "Z")
 
 
+@pytest.mark.slow
 class TestOneProcess:
     def test_it_works_the_typed_tasks_of_a_queue(self, start, engine):
         with Session(engine) as session, session.begin():
@@ -253,6 +254,7 @@ class TestOneProcess:
         program.wait_for("run `apoq migrate`")
 
 
+@pytest.mark.slow
 class TestAStop:
     """What is said while a worker stops that still runs tasks."""
 
@@ -306,6 +308,7 @@ class TestAStop:
         assert program.output.count("waiting until") == 1
 
 
+@pytest.mark.slow
 class TestSeveralQueues:
     """``apoq worker a:queue b:queue``."""
 
@@ -361,6 +364,7 @@ class TestSeveralQueues:
         program.wait_for("app:worker is a Worker, which has its own queues: give it alone")
 
 
+@pytest.mark.slow
 class TestABurst:
     def test_what_is_due_is_run_and_what_becomes_due_by_it(self, start, engine, add, tmp_path):
         with Session(engine) as session, session.begin():
@@ -434,6 +438,7 @@ class TestABurst:
         program.wait_for("can't be combined")
 
 
+@pytest.mark.slow
 class TestSeveralProcesses:
     def test_one_that_dies_is_replaced_and_a_signal_stops_them_all(self, start, engine):
         program = start("app:worker", "--processes", "2")

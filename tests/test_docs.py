@@ -110,6 +110,7 @@ def test_every_page_is_in_the_navigation():
     assert sorted(listed) == sorted(page.name for page in DOCS.glob("*.md"))
 
 
+@pytest.mark.slow
 def test_the_site_is_built_without_a_warning(tmp_path, monkeypatch):
     pytest.importorskip("zensical")
     monkeypatch.chdir(tmp_path)

@@ -12,6 +12,8 @@ from pathlib import Path
 import pages
 import pytest
 
+pytestmark = pytest.mark.slow
+
 Run = Callable[[str], str]
 
 

@@ -25,6 +25,8 @@ from sqlalchemy import NullPool, create_engine, make_url, text
 from apoq import embedded
 from apoq.embedded import EmbeddedUnavailable, PostgreSQL, database, find_bindir
 
+pytestmark = pytest.mark.slow
+
 pwd = pytest.importorskip("pwd", reason="apoq.embedded runs on Linux and macOS only")
 root_only = pytest.mark.skipif(os.geteuid() != 0, reason="only root can try what another user may do")
 

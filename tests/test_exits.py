@@ -25,6 +25,8 @@ from waiting import catches, patience
 
 from apoq import Queue, Task
 
+pytestmark = pytest.mark.slow
+
 SOON = 30.0
 OVERTIME = 3.0
 """Seconds after its `--timeout` in which a process must have ended."""

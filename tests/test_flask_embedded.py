@@ -19,6 +19,8 @@ from flask_sqlalchemy import SQLAlchemy
 from apoq import prepare
 from apoq.flask import Apoq
 
+pytestmark = pytest.mark.slow
+
 PROGRAM = """
     import os
     import sqlalchemy as sa

@@ -1,12 +1,11 @@
 """Whatever is given to `add` and `add_many`: a clear refusal and no row, or a row that comes back as it was.
 
-`APOQ_TEST_EXAMPLES=5000 python -m pytest tests/test_fuzz.py` tries so many of each, each time others.
+`python -m pytest --hypothesis-profile thorough tests/test_fuzz.py` draws thousands, each time others.
 """
 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from datetime import UTC, datetime, timedelta, timezone, tzinfo
@@ -17,25 +16,16 @@ import probe
 import psycopg
 import pytest
 import sqlalchemy as sa
-from hypothesis import HealthCheck, given, settings
+from drawn import drawn
+from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy.orm import Session
 
 from apoq import InvalidData, InvalidTask, Queue, Task, UnsupportedSession, Worker
 
-EXAMPLES = int(os.environ.get("APOQ_TEST_EXAMPLES", "0"))
+pytestmark = pytest.mark.slow
 
 queue = Queue()
-
-
-def fuzz(examples: int) -> settings:
-    return settings(
-        max_examples=EXAMPLES or examples,
-        derandomize=not EXAMPLES,
-        database=None,
-        deadline=None,
-        suppress_health_check=list(HealthCheck),
-    )
 
 
 # What is given.
@@ -306,7 +296,7 @@ def stored(engine: sa.Engine, ids: list[int]) -> list[Task]:
         return [session.get_one(Task, id_) for id_ in ids]
 
 
-@fuzz(250)
+@drawn(60)
 @given(kind=kinds, data=items)
 def test_data_are_refused_or_come_back(engine, transactions, received, kind, data):
     ids, refusal = add(transactions[kind], lambda session: queue.add(session, "t", data))
@@ -322,7 +312,7 @@ def test_data_are_refused_or_come_back(engine, transactions, received, kind, dat
         assert same(received()[task.id], data)
 
 
-@fuzz(150)
+@drawn(40)
 @given(kind=kinds, many=st.lists(sound | items, max_size=7), make=st.sampled_from([list, tuple, iter]))
 def test_the_data_of_many_are_refused_or_come_back(engine, transactions, received, kind, many, make):
     ids, refusal = add(
@@ -341,7 +331,7 @@ def test_the_data_of_many_are_refused_or_come_back(engine, transactions, receive
         assert all(same(found[task.id], data) for task, data in zip(tasks, many, strict=True))
 
 
-@fuzz(250)
+@drawn(60)
 @given(kind=kinds, type_=types, options=options, many=st.booleans())
 def test_types_and_options_are_refused_or_kept(engine, transactions, kind, type_, options, many):
     of_its_own = Queue("options")
@@ -375,14 +365,14 @@ def test_types_and_options_are_refused_or_kept(engine, transactions, kind, type_
             assert began - timedelta(seconds=1) <= task.process_at - waits <= datetime.now(UTC)
 
 
-@fuzz(100)
+@drawn(30)
 @given(session=anything, many=st.booleans())
 def test_what_is_no_session_is_refused(session, many):
     with pytest.raises(UnsupportedSession):
         queue.add_many(session, "t", [1]) if many else queue.add(session, "t")
 
 
-@fuzz(100)
+@drawn(30)
 @given(many=anything)
 def test_what_is_no_list_of_data_is_refused(engine, transactions, many):
     is_iterable = isinstance(many, Iterable) and not isinstance(many, str | bytes)

@@ -4,14 +4,13 @@ Random rows of every column, each type's extremes among them, stand beside innoc
 worker has to do in time. If they aren't done, the rows are tried one by one, and the failure
 names those that are the cause.
 
-`APOQ_TEST_EXAMPLES=5000 python -m pytest tests/test_fuzz_rows.py` tries so many of each, each time others.
+`python -m pytest --hypothesis-profile thorough tests/test_fuzz_rows.py` draws thousands, each time others.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import time
 from collections.abc import Iterator
@@ -24,7 +23,8 @@ import pytest
 import sqlalchemy as sa
 import sqlalchemy.exc
 from click.testing import CliRunner
-from hypothesis import HealthCheck, Phase, example, given, settings
+from drawn import drawn
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 from sqlalchemy.orm import Session
 
@@ -34,9 +34,10 @@ from apoq.core.states import STATES
 from apoq.postgres.connections import own_engine
 
 # The threads of a worker take their jitter from it, while Hypothesis makes the next example.
-pytestmark = pytest.mark.filterwarnings("ignore:Do not use the `random` module inside strategies")
-
-EXAMPLES = int(os.environ.get("APOQ_TEST_EXAMPLES", "0"))
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Do not use the `random` module inside strategies"),
+    pytest.mark.slow,
+]
 
 PATIENCE = 6.0
 """Seconds in which innocent tasks have to be done: on an idle machine they take a hundredth."""
@@ -48,17 +49,8 @@ Row = dict[str, str | None]
 
 
 def fuzz(examples: int) -> settings:
-    return settings(
-        max_examples=EXAMPLES or examples,
-        derandomize=not EXAMPLES,
-        database=None,
-        deadline=None,
-        phases=[
-            Phase.explicit,
-            Phase.generate,
-        ],  # what fails is found by trying row by row, in much less time
-        suppress_health_check=list(HealthCheck),
-    )
+    # A row that fails is found by trying row by row, in much less time.
+    return drawn(examples, phases=[Phase.explicit, Phase.generate])
 
 
 # What is written.
@@ -535,13 +527,13 @@ def works(engine, complaints) -> Iterator[Works]:
     works.stop()
 
 
-@fuzz(150)
+@fuzz(40)
 @given(given_rows=st.lists(rows(), min_size=5, max_size=15))
 def test_no_task_holds_up_the_others(works, given_rows):
     works.check("apoq_tasks", given_rows)
 
 
-@fuzz(50)
+@fuzz(20)
 @given(given_rows=st.lists(claim_rows, min_size=1, max_size=8))
 def test_no_note_of_a_claim_holds_up_tasks(works, given_rows):
     works.check("apoq_claims", given_rows)
@@ -562,7 +554,7 @@ def test_nothing_is_left_after_the_stop(engine, works):
     assert (before is None, left) == (False, [])
 
 
-@fuzz(20)
+@fuzz(8)
 @given(given_rows=st.lists(rows(), min_size=3, max_size=8))
 def test_no_task_makes_work_raise(engine, works, given_rows):
     works.begin_again()
@@ -615,7 +607,7 @@ def rescues(engine: sa.Engine, given_rows: list[Row]) -> str:
     return late or (f"{left} notes of claims are left" if left else "")
 
 
-@fuzz(20)
+@fuzz(8)
 @given(given_rows=st.lists(worker_rows, min_size=1, max_size=6))
 @example(given_rows=[SEEN | {"last_heartbeat_at": "294276-12-31 23:59:59.999999+00"}])
 @example(given_rows=[SEEN | {"last_heartbeat_at": "infinity"}])
@@ -639,7 +631,7 @@ def reader(engine) -> Iterator[sa.Engine]:
     reader.dispose()
 
 
-@fuzz(40)
+@fuzz(15)
 @given(given_rows=st.lists(rows(), min_size=1, max_size=10))
 def test_every_row_can_be_read(engine, works, reader, given_rows):
     works.begin_again()
@@ -664,7 +656,7 @@ def strict(text: str) -> Any:
     return json.loads(text, parse_constant=refuse)
 
 
-@fuzz(6)
+@fuzz(3)
 @given(
     given_rows=st.lists(rows(), min_size=3, max_size=10),
     worker_rows_=st.lists(worker_rows, max_size=3),

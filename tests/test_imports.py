@@ -5,6 +5,10 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
+pytestmark = pytest.mark.slow
+
 APOQ = "import apoq"
 WITHOUT = "import sqlalchemy, sqlalchemy.orm, sqlalchemy.ext.asyncio, psycopg"
 

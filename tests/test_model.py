@@ -3,14 +3,13 @@
 Hypothesis chooses what happens next; after each step every row has to be as the model says. Nobody waits for
 anything: the hours that pass are taken from every time that stands in the database.
 
-`APOQ_TEST_EXAMPLES=5000 python -m pytest tests/test_model.py` plays that many, each time others.
+`python -m pytest --hypothesis-profile thorough tests/test_model.py` plays thousands, each time others.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -26,7 +25,7 @@ import probe
 import pytest
 import sqlalchemy as sa
 from claims import AHEAD
-from hypothesis import HealthCheck, settings
+from drawn import drawn, is_thorough
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -66,7 +65,7 @@ from apoq.worker.liveness.peers import Peer
 from apoq.worker.settling import counters
 from apoq.worker.settling.settler import Settler
 
-EXAMPLES = int(os.environ.get("APOQ_TEST_EXAMPLES", "0"))
+pytestmark = pytest.mark.slow
 
 HOUR = 3600
 LEASE = 3
@@ -995,17 +994,10 @@ def test_whatever_happens_every_task_is_as_it_ought_to_be(engine, own, caplog, m
     Tasks.reached.clear()
     # The same each time, and then at random where that shows too little: what is drawn depends on the modules
     # that happen to be loaded.
-    for is_the_same in (not EXAMPLES, *[False] * 5):
+    for is_the_same in (not is_thorough(), *[False] * 5):
         run_state_machine_as_test(
             partial(Tasks, engine, own),
-            settings=settings(
-                max_examples=EXAMPLES or 80,
-                stateful_step_count=50,
-                derandomize=is_the_same,
-                database=None,
-                deadline=None,
-                suppress_health_check=list(HealthCheck),
-            ),
+            settings=drawn(25, stateful_step_count=50, derandomize=is_the_same),
         )
         if Tasks.reached.keys() >= WORTH_REACHING:
             break

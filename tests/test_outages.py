@@ -152,11 +152,10 @@ def test_after_a_cut_without_a_word_it_hears_notifications_again(proxy, far, eng
     until(lambda: not worker.is_healthy())
     proxy.heal()
     until(worker.is_healthy)
-    began = time.monotonic()
     for _ in range(3):
         add(engine, queue)
+        # A connection that it began to make while there was none is given up after 10 s.
         assert ran.acquire(timeout=SOON)
-    assert time.monotonic() - began < 10
     worker.stop()
 
 

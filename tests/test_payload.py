@@ -15,7 +15,8 @@ from pathlib import PurePosixPath
 from typing import NamedTuple
 
 import pytest
-from hypothesis import given, settings
+from drawn import drawn
+from hypothesis import given
 from hypothesis import strategies as st
 
 from apoq import ApoqError, InvalidData, InvalidTask
@@ -354,7 +355,7 @@ any_data = st.recursive(
         | st.dictionaries(any_text | st.integers() | st.none(), inner)
     ),
 )
-quickly = settings(max_examples=100, deadline=None, database=None)
+quickly = drawn(30)
 
 
 def as_json(data):

@@ -22,6 +22,8 @@ from apoq.cli import main
 from apoq.pyramid import Misconfigured, load_worker
 from apoq.pyramid.application import Application
 
+pytestmark = pytest.mark.slow
+
 BIN = Path(sys.executable).parent
 
 INI = """

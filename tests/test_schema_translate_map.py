@@ -24,7 +24,7 @@ from apoq.testing import assert_enqueued, drain, enqueued
 queue = Queue()
 
 
-@queue.task(type="send")
+@queue.task
 def send() -> None: ...
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import pages
 import pytest
 
+pytestmark = pytest.mark.slow
+
 PAGE = pages.DOCS / "testing.md"
 
 

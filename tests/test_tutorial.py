@@ -16,6 +16,8 @@ import sqlalchemy as sa
 
 from apoq import Task
 
+pytestmark = pytest.mark.slow
+
 PAGE = pages.DOCS / "tutorial.md"
 
 BEFORE = re.compile(r"python3 -m venv|pip install|export DATABASE_URL|python -c .from apoq.embedded")

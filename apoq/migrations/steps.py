@@ -15,7 +15,7 @@ from apoq.migrations.differences import differences
 from apoq.migrations.places import home, warn_of_another_set
 from apoq.postgres.urls import check_untranslated
 from apoq.schema.preflight import check_unsharded
-from apoq.schema.statements.preflight import lock_holder, lock_timeout
+from apoq.schema.statements.preflight import has_column, lock_holder, lock_timeout
 
 if TYPE_CHECKING:
     from alembic.operations import Operations
@@ -213,10 +213,8 @@ def _quoted(schema: str | None) -> str | None:
 
 
 def _is_ours(connection: sa.Connection, schema: str | None) -> bool:
-    inspector = sa.inspect(connection)
-    if not inspector.has_table(VERSION_TABLE, schema=schema):
-        return False
-    return "version_num" in {column["name"] for column in inspector.get_columns(VERSION_TABLE, schema=schema)}
+    asked = {"name": VERSION_TABLE, "column": "version_num", "schema": schema}
+    return bool(connection.scalar(has_column(), asked))
 
 
 def _table(schema: str | None) -> sa.Table:

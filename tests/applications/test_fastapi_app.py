@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 
+import pytest
 from applications.harness import Example, Scenario, Site, free_port, until
+
+pytestmark = pytest.mark.slow
 
 WEB = ["uvicorn", "app:app", "--port", "{port}", "--workers", "2"]
 

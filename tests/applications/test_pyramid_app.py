@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 from applications.harness import Example, Scenario
+
+pytestmark = pytest.mark.slow
 
 EXAMPLE = Example(
     folder="pyramid_app",

@@ -50,6 +50,24 @@ def session() -> TextClause:
 
 
 @cache
+def has_column() -> TextClause:
+    """Return whether the table `name` has this `column`.
+
+    In the schema `schema`, or, where that is null, in the first of the search_path that has the table.
+    """
+    return text("""
+        SELECT EXISTS (
+            SELECT FROM pg_catalog.pg_attribute
+              JOIN pg_catalog.pg_class ON pg_class.oid = attrelid
+              JOIN pg_catalog.pg_namespace ON pg_namespace.oid = relnamespace
+             WHERE relname = :name AND attname = :column AND NOT attisdropped
+               AND CASE WHEN CAST(:schema AS text) IS NULL THEN pg_catalog.pg_table_is_visible(pg_class.oid)
+                        ELSE nspname = :schema END
+        )
+    """)
+
+
+@cache
 def tables() -> TextClause:
     """Return the kind of each of the tables `names`, and the rights of this role on it.
 

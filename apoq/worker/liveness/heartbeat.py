@@ -8,7 +8,7 @@ import platform
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import version
 from typing import Any, Final
 from uuid import UUID
@@ -54,6 +54,8 @@ FORGOTTEN_AFTER: Final = timedelta(hours=1)
 
 REASON: Final = encode(report(WorkerDied(WorkerDied.__doc__)))
 """The error of a task that was taken from a dead worker."""
+
+_version = cache(version)
 
 
 class Presence:
@@ -129,7 +131,7 @@ class Heartbeat:
         self._on_lapse = on_lapse
         self._row = {
             "worker_host": platform.node(),
-            "worker_version": version("apoq"),
+            "worker_version": _version("apoq"),
             "worker_concurrency": concurrency,
             "lease": lease,
             "grace": lease / HEARTBEATS_PER_LEASE * GRACE_HEARTBEATS,
