@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import pages
+import probe
 import pytest
 import sqlalchemy as sa
 from clones import Clones
@@ -22,7 +23,6 @@ from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
 
 from apoq import Queue, Worker, database_url, prepare
-from apoq.client import shared_tasks
 from apoq.embedded import PostgreSQL
 from apoq.errors import name_commands
 
@@ -92,14 +92,14 @@ def docker_answers() -> bool:
     host = os.environ.get("DOCKER_HOST", "unix:///var/run/docker.sock")
     if not host.startswith("unix://"):
         return True
-    with socket.socket(socket.AF_UNIX) as probe:
-        return probe.connect_ex(host.removeprefix("unix://")) == 0
+    with socket.socket(socket.AF_UNIX) as client:
+        return client.connect_ex(host.removeprefix("unix://")) == 0
 
 
 @pytest.fixture(autouse=True)
 def _own_process_state() -> None:
     """Undo what earlier tests have set for the whole process."""
-    shared_tasks._by_queue.clear()  # the queues of other tests have the same name
+    probe.forget_shared_tasks()  # the queues of other tests have the same name
     name_commands()
 
 

@@ -19,6 +19,7 @@ from sqlalchemy.pool import PoolProxiedConnection
 
 from apoq import AsyncRunningTask, RunningTask, Worker
 from apoq.cli.stats import _figures as stats_figures  # noqa: F401
+from apoq.client import shared_tasks
 from apoq.client.after_commit import _notifiers
 from apoq.client.notifier import Notifier
 from apoq.client.session_adapters import _compiled as compiled  # noqa: F401
@@ -136,6 +137,22 @@ def is_busy_starting_or_stopping(worker: Worker) -> bool:
         lock.release()
         return False
     return True
+
+
+@contextmanager
+def recorded_stop(worker: Worker) -> Iterator[list[float]]:
+    """Record how long the worker waits for its tasks when it stops."""
+    its: Any = lifecycle(worker)
+    waits: list[float] = []
+    stop = its.stop
+    its.stop = lambda timeout: waits.append(timeout) or stop(timeout)
+    yield waits
+    its.stop = stop
+
+
+def timeout_of(lifespan: Any) -> float:
+    """Return how long a FastAPI application waits for its worker's tasks."""
+    return lifespan._timeout
 
 
 def is_entering(worker: Worker) -> bool:
@@ -490,3 +507,11 @@ def line_engine(line: Any) -> sa.Engine:
 def keeper(server: PostgreSQL) -> Any:
     """Return the process that stops the server when its owner is gone."""
     return server._keeper
+
+
+# The whole process.
+
+
+def forget_shared_tasks() -> None:
+    """Forget the typed tasks of all queues."""
+    shared_tasks._by_queue.clear()

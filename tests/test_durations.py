@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any
 
+import probe
 import pytest
 from pyramid.request import Request
 from sqlalchemy.orm import Session
@@ -59,27 +59,17 @@ def used(worker: Worker, **options: Any) -> Any:
 
 
 def option(worker: Worker, name: str, value: Any) -> timedelta:
-    return getattr(Worker(worker._engine, **{name: value}).options, name)
-
-
-@contextmanager
-def recorded_stop(worker: Worker) -> Iterator[list[float]]:
-    """Record how long the worker waits for its tasks when it stops."""
-    waits: list[float] = []
-    stop = worker._lifecycle.stop
-    worker._lifecycle.stop = lambda timeout: waits.append(timeout) or stop(timeout)
-    yield waits
-    worker._lifecycle.stop = stop
+    return getattr(Worker(probe.engine(worker), **{name: value}).options, name)
 
 
 def stopped(worker: Worker, value: Any) -> float:
-    with recorded_stop(worker) as waits:
+    with probe.recorded_stop(worker) as waits:
         worker.stop(value)
     return waits[0]
 
 
 def run(worker: Worker, value: Any) -> float:
-    with recorded_stop(worker) as waits:
+    with probe.recorded_stop(worker) as waits:
         worker.run(timeout=value, on_start=lambda stop: stop())
     return waits[0]
 
@@ -115,7 +105,7 @@ PARAMETERS: dict[str, Act] = {
     "Worker.run(timeout)": lambda _, worker, value: run(worker, value),
     "Retry(delay)": lambda _, __, value: Retry(delay=value).delay,
     "Snooze(delay)": lambda _, __, value: Snooze(value).delay,
-    "fastapi.lifespan(timeout)": lambda _, worker, value: lifespan(worker, timeout=value)._timeout,
+    "fastapi.lifespan(timeout)": lambda _, worker, value: probe.timeout_of(lifespan(worker, timeout=value)),
     "request.apoq.add(delay)": lambda session, _, value: due_in(request_tasks(session).add("t", delay=value)),
     "request.apoq.retry(delay)": lambda session, _, value: retried(
         session, value, request_tasks(session).retry
@@ -136,6 +126,13 @@ PARAMETERS: dict[str, Act] = {
 
 
 def print_it() -> None: ...
+
+
+@pytest.fixture
+def worker(shared_engine) -> Iterator[Worker]:
+    worker = Worker(shared_engine)
+    yield worker
+    worker.stop()
 
 
 parameters = pytest.mark.parametrize("act", PARAMETERS.values(), ids=PARAMETERS)
@@ -163,14 +160,14 @@ def test_anything_else_is_rejected(session, worker, act, value):
         act(session, worker, value)
 
 
-def test_a_worker_keeps_tasks_for_ever_with_none(engine):
-    options = Worker(engine, keep_completed=None, keep_failed=None).options
+def test_a_worker_keeps_tasks_for_ever_with_none(shared_engine):
+    options = Worker(shared_engine, keep_completed=None, keep_failed=None).options
 
     assert (options.keep_completed, options.keep_failed) == (None, None)
 
 
-def test_a_worker_deletes_completed_tasks_at_once_with_zero_seconds(engine):
-    assert not Worker(engine, keep_completed=0).options.keeps_completed
+def test_a_worker_deletes_completed_tasks_at_once_with_zero_seconds(shared_engine):
+    assert not Worker(shared_engine, keep_completed=0).options.keeps_completed
 
 
 def test_a_retry_comes_after_the_same_number_of_seconds_each_time():
