@@ -83,7 +83,7 @@ def test_an_error_names_the_commands_of_the_application(flask, empty_url):
     assert "or `flask db upgrade`" in done.stderr
 
 
-def test_so_does_the_doctor(flask, empty_url):
+def test_the_doctor_names_the_commands_of_the_application(flask, empty_url):
     done = flask(empty_url, "doctor")
 
     assert done.returncode == 1

@@ -221,7 +221,7 @@ class TestAHistoryOfTheirs:
 
         assert output.index(ADVICE) < output.index("`alembic upgrade head`")
 
-    def test_but_not_what_is_done(self, project):
+    def test_what_is_done_is_not_said_to_be_next(self, project):
         project.include_object()
 
         assert ADVICE not in revision().output

@@ -565,7 +565,7 @@ class TestWhatIsToBeWorked:
             ("app_that_is_no_python:worker", r"app_that_is_no_python\.py, line 2\)$"),
         ],
     )
-    def test_and_where(self, said, name, place):
+    def test_what_is_wrong_is_said_with_its_place(self, said, name, place):
         assert re.search(place, said(name))
 
     def test_a_task_is_not_its_queue(self, said):
@@ -645,7 +645,7 @@ class TestTheStatus:
 
         assert worker.stats() == WorkerStats(running=0, completed=2, retried=1, failed=1, cancelled=0)
 
-    def test_and_what_runs_just_now(self, worker, engine):
+    def test_a_worker_counts_the_tasks_that_are_running(self, worker, engine):
         running, end = threading.Event(), threading.Event()
         worker.use("hold", lambda task: (running.set(), end.wait()))
         with Session(engine) as session, session.begin():

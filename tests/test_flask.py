@@ -394,7 +394,7 @@ class TestTypedTasks:
         with engine.connect() as connection:
             assert connection.scalars(sa.select(Task.data)).all() == [{"number": 5}]
 
-    def test_or_in_a_session_that_is_given(self, context, db, engine, welcome):
+    def test_a_call_is_added_in_a_session_that_is_given(self, context, db, engine, welcome):
         with Session(db.engine) as session, session.begin():
             welcome.add(session, 3)
             welcome.add_many(session, [welcome.call(4)])

@@ -59,7 +59,7 @@ def test_a_revision_makes_our_names(empty_engine, ours):
     assert differences(empty_engine) == []
 
 
-def test_so_does_a_copy_of_the_model_in_a_metadata_of_theirs(empty_engine, ours):
+def test_a_copy_of_the_model_in_another_metadata_makes_our_names(empty_engine, ours):
     theirs = sa.MetaData(naming_convention=CONVENTION)
     for table in Base.metadata.sorted_tables:
         table.to_metadata(theirs)

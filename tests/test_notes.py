@@ -80,7 +80,7 @@ def test_a_worker_that_stops_leaves_none(engine, worker, held):
     assert noted(engine) == []
 
 
-def test_nor_does_one_that_works_a_single_task(engine, worker, held):
+def test_a_worker_that_works_a_single_task_leaves_none(engine, worker, held):
     held.set()
     add(engine)
 

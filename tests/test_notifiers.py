@@ -83,7 +83,7 @@ async def async_connection(engine, queue) -> None:
 
 
 @pytest.mark.parametrize("add", [async_session, async_connection])
-def test_so_do_asyncio_engines(url, queue, connections, add):
+def test_asyncio_engines_that_share_a_pool_share_a_thread_and_a_connection(url, queue, connections, add):
     async def main() -> None:
         engine = create_async_engine(url, poolclass=sa.NullPool)
         await asyncio.gather(

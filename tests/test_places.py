@@ -107,7 +107,7 @@ class TestALostSearchPath:
         assert "--schema app" in done.output
         assert tables(engine) == {"app": TABLES}
 
-    def test_nor_does_prepare(self, app, engine):
+    def test_prepare_makes_no_second_set(self, app, engine):
         with pytest.raises(SchemaMismatch, match="in the schema 'app'"):
             prepare(engine)
 
@@ -248,7 +248,7 @@ class TestTablesWithoutTheirVersion:
             assert differences(connection) == []
             assert connection.exec_driver_sql("SELECT count(*) FROM apoq_tasks").scalar() == 1
 
-    def test_so_do_a_revision_and_a_script(self, engine, lose):
+    def test_a_revision_and_a_script_record_it_and_keep_the_tasks(self, engine, lose):
         prepare(engine)
         for script in (None, apoq.migrations.upgrade_sql(version=1)):
             lose(engine)

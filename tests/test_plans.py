@@ -210,7 +210,7 @@ LOOKS = [
 
 
 @pytest.mark.parametrize(("statement", "parameters", "indexes"), STATEMENTS)
-def test_it_reads_by_its_indexes_only(large_table, statement, parameters, indexes):
+def test_a_statement_of_a_worker_reads_by_its_indexes_only(large_table, statement, parameters, indexes):
     sql, values = probe.compiled(statement, parameters)
     with large_table.connect() as connection:
         plan = connection.exec_driver_sql(f"EXPLAIN (FORMAT JSON) {sql}", values).scalar()[0]["Plan"]
@@ -222,7 +222,9 @@ def test_it_reads_by_its_indexes_only(large_table, statement, parameters, indexe
 
 
 @pytest.mark.parametrize(("statement", "parameters", "indexes"), STATEMENTS)
-def test_so_does_a_plan_that_was_made_for_any_parameters(large_table, statement, parameters, indexes):
+def test_a_generic_plan_of_a_workers_statement_reads_by_its_indexes_only(
+    large_table, statement, parameters, indexes
+):
     """As of a prepared statement, and in a session such as the worker's own."""
     sql, values = probe.compiled(statement, parameters)
     for number, name in enumerate(values, 1):
@@ -276,7 +278,7 @@ def test_a_claim_reads_few_pages_however_many_rows_are_in_front(large_table):
     assert pages(plan) < 500 * 20
 
 
-def test_nor_does_a_claim_after_a_survey_read_many_where_all_that_is_due_is_of_other_types(large_table):
+def test_a_claim_after_a_survey_reads_few_pages_if_all_due_tasks_are_of_other_types(large_table):
     mine = {"from_queue": "default", "of_types": ["rare"]}
     position = ClaimCursor()
     with large_table.connect() as connection:
@@ -409,7 +411,9 @@ def pages(plan: dict) -> int:
 
 
 @pytest.mark.parametrize(("statement", "parameters", "indexes"), LOOKS)
-def test_so_does_what_people_look_with(large_table, statement, parameters, indexes):
+def test_a_statement_of_the_command_line_reads_by_its_indexes_only(
+    large_table, statement, parameters, indexes
+):
     plan = look(large_table, statement, parameters)
     used = {node["Index Name"] for node in nodes(plan) if node.get("Relation Name") == "apoq_tasks"}
 
@@ -435,7 +439,7 @@ def test_counting_reads_few_pages_however_many_rows_there_are(large_table, state
     assert pages(plan) < 6 * COUNTED
 
 
-def test_so_does_counting_what_runs(session):
+def test_counting_running_tasks_reads_few_pages(session):
     session.execute(
         sa.text(
             "INSERT INTO apoq_tasks (type, state, worker_id)"

@@ -322,7 +322,7 @@ class TestCitus:
         sql("TRUNCATE pg_dist_schema")
         prepare(engine, schema="jobs")
 
-    def test_nor_in_a_new_one_that_it_would_shard(self, citus, url):
+    def test_no_tables_are_made_in_a_new_schema_that_would_be_sharded(self, citus, url):
         options = {"options": "-c citus.enable_schema_based_sharding=on"}
         engine = sa.create_engine(url, connect_args=options, poolclass=NullPool)
 

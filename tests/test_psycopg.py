@@ -35,7 +35,7 @@ class Person:
 
 
 @pytest.mark.parametrize("row_factory", [dict_row, namedtuple_row, scalar_row, class_row(Person)])
-def test_its_row_factory_is_its_own_business(dsn, queue, row_factory):
+def test_a_connections_row_factory_does_not_matter(dsn, queue, row_factory):
     with psycopg.connect(dsn, row_factory=row_factory) as connection:
         task = queue.add(connection, "t", DATA)
 
@@ -44,7 +44,7 @@ def test_its_row_factory_is_its_own_business(dsn, queue, row_factory):
 
 
 @pytest.mark.parametrize("cursor", [psycopg.Cursor, psycopg.ClientCursor, psycopg.RawCursor])
-def test_so_is_the_kind_of_its_cursors(engine, dsn, queue, cursor):
+def test_a_connections_kind_of_cursors_does_not_matter(engine, dsn, queue, cursor):
     with psycopg.connect(dsn, cursor_factory=cursor) as connection:
         task = queue.add(connection, "t", DATA, delay=timedelta(hours=1), retry_delay=5)
         assert queue.add_many(connection, "t", [DATA] * 3_000) == 3_000  # some by an INSERT, some by a COPY
@@ -55,7 +55,7 @@ def test_so_is_the_kind_of_its_cursors(engine, dsn, queue, cursor):
 
 
 @pytest.mark.parametrize("cursor", [psycopg.AsyncCursor, psycopg.AsyncClientCursor, psycopg.AsyncRawCursor])
-def test_so_is_the_kind_of_an_asyncio_connections_cursors(engine, dsn, queue, cursor):
+def test_an_asyncio_connections_kind_of_cursors_does_not_matter(engine, dsn, queue, cursor):
     async def main() -> Task:
         async with await psycopg.AsyncConnection.connect(dsn, cursor_factory=cursor) as connection:
             assert await queue.add_many(connection, "t", [DATA] * 3_000) == 3_000
@@ -65,7 +65,7 @@ def test_so_is_the_kind_of_an_asyncio_connections_cursors(engine, dsn, queue, cu
     assert count(engine) == 3_001
 
 
-def test_and_how_it_reads_json_and_times(dsn, queue):
+def test_how_a_connection_reads_json_and_times_does_not_matter(dsn, queue):
     with psycopg.connect(dsn) as connection:
         connection.adapters.register_loader("timestamptz", TextLoader)
         set_json_loads(lambda _: pytest.fail("read by its own"), connection)

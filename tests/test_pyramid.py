@@ -272,11 +272,11 @@ class TestOtherResources:
         assert work(lambda request: None) == ["a mail"]
         assert notes() == ["noted"]
 
-    def test_and_does_not_where_the_processor_raises(self, work, notes):
+    def test_what_joins_the_transaction_does_not_take_place_if_the_processor_raises(self, work, notes):
         assert work(lambda request: 1 / 0) == []
         assert notes() == []
 
-    def test_nor_where_the_database_refuses_a_flush_at_its_end(self, work, notes):
+    def test_what_joins_the_transaction_does_not_take_place_if_the_last_flush_is_refused(self, work, notes):
         twice = [Note(id=1, text="once"), Note(id=1, text="twice")]
 
         assert work(lambda request: request.dbsession.add_all(twice)) == []

@@ -385,7 +385,7 @@ class TestFailures:
         failures.recovered()
         assert caplog.messages == ["the claim works again, after 500 failures"]
 
-    def test_so_is_an_outage_and_once_for_all_that_fails(self, clock, caplog):
+    def test_an_outage_is_logged_again_at_growing_intervals_and_once_for_all_that_fails(self, clock, caplog):
         outage = Outage(clock)
         failures, other = Failures("the claim", outage, clock), Failures("the other", outage, clock)
         other.failed(ConnectionError("no route"))

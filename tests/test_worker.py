@@ -342,14 +342,14 @@ class TestOutcomes:
 class TestTaskSession:
     """The processor's writes and the completion commit together, or not at all."""
 
-    def test_both_are_committed(self, engine, worker):
+    def test_a_write_and_the_completion_are_committed(self, engine, worker):
         worker.use("t", write)
         task_id = add(engine)
 
         assert worker.work().state == "completed"
         assert ledger(engine) == [task_id]
 
-    def test_neither_is_when_the_processor_raises(self, engine, worker):
+    def test_no_write_is_committed_if_the_processor_raises(self, engine, worker):
         def process(task: RunningTask) -> None:
             write(task)
             fail(task)
@@ -360,7 +360,7 @@ class TestTaskSession:
         assert worker.work().state == "pending"
         assert ledger(engine) == []
 
-    def test_neither_is_when_the_task_was_taken_away(self, engine, worker):
+    def test_no_write_is_committed_if_the_task_was_taken_away(self, engine, worker):
         def process(task: RunningTask) -> None:
             write(task)
             with engine.begin() as connection:

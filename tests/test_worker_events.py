@@ -216,7 +216,7 @@ class TestNothingIsPreparedThatNobodyListensTo:
 
         assert timed == [True]
 
-    def test_but_for_the_log_of_each_task(self, worker, timed, caplog):
+    def test_the_log_of_each_task_at_debug_counts_as_a_listener(self, worker, timed, caplog):
         with caplog.at_level(logging.DEBUG, logger="apoq"):
             worker.work()
 
