@@ -17,6 +17,8 @@ from sqlalchemy.pool import NullPool
 from apoq.cli import main
 from apoq.migrations import LATEST, current
 
+pytestmark = pytest.mark.slow
+
 PROGRAM = """
     import json, os, sys
     from pathlib import Path

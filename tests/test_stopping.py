@@ -477,6 +477,7 @@ def running(engine) -> int:
         return connection.scalar(sa.text("SELECT count(*) FROM apoq_tasks WHERE state = 'running'"))
 
 
+@pytest.mark.slow
 class TestRun:
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
     def test_at_a_signal_a_busy_thread_that_sees_it_gives_its_task_back(self, engine, spawn, number):
