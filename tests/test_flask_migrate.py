@@ -17,7 +17,7 @@ from sqlalchemy.pool import NullPool
 from apoq.cli import main
 from apoq.migrations import LATEST, current
 
-pytestmark = [pytest.mark.slow, pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 PROGRAM = """
     import json, os, sys
