@@ -640,7 +640,7 @@ class TestWorkers:
             getattr(worker, act)()
 
         left = set(threading.enumerate()) - before
-        assert {thread.name for thread in left} <= {"apoq-watch", "apoq-farewell"}  # all workers'
+        assert {thread.name for thread in left} <= {"apoq-watch", "apoq-stopper"}  # all workers'
         worker.stop()
         engine.dispose()
 
@@ -894,7 +894,7 @@ def test_a_processor_that_commits_its_session_fails_and_writes_nothing(engine, w
     task = worker.work()
 
     assert (task.state, task.error["class"]) == ("pending", "SessionMisused")
-    assert "leave out the commit" in task.error["message"]
+    assert "remove the commit" in task.error["message"]
     assert ledger(engine) == 0
 
 

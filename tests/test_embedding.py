@@ -549,7 +549,7 @@ def test_a_thread_that_ends_is_not_missed_in_silence(run):
         worker.stop()
     """)
 
-    assert "CRITICAL:apoq.worker.loop:apoq-scanner has ended" in told
+    assert "the worker's thread apoq-scanner died unexpectedly" in told
     assert "SystemExit: enough" in told
     assert "healthy: False" in told
 

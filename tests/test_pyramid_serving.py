@@ -168,7 +168,7 @@ class TestTheWorkerOfAnIniFile:
         result = CliRunner().invoke(main, ["worker", "--pyramid", str(ini)])
 
         assert (result.exit_code, result.stdout) == (1, "")
-        assert result.stderr.startswith("Error: this application has nothing of apoq's: call config.include")
+        assert result.stderr.startswith("Error: this application doesn't include apoq: call config.include")
 
 
 def bare(_global_config, **settings):

@@ -691,7 +691,7 @@ def test_a_large_payload_goes_with_its_task(recipe):
 
     page.parse = parse
     uploads = sa.select(sa.func.count()).select_from(page.Upload)
-    with Session(page.engine) as session, pytest.raises(InvalidData, match="over the limit"):
+    with Session(page.engine) as session, pytest.raises(InvalidData, match="exceed the limit"):
         page.queue.add(session, "parse_upload", content.hex())
     with Session(page.engine) as session, session.begin():
         page.receive(session, content)

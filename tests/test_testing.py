@@ -775,7 +775,7 @@ def test_a_time_without_a_zone_is_refused(session):
 
 
 def test_a_journey_is_a_timedelta(session):
-    with pytest.raises(TypeError, match="takes a timedelta"):
+    with pytest.raises(TypeError, match="needs a timedelta"):
         travel(session, 3600)
 
 

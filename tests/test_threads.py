@@ -76,7 +76,7 @@ def count(engine: sa.Engine, *conditions: sa.ColumnElement[bool]) -> int:
 
 def own_threads() -> set[str]:
     """Return the names of a worker's threads that run."""
-    others = {"apoq-notifications", "apoq-watch", "apoq-farewell", "apoq-cancel"}
+    others = {"apoq-notifications", "apoq-watch", "apoq-stopper", "apoq-cancel"}
     names = {thread.name for thread in threading.enumerate()}
     return {name for name in names if name.startswith("apoq")} - others
 
