@@ -233,7 +233,7 @@ def test_an_attempt_with_a_timeout_does_not_fail_because_nothing_can_watch_over_
 class TestStart:
     @pytest.mark.parametrize(
         "name",
-        ["farewell", "heartbeat", "lost-tasks", "settler", "listener", "scanner", "pruner", "claimer"],
+        ["stopper", "heartbeat", "lost-tasks", "settler", "listener", "scanner", "pruner", "claimer"],
     )
     def test_raises_and_leaves_nothing_half_started(self, engine, worker, limit, name, monkeypatch):
         monkeypatch.setattr(PROCESS, "_stopper", None)  # as in a process that has started no worker yet
