@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import socket
@@ -97,10 +98,15 @@ def docker_answers() -> bool:
 
 
 @pytest.fixture(autouse=True)
-def _own_process_state() -> None:
-    """Undo what earlier tests have set for the whole process."""
+def _own_process_state() -> Iterator[None]:
+    """Undo what a test sets for the whole process."""
     probe.forget_shared_tasks()  # the queues of other tests have the same name
     name_commands()
+    root = logging.getLogger()
+    level, handlers = root.level, root.handlers[:]
+    yield
+    root.setLevel(level)  # a command that runs in this process sets up logging
+    root.handlers[:] = handlers
 
 
 @pytest.fixture(scope="session")

@@ -489,7 +489,7 @@ def pending(engine: sa.Engine) -> bool:
 
 def line(engine: sa.Engine) -> Any:
     """Return the connection on which notifications are sent at once."""
-    return notifier(engine)._line
+    return notifier(engine)._connection
 
 
 def line_connection(line: Any) -> Any:

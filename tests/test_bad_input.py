@@ -640,7 +640,7 @@ class TestWorkers:
             getattr(worker, act)()
 
         left = set(threading.enumerate()) - before
-        assert {thread.name for thread in left} <= {"apoq-watch", "apoq-stopper"}  # all workers'
+        assert {thread.name for thread in left} <= {"apoq-watch", "apoq-exit"}  # all workers'
         worker.stop()
         engine.dispose()
 

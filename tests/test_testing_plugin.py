@@ -97,7 +97,7 @@ def test_a_role_that_may_not_create_a_database_is_told_what_to_do(server, admin,
     url = server.set(username="apoq_guest", password="secret")
     monkeypatch.setenv("DATABASE_URL", url.render_as_string(hide_password=False))
 
-    with pytest.raises(ApoqError, match=r"permission denied.*define a fixture apoq_engine") as raised:
+    with pytest.raises(ApoqError, match=r"permission denied.*define your own fixture apoq_engine") as raised:
         private_database().__enter__()
 
     assert "secret" not in str(raised.value)

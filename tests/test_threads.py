@@ -76,7 +76,7 @@ def count(engine: sa.Engine, *conditions: sa.ColumnElement[bool]) -> int:
 
 def own_threads() -> set[str]:
     """Return the names of a worker's threads that run."""
-    others = {"apoq-notifications", "apoq-watch", "apoq-stopper", "apoq-cancel"}
+    others = {"apoq-notifications", "apoq-watch", "apoq-exit", "apoq-cancel"}
     names = {thread.name for thread in threading.enumerate()}
     return {name for name in names if name.startswith("apoq")} - others
 
@@ -233,7 +233,7 @@ def test_an_attempt_with_a_timeout_does_not_fail_because_nothing_can_watch_over_
 class TestStart:
     @pytest.mark.parametrize(
         "name",
-        ["stopper", "heartbeat", "lost-tasks", "settler", "listener", "scanner", "pruner", "claimer"],
+        ["exit", "heartbeat", "lost-tasks", "settler", "listener", "scanner", "pruner", "claimer"],
     )
     def test_raises_and_leaves_nothing_half_started(self, engine, worker, limit, name, monkeypatch):
         monkeypatch.setattr(PROCESS, "_stopper", None)  # as in a process that has started no worker yet

@@ -41,7 +41,7 @@ class _Process:
             if self._stopper is None:
                 # Now, because no thread can be started at the end. And on a thread, because the main one
                 # must not wait for a database that is away.
-                stopper = threading.Thread(target=self._stop_all, name="apoq-stopper", daemon=True)
+                stopper = threading.Thread(target=self._stop_all, name="apoq-exit", daemon=True)
                 stopper.start()
                 self._stopper = stopper
 

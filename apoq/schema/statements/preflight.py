@@ -53,7 +53,7 @@ def session() -> TextClause:
 def has_column() -> TextClause:
     """Return whether the table `name` has this `column`.
 
-    In the schema `schema`, or, where that is null, in the first of the search_path that has the table.
+    In the schema `schema`, or, if `schema` is null, in the first of the search_path that has the table.
     """
     return text("""
         SELECT EXISTS (
