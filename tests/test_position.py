@@ -13,6 +13,7 @@ import pytest
 import sqlalchemy as sa
 from claims import AHEAD, held_leases
 from sqlalchemy.orm import Session
+from waiting import patience
 
 from apoq import Queue, Task
 from apoq.core.registry import Registry, make_processor
@@ -24,6 +25,8 @@ from apoq.worker.claiming.scanner import REST_FACTOR, QueueScanner
 from apoq.worker.failures import Outage
 
 SOON = 10.0
+
+until = patience(SOON)
 NOW = 1_800_000_000.25
 
 
@@ -126,6 +129,42 @@ def test_a_survey_that_had_to_wait_for_the_server_once_does_not_silence_the_scou
     surveying.join(SOON)
 
     assert probe.scanner_rests_until(scanner) - time.monotonic() < REST_FACTOR * 0.5
+
+
+@pytest.mark.parametrize(
+    ("after", "calls"), [("nothing", 1), ("a retry", 2), ("a claim", 2)], ids=str
+)
+def test_a_survey_reports_a_due_task_again_if_it_was_claimed_or_retried_meanwhile(own, engine, after, calls):
+    """Not if the last claim has left it, for example because another session has locked it."""
+    reported = []
+    registry = Registry()
+    registry.use("t", make_processor("t", print))
+    scanner = QueueScanner(
+        own,
+        {Queue(): ClaimCursor()},
+        registry,
+        held_leases(),
+        Outage(),
+        poll_interval=60.0,
+        on_due=lambda: reported.append(None),
+    )
+
+    def look() -> None:
+        before = probe.scanner_rests_until(scanner, known=True)
+        scanner.look_in()
+        until(lambda: scanner.turn() and probe.scanner_rests_until(scanner, known=True) != before)
+
+    with Session(engine) as session, session.begin():
+        Queue().add(session, "t")
+    look()
+    if after == "a retry":
+        with engine.begin() as connection:
+            connection.execute(sa.update(Task).values(process_at=Task.process_at - timedelta(seconds=1)))
+    elif after == "a claim":
+        scanner.claimed(1, 1)
+    look()
+
+    assert len(reported) == calls
 
 
 @pytest.fixture

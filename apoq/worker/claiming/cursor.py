@@ -55,8 +55,8 @@ class ClaimCursor:
         self._lock = threading.Lock()
         self.is_careful = False
         """Whether the first due task was rescued from a dead worker; it must not be prefetched."""
-        self.first_due: tuple[int, int] | None = None
-        """The priority and id of the task that was the first to be due at the last survey."""
+        self.first_due: tuple[int, float, int] | None = None
+        """The priority, process_at and id of the task that was the first to be due at the last survey."""
         self.lower_than: int | None = None
         """If there are more priorities than levels: the lowest level, below which a claim looks as well."""
         self._passed_over: dict[int, tuple[float, float]] = {}
@@ -104,7 +104,7 @@ class ClaimCursor:
         found: dict[int, tuple[float, int]] = {}
         due_in = math.inf
         is_careful = False
-        first_due: tuple[int, int] | None = None
+        first_due: tuple[int, float, int] | None = None
         now = -math.inf
         firsts = [First(*row) for row in rows]
         for first in firsts:
@@ -114,7 +114,8 @@ class ClaimCursor:
             due_in = min(due_in, first.process_at - now)
             is_due = first.process_at <= now
             if is_due and first_due is None:
-                first_due, is_careful = (first.priority, first.id), first.is_rescued
+                first_due = first.priority, first.process_at, first.id
+                is_careful = first.is_rescued
             found[first.priority] = (
                 _before(first.process_at, first.id) if is_due else (now - COMMIT_SLACK_SECONDS, 0)
             )

@@ -67,8 +67,8 @@ class QueueScanner(Service):
         self._isolation: Isolation[Queue] = Isolation(lambda queue: f"the survey of {queue!r}", outage)
         self._lock = threading.Lock()
         self._next_look = 0.0
-        self._told: list[tuple[int, int] | None] = []
-        self._told_at = 0.0
+        self._reported: list[tuple[int, float, int] | None] = []
+        self._reported_at = 0.0
         self._rests = {False: Rest(), True: Rest(usual=0.001)}
         """After a survey of all priorities, and after one of those that are known."""
 
@@ -79,6 +79,8 @@ class QueueScanner(Service):
 
     def claimed(self, count: int, wanted: int) -> None:
         """Survey the queues soon after a claim, to see whether these were all tasks that are due."""
+        if count:
+            self._reported = []  # one of these may soon be due again
         # A notification that led to no task may have been for something else: that is looked at immediately.
         self.look_in(BUSY_RESURVEY_SECONDS if count == wanted else RESURVEY_SECONDS if count else 0.0)
 
@@ -130,9 +132,9 @@ class QueueScanner(Service):
         Another session may have locked them, for example. They are tried again after a poll interval.
         """
         due = [position.first_due for position in self._positions.values()]
-        is_news = due != self._told or now >= self._told_at + self._poll_interval
+        is_news = due != self._reported or now >= self._reported_at + self._poll_interval
         if is_news:
-            self._told, self._told_at = due, now
+            self._reported, self._reported_at = due, now
         return is_news
 
     def _survey_one(self, queue: Queue, *, known: bool) -> float:
