@@ -131,9 +131,7 @@ def test_a_survey_that_had_to_wait_for_the_server_once_does_not_silence_the_scou
     assert probe.scanner_rests_until(scanner) - time.monotonic() < REST_FACTOR * 0.5
 
 
-@pytest.mark.parametrize(
-    ("after", "calls"), [("nothing", 1), ("a retry", 2), ("a claim", 2)], ids=str
-)
+@pytest.mark.parametrize(("after", "calls"), [("nothing", 1), ("a retry", 2), ("a claim", 2)], ids=str)
 def test_a_survey_reports_a_due_task_again_if_it_was_claimed_or_retried_meanwhile(own, engine, after, calls):
     """Not if the last claim has left it, for example because another session has locked it."""
     reported = []
