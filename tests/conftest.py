@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import signal
 import socket
 import sys
 import tempfile
@@ -47,6 +48,10 @@ def pytest_configure(config: pytest.Config) -> None:
     share their bytecode even if none may be written: there are hundreds, and each would compile apoq, and all
     that lacks bytecode, such as SQLAlchemy if uv has installed it.
     """
+    # A shell lets a program in the background ignore these, and so would all processes that tests start.
+    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGQUIT, signal.SIG_DFL)):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, handler)
     if config.getoption("--hypothesis-profile", None):
         import drawn  # noqa: F401 - it registers one
     if "TMPDIR" not in os.environ and MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > ROOM:

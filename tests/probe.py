@@ -110,7 +110,7 @@ def heartbeat(worker: Worker) -> Heartbeat:
 
 def worker_id(worker: Worker) -> UUID:
     """Return the id of a worker's row."""
-    return heartbeat(worker).worker_id
+    return lifecycle(worker).worker_id
 
 
 def claim_log(worker: Worker) -> ClaimLog:

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import re
-import signal
-import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from queue import Queue as Line
 
 import pytest
 import sqlalchemy as sa
 from click.testing import CliRunner
 from sqlalchemy.orm import Session
+from worker_programs import Program
 
 from apoq import Queue, Task
 from apoq.cli import main
@@ -25,7 +19,6 @@ from apoq.cli.reload import Reloader
 
 pytestmark = pytest.mark.slow
 
-PATIENCE = 60
 APP = """
 import threading
 from apoq import Queue
@@ -43,47 +36,6 @@ def hold() -> None:
 """
 
 
-class Program:
-    """A worker that reloads, and what it prints."""
-
-    def __init__(self, cwd: Path, url: sa.URL, *arguments: str) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "apoq", "worker", "app:queue", "--reload", *arguments],
-            cwd=cwd,
-            env={**os.environ, "DATABASE_URL": url.render_as_string(hide_password=False)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        self._lines: Line[str] = Line()
-        self.output = ""
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def _read(self) -> None:
-        for printed in self._process.stdout:
-            self.output += printed
-            self._lines.put(printed)
-        self._lines.put("")
-
-    def wait_for(self, pattern: str) -> None:
-        deadline = time.monotonic() + PATIENCE
-        while printed := self._lines.get(timeout=max(0.0, deadline - time.monotonic())):
-            if re.search(pattern, printed):
-                return
-        raise AssertionError(f"it has ended without {pattern}:\n{self.output}")
-
-    def stop(self) -> int:
-        self._process.send_signal(signal.SIGINT)
-        return self._process.wait(PATIENCE)
-
-    def kill(self) -> None:
-        self._process.kill()
-        self._process.wait()
-        self._reader.join(PATIENCE)
-        self._process.stdout.close()
-
-
 @pytest.fixture
 def start(url, tmp_path) -> Iterator[Callable[..., Program]]:
     pytest.importorskip("watchfiles")
@@ -91,7 +43,7 @@ def start(url, tmp_path) -> Iterator[Callable[..., Program]]:
 
     def begin(*arguments: str) -> Program:
         write(tmp_path, "one")
-        started.append(Program(tmp_path, url, *arguments))
+        started.append(Program("app:queue", "--reload", *arguments, cwd=tmp_path, url=url))
         return started[-1]
 
     yield begin

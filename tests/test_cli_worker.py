@@ -7,20 +7,19 @@ import logging
 import os
 import re
 import signal
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from queue import Queue as Line
 
 import probe
 import pytest
 import sqlalchemy as sa
 from click.testing import CliRunner
 from sqlalchemy.orm import Session
+from worker_programs import PATIENCE, Program
 
 from apoq import Queue, Task
 from apoq.cli import burst, logs, main
@@ -93,59 +92,6 @@ class Lazy:
 
 lazy = Lazy()
 """
-PATIENCE = 60
-
-
-class Program:
-    """A command line that runs, and what it has printed."""
-
-    def __init__(self, *arguments: str, cwd: Path, url: sa.URL) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "apoq", "worker", *arguments],
-            cwd=cwd,
-            env={**os.environ, "DATABASE_URL": url.render_as_string(hide_password=False)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        self._lines: Line[str] = Line()
-        self.output = ""
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def _read(self) -> None:
-        for printed in self._process.stdout:
-            self.output += printed
-            self._lines.put(printed)
-        self._lines.put("")
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
-    def wait_for(self, pattern: str) -> str:
-        """Wait until it prints a line in which this is found."""
-        deadline = time.monotonic() + PATIENCE
-        while printed := self._lines.get(timeout=max(0.0, deadline - time.monotonic())):
-            if re.search(pattern, printed):
-                return printed
-        raise AssertionError(f"it has ended without {pattern}:\n{self.output}")
-
-    def signal(self, number: int) -> None:
-        self._process.send_signal(number)
-
-    def has_ended(self) -> bool:
-        return self._process.poll() is not None
-
-    def end(self) -> int:
-        """Wait for its end; answer the exit code."""
-        return self._process.wait(PATIENCE)
-
-    def kill(self) -> None:
-        self._process.kill()
-        self._process.wait()
-        self._reader.join(PATIENCE)  # its children have the same output, and end by themselves
-        self._process.stdout.close()
 
 
 @pytest.fixture

@@ -100,8 +100,7 @@ class Burst:
                 connection.exec_driver_sql("ROLLBACK")
 
     def _holds_tasks(self, connection: sa.Connection) -> bool:
-        lifecycle = self._worker._lifecycle  # noqa: SLF001 - our own
-        parameters = {"by_worker": lifecycle.runtime.heartbeat.worker_id}
+        parameters = {"by_worker": self._worker._lifecycle.worker_id}  # noqa: SLF001 - our own
         schemas = {queue.schema for queue in self._worker.queues}
         return any(connection.scalar(holds_tasks(schema), parameters) for schema in schemas)
 

@@ -53,7 +53,7 @@ class Reloader(Supervisor):
     def _turn(self) -> int | None:
         self._obey()
         (child,) = self._children
-        code = child.bury(self._selector)
+        code = child.reap(self._selector)
         if self._stops_at is not None:
             return self._stopping(self._stops_at)
         if changed := self._take_changes():
@@ -70,7 +70,7 @@ class Reloader(Supervisor):
         elif child.process is not None and self._kill_at is not None and time.monotonic() > self._kill_at:
             logger.error("the worker didn't stop in time, and is killed")
             child.process.kill()
-        self._say_sometimes()
+        self._report()
         return None
 
     def _take_changes(self) -> set[str]:

@@ -172,7 +172,7 @@ def _say_what_runs(worker: Worker) -> None:
                 f" and {len(types) - MAX_NAMED:,} more" if len(types) > MAX_NAMED else ""
             )
             schema = "" if queue.schema is None else f" in the schema {queue.schema!r}"
-            logger.info("queue %r%s: working %s", queue.name, schema, named)
+            logger.info("queue %r%s: runs %s", queue.name, schema, named)
 
 
 def _say_what_a_stop_waits_for(worker: Worker, timeout: float) -> None:
@@ -180,7 +180,7 @@ def _say_what_a_stop_waits_for(worker: Worker, timeout: float) -> None:
 
     def begin(_event: WorkerStopping) -> None:
         notice.begin()
-        notice.keep_renewing()
+        notice.renew_until_the_end()
 
     worker.events.on(WorkerStopping, begin)
 

@@ -52,7 +52,7 @@ class StopNotice:
             self._last, self._said_at = running, now
             logger.info("still waiting until %s for %s", self._until, _tasks(running))
 
-    def keep_renewing(self) -> None:
+    def renew_until_the_end(self) -> None:
         """Call `renew` on a thread, until the program ends."""
 
         def turns() -> None:

@@ -113,7 +113,7 @@ class Child:
             added = (count + more for count, more in zip(self._before[1:], counts, strict=True))
             self.stats = WorkerStats(running, *added)
 
-    def bury(self, selector: selectors.BaseSelector) -> int | None:
+    def reap(self, selector: selectors.BaseSelector) -> int | None:
         """Return the exit code if the process has ended; its tasks stay counted."""
         if self.process is None or self.process.poll() is None:
             return None
@@ -190,7 +190,7 @@ class Supervisor:
         """Do what has to be done now; return an exit code if the program is to end."""
         self._obey()
         for child in self._children:
-            code = child.bury(self._selector)
+            code = child.reap(self._selector)
             if code is None or self._stops_at is not None:
                 continue
             if not self._children[0].is_ready:
@@ -205,13 +205,13 @@ class Supervisor:
             return self._stopping(self._stops_at)
         if self._children[0].is_ready:
             self._start_due()
-        self._say_sometimes()
+        self._report()
         return None
 
     def _running(self) -> int:
         return sum(child.stats.running for child in self._children)
 
-    def _say_sometimes(self) -> None:
+    def _report(self) -> None:
         if self._notice is not None:
             self._notice.renew()
         if time.monotonic() - self._said_at > STATUS_INTERVAL_SECONDS:
@@ -228,7 +228,7 @@ class Supervisor:
             self._say()
             return 0
         if time.monotonic() < stops_at:
-            self._say_sometimes()
+            self._report()
             return None
         logger.error("some worker processes have not stopped in time, and are killed")
         return 1

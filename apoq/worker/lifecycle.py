@@ -7,6 +7,7 @@ import threading
 import time
 from functools import partial
 from typing import Final
+from uuid import UUID
 
 from sqlalchemy import Engine, select
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -63,6 +64,11 @@ class Lifecycle:
     def is_in_use(self) -> bool:
         """Whether the worker has started, or `work` is running."""
         return self._users > 0
+
+    @property
+    def worker_id(self) -> UUID:
+        """The id of the worker's row."""
+        return self.runtime.heartbeat.worker_id
 
     def is_healthy(self) -> bool:
         """Return whether it has started, with all its threads, holds a lease, and claims and settles."""

@@ -33,10 +33,10 @@ from apoq.worker.execution.task_sessions import TaskSessions
 from apoq.worker.failures import Outage
 from apoq.worker.liveness.heartbeat import GRACE_HEARTBEATS, HEARTBEATS_PER_LEASE, Heartbeat
 from apoq.worker.liveness.lost_tasks import LostTaskMonitor
+from apoq.worker.liveness.registration import Registration
 from apoq.worker.maintenance.pruner import Pruner
 from apoq.worker.maintenance.sweep import Sweep
 from apoq.worker.options import WorkerOptions
-from apoq.worker.registration import Registration
 from apoq.worker.service import Service, left_until
 from apoq.worker.settling.counters import Counter
 from apoq.worker.settling.settler import Settler

@@ -21,8 +21,8 @@ class Service(ABC):
     """Calls `turn` again and again, on a thread of its own, until it is stopped.
 
     A turn returns the seconds to sleep before the next one, or None to sleep until `wake`. A turn that raises
-    an `Exception` is repeated after a pause that grows with each failure, for ever; `Failures` logs that. Any
-    other exception ends the thread, which is reported as `ThreadDied`. Starting or stopping twice is
+    an `Exception` is repeated after a pause that grows with each failure, for ever; `Failures` reports that.
+    Any other exception ends the thread, which is reported as `ThreadDied`. Starting or stopping twice is
     harmless, and so is stopping before starting.
     """
 
