@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import math
 import time
+import uuid
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import probe
 import sqlalchemy as sa
 
 from apoq import Worker
 from apoq.schema.models import claims_table
+from apoq.schema.statements.queues import (
+    at_most_text,
+    levels_text,
+    limits_text,
+    queue_text,
+    queues_text,
+    retry_limits_text,
+)
+from apoq.schema.statements.survey import firsts
+from apoq.worker.claiming.cursor import MAX_LEVELS, ClaimCursor
 from apoq.worker.lease import Lease
 
 AHEAD = {"free": 0}
@@ -51,3 +64,35 @@ def hold_lease(worker: Worker) -> None:
 def note(connection: sa.Connection) -> None:
     """Write down what is running, as claims do."""
     connection.execute(_NOTE)
+
+
+def looked_into(queue: str = "default", types: Iterable[str] = ("t",)) -> dict[str, Any]:
+    """Return the parameters with which a survey looks into a queue."""
+    return {"queues": queues_text([queue_text(queue, types)]), "at_most": MAX_LEVELS + 1}
+
+
+def surveyed(cursor: ClaimCursor, rows: Iterable[Any], queue: str = "default") -> float:
+    """Move a cursor to the result of a survey; return the seconds until a task is due."""
+    now, found = firsts(rows)
+    return cursor.surveyed(found.get(queue, ()), now)
+
+
+def asked(
+    cursor: ClaimCursor | None = None,
+    at_most: int = 500,
+    *,
+    queue: str = "default",
+    types: Iterable[str] = ("t",),
+    limits: Mapping[str, float] | None = None,
+    lower_than: int | None = None,
+) -> dict[str, Any]:
+    """Return the parameters of a claim from a queue, behind a cursor or from its start."""
+    of_types = list(types)
+    levels = probe.levels(cursor or ClaimCursor())
+    its = queue_text(queue, of_types), levels_text(levels, lower_than), at_most_text(at_most)
+    return {
+        "queues": queues_text(its),
+        "retry_limits": retry_limits_text(limits_text(queue, limits or dict.fromkeys(of_types, 5))),
+        "at_most": at_most,
+        "by_worker": uuid.uuid4(),
+    }

@@ -9,7 +9,7 @@ import asyncio
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 from uuid import UUID
@@ -17,7 +17,7 @@ from uuid import UUID
 import sqlalchemy as sa
 from sqlalchemy.pool import PoolProxiedConnection
 
-from apoq import AsyncRunningTask, RunningTask, Worker
+from apoq import AsyncRunningTask, Queue, RunningTask, Worker
 from apoq.cli.stats import _figures as stats_figures  # noqa: F401
 from apoq.client import shared_tasks
 from apoq.client.after_commit import _notifiers
@@ -255,9 +255,16 @@ def look_for_tasks(worker: Worker) -> None:
     runtime(worker).look_for_tasks()
 
 
+def claim(worker: Worker, limit: int, free: int) -> list[Claimed]:
+    """Claim from all queues of a worker."""
+    its = claimer(worker)
+    its.look_for_tasks()
+    return its.claim(limit, free)
+
+
 def has_looked(worker: Worker) -> bool:
     """Return whether the claimer has nothing more to look for."""
-    return not claimer(worker)._must_look
+    return not claimer(worker)._rotation
 
 
 def rests_until(worker: Worker) -> float:
@@ -267,7 +274,7 @@ def rests_until(worker: Worker) -> float:
 
 def is_scanner_asleep(worker: Worker, seconds: float = 60.0) -> bool:
     """Return whether the scanner looks into no queue for so long."""
-    return scanner(worker)._next_look > time.monotonic() + seconds
+    return scanner(worker)._looks.next_look > time.monotonic() + seconds
 
 
 def scanner_rests_until(scanner: QueueScanner, *, known: bool = False) -> float:
@@ -285,7 +292,7 @@ def is_idle(worker: Worker) -> bool:
 
 def cursors(worker: Worker) -> list[ClaimCursor]:
     """Return the cursors of the queues, in their order."""
-    return [queue.cursor for queue in claimer(worker)._queues]
+    return [queue.cursor for queue in claimer(worker)._queues.values()]
 
 
 def levels(cursor: ClaimCursor) -> dict[int, tuple[float, int]]:
@@ -407,8 +414,8 @@ def after_notification(worker: Worker, call: Callable[[], object]) -> None:
     its: Any = claimer(worker)
     notified = its.notified
 
-    def notified_and_call(connection: PoolProxiedConnection | None) -> None:
-        notified(connection)
+    def notified_and_call(queues: Iterable[Queue], connection: PoolProxiedConnection | None) -> None:
+        notified(queues, connection)
         call()
 
     its.notified = notified_and_call

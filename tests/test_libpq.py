@@ -146,13 +146,14 @@ def test_what_is_prepared_is_named_by_what_it_says(own):
 def test_a_notification_that_comes_beside_an_answer_is_heard(own, waker):
     """The driver reads it together with the rows of the statement, and nothing is left to wait for."""
     with ListeningConnection(own, waker) as connection:
-        connection.listen(["here"], [Notification("here", "ours"), Notification("here", "")])
+        ours = Notification("here", "ours")
+        connection.listen(["here"], [ours, Notification("here", "")])
         execute(connection.pooled, sa.select(sa.func.pg_notify("here", "ours")), {})
-        assert connection.wait(0.0) == Received(1, is_notified=True, cancelled=set(), is_all=True)
+        assert connection.wait(0.0) == Received(1, expected={ours}, cancelled=set(), is_all=True)
         connection.execute("NOTIFY {}", "here")
-        assert connection.wait(0.0).is_notified
+        assert connection.wait(0.0).expected
         execute(connection.pooled, sa.select(sa.func.pg_notify("here", "another's")), {})
-        assert connection.wait(0.0) == Received(1, is_notified=False, cancelled=set(), is_all=True)
+        assert connection.wait(0.0) == Received(1, expected=set(), cancelled=set(), is_all=True)
         assert connection.wait(0.0).number == 0
 
 

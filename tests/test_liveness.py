@@ -136,7 +136,7 @@ class TestAnEndedLease:
         add(engine, type_=type_)
 
         hold_lease(worker)
-        claimed = probe.claimer(worker).claim(1, 1)
+        claimed = probe.claim(worker, 1, 1)
         probe.end_lease(worker)
         probe.executor(worker).put(claimed)
         until(lambda: probe.settler(worker).turn() or load(engine).state == "pending")

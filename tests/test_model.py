@@ -24,7 +24,7 @@ from uuid import UUID
 import probe
 import pytest
 import sqlalchemy as sa
-from claims import AHEAD
+from claims import AHEAD, asked, looked_into, surveyed
 from drawn import drawn, is_thorough
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -53,7 +53,7 @@ from apoq.schema.statements.recover import forget_dead, forget_unknown, give_bac
 from apoq.schema.statements.survey import survey
 from apoq.worker import claim_log
 from apoq.worker.claim_log import ClaimLog
-from apoq.worker.claiming.cursor import MAX_LEVELS, ClaimCursor
+from apoq.worker.claiming.cursor import ClaimCursor
 from apoq.worker.execution.attempt import Attempt as WorkerAttempt
 from apoq.worker.execution.attempt import Claim, Claimed, StopSignal
 from apoq.worker.execution.completion import Completion
@@ -481,20 +481,22 @@ class Tasks(RuleBasedStateMachine):
             execute(self.own, forget_settled(None), {"by_worker": hand.id, "done": array_text(done)})
             hand.notes.forgotten(None, done)
         if surveys:
-            mine = {"from_queue": queue.name, "of_types": hand.types, "at_most": MAX_LEVELS + 1}
-            hand.positions[queue].surveyed(execute(self.own, survey(None), mine))
+            mine = looked_into(queue.name, hand.types)
+            surveyed(hand.positions[queue], execute(self.own, survey(None), mine), queue.name)
         claimable = self._claimable(hand.types, queue, hand.positions[queue])
         # Ahead of a slot, none that may kill its worker.
         front = [task for task in claimable if not (ahead and task.rescue_count)][:at_most]
         parameters = {
-            "from_queue": queue.name,
-            "of_types": hand.types,
-            "at_most": at_most,
-            "retry_limits": encode({type_: LIMITS[type_] for type_ in hand.types}),
+            **asked(
+                hand.positions[queue],
+                at_most,
+                queue=queue.name,
+                types=hand.types,
+                limits={type_: LIMITS[type_] for type_ in hand.types},
+            ),
             **(AHEAD if ahead else {}),
             "by_worker": hand.id,
             "number": (number := hand.notes.begin(None)),
-            **hand.positions[queue].parameters(),
         }
         if end == "commit":
             found: Any = execute(self.own, claim(None, ahead=ahead), parameters).fetchall()

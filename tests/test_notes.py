@@ -121,7 +121,6 @@ def test_what_it_could_not_write_is_found_by_the_next(engine, make_worker):
 def test_what_somebody_is_changing_is_given_back_once_it_is_free(engine, worker):
     """A claim's answer was lost, and one of its tasks is being cancelled, in a transaction that goes on."""
     worker.use("t", lambda task: None)
-    claimer = probe.claimer(worker)
     first, second = add(engine, 2)
     with engine.begin() as connection:
         connection.execute(
@@ -135,10 +134,10 @@ def test_what_somebody_is_changing_is_given_back_once_it_is_free(engine, worker)
     hold_lease(worker)
     with Session(engine) as session:
         Queue().cancel(session, first)
-        assert [row[ID] for row in claimer.claim(2, 2)] == [second]
+        assert [row[ID] for row in probe.claim(worker, 2, 2)] == [second]
         assert [first, second] in noted(engine)
 
-    assert [row[ID] for row in claimer.claim(2, 2)] == [first]
+    assert [row[ID] for row in probe.claim(worker, 2, 2)] == [first]
     assert noted(engine) == [[second], [first]]
     assert not probe.is_in_doubt(worker)
     probe.own_engine(worker).dispose()

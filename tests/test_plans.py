@@ -10,7 +10,7 @@ from datetime import timedelta
 import probe
 import pytest
 import sqlalchemy as sa
-from claims import AHEAD, note
+from claims import AHEAD, asked, looked_into, note, surveyed
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.orm import Session
 from sqlalchemy.schema import CreateIndex
@@ -85,18 +85,18 @@ def nodes(plan: dict) -> Iterator[dict]:
 IDS = {"ids": array_text(range(1, 501)), "tokens": array_text([1] * 500)}
 ALIKE = {"ids": IDS["ids"], "held_under": 1}
 PRUNE = {"from_queue": "default", "keep": timedelta(days=1), "at_most": 1_000}
-OURS = {"from_queue": "default", "of_types": ["ours"]}
-CLAIM = {**OURS, **AHEAD, "retry_limits": '{"ours": 5}', "at_most": 500, "by_worker": uuid.uuid4()}
+OURS = looked_into(types=["ours"])
+CLAIM = {**asked(types=["ours"]), **AHEAD}
 
 
 STATEMENTS = [
     pytest.param(
         claim(None, ahead=True),
-        {**CLAIM, **ClaimCursor().parameters()},
+        CLAIM,
         {"apoq_tasks_open_idx"},
         id="claim",
     ),
-    pytest.param(survey(None), {**OURS, "at_most": 65}, {"apoq_tasks_open_idx"}, id="survey"),
+    pytest.param(survey(None), OURS, {"apoq_tasks_open_idx"}, id="survey"),
     pytest.param(complete(None), IDS, {"apoq_tasks_pkey"}, id="complete"),
     pytest.param(remove(None), IDS, {"apoq_tasks_pkey"}, id="remove"),
     pytest.param(complete(None, alike=True), ALIKE, {"apoq_tasks_pkey"}, id="complete alike"),
@@ -267,7 +267,7 @@ def test_each_index_is_needed():
 
 def test_a_claim_reads_few_pages_however_many_rows_are_in_front(large_table):
     """Those in the future and of a higher priority cost one look into the index."""
-    plan = claimed(large_table, {**CLAIM, **ClaimCursor().parameters()})
+    plan = claimed(large_table, CLAIM)
     updated = next(node for node in nodes(plan) if node["Node Type"] == "ModifyTable")
     looked = next(node for node in nodes(plan) if node.get("Index Name") == "apoq_tasks_open_idx")
 
@@ -279,12 +279,11 @@ def test_a_claim_reads_few_pages_however_many_rows_are_in_front(large_table):
 
 
 def test_a_claim_after_a_survey_reads_few_pages_if_all_due_tasks_are_of_other_types(large_table):
-    mine = {"from_queue": "default", "of_types": ["rare"]}
-    position = ClaimCursor()
+    cursor = ClaimCursor()
     with large_table.connect() as connection:
-        position.surveyed(connection.execute(survey(None), mine | {"at_most": 65}))
+        surveyed(cursor, connection.execute(survey(None), looked_into(types=["rare"])))
 
-    plan = claimed(large_table, {**CLAIM, **mine, **position.parameters()})
+    plan = claimed(large_table, {**asked(cursor, types=["rare"]), **AHEAD})
 
     assert pages(plan) < 100
 
@@ -304,7 +303,7 @@ def test_a_claim_of_plain_tasks_is_heap_only(engine):
     with Session(engine) as session, session.begin():
         Queue().add_many(session, "ours", [{}] * 50, meta={"tenant": 7})
     with engine.begin() as connection:
-        parameters = {**CLAIM, **ClaimCursor().parameters()}
+        parameters = CLAIM
         taken = connection.execute(claim(None, ahead=True), parameters).all()
         updated = connection.execute(
             sa.text(
@@ -380,7 +379,7 @@ class TestThePartsOfAClaim:
             Queue().add_many(session, "ours", [{"x": [n * 7919 for n in range(20_000)]}] * 20)
         engine.dispose()  # a server's session counts what it has read until it reports it, a second later
         with engine.connect() as connection:
-            parameters = {**CLAIM, **ClaimCursor().parameters()}
+            parameters = CLAIM
             rows = connection.execute(claim(None, ahead=True, bare=bare), parameters).all()
             read = connection.scalar(LARGE_DATA_READ)
             connection.execute(sa.text("SELECT sum(length(data::text)) FROM apoq_tasks"))
@@ -392,8 +391,8 @@ class TestThePartsOfAClaim:
     def parameters(self, engine: sa.Engine, more: dict) -> dict:
         cursor = ClaimCursor()
         with engine.connect() as connection:
-            cursor.surveyed(connection.execute(survey(None), OURS | {"at_most": 65, "passed_over": "{}"}))
-        return {**CLAIM, **cursor.parameters(), **more}
+            surveyed(cursor, connection.execute(survey(None), OURS))
+        return {**asked(cursor, types=["ours"], lower_than=more.get("lower_than")), **more}
 
 
 def claimed(engine: sa.Engine, parameters: dict, **form: bool) -> dict:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 import threading
 import time
-import uuid
 from datetime import UTC, datetime, timedelta
 
 import probe
 import pytest
 import sqlalchemy as sa
-from claims import AHEAD, held_leases
+from claims import AHEAD, asked, held_leases, looked_into, surveyed
 from sqlalchemy.orm import Session
 from waiting import patience
 
@@ -19,7 +18,7 @@ from apoq import Queue, Task
 from apoq.core.registry import Registry, make_processor
 from apoq.postgres.connections import execute, own_engine
 from apoq.schema.statements.claim import CLAIM, ID, PRIORITY, PROCESS_AT, claim
-from apoq.schema.statements.survey import survey
+from apoq.schema.statements.survey import First, survey
 from apoq.worker.claiming.cursor import COMMIT_SLACK_SECONDS, MAX_LEVELS, START, ClaimCursor
 from apoq.worker.claiming.scanner import REST_FACTOR, QueueScanner
 from apoq.worker.failures import Outage
@@ -37,18 +36,14 @@ def row(id_: int, priority: int, process_at: float) -> tuple[object, ...]:
 
 class TestPosition:
     def test_it_begins_at_the_start_of_the_default_priority(self):
-        assert ClaimCursor().parameters() == {
-            "priorities": "{0}",
-            "behind_times": "{-inf}",
-            "behind_ids": "{0}",
-        }
+        assert ClaimCursor().text == '"priorities":[0],"behind_times":["-inf"],"behind_ids":[0]'
 
     def test_after_a_full_claim_it_is_behind_the_last_row_of_each_priority(self):
         position = ClaimCursor()
         position.claimed([row(7, 5, NOW), row(3, 0, NOW), row(4, 0, NOW + 1)], is_all=False)
 
         assert probe.levels(position) == {5: (NOW, 7), 0: (NOW + 1, 4)}
-        assert position.parameters()["priorities"] == "{5,0}"
+        assert position.text.startswith('"priorities":[5,0],')
 
     def test_after_a_claim_that_came_short_it_leaves_room_for_late_commits(self):
         position = ClaimCursor()
@@ -67,13 +62,13 @@ class TestPosition:
         position = ClaimCursor()
         position.claimed([row(9, 0, NOW)], is_all=False)
 
-        assert position.surveyed([(0, NOW - 60, 5, NOW, False)]) == -60
+        assert position.surveyed([First(0, NOW - 60, 5, False)], NOW) == -60
         assert probe.levels(position) == {0: (NOW - 60, 4)}
 
     def test_a_survey_that_finds_nothing_due_moves_it_past_what_is_of_other_types(self):
         position = ClaimCursor()
 
-        assert position.surveyed([(5, NOW + 60, 8, NOW, True)]) == 60
+        assert position.surveyed([First(5, NOW + 60, 8, True)], NOW) == 60
         behind = NOW - COMMIT_SLACK_SECONDS, 0
         assert probe.levels(position) == {0: behind, 5: behind}
 
@@ -81,29 +76,29 @@ class TestPosition:
         position = ClaimCursor()
         position.claimed([row(9, 0, NOW)], is_all=False)
 
-        assert position.surveyed([(None, None, None, NOW + 5, None)]) == math.inf
+        assert position.surveyed([], NOW + 5) == math.inf
         assert probe.levels(position) == {0: (NOW + 5 - COMMIT_SLACK_SECONDS, 0)}
 
     def test_a_survey_moves_it_on_where_it_names_other_priorities_only(self):
         position = ClaimCursor()
         position.claimed([row(9, 0, NOW)], is_all=False)
 
-        position.surveyed([(7, NOW, 3, NOW + 5, False)])
+        position.surveyed([First(7, NOW, 3, False)], NOW + 5)
 
         assert probe.levels(position) == {7: (NOW, 2), 0: (NOW + 5 - COMMIT_SLACK_SECONDS, 0)}
 
     def test_it_is_careful_while_what_was_rescued_is_due(self):
         position = ClaimCursor()
-        position.surveyed([(0, NOW - 1, 3, NOW, True)])
+        position.surveyed([First(0, NOW - 1, 3, True)], NOW)
         assert position.is_careful
 
-        position.surveyed([(0, NOW + 1, 3, NOW, True)])
+        position.surveyed([First(0, NOW + 1, 3, True)], NOW)
         assert not position.is_careful
 
     def test_priorities_that_were_used_up_are_forgotten_in_the_end(self):
         position = ClaimCursor()
         for priority in range(3 * MAX_LEVELS):
-            position.surveyed([(priority, NOW, 1, NOW, False)])
+            position.surveyed([First(priority, NOW, 1, False)], NOW)
 
         assert len(probe.levels(position)) <= MAX_LEVELS + 1
 
@@ -118,7 +113,7 @@ def test_a_survey_that_had_to_wait_for_the_server_once_does_not_silence_the_scou
         held_leases(),
         Outage(),
         poll_interval=0.1,
-        on_due=lambda: None,
+        on_due=lambda queues: None,
     )
     scanner.survey()
     with engine.begin() as connection:
@@ -144,12 +139,12 @@ def test_a_survey_reports_a_due_task_again_if_it_was_claimed_or_retried_meanwhil
         held_leases(),
         Outage(),
         poll_interval=60.0,
-        on_due=lambda: reported.append(None),
+        on_due=reported.append,
     )
 
     def look() -> None:
         before = probe.scanner_rests_until(scanner, known=True)
-        scanner.look_in()
+        scanner.look_into(Queue())
         until(lambda: scanner.turn() and probe.scanner_rests_until(scanner, known=True) != before)
 
     with Session(engine) as session, session.begin():
@@ -159,7 +154,7 @@ def test_a_survey_reports_a_due_task_again_if_it_was_claimed_or_retried_meanwhil
         with engine.begin() as connection:
             connection.execute(sa.update(Task).values(process_at=Task.process_at - timedelta(seconds=1)))
     elif after == "a claim":
-        scanner.claimed(1, 1)
+        scanner.claimed(Queue(), 1, has_more=True)
     look()
 
     assert len(reported) == calls
@@ -187,22 +182,14 @@ def test_behind_a_survey_a_claim_finds_the_task_whenever_it_was_due(engine, own,
             sa.text("INSERT INTO apoq_tasks (type, process_at) VALUES ('t', CAST(:at AS timestamptz))"),
             {"at": process_at},
         )
-    ours = {"from_queue": "default", "of_types": ["t"], "at_most": 5}
     position = ClaimCursor()
     position.claimed([row(10**9, 0, NOW * 2)], is_all=False)
 
-    assert position.surveyed(execute(own, survey(None), ours)) < 0
+    assert surveyed(position, execute(own, survey(None), looked_into())) < 0
     claimed = execute(
         own,
         claim(None, ahead=True),
-        {
-            **ours,
-            "retry_limits": '{"t": 5}',
-            "at_most": 5,
-            **AHEAD,
-            "by_worker": uuid.uuid4(),
-            **position.parameters(),
-        },
+        asked(position, 5) | AHEAD,
     )
     assert len(claimed.fetchall()) == 1
 
@@ -229,17 +216,9 @@ def test_beside_a_held_snapshot_a_claim_walks_through_nothing_that_was_taken(eng
         assert all(done.acquire(timeout=SOON) for _ in range(5_000))
         worker.stop()
 
-        asked = {
-            "from_queue": "default",
-            "of_types": ["t"],
-            "retry_limits": '{"t": 5}',
-            "at_most": 10,
-            **AHEAD,
-            "by_worker": uuid.uuid4(),
-        }
         with engine.connect() as connection:
-            from_the_start = pages(connection, {**asked, **ClaimCursor().parameters()})
-            from_here = pages(connection, {**asked, **probe.cursors(worker)[0].parameters()})
+            from_the_start = pages(connection, asked(at_most=10) | AHEAD)
+            from_here = pages(connection, asked(probe.cursors(worker)[0], 10) | AHEAD)
 
     assert 3 * from_here < from_the_start
 

@@ -10,20 +10,16 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from uuid import uuid4
 
 import pytest
 import sqlalchemy as sa
-from claims import note
+from claims import asked, note
 from sqlalchemy.orm import Session
 from waiting import patience
 
 from apoq import Task
-from apoq.core.registry import make_processor
 from apoq.schema.statements.claim import claim
 from apoq.schema.statements.recover import rescue
-from apoq.worker.claiming.cursor import ClaimCursor
-from apoq.worker.claiming.queue_claims import workable
 
 pytestmark = pytest.mark.slow
 
@@ -288,17 +284,9 @@ def test_a_running_task_whose_worker_left_no_row_is_rescued(engine, queue, make_
 def test_a_claim_that_is_to_end_a_task_counts_no_attempt_where_its_worker_dies(
     engine, queue, make_worker, own_limit, types_limit
 ):
-    processors = {"t": make_processor("t", lambda task: None, retry_limit=types_limit)}
     worker = make_worker(lease=timedelta(seconds=0.5))
     worker.use("t", lambda task: None, retry_limit=types_limit)
-    by_nobody_alive = {
-        "from_queue": queue.name,
-        **workable(processors),
-        "at_most": 1,
-        "by_worker": uuid4(),
-        "number": 1,
-        **ClaimCursor().parameters(),
-    }
+    by_nobody_alive = asked(at_most=1, limits={"t": types_limit}) | {"number": 1}
     with Session(engine) as session, session.begin():
         queue.add(session, "t")
         # It has killed its worker.

@@ -68,7 +68,7 @@ def end(engine, queue, worker) -> Iterator[Callable[..., Callable[[], object]]]:
             for number, times in enumerate(claims):
                 session.execute(CLAIMED_BEFORE, {"data": str(number), "times": times - 1})
         hold_lease(worker)
-        rows = sorted(probe.claimer(worker).claim(len(outcomes), len(outcomes)), key=itemgetter(ID))
+        rows = sorted(probe.claim(worker, len(outcomes), len(outcomes)), key=itemgetter(ID))
         for row, outcome in reversed(list(zip(rows, outcomes, strict=True))):
             probe.put_ended(worker, ended(probe.make_attempt(worker, row), outcome))
         return partial(probe.settler(worker).flush, SOON)

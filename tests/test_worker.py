@@ -6,12 +6,11 @@ import asyncio
 import threading
 import time
 from datetime import UTC, datetime, timedelta
-from uuid import uuid4
 
 import probe
 import pytest
 import sqlalchemy as sa
-from claims import hold_lease
+from claims import asked, hold_lease
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 from waiting import patience
@@ -29,7 +28,6 @@ from apoq import (
     prepare,
 )
 from apoq.schema.statements.claim import ID, claim
-from apoq.worker.claiming.cursor import ClaimCursor
 
 SOON = 10.0
 """Seconds within which what a test waits for has long happened."""
@@ -947,15 +945,10 @@ def test_the_search_path_of_the_engine_is_the_workers(url, engine):
 
 def test_claims_under_way_at_once_pass_over_each_others_tasks(engine):
     ids = [add(engine) for _ in range(4)]
-    ours = {"from_queue": "default", "of_types": ["t"], "retry_limits": '{"t": 5}'}
-    asked = ours | {"at_most": 2, "by_worker": uuid4()}
 
     with engine.begin() as one, engine.begin() as other:
         other.exec_driver_sql("SET LOCAL lock_timeout = '2s'")
-        claimed = [
-            sorted(connection.scalars(claim(None), asked | ClaimCursor().parameters()))
-            for connection in (one, other)
-        ]
+        claimed = [sorted(connection.scalars(claim(None), asked(at_most=2))) for connection in (one, other)]
 
     assert claimed == [ids[:2], ids[2:]]
 
@@ -966,10 +959,9 @@ def test_what_a_dead_worker_held_is_claimed_only_where_it_can_begin_at_once(engi
     fresh, rescued = add(engine), add(engine)
     with engine.begin() as connection:
         connection.execute(sa.update(Task).where(Task.id == rescued).values(rescue_count=1))
-    claimer = probe.claimer(worker)
     hold_lease(worker)
 
-    more_than_find_a_slot, all_find_one = claimer.claim(3, 2), claimer.claim(3, 3)
+    more_than_find_a_slot, all_find_one = probe.claim(worker, 3, 2), probe.claim(worker, 3, 3)
     probe.own_engine(worker).dispose()
 
     assert [row[ID] for row in more_than_find_a_slot] == [fresh]
@@ -983,7 +975,7 @@ def test_tasks_are_claimed_ahead_if_there_are_more_of_them_than_free_slots(engin
     ids = [add(engine) for _ in range(2)]
     hold_lease(worker)
 
-    probe.claimer(worker).claim(1_000, free)
+    probe.claim(worker, 1_000, free)
     probe.own_engine(worker).dispose()
 
     assert [load(engine, task_id).prefetched for task_id in ids] == [is_ahead] * 2

@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Final
 
 import sqlalchemy as sa
 
@@ -15,7 +15,8 @@ from apoq.monitor.formatting import length, tasks
 from apoq.postgres.connections import own_engine
 from apoq.postgres.urls import sync_side
 from apoq.schema.statements.held import holds_tasks
-from apoq.schema.statements.survey import survey
+from apoq.schema.statements.queues import queue_text, queues_text
+from apoq.schema.statements.survey import firsts, survey
 from apoq.worker import Worker
 from apoq.worker.claiming.cursor import MAX_LEVELS, ClaimCursor
 
@@ -38,6 +39,7 @@ class Burst:
     def __init__(self, worker: Worker) -> None:
         """Prepare to watch a worker; fail if its database can't be reached."""
         self._worker = worker
+        self._schemas = {queue.schema for queue in worker.queues}
         self._engine = own_engine(sync_side(worker._engine))  # noqa: SLF001 - our own
         self._began = time.monotonic()
         self._failure: Failure | None = None
@@ -88,26 +90,23 @@ class Burst:
             time.sleep(max(POLL_SECONDS, REST_FACTOR * (time.monotonic() - began)))
 
     def _is_done(self) -> bool:
-        worker = self._worker
         with self._engine.connect() as connection:
             connection.exec_driver_sql(_SNAPSHOT)
             try:
                 return not (
                     self._holds_tasks(connection)
-                    or any(self._is_due(connection, queue) for queue in worker.queues)
+                    or any(self._is_due(connection, schema) for schema in self._schemas)
                 )
             finally:
                 connection.exec_driver_sql("ROLLBACK")
 
     def _holds_tasks(self, connection: sa.Connection) -> bool:
         parameters = {"by_worker": self._worker._lifecycle.worker_id}  # noqa: SLF001 - our own
-        schemas = {queue.schema for queue in self._worker.queues}
-        return any(connection.scalar(holds_tasks(schema), parameters) for schema in schemas)
+        return any(connection.scalar(holds_tasks(schema), parameters) for schema in self._schemas)
 
-    def _is_due(self, connection: sa.Connection, queue: Any) -> bool:
-        parameters = {
-            "from_queue": queue.name,
-            "of_types": list(self._worker.processors(queue)),
-            "at_most": MAX_LEVELS + 1,
-        }
-        return ClaimCursor().surveyed(connection.execute(survey(queue.schema), parameters)) <= 0
+    def _is_due(self, connection: sa.Connection, schema: str | None) -> bool:
+        queues = [queue for queue in self._worker.queues if queue.schema == schema]
+        texts = [[queue_text(queue.name, self._worker.processors(queue))] for queue in queues]
+        parameters = {"queues": queues_text(*texts), "at_most": MAX_LEVELS + 1}
+        now, found = firsts(connection.execute(survey(schema), parameters))
+        return any(ClaimCursor().surveyed(its, now) <= 0 for its in found.values())

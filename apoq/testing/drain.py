@@ -27,7 +27,8 @@ from apoq.postgres.urls import check_untranslated
 from apoq.schema.models import Task, detached, tasks_table
 from apoq.schema.statements.claim import CLAIM, TYPE, claim
 from apoq.schema.statements.data import read_data
-from apoq.schema.statements.survey import survey
+from apoq.schema.statements.queues import at_most_text, queue_text, queues_text, retry_limits_text
+from apoq.schema.statements.survey import firsts, survey
 from apoq.testing.clock import travel
 from apoq.testing.inline import Crew, InLineDeadlines, crew_of, held
 from apoq.testing.inside import (
@@ -40,9 +41,9 @@ from apoq.testing.inside import (
     inside,
 )
 from apoq.worker import Worker
+from apoq.worker.claiming.claimable_queue import retry_limits
 from apoq.worker.claiming.claimer import may_begin
 from apoq.worker.claiming.cursor import MAX_LEVELS, ClaimCursor
-from apoq.worker.claiming.queue_claims import workable
 from apoq.worker.execution.attempt import (
     AnyAttempt,
     AsyncAttempt,
@@ -172,25 +173,23 @@ class _Drain:
         """Yield the queues that have due tasks, with the position at which a claim begins."""
         for crew in self._crews:
             for queue in crew.queues:
-                position = ClaimCursor()
-                looked_for = {
-                    "from_queue": queue.name,
-                    "of_types": list(crew.processors(queue)),
-                    "at_most": MAX_LEVELS + 1,
-                }
-                if position.surveyed(self._execute(queue, survey(queue.schema), looked_for)) <= 0:
-                    yield crew, queue, position
+                cursor = ClaimCursor()
+                its = queue_text(queue.name, crew.processors(queue))
+                parameters = {"queues": queues_text([its]), "at_most": MAX_LEVELS + 1}
+                now, found = firsts(self._execute(queue, survey(queue.schema), parameters))
+                if cursor.surveyed(found.get(queue.name, ()), now) <= 0:
+                    yield crew, queue, cursor
 
     def _claim(self) -> tuple[Crew, AnyAttempt] | None:
-        for crew, queue, position in self._due():
+        for crew, queue, cursor in self._due():
+            processors = crew.processors(queue)
             parameters = {
-                "from_queue": queue.name,
-                **workable(crew.processors(queue)),
+                "queues": queues_text([queue_text(queue.name, processors), cursor.text, at_most_text(1)]),
+                "retry_limits": retry_limits_text(retry_limits(queue, processors)),
                 "at_most": 1,
                 "by_worker": self._worker_id,
-                **position.parameters(),
             }
-            statement = claim(queue.schema, overflows=position.lower_than is not None)
+            statement = claim(queue.schema, overflows=cursor.lower_than is not None)
             for row in self._execute(queue, statement, parameters):
                 batch = Claim(
                     queue, crew.processors(queue), time.monotonic(), FOR_EVER, self._signal, self._fetch

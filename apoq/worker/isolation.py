@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Generic, TypeVar
 
 from apoq.postgres.connections import is_away
@@ -30,16 +30,15 @@ class Isolation(Generic[K]):
         """Return whether the last call for this key failed."""
         return key in self._failing
 
-    def call(self, key: K, keys: Sequence[K], function: Callable[[], T], otherwise: T) -> T:
+    def call(self, key: K, keys: Iterable[K], function: Callable[[], T], otherwise: T) -> T:
         """Call the function for one of the keys; return `otherwise` if it fails, or is left out now."""
-        has_others = any(other not in self._failing for other in keys if other != key)
         failures, next_try = self._failing.get(key, (None, 0.0))
-        if has_others and time.monotonic() < next_try:
+        if time.monotonic() < next_try and self._has_others(key, keys):
             return otherwise
         try:
             result = function()
         except Exception as error:
-            if is_away(error) or not has_others:
+            if is_away(error) or not self._has_others(key, keys):
                 raise
             failures = failures or Failures(self._describe(key), self._outage)
             self._failing[key] = failures, time.monotonic() + failures.failed(error)
@@ -48,3 +47,6 @@ class Isolation(Generic[K]):
             failures.recovered()
             del self._failing[key]
         return result
+
+    def _has_others(self, key: K, keys: Iterable[K]) -> bool:
+        return any(other not in self._failing for other in keys if other != key)

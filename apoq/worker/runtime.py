@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterable
 from typing import Final
 
 from sqlalchemy import Engine
@@ -74,6 +75,7 @@ class Runtime:
         options: WorkerOptions,
         counter: Counter,
     ) -> None:
+        self._queues = queues
         self._events = events
         self.outage = outage = Outage(on_away=self._release_line, report=events.report)
         self.engine = own_engine(sync_side(engine), lock_timeout=LOCK_TIMEOUT)
@@ -93,7 +95,7 @@ class Runtime:
             self.claim_log,
             concurrency=options.concurrency,
             lease=options.lease,
-            on_due=self.look_for_tasks,
+            on_rescued=self._look_in_schema,
             on_unknown=self._look_for_strays,
             on_lapse=self._lapsed,
         )
@@ -117,7 +119,7 @@ class Runtime:
             schemas,
             outage,
             self.claim_log,
-            on_pending=self.scanner.look_in,
+            on_pending=self.scanner.look_into,
         )
         self.event_loop = EventLoopThread()
         self.sessions = TaskSessions(engine, self.event_loop)
@@ -153,7 +155,7 @@ class Runtime:
         self.listener = Listener(
             self.engine,
             self._listening_engine,
-            frozenset(has_tasks(queue.schema, queue.name) for queue in queues),
+            {has_tasks(queue.schema, queue.name): queue for queue in queues},
             outage,
             self.claimer,
             on_cancelled=self.lost_task_monitor.look_for,
@@ -171,7 +173,7 @@ class Runtime:
             leases,
             outage,
             grace=heartbeat_seconds * GRACE_HEARTBEATS,
-            on_due=self.look_for_tasks,
+            on_rescued=self._look_in_schema,
         )
         self.registration = Registration(
             self.engine, schemas, self.heartbeat, self.scanner, self.strays, outage, self.missing
@@ -197,9 +199,9 @@ class Runtime:
         """Return whether the caller is a processor or a listener that this worker called."""
         return self.executor.is_current() or self.settler.is_current()
 
-    def look_for_tasks(self) -> None:
-        """Look for due tasks now."""
-        self.claimer.look_for_tasks()
+    def look_for_tasks(self, queues: Iterable[Queue] | None = None) -> None:
+        """Look for due tasks in these queues now, or in all."""
+        self.claimer.look_for_tasks(queues)
 
     def stop(self, patience: float | None) -> float:
         """Stop claiming, release tasks that have not begun, and wait `patience` seconds for running ones.
@@ -270,6 +272,9 @@ class Runtime:
             watch.cut_all(self.engine)
             self.listener.renew()
             self.sessions.renew()
+
+    def _look_in_schema(self, schema: str | None) -> None:
+        self.claimer.look_for_tasks([queue for queue in self._queues if queue.schema == schema])
 
     def _look_for_strays(self) -> None:
         self.claimer.look_for_strays()

@@ -23,6 +23,14 @@ from apoq.postgres.connections import execute, own_engine
 from apoq.schema.models import tasks_table
 from apoq.schema.statements.arrays import array_text
 from apoq.schema.statements.claim import ID, PROCESS_AT, claim
+from apoq.schema.statements.queues import (
+    at_most_text,
+    levels_text,
+    limits_text,
+    queue_text,
+    queues_text,
+    retry_limits_text,
+)
 from apoq.schema.statements.settle import complete
 from benchmarks.profile.working import used_by
 
@@ -122,15 +130,13 @@ def measure(engine: sa.Engine, fillfactor: int, *, moves: bool = False) -> Cost:
 def _work(own: sa.Engine, number: int) -> None:
     """Claim and complete the due tasks."""
     parameters = {
-        "from_queue": "default",
-        "of_types": ["bench"],
-        "retry_limits": '{"bench": 5}',
+        "queues": queues_text(
+            [queue_text("default", ["bench"]), levels_text({0: (0.0, 0)}), at_most_text(BATCH)]
+        ),
+        "retry_limits": retry_limits_text(limits_text("default", {"bench": 5})),
         "at_most": BATCH,
         "free": 0,
         "by_worker": uuid4(),
-        "priorities": array_text([0]),
-        "behind_times": array_text([0.0]),
-        "behind_ids": array_text([0]),
         "number": number,
     }
     rows = execute(own, claim(None, ahead=True), parameters).fetchall()

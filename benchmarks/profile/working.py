@@ -24,6 +24,14 @@ from apoq.postgres.connections import execute, own_engine
 from apoq.schema.models import tasks_table
 from apoq.schema.statements.arrays import array_text
 from apoq.schema.statements.claim import claim
+from apoq.schema.statements.queues import (
+    at_most_text,
+    levels_text,
+    limits_text,
+    queue_text,
+    queues_text,
+    retry_limits_text,
+)
 from apoq.schema.statements.settle import complete
 from apoq.worker.claiming.queue_claims import MAX_CLAIM_SIZE
 
@@ -76,19 +84,18 @@ def measure(engine: sa.Engine, changes: Sequence[str]) -> tuple[Cost, Cost]:
     claimed: list[list[tuple[Any, ...]]] = []
 
     def claim_all() -> None:
+        its = queue_text("default", ["bench"])
         parameters = {
-            "from_queue": "default",
-            "of_types": ["bench"],
-            "retry_limits": '{"bench": 5}',
+            "retry_limits": retry_limits_text(limits_text("default", {"bench": 5})),
             "at_most": MAX_CLAIM_SIZE,
             "free": 0,
             "by_worker": uuid4(),
-            "priorities": array_text([0]),
         }
         at, id_ = 0.0, 0
         for number in count(1):
-            behind = {"behind_times": array_text([at]), "behind_ids": array_text([id_])}
-            rows = execute(own, claim(None, ahead=True), parameters | behind | {"number": number}).fetchall()
+            behind = queues_text([its, levels_text({0: (at, id_)}), at_most_text(MAX_CLAIM_SIZE)])
+            numbered = parameters | {"queues": behind, "number": number}
+            rows = execute(own, claim(None, ahead=True), numbered).fetchall()
             if not rows:
                 return
             at, id_ = max((row[5], row[0]) for row in rows)

@@ -14,7 +14,6 @@ from sqlalchemy import (
     Integer,
     Numeric,
     Select,
-    SmallInteger,
     Table,
     Text,
     Uuid,
@@ -34,7 +33,7 @@ from sqlalchemy import (
     union_all,
     update,
 )
-from sqlalchemy.dialects.postgresql import ARRAY, JSONB
+from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.sql.dml import ReturningUpdate
 from sqlalchemy.sql.selectable import TableValuedAlias
 
@@ -49,6 +48,7 @@ from apoq.schema.statements.literals import (
     ZERO,
 )
 from apoq.schema.statements.notes import note
+from apoq.schema.statements.queues import given_queues
 from apoq.schema.statements.states import is_pending
 
 CHANGED: Final = ("state", "claim_token", "attempt", "worker_id", "claimed_at", "prefetched")
@@ -71,6 +71,7 @@ ClaimedTask = tuple[
     float | None,  # retry_delay, in seconds
     float | None,  # timeout, in seconds
     str | None,  # meta as JSON; None if it is large
+    str,  # queue
     C,  # the claim, which the worker adds
 ]
 """The columns of a task that `claim` returns, and the claim to which the task belongs.
@@ -93,7 +94,8 @@ RETRY_LIMIT: Final = 9
 RETRY_DELAY: Final = 10
 TIMEOUT: Final = 11
 META: Final = 12
-CLAIM: Final = 13
+QUEUE: Final = 13
+CLAIM: Final = 14
 """The indexes of these values in a `ClaimedTask`."""
 
 LONGEST: Final = 8_000
@@ -109,23 +111,24 @@ def claim(
     overflows: bool = False,
     bare: bool = False,
 ) -> ReturningUpdate[Any]:
-    """Mark up to `at_most` due tasks of `from_queue` and `of_types` as running, and return them unordered.
+    """Mark up to `at_most` due tasks of the given `queues` as running, and return them unordered.
 
-    Tasks are taken by priority, in the order of `priorities`. In each priority, only tasks behind a position
-    are taken: behind the `process_at` in `behind_times` (seconds since 1970) and the id in `behind_ids`. So a
+    Tasks are taken from the queues in their order, from each up to its own `at_most`. In a queue, they are
+    taken by priority, in the order of its `priorities`. In each priority, only tasks behind a position are
+    taken: behind the `process_at` in `behind_times` (seconds since 1970) and the id in `behind_ids`. So a
     claim doesn't scan index entries of tasks that were claimed before, even if a long transaction elsewhere
-    prevents vacuum from removing them.
+    prevents vacuum from removing them. See `given_queues`.
 
     Options:
 
     - `ahead`: the claim may take more tasks than there are `free` slots. It skips tasks that were rescued
       from a dead worker, because such a task may kill this worker as well, and with it tasks that only wait.
     - `passes_over`: skip the tasks with the ids `passed_over`.
-    - `overflows`: afterwards, take tasks of all priorities lower than `lower_than`.
+    - `overflows`: afterwards, take tasks of all priorities lower than a queue's `lower_than`.
     - `bare`: return NULL for all data and metadata, as for large values.
 
-    `retry_limits` is a JSON object with the limit of each type. A task with more failures than its own limit,
-    or else its type's, is claimed only to be ended: it doesn't start.
+    `retry_limits` is a JSON object with the limits of each queue, by type. A task with more failures than its
+    own limit, or else its type's, is claimed only to be ended: it doesn't start.
 
     The attempt is counted by the claim, not when the attempt ends, so that an attempt that kills its worker
     counts as well. Times are returned as seconds since 1970, and data as text, because most of them are never
@@ -164,35 +167,34 @@ _at_most = bindparam("at_most", type_=BigInteger)
 
 def _picked(tasks: Table, *, ahead: bool, passes_over: bool, overflows: bool) -> CTE:
     """Lock due tasks, and return their ctids and ids."""
+    queues = given_queues()
+    levels = _levels(queues)
     due = (
         select(_place, tasks.c.id)
-        .where(*_is_claimable(tasks, ahead=ahead, passes_over=passes_over))
-        .limit(_at_most)
+        .where(*_is_claimable(tasks, queues, ahead=ahead, passes_over=passes_over))
+        .limit(queues.c.at_most)
         # Other workers claim at the same time: skip the tasks that they have locked, instead of waiting.
         .with_for_update(skip_locked=True)
+        .correlate(queues, levels)
     )
     # One index scan per priority, so that a scan for due tasks of a lower priority doesn't read the future
-    # tasks of a higher one. The outer limit ends the scans early, so no row is locked without being taken,
+    # tasks of a higher one. The outer limits end the scans early, so no row is locked without being taken,
     # unless its data is large.
-    levels = _levels()
     level = due.where(*_is_on(tasks, levels)).order_by(tasks.c.process_at, tasks.c.id).lateral("due")
     found = select(*level.c).select_from(levels.join(level, true()))
     if overflows:
-        lower = tasks.c.priority < bindparam("lower_than", type_=SmallInteger)
+        lower = tasks.c.priority < queues.c.lower_than
         order = tasks.c.priority.desc(), tasks.c.process_at, tasks.c.id
-        rest = due.where(lower).order_by(*order).subquery("rest")
-        found = select(*union_all(found, select(*rest.c)).subquery("found").c)
-    return found.limit(_at_most).cte("picked")
+        rest = due.where(lower).order_by(*order).lateral("rest")
+        found = select(*union_all(found.correlate(queues), select(*rest.c)).subquery("found").c)
+    of_queue = found.limit(queues.c.at_most).correlate(queues).lateral("of_queue")
+    return select(*of_queue.c).select_from(queues.join(of_queue, true())).limit(_at_most).cte("picked")
 
 
-def _levels() -> TableValuedAlias:
-    """Return the priorities from which tasks are claimed, the highest first, with a position in each."""
+def _levels(queues: TableValuedAlias) -> TableValuedAlias:
+    """Return the priorities from which tasks of a queue are claimed, with a position in each."""
     return (
-        func.unnest(
-            cast(bindparam("priorities", type_=Text), ARRAY(SmallInteger)),
-            cast(bindparam("behind_times", type_=Text), ARRAY(Double)),
-            cast(bindparam("behind_ids", type_=Text), ARRAY(BigInteger)),
-        )
+        func.unnest(queues.c.priorities, queues.c.behind_times, queues.c.behind_ids)
         .table_valued("priority", "behind_time", "behind_id")
         .render_derived("levels")
     )
@@ -207,13 +209,15 @@ def _is_on(tasks: Table, levels: TableValuedAlias) -> tuple[ColumnElement[bool],
     )
 
 
-def _is_claimable(tasks: Table, *, ahead: bool, passes_over: bool) -> list[ColumnElement[bool]]:
-    """Return the conditions that this worker may run a task now."""
+def _is_claimable(
+    tasks: Table, queues: TableValuedAlias, *, ahead: bool, passes_over: bool
+) -> list[ColumnElement[bool]]:
+    """Return the conditions that this worker may run a task of a queue now."""
     conditions = [
-        tasks.c.queue == bindparam("from_queue", type_=Text),
+        tasks.c.queue == queues.c.queue,
         is_pending(tasks),
         tasks.c.process_at <= func.now(),
-        tasks.c.type == any_(bindparam("of_types", type_=ARRAY(Text))),
+        tasks.c.type == any_(queues.c.types),
     ]
     if ahead:
         conditions.append(tasks.c.rescue_count <= ZERO)
@@ -245,7 +249,7 @@ def _has_no_attempts_left(tasks: Table) -> ColumnElement[bool]:
     """Return the condition that a task has used up its attempts."""
     limits = cast(bindparam("retry_limits", type_=Text), JSONB)
     # Numeric, because a number in Python may be too large for any integer type here.
-    its_types_limit = cast(func.jsonb_extract_path_text(limits, tasks.c.type), Numeric)
+    its_types_limit = cast(func.jsonb_extract_path_text(limits, tasks.c.queue, tasks.c.type), Numeric)
     return and_(
         tasks.c.fail_count > ZERO,  # false for most tasks, which saves the other comparison
         tasks.c.fail_count > func.coalesce(tasks.c.retry_limit, its_types_limit),
@@ -269,6 +273,7 @@ def _returned(tasks: Table, *, bare: bool) -> tuple[ColumnElement[Any], ...]:
         func.date_part(EPOCH, tasks.c.retry_delay, type_=Double),
         func.date_part(EPOCH, tasks.c.timeout, type_=Double),
         cast(null(), Text) if bare else short_text(tasks.c.meta),
+        tasks.c.queue,
     )
 
 

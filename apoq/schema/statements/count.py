@@ -77,7 +77,7 @@ def count(schema: str | None) -> Select[*tuple[Any, ...]]:
     """
     tasks = tasks_table(schema)
     # For each priority: otherwise, all future tasks of a higher priority would be read to find due ones.
-    priorities = pending_priorities(schema)
+    priorities = pending_priorities(schema, bindparam("from_queue", type_=Text))
     pending = select(tasks.c.process_at, tasks.c.type, tasks.c.fail_count).where(
         tasks.c.queue == _QUEUE, is_pending(tasks), tasks.c.priority == priorities.c.priority
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Final
 
@@ -18,9 +18,13 @@ from apoq.events import Events, TaskClaimed, TaskCompleted, TaskStarted
 from apoq.schema.statements.claim import FAIL_COUNT
 from apoq.worker import reports
 from apoq.worker.claim_log import ClaimLog
+from apoq.worker.claiming.claim_statement import Portions, Row
+from apoq.worker.claiming.claimable_queue import ClaimableQueue
 from apoq.worker.claiming.cursor import ClaimCursor
-from apoq.worker.claiming.queue_claims import MAX_CLAIM_SIZE, QueueClaims, Row
+from apoq.worker.claiming.queue_claims import MAX_CLAIM_SIZE
+from apoq.worker.claiming.rotation import QueueRotation
 from apoq.worker.claiming.scanner import QueueScanner
+from apoq.worker.claiming.schema_claims import SchemaClaims, Taken
 from apoq.worker.claiming.strays import POLL_SECONDS, Strays
 from apoq.worker.execution.attempt import AnyAttempt, Claim, Claimed, StopSignal
 from apoq.worker.execution.executor import Executor, released
@@ -82,13 +86,23 @@ class Claimer(Service):
     ) -> None:
         """`on_ended` is called with the results of tasks that end without having run."""
         super().__init__("apoq-claimer", outage)
-        self._engine = engine
-        self._queues = [
-            QueueClaims(engine, queue, cursors[queue], leases[queue.schema], registry, claim_log, strays)
-            for queue in queues
-        ]
+        self._queues = {
+            queue: ClaimableQueue(queue, cursors[queue], leases[queue.schema], registry) for queue in queues
+        }
+        isolation: Isolation[ClaimableQueue] = Isolation(lambda queue: f"the claim from {queue!r}", outage)
+        self._schemas = {
+            schema: SchemaClaims(
+                engine,
+                schema,
+                [its for queue, its in self._queues.items() if queue.schema == schema],
+                claim_log,
+                strays,
+                isolation,
+            )
+            for schema in leases
+        }
+        self._rotation: QueueRotation[ClaimableQueue] = QueueRotation()
         self._signals = signals
-        self._isolation: Isolation[QueueClaims] = Isolation(repr, outage)
         self._events = events
         self._executor = executor
         self._scanner = scanner
@@ -99,21 +113,20 @@ class Claimer(Service):
         self._waits_for_room = True
         """Whether a slot that becomes free is a reason to take a turn."""
         self._lock = threading.Lock()
-        self._must_look = True
         self._rested_at = 0.0
 
-    def look_for_tasks(self) -> None:
-        """Claim now, even if the last claim found nothing."""
-        self._must_look = True
+    def look_for_tasks(self, queues: Iterable[Queue] | None = None) -> None:
+        """Claim now from these queues, or from all, even if the last claim found nothing there."""
+        self._expect(queues)
         self.wake()
 
-    def notified(self, connection: PoolProxiedConnection | None) -> None:
-        """Claim now, on the caller's thread, and on this connection if one is given.
+    def notified(self, queues: Iterable[Queue] | None, connection: PoolProxiedConnection | None) -> None:
+        """Claim now from these queues, or from all, on the caller's thread, and on this connection if given.
 
         That is the connection that received the notification: its session is awake, and any other would have
         to wake up first.
         """
-        self._must_look = True
+        self._expect(queues)
         self.take_turn(partial(self.turn, connection))
 
     def slot_is_free(self) -> None:
@@ -136,11 +149,11 @@ class Claimer(Service):
             if time.monotonic() >= self._strays.looked_at + POLL_SECONDS:
                 with self._lock:
                     self._strays.release()
-                self._must_look = True
-        if not self._must_look:
+                self._expect(None)
+        if not self._rotation:
             self._waits_for_room = False
             return pause
-        if not any(queue.lease.is_held for queue in self._queues):
+        if not self._rotation.has(_has_lease):
             return LEASE_POLL_SECONDS
         room, free = self._room()
         if not room:
@@ -149,15 +162,11 @@ class Claimer(Service):
         if began < self._rested_at:
             self._waits_for_room = False
             return self._rested_at - began
-        self._must_look = False
         wanted = min(room, MAX_CLAIM_SIZE)
         claimed = self.claim(wanted, free, connection)
         self._executor.put(self._startable(claimed))
         self._move_cursors()
-        self._scanner.claimed(len(claimed), wanted)
-        if len(claimed) == wanted:
-            self._must_look = True
-        else:
+        if len(claimed) < wanted:
             took = time.monotonic() - began
             self._rested_at = began + min(MAX_REST_SECONDS, REST_FACTOR * took)
         self._strays.forget_settled(connection)
@@ -166,6 +175,7 @@ class Claimer(Service):
     def claim_one(self) -> AnyAttempt | None:
         """Claim a single task, and return the attempt that the caller is to run."""
         self._strays.forget_settled()
+        self._expect(None)
         while claimed := self.claim(1, 1):
             self._move_cursors()
             for task in self._startable(claimed):
@@ -173,32 +183,34 @@ class Claimer(Service):
         return None
 
     def claim(self, limit: int, free: int, connection: PoolProxiedConnection | None = None) -> list[Claimed]:
-        """Claim up to `limit` tasks, of which `free` find a slot at once.
+        """Claim up to `limit` tasks, of which `free` find a slot at once, from the queues that may have any.
 
         A queue whose claim fails is left out for a while. If it fails for all queues, its error is raised,
         unless another one has returned tasks before: these must run.
         """
         tasks: list[Claimed] = []
-        where = connection or self._engine
         with self._lock:
+            unreached = self._rotation.take(limit, _has_lease)
             try:
                 self._strays.release()
-                queues = [queue for queue in self._rotated() if queue.lease.is_held]
-                for queue in queues:
-                    if len(tasks) < limit:
-                        left = limit - len(tasks), free - len(tasks)
-                        claim_from = partial(self._claim_from, queue, *left, where)
-                        tasks += self._isolation.call(queue, queues, claim_from, [])
+                for schema, portions in _by_schema(unreached).items():
+                    left, left_free = limit - len(tasks), free - len(tasks)
+                    if left:
+                        its = self._schemas[schema]
+                        for taken in its.claim(portions, left, left_free, connection, self._others):
+                            del unreached[taken.queue]
+                            tasks += self._hold(taken, its)
             except BaseException:
-                self._must_look = True
                 if not tasks:
                     raise
+            finally:
+                self._rotation.put_back(unreached)
         return tasks
 
     def _room(self) -> tuple[int, int]:
         """Return how many tasks to claim now, zero for none, and how many slots are free."""
         executor = self._executor
-        is_careful = any(queue.cursor.is_careful for queue in self._queues)
+        is_careful = any(queue.cursor.is_careful for queue in self._queues.values())
         prefetched = 0 if is_careful else prefetch_limit(executor.concurrency, executor.run_time)
         executor.low_water = prefetched // 2
         room = executor.concurrency + prefetched - executor.load
@@ -216,10 +228,11 @@ class Claimer(Service):
                     continue
             yield row
 
-    def _claim_from(
-        self, queue: QueueClaims, limit: int, free: int, where: Engine | PoolProxiedConnection
-    ) -> list[Claimed]:
-        number, rows = queue.claim(limit, free, where)
+    def _hold(self, taken: Taken, schema: SchemaClaims) -> list[Claimed]:
+        """Remember what was taken from a queue; return its tasks."""
+        queue, rows = taken.queue, taken.rows
+        self._rotation.looked_into(queue, has_more=taken.has_more)
+        self._scanner.claimed(queue.queue, len(rows), has_more=taken.has_more)
         if not rows:
             return []
         batch = Claim(
@@ -228,18 +241,24 @@ class Claimer(Service):
             time.monotonic(),
             queue.lease,
             self._signals[queue.queue.schema],
-            queue.fetch,
-            number,
+            schema.fetch,
+            taken.number,
             self._report_start if self._is_followed() else None,
-            is_ahead=len(rows) > free,
+            is_ahead=taken.is_ahead,
         )
-        self._moves.append((queue.cursor, rows, len(rows) < limit))
+        self._moves.append((queue.cursor, rows, not taken.has_more))
         tasks: list[Claimed] = [(*row, batch) for row in rows]
         self._claim_log.hold(tasks)
         if self._events.has_listeners(TaskClaimed):
             for task in tasks:
                 self._events.report(reports.claimed(task))
         return tasks
+
+    def _expect(self, queues: Iterable[Queue] | None) -> None:
+        """Look into these queues, or into all, with the next claim."""
+        expected = [self._queues[queue] for queue in (self._queues if queues is None else queues)]
+        # If there is a processor later, the next survey finds its tasks.
+        self._rotation.expect(queue for queue in expected if queue.processors)
 
     def _is_followed(self) -> bool:
         """Return whether a listener wants to know of each task that begins, or how long it takes."""
@@ -256,11 +275,8 @@ class Claimer(Service):
         for cursor, rows, is_all in moves:
             cursor.claimed(rows, is_all=is_all)
 
-    def _rotated(self) -> list[QueueClaims]:
-        # Each queue comes first in its turn, so that none starves behind a full one.
-        if len(self._queues) > 1:
-            self._queues = [*self._queues[1:], self._queues[0]]
-        return self._queues
+    def _others(self) -> Iterable[ClaimableQueue]:
+        return (queue for queue in self._queues.values() if queue.lease.is_held)
 
     def _release_overdue(self) -> float | None:
         """Release tasks that have waited too long for a slot; return when to look again, if any wait."""
@@ -274,6 +290,17 @@ class Claimer(Service):
         # The average is of shorter tasks than those that run now.
         self._executor.run_time = max(self._executor.run_time or 0.0, RELEASE_AFTER_SECONDS)
         return None
+
+
+def _has_lease(queue: ClaimableQueue) -> bool:
+    return queue.lease.is_held
+
+
+def _by_schema(portions: Portions) -> dict[str | None, dict[ClaimableQueue, int]]:
+    schemas: dict[str | None, dict[ClaimableQueue, int]] = {}
+    for queue, portion in portions.items():
+        schemas.setdefault(queue.queue.schema, {})[queue] = portion
+    return schemas
 
 
 def may_begin(attempt: AnyAttempt) -> bool:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Iterable, Sequence
-from typing import Any, Final, NamedTuple
+from collections.abc import Sequence
+from typing import Any, Final
 
-from apoq.schema.statements.arrays import array_text
 from apoq.schema.statements.claim import ID, PRIORITY, PROCESS_AT
+from apoq.schema.statements.queues import levels_text
+from apoq.schema.statements.survey import First
 
 START: Final = (-math.inf, 0)
 
@@ -31,17 +32,6 @@ _LOWEST_TIME: Final = -210_866_803_200.0
 _LOWEST_ID: Final = -(2**63)
 
 
-class First(NamedTuple):
-    """A row of `survey`."""
-
-    priority: int | None
-    """None: there is no task."""
-    process_at: float
-    id: int
-    now: float
-    is_rescued: bool
-
-
 class ClaimCursor:
     """For each priority, the `process_at` and id behind which the next claim looks.
 
@@ -55,16 +45,17 @@ class ClaimCursor:
         self._lock = threading.Lock()
         self.is_careful = False
         """Whether the first due task was rescued from a dead worker; it must not be prefetched."""
-        self.first_due: tuple[int, float, int] | None = None
-        """The priority, process_at and id of the task that was the first to be due at the last survey."""
+        self.first_due: First | None = None
+        """The task that was the first to be due at the last survey."""
         self.lower_than: int | None = None
         """If there are more priorities than levels: the lowest level, below which a claim looks as well."""
         self._passed_over: dict[int, tuple[float, float]] = {}
         self._be_at({0: START})
 
-    def parameters(self) -> dict[str, str]:
-        """Return the parameters of `claim`, the highest priority first."""
-        return self._written
+    @property
+    def text(self) -> str:
+        """The positions, as a claim is given them."""
+        return self._text
 
     def passed_over(self) -> list[int]:
         """Return the ids of the tasks that are passed over, because the server refused to claim them."""
@@ -96,26 +87,17 @@ class ClaimCursor:
                 moved[priority] = max(end, moved.get(priority, START))
             self._be_at(moved)
 
-    def surveyed(self, rows: Iterable[Sequence[Any]], *, known: bool = False) -> float:
+    def surveyed(self, firsts: Sequence[First], now: float, *, known: bool = False) -> float:
         """Move to the result of a survey, the highest priority first; return the seconds until a task is due.
 
         `known`: only known priorities were surveyed. Otherwise, up to one more than `MAX_LEVELS` were.
         """
         found: dict[int, tuple[float, int]] = {}
-        due_in = math.inf
-        is_careful = False
-        first_due: tuple[int, float, int] | None = None
-        now = -math.inf
-        firsts = [First(*row) for row in rows]
+        due = [first for first in firsts if first.process_at <= now]
+        first_due = due[0] if due else None
+        due_in = min((first.process_at - now for first in firsts), default=math.inf)
         for first in firsts:
-            now = first.now
-            if first.priority is None:
-                continue
-            due_in = min(due_in, first.process_at - now)
             is_due = first.process_at <= now
-            if is_due and first_due is None:
-                first_due = first.priority, first.process_at, first.id
-                is_careful = first.is_rescued
             found[first.priority] = (
                 _before(first.process_at, first.id) if is_due else (now - COMMIT_SLACK_SECONDS, 0)
             )
@@ -130,22 +112,15 @@ class ClaimCursor:
                     found.setdefault(priority, (now - COMMIT_SLACK_SECONDS, 0))
             self.lower_than = lower_than
             self._be_at(found)
-            self.is_careful, self.first_due = is_careful, first_due
+            self.is_careful = first_due is not None and first_due.is_rescued
+            self.first_due = first_due
         # It isn't known which tasks are due in the lower priorities.
         return due_in if lower_than is None else min(due_in, 0.0)
 
     def _be_at(self, levels: dict[int, tuple[float, int]]) -> None:
         self._levels = levels
-        # As text now, and not in `parameters`: at that time, a task waits.
-        priorities, ends = zip(*sorted(levels.items(), reverse=True), strict=True)
-        times, ids = zip(*ends, strict=True)
-        self._written = {
-            "priorities": array_text(priorities),
-            "behind_times": array_text(times),
-            "behind_ids": array_text(ids),
-        }
-        if self.lower_than is not None:
-            self._written["lower_than"] = str(self.lower_than)
+        # As text now, and not for each claim: at that time, a task waits.
+        self._text = levels_text(levels, self.lower_than)
 
 
 _MICROSECOND = 1e-6 / 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 import selectors
 import socket
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from typing import Any, Final, LiteralString, NamedTuple, Self, cast
 from uuid import uuid4
@@ -15,6 +15,7 @@ from psycopg import sql
 from psycopg.pq.misc import PGnotify
 from sqlalchemy import URL, Engine, create_engine
 
+from apoq.client.queue import Queue
 from apoq.errors import InvalidURL
 from apoq.postgres.connections import ANSWER_TIMEOUT_SECONDS, execute, is_direct, own_engine
 from apoq.postgres.urls import database_url
@@ -71,8 +72,8 @@ class Received(NamedTuple):
     """The notifications that were read at once."""
 
     number: int
-    is_notified: bool
-    """Whether any of them was awaited."""
+    expected: set[Notification]
+    """Those of them that were expected."""
     cancelled: set[int]
     """The ids of tasks that may have been cancelled."""
     is_all: bool
@@ -102,17 +103,20 @@ class Listener(Service):
         self,
         engine: Engine,
         listening: Engine,
-        awaited: frozenset[Notification],
+        queues: Mapping[Notification, Queue],
         outage: Outage,
         claimer: Claimer,
         *,
         on_cancelled: Callable[[set[int] | None], None],
     ) -> None:
-        """`on_cancelled` is called with the ids of tasks that may have been cancelled; None: any may have."""
+        """`queues` has the queue of each notification that a queue has tasks.
+
+        `on_cancelled` is called with the ids of tasks that may have been cancelled; None: any may have.
+        """
         super().__init__("apoq-listener", outage)
         self._engine = engine
         self._listening = listening
-        self._awaited = awaited
+        self._queues = queues
         self._claimer = claimer
         self._on_cancelled = on_cancelled
         self._has_warned = False
@@ -180,7 +184,7 @@ class Listener(Service):
         deadline = time.monotonic() + PROBE_TIMEOUT_SECONDS
         has_arrived = False
         while not has_arrived and not self._is_ending and (left := deadline - time.monotonic()) > 0:
-            has_arrived = connection.wait(left).is_notified
+            has_arrived = bool(connection.wait(left).expected)
         connection.execute("UNLISTEN {}", trial.channel)
         if has_arrived:
             logs.notifications_arrive()
@@ -191,13 +195,13 @@ class Listener(Service):
         return has_arrived
 
     def _listen(self, connection: ListeningConnection) -> None:
-        connection.listen([CANCELLED, CHANNEL], self._awaited)
+        connection.listen([CANCELLED, CHANNEL], self._queues)
         self.recovered()
         self._on_cancelled(None)  # until now, cancellations did not notify this connection
         # With listen_url, the role of this connection may not be allowed to claim.
         ours = connection.pooled if self._listening is self._engine else None
         # Tasks that were added before this connection listened have not notified it.
-        self._claimer.notified(ours)
+        self._claimer.notified(None, ours)
         began = caught_up_at = time.monotonic()
         crowded_until = 0.0
         while not self._is_ending:
@@ -210,8 +214,9 @@ class Listener(Service):
                 return
             if received.number > CROWD_SIZE:
                 crowded_until = woke_at + CROWD_SECONDS
-            if received.is_notified:
-                self._claimer.notified(ours if woke_at > crowded_until else None)
+            if received.expected:
+                queues = [self._queues[notification] for notification in received.expected]
+                self._claimer.notified(queues, ours if woke_at > crowded_until else None)
             if received.cancelled:
                 self._on_cancelled(received.cancelled)
             if self._is_flooded and received.is_all and woke_at - began > CHECK_INTERVAL_SECONDS:
@@ -241,7 +246,7 @@ class ListeningConnection:
         self.woke_at = 0.0
         """When `wait` has found something to read, by time.monotonic()."""
         self.is_cut = False
-        self._awaited: frozenset[tuple[bytes, bytes]] = frozenset()
+        self._awaited: dict[tuple[bytes, bytes], Notification] = {}
         self._forget()
         # For notifications that arrive together with the result of a statement. Not add_notify_handler: for
         # it, psycopg decodes each, and raises an error if one isn't text in the connection's encoding.
@@ -257,9 +262,10 @@ class ListeningConnection:
 
     def listen(self, channels: Iterable[str], awaited: Iterable[Notification]) -> None:
         """Listen on these channels, for these notifications, and for those of cancelled tasks."""
-        self._awaited = frozenset(
-            (notification.channel.encode(), notification.payload.encode()) for notification in awaited
-        )
+        self._awaited = {
+            (notification.channel.encode(), notification.payload.encode()): notification
+            for notification in awaited
+        }
         # In one statement: if there are many notifications on the first channel, the server would not read a
         # second statement for a long time.
         names = [*channels]
@@ -282,7 +288,7 @@ class ListeningConnection:
             while notify := pgconn.notifies():
                 self._note(notify)
             is_all = self._count == before
-        received = Received(self._count, self._is_notified, self._cancelled, is_all)
+        received = Received(self._count, self._arrived, self._cancelled, is_all)
         self._forget()
         return received
 
@@ -300,7 +306,8 @@ class ListeningConnection:
         self._driver.close()
 
     def _forget(self) -> None:
-        self._count, self._is_notified = 0, False
+        self._count = 0
+        self._arrived: set[Notification] = set()
         self._cancelled: set[int] = set()
 
     def _note(self, notify: PGnotify) -> None:
@@ -311,8 +318,8 @@ class ListeningConnection:
             is_id = notify.extra.isdigit() and len(notify.extra) <= LONGEST_ID
             if is_id and len(self._cancelled) < MAX_NOTIFICATIONS:
                 self._cancelled.add(int(notify.extra))
-        elif (notify.relname, notify.extra) in self._awaited:
-            self._is_notified = True
+        elif notification := self._awaited.get((notify.relname, notify.extra)):
+            self._arrived.add(notification)
 
 
 _CANCELLED: Final = CANCELLED.encode()

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import math
-import random
-import threading
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
+from itertools import groupby
+from operator import attrgetter
 from typing import Final
 
+from psycopg import DatabaseError
 from sqlalchemy import Engine
 
 from apoq.client.queue import Queue
 from apoq.core.registry import Registry
-from apoq.postgres.connections import execute
+from apoq.postgres.connections import execute, is_away
 from apoq.schema.statements.arrays import array_text
-from apoq.schema.statements.survey import survey
+from apoq.schema.statements.queues import queue_text, queues_text
+from apoq.schema.statements.survey import First, firsts, survey
 from apoq.worker.claiming.cursor import MAX_LEVELS, ClaimCursor
+from apoq.worker.claiming.look_times import LookTimes
 from apoq.worker.failures import Outage
 from apoq.worker.isolation import Isolation
 from apoq.worker.lease import Lease
@@ -48,120 +51,126 @@ class QueueScanner(Service):
     def __init__(
         self,
         engine: Engine,
-        positions: dict[Queue, ClaimCursor],
+        cursors: Mapping[Queue, ClaimCursor],
         registry: Registry,
         leases: Mapping[str | None, Lease],
         outage: Outage,
         *,
         poll_interval: float,
-        on_due: Callable[[], None],
+        on_due: Callable[[list[Queue]], None],
     ) -> None:
-        """`on_due` is called when there may be tasks to claim."""
+        """`on_due` is called with the queues in which there may be tasks to claim."""
         super().__init__("apoq-scanner", outage)
         self._engine = engine
-        self._positions = positions
+        self._cursors = cursors
         self._registry = registry
         self._leases = leases
         self._poll_interval = poll_interval
         self._on_due = on_due
         self._isolation: Isolation[Queue] = Isolation(lambda queue: f"the survey of {queue!r}", outage)
-        self._lock = threading.Lock()
-        self._next_look = 0.0
-        self._reported: list[tuple[int, float, int] | None] = []
-        self._reported_at = 0.0
+        self._looks = LookTimes(cursors, poll_interval)
+        self._reported: dict[Queue, tuple[First | None, float]] = {}
+        """The first due task of each queue, and when the claimer was told to claim it."""
         self._rests = {False: Rest(), True: Rest(usual=0.001)}
         """After a survey of all priorities, and after one of those that are known."""
 
-    def look_in(self, seconds: float = 0.0) -> None:
-        """Survey the queues in so many seconds at the latest."""
-        if self._moved_up(seconds):
+    def look_into(self, queue: Queue, seconds: float = 0.0) -> None:
+        """Survey a queue in so many seconds at the latest."""
+        if self._looks.move_up(queue, seconds):
             self.wake()
 
-    def claimed(self, count: int, wanted: int) -> None:
-        """Survey the queues soon after a claim, to see whether these were all tasks that are due."""
+    def claimed(self, queue: Queue, count: int, *, has_more: bool) -> None:
+        """Survey a queue soon after a claim, to see whether these were all tasks that are due."""
         if count:
-            self._reported = []  # one of these may soon be due again
+            self._reported.pop(queue, None)  # one of these may soon be due again
         # A notification that led to no task may have been for something else: that is looked at immediately.
-        self.look_in(BUSY_RESURVEY_SECONDS if count == wanted else RESURVEY_SECONDS if count else 0.0)
+        self.look_into(queue, BUSY_RESURVEY_SECONDS if has_more else RESURVEY_SECONDS if count else 0.0)
 
     def turn(self) -> float | None:
-        """Survey the queues, if it is time to; return when to look again."""
+        """Survey the queues for which it is time; return when to look again."""
         began = time.monotonic()
         pause = self._wait_until() - began
         if pause > 0:
             return pause
-        with self._lock:
-            # Jitter, so that idle workers don't all look at the same moment.
-            self._next_look = began + self._poll_interval * random.uniform(0.9, 1.0)  # noqa: S311
         known = began < self._rests[False].until
-        due_in = self.survey(known=known)
-        if known:
-            self._moved_up(self._rests[False].until - began)  # then at the others
-        if due_in > 0:
-            self._moved_up(due_in)
-        elif self._is_news(began):
-            self._on_due()
+        due_in = self._survey(self._looks.take(began), known=known)
+        for queue, seconds in due_in.items():
+            if known:
+                self._looks.move_up(queue, self._rests[False].until - began)  # then at the others
+            if seconds > 0:
+                self._looks.move_up(queue, seconds)
+        due = [queue for queue, seconds in due_in.items() if seconds <= 0]
+        if news := [queue for queue in due if self._is_news(queue, began)]:
+            self._on_due(news)
         return self._wait_until() - time.monotonic()
 
-    def survey(self, *, known: bool = False) -> float:
-        """Survey the queues now; return in how many seconds the next task is due.
+    def survey(self) -> float:
+        """Survey all queues now; return in how many seconds the next task is due."""
+        return min(self._survey(list(self._cursors), known=False).values(), default=math.inf)
+
+    def _survey(self, queues: list[Queue], *, known: bool) -> dict[Queue, float]:
+        """Return for each queue in how many seconds its next task is due.
 
         `known`: look only into the priorities that are known.
         """
         began = time.monotonic()
-        queues = [
-            queue
-            for queue in self._positions
-            if self._registry.of(queue) and self._leases[queue.schema].is_held
-        ]
-        due_in = min(
-            (
-                self._isolation.call(queue, queues, partial(self._survey_one, queue, known=known), math.inf)
-                for queue in queues
-            ),
-            default=math.inf,
-        )
+        due_in: dict[Queue, float] = {}
+        for schema, of_schema in groupby(queues, attrgetter("schema")):
+            if self._leases[schema].is_held:
+                its = [queue for queue in of_schema if self._registry.of(queue)]
+                due_in |= self._survey_schema(schema, its, known=known)
         self._rests[known].took(time.monotonic() - began)
         if not known:
             self._rests[True].begin()
         return due_in
 
-    def _is_news(self, now: float) -> bool:
-        """Return whether the claimer should claim: not if the same tasks are due that it left the last time.
+    def _survey_schema(self, schema: str | None, queues: list[Queue], *, known: bool) -> dict[Queue, float]:
+        if len(queues) > 1:
+            try:
+                return self._execute(schema, queues, known=known)
+            except DatabaseError as error:
+                if is_away(error):
+                    raise
+        # One by one, so that a queue that makes this fail doesn't hold up the others.
+        due_in: dict[Queue, float] = {}
+        none: dict[Queue, float] = {}
+        for queue in queues:
+            survey_one = partial(self._execute, schema, [queue], known=known)
+            others = (each for each in self._cursors if self._leases[each.schema].is_held)
+            due_in |= self._isolation.call(queue, others, survey_one, none)
+        return due_in
 
-        Another session may have locked them, for example. They are tried again after a poll interval.
-        """
-        due = [position.first_due for position in self._positions.values()]
-        is_news = due != self._reported or now >= self._reported_at + self._poll_interval
-        if is_news:
-            self._reported, self._reported_at = due, now
-        return is_news
-
-    def _survey_one(self, queue: Queue, *, known: bool) -> float:
-        position = self._positions[queue]
-        passed_over = position.passed_over()
+    def _execute(self, schema: str | None, queues: list[Queue], *, known: bool) -> dict[Queue, float]:
+        passed_over = [task_id for queue in queues for task_id in self._cursors[queue].passed_over()]
+        texts = [
+            (queue_text(queue.name, self._registry.of(queue)), self._cursors[queue].text) for queue in queues
+        ]
         parameters = {
-            **position.parameters(),
-            "from_queue": queue.name,
-            "of_types": list(self._registry.of(queue)),
+            "queues": queues_text(*texts),
             "at_most": MAX_LEVELS + 1,
             "passed_over": array_text(passed_over),
         }
-        statement = survey(queue.schema, known=known, passes_over=bool(passed_over))
-        rows = execute(self._engine, statement, parameters, timeout=SURVEY_TIMEOUT_SECONDS).fetchall()
-        return position.surveyed(rows, known=known)
+        statement = survey(schema, known=known, passes_over=bool(passed_over))
+        now, found = firsts(execute(self._engine, statement, parameters, timeout=SURVEY_TIMEOUT_SECONDS))
+        return {
+            queue: self._cursors[queue].surveyed(found.get(queue.name, ()), now, known=known)
+            for queue in queues
+        }
 
-    def _moved_up(self, seconds: float) -> bool:
-        """Look in so many seconds at the latest; return whether that is sooner than before."""
-        at = time.monotonic() + seconds
-        with self._lock:
-            is_sooner = at < self._next_look
-            if is_sooner:
-                self._next_look = at
-        return is_sooner
+    def _is_news(self, queue: Queue, now: float) -> bool:
+        """Return whether the claimer should claim: not if the task is due that it left the last time.
+
+        Another session may have locked it, for example. It is tried again after a poll interval.
+        """
+        first_due = self._cursors[queue].first_due
+        reported, reported_at = self._reported.get(queue, (None, -math.inf))
+        is_news = first_due != reported or now >= reported_at + self._poll_interval
+        if is_news:
+            self._reported[queue] = first_due, now
+        return is_news
 
     def _wait_until(self) -> float:
-        return max(self._next_look, min(rest.until for rest in self._rests.values()))
+        return max(self._looks.next_look, min(rest.until for rest in self._rests.values()))
 
 
 class Rest:

@@ -99,11 +99,11 @@ class Heartbeat:
         *,
         concurrency: int,
         lease: timedelta,
-        on_due: Callable[[], None],
+        on_rescued: Callable[[str | None], None],
         on_unknown: Callable[[], None],
         on_lapse: Callable[[list[str | None]], None],
     ) -> None:
-        """`on_due` is called when tasks were rescued, and `on_unknown` if there are notes of unknown claims.
+        """`on_rescued` is called with the schema of rescued tasks, `on_unknown` if there are unknown claims.
 
         `on_lapse` is called with the schemas in which the lease has ended.
         """
@@ -126,7 +126,7 @@ class Heartbeat:
         )
         self._claim_log = claim_log
         self._report = outage.report
-        self._on_due = on_due
+        self._on_rescued = on_rescued
         self._on_unknown = on_unknown
         self._on_lapse = on_lapse
         self._row = {
@@ -237,7 +237,7 @@ class Heartbeat:
                 continue
             if rescued:
                 self._report(TasksRescued(rescued, presence.schema))
-                self._on_due()
+                self._on_rescued(presence.schema)
             has_more = narrowing.written(rescued)
         if not has_more:
             presence.rescuing.recovered()

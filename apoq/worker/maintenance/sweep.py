@@ -69,9 +69,9 @@ class Sweep(Service):
         outage: Outage,
         *,
         grace: float,
-        on_due: Callable[[], None],
+        on_rescued: Callable[[str | None], None],
     ) -> None:
-        """`grace`: seconds between two passes, at least; `on_due` is called when tasks were rescued."""
+        """`grace`: seconds between two passes, at least. `on_rescued` is called with a schema."""
         super().__init__("apoq-sweep", outage)
         self._engine = engine
         self._leases = leases
@@ -79,7 +79,7 @@ class Sweep(Service):
         self._isolation: Isolation[str | None] = Isolation(_describe, outage)
         self._grace = grace
         self._report = outage.report
-        self._on_due = on_due
+        self._on_rescued = on_rescued
         self._pause = grace
         self._begins_at: float | None = None
 
@@ -137,7 +137,7 @@ class Sweep(Service):
         parameters = {"ids": array_text(ids), "tokens": array_text(tokens), "reason": REASON}
         if rescued := execute(self._engine, rescue_unnoted(schema), parameters).rowcount:
             self._report(TasksRescued(rescued, schema, is_noted=False))
-            self._on_due()
+            self._on_rescued(schema)
 
 
 _ID, _, _TIME, _NUMBER = range(4)

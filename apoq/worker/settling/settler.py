@@ -17,6 +17,7 @@ from psycopg import DatabaseError
 from psycopg.errors import LockNotAvailable
 from sqlalchemy import Engine, Executable
 
+from apoq.client.queue import Queue
 from apoq.core import states
 from apoq.core.outcomes import Unreachable
 from apoq.core.payload import encode
@@ -90,9 +91,9 @@ class Settler(Service):
         outage: Outage,
         claim_log: ClaimLog,
         *,
-        on_pending: Callable[[float], None],
+        on_pending: Callable[[Queue, float], None],
     ) -> None:
-        """`on_pending` is called with the seconds until a task that was settled is due again."""
+        """`on_pending` is called with the queue of a settled task, and the seconds until it is due again."""
         super().__init__("apoq-settler", outage)
         self._engine = engine
         self._completion = completion
@@ -266,7 +267,7 @@ class Settler(Service):
         self._claim_log.settled([end.attempt.row for end in ends if not is_late(end)])
         for end in ends:
             if end.settlement is not None and end.settlement.state == states.PENDING:
-                self._on_pending(end.settlement.delay or 0.0)
+                self._on_pending(end.attempt.from_queue, end.settlement.delay or 0.0)
 
     def _parted(self, unsettled: Unsettled, error: DatabaseError) -> list[Unsettled]:
         """Part what the server refuses: a batch survives its worst member, written without its error."""

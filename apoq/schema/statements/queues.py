@@ -1,0 +1,76 @@
+"""The queues that a claim or a survey looks into, as one parameter of the statement."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
+
+from sqlalchemy import JSON, BigInteger, Double, SmallInteger, Text, bindparam, cast, column, func
+from sqlalchemy.dialects.postgresql import ARRAY
+from sqlalchemy.sql.selectable import TableValuedAlias
+
+from apoq.core.payload import encode
+
+Levels = Mapping[int, tuple[float, int]]
+"""By priority, the `process_at` (in seconds since 1970) and the id behind which a claim looks for tasks."""
+
+_COLUMNS: Final[dict[str, Any]] = {
+    "queue": Text,
+    "types": ARRAY(Text),
+    "at_most": BigInteger,
+    "priorities": ARRAY(SmallInteger),
+    "behind_times": ARRAY(Double),
+    "behind_ids": ARRAY(BigInteger),
+    "lower_than": SmallInteger,
+}
+
+
+def given_queues() -> TableValuedAlias:
+    """Return the queues of the parameter `queues` as rows.
+
+    A row has the name of the queue, the types of the tasks to look for, how many to claim at most, the
+    priorities to look at with a position in each, and the priority below which to look as well. All queues
+    are one parameter, in JSON, because a worker looks into one queue or into hundreds of them.
+    """
+    parameter = cast(bindparam("queues", type_=Text), JSON)
+    columns = [column(name, type_) for name, type_ in _COLUMNS.items()]
+    return func.json_to_recordset(parameter).table_valued(*columns).render_derived("queues", with_types=True)
+
+
+def queues_text(*queues: Iterable[str]) -> str:
+    """Return the value of the parameter `queues`; each queue is given as the texts that follow here."""
+    return "[" + ",".join("{" + ",".join(texts) + "}" for texts in queues) + "]"
+
+
+def queue_text(name: str, types: Iterable[str]) -> str:
+    """Return the name of a queue, and the types of the tasks to look for."""
+    return f'"queue":{encode(name)},"types":{encode(list(types))}'
+
+
+def levels_text(levels: Levels, lower_than: int | None = None) -> str:
+    """Return the positions behind which to look, the highest priority first."""
+    priorities = sorted(levels, reverse=True)
+    times = ",".join(_time(levels[priority][0]) for priority in priorities)
+    ids = [levels[priority][1] for priority in priorities]
+    text = f'"priorities":{encode(priorities)},"behind_times":[{times}],"behind_ids":{encode(ids)}'
+    return text if lower_than is None else f'{text},"lower_than":{lower_than}'
+
+
+def at_most_text(count: int) -> str:
+    """Return how many tasks to claim from a queue at most."""
+    return f'"at_most":{count}'
+
+
+def retry_limits_text(*queues: str) -> str:
+    """Return the value of the parameter `retry_limits`; each queue is given as `limits_text`."""
+    return f"{{{','.join(queues)}}}"
+
+
+def limits_text(name: str, limits: Mapping[str, float]) -> str:
+    """Return the retry limits of a queue, by type."""
+    return f"{encode(name)}:{encode(limits)}"
+
+
+def _time(seconds: float) -> str:
+    return f'"{seconds!r}"' if math.isinf(seconds) else repr(seconds)  # JSON has no infinity

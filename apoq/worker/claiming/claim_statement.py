@@ -1,0 +1,89 @@
+"""Sends claims, and remembers them in the claim log."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from psycopg import DatabaseError
+from sqlalchemy import Engine
+from sqlalchemy.pool import PoolProxiedConnection
+
+from apoq.postgres.connections import STATEMENT_TIMEOUT_SECONDS, execute, is_away
+from apoq.schema.statements.arrays import array_text
+from apoq.schema.statements.claim import claim, next_due
+from apoq.schema.statements.queues import queues_text, retry_limits_text
+from apoq.worker.claim_log import ClaimLog
+from apoq.worker.claiming.claimable_queue import ClaimableQueue
+from apoq.worker.claiming.strays import Strays
+
+Row = tuple[Any, ...]
+Portions = Mapping[ClaimableQueue, int]
+"""How many tasks to claim from each queue at most, in this order."""
+On = PoolProxiedConnection | None
+"""The connection on which to send a statement; None: one of the pool."""
+
+
+class ClaimStatement:
+    """Claims from the queues of one schema, with one statement."""
+
+    def __init__(self, engine: Engine, schema: str | None, claim_log: ClaimLog, strays: Strays) -> None:
+        self._engine = engine
+        self._schema = schema
+        self._claim_log = claim_log
+        self._strays = strays
+
+    def execute(
+        self, portions: Portions, at_most: int, free: int, on: On, *, bare: bool = False
+    ) -> tuple[int, list[Row]]:
+        """Claim up to `at_most` tasks for `free` slots; return the claim's number and the unordered tasks."""
+        parameters = self._parameters(portions, at_most, free)
+        statement = claim(self._schema, **_form(parameters, portions), bare=bare)
+        number = self._claim_log.begin(self._schema)
+        its = {"number": number, "by_worker": self._strays.worker_id}
+        try:
+            rows = execute(on or self._engine, statement, parameters | its).fetchall()
+        except BaseException as error:
+            self._claim_log.failed(number)
+            # Without a response, it may have committed, or may do so until the server ends it. With one that
+            # can't be read, it has.
+            if has_no_response(error):
+                self._strays.expect(STATEMENT_TIMEOUT_SECONDS)
+            elif isinstance(error, DatabaseError) and error.sqlstate is None:
+                self._strays.expect()
+            raise
+        self._claim_log.claimed(number, len(rows))
+        return number, rows
+
+    def next_due(self, queue: ClaimableQueue, free: int) -> list[int]:
+        """Return the id of the task that a claim of a single task of this queue would take, if any."""
+        portions = {queue: 1}
+        parameters = self._parameters(portions, 1, free)
+        statement = next_due(self._schema, **_form(parameters, portions))
+        return [task_id for (task_id,) in execute(self._engine, statement, parameters)]
+
+    def _parameters(self, portions: Portions, at_most: int, free: int) -> dict[str, Any]:
+        parameters: dict[str, Any] = {
+            "queues": queues_text(*(queue.text(portion) for queue, portion in portions.items())),
+            "retry_limits": retry_limits_text(*(queue.limits_text for queue in portions)),
+            "at_most": at_most,
+        }
+        if at_most > free:
+            parameters["free"] = free
+        if passed_over := [task_id for queue in portions for task_id in queue.cursor.passed_over()]:
+            parameters["passed_over"] = array_text(passed_over)
+        return parameters
+
+
+def has_no_response(error: BaseException) -> bool:
+    """Return whether a statement failed without a response, so that it may have been executed."""
+    return not isinstance(error, DatabaseError) or is_away(error)
+
+
+def _form(parameters: Mapping[str, object], portions: Portions) -> dict[str, bool]:
+    """Return which form of `claim` takes these parameters."""
+    return {
+        "ahead": "free" in parameters,
+        "passes_over": "passed_over" in parameters,
+        "overflows": any(queue.cursor.lower_than is not None for queue in portions),
+    }

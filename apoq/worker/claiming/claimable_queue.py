@@ -1,0 +1,51 @@
+"""A queue of the worker, and what its claims need to know."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from apoq.client.queue import Queue
+from apoq.core.registry import Processor, Registry
+from apoq.schema.statements.queues import at_most_text, limits_text, queue_text
+from apoq.worker.claiming.cursor import ClaimCursor
+from apoq.worker.lease import Lease
+
+
+class ClaimableQueue:
+    """A queue, with its processors, its cursor, and the worker's lease in its schema."""
+
+    def __init__(self, queue: Queue, cursor: ClaimCursor, lease: Lease, registry: Registry) -> None:
+        self.queue = queue
+        self.cursor = cursor
+        self.lease = lease
+        self._registry = registry
+        self._processors: Mapping[str, Processor] = {}
+        self._text = self._limits_text = ""
+
+    def __repr__(self) -> str:
+        return repr(self.queue)
+
+    @property
+    def processors(self) -> Mapping[str, Processor]:
+        """The processors, by type."""
+        processors = self._registry.of(self.queue)
+        # The registry returns another mapping as soon as there is one more processor.
+        if self._processors is not processors:
+            self._processors = processors
+            self._text = queue_text(self.queue.name, processors)
+            self._limits_text = retry_limits(self.queue, processors)
+        return processors
+
+    def text(self, at_most: int) -> tuple[str, str, str]:
+        """Return the queue, its positions, and how many tasks to claim, as a statement is given them."""
+        return self._text, self.cursor.text, at_most_text(at_most)
+
+    @property
+    def limits_text(self) -> str:
+        """The retry limits of its types, as a statement is given them."""
+        return self._limits_text
+
+
+def retry_limits(queue: Queue, processors: Mapping[str, Processor]) -> str:
+    """Return the retry limits of a queue's types, as a statement is given them."""
+    return limits_text(queue.name, {type_: its.policy.limit for type_, its in processors.items()})

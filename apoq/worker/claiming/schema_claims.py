@@ -1,0 +1,123 @@
+"""Claims from the queues of one schema: from all in one statement, unless one of them makes that fail."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from operator import itemgetter
+from typing import NamedTuple
+
+from sqlalchemy import Engine
+
+from apoq.postgres.connections import execute
+from apoq.schema.statements.claim import ID, PRIORITY, PROCESS_AT, QUEUE
+from apoq.schema.statements.data import read_data
+from apoq.worker.claim_log import ClaimLog
+from apoq.worker.claiming.claim_statement import ClaimStatement, On, Portions, Row, has_no_response
+from apoq.worker.claiming.claimable_queue import ClaimableQueue
+from apoq.worker.claiming.queue_claims import QueueClaims
+from apoq.worker.claiming.strays import Strays
+from apoq.worker.execution.attempt import AnyAttempt, longest_data
+from apoq.worker.isolation import Isolation
+
+Others = Callable[[], Iterable[ClaimableQueue]]
+"""Returns all queues from which the worker may claim."""
+
+
+class Taken(NamedTuple):
+    """What a claim has taken from a queue."""
+
+    queue: ClaimableQueue
+    number: int
+    """Of the claim."""
+    rows: list[Row]
+    """The tasks, in order."""
+    has_more: bool
+    """Whether there may be more due tasks in the queue."""
+    is_ahead: bool
+    """Whether the claim has taken more tasks than there were free slots."""
+
+
+class SchemaClaims:
+    """Claims tasks from the queues of a schema."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        schema: str | None,
+        queues: Iterable[ClaimableQueue],
+        claim_log: ClaimLog,
+        strays: Strays,
+        isolation: Isolation[ClaimableQueue],
+    ) -> None:
+        self._engine = engine
+        self._statement = ClaimStatement(engine, schema, claim_log, strays)
+        self._alone = {queue: QueueClaims(queue, self._statement, strays) for queue in queues}
+        self._isolation = isolation
+
+    def claim(self, portions: Portions, limit: int, free: int, on: On, others: Others) -> Iterator[Taken]:
+        """Claim up to `limit` tasks for `free` slots; yield what was taken from each queue that was reached.
+
+        If a claim from several queues fails, each of them claims alone until that succeeds. A queue whose own
+        claim fails is left out for a while, unless there are no `others` whose claims succeed.
+        """
+        together = {queue: its for queue, its in portions.items() if not self._alone[queue].is_doubtful}
+        taken = self._claim_together(together, limit, free, on) if len(together) > 1 else []
+        yield from taken
+        reached = {each.queue for each in taken}
+        count = sum(len(each.rows) for each in taken)
+        for queue, portion in portions.items():
+            if queue not in reached and count < limit:
+                at_most = min(portion, limit - count)
+                claim = partial(self._claim_alone, queue, at_most, free - count, on)
+                its = self._isolation.call(queue, others(), claim, _nothing(queue))
+                count += len(its.rows)
+                yield its
+
+    def fetch(self, attempt: AnyAttempt) -> list[Row]:
+        """Read the data of a task that is too large for the result of its claim."""
+        queue = attempt.from_queue
+        parameters = {
+            "task_id": attempt.id,
+            "held_under": attempt.claim_token,
+            "longest_data": longest_data(queue),
+        }
+        return execute(self._engine, read_data(queue.schema), parameters).fetchall()
+
+    def _claim_together(self, portions: Portions, limit: int, free: int, on: On) -> list[Taken]:
+        try:
+            number, rows = self._statement.execute(portions, limit, max(free, 0), on)
+        except Exception as error:
+            for queue in portions:
+                self._alone[queue].doubt(limit if has_no_response(error) else None)
+            if has_no_response(error):
+                raise
+            return []
+        of_queue: dict[str, list[Row]] = {}
+        for row in rows:
+            of_queue.setdefault(row[QUEUE], []).append(row)
+        taken = []
+        for queue, portion in portions.items():
+            its = of_queue.pop(queue.queue.name, [])
+            is_last = len(rows) == limit and not of_queue
+            has_more = is_last or len(its) == portion
+            taken.append(Taken(queue, number, _in_order(its), has_more, is_ahead=len(rows) > free))
+            if is_last:
+                break  # the others were not reached
+        return taken
+
+    def _claim_alone(self, queue: ClaimableQueue, limit: int, free: int, on: On) -> Taken:
+        number, rows, has_more = self._alone[queue].claim(limit, max(free, 0), on)
+        return Taken(queue, number, _in_order(rows), has_more, is_ahead=len(rows) > free)
+
+
+def _nothing(queue: ClaimableQueue) -> Taken:
+    return Taken(queue, 0, [], has_more=False, is_ahead=False)
+
+
+def _in_order(rows: list[Row]) -> list[Row]:
+    """Sort tasks of one queue in the order in which they should begin."""
+    # In two steps, for which C's functions do; the second leaves each priority in the order of the first.
+    rows.sort(key=itemgetter(PROCESS_AT, ID))
+    rows.sort(key=itemgetter(PRIORITY), reverse=True)
+    return rows
