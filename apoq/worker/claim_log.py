@@ -60,6 +60,14 @@ class ClaimLog:
             done = self._done.get(schema, ())
             return list(done) if len(done) >= MIN_FORGOTTEN else []
 
+    def leftover(self, schema: str | None) -> list[int]:
+        """Return the claims of `done`, however few, if the worker holds and claims nothing in the schema."""
+        with self._lock:
+            is_used = schema in self._under_way.values() or any(
+                left.schema == schema for left in self._left.values()
+            )
+            return [] if is_used else list(self._done.get(schema, ()))
+
     def claimed(self, number: int, size: int) -> None:
         """Remember how many tasks a claim has taken."""
         with self._lock:

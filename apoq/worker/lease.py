@@ -13,6 +13,7 @@ class Lease:
         self._seconds = seconds
         self._grace = grace
         self._renewed_at = -math.inf
+        self._stretch = 1.0
         self.ends_at = -math.inf
         """By time.monotonic()."""
 
@@ -21,11 +22,11 @@ class Lease:
         """Whether tasks may begin, and be completed with ``task.session``."""
         return time.monotonic() < self.ends_at
 
-    def renew(self, asked_at: float) -> None:
-        """Hold it for its whole length from when that was asked for, by time.monotonic()."""
-        self._renewed_at = asked_at
-        self.ends_at = asked_at + self._seconds
+    def renew(self, asked_at: float, stretch: float = 1.0) -> None:
+        """Hold it from when that was asked for, by time.monotonic(), for `stretch` times its usual length."""
+        self._renewed_at, self._stretch = asked_at, stretch
+        self.ends_at = asked_at + self._seconds * stretch
 
     def shorten(self) -> None:
         """Note that the connection is gone and that the server knows: others wait for the grace only."""
-        self.ends_at = min(self.ends_at, self._renewed_at + self._grace)
+        self.ends_at = min(self.ends_at, self._renewed_at + self._grace * self._stretch)

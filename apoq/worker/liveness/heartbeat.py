@@ -26,14 +26,15 @@ from apoq.postgres.fast_path import Result
 from apoq.postgres.watchdog import Stopped
 from apoq.schema.statements.arrays import array_text
 from apoq.schema.statements.heartbeat import beat_and_look, forget, leave
+from apoq.schema.statements.notes import forget_settled
 from apoq.schema.statements.recover import forget_dead, held_by_dead, rescue
 from apoq.worker import logs
 from apoq.worker.claim_log import ClaimLog
-from apoq.worker.failures import Failures, Outage
+from apoq.worker.failures import Outage
 from apoq.worker.isolation import Isolation
 from apoq.worker.lease import Lease
-from apoq.worker.liveness.peers import Peer, Peers
-from apoq.worker.narrowing import Narrowing
+from apoq.worker.liveness.peers import Peer
+from apoq.worker.liveness.presence import Presence
 
 HEARTBEATS_PER_LEASE: Final = 5
 """Heartbeats to a lease: a worker counts as dead when it has missed this many."""
@@ -47,8 +48,6 @@ LOCK_TIMEOUT_HEARTBEATS: Final = 0.5
 MIN_INTERVAL_SECONDS: Final = 0.05
 """Seconds between two heartbeats, at least, when another worker is about to count as dead."""
 
-MAX_RESCUED_AT_ONCE: Final = 1_000
-
 FORGOTTEN_AFTER: Final = timedelta(hours=1)
 """How long the row of a dead worker is kept, for people to read."""
 
@@ -56,27 +55,6 @@ REASON: Final = encode(report(WorkerDied(WorkerDied.__doc__)))
 """The error of a task that was taken from a dead worker."""
 
 _version = cache(version)
-
-
-class Presence:
-    """The worker in one schema: its lease, its queues, and the other workers there."""
-
-    def __init__(
-        self, schema: str | None, queues: list[str], lease: Lease, grace: float, outage: Outage
-    ) -> None:
-        self.schema = schema
-        self.queues = queues
-        """The names of the worker's queues there."""
-        self.lease = lease
-        self.peers = Peers(grace)
-        self.looked_at = -math.inf
-        self.narrowing = Narrowing(MAX_RESCUED_AT_ONCE)
-        where = "" if schema is None else f" in the schema {schema!r}"
-        self.rescuing = Failures(f"the rescue of tasks of dead workers{where}", outage)
-        self.has_told = False
-        """Whether it was logged that a task can't be rescued."""
-        self.has_lapsed = True
-        """Whether the end of the lease has been reported; at first it has none."""
 
 
 class Heartbeat:
@@ -107,20 +85,14 @@ class Heartbeat:
 
         `on_lapse` is called with the schemas in which the lease has ended.
         """
-        schemas = sorted({queue.schema for queue in queues}, key=lambda schema: schema or "")
-        self._interval = lease.total_seconds() / HEARTBEATS_PER_LEASE
+        seconds = lease.total_seconds()
+        self._interval = seconds / HEARTBEATS_PER_LEASE
         self._grace = self._interval * GRACE_HEARTBEATS
         self._presences = [
-            Presence(
-                schema,
-                [queue.name for queue in queues if queue.schema == schema],
-                Lease(lease.total_seconds(), self._grace),
-                self._grace,
-                outage,
-            )
-            for schema in schemas
+            Presence(schema, queues, outage, lease=seconds, interval=self._interval, grace=self._grace)
+            for schema in sorted({queue.schema for queue in queues}, key=lambda schema: schema or "")
         ]
-        self._isolation: Isolation[Presence] = Isolation(_describe, outage)
+        self._isolation: Isolation[Presence] = Isolation(repr, outage)
         self.engine = own_engine(
             engine, lock_timeout=f"{self._interval * LOCK_TIMEOUT_HEARTBEATS * 1_000:.0f}ms"
         )
@@ -133,8 +105,6 @@ class Heartbeat:
             "worker_host": platform.node(),
             "worker_version": _version("apoq"),
             "worker_concurrency": concurrency,
-            "lease": lease,
-            "grace": lease / HEARTBEATS_PER_LEASE * GRACE_HEARTBEATS,
         }
         self._forgets_at = 0.0
         self.worker_id = UUID(int=0)
@@ -157,6 +127,7 @@ class Heartbeat:
             for presence in self._presences:
                 presence.lease.shorten()
                 presence.peers.forget()
+                presence.next_beat = -math.inf
             raise
         finally:
             self._look_at_leases()
@@ -170,13 +141,22 @@ class Heartbeat:
         This also rescues the tasks of workers that have been dead for long, because this worker may run only
         a few tasks and end.
         """
-        self._beat_in_all(is_first=True)
+        self._beat_in_all(self._presences, is_first=True)
 
     def beat(self) -> float:
-        """Renew the leases, and rescue the tasks of dead workers; return the seconds until the next beat."""
-        return self._beat_in_all(is_first=False)
+        """Renew the leases for which it is time, and rescue the tasks of dead workers there.
 
-    def _beat_in_all(self, *, is_first: bool) -> float:
+        Returns the seconds until the next beat.
+        """
+        began = time.monotonic()
+        for presence in self._presences:
+            if presence.is_quiet and self._claim_log.known(presence.schema):
+                presence.is_quiet, presence.next_beat = False, began
+        self._beat_in_all([each for each in self._presences if each.next_beat <= began], is_first=False)
+        next_beat = min(presence.next_beat for presence in self._presences)
+        return max(MIN_INTERVAL_SECONDS, min(self._interval, next_beat - time.monotonic()))
+
+    def _beat_in_all(self, presences: list[Presence], *, is_first: bool) -> None:
         parameters = {
             **self._row,
             "worker_id": self.worker_id,
@@ -184,27 +164,27 @@ class Heartbeat:
             "worker_pid": os.getpid(),
             "is_direct": keeps_session(self.engine),
         }
+        for presence in presences:
+            presence.next_beat = time.monotonic() + presence.interval
+            beat_here = partial(self._beat_in, presence, parameters, is_first=is_first)
+            self._isolation.call(presence, self._presences, beat_here, None)
 
-        return min(
-            self._isolation.call(
-                presence,
-                self._presences,
-                partial(self._beat_in, presence, parameters, is_first=is_first),
-                self._interval,
-            )
-            for presence in self._presences
-        )
-
-    def _beat_in(self, presence: Presence, parameters: dict[str, Any], *, is_first: bool) -> float:
+    def _beat_in(self, presence: Presence, parameters: dict[str, Any], *, is_first: bool) -> None:
         schema, began = presence.schema, time.monotonic()
-        if began - presence.looked_at > self._grace:
+        if began - presence.looked_at > self._grace * presence.stretch:
             presence.peers.forget()  # this one was away itself
-        found = self._execute(
-            beat_and_look(schema),
-            parameters
-            | {"worker_queues": presence.queues, "known": array_text(self._claim_log.known(schema))},
-        ).fetchall()
-        presence.lease.renew(began)
+        if presence.may_be_quiet and (notes := self._claim_log.leftover(schema)):
+            self._execute(forget_settled(schema), parameters | {"done": array_text(notes)})
+            self._claim_log.forgotten(schema, notes)
+        known = self._claim_log.known(schema)
+        its = {
+            "worker_queues": presence.queues,
+            "known": array_text(known),
+            "lease": timedelta(seconds=self._interval * HEARTBEATS_PER_LEASE * presence.stretch),
+            "grace": timedelta(seconds=self._grace * presence.stretch),
+        }
+        found = self._execute(beat_and_look(schema), parameters | its).fetchall()
+        presence.lease.renew(began, presence.stretch)
         presence.has_lapsed = False
         presence.looked_at = began
         self.last_heartbeat_at = datetime.now(UTC)
@@ -214,9 +194,10 @@ class Heartbeat:
         dead, next_death = presence.peers.look(peers, time.monotonic())
         if is_first:
             dead = [peer.id for peer in peers if peer.is_long_gone]
+        presence.next_beat = began + max(MIN_INTERVAL_SECONDS, min(presence.interval, next_death))
+        presence.is_quiet = presence.may_be_quiet and not (peers or known or found[0][0])
         if dead:
             self._rescue(presence, dead)
-        return max(MIN_INTERVAL_SECONDS, min(self._interval, next_death))
 
     def _rescue(self, presence: Presence, dead: list[UUID]) -> None:
         parameters = {"dead": dead, "reason": REASON}
@@ -289,7 +270,3 @@ class Heartbeat:
         for presence in self._presences:
             if not self._isolation.is_failing(presence):
                 self._execute(leave(presence.schema), {"worker_id": self.worker_id})
-
-
-def _describe(presence: Presence) -> str:
-    return "the heartbeat" if presence.schema is None else f"the heartbeat in the schema {presence.schema!r}"
