@@ -20,6 +20,7 @@ from sqlalchemy import Engine
 from sqlalchemy.engine import RootTransaction
 from sqlalchemy.pool import PoolProxiedConnection
 
+from apoq.core.pace import Pace
 from apoq.postgres import fast_path
 from apoq.postgres.connections import (
     ANSWER_TIMEOUT_SECONDS,
@@ -30,21 +31,12 @@ from apoq.postgres.connections import (
     renew,
 )
 from apoq.postgres.watchdog import is_ending
-from apoq.schema.statements.notify import FLUSH_NOTHING, Notification, notify, notify_only
+from apoq.schema.statements.notify import FLUSH_NOTHING, Notification, arrays, notify, notify_only
 
 logger = logging.getLogger(__name__)
 
 IDLE_SECONDS: Final = 5.0
 """Seconds without a notification after which the thread ends and its connection is closed."""
-
-REST_FACTOR: Final = 20
-"""After a round, the thread sleeps this many times as long as the round took, so that others can commit."""
-
-MAX_REST_SECONDS: Final = 0.02
-"""Longest sleep between two rounds, and so the longest delay of a notification."""
-
-SEND_INTERVAL_SECONDS: Final = 0.005
-"""Shortest time between two notifications that are sent from the caller's thread."""
 
 COMMIT_POLL_SECONDS: Final = 0.0005
 """Seconds between two checks whether a transaction has ended."""
@@ -128,6 +120,8 @@ class Notifier:
         self._has_warned = False
         self._connection = NotifyConnection(self._engine)
         self._sent_at = -math.inf
+        self._pace = Pace()
+        self._rest = 0.0
         wakeups: SimpleQueue[None] = SimpleQueue()
         self._wakeups = wakeups
         # The garbage collector may call this at any moment on any thread, so it must not take a lock.
@@ -157,9 +151,8 @@ class Notifier:
                 with suppress(Empty):
                     self._wakeups.get(timeout=IDLE_SECONDS)
                 continue
-            began = time.monotonic()
             self._send_pending()
-            time.sleep(min(MAX_REST_SECONDS, REST_FACTOR * (time.monotonic() - began)))
+            time.sleep(self._rest)  # so that others can commit
             with suppress(Exception):  # the next notification meets the same error
                 self._connection.open()
         self._connection.close()
@@ -215,11 +208,21 @@ class Notifier:
             self._sent_at = time.monotonic()
 
     def _send(self, notifications: dict[Notification, RootTransaction | None]) -> None:
-        for notification, transaction in notifications.items():
-            deadline = time.monotonic() + COMMIT_WAIT_SECONDS
-            while transaction is not None and transaction.is_active and time.monotonic() < deadline:
+        deadline = time.monotonic() + COMMIT_WAIT_SECONDS
+        waiting = dict(notifications)
+        while waiting:
+            is_over = time.monotonic() > deadline
+            ready = [
+                its for its, within in waiting.items() if is_over or within is None or not within.is_active
+            ]
+            if not ready:
                 time.sleep(COMMIT_POLL_SECONDS)
-            execute(self._engine, notify(), notification._asdict())
+                continue
+            began = time.monotonic()
+            execute(self._engine, notify(), arrays(ready))
+            self._rest = self._pace.rest(time.monotonic() - began)
+            for notification in ready:
+                del waiting[notification]
 
 
 class NotifyConnection:
@@ -250,9 +253,9 @@ class NotifyConnection:
             self._pooled, self._name = pooled, name
 
     def send(self, notification: Notification) -> bool:
-        """Send a notification. Return False if it would have to wait, or if another was sent just now."""
+        """Send a notification. Return False if it would have to wait for the response to the last one."""
         with self._lock:
-            if self._pooled is None or time.monotonic() < self.sent_at + SEND_INTERVAL_SECONDS:
+            if self._pooled is None:
                 return False
             connection: Any = self._pooled.driver_connection
             try:

@@ -13,7 +13,7 @@ from psycopg import sql
 from apoq.monitor.check import BAD, OK, WARNING, Finding
 from apoq.monitor.formatting import length
 from apoq.postgres.connections import execute, keeps_session, own_engine
-from apoq.schema.statements.notify import CHANNEL, notify
+from apoq.schema.statements.notify import CHANNEL, Notification, arrays, notify
 from apoq.schema.statements.server import clock, connections, server
 
 OLDEST_SERVER_VERSION: Final = 150_000
@@ -173,7 +173,7 @@ def _notify(own: sa.Engine) -> float | None:
         took = None
         for _ in range(2):  # the first one opens the connection on which it is sent
             began = time.monotonic()
-            execute(own, notify(), {"channel": channel, "payload": ""})
+            execute(own, notify(), arrays([Notification(channel, "")]))
             if not list(connection.notifies(timeout=NOTIFY_TIMEOUT_SECONDS, stop_after=1)):
                 return None
             took = time.monotonic() - began

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
 from typing import Final, NamedTuple
 
 from sqlalchemy import Select, Text, bindparam, func, literal_column, select, text, true
+from sqlalchemy.dialects.postgresql import ARRAY
 
 CHANNEL: Final = "apoq"
 CANCELLED: Final = "apoq_cancelled"
@@ -35,18 +37,26 @@ def payload(schema: str | None, queue: str) -> str:
 
 @cache
 def notify() -> Select[tuple[object, ...]]:
-    """Notify the sessions that listen to `channel`.
+    """Send the notifications of `channels` and `payloads`; see `arrays`.
 
     It must not be executed in a caller's transaction, because a commit with a notification takes a lock of
     the whole server. The transaction writes nothing else, so its commit doesn't need to wait for the disk.
     """
     flush_nothing = func.set_config(literal_column("'synchronous_commit'"), literal_column("'off'"), true())
-    return select(flush_nothing, *notify_only().selected_columns)
+    texts = (bindparam(name, type_=ARRAY(Text)) for name in ("channels", "payloads"))
+    sent = func.unnest(*texts).table_valued("channel", "payload").render_derived("sent")
+    return select(flush_nothing, func.pg_notify(sent.c.channel, sent.c.payload)).select_from(sent)
+
+
+def arrays(notifications: Iterable[Notification]) -> dict[str, list[str]]:
+    """Return the parameters of `notify`."""
+    channels, payloads = zip(*notifications, strict=True)
+    return {"channels": list(channels), "payloads": list(payloads)}
 
 
 @cache
 def notify_only() -> Select[tuple[object, ...]]:
-    """Notify in a session with `FLUSH_NOTHING`, which is slightly faster than `notify`."""
+    """Send one notification in a session with `FLUSH_NOTHING`, which is slightly faster than `notify`."""
     return select(func.pg_notify(bindparam("channel", type_=Text), bindparam("payload", type_=Text)))
 
 

@@ -13,6 +13,7 @@ from sqlalchemy.pool import PoolProxiedConnection
 
 from apoq.client.queue import Queue
 from apoq.core.outcomes import WorkerDied
+from apoq.core.pace import Pace
 from apoq.core.registry import Registry
 from apoq.events import Events, TaskClaimed, TaskCompleted, TaskStarted
 from apoq.schema.statements.claim import FAIL_COUNT
@@ -39,12 +40,6 @@ MAX_PREFETCHED: Final = 2_000
 
 PREFETCH_SECONDS: Final = 0.25
 """Seconds of work that are prefetched: tasks that the slots can start within that time."""
-
-REST_FACTOR: Final = 5
-"""A claim that found too few tasks is followed by a pause, so that claims are few: so many times as long."""
-
-MAX_REST_SECONDS: Final = 0.02
-"""Seconds of that pause, at most: as long as the notification of a busy client is late."""
 
 LEASE_POLL_SECONDS: Final = 0.1
 """Seconds after which a claimer whose lease has ended looks whether it is renewed."""
@@ -113,6 +108,7 @@ class Claimer(Service):
         self._waits_for_room = True
         """Whether a slot that becomes free is a reason to take a turn."""
         self._lock = threading.Lock()
+        self._pace = Pace()
         self._rested_at = 0.0
 
     def look_for_tasks(self, queues: Iterable[Queue] | None = None) -> None:
@@ -167,8 +163,9 @@ class Claimer(Service):
         self._executor.put(self._startable(claimed))
         self._move_cursors()
         if len(claimed) < wanted:
-            took = time.monotonic() - began
-            self._rested_at = began + min(MAX_REST_SECONDS, REST_FACTOR * took)
+            # Then there will be more tasks for the next claim.
+            ended_at = time.monotonic()
+            self._rested_at = ended_at + self._pace.rest(ended_at - began)
         self._strays.forget_settled(connection)
         return 0.0
 

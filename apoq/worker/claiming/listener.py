@@ -16,11 +16,12 @@ from psycopg.pq.misc import PGnotify
 from sqlalchemy import URL, Engine, create_engine
 
 from apoq.client.queue import Queue
+from apoq.core.pace import MAX_REST_SECONDS
 from apoq.errors import InvalidURL
 from apoq.postgres.connections import ANSWER_TIMEOUT_SECONDS, execute, is_direct, own_engine
 from apoq.postgres.urls import database_url
 from apoq.postgres.watchdog import cut, watch
-from apoq.schema.statements.notify import CANCELLED, CHANNEL, Notification, notify
+from apoq.schema.statements.notify import CANCELLED, CHANNEL, Notification, arrays, notify
 from apoq.worker import logs
 from apoq.worker.claiming.claimer import Claimer
 from apoq.worker.failures import Outage
@@ -62,10 +63,7 @@ share, and to send them takes the server as much time as the worker needs to rea
 """
 
 REST_FACTOR: Final = 5
-"""The listener pauses so many times as long as it took to read and to react, as the claimer does."""
-
-MAX_REST_SECONDS: Final = 0.02
-"""Seconds of that pause, at most."""
+"""The listener rests so many times as long as it took to read: other threads have more to do."""
 
 
 class Received(NamedTuple):
@@ -180,7 +178,7 @@ class Listener(Service):
         # now on, and must get none of the workers' notifications.
         trial = Notification(f"{CHANNEL}_{uuid4().hex}", "")
         connection.listen([trial.channel], {trial})
-        execute(self._engine, notify(), trial._asdict())
+        execute(self._engine, notify(), arrays([trial]))
         deadline = time.monotonic() + PROBE_TIMEOUT_SECONDS
         has_arrived = False
         while not has_arrived and not self._is_ending and (left := deadline - time.monotonic()) > 0:
@@ -206,27 +204,25 @@ class Listener(Service):
         crowded_until = 0.0
         while not self._is_ending:
             received = connection.wait(CHECK_INTERVAL_SECONDS)
-            woke_at = time.monotonic()
+            read_at = time.monotonic()
             if received.is_all:
-                caught_up_at = woke_at
-            elif woke_at - caught_up_at > FLOOD_SECONDS:
+                caught_up_at = read_at
+            elif read_at - caught_up_at > FLOOD_SECONDS:
                 self._give_up()
                 return
             if received.number > CROWD_SIZE:
-                crowded_until = woke_at + CROWD_SECONDS
+                crowded_until = read_at + CROWD_SECONDS
             if received.expected:
                 queues = [self._queues[notification] for notification in received.expected]
-                self._claimer.notified(queues, ours if woke_at > crowded_until else None)
+                self._claimer.notified(queues, ours if read_at > crowded_until else None)
             if received.cancelled:
                 self._on_cancelled(received.cancelled)
-            if self._is_flooded and received.is_all and woke_at - began > CHECK_INTERVAL_SECONDS:
+            if self._is_flooded and received.is_all and read_at - began > CHECK_INTERVAL_SECONDS:
                 self._is_flooded = False
                 logs.notifications_read_again()
             if not received.number and not self._is_ending:
                 connection.execute("SELECT 1")
-            # Reading counts, too, so that a stream of notifications takes only a share of the worker's time.
-            rest = min(MAX_REST_SECONDS, REST_FACTOR * (time.monotonic() - connection.woke_at))
-            time.sleep(max(0.0, connection.woke_at + rest - time.monotonic()))
+            time.sleep(min(MAX_REST_SECONDS, REST_FACTOR * (read_at - connection.woke_at)))
 
     def _give_up(self) -> None:
         logs.too_many_notifications(PROBE_RETRY_SECONDS, is_news=not self._is_flooded)
