@@ -399,10 +399,10 @@ def is_listening(worker: Worker) -> bool:
     return listener(worker).is_alive and listening_connection(worker) is not None
 
 
-def awaited(worker: Worker) -> object:
+def awaited(worker: Worker) -> set[tuple[bytes, bytes]] | None:
     """Return what the listener waits for on its connection, or None without one."""
     connection = listening_connection(worker)
-    return None if connection is None else connection._awaited
+    return None if connection is None else set(connection._awaited)
 
 
 def is_connection_closed(connection: Any) -> bool:

@@ -358,7 +358,7 @@ class Tasks(RuleBasedStateMachine):
                 schemas=[None],
                 outage=Outage(),
                 claim_log=SimpleNamespace(settled=self._forget_attempts, given_up=lambda _: None),
-                on_pending=lambda _: None,
+                on_pending=lambda queue, delay: None,
             )
             for keeps, completion in self.completions.items()
         }

@@ -392,7 +392,7 @@ class TestThePartsOfAClaim:
         cursor = ClaimCursor()
         with engine.connect() as connection:
             surveyed(cursor, connection.execute(survey(None), OURS))
-        return {**asked(cursor, types=["ours"], lower_than=more.get("lower_than")), **more}
+        return {**asked(cursor, types=["ours"], lower_than=more.get("lower_than")), **AHEAD, **more}
 
 
 def claimed(engine: sa.Engine, parameters: dict, **form: bool) -> dict:

@@ -152,6 +152,8 @@ class Heartbeat:
         for presence in self._presences:
             if presence.is_quiet and self._claim_log.known(presence.schema):
                 presence.is_quiet, presence.next_beat = False, began
+            elif not presence.lease.is_held:
+                presence.next_beat = began
         self._beat_in_all([each for each in self._presences if each.next_beat <= began], is_first=False)
         next_beat = min(presence.next_beat for presence in self._presences)
         return max(MIN_INTERVAL_SECONDS, min(self._interval, next_beat - time.monotonic()))
