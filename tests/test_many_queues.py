@@ -15,6 +15,7 @@ from waiting import patience
 
 from apoq import Queue, Task, Worker, prepare
 from apoq.worker.claiming.claim_statement import ClaimStatement
+from apoq.worker.claiming.look_times import POLLS_PER_SECOND, LookTimes
 
 SOON = 10.0
 until = patience(SOON)
@@ -174,3 +175,95 @@ class TestManySchemas:
         wait_until_idle(worker, claims)
 
         assert len(claims) <= 2  # one for the notification, one for the survey that may follow it
+
+    def test_where_no_worker_holds_tasks_leases_are_longer_until_one_does(self, engine, make_worker, queues):
+        """With a lease of a second and four schemas, heartbeats to all would be more than ten per second."""
+        may_end = threading.Event()
+        worker = make_worker(*queues, lease=1.0)
+        worker.use("t", lambda task: may_end.wait(SOON))
+        worker.start()
+        until(lambda: [lease(engine, queue) for queue in queues] == [2.0] * 4)
+
+        add(engine, queues[2])
+        until(lambda: lease(engine, queues[2]) == 1.0)
+        assert [lease(engine, queue) for queue in queues if queue is not queues[2]] == [2.0] * 3
+        assert all(its.is_held for its in probe.leases(worker).values())
+
+        may_end.set()
+        until(lambda: lease(engine, queues[2]) == 2.0)
+
+    def test_tasks_of_a_worker_that_dies_in_a_quiet_schema_are_rescued(self, engine, make_worker, queues):
+        first, second = (make_worker(*queues, lease=1.0) for _ in range(2))
+        ran = []
+        for worker in (first, second):
+            worker.use("t", lambda task: ran.append(task.attempt) or time.sleep(0.1))
+        second.start()
+        until(lambda: [lease(engine, queue) for queue in queues] == [2.0] * 4)
+        with engine.begin() as connection:  # as if it had been claimed by a worker that died just after
+            connection.exec_driver_sql("""
+                WITH task AS (
+                    INSERT INTO tenant1.apoq_tasks (type, state, attempt, claim_token, worker_id, claimed_at)
+                    VALUES ('t', 'running', 1, 1, gen_random_uuid(), now()) RETURNING id, worker_id
+                )
+                INSERT INTO tenant1.apoq_claims (worker_id, number, task_ids)
+                SELECT worker_id, 1, ARRAY[id] FROM task
+            """)
+
+        until(lambda: states(engine, "tenant1") == {("default", "completed"): 1})
+        assert ran == [2]
+
+
+def lease(engine, queue: Queue) -> float | None:
+    """Return the seconds between the last heartbeat in a queue's schema and the end of the lease."""
+    with engine.connect() as connection:
+        return connection.scalar(
+            sa.text(f"""
+                SELECT round(extract(epoch FROM expires_at - last_heartbeat_at), 1)::float
+                FROM {queue.schema}.apoq_workers
+            """)
+        )
+
+
+class TestWhenToLook:
+    POLL = 1.0
+
+    def test_the_queues_of_a_schema_are_looked_into_together(self):
+        queues = [Queue(f"queue{n}") for n in range(5)]
+        times = LookTimes(queues, self.POLL)
+        times.take(now := time.monotonic())
+        times.move_up(queues[0], -1.0)
+        assert times.take(now) == [queues[0]]
+
+        assert set(times.take(now + self.POLL)) == set(queues)
+
+    def test_few_quiet_schemas_are_polled_every_poll_interval(self):
+        assert self.polls([Queue(schema=f"s{n}") for n in range(10)], seconds=60) >= 10 * 60
+
+    def test_many_quiet_schemas_are_polled_less_and_less_often(self):
+        queues = [Queue(schema=f"s{n}") for n in range(200)]
+
+        assert self.polls(queues, seconds=60) < 60 * POLLS_PER_SECOND * 1.5 + 200 * 4
+        assert self.polls(queues, seconds=60, after=60) < 60 * POLLS_PER_SECOND * 1.2
+
+    def test_a_queue_that_is_looked_into_earlier_is_polled_as_often_as_usual_again(self):
+        queues = [Queue(schema=f"s{n}") for n in range(200)]
+        times = LookTimes(queues, self.POLL)
+        now = time.monotonic()
+        for _ in range(100):
+            times.take(now := now + 10.0)
+
+        times.move_up(queues[3], now - time.monotonic())
+        assert queues[3] in times.take(now := now + 0.01)
+
+        assert queues[3] in times.take(now + self.POLL)
+
+    def polls(self, queues: list[Queue], *, seconds: float, after: float = 0.0) -> int:
+        """Return how many queues are looked into in so many seconds, if nothing happens."""
+        times = LookTimes(queues, self.POLL)
+        began = now = time.monotonic()
+        count = 0
+        while now < began + after + seconds:
+            taken = times.take(now)
+            count += len(taken) if now >= began + after else 0
+            now = max(times.next_look, now + 0.001)
+        return count
