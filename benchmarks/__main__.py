@@ -12,8 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.bench import Bench
-from benchmarks.contenders import NAMES, chosen, missing
+from benchmarks.contenders import NAMES, chosen, contender
 from benchmarks.plots import draw
+from benchmarks.process import checkout, import_apoq_from
 from benchmarks.progress import Progress
 from benchmarks.report import Results, show, show_targets
 from benchmarks.scenario import MORE_RUNS, RUNS, Scenario
@@ -43,6 +44,9 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
         "--scale", type=float, help=f"factor for all sizes and times (1; with --quick {QUICK})"
     )
     parser.add_argument("--held", type=float, metavar="SECONDS", help="how long to hold the snapshot (600)")
+    parser.add_argument(
+        "--package", type=checkout, metavar="CHECKOUT", help="measure the apoq of this checkout"
+    )
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="folder for results.json and the plots")
     return parser.parse_args(words)
 
@@ -53,13 +57,10 @@ def main(options: argparse.Namespace) -> int:
             print(f"{scenario.name:18} {scenario.title}")
         return 0
     try:
-        scenarios, names = _scenarios(options), chosen(options.contenders or list(NAMES))
+        scenarios, names = chosen_scenarios(options), _installed(chosen(options.contenders or list(NAMES)))
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    for name in [name for name in names if missing(name)]:
-        print(f"skipping {name}: not installed: {', '.join(missing(name))}")
-        names.remove(name)
     scale = options.scale or (QUICK if options.quick else 1.0)
     sizes = Sizes().scaled(scale)
     if options.held:
@@ -71,6 +72,8 @@ def main(options: argparse.Namespace) -> int:
     # The results so far are shown even if the process is ended by SIGTERM.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with Server() as server, tempfile.TemporaryDirectory() as folder:
+        if options.package:
+            import_apoq_from(options.package, Path(folder))
         results = Results({**server.describe(), "runs": runs or f"{RUNS} or {MORE_RUNS}", "scale": scale})
         try:
             end = begun + QUICK_SECONDS if options.quick else math.inf
@@ -87,6 +90,17 @@ def main(options: argparse.Namespace) -> int:
     for message in results.errors:
         print(f"ERROR {message}", file=sys.stderr)
     return 1 if results.errors else 0
+
+
+def _installed(names: list[str]) -> list[str]:
+    """Return the contenders that are installed, and print what the others need."""
+    found = []
+    for name in names:
+        if missing := contender(name).missing():
+            print(f"skipping {name}: not installed: {', '.join(missing)}")
+        else:
+            found.append(name)
+    return found
 
 
 def _run(
@@ -116,7 +130,7 @@ def participants(scenario: Scenario, names: list[str]) -> list[str]:
     return found + [name for name in scenario.baselines if "apoq" in found]
 
 
-def _scenarios(options: argparse.Namespace) -> list[Scenario]:
+def chosen_scenarios(options: argparse.Namespace) -> list[Scenario]:
     if not options.only:
         return [scenario for scenario in SCENARIOS if scenario.quick or not options.quick]
     found = []

@@ -30,8 +30,8 @@ class Orm(Contender):
     async def connect(self) -> None:
         self.engine = sa.create_engine(database_url(self.url), pool_size=10)
 
-    def another(self) -> Self:
-        other = super().another()
+    async def another(self) -> Self:
+        other = type(self)(self.url)
         other.engine = self.engine
         return other
 
@@ -59,11 +59,6 @@ class Plain(Contender):
 
     async def connect(self) -> None:
         self.connection = psycopg.connect(self.url, autocommit=True)
-
-    def another(self) -> Self:
-        other = super().another()
-        other.connection = psycopg.connect(self.url, autocommit=True)
-        return other
 
     async def add(self, number: int) -> None:
         self.connection.execute(self.statement, (Jsonb(document(number)),), prepare=True)

@@ -63,11 +63,11 @@ class Database:
         self.connection.execute(self.who.fills[kind], {"count": count, "first": first})
         self.connection.execute(f"VACUUM ANALYZE {self.who.table}")
 
-    def add(self, count: int, *, first: int = 0) -> float:
+    def add(self, count: int, *, first: int = 0, step: int = 1) -> float:
         """Add tasks by the contender's own bulk call; return the seconds that it took."""
         # Procrastinate passes a whole batch to one function call, which is slow for large batches.
         portion = 1_000 if self.who.name == "Procrastinate" else 0
-        with self.child("enqueue_bulk", first=first, count=count, portion=portion) as child:
+        with self.child("enqueue_bulk", first=first, count=count, portion=portion, step=step) as child:
             child.receive()
             return float(child.ask("go", 120 + count / 1_000)["seconds"])
 
@@ -122,6 +122,13 @@ class Workers:
         self.began = time.monotonic()
         for child in self._children:
             child.say("go")
+
+    def warm_up(self, count: int) -> None:
+        """Let the workers run the tasks 0 to `count`, after which they have certainly started."""
+        if count:
+            self._database.add(count)
+            self.wait_handled(count)
+            self.wait_finished()
 
     def reports(self) -> list[dict[str, Any]]:
         """Return each worker's progress, CPU time and memory."""

@@ -71,15 +71,16 @@ def enqueue_each(one: Contender, *, first: int, count: int, interval: float, pat
     say(done=True)
 
 
-def enqueue_bulk(one: Contender, *, first: int, count: int, portion: int = 0) -> None:
-    """Add many tasks, in one call or in portions."""
+def enqueue_bulk(one: Contender, *, first: int, count: int, portion: int = 0, step: int = 1) -> None:
+    """Add many tasks, in one call or in portions; their numbers are `step` apart."""
     portion = portion or count
+    numbers = range(first, first + count * step, step)
 
     async def run() -> None:
         await one.connect()
         began = go()
-        for start in range(first, first + count, portion):
-            await one.add_many(range(start, min(start + portion, first + count)))
+        for start in range(0, count, portion):
+            await one.add_many(numbers[start : start + portion])
         say(seconds=time.monotonic() - began)
         await one.close()
 
@@ -116,25 +117,65 @@ def enqueue_rate(
     say(done=True)
 
 
-def clients(one: Contender, *, first: int, threads: int, seconds: float, most: int) -> None:
-    """Add tasks from many threads for some seconds, each task in its own transaction."""
+def enqueue_steady(
+    one: Contender, *, first: int, warm: int, rate: float, batch: int, seconds: float, path: str
+) -> None:
+    """Add batches at fixed times, without waiting for the queue; record each commit, and how late it began.
+
+    A batch is one transaction. The first `warm` batches are added before the start and not recorded.
+    """
+    batches = warm + round(rate * seconds / batch)
+    committed = array("d", bytes(8 * batches * batch))
+    late = array("d")
+
+    async def add(which: int) -> None:
+        number = first + which * batch
+        await (one.add(number) if batch == 1 else one.add_many(range(number, number + batch)))
+
+    async def run() -> None:
+        await one.connect()
+        for which in range(warm):
+            await add(which)
+        began, cpu = go(), time.process_time()
+        for which in range(warm, batches):
+            due = began + (which - warm + 1) * batch / rate
+            await asyncio.sleep(max(0.0, due - time.monotonic()))
+            late.append(time.monotonic() - due)
+            await add(which)
+            now = time.monotonic()
+            for number in range(which * batch, (which + 1) * batch):
+                committed[number] = now
+        cpu = time.process_time() - cpu
+        say(seconds=time.monotonic() - began, cpu=cpu, late=list(late))
+        await one.close()
+
+    one.run(run())
+    Path(path).write_bytes(committed.tobytes())
+    say(done=True)
+
+
+def clients(one: Contender, *, first: int, threads: int, seconds: float, most: int, path: str) -> None:
+    """Add tasks from many threads for some seconds, each task in its own transaction; record each commit."""
     counts = [0] * threads
+    committed = array("d", bytes(8 * threads * most))
     begin = threading.Barrier(threads + 1)
 
-    async def client(which: int, mine: Contender) -> None:
-        number = first + which * most
-        await mine.add(number)
+    async def client(which: int) -> None:
+        mine = await one.another()
+        at = which * most
+        await mine.add(first + at)
         counts[which] = 1
         begin.wait()
         end = time.monotonic() + seconds
         while time.monotonic() < end and counts[which] < most:
-            await mine.add(number + counts[which])
+            number = at + counts[which]
+            await mine.add(first + number)
+            committed[number] = time.monotonic()
             counts[which] += 1
 
-    asyncio.run(one.connect())
+    one.run(one.connect())
     running = [
-        threading.Thread(target=lambda which=which: asyncio.run(client(which, one.another())))
-        for which in range(threads)
+        threading.Thread(target=lambda which=which: one.run(client(which))) for which in range(threads)
     ]
     for thread in running:
         thread.start()
@@ -145,10 +186,15 @@ def clients(one: Contender, *, first: int, threads: int, seconds: float, most: i
     for thread in running:
         thread.join()
     say(counts=counts, seconds=time.monotonic() - began)
+    Path(path).write_bytes(committed.tobytes())
+    say(done=True)
 
 
 def work(one: Contender, *, capacity: int, path: str, **options: Any) -> None:
     """Run tasks until "stop" is received; meanwhile, report the progress on request."""
+    if one.worker_program:
+        words = [*one.worker_program, one.url, str(capacity), path, json.dumps(options)]
+        os.execvp(words[0], words)  # noqa: S606 - no shell is needed
     todo = Work(WorkerStats(capacity), threading.Event(), **options)
     began = go()
     threading.Thread(target=_respond, args=(todo, began, path), daemon=True).start()
@@ -222,7 +268,7 @@ def loop(one: Contender, *, count: int, threads: int) -> None:
     say(seconds=time.monotonic() - began)
 
 
-ROLES = (prepare, enqueue_each, enqueue_bulk, enqueue_rate, clients, work, add_times, loop)
+ROLES = (prepare, enqueue_each, enqueue_bulk, enqueue_rate, enqueue_steady, clients, work, add_times, loop)
 
 
 def main(role: str, task: dict[str, Any]) -> None:

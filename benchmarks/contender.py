@@ -9,6 +9,7 @@ import time
 from array import array
 from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, ClassVar, Self
 
 PADDING = "x" * 80
@@ -88,12 +89,19 @@ class Contender:
     """SQL that returns whether there is an unfinished task."""
     finished: ClassVar[str] = ""
     """SQL that returns how many tasks succeeded in their first attempt."""
+    worker_program: ClassVar[tuple[str, ...]] = ()
+    """The command of its worker, if that isn't written in Python; it speaks the protocol of `child.work`."""
     fills: ClassVar[dict[str, str]] = {}
     """SQL that inserts `count` rows of a kind: due, others, future, finished."""
 
     def __init__(self, url: str, *, notify: bool = False) -> None:
         self.url = url
         self.notify = notify
+
+    @classmethod
+    def missing(cls) -> list[str]:
+        """Return what it needs and isn't installed."""
+        return [module for module in cls.needs if find_spec(module) is None]
 
     def run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         """Run on the event loop that its documentation recommends."""
@@ -105,9 +113,11 @@ class Contender:
     async def connect(self) -> None:
         """Connect as one that adds tasks."""
 
-    def another(self) -> Self:
-        """Return a contender for another thread of the same process."""
-        return type(self)(self.url, notify=self.notify)
+    async def another(self) -> Self:
+        """Return a connected contender for another thread of the same process."""
+        other = type(self)(self.url, notify=self.notify)
+        await other.connect()
+        return other
 
     async def add(self, number: int) -> None:
         """Add one task in its own transaction, which is committed when this returns."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.util import find_spec
 
 from benchmarks.contender import Contender
 
@@ -13,12 +12,17 @@ _PLACES = {
     "PgQueuer asyncpg": ("benchmarks.rivals.pgqueuer", "PgQueuerAsyncpg"),
     "PgQueuer psycopg": ("benchmarks.rivals.pgqueuer", "PgQueuerPsycopg"),
     "Procrastinate": ("benchmarks.rivals.procrastinate", "Procrastinate"),
+    "Graphile Worker": ("benchmarks.rivals.graphile", "GraphileWorker"),
+    "apoq, 200 queues": ("benchmarks.many", "ManyQueues"),
+    "apoq, 200 schemas": ("benchmarks.many", "ManySchemas"),
     "plain ORM": ("benchmarks.baselines", "Orm"),
     "plain psycopg": ("benchmarks.baselines", "Plain"),
     "psycopg + NOTIFY": ("benchmarks.baselines", "Notifying"),
     "plain loop": ("benchmarks.baselines", "Loop"),
 }
-NAMES = ("apoq", "floor", "PgQueuer asyncpg", "PgQueuer psycopg", "Procrastinate")
+NAMES = ("apoq", "floor", "PgQueuer asyncpg", "PgQueuer psycopg", "Procrastinate", "Graphile Worker")
+FAST = tuple(name for name in NAMES if name != "Procrastinate")
+"""The contenders that can keep up with such a load on two cores."""
 
 
 def contender(name: str) -> type[Contender]:
@@ -26,11 +30,6 @@ def contender(name: str) -> type[Contender]:
     module, attribute = _PLACES[name]
     found: type[Contender] = getattr(import_module(module), attribute)
     return found
-
-
-def missing(name: str) -> list[str]:
-    """Return the modules that a contender needs and that are not installed."""
-    return [module for module in contender(name).needs if find_spec(module) is None]
 
 
 def chosen(words: list[str]) -> list[str]:

@@ -16,6 +16,7 @@ COLOURS = {
     "PgQueuer asyncpg": "#d97706",
     "PgQueuer psycopg": "#f59e0b",
     "Procrastinate": "#7c3aed",
+    "Graphile Worker": "#059669",
 }
 OTHER = "#9ca3af"
 LEFT, WIDTH, RIGHT, BAR, HEAD = 190, 420, 130, 24, 40

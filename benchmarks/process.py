@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 import queue
 import subprocess
 import sys
@@ -20,6 +22,24 @@ class ChildFailed(RuntimeError):
     """A process of the benchmark has died, or has not responded in time."""
 
 
+def checkout(words: str) -> Path:
+    """Return the folder of a checkout that is given on the command line."""
+    folder = Path(words).resolve()
+    if not (folder / "apoq").is_dir():
+        raise argparse.ArgumentTypeError(f"a checkout must have a folder apoq, got {words}")
+    return folder
+
+
+def import_apoq_from(place: Path, folder: Path) -> None:
+    """Let the child processes import apoq from another checkout; all else still comes from this one."""
+    (folder / "apoq").symlink_to(place / "apoq")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), str(ROOT), *_paths()])
+
+
+def _paths() -> list[str]:
+    return [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+
+
 class Child:
     """``python -m benchmarks.child`` with a role; it is ended when the `with` block is left."""
 
@@ -29,8 +49,10 @@ class Child:
         self.role = role
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
         self._process = subprocess.Popen(
-            [sys.executable, "-m", self.program, role, json.dumps(task)],
+            # -P: the current folder doesn't come before the checkout of `import_apoq_from`.
+            [sys.executable, "-P", "-m", self.program, role, json.dumps(task)],
             cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([*_paths(), str(ROOT)])},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,

@@ -21,6 +21,9 @@ class Sizes:
     idle_adds: int = 500
     idle_interval: float = 0.02
     load_seconds: float = 8.0
+    steady_seconds: float = 15.0
+    many_adds: int = 200
+    many_interval: float = 0.1
     front: int = 1_000_000
     first: int = 20_000
     held_seconds: float = 600.0
@@ -50,12 +53,15 @@ class Sizes:
             idle_adds=tasks(self.idle_adds, 20),
             idle_interval=self.idle_interval,
             load_seconds=max(1.0, self.load_seconds * scale),
+            steady_seconds=max(1.0, self.steady_seconds * scale),
+            many_adds=tasks(self.many_adds, 20),
+            many_interval=self.many_interval,
             front=tasks(self.front, 2_000),
             first=tasks(self.first, 1_000),
             held_seconds=max(2.0, self.held_seconds * scale),
             others_held_seconds=max(2.0, self.others_held_seconds * scale),
             held_rate=self.held_rate,
-            idle_seconds=max(2.0, self.idle_seconds * scale),
+            idle_seconds=max(4.0, self.idle_seconds * scale),
             memory=tasks(self.memory, 2_000),
             cost=tasks(self.cost, 500),
             cost_each=tasks(self.cost_each, 50),

@@ -9,10 +9,14 @@ import psycopg
 
 from benchmarks.bench import Bench, Database, Workers
 from benchmarks.contenders import NAMES
+from benchmarks.cpu import server_cpu
 from benchmarks.scenario import Scenario
 
 SETTLING = 3.0
 """Seconds after which a started worker is idle."""
+
+REPORTING = 11.0
+"""Seconds after which all sessions have reported their transactions."""
 
 
 def counted(database: Database) -> Callable[[], float] | None:
@@ -40,27 +44,41 @@ def transactions(database: Database) -> float:
     )
 
 
-def idle(bench: Bench, name: str) -> dict[str, float]:
-    """Measure an idle worker's statements per second, and its process's share of a core.
+def idle(bench: Bench, name: str, warm: int = 0, settling: float = REPORTING) -> dict[str, float]:
+    """Measure an idle worker's statements and transactions per second, and the CPU use.
 
-    BEGIN, SET LOCAL and COMMIT count as statements. The limits are the intervals of its heartbeat, and of its
-    polls for tasks without a notification. Without pg_stat_statements, it counts transactions instead.
+    `warm`: the number of tasks that it runs first; `settling`: seconds from then to the measurement.
+
+    BEGIN, SET LOCAL and COMMIT count as statements, if pg_stat_statements is available. Two or three of the
+    transactions are the benchmark's own. The limits are the intervals of its heartbeat, and of its polls for
+    tasks without a notification.
     """
     seconds = bench.sizes.idle_seconds
-    with bench.database(name, counting=True) as database, database.workers(capacity=0) as workers:
+    with bench.database(name, counting=True) as database, database.workers(capacity=warm) as workers:
         statements = counted(database)
         workers.go()
-        time.sleep(SETTLING)
-        before = statements() if statements else transactions(database)
-        began = workers.reports()[0]
+        workers.warm_up(warm)
+        time.sleep(settling)
+        before = _moment(database, workers, statements)
         time.sleep(seconds)
-        ended = workers.reports()[0]
-        after = statements() if statements else transactions(database)
-        took = ended["now"] - began["now"]
+        after = _moment(database, workers, statements)
         workers.stop()
+    took = after["now"] - before["now"]
     return {
-        "statements" if statements else "transactions (no pg_stat_statements)": (after - before) / took,
-        "CPU": 100 * (ended["cpu"] - began["cpu"]) / took,
+        what: (100 if "CPU" in what else 1) * (after[what] - before[what]) / took
+        for what in before
+        if what != "now"
+    }
+
+
+def _moment(database: Database, workers: Workers, statements: Callable[[], float] | None) -> dict[str, float]:
+    report, server = workers.reports()[0], server_cpu(database.connection)
+    return {
+        "now": report["now"],
+        **({"statements": statements()} if statements else {}),
+        "transactions": transactions(database),
+        "CPU": report["cpu"],
+        **({} if server is None else {"server CPU": server}),
     }
 
 
@@ -140,6 +158,8 @@ _WRITES = {
     f"{step}: {what}": "" for step in ("add", "add many", "work") for what in ("transactions", "statements")
 }
 
+IDLE_UNITS = {"CPU": "% of a core", "server CPU": "% of a core"}
+
 SCENARIOS = (
     Scenario(
         "idle",
@@ -147,7 +167,7 @@ SCENARIOS = (
         "/s",
         idle,
         less_is_better=True,
-        units={"CPU": "% of a core"},
+        units=IDLE_UNITS,
         reference="",
     ),
     Scenario(

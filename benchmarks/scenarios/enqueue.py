@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from array import array
 from contextlib import ExitStack, nullcontext
+from itertools import chain
+from typing import Any
 
-from benchmarks.bench import Bench, WrongCount, percentile
+from benchmarks.bench import Bench, WrongCount, delays, percentile, read_times
+from benchmarks.contenders import FAST, NAMES
 from benchmarks.scenario import Scenario
 
 MOST = 20_000
@@ -28,27 +32,35 @@ def clients(bench: Bench, name: str) -> dict[str, float]:
     """Let 32 clients, 8 threads in each of 4 processes, add one task per transaction.
 
     With 32 clients, many commits share an fsync, so the limit is CPU time; if a commit sends a notification,
-    it is the lock that the commit holds until its end. apoq's worker runs the tasks at the same time, on the
-    same two cores.
+    it is the lock that the commit holds until its end. A contender's worker runs the tasks at the same time,
+    on the same two cores; "rate, no worker" is without it.
     """
-    who, _, rest = name.partition(", ")
+    if name not in NAMES:
+        return {"rate": _clients(bench, name, works=False)[0]}
+    rate, found = _clients(bench, name, works=True)
+    percentiles = {f"p{share}": percentile(found, share / 100) for share in (50, 99)}
+    return {"rate": rate, "rate, no worker": _clients(bench, name, works=False)[0], **percentiles}
+
+
+def _clients(bench: Bench, name: str, *, works: bool) -> tuple[float, list[float]]:
+    """Return the rate, and the milliseconds from each commit to the task's start."""
     sizes = bench.sizes
     threads = sizes.clients // sizes.client_processes
-    with bench.database(who) as database, ExitStack() as stack:
-        worked = who == "apoq" and not rest
-        capacity = sizes.clients * MOST if worked else 0
-        workers = stack.enter_context(database.workers(capacity=capacity)) if worked else None
+    options: dict[str, Any] = {
+        "threads": threads,
+        "seconds": sizes.client_seconds,
+        "most": MOST,
+        "notify": True,
+    }
+    found: list[float] = []
+    with bench.database(name) as database, ExitStack() as stack:
+        workers = stack.enter_context(database.workers(capacity=sizes.clients * MOST)) if works else None
+        paths = [database.path() for _ in range(sizes.client_processes)]
         children = [
             stack.enter_context(
-                database.child(
-                    "clients",
-                    first=process * threads * MOST,
-                    threads=threads,
-                    seconds=sizes.client_seconds,
-                    most=MOST,
-                )
+                database.child("clients", first=process * threads * MOST, path=path, **options)
             )
-            for process in range(sizes.client_processes)
+            for process, path in enumerate(paths)
         ]
         if workers:
             workers.go()
@@ -57,15 +69,21 @@ def clients(bench: Bench, name: str) -> dict[str, float]:
         for child in children:
             child.say("go")
         responses = [child.receive(sizes.client_seconds + 60) for child in children]
+        for child in children:
+            child.receive()
         counts = [count for response in responses for count in response["counts"]]
+        committed = array("d", chain.from_iterable(read_times(path) for path in paths))
         if workers:
             workers.wait_handled(sum(counts))
             workers.wait_finished()
+            handled = workers.stop()
             numbers = (which * MOST + n for which, count in enumerate(counts) for n in range(count))
-            database.check(workers.stop(), numbers)
-        _check_rows(database.value(f"SELECT count(*) FROM {database.who.table}"), sum(counts), name)
-        # The first task of each client was added before the start.
-        return {"rate": (sum(counts) - len(counts)) / max(response["seconds"] for response in responses)}
+            database.check(handled, numbers)
+            found = [delay for _, delay in delays(handled, 0, committed)]
+        else:
+            _check_rows(database.value(f"SELECT count(*) FROM {database.who.table}"), sum(counts), name)
+    # The first task of each client was added before the start.
+    return (sum(counts) - len(counts)) / max(response["seconds"] for response in responses), found
 
 
 def bulk(bench: Bench, name: str) -> dict[str, float]:
@@ -101,12 +119,13 @@ SCENARIOS = (
     ),
     Scenario(
         "enqueue_clients",
-        "32 clients, one per transaction; apoq with a worker that runs them meanwhile",
+        "32 clients, one per transaction, with a worker that runs them meanwhile and without",
         "tasks/s",
         clients,
-        contenders=("apoq",),
-        baselines=("apoq, no worker", "plain ORM", "plain psycopg", "psycopg + NOTIFY"),
+        contenders=FAST,
+        baselines=("plain ORM", "plain psycopg", "psycopg + NOTIFY"),
         reference="plain ORM",
+        units={"p50": "ms", "p99": "ms"},
     ),
     Scenario("enqueue_bulk", "50,000 in one call", "tasks/s", bulk, quick=True),
     Scenario(

@@ -25,7 +25,7 @@ def held(bench: Bench, name: str) -> dict[str, float]:
         holder.execute(f"SELECT count(*) FROM {database.who.table}")
         found = under_rate(database, sizes.held_rate, seconds)
         dead = database.value(
-            "SELECT n_dead_tup FROM pg_stat_user_tables WHERE relname = %s", database.who.table
+            "SELECT n_dead_tup FROM pg_stat_user_tables WHERE relid = %s::regclass", database.who.table
         )
     minutes: list[list[float]] = [[] for _ in range(PARTS)]
     for when, delay in found:

@@ -18,27 +18,27 @@ def idle(bench: Bench, name: str) -> dict[str, float]:
     The time counts from the return of the commit in one process to the first line of the processor in the
     other. The limits are the delivery of the notification, and one claim with the fsync of its commit.
     """
-    count = bench.sizes.idle_adds
+    return one_at_a_time(bench, name, bench.sizes.idle_adds, bench.sizes.idle_interval)
+
+
+def one_at_a_time(bench: Bench, name: str, count: int, interval: float, warm: int = 0) -> dict[str, float]:
+    """Add a task at each interval for an idle worker, which has run `warm` other tasks."""
     with bench.database(name) as database:
         path = database.path()
-        options: dict[str, Any] = {
-            "first": 0,
-            "count": count,
-            "interval": bench.sizes.idle_interval,
-            "path": path,
-        }
-        with database.workers(capacity=count) as workers:
+        options: dict[str, Any] = {"first": warm, "count": count, "interval": interval, "path": path}
+        with database.workers(capacity=warm + count) as workers:
             workers.go()
+            workers.warm_up(warm)
             time.sleep(0.5)
             with database.child("enqueue_each", notify=True, **options) as child:
                 child.receive()
-                child.ask("go", 120 + count * 0.1)
+                child.ask("go", 120 + count * (0.1 + interval))
                 child.receive()
-            workers.wait_handled(count)
+            workers.wait_handled(warm + count)
             workers.wait_finished()
             handled = workers.stop()
-        database.check(handled, range(count))
-        found = [delay for _, delay in delays(handled, 0, read_times(path))]
+        database.check(handled, range(warm + count))
+        found = [delay for _, delay in delays(handled, warm, read_times(path))]
     return {f"p{share}": percentile(found, share / 100) for share in (50, 95, 99)}
 
 
