@@ -26,7 +26,7 @@ else:
     HAS_LIBPQ = True
     from apoq.client.queue import Queue
     from apoq.client.typed_task import TypedTask
-    from apoq.core.outcomes import Cancel, Retry, Snooze
+    from apoq.core.outcomes import Cancel, Fail, Retry, Snooze
     from apoq.core.retry import exponential_backoff
     from apoq.errors import (
         ApoqError,
@@ -49,6 +49,7 @@ __all__ = [
     "ApoqError",
     "AsyncRunningTask",
     "Cancel",
+    "Fail",
     "InvalidArguments",
     "InvalidData",
     "InvalidProcessor",

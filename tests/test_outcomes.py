@@ -10,7 +10,7 @@ from decimal import Decimal
 
 import pytest
 
-from apoq import Cancel, Retry, Snooze, exponential_backoff
+from apoq import Cancel, Fail, Retry, Snooze, exponential_backoff
 from apoq.core.outcomes import (
     MAX_INTEGER,
     MAX_MESSAGE_LENGTH,
@@ -61,6 +61,8 @@ OUTCOMES = {
     "Retry from an error": (raised(Retry(), OSError()), 1, 0, "pending", 1, 1, 10.0, "OSError"),
     "Retry with none left": (Retry(delay=60), 3, 2, "failed", 3, 3, None, "Retry"),
     "Retry from, with none left": (raised(Retry(), OSError()), 3, 2, "failed", 3, 3, None, "OSError"),
+    "Fail": (Fail("why"), 1, 0, "failed", 1, 1, None, "Fail"),
+    "Fail from an error": (raised(Fail(), OSError()), 1, 0, "failed", 1, 1, None, "OSError"),
     "Cancel": (Cancel("why"), 1, 0, "cancelled", 1, 0, None, "Cancel"),
     "Cancel on the last attempt": (Cancel(), 3, 2, "cancelled", 3, 2, None, "Cancel"),
     "Snooze": (Snooze(30), 1, 0, "pending", 0, 0, 30.0, None),

@@ -18,6 +18,7 @@ from waiting import patience
 from apoq import (
     AsyncRunningTask,
     Cancel,
+    Fail,
     Queue,
     Retry,
     RunningTask,
@@ -316,6 +317,21 @@ class TestOutcomes:
 
         assert (task.state, task.fail_count, task.error["message"]) == ("pending", 1, "busy")
         assert timedelta(minutes=59) < task.process_at - task.failed_at < timedelta(minutes=61)
+
+    @pytest.mark.parametrize("error", [Fail("wrong"), ValueError("wrong")], ids=["Fail", "ValueError"])
+    def test_fail_is_final_although_there_are_attempts_left(self, engine, worker, error):
+        failed = []
+        worker.events.on("task.failed", failed.append)
+
+        task = self.run(engine, worker, error, retry_limit=5)
+
+        is_final = isinstance(error, Fail)
+        assert (task.state, task.fail_count, len(failed)) == (
+            "failed" if is_final else "pending",
+            1,
+            is_final,
+        )
+        assert (task.error["class"], task.error["message"]) == (type(error).__name__, "wrong")
 
     def test_retry_uses_up_attempts(self, engine, worker):
         assert self.run(engine, worker, Retry(delay=1), retry_limit=0).state == "failed"

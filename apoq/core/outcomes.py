@@ -42,6 +42,19 @@ class Retry(Outcome):
         self.delay = None if delay is None else seconds(delay)
 
 
+class Fail(Outcome):
+    """Fail the task permanently, even if it has attempts left.
+
+    ``raise Fail("the card was rejected") from error`` stores that error with the task.
+
+    Args:
+        reason: The message that is stored with the task, unless `Fail` is raised from another error.
+    """
+
+    def __init__(self, reason: str = "") -> None:
+        super().__init__(reason)
+
+
 class Cancel(Outcome):
     """Cancel the task; it isn't tried again.
 
@@ -114,7 +127,7 @@ def settle(outcome: BaseException, *, attempt: int, fail_count: int, policy: Ret
     # The limit may be the processor's, which only its worker knows: it is stored for people to read.
     error = report(outcome) | {"retry_limit": str(policy.limit)}
     # Attempts and failures differ if another program, such as the Node.js original, works on the same table.
-    if max(attempt, fail_count) > policy.limit:
+    if isinstance(outcome, Fail) or max(attempt, fail_count) > policy.limit:
         return Settlement(FAILED, attempt, fail_count, error=error)
     chosen = outcome.delay if isinstance(outcome, Retry) else None
     delay = policy.delay_after(fail_count) if chosen is None else chosen
@@ -136,8 +149,8 @@ def report(error: BaseException) -> dict[str, str]:
 
 
 def reason(error: BaseException) -> BaseException:
-    """Return the error from which `Retry` was raised, or else the error itself."""
-    if isinstance(error, Retry) and error.__cause__ is not None:
+    """Return the error from which `Retry` or `Fail` was raised, or else the error itself."""
+    if isinstance(error, Retry | Fail) and error.__cause__ is not None:
         return error.__cause__
     return error
 

@@ -197,7 +197,7 @@ def _complete_in(session: TaskSession, attempt: AnyAttempt, completion: Completi
         # Settled like any failure. If the worker has lost the task, the usual cause, nothing is written.
         raise SessionMisused(
             "task.session must not change the running task itself: its transaction was rolled back. To end "
-            "the task in another way, raise Cancel, Retry or Snooze"
+            "the task in another way, raise Cancel, Fail, Retry or Snooze"
         )
     session.commit_completion()
     return row
