@@ -175,7 +175,8 @@ class Worker:
         """Run tasks of this type, in all queues of this worker, with `processor`.
 
         When the processor returns, the task is completed; the value is ignored. If it raises an exception,
-        the attempt has failed, and the task is retried. It can also raise `Retry`, `Fail`, `Cancel` or `Snooze`.
+        the attempt has failed, and the task is retried. It can also raise `Retry`, `Fail`, `Cancel` or
+        `Snooze`.
 
         Args:
             type: The type of the tasks.
