@@ -121,7 +121,7 @@ class Notifier:
         self._connection = NotifyConnection(self._engine)
         self._sent_at = -math.inf
         self._pace = Pace()
-        self._rest = 0.0
+        self._rested_at = 0.0
         wakeups: SimpleQueue[None] = SimpleQueue()
         self._wakeups = wakeups
         # The garbage collector may call this at any moment on any thread, so it must not take a lock.
@@ -152,7 +152,7 @@ class Notifier:
                     self._wakeups.get(timeout=IDLE_SECONDS)
                 continue
             self._send_pending()
-            time.sleep(self._rest)  # so that others can commit
+            time.sleep(max(0.0, self._rested_at - time.monotonic()))  # so that others can commit
             with suppress(Exception):  # the next notification meets the same error
                 self._connection.open()
         self._connection.close()
@@ -220,7 +220,7 @@ class Notifier:
                 continue
             began = time.monotonic()
             execute(self._engine, notify(), arrays(ready))
-            self._rest = self._pace.rest(time.monotonic() - began)
+            self._rested_at = began + self._pace.interval(time.monotonic() - began)
             for notification in ready:
                 del waiting[notification]
 

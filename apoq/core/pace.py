@@ -1,22 +1,22 @@
-"""How long to rest between statements that are sent again and again."""
+"""How often to send statements that are sent again and again."""
 
 from __future__ import annotations
 
 import math
 from typing import Final
 
-REST_FACTOR: Final = 5
-"""A rest takes so many times as long as the statement took longer than usual."""
+FACTOR: Final = 5
+"""The interval is so many times as long as a statement took longer than usual."""
 
-MAX_REST_SECONDS: Final = 0.02
-"""Seconds that a rest takes at most, and so the longest delay that it causes."""
+MAX_INTERVAL_SECONDS: Final = 0.02
+"""Seconds between two statements, at most, and so the longest delay that this causes."""
 
 FORGETTING: Final = 1.001
 """By what the usual time grows with each statement, so that it isn't the shortest time for ever."""
 
 
 class Pace:
-    """Rests after a statement in proportion to how much longer than usual it took.
+    """Sends statements at intervals in proportion to how much longer than usual the last one took.
 
     While the machine has time to spare, the server responds as fast as it can, and the next statement is sent
     immediately. If statements wait for each other, or for a processor, fewer and larger ones do more. The
@@ -27,7 +27,7 @@ class Pace:
     def __init__(self) -> None:
         self._usual = math.inf
 
-    def rest(self, took: float) -> float:
-        """Return for how many seconds to rest after a statement that took so many seconds."""
+    def interval(self, took: float) -> float:
+        """Return the seconds from the start of a statement that took so long to the start of the next one."""
         self._usual = min(took, self._usual * FORGETTING)
-        return min(MAX_REST_SECONDS, REST_FACTOR * (took - self._usual))
+        return min(MAX_INTERVAL_SECONDS, FACTOR * (took - self._usual))

@@ -164,8 +164,7 @@ class Claimer(Service):
         self._move_cursors()
         if len(claimed) < wanted:
             # Then there will be more tasks for the next claim.
-            ended_at = time.monotonic()
-            self._rested_at = ended_at + self._pace.rest(ended_at - began)
+            self._rested_at = began + self._pace.interval(time.monotonic() - began)
         self._strays.forget_settled(connection)
         return 0.0
 

@@ -16,7 +16,7 @@ from psycopg.pq.misc import PGnotify
 from sqlalchemy import URL, Engine, create_engine
 
 from apoq.client.queue import Queue
-from apoq.core.pace import MAX_REST_SECONDS
+from apoq.core.pace import MAX_INTERVAL_SECONDS
 from apoq.errors import InvalidURL
 from apoq.postgres.connections import ANSWER_TIMEOUT_SECONDS, execute, is_direct, own_engine
 from apoq.postgres.urls import database_url
@@ -222,7 +222,7 @@ class Listener(Service):
                 logs.notifications_read_again()
             if not received.number and not self._is_ending:
                 connection.execute("SELECT 1")
-            time.sleep(min(MAX_REST_SECONDS, REST_FACTOR * (read_at - connection.woke_at)))
+            time.sleep(min(MAX_INTERVAL_SECONDS, REST_FACTOR * (read_at - connection.woke_at)))
 
     def _give_up(self) -> None:
         logs.too_many_notifications(PROBE_RETRY_SECONDS, is_news=not self._is_flooded)
