@@ -95,4 +95,5 @@ def asked(
         "retry_limits": retry_limits_text(limits_text(queue, limits or dict.fromkeys(of_types, 5))),
         "at_most": at_most,
         "by_worker": uuid.uuid4(),
+        "number": 1,
     }

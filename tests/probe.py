@@ -263,6 +263,11 @@ def claim(worker: Worker, limit: int, free: int) -> list[Claimed]:
     return its.claim(limit, free)
 
 
+def has_split_claims(worker: Worker) -> bool:
+    """Return whether the worker claims with several statements, because Citus refused a single one."""
+    return claimer(worker)._schemas[None]._statement._is_sharded
+
+
 def has_looked(worker: Worker) -> bool:
     """Return whether the claimer has nothing more to look for."""
     return not claimer(worker)._rotation

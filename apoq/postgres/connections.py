@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, Final, cast
 from weakref import WeakKeyDictionary
@@ -190,6 +191,35 @@ def execute(
         raise
     pooled.close()
     return result
+
+
+Send = Callable[[Executable, Mapping[str, Any]], Result]
+"""Executes a statement of a transaction."""
+
+
+@contextmanager
+def transaction(engine: Engine, *, timeout: float = ANSWER_TIMEOUT_SECONDS) -> Iterator[Send]:
+    """Yield a function that executes statements in one transaction, on one of apoq's own engines.
+
+    It commits at the end of the block. It fails as `execute` does if it takes longer than `timeout` seconds.
+    """
+    pooled = engine.raw_connection()
+    connection: Any = pooled.dbapi_connection
+    prepared = pooled.info.setdefault(_PREPARED, set()) if is_direct(pooled) else None
+
+    def send(statement: Executable, parameters: Mapping[str, Any]) -> Result:
+        return fast_path.execute(connection, statement, parameters, prepared=prepared)
+
+    try:
+        with watch.awaiting(connection, timeout, pooled.info[_OWNER]):
+            connection.execute(pooled.info[_BEGIN])
+            yield send
+            connection.commit()
+    except BaseException as error:
+        pooled.invalidate(error)
+        _learn_from(engine, error)
+        raise
+    pooled.close()
 
 
 def prepare_statement(pooled: PoolProxiedConnection, statement: Executable) -> bytes:

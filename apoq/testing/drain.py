@@ -189,7 +189,7 @@ class _Drain:
                 "at_most": 1,
                 "by_worker": self._worker_id,
             }
-            statement = claim(queue.schema, overflows=cursor.lower_than is not None)
+            statement = claim(queue.schema, overflows=cursor.lower_than is not None, noted=False)
             for row in self._execute(queue, statement, parameters):
                 batch = Claim(
                     queue, crew.processors(queue), time.monotonic(), FOR_EVER, self._signal, self._fetch

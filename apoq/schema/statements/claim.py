@@ -110,6 +110,7 @@ def claim(
     passes_over: bool = False,
     overflows: bool = False,
     bare: bool = False,
+    noted: bool = True,
 ) -> ReturningUpdate[Any]:
     """Mark up to `at_most` due tasks of the given `queues` as running, and return them unordered.
 
@@ -126,6 +127,8 @@ def claim(
     - `passes_over`: skip the tasks with the ids `passed_over`.
     - `overflows`: afterwards, take tasks of all priorities lower than a queue's `lower_than`.
     - `bare`: return NULL for all data and metadata, as for large values.
+    - `noted`: record the claim in the table of claims, as claim `number` of the worker `by_worker`. Otherwise
+      the caller does so in the same transaction: Citus accepts no statement that writes to two tables.
 
     `retry_limits` is a JSON object with the limits of each queue, by type. A task with more failures than its
     own limit, or else its type's, is claimed only to be ended: it doesn't start.
@@ -135,12 +138,10 @@ def claim(
     read. Data of more than `LONGEST` bytes is returned as NULL, and a longer text is truncated to one
     character more than that: such data is read when the task starts. So the claim returns quickly, and tasks
     that wait for a slot take little memory.
-
-    The claim is recorded in the table of claims, as claim `number` of the worker `by_worker`.
     """
     tasks = tasks_table(schema)
     picked = _picked(tasks, ahead=ahead, passes_over=passes_over, overflows=overflows)
-    return (
+    statement = (
         update(tasks)
         # By ctid in an array: by id, or by a join, the server needs a tenth more time. A locked row keeps its
         # ctid. A row that another session updated between the start of this statement and the lock has
@@ -148,8 +149,8 @@ def claim(
         .where(_place == any_(func.array(select(picked.c.ctid).scalar_subquery())))
         .values(_effect(tasks, picked, ahead=ahead))
         .returning(*_returned(tasks, bare=bare))
-        .add_cte(note(schema, picked).cte("note"))
     )
+    return statement.add_cte(note(schema, picked).cte("note")) if noted else statement
 
 
 @cache
@@ -263,8 +264,8 @@ def _returned(tasks: Table, *, bare: bool) -> tuple[ColumnElement[Any], ...]:
         tasks.c.type,
         cast(null(), Text) if bare else short_text(tasks.c.data),
         tasks.c.priority,
-        func.date_part(EPOCH, tasks.c.created_at, type_=Double),
-        func.date_part(EPOCH, tasks.c.process_at, type_=Double),
+        func.date_part(EPOCH, _in_utc(tasks.c.created_at), type_=Double),
+        func.date_part(EPOCH, _in_utc(tasks.c.process_at), type_=Double),
         tasks.c.attempt,
         tasks.c.fail_count,
         tasks.c.claim_token,
@@ -275,6 +276,14 @@ def _returned(tasks: Table, *, bare: bool) -> tuple[ColumnElement[Any], ...]:
         cast(null(), Text) if bare else short_text(tasks.c.meta),
         tasks.c.queue,
     )
+
+
+def _in_utc(time: ColumnElement[Any]) -> ColumnElement[Any]:
+    """Return a time without its time zone, from which Citus can calculate numbers in RETURNING."""
+    return func.timezone(_UTC, time)
+
+
+_UTC: ColumnElement[str] = literal_column("'UTC'", Text)
 
 
 def short_text(data: ColumnElement[Any]) -> ColumnElement[str | None]:

@@ -10,6 +10,7 @@ from sqlalchemy import (
     ColumnElement,
     Select,
     Text,
+    any_,
     bindparam,
     case,
     cast,
@@ -19,6 +20,8 @@ from sqlalchemy import (
 )
 
 from apoq.schema.models import tasks_table
+from apoq.schema.statements.arrays import bigints
+from apoq.schema.statements.claim import short_text
 from apoq.schema.statements.settle import held_as
 
 BINARY: Final = 8
@@ -26,6 +29,14 @@ BINARY: Final = 8
 
 BYTES: Final = 4
 """Maximum number of bytes of a character."""
+
+
+@cache
+def read_short_data(schema: str | None) -> Select[Any]:
+    """Return the ids, the data and the metadata of the tasks `ids`, as `claim` returns them."""
+    tasks = tasks_table(schema)
+    columns = tasks.c.id, short_text(tasks.c.data), short_text(tasks.c.meta)
+    return select(*columns).where(tasks.c.id == any_(bigints("ids")))
 
 
 @cache

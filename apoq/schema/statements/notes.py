@@ -26,14 +26,21 @@ from apoq.schema.statements.states import has_running_state
 
 
 def note(schema: str | None, taken: FromClause) -> Insert:
-    """Record the ids of the tasks that claim `number` of the worker `by_worker` has `taken`, if any.
-
-    Without a number, nothing is recorded: for tests, which claim and settle a task in one transaction.
-    """
-    by_worker, number = bindparam("by_worker", type_=Uuid), bindparam("number", None, type_=BigInteger)
+    """Record the ids of the tasks that claim `number` of the worker `by_worker` has `taken`, if any."""
+    by_worker, number = bindparam("by_worker", type_=Uuid), bindparam("number", type_=BigInteger)
     ids = func.array_agg(taken.c.id)
-    row = select(by_worker, number, ids).having(ids.is_not(None), number.is_not(None))
+    row = select(by_worker, number, ids).having(ids.is_not(None))
     return insert(claims_table(schema)).from_select(["worker_id", "number", "task_ids"], row)
+
+
+@cache
+def note_tasks(schema: str | None) -> Insert:
+    """Record that claim `number` of the worker `by_worker` has taken the tasks `ids`."""
+    return insert(claims_table(schema)).values(
+        worker_id=bindparam("by_worker", type_=Uuid),
+        number=bindparam("number", type_=BigInteger),
+        task_ids=bigints("ids"),
+    )
 
 
 def noted(schema: str | None, tasks: FromClause, by: ColumnElement[bool]) -> ColumnElement[bool]:

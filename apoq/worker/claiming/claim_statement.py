@@ -6,12 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from psycopg import DatabaseError
+from psycopg.errors import FeatureNotSupported
 from sqlalchemy import Engine
 from sqlalchemy.pool import PoolProxiedConnection
 
-from apoq.postgres.connections import STATEMENT_TIMEOUT_SECONDS, execute, is_away
+from apoq.postgres.connections import STATEMENT_TIMEOUT_SECONDS, execute, is_away, transaction
 from apoq.schema.statements.arrays import array_text
-from apoq.schema.statements.claim import claim, next_due
+from apoq.schema.statements.claim import DATA, ID, META, claim, next_due
+from apoq.schema.statements.data import read_short_data
+from apoq.schema.statements.notes import note_tasks
 from apoq.schema.statements.queues import queues_text, retry_limits_text
 from apoq.worker.claim_log import ClaimLog
 from apoq.worker.claiming.claimable_queue import ClaimableQueue
@@ -20,6 +23,8 @@ from apoq.worker.claiming.strays import Strays
 Row = tuple[Any, ...]
 Portions = Mapping[ClaimableQueue, int]
 """How many tasks to claim from each queue at most, in this order."""
+Form = Mapping[str, bool]
+"""The options of `claim`."""
 On = PoolProxiedConnection | None
 """The connection on which to send a statement; None: one of the pool."""
 
@@ -32,17 +37,19 @@ class ClaimStatement:
         self._schema = schema
         self._claim_log = claim_log
         self._strays = strays
+        self._is_sharded = False
+        """Whether Citus has refused a claim in one statement."""
 
     def execute(
         self, portions: Portions, at_most: int, free: int, on: On, *, bare: bool = False
     ) -> tuple[int, list[Row]]:
         """Claim up to `at_most` tasks for `free` slots; return the claim's number and the unordered tasks."""
         parameters = self._parameters(portions, at_most, free)
-        statement = claim(self._schema, **_form(parameters, portions), bare=bare)
+        form = _form(parameters, portions)
         number = self._claim_log.begin(self._schema)
-        its = {"number": number, "by_worker": self._strays.worker_id}
+        parameters |= {"number": number, "by_worker": self._strays.worker_id}
         try:
-            rows = execute(on or self._engine, statement, parameters | its).fetchall()
+            rows = self._claim(form, parameters, on, bare=bare)
         except BaseException as error:
             self._claim_log.failed(number)
             # Without a response, it may have committed, or may do so until the server ends it. With one that
@@ -54,6 +61,37 @@ class ClaimStatement:
             raise
         self._claim_log.claimed(number, len(rows))
         return number, rows
+
+    def _claim(self, form: Form, parameters: dict[str, Any], on: On, *, bare: bool) -> list[Row]:
+        if not self._is_sharded:
+            statement = claim(self._schema, **form, bare=bare)
+            try:
+                return execute(on or self._engine, statement, parameters).fetchall()
+            except FeatureNotSupported:
+                """Citus shards the schema, perhaps since a moment ago."""
+        rows = self._claim_in_parts(form, parameters, bare=bare)
+        self._is_sharded = True
+        return rows
+
+    def _claim_in_parts(self, form: Form, parameters: dict[str, Any], *, bare: bool) -> list[Row]:
+        """Claim in several statements of one transaction, each of which writes to one table.
+
+        Citus accepts these, but not the statement that does everything at once.
+        """
+        with transaction(self._engine, timeout=STATEMENT_TIMEOUT_SECONDS) as send:
+            rows = send(claim(self._schema, **form, bare=True, noted=False), parameters).fetchall()
+            if not rows:
+                return rows
+            ids = {"ids": array_text(row[ID] for row in rows)}
+            send(note_tasks(self._schema), parameters | ids)
+            if bare:
+                return rows
+            data = {task_id: its for task_id, *its in send(read_short_data(self._schema), ids)}
+        for number, row in enumerate(rows):
+            filled = list(row)
+            filled[DATA], filled[META] = data[row[ID]]
+            rows[number] = tuple(filled)
+        return rows
 
     def next_due(self, queue: ClaimableQueue, free: int) -> list[int]:
         """Return the id of the task that a claim of a single task of this queue would take, if any."""
@@ -80,7 +118,7 @@ def has_no_response(error: BaseException) -> bool:
     return not isinstance(error, DatabaseError) or is_away(error)
 
 
-def _form(parameters: Mapping[str, object], portions: Portions) -> dict[str, bool]:
+def _form(parameters: Mapping[str, object], portions: Portions) -> Form:
     """Return which form of `claim` takes these parameters."""
     return {
         "ahead": "free" in parameters,
