@@ -326,6 +326,87 @@ class TestList:
         assert run("list", *options).exit_code == 2
 
 
+class TestFailures:
+    """Failed tasks are grouped by type, class of error and place."""
+
+    APP = """Traceback (most recent call last):
+  File "/usr/lib/python3.11/site-packages/apoq/worker/x.py", line 9, in run
+  File "/srv/app/{file}", line {line}, in charge
+    raise KeyError
+  File "/usr/lib/python3.11/site-packages/stripe/api.py", line 1, in post
+    raise error
+{error}: gone
+"""
+
+    def fail(self, add, type_: str = "charge", error: str = "KeyError", line: int = 12, **columns) -> int:
+        traceback = self.APP.format(file="billing.py", line=line, error=error)
+        stored = {"class": error, "message": f"gone {line}", "traceback": traceback}
+        return add(type_, **{**has_failed(), "error": stored, **columns})
+
+    def groups(self, run, *options: str) -> list[dict]:
+        return [json.loads(line) for line in run("failures", "--json", *options).stdout.splitlines()]
+
+    def test_by_type_error_and_the_line_of_the_application(self, run, add):
+        for _ in range(3):
+            last = self.fail(add)
+        self.fail(add, line=30)
+        self.fail(add, error="OSError", queue="other")
+        self.fail(add, "mail")
+        add("fine")
+
+        first, *others = self.groups(run)
+
+        assert {
+            name: first[name] for name in ("type", "error_class", "where", "count", "last_id", "message")
+        } == {
+            "type": "charge",
+            "error_class": "KeyError",
+            "where": "billing.py:12 in charge",
+            "count": 3,
+            "last_id": last,
+            "message": "gone 12",
+        }
+        assert [group["count"] for group in others] == [1, 1, 1]
+        assert {group["where"] for group in others} == {"billing.py:12 in charge", "billing.py:30 in charge"}
+
+    def test_it_filters(self, run, add):
+        self.fail(add, failed_at=ago(days=2))
+        self.fail(add, "mail", queue="other")
+
+        assert [group["type"] for group in self.groups(run, "--since", "1h")] == ["mail"]
+        assert [group["type"] for group in self.groups(run, "--queue", "default")] == ["charge"]
+        assert [group["type"] for group in self.groups(run, "--type", "mail")] == ["mail"]
+
+    def test_people_see_a_table(self, run, add):
+        self.fail(add)
+
+        said = run("failures", "--since", "1h")
+
+        assert "billing.py:12 in charge" in said.stdout
+        assert "3 min ago" in said.stdout
+        assert "Only tasks that failed since" in said.stderr
+
+    def test_an_error_without_a_traceback_or_of_another_program_is_a_group_too(self, run, engine, add):
+        add("a", **has_failed())
+        add("b", **has_failed(), error={"class": "KeyError"})
+
+        assert [(group["type"], group["where"]) for group in self.groups(run)] == [("b", None), ("a", None)]
+
+    def test_nothing_is_said_of_nothing(self, run):
+        assert run("failures").output == "No failed tasks.\n"
+        assert run("failures", "--json").output == ""
+
+    def test_more_than_are_examined_are_mentioned(self, run, add, monkeypatch):
+        monkeypatch.setattr("apoq.monitor.failures.EXAMINED", 2)
+        for _ in range(3):
+            self.fail(add)
+
+        said = run("failures")
+
+        assert "there may be more" in said.stderr
+        assert self.groups(run)[0]["count"] == 2
+
+
 class TestShow:
     def test_people_see_all_that_is_known(self, run, add):
         task_id = add(

@@ -9,8 +9,9 @@ from datetime import UTC, datetime, timedelta, timezone
 import pytest
 from click import BadParameter
 
-from apoq.cli.tracebacks import highlighted, own_frame
+from apoq.cli.tracebacks import highlighted
 from apoq.cli.values import duration, identifier, past_time, patience, time
+from apoq.monitor.tracebacks import own_frame
 
 HOUR = timedelta(hours=1)
 

@@ -13,6 +13,7 @@ COMMANDS: Final = {
     "add": "Add a task.",
     "list": "List tasks, the newest first.",
     "show": "Show everything that is known about a task.",
+    "failures": "Group the failed tasks by type, error and place, the largest group first.",
     "retry": "Run tasks again that failed, were cancelled or completed.",
     "cancel": "Cancel tasks that have not ended.",
     "prune": "Delete tasks that ended some time ago.",

@@ -17,10 +17,11 @@ from apoq.cli.list import RETRYING, STYLES, shown_state
 from apoq.cli.looking import looking, missing, task_json
 from apoq.cli.output import console, json_option, show, show_json
 from apoq.cli.target import Target
-from apoq.cli.tracebacks import Frame, highlighted, own_frame
+from apoq.cli.tracebacks import highlighted
 from apoq.cli.values import identifier
 from apoq.core.states import FAILED, RUNNING
 from apoq.monitor.formatting import ago, clean, local
+from apoq.monitor.tracebacks import Frame, own_frame
 from apoq.schema.statements.find import details
 
 _LINES: Final = 40

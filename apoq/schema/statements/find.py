@@ -32,6 +32,9 @@ from apoq.schema.statements.running import in_state
 LOOKED_AT: Final = 100_000
 """How many tasks `find` examines, because no index has the types, the errors, or all the times of tasks."""
 
+TRACEBACK_END: Final = 4_000
+"""How many characters of a traceback `failed_tasks` returns: its end has the innermost frames."""
+
 
 @cache
 def find(schema: str | None, state: str | None) -> Select[*tuple[Any, ...]]:
@@ -70,6 +73,29 @@ def find_ids(schema: str | None, state: str) -> Select[*tuple[Any, ...]]:
         select(tasks.c.id, tasks.c.queue)
         .where(in_state(schema, tasks, state), *_filters(tasks.c))
         .order_by(tasks.c.id)
+        .limit(bindparam("at_most", type_=BigInteger))
+    )
+
+
+@cache
+def failed_tasks(schema: str | None) -> Select[*tuple[Any, ...]]:
+    """Return the newest `at_most` tasks that failed permanently: what is needed to group them.
+
+    With the error's `class`, its `message` cut to `excerpt` characters, and the end of its `traceback`.
+    """
+    tasks = tasks_table(schema)
+    error = {name: tasks.c.error[name].as_string() for name in ("class", "message", "traceback")}
+    excerpt = bindparam("excerpt", type_=Integer)
+    return (
+        select(
+            *(tasks.c.id, tasks.c.queue, tasks.c.type, tasks.c.failed_at),
+            error["class"].label("class"),
+            func.left(error["message"], excerpt).label("message"),
+            func.right(error["traceback"], TRACEBACK_END).label("traceback"),
+            func.clock_timestamp().label("now"),
+        )
+        .where(in_state(schema, tasks, FAILED), *_filters(tasks.c))
+        .order_by(tasks.c.id.desc())
         .limit(bindparam("at_most", type_=BigInteger))
     )
 

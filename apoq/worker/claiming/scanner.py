@@ -70,7 +70,7 @@ class QueueScanner(Service):
         self._isolation: Isolation[Queue] = Isolation(lambda queue: f"the survey of {queue!r}", outage)
         self._looks = LookTimes(cursors, poll_interval)
         self._reported: dict[Queue, tuple[First | None, float]] = {}
-        """The first due task of each queue, and when the claimer was told to claim it."""
+        """The first due task of each queue, and when that was reported to the claimer."""
         self._rests = {False: Rest(), True: Rest(usual=0.001)}
         """After a survey of all priorities, and after one of those that are known."""
 

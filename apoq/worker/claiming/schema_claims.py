@@ -25,7 +25,7 @@ Others = Callable[[], Iterable[ClaimableQueue]]
 
 
 class Taken(NamedTuple):
-    """What a claim has taken from a queue."""
+    """The tasks that a claim has taken from a queue."""
 
     queue: ClaimableQueue
     number: int
