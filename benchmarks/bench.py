@@ -25,6 +25,9 @@ MIN_POLL_SECONDS: Final = 0.01
 MAX_POLL_SECONDS: Final = 0.25
 """Bounds of the interval at which the progress of workers is polled."""
 
+PREPARE_SECONDS: Final = 600
+"""Time to create the tables: those of 200 schemas need a minute on a busy machine."""
+
 
 class WrongCount(Exception):
     """A task was never handled, was handled more than once, or is not finished in the database."""
@@ -237,7 +240,7 @@ class Bench:
 
 def _prepare(name: str, url: str) -> None:
     with Child("prepare", contender=name, url=url) as child:
-        child.receive()
+        child.receive(PREPARE_SECONDS)
 
 
 def percentile(values: list[float], share: float) -> float:
