@@ -25,14 +25,17 @@ from apoq.client.after_commit import _notifiers
 from apoq.client.notifier import Notifier
 from apoq.client.session_adapters import _compiled as compiled  # noqa: F401
 from apoq.embedded import PostgreSQL, _new_folder, _server_user
+from apoq.events import Events
 from apoq.monitor import server_checks
 from apoq.postgres.fast_path import _name as statement_name  # noqa: F401
 from apoq.schema.preflight import _read_only as read_only_problems  # noqa: F401
+from apoq.schema.statements.settle import complete_last, remove_last
 from apoq.worker.claim_log import ClaimLog
 from apoq.worker.claiming.claimer import Claimer
 from apoq.worker.claiming.cursor import ClaimCursor
 from apoq.worker.claiming.listener import Listener
 from apoq.worker.claiming.scanner import QueueScanner
+from apoq.worker.execution import completion
 from apoq.worker.execution.attempt import AnyAttempt, Claimed, StopSignal
 from apoq.worker.execution.event_loop import EventLoopThread
 from apoq.worker.execution.executor import Executor
@@ -42,7 +45,7 @@ from apoq.worker.lifecycle import Lifecycle
 from apoq.worker.liveness.heartbeat import Heartbeat
 from apoq.worker.process import PROCESS
 from apoq.worker.runtime import Runtime
-from apoq.worker.settling.settler import Settler
+from apoq.worker.settling.settler import Settler, write_settlements
 
 new_folder, server_user = _new_folder, _server_user
 flavour = server_checks._flavour
@@ -533,3 +536,31 @@ def keeper(server: PostgreSQL) -> Any:
 def forget_shared_tasks() -> None:
     """Forget the typed tasks of all queues."""
     shared_tasks._by_queue.clear()
+
+
+# Its statements.
+
+
+def settling_statements() -> dict[str, list[sa.Executable]]:
+    """Return the statements that write the ends of tasks, with what they return for listeners."""
+    both = (False, True)
+    return {
+        "completion.statement": [
+            completion.Completion(Events(), keep=keep).statement(
+                None, full=full, alike=alike, skips_locked=skips_locked
+            )
+            for keep in both
+            for full in both
+            for alike in both
+            for skips_locked in both
+        ],
+        "completion.write": [
+            completion._returning(write(None), None, full=True, is_ours=False)
+            for write in (complete_last, remove_last)
+        ],
+        "settler.write_settlements": [
+            write_settlements(None, full=full, skips_locked=skips_locked)
+            for full in both
+            for skips_locked in both
+        ],
+    }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import threading
 from datetime import timedelta
-from functools import partial
 
 import probe
 import pytest
@@ -14,7 +13,6 @@ from sqlalchemy.orm import Session
 from waiting import patience
 
 from apoq import Queue, RunningTask, Snooze, Task, prepare
-from apoq.postgres.connections import own_engine
 from apoq.worker import runtime as runtime_module
 
 SOON = 10.0
@@ -144,7 +142,7 @@ class TestAWholeTable:
     @pytest.fixture(autouse=True)
     def _impatient(self, monkeypatch) -> None:
         # As a worker's own engine is, that doesn't wait behind a migration.
-        monkeypatch.setattr(runtime_module, "own_engine", partial(own_engine, lock_timeout="100ms"))
+        monkeypatch.setattr(runtime_module, "LOCK_TIMEOUT", "100ms")
 
     def test_what_has_ended_is_settled_when_it_is_free(self, engine, running, caplog):
         _, task_ids, go_on = running

@@ -358,6 +358,7 @@ class Tasks(RuleBasedStateMachine):
                 schemas=[None],
                 outage=Outage(),
                 claim_log=SimpleNamespace(settled=self._forget_attempts, given_up=lambda _: None),
+                sharded=[None] if keeps else [],  # one of them skips locked tasks
                 on_pending=lambda queue, delay: None,
             )
             for keeps, completion in self.completions.items()

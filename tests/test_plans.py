@@ -24,7 +24,6 @@ from apoq.schema.statements.claim import CHANGED, DATA, claim
 from apoq.schema.statements.count import COUNTED, count, count_running, count_types, queues, table_size
 from apoq.schema.statements.find import details, find, find_ids, find_queues, horizon
 from apoq.schema.statements.heartbeat import leave
-from apoq.schema.statements.locked import locked
 from apoq.schema.statements.lost import lost
 from apoq.schema.statements.prune import (
     count_prunable_completed,
@@ -86,6 +85,14 @@ IDS = {"ids": array_text(range(1, 501)), "tokens": array_text([1] * 500)}
 ALIKE = {"ids": IDS["ids"], "held_under": 1}
 PRUNE = {"from_queue": "default", "keep": timedelta(days=1), "at_most": 1_000}
 OURS = looked_into(types=["ours"])
+SETTLEMENTS = {
+    **IDS,
+    "states": ["failed"] * 500,
+    "attempts": [1] * 500,
+    "fail_counts": [1] * 500,
+    "delays": [None] * 500,
+    "errors": [None] * 500,
+}
 CLAIM = {**asked(types=["ours"]), **AHEAD}
 
 
@@ -101,19 +108,12 @@ STATEMENTS = [
     pytest.param(remove(None), IDS, {"apoq_tasks_pkey"}, id="remove"),
     pytest.param(complete(None, alike=True), ALIKE, {"apoq_tasks_pkey"}, id="complete alike"),
     pytest.param(remove(None, alike=True), ALIKE, {"apoq_tasks_pkey"}, id="remove alike"),
+    pytest.param(settle(None), SETTLEMENTS, {"apoq_tasks_pkey"}, id="settle"),
+    pytest.param(complete(None, skips_locked=True), IDS, {"apoq_tasks_pkey"}, id="complete unlocked"),
     pytest.param(
-        settle(None),
-        {
-            **IDS,
-            "states": ["failed"] * 500,
-            "attempts": [1] * 500,
-            "fail_counts": [1] * 500,
-            "delays": [None] * 500,
-            "errors": [None] * 500,
-        },
-        {"apoq_tasks_pkey"},
-        id="settle",
+        remove(None, alike=True, skips_locked=True), ALIKE, {"apoq_tasks_pkey"}, id="remove unlocked alike"
     ),
+    pytest.param(settle(None, skips_locked=True), SETTLEMENTS, {"apoq_tasks_pkey"}, id="settle unlocked"),
     pytest.param(
         rescue(None),
         {
@@ -153,7 +153,6 @@ STATEMENTS = [
         id="retry",
     ),
     pytest.param(lost(None), IDS, {"apoq_tasks_pkey"}, id="lost"),
-    pytest.param(locked(None), {"ids": IDS["ids"]}, {"apoq_tasks_pkey"}, id="locked"),
     pytest.param(prune_failed(None), PRUNE, {"apoq_tasks_failed_idx", "apoq_tasks_pkey"}, id="failed"),
 ]
 

@@ -15,7 +15,6 @@ from waiting import patience
 from apoq import Queue, Worker, prepare
 from apoq.errors import UnsupportedDatabase
 from apoq.schema.preflight import (
-    CITUS,
     READ_ONLY,
     RIGHTS,
     ROLE,
@@ -278,60 +277,6 @@ class TestTable:
 
         assert look(engine) == []
         assert [problem.subject for problem in look(engine, "jobs")] == [TABLE]
-
-
-class TestCitus:
-    """Without Citus: its catalogues are made by hand, with what it would write into them."""
-
-    @pytest.fixture
-    def citus(self, engine, sql) -> None:
-        sql("""
-            SET allow_system_table_mods = on;
-            CREATE TABLE pg_catalog.pg_dist_partition (logicalrelid regclass, partmethod "char");
-            CREATE TABLE pg_catalog.pg_dist_schema (schemaid oid, colocationid int);
-            RESET allow_system_table_mods
-        """)
-
-    def test_where_it_shards_nothing_of_ours_all_is_well(self, citus, engine):
-        assert look(engine) == []
-        prepare(engine, schema="jobs")
-
-    @pytest.mark.parametrize(
-        ("method", "fix"),
-        [
-            ("n", "SELECT citus_schema_undistribute('\"Jobs\"')"),
-            ("h", "SELECT undistribute_table('\"Jobs\".apoq_tasks')"),
-        ],
-    )
-    def test_a_worker_does_not_start_on_a_sharded_table(self, citus, engine, sql, make_worker, method, fix):
-        prepare(engine, schema="Jobs")
-        sql(f"INSERT INTO pg_dist_partition VALUES ('\"Jobs\".apoq_tasks', '{method}')")
-
-        (problem,) = look(engine, "Jobs")
-
-        assert (problem.subject, problem.fix, problem.is_fatal) == (CITUS, fix, True)
-        with pytest.raises(UnsupportedDatabase, match="sharded by Citus"):
-            make_worker(Queue(schema="Jobs")).start()
-
-    def test_no_tables_are_made_in_a_sharded_schema(self, citus, engine, sql):
-        sql("CREATE SCHEMA jobs; INSERT INTO pg_dist_schema VALUES (CAST('jobs' AS regnamespace), 1)")
-
-        with pytest.raises(UnsupportedDatabase, match=r"SELECT citus_schema_undistribute\('jobs'\)"):
-            prepare(engine, schema="jobs")
-
-        sql("TRUNCATE pg_dist_schema")
-        prepare(engine, schema="jobs")
-
-    def test_no_tables_are_made_in_a_new_schema_that_would_be_sharded(self, citus, url):
-        options = {"options": "-c citus.enable_schema_based_sharding=on"}
-        engine = sa.create_engine(url, connect_args=options, poolclass=NullPool)
-
-        with pytest.raises(UnsupportedDatabase, match=r"SET citus\.enable_schema_based_sharding = off"):
-            prepare(engine, schema="jobs")
-
-        with engine.begin() as connection:
-            connection.exec_driver_sql("CREATE SCHEMA jobs")
-        prepare(engine, schema="jobs")
 
 
 class TestStart:

@@ -20,7 +20,7 @@ from waiting import patience
 
 from apoq import Retry, Task, Worker
 from apoq.schema.models import ClaimRow
-from apoq.schema.statements.claim import ID
+from apoq.schema.statements.claim import CLAIM_TOKEN, ID
 from apoq.schema.statements.recover import rescue
 from apoq.worker.execution.runner import ended
 
@@ -147,6 +147,27 @@ def test_each_of_a_batch_is_told_of_once_where_one_can_not_be_written_and_anothe
     assert told == [0, 2]
     assert [message for message in caplog.messages if "was taken" in message] == []
     assert [task.state for task in tasks(engine)] == ["completed", "running", "completed"]
+
+
+def test_a_locked_task_that_is_in_a_batch_twice_is_settled_by_its_last_claim(engine, queue, worker):
+    """It was claimed again after the worker had lost it."""
+    with Session(engine) as session, session.begin():
+        queue.add(session, "t")
+    hold_lease(worker)
+    (row,) = probe.claimer(worker).claim(1, 1)
+    before = (*row[:CLAIM_TOKEN], row[CLAIM_TOKEN] - 1, *row[CLAIM_TOKEN + 1 :])
+    for each in (before, row):
+        probe.put_ended(worker, ended(probe.make_attempt(worker, each), None))
+    writing = threading.Thread(target=probe.settler(worker).flush, args=(SOON,))
+    with engine.connect() as caller:
+        caller.execute(sa.select(Task.id).with_for_update())
+        writing.start()
+        until(lambda: probe.put_off_count(worker))
+        caller.rollback()
+    writing.join()
+
+    assert [task.state for task in tasks(engine)] == ["completed"]
+    probe.own_engine(worker).dispose()
 
 
 def test_an_error_that_can_not_be_stored_is_left_out_and_its_task_settled(engine, end):

@@ -24,13 +24,14 @@ from apoq.monitor.table_checks import (
     check_horizon,
     check_ids,
     check_indexes,
+    check_placement,
     check_queues,
     check_role,
     check_vacuum,
     check_version,
     check_workers,
 )
-from apoq.schema.preflight import SCHEMA
+from apoq.schema.preflight import CITUS, SCHEMA
 
 _MARKS: Final = {OK: Text("✓", "green"), WARNING: Text("!", "yellow"), BAD: Text("✗", "red bold")}
 
@@ -87,6 +88,7 @@ def examine(target: Target) -> Iterator[Finding]:
         return  # there is nothing more to check
     if not role:
         yield Finding(OK, "rights", "this role has the rights that a worker needs")
+    yield from _examined(target, CITUS, partial(check_placement, schema=target.schema))
     yield from _examined(target, "ids", partial(check_ids, schema=target.schema))
     yield from _examined(target, "vacuum", partial(check_vacuum, schema=target.schema))
     yield from _examined(target, "indexes", partial(check_indexes, schema=target.schema))

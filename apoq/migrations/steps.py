@@ -14,7 +14,6 @@ from apoq.migrations import v0001
 from apoq.migrations.differences import differences
 from apoq.migrations.places import home, warn_of_another_set
 from apoq.postgres.urls import check_untranslated
-from apoq.schema.preflight import check_unsharded
 from apoq.schema.statements.preflight import has_column, lock_holder, lock_timeout
 
 if TYPE_CHECKING:
@@ -86,7 +85,6 @@ def upgrade(op: Operations | ModuleType, *, version: int = LATEST, schema: str |
         adopt(connection, schema)
         start = current(connection, schema)
         if start < version:
-            check_unsharded(connection, schema)
             if is_unnamed:
                 warn_of_another_set(connection)
             has_some = not start and any(

@@ -9,10 +9,13 @@ All names are final (`op.f`): the naming convention of a user's metadata doesn't
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY, INTERVAL, JSONB, TIMESTAMP
+from sqlalchemy.ext.compiler import compiles
+
+from apoq.schema.citus import shards
 
 if TYPE_CHECKING:  # importing Alembic takes 0.2 s, and a worker doesn't need it
     from alembic.operations import Operations
@@ -42,10 +45,15 @@ CLAIMS_STORAGE = {
 }
 
 
+UNCOMPRESSED = "ALTER task_ids SET STORAGE EXTERNAL"
+"""To compress a thousand ids would take most of the time of a claim."""
+
+
 def upgrade(op: Operations, schema: str | None = None) -> None:
     """Create the tables, or change those of the Node.js original."""
     if schema is not None and not _has_schema(op, schema):
         op.execute(sa.schema.CreateSchema(schema, if_not_exists=True))
+    is_sharded = not op.get_context().as_sql and shards(op.get_bind(), schema)
     op.create_table(
         "apoq_tasks",
         sa.Column("id", sa.BigInteger, nullable=False),
@@ -165,13 +173,14 @@ def upgrade(op: Operations, schema: str | None = None) -> None:
         "apoq_claims",
         sa.Column("worker_id", sa.Uuid, nullable=False),
         sa.Column("number", sa.BigInteger, autoincrement=False, nullable=False),
-        sa.Column("task_ids", ARRAY(sa.BigInteger), nullable=False),
+        sa.Column("task_ids", _ids(op, is_sharded=is_sharded), nullable=False),
         sa.PrimaryKeyConstraint("worker_id", "number", name=op.f("apoq_claims_pkey")),
         schema=schema,
         if_not_exists=True,
     )
-    # Without compression, which would take most of the time of a claim of a thousand ids.
-    _alter(op, "apoq_claims", schema, "ALTER task_ids SET STORAGE EXTERNAL, " + _set(CLAIMS_STORAGE))
+    _alter(op, "apoq_claims", schema, _set(CLAIMS_STORAGE))
+    if not is_sharded:
+        _alter(op, "apoq_claims", schema, UNCOMPRESSED)
 
 
 def downgrade(op: Operations, schema: str | None = None) -> None:
@@ -188,6 +197,27 @@ def _set(settings: dict[str, str]) -> str:
 def _alter(op: Operations, name: str, schema: str | None, change: str) -> None:
     ddl = sa.DDL(f"ALTER TABLE %(fullname)s {change}")  # type: ignore[no-untyped-call]
     op.execute(ddl.against(sa.Table(name, sa.MetaData(), schema=schema)))
+
+
+class _UncompressedArray(ARRAY[int]):
+    """An array column that is created as `UNCOMPRESSED`."""
+
+    cache_ok = True
+
+
+@compiles(_UncompressedArray, "postgresql")
+def _write_uncompressed(type_: _UncompressedArray, compiler: Any, **options: Any) -> str:
+    return f"{compiler.visit_ARRAY(type_, **options)} STORAGE EXTERNAL"
+
+
+def _ids(op: Operations, *, is_sharded: bool) -> ARRAY[int]:
+    """Return the type of a column of ids.
+
+    Citus refuses to change the storage of a table that it has sharded. Before PostgreSQL 16, it can't be set
+    when a table is created either: there, the ids are compressed.
+    """
+    version: Any = op.get_bind().dialect.server_version_info if is_sharded else None
+    return _UncompressedArray(sa.BigInteger) if is_sharded and version >= (16,) else ARRAY(sa.BigInteger)
 
 
 def _has_schema(op: Operations, schema: str) -> bool:

@@ -9,6 +9,8 @@ from typing import Any, Final
 import sqlalchemy as sa
 
 from apoq.core.states import RUNNING
+from apoq.schema.citus import placement
+from apoq.schema.statements.citus import size as size_on_node
 from apoq.schema.statements.count import COUNTED, count, count_running, count_types, queues, table_size
 from apoq.schema.statements.workers import workers
 
@@ -87,7 +89,7 @@ class Figures:
     unnoted: int
     """Running tasks that no claim has recorded, so that the usual recovery doesn't find them."""
     rows: int
-    """The planner's estimate of the task table's rows; -1 if there is none yet."""
+    """The planner's estimate of the task table's rows; -1 if there is none yet, or Citus shards the table."""
     bytes: int
     types: list[TypeFigures] = field(default_factory=list)
     took: float = 0.0
@@ -118,15 +120,15 @@ def _count(connection: sa.Connection, schema: str | None, *, by_type: bool) -> F
     def running_where(column: str, value: object) -> int:
         return sum(row["number"] for row in running if row[column] == value)
 
-    (size,) = rows(table_size(schema))
+    rows_in_table, size = _size(connection, schema)
     found = Figures(
         queues=[],
         workers=[_worker(row, running_where("worker_id", row["id"])) for row in seen],
         orphans=sum(row["number"] for row in running if row["is_noted"] and row["worker_id"] not in alive),
         unnoted=sum(row["number"] for row in running if not row["is_noted"]),
         has_more_queues=len(names) > MAX_QUEUES,
-        rows=size["rows"],
-        bytes=size["bytes"],
+        rows=rows_in_table,
+        bytes=size,
     )
     for name in names[:MAX_QUEUES]:
         (counts,) = rows(count(schema), from_queue=name)
@@ -135,6 +137,14 @@ def _count(connection: sa.Connection, schema: str | None, *, by_type: bool) -> F
             mine = [row for row in running if row["queue"] == name]
             found.types += _types(name, rows(count_types(schema), from_queue=name), mine)
     return found
+
+
+def _size(connection: sa.Connection, schema: str | None) -> tuple[int, int]:
+    """Return the estimated number of rows of the task table, and its size in bytes."""
+    if placement(connection, schema) is None:
+        rows, size = connection.execute(table_size(schema)).one()
+        return rows, size
+    return -1, connection.execute(size_on_node(), {"schema": schema}).scalar_one()
 
 
 _COUNTS: Final = (

@@ -16,7 +16,8 @@ from apoq.migrations.steps import newer
 from apoq.monitor.check import BAD, OK, WARNING, Finding
 from apoq.monitor.formatting import clean, length, tasks
 from apoq.monitor.stats import Figures
-from apoq.schema.preflight import ROLE, ids_problem, only_adds, problems
+from apoq.schema.citus import placement
+from apoq.schema.preflight import CITUS, ROLE, ids_problem, only_adds, problems
 from apoq.schema.statements.claim import CHANGED
 from apoq.schema.statements.count import COUNTED
 from apoq.schema.statements.server import holders, indexes_naming, server, vacuuming
@@ -81,6 +82,8 @@ def check_vacuum(connection: sa.Connection, schema: str | None) -> Iterator[Find
     setting = connection.execute(server()).mappings().one()["autovacuum"]
     dead, live = found["n_dead_tup"], found["n_live_tup"]
     text = f"about {dead:,} dead rows"
+    if (node := placement(connection, schema)) is not None:
+        dead, text = 0, f"the number of dead rows is not known here, but only on the node {node.node}"
     if "autovacuum_enabled=false" in found["options"]:
         cure = f"ALTER TABLE {_name(schema)} RESET (autovacuum_enabled)"
         yield Finding(BAD, "vacuum", f"autovacuum is off for the task table; {text}", cure)
@@ -93,6 +96,20 @@ def check_vacuum(connection: sa.Connection, schema: str | None) -> Iterator[Find
         yield Finding(WARNING, "vacuum", f"{text}, more than live ones", cure)
     else:
         yield Finding(OK, "vacuum", f"autovacuum is on; {text}")
+
+
+def check_placement(connection: sa.Connection, schema: str | None) -> Iterator[Finding]:
+    """Say on which node of a Citus cluster the tables are, and whether this connection leads there."""
+    if (found := placement(connection, schema)) is None:
+        return
+    if found.is_here:
+        entrance = "to which this connection leads"
+    else:
+        entrance = (
+            "and this connection leads to another one: all workers, and all programs that add tasks, should "
+            "connect to the same node"
+        )
+    yield Finding(OK, CITUS, f"{_name(schema)} is on the node {found.node}, {entrance}")
 
 
 def check_indexes(connection: sa.Connection, schema: str | None) -> Iterator[Finding]:

@@ -12,10 +12,8 @@ from typing import Any, Final, NamedTuple
 from sqlalchemy import Connection
 
 from apoq.errors import UnsupportedDatabase
+from apoq.schema.citus import placement
 from apoq.schema.statements.preflight import (
-    citus_method,
-    citus_schemas,
-    citus_shards,
     id_source,
     last_ids,
     session,
@@ -48,7 +46,6 @@ _ORDINARY: Final = (
     "but must be an ordinary table: workers identify the tasks that they claim by ctid, which is unique only "
     "within one table"
 )
-_CITUS: Final = "sharded by Citus, where workers can't work"
 
 
 class Problem(NamedTuple):
@@ -87,7 +84,12 @@ def problems(connection: Connection, schema: str | None = None) -> list[Problem]
         text = f"the role {role} may not use the schema {name}, which has apoq's tables"
         return [Problem(SCHEMA, text, f"GRANT USAGE ON SCHEMA {name} TO {role}")]
     return [
-        *(problem for row in found if row["name"] == "apoq_tasks" for problem in _kind(connection, row)),
+        *(
+            problem
+            for row in found
+            if row["name"] == "apoq_tasks"
+            for problem in _kind(connection, row, schema)
+        ),
         *_split(found),
         *_read_only(who),
         *(problem for row in found for problem in _rights(row, who["role"])),
@@ -128,29 +130,12 @@ def only_adds(connection: Connection, schema: str | None = None) -> bool:
     )
 
 
-def check_unsharded(connection: Connection, schema: str | None = None) -> None:
-    """Raise `UnsupportedDatabase` if Citus shards the schema in which apoq's tables will be created."""
-    citus = connection.execute(citus_schemas(), {"schema": schema}).mappings().one()
-    if not citus["has_citus"]:
-        return
-    if citus["oid"] is None and citus["shards_new"]:
-        raise UnsupportedDatabase(
-            f"a new schema {citus['name']!r} would be {_CITUS}: create it yourself after "
-            "SET citus.enable_schema_based_sharding = off, and try again"
-        )
-    if connection.scalar(citus_shards(), {"oid": citus["oid"]}):
-        raise UnsupportedDatabase(
-            f"the schema {citus['name']!r} is {_CITUS}: "
-            f"run SELECT citus_schema_undistribute({_literal(citus['name'])}), and try again"
-        )
-
-
 def _tables(connection: Connection, schema: str | None) -> list[Any]:
     parameters = {"names": list(RIGHTS), "schema": schema}
     return list(connection.execute(tables(), parameters).mappings())
 
 
-def _kind(connection: Connection, row: Any) -> Iterator[Problem]:
+def _kind(connection: Connection, row: Any, schema: str | None) -> Iterator[Problem]:
     """Report a task table whose rows are in several tables, or on other servers."""
     name = row["qualified"]
     if row["kind"] in _KINDS:
@@ -170,11 +155,13 @@ def _kind(connection: Connection, row: Any) -> Iterator[Problem]:
         fix = "; ".join(f"ALTER TABLE {child} NO INHERIT {name}" for child in row["children"])
         text = f"{name} has child tables that inherit from it, {_ORDINARY}"
         yield Problem(TABLE, text, fix, is_fatal=True)
-    if row["has_citus"] and (method := connection.scalar(citus_method(), {"oid": row["oid"]})):
-        function, what = (
-            ("citus_schema_undistribute", row["schema"]) if method == "n" else ("undistribute_table", name)
+    found = placement(connection, schema)
+    if found is not None and not found.is_whole:
+        text = (
+            f"{name} is distributed by Citus over several nodes, where workers can't work: only its schema "
+            "as a whole may be sharded"
         )
-        yield Problem(CITUS, f"{name} is {_CITUS}", f"SELECT {function}({_literal(what)})", is_fatal=True)
+        yield Problem(CITUS, text, f"SELECT undistribute_table({_literal(name)})", is_fatal=True)
 
 
 def _split(found: list[Any]) -> Iterator[Problem]:

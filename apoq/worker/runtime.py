@@ -111,6 +111,7 @@ class Runtime:
             on_due=self.look_for_tasks,
         )
         completion = Completion(events, keep=options.keeps_completed)
+        sharded: set[str | None] = set()
         self.settler = Settler(
             self.engine,
             events,
@@ -119,6 +120,7 @@ class Runtime:
             schemas,
             outage,
             self.claim_log,
+            sharded,
             on_pending=self.scanner.look_into,
         )
         self.event_loop = EventLoopThread()
@@ -176,7 +178,7 @@ class Runtime:
             on_rescued=self._look_in_schema,
         )
         self.registration = Registration(
-            self.engine, schemas, self.heartbeat, self.scanner, self.strays, outage, self.missing
+            self.engine, schemas, self.heartbeat, self.scanner, self.strays, outage, self.missing, sharded
         )
         # The claimer is last: if another one can't be started, nothing has been claimed.
         self._working = (

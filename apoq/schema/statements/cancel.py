@@ -5,12 +5,13 @@ from __future__ import annotations
 from functools import cache
 from typing import Any, Final
 
-from sqlalchemy import BigInteger, Boolean, ColumnElement, Text, bindparam, cast, func, literal_column, update
+from sqlalchemy import BigInteger, Boolean, ColumnElement, Text, bindparam, cast, literal_column, update
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.sql.dml import ReturningUpdate
 
 from apoq.core.states import CANCELLABLE, CANCELLED, alternatives
 from apoq.schema.models import task_class, tasks_table
+from apoq.schema.statements.clock import now
 from apoq.schema.statements.portable import portable
 
 _CANCELLABLE: Final[ColumnElement[bool]] = literal_column(f"state IN {alternatives(CANCELLABLE)}", Boolean)
@@ -35,7 +36,7 @@ def cancel(schema: str | None) -> ReturningUpdate[Any]:
         )
         .values(
             state=CANCELLED,
-            cancelled_at=func.clock_timestamp(),
+            cancelled_at=now(),
             error=cast(bindparam("reason", type_=Text), JSONB),
         )
         # claimed_at, because a task that was never claimed isn't running, so no worker has to be notified.

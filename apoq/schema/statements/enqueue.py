@@ -29,6 +29,7 @@ from sqlalchemy.types import Integer
 from apoq.core.states import PENDING
 from apoq.postgres.loaders import read_json, read_microseconds
 from apoq.schema.models import Task, task_class, tasks_table
+from apoq.schema.statements.clock import in_utc
 
 
 def _given() -> dict[str, ColumnElement[Any]]:
@@ -92,7 +93,7 @@ def added_row(parameters: Mapping[str, Any], returned: Mapping[Any, Any]) -> dic
 
 
 def _microseconds(time: ColumnElement[Any]) -> ColumnElement[int]:
-    return cast(extract("epoch", time) * 1_000_000, BigInteger).label(time.key)
+    return cast(extract("epoch", in_utc(time)) * 1_000_000, BigInteger).label(time.key)
 
 
 _DEFAULTS: Final[dict[str, Any]] = {

@@ -34,6 +34,7 @@ from sqlalchemy.types import Boolean, DateTime, Integer
 
 from apoq.schema.models import claims_table, workers_table
 from apoq.schema.statements.arrays import bigints
+from apoq.schema.statements.clock import before_now, epoch_now
 from apoq.schema.statements.literals import EPOCH
 from apoq.schema.statements.notes import forget_claims
 
@@ -45,30 +46,35 @@ _activity = table(
 )
 
 
+_RENEWED: Final = ("last_heartbeat_at", "expires_at", "grace", "backend_pid", "backend_start")
+"""The columns that a heartbeat changes."""
+
+
 @cache
 def beat(schema: str | None) -> Insert:
     """Record that the worker is alive; insert its row the first time, or if it was removed."""
     workers = workers_table(schema)
     own = select(_activity.c.backend_start).where(_activity.c.pid == func.pg_backend_pid()).scalar_subquery()
     is_direct = bindparam("is_direct", type_=Boolean)
-    renewed = {
-        "last_heartbeat_at": func.clock_timestamp(),
-        "expires_at": func.clock_timestamp() + bindparam("lease", type_=INTERVAL),
+    values = {
+        "id": bindparam("worker_id", type_=Uuid),
+        "host": bindparam("worker_host", type_=Text),
+        "pid": bindparam("worker_pid", type_=Integer),
+        "version": bindparam("worker_version", type_=Text),
+        "queues": bindparam("worker_queues", type_=ARRAY(Text)),
+        "concurrency": bindparam("worker_concurrency", type_=Integer),
+        "last_heartbeat_at": func.statement_timestamp(),
+        "expires_at": func.statement_timestamp() + bindparam("lease", type_=INTERVAL),
         "grace": bindparam("grace", type_=INTERVAL),
         # Behind a pooler, the server process may serve any client, so it says nothing about this worker.
         "backend_pid": case((is_direct, func.pg_backend_pid())),
         "backend_start": case((is_direct, own)),
     }
-    new = insert(workers).values(
-        id=bindparam("worker_id", type_=Uuid),
-        host=bindparam("worker_host", type_=Text),
-        pid=bindparam("worker_pid", type_=Integer),
-        version=bindparam("worker_version", type_=Text),
-        queues=bindparam("worker_queues", type_=ARRAY(Text)),
-        concurrency=bindparam("worker_concurrency", type_=Integer),
-        **renewed,
+    # Citus accepts no subquery in VALUES, and nothing that has to be calculated in ON CONFLICT.
+    new = insert(workers).from_select([*values], select(*values.values()))
+    return new.on_conflict_do_update(
+        index_elements=[workers.c.id], set_={name: new.excluded[name] for name in _RENEWED}
     )
-    return new.on_conflict_do_update(index_elements=[workers.c.id], set_=renewed)
 
 
 @cache
@@ -85,7 +91,7 @@ def beat_and_look(schema: str | None) -> Select[Any]:
     """
     workers, claims = workers_table(schema), claims_table(schema)
     mine = bindparam("by_worker", type_=Uuid)
-    left = (_until(workers) - _now()).label("left")
+    left = (_until(workers) - epoch_now()).label("left")
     with_row = (
         select(
             workers.c.id,
@@ -132,7 +138,7 @@ def leave(schema: str | None) -> Delete:
 def is_alive(schema: str | None, worker_id: ColumnElement[object]) -> ColumnElement[bool]:
     """Return the condition that a worker counts as alive, by the database's clock and its own row."""
     workers = workers_table(schema)
-    return exists().where(workers.c.id == worker_id, _until(workers) > _now())
+    return exists().where(workers.c.id == worker_id, _until(workers) > epoch_now())
 
 
 def _until(workers: FromClause) -> ColumnElement[float]:
@@ -162,7 +168,7 @@ def _is_long_gone(workers: FromClause) -> ColumnElement[bool]:
     """
     lease = _epoch(workers.c.expires_at) - _epoch(workers.c.last_heartbeat_at)
     since = func.greatest(_epoch(workers.c.last_heartbeat_at), _epoch(func.pg_postmaster_start_time()))
-    return and_(_is_gone(workers), since + 2 * lease < _now())
+    return and_(_is_gone(workers), since + 2 * lease < epoch_now())
 
 
 def _epoch(time: ColumnElement[Any]) -> ColumnElement[float]:
@@ -174,14 +180,10 @@ def _epoch(time: ColumnElement[Any]) -> ColumnElement[float]:
     return func.date_part(EPOCH, time, type_=Double)
 
 
-def _now() -> ColumnElement[float]:
-    return _epoch(func.clock_timestamp())
-
-
 @cache
 def forget(schema: str | None) -> Delete:
     """Remove the rows of workers whose lease ended `keep` ago and that have no claims."""
     claims, workers = claims_table(schema), workers_table(schema)
     holds = exists().where(claims.c.worker_id == workers.c.id)
-    is_old = workers.c.expires_at < func.clock_timestamp() - bindparam("keep", type_=INTERVAL)
+    is_old = workers.c.expires_at < before_now(bindparam("keep", type_=INTERVAL))
     return delete(workers).where(is_old, ~holds)

@@ -13,6 +13,7 @@ from sqlalchemy.dialects.postgresql import INTERVAL, TIMESTAMP
 
 from apoq.postgres.loaders import read_length, read_time
 from apoq.schema.models import tasks_table
+from apoq.schema.statements.clock import in_utc
 
 _READERS: Final = {TIMESTAMP: read_time, INTERVAL: read_length}
 _COLUMNS: Final = {
@@ -27,10 +28,10 @@ def portable(name: str, value: ColumnElement[Any]) -> ColumnElement[Any]:
     """Return the value of a task's column as an expression for `read_row`."""
     if name not in _COLUMNS:
         return value.label(name)
-    seconds: ColumnElement[Any] = cast(extract("epoch", value), Numeric)
-    if _COLUMNS[name] is read_length:
-        # As in psycopg, a year of an interval is 365 days, not 365.25.
-        seconds -= cast(extract("year", value), Numeric) * 21_600
+    if _COLUMNS[name] is read_time:
+        return cast(extract("epoch", in_utc(value)), Numeric).label(name)
+    # As in psycopg, a year of an interval is 365 days, not 365.25.
+    seconds = cast(extract("epoch", value), Numeric) - cast(extract("year", value), Numeric) * 21_600
     return seconds.label(name)
 
 

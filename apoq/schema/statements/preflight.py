@@ -108,8 +108,7 @@ def tables() -> TextClause:
                    WHERE polrelid = tables.oid
                      AND EXISTS (SELECT FROM unnest(polroles) AS of_role
                                  WHERE CASE of_role WHEN 0 THEN true ELSE pg_has_role(of_role, 'USAGE') END)
-               ), false) AS is_guarded,
-               to_regclass('pg_catalog.pg_dist_partition') IS NOT NULL AS has_citus
+               ), false) AS is_guarded
         FROM pg_catalog.pg_class AS tables
         JOIN pg_catalog.pg_namespace AS schemas ON schemas.oid = relnamespace
         WHERE relname = ANY (:names) AND relkind IN ('r', 'p', 'v', 'm', 'f')
@@ -198,35 +197,6 @@ def last_ids(schema: str | None, sequence: str, sequence_schema: str) -> Select[
     )
     next_id = values.c.last_value + cast(values.c.is_called, Integer)
     return select(next_id, select(func.max(tasks.c.id)).scalar_subquery())
-
-
-@cache
-def citus_method() -> TextClause:
-    """Return how Citus distributes the table `oid`, such as 'n' in a sharded schema; only on Citus."""
-    return text("""
-        SELECT CAST(partmethod AS text) FROM pg_catalog.pg_dist_partition
-        WHERE CAST(logicalrelid AS oid) = CAST(:oid AS oid)
-    """)
-
-
-@cache
-def citus_schemas() -> TextClause:
-    """Return whether Citus is there and shards new schemas, and the schema's name and oid."""
-    return text("""
-        SELECT to_regclass('pg_catalog.pg_dist_schema') IS NOT NULL AS has_citus,
-               coalesce(current_setting('citus.enable_schema_based_sharding', true), '') = 'on' AS shards_new,
-               coalesce(CAST(:schema AS text), current_schema()) AS name,
-               (SELECT CAST(oid AS bigint) FROM pg_catalog.pg_namespace
-                WHERE nspname = coalesce(CAST(:schema AS text), current_schema())) AS oid
-    """)
-
-
-@cache
-def citus_shards() -> TextClause:
-    """Return whether Citus shards the schema `oid`; only on Citus."""
-    return text("""
-        SELECT EXISTS (SELECT FROM pg_catalog.pg_dist_schema WHERE CAST(schemaid AS oid) = CAST(:oid AS oid))
-    """)
 
 
 @cache

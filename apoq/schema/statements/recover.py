@@ -28,6 +28,7 @@ from sqlalchemy.types import Integer
 
 from apoq.schema.models import claims_table, tasks_table
 from apoq.schema.statements.arrays import bigints
+from apoq.schema.statements.clock import now
 from apoq.schema.statements.heartbeat import is_alive
 from apoq.schema.statements.literals import MAX_INTEGER_MINUS_ONE, MIN_INTEGER_PLUS_ONE, PENDING
 from apoq.schema.statements.notes import forget_claims, is_noted, noted
@@ -106,7 +107,7 @@ def _rescued(schema: str | None) -> dict[str, ColumnElement[Any]]:
         "fail_count": case(
             (ahead, tasks.c.fail_count), else_=func.least(tasks.c.fail_count, MAX_INTEGER_MINUS_ONE) + 1
         ),
-        "failed_at": case((ahead, tasks.c.failed_at), else_=func.clock_timestamp()),
+        "failed_at": case((ahead, tasks.c.failed_at), else_=now()),
         "error": cast(bindparam("reason", type_=Text), JSONB),
     }
 

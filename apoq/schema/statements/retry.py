@@ -5,7 +5,18 @@ from __future__ import annotations
 from functools import cache
 from typing import Any, Final
 
-from sqlalchemy import BigInteger, Boolean, ColumnElement, Text, bindparam, func, literal_column, null, update
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    ColumnElement,
+    Text,
+    bindparam,
+    func,
+    literal_column,
+    null,
+    select,
+    update,
+)
 from sqlalchemy.dialects.postgresql import INTERVAL
 from sqlalchemy.sql.dml import ReturningUpdate
 
@@ -23,13 +34,12 @@ def retry(schema: str | None) -> ReturningUpdate[Any]:
     It keeps its token, which never decreases, and its last error until the next one.
     """
     tasks = tasks_table(schema)
+    # Not now(), the start of the caller's transaction, which may be long ago: a delay counts from the call.
+    delay = bindparam("task_delay", type_=INTERVAL)
+    process_at = func.coalesce(func.statement_timestamp() + delay, func.now())
     new = {
         "state": PENDING,
-        # Not now(), the start of the caller's transaction, which may be long ago: a delay counts from the
-        # call.
-        "process_at": func.coalesce(
-            func.clock_timestamp() + bindparam("task_delay", type_=INTERVAL), func.now()
-        ),
+        "process_at": select(process_at).scalar_subquery(),
         "attempt": 0,
         "fail_count": 0,
         "rescue_count": 0,

@@ -15,6 +15,7 @@ from apoq.migrations.prepare import check
 from apoq.postgres.connections import ANSWER_TIMEOUT_SECONDS
 from apoq.postgres.watchdog import watch
 from apoq.schema import preflight
+from apoq.schema.citus import placement
 from apoq.worker import logs
 from apoq.worker.claiming.scanner import QueueScanner
 from apoq.worker.claiming.strays import Strays
@@ -36,7 +37,9 @@ class Registration(Service):
         strays: Strays,
         outage: Outage,
         missing: MissingThreads,
+        sharded: set[str | None],
     ) -> None:
+        """`sharded` gets the schemas that Citus has moved to a node of a cluster."""
         super().__init__("apoq-heartbeat", outage)
         self._engine = engine
         self._schemas = schemas
@@ -44,6 +47,7 @@ class Registration(Service):
         self._scanner = scanner
         self._strays = strays
         self._missing = missing
+        self._sharded = sharded
         self.is_done = False
         """Whether the worker is registered and may claim."""
         self._has_row = False
@@ -57,6 +61,7 @@ class Registration(Service):
         self._strays.worker_id = self._heartbeat.worker_id = uuid4()
         self.is_done = self._has_row = False
         self._checked.clear()
+        self._sharded.clear()
 
     def register(self) -> None:
         """Check the schemas, and add the worker's row.
@@ -113,6 +118,8 @@ class Registration(Service):
         with self._engine.connect() as connection, self._watched(connection), connection.begin():
             if schema not in self._checked:  # the database may go away several times before this succeeds
                 preflight.check(connection, schema)
+                if placement(connection, schema) is not None:
+                    self._sharded.add(schema)
                 self._checked.add(schema)
             try:
                 check(connection, schema)

@@ -6,7 +6,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache
@@ -26,7 +26,7 @@ from apoq.postgres.connections import execute, is_caused_by_a_row
 from apoq.schema.models import detached, tasks_table
 from apoq.schema.statements.arrays import array_text
 from apoq.schema.statements.claim import CLAIM, CLAIM_TOKEN, ID
-from apoq.schema.statements.locked import locked
+from apoq.schema.statements.lost import lost
 from apoq.schema.statements.settle import settle
 from apoq.worker import logs, reports
 from apoq.worker.claim_log import ClaimLog
@@ -56,14 +56,15 @@ Rows = dict[int, Mapping[Any, Any] | None]
 class Unsettled(NamedTuple):
     """Results in one schema, and the method that writes them."""
 
-    write: Callable[[str | None, list[Any]], None]
+    write: Callable[[Unsettled], list[Any]]
+    """Returns those that it has left out, because another session has locked their tasks."""
     schema: str | None
     ended: list[Any]
     """Claimed rows of completed tasks, or else `AttemptResult`."""
-    is_locked: bool = False
-    """Whether another session had locked some of the tasks the last time."""
+    skips_locked: bool = False
+    """Whether locked tasks are left out, instead of waiting for them."""
     looks_at: float = 0.0
-    """When they are tried again after that."""
+    """When those that were left out are tried again."""
 
 
 class Closed(NamedTuple):
@@ -90,10 +91,15 @@ class Settler(Service):
         schemas: Sequence[str | None],
         outage: Outage,
         claim_log: ClaimLog,
+        sharded: Collection[str | None],
         *,
         on_pending: Callable[[Queue, float], None],
     ) -> None:
-        """`on_pending` is called with the queue of a settled task, and the seconds until it is due again."""
+        """`on_pending` is called with the queue of a settled task, and the seconds until it is due again.
+
+        In the schemas that Citus has `sharded`, no statement waits for a locked task, because no timeout
+        would end that.
+        """
         super().__init__("apoq-settler", outage)
         self._engine = engine
         self._completion = completion
@@ -110,6 +116,7 @@ class Settler(Service):
         self._put_off: list[Unsettled] = []
         self._closed: dict[str | None, Closed] = {}
         self._schemas = schemas
+        self._sharded = sharded
         self._isolation: Isolation[str | None] = Isolation(_describe, outage)
         self._unreachable_at = -math.inf
         self.ends_at = math.inf
@@ -176,9 +183,9 @@ class Settler(Service):
 
     def _taken_ended(self) -> Iterator[Unsettled]:
         for schema, rows in _by_schema(_taken(self._completed), _schema_of).items():
-            yield Unsettled(self._complete, schema, rows)
+            yield Unsettled(self._complete, schema, rows, schema in self._sharded)
         for schema, ends in _by_schema(_taken(self._ended), lambda end: _schema_of(end.attempt.row)).items():
-            yield Unsettled(self._settle, schema, ends)
+            yield Unsettled(self._settle, schema, ends, schema in self._sharded)
 
     def _looks_at(self, unsettled: Unsettled) -> float:
         closed = self._closed.get(unsettled.schema)
@@ -194,35 +201,27 @@ class Settler(Service):
     def _try_first(self) -> bool:
         unsettled = self._unsettled[0]
         try:
-            if unsettled.is_locked:
-                unsettled = self._unsettled[0] = self._put_off_locked(unsettled)
-            if unsettled.ended:
-                unsettled.write(unsettled.schema, unsettled.ended)
+            locked = unsettled.write(unsettled)
         except LockNotAvailable:
-            if unsettled.is_locked:
-                self._close(unsettled.schema)  # for nothing of it could even be looked at
+            if unsettled.skips_locked:
+                self._close(unsettled.schema)  # because it waits for no row, the whole table must be locked
             else:
-                self._unsettled[0] = unsettled._replace(is_locked=True)
+                self._unsettled[0] = unsettled._replace(skips_locked=True)
         except DatabaseError as error:
             if not is_caused_by_a_row(error):
-                raise  # all of it is still there when the database, the table or the right is back
+                # All of it is still there when the database, the table or the right is back. Perhaps it has
+                # waited for a lock without a timeout, because Citus has sharded the schema meanwhile.
+                self._unsettled[0] = unsettled._replace(skips_locked=True)
+                raise
             self._unsettled.popleft()
             self._unsettled.extendleft(reversed(self._parted(unsettled, error)))
         else:
             self._unsettled.popleft()
+            self._closed.pop(unsettled.schema, None)
+            if locked:
+                looks_at = time.monotonic() + LOCKED_POLL_SECONDS
+                self._put_off.append(unsettled._replace(ended=locked, looks_at=looks_at))
         return True
-
-    def _put_off_locked(self, unsettled: Unsettled) -> Unsettled:
-        """Put off those that are locked, and return the others."""
-        ids = array_text([_row(one)[ID] for one in unsettled.ended])
-        found = {id_ for (id_,) in execute(self._engine, locked(unsettled.schema), {"ids": ids})}
-        self._closed.pop(unsettled.schema, None)
-        if found:
-            waiting = [one for one in unsettled.ended if _row(one)[ID] in found]
-            looks_at = time.monotonic() + LOCKED_POLL_SECONDS
-            self._put_off.append(unsettled._replace(ended=waiting, looks_at=looks_at))
-        free = [one for one in unsettled.ended if _row(one)[ID] not in found]
-        return unsettled._replace(ended=free, is_locked=False)
 
     def _close(self, schema: str | None) -> None:
         """Put off all of a schema whose table is locked, the longer the longer it is."""
@@ -231,15 +230,17 @@ class Settler(Service):
             logs.table_locked("the results of tasks are written when it is free")
         pause = LOCKED_POLL_SECONDS if before is None else min(MAX_LOCKED_POLL_SECONDS, 2 * before.pause)
         self._closed[schema] = Closed(time.monotonic() + pause, pause)
-        # The next one asks first whether the table is free: that waits for the table at most, and for no row.
-        self._put_off += [one._replace(is_locked=True) for one in self._unsettled if one.schema == schema]
+        # The next try waits for the table at most, and for no row.
+        self._put_off += [one._replace(skips_locked=True) for one in self._unsettled if one.schema == schema]
         self._unsettled = deque(one for one in self._unsettled if one.schema != schema)
 
-    def _complete(self, schema: str | None, tasks: list[Claimed]) -> None:
-        tasks.sort(key=itemgetter(ID))
-        rows = self._execute_completion(schema, tasks)
+    def _complete(self, unsettled: Unsettled) -> list[Claimed]:
+        schema, tasks = unsettled.schema, sorted(unsettled.ended, key=itemgetter(ID))
+        rows = self._execute_completion(unsettled, tasks)
+        locked = self._left_out(unsettled, [task for task in tasks if task[ID] not in rows])
+        settled = [task for task in tasks if _claim_of(task) not in locked] if locked else tasks
         self._counter.count(None, len(rows))
-        for task in tasks:
+        for task in settled:
             kept = self._kept.pop(id(task), None) if self._kept else None
             if task[ID] not in rows:
                 self._events.report(reports.lost(task))
@@ -249,25 +250,42 @@ class Settler(Service):
             if row := rows[task[ID]]:
                 known = {"data": short_data(task) if kept is None else kept.attempt.known_data()}
                 self._events.emit(COMPLETED, detached(schema, {**row, **known}))
-        self._claim_log.settled(tasks)
+        self._claim_log.settled(settled)
+        return [task for task in tasks if _claim_of(task) in locked]
 
-    def _settle(self, schema: str | None, ends: list[AttemptResult]) -> None:
-        ends.sort(key=lambda end: end.attempt.id)
+    def _settle(self, unsettled: Unsettled) -> list[AttemptResult]:
+        ends: list[AttemptResult] = sorted(unsettled.ended, key=lambda end: end.attempt.id)
         rows: Rows = {end.attempt.id: end.row for end in ends if end.row is not None}
         unwritten = [end for end in ends if end.row is None and not isinstance(end.outcome, TaskLost)]
         if unwritten:
-            rows |= self._execute_settlement(schema, unwritten)
-        for end in ends:
+            rows |= self._execute_settlement(unsettled, unwritten)
+        missing = [end.attempt.row for end in unwritten if end.attempt.id not in rows]
+        locked = self._left_out(unsettled, missing)
+        settled = [end for end in ends if _claim_of(end.attempt.row) not in locked]
+        for end in settled:
             if is_late(end) or isinstance(end.outcome, TaskLost) or end.attempt.id not in rows:
                 self._events.report(reports.lost(end.attempt.row, is_late=is_late(end)))
             else:
                 self._tell(end, rows[end.attempt.id])
                 self._counter.count(end.settlement)
         # One that took too long is settled as that, and not when it returns at last.
-        self._claim_log.settled([end.attempt.row for end in ends if not is_late(end)])
-        for end in ends:
+        self._claim_log.settled([end.attempt.row for end in settled if not is_late(end)])
+        for end in settled:
             if end.settlement is not None and end.settlement.state == states.PENDING:
                 self._on_pending(end.attempt.from_queue, end.settlement.delay or 0.0)
+        return [end for end in ends if _claim_of(end.attempt.row) in locked]
+
+    def _left_out(self, unsettled: Unsettled, missing: list[Claimed]) -> set[tuple[int, int]]:
+        """Return the ids and tokens of those that the worker owns, and that were not written: locked ones."""
+        if not missing or not unsettled.skips_locked:
+            return set()
+        claims = set(map(_claim_of, missing))
+        parameters = {"ids": array_text(task[ID] for task in missing), **_tokens(missing)}
+        try:
+            found = execute(self._engine, lost(unsettled.schema), parameters)
+        except Exception:  # noqa: BLE001 - the others are written, and the next try will show the error
+            return claims
+        return claims - {(id_, token) for id_, token in found}
 
     def _parted(self, unsettled: Unsettled, error: DatabaseError) -> list[Unsettled]:
         """Part what the server refuses: a batch survives its worst member, written without its error."""
@@ -284,18 +302,20 @@ class Settler(Service):
         self._claim_log.given_up(_row(one))
         return []
 
-    def _execute_completion(self, schema: str | None, tasks: list[Claimed]) -> Rows:
+    def _execute_completion(self, unsettled: Unsettled, tasks: list[Claimed]) -> Rows:
         is_full, token = self._completion.has_listeners, tasks[0][CLAIM_TOKEN]
         alike = len({task[CLAIM_TOKEN] for task in tasks}) == 1
-        statement = self._completion.statement(schema, full=is_full, alike=alike)
+        statement = self._completion.statement(
+            unsettled.schema, full=is_full, alike=alike, skips_locked=unsettled.skips_locked
+        )
         held = {"held_under": token} if alike else _tokens(tasks)
         return self._execute(statement, tasks, held, is_full=is_full)
 
-    def _execute_settlement(self, schema: str | None, ends: list[AttemptResult]) -> Rows:
+    def _execute_settlement(self, unsettled: Unsettled, ends: list[AttemptResult]) -> Rows:
         is_full = self._events.has_listeners(FAILED) or self._events.has_listeners(RETRIED)
         tasks = [end.attempt.row for end in ends]
         return self._execute(
-            write_settlements(schema, full=is_full),
+            write_settlements(unsettled.schema, full=is_full, skips_locked=unsettled.skips_locked),
             tasks,
             _tokens(tasks) | settlement_arrays(ends),
             is_full=is_full,
@@ -333,14 +353,20 @@ class Settler(Service):
 
 
 @cache
-def write_settlements(schema: str | None, *, full: bool) -> Executable:
+def write_settlements(schema: str | None, *, full: bool, skips_locked: bool = False) -> Executable:
     """Write the settlements of `settlement_arrays` to the tasks of `ids`; return their ids, or more."""
     tasks = tasks_table(schema)
-    return settle(schema).returning(*(reported_columns(schema) if full else [tasks.c.id]))
+    return settle(schema, skips_locked=skips_locked).returning(
+        *(reported_columns(schema) if full else [tasks.c.id])
+    )
 
 
 NAMED: Final = {TaskCompleted: COMPLETED, TaskFailed: FAILED, TaskRetried: RETRIED}
 """The events that are also emitted by name."""
+
+
+_claim_of: Final[Callable[[Claimed], tuple[int, int]]] = itemgetter(ID, CLAIM_TOKEN)
+"""The same task may be in a batch twice, if it was claimed again after the worker had lost it."""
 
 
 def _describe(schema: str | None) -> str:
