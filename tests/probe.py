@@ -268,7 +268,7 @@ def claim(worker: Worker, limit: int, free: int) -> list[Claimed]:
 
 def has_split_claims(worker: Worker) -> bool:
     """Return whether the worker claims with several statements, because Citus refused a single one."""
-    return claimer(worker)._schemas[None]._statement._is_sharded
+    return None in claimer(worker)._schemas[None]._statement._sharded
 
 
 def has_looked(worker: Worker) -> bool:

@@ -146,6 +146,7 @@ class Runtime:
             events,
             self.scanner,
             self.strays,
+            sharded,
             cursors=cursors,
             leases=leases,
             signals=self._signals,

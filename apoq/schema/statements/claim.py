@@ -39,6 +39,7 @@ from sqlalchemy.sql.selectable import TableValuedAlias
 
 from apoq.schema.models import tasks_table
 from apoq.schema.statements.arrays import bigints
+from apoq.schema.statements.clock import in_utc
 from apoq.schema.statements.literals import (
     EPOCH,
     MAX_BIGINT_MINUS_ONE,
@@ -264,8 +265,8 @@ def _returned(tasks: Table, *, bare: bool) -> tuple[ColumnElement[Any], ...]:
         tasks.c.type,
         cast(null(), Text) if bare else short_text(tasks.c.data),
         tasks.c.priority,
-        func.date_part(EPOCH, _in_utc(tasks.c.created_at), type_=Double),
-        func.date_part(EPOCH, _in_utc(tasks.c.process_at), type_=Double),
+        func.date_part(EPOCH, in_utc(tasks.c.created_at), type_=Double),
+        func.date_part(EPOCH, in_utc(tasks.c.process_at), type_=Double),
         tasks.c.attempt,
         tasks.c.fail_count,
         tasks.c.claim_token,
@@ -276,14 +277,6 @@ def _returned(tasks: Table, *, bare: bool) -> tuple[ColumnElement[Any], ...]:
         cast(null(), Text) if bare else short_text(tasks.c.meta),
         tasks.c.queue,
     )
-
-
-def _in_utc(time: ColumnElement[Any]) -> ColumnElement[Any]:
-    """Return a time without its time zone, from which Citus can calculate numbers in RETURNING."""
-    return func.timezone(_UTC, time)
-
-
-_UTC: ColumnElement[str] = literal_column("'UTC'", Text)
 
 
 def short_text(data: ColumnElement[Any]) -> ColumnElement[str | None]:

@@ -32,13 +32,20 @@ On = PoolProxiedConnection | None
 class ClaimStatement:
     """Claims from the queues of one schema, with one statement."""
 
-    def __init__(self, engine: Engine, schema: str | None, claim_log: ClaimLog, strays: Strays) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        schema: str | None,
+        claim_log: ClaimLog,
+        strays: Strays,
+        sharded: set[str | None],
+    ) -> None:
+        """`sharded` has the schemas that Citus shards, as far as it is known."""
         self._engine = engine
         self._schema = schema
         self._claim_log = claim_log
         self._strays = strays
-        self._is_sharded = False
-        """Whether Citus has refused a claim in one statement."""
+        self._sharded = sharded
 
     def execute(
         self, portions: Portions, at_most: int, free: int, on: On, *, bare: bool = False
@@ -63,14 +70,14 @@ class ClaimStatement:
         return number, rows
 
     def _claim(self, form: Form, parameters: dict[str, Any], on: On, *, bare: bool) -> list[Row]:
-        if not self._is_sharded:
+        if self._schema not in self._sharded:
             statement = claim(self._schema, **form, bare=bare)
             try:
                 return execute(on or self._engine, statement, parameters).fetchall()
             except FeatureNotSupported:
                 """Citus shards the schema, perhaps since a moment ago."""
         rows = self._claim_in_parts(form, parameters, bare=bare)
-        self._is_sharded = True
+        self._sharded.add(self._schema)
         return rows
 
     def _claim_in_parts(self, form: Form, parameters: dict[str, Any], *, bare: bool) -> list[Row]:

@@ -73,13 +73,17 @@ class Claimer(Service):
         events: Events,
         scanner: QueueScanner,
         strays: Strays,
+        sharded: set[str | None],
         *,
         cursors: Mapping[Queue, ClaimCursor],
         leases: Mapping[str | None, Lease],
         signals: Mapping[str | None, StopSignal],
         on_ended: Callable[[AttemptResult], None],
     ) -> None:
-        """`on_ended` is called with the results of tasks that end without having run."""
+        """`sharded` has the schemas that Citus shards, as far as it is known.
+
+        `on_ended` is called with the results of tasks that end without having run.
+        """
         super().__init__("apoq-claimer", outage)
         self._queues = {
             queue: ClaimableQueue(queue, cursors[queue], leases[queue.schema], registry) for queue in queues
@@ -92,6 +96,7 @@ class Claimer(Service):
                 [its for queue, its in self._queues.items() if queue.schema == schema],
                 claim_log,
                 strays,
+                sharded,
                 isolation,
             )
             for schema in leases

@@ -48,10 +48,11 @@ class SchemaClaims:
         queues: Iterable[ClaimableQueue],
         claim_log: ClaimLog,
         strays: Strays,
+        sharded: set[str | None],
         isolation: Isolation[ClaimableQueue],
     ) -> None:
         self._engine = engine
-        self._statement = ClaimStatement(engine, schema, claim_log, strays)
+        self._statement = ClaimStatement(engine, schema, claim_log, strays, sharded)
         self._alone = {queue: QueueClaims(queue, self._statement, strays) for queue in queues}
         self._isolation = isolation
 
