@@ -21,7 +21,7 @@ from apoq.schema.statements.queues import (
     queues_text,
     retry_limits_text,
 )
-from apoq.schema.statements.survey import firsts
+from apoq.schema.statements.survey import surveyed as read_survey
 from apoq.worker.claiming.cursor import MAX_LEVELS, ClaimCursor
 from apoq.worker.lease import Lease
 
@@ -73,8 +73,8 @@ def looked_into(queue: str = "default", types: Iterable[str] = ("t",)) -> dict[s
 
 def surveyed(cursor: ClaimCursor, rows: Iterable[Any], queue: str = "default") -> float:
     """Move a cursor to the result of a survey; return the seconds until a task is due."""
-    now, found = firsts(rows)
-    return cursor.surveyed(found.get(queue, ()), now)
+    found = read_survey(rows)
+    return cursor.surveyed(found.firsts.get(queue, ()), found.now)
 
 
 def asked(

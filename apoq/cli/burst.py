@@ -16,7 +16,7 @@ from apoq.postgres.connections import own_engine
 from apoq.postgres.urls import sync_side
 from apoq.schema.statements.held import holds_tasks
 from apoq.schema.statements.queues import queue_text, queues_text
-from apoq.schema.statements.survey import firsts, survey
+from apoq.schema.statements.survey import survey, surveyed
 from apoq.worker import Worker
 from apoq.worker.claiming.cursor import MAX_LEVELS, ClaimCursor
 
@@ -108,5 +108,5 @@ class Burst:
         queues = [queue for queue in self._worker.queues if queue.schema == schema]
         texts = [[queue_text(queue.name, self._worker.processors(queue))] for queue in queues]
         parameters = {"queues": queues_text(*texts), "at_most": MAX_LEVELS + 1}
-        now, found = firsts(connection.execute(survey(schema), parameters))
-        return any(ClaimCursor().surveyed(its, now) <= 0 for its in found.values())
+        found = surveyed(connection.execute(survey(schema), parameters))
+        return any(ClaimCursor().surveyed(its, found.now) <= 0 for its in found.firsts.values())

@@ -16,6 +16,8 @@ COMMANDS: Final = {
     "failures": "Group the failed tasks by type, error and place, the largest group first.",
     "retry": "Run tasks again that failed, were cancelled or completed.",
     "cancel": "Cancel tasks that have not ended.",
+    "pause": "Pause a queue: no worker claims its tasks until `apoq resume`.",
+    "resume": "End a pause: workers claim the tasks of the queue again.",
     "prune": "Delete tasks that ended some time ago.",
     "stats": "Show the tasks of each queue by their state, and the workers.",
     "demo": "Watch apoq work on a private PostgreSQL server.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any, Final
 
 import click
@@ -22,6 +23,7 @@ from apoq.cli.target import Target
 from apoq.cli.values import FIRST_ID, LAST_ID, identifier
 from apoq.core.states import COMPLETED, FAILED, PENDING, RUNNING, STATES
 from apoq.monitor.formatting import ago, clean, length
+from apoq.monitor.pauses import read_pauses
 from apoq.schema.models import DEFAULT_QUEUE
 from apoq.schema.statements.find import LOOKED_AT, find, horizon
 
@@ -82,6 +84,7 @@ def command(
     }
     with looking(target) as connection:
         rows = connection.execute(find(target.schema, state), parameters).mappings().all()
+        paused = {(pause.queue, pause.type) for pause in read_pauses(connection, target.schema)}
         looked_at, lowest_id = (0, None)
         if len(rows) < limit:
             looked_at, lowest_id = connection.execute(horizon(target.schema, state), parameters).one()
@@ -89,7 +92,7 @@ def command(
         show_json_lines(map(task_json, rows))
     else:
         if rows:
-            show(listed(rows))
+            show(listed(rows, paused))
         else:
             click.echo("No tasks.")
         if since := since_when(wanted["since"], STATES if state is None else (state,)):
@@ -100,8 +103,11 @@ def command(
         warn(f"Examined {LOOKED_AT:,} tasks: add --before {lowest_id} to continue.")
 
 
-def listed(rows: Any) -> Table:
-    """Return a table of tasks; with the queues if there are others than the default one."""
+def listed(rows: Any, paused: Container[tuple[str, str | None]] = ()) -> Table:
+    """Return a table of tasks; with the queues if there are others than the default one.
+
+    `paused` has the paused queues (with None) and types.
+    """
     shows_queue = any(row["queue"] != DEFAULT_QUEUE for row in rows)
     headings = ["id", "type", "queue"] if shows_queue else ["id", "type"]
     made = table(*headings, "state", "when", right={"id"}, widest=widest(24))
@@ -117,10 +123,15 @@ def listed(rows: Any) -> Table:
             Text(clean(row["type"])),
             *queue,
             Text(state, STYLES.get(state, "dim")),
-            when(row),
+            "paused" if _is_paused(row, paused) else when(row),
             _about(row),
         )
     return made
+
+
+def _is_paused(row: sa.RowMapping, paused: Container[tuple[str, str | None]]) -> bool:
+    is_pending = row["state"] == PENDING
+    return is_pending and ((row["queue"], None) in paused or (row["queue"], row["type"]) in paused)
 
 
 def shown_state(row: sa.RowMapping) -> str:

@@ -94,6 +94,7 @@ def shown(found: Figures, most: int | None = None, width: int = 80) -> Renderabl
     parts: list[RenderableType] = [*_queues(found, most, width)]
     if found.has_more_queues:
         parts.append(Text(f"… and more: these are the first {MAX_QUEUES} queues", "dim"))
+    parts += [Text(f"{pause}", "yellow") for pause in found.pauses]
     if found.types:
         parts += ["", _types(found, most)]
     if found.workers:

@@ -11,6 +11,7 @@ from typing import Any
 from apoq.client.session_adapters import Caller, Driver
 from apoq.schema.models import Task, detached, task_class
 from apoq.schema.statements import cancel as cancelling
+from apoq.schema.statements import pauses
 from apoq.schema.statements import retry as retrying
 from apoq.schema.statements.enqueue import (
     added_row,
@@ -20,7 +21,7 @@ from apoq.schema.statements.enqueue import (
     enqueue,
     enqueue_many,
 )
-from apoq.schema.statements.notify import has_tasks, was_cancelled
+from apoq.schema.statements.notify import has_tasks, was_cancelled, was_paused
 from apoq.schema.statements.portable import read_row
 
 BATCH_COUNT = 5_000
@@ -83,6 +84,20 @@ def retry(caller: Caller, schema: str | None, parameters: dict[str, Any]) -> boo
         caller.notify(has_tasks(schema, parameters["from_queue"]))
         return True
     return False
+
+
+def pause(caller: Caller, schema: str | None, parameters: dict[str, Any]) -> None:
+    """Pause a queue or a type, and notify its workers."""
+    caller.execute(pauses.pause(schema), parameters)
+    caller.notify(was_paused(schema, parameters["from_queue"]))
+
+
+def resume(caller: Caller, schema: str | None, parameters: dict[str, Any]) -> bool:
+    """End a pause, and notify the workers; return whether there was one."""
+    is_paused = bool(caller.execute(pauses.resume(schema), parameters))
+    if is_paused:
+        caller.notify(has_tasks(schema, parameters["from_queue"]))
+    return is_paused
 
 
 def _copy(driver: Driver, schema: str | None, parameters: dict[str, Any], documents: Iterator[str]) -> bool:

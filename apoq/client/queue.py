@@ -12,18 +12,19 @@ from weakref import WeakSet
 from sqlalchemy import inspect
 from typing_extensions import ParamSpec
 
-from apoq.client.operations import add, add_many, cancel, retry
+from apoq.client.operations import add, add_many, cancel, pause, resume, retry
 from apoq.client.session_adapters import SESSION_CLASSES, AsyncioSession, SyncSession, through
 from apoq.client.shared_tasks import shared_tasks
 from apoq.client.typed_task import Anything, Decorator, TypedTask
 from apoq.client.unsupported_sessions import forgotten, is_mistaken, refusal, shown_arguments
-from apoq.core.options import HIGHEST_LIMIT, Options, checked, integer
+from apoq.core.options import HIGHEST_LIMIT, Options, checked, integer, pause_end
 from apoq.core.outcomes import Cancel, report
 from apoq.core.payload import MAX_DATA_SIZE, check_name, check_schema, check_type, encode
 from apoq.core.registry import Registry, Running
 from apoq.core.retry import DEFAULT_RETRY_LIMIT, RetryDelay, exponential_backoff
 from apoq.errors import InvalidProcessor, InvalidTask, UnsupportedSession, glimpse
 from apoq.schema.models import DEFAULT_QUEUE, Task, task_class
+from apoq.schema.statements.pauses import ALL_TYPES
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -334,6 +335,83 @@ class Queue:
         }
         return through(session, lambda caller: retry(caller, self.schema, parameters))
 
+    @overload
+    def pause(
+        self,
+        session: SyncSession,
+        *,
+        type: str | None = ...,
+        reason: str = ...,
+        until: datetime | timedelta | float | None = ...,
+    ) -> None: ...
+    @overload
+    def pause(
+        self,
+        session: AsyncioSession,
+        *,
+        type: str | None = ...,
+        reason: str = ...,
+        until: datetime | timedelta | float | None = ...,
+    ) -> Coroutine[Any, Any, None]: ...
+    @_session_first
+    def pause(
+        self,
+        session: SyncSession | AsyncioSession,
+        *,
+        type: str | None = None,
+        reason: str = "",
+        until: datetime | timedelta | float | None = None,
+    ) -> Coroutine[Any, Any, None] | None:
+        """Pause this queue: when you commit, no worker claims its tasks until `resume`.
+
+        Running tasks continue. Tasks that a worker has claimed ahead and that have not begun are released:
+        at once if a notification arrives, and otherwise within two seconds. Tasks can be added, cancelled and
+        retried as before. The pause is in the database, so it survives restarts of the workers.
+
+        If the queue is paused already, this changes the reason and the end of the pause.
+
+        Args:
+            session: A session or connection, as for `add`.
+            type: Pause only tasks of this type. By default all tasks of the queue.
+            reason: A text for people, which ``apoq stats`` shows.
+            until: The time at which the pause ends by itself, with a time zone; or its length, in seconds or
+                as a timedelta. By default it lasts until `resume`.
+
+        Raises:
+            InvalidTask: If an argument is invalid, such as a time in the past. Nothing was sent.
+            UnsupportedSession: If `session` is not a session or connection, or has no usable engine.
+            UnsupportedDatabase: If it is not on PostgreSQL through psycopg 3, or translates apoq's schema.
+            SchemaMismatch: If apoq's tables are missing or at another version.
+        """
+        parameters = {**self._paused(type), "reason": _reason(reason), **pause_end(until)}
+        return through(session, lambda caller: pause(caller, self.schema, parameters))
+
+    @overload
+    def resume(self, session: SyncSession, *, type: str | None = ...) -> bool: ...
+    @overload
+    def resume(self, session: AsyncioSession, *, type: str | None = ...) -> Coroutine[Any, Any, bool]: ...
+    @_session_first
+    def resume(
+        self, session: SyncSession | AsyncioSession, *, type: str | None = None
+    ) -> bool | Coroutine[Any, Any, bool]:
+        """End a pause of this queue: when you commit, workers claim its tasks again.
+
+        Args:
+            session: A session or connection, as for `add`.
+            type: The type that was paused; by default the whole queue. Each is resumed by itself.
+
+        Returns:
+            True if it was paused. With an asyncio session or connection, an awaitable of it.
+
+        Raises:
+            InvalidTask: If the type is invalid. Nothing was sent.
+            UnsupportedSession: If `session` is not a session or connection, or has no usable engine.
+            UnsupportedDatabase: If it is not on PostgreSQL through psycopg 3, or translates apoq's schema.
+            SchemaMismatch: If apoq's tables are missing or at another version.
+        """
+        parameters = self._paused(type)
+        return through(session, lambda caller: resume(caller, self.schema, parameters))
+
     @property
     def tasks(self) -> Mapping[str, TypedTask[..., Any]]:
         """The typed tasks of this queue, and of the queues that are equal to it, by type and alias."""
@@ -437,6 +515,9 @@ class Queue:
     def _documents(self, items: Iterable[Any]) -> Iterator[str]:
         for index, data in enumerate(items):
             yield encode(data, self.max_data_size, f"items[{index}]")
+
+    def _paused(self, type_: str | None) -> dict[str, Any]:
+        return {"from_queue": self.name, "paused_type": ALL_TYPES if type_ is None else check_type(type_)}
 
     def _id_of(self, task: Task | int) -> int:
         if isinstance(task, Task):

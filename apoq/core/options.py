@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any, TypedDict
 
 from apoq.core.payload import check_time, encode
@@ -54,6 +54,20 @@ def checked(
         "task_timeout": None if timeout is None else _timeout(timeout),
         "task_meta": None if meta is None or meta == {} else _meta(meta),
     }
+
+
+def pause_end(until: datetime | timedelta | float | None) -> dict[str, Any]:
+    """Return the end of a pause, a time or a length, as parameters; `InvalidTask` if it is in the past."""
+    if until is None:
+        return {"until": None, "length": None}
+    if not isinstance(until, datetime):
+        length = _duration(until, "until")
+        if not length:
+            raise InvalidTask(f"until must be a positive duration or a time, got {until!r}")
+        return {"until": None, "length": length}
+    if check_time(until, "until") <= datetime.now(UTC):
+        raise InvalidTask(f"until must be in the future, got {until}")
+    return {"until": until, "length": None}
 
 
 def integer(name: str, value: object, lowest: int, highest: int) -> int:

@@ -62,17 +62,15 @@ FIRST, LAST = datetime(1, 1, 3, tzinfo=UTC), datetime(9999, 12, 29, tzinfo=UTC)
 """The times that Python can read back in every session, in any time zone."""
 
 
-def check_time(at: object) -> datetime:
+def check_time(at: object, name: str = "process_at") -> datetime:
     """Return a time that means the same everywhere; `InvalidTask` if it is not one."""
     if not isinstance(at, datetime):
-        raise InvalidTask(f"process_at must be a datetime, got {glimpse(at)}")
+        raise InvalidTask(f"{name} must be a datetime, got {glimpse(at)}")
     if not _is_aware(at):
-        raise InvalidTask(f"process_at must have a time zone, as datetime.now(UTC) has, got {at}")
+        raise InvalidTask(f"{name} must have a time zone, as datetime.now(UTC) has, got {at}")
     if not FIRST <= at <= LAST:
-        raise InvalidTask(
-            f"process_at must be between {FIRST.date()} and {LAST.date()}, got {at}; omit it to run the task "
-            "now"
-        )
+        hint = "; omit it to run the task now" if name == "process_at" else ""
+        raise InvalidTask(f"{name} must be between {FIRST.date()} and {LAST.date()}, got {at}{hint}")
     return at
 
 

@@ -182,9 +182,23 @@ def upgrade(op: Operations, schema: str | None = None) -> None:
     if not is_sharded:
         _alter(op, "apoq_claims", schema, UNCOMPRESSED)
 
+    op.create_table(
+        "apoq_pauses",
+        sa.Column("queue", sa.Text, nullable=False),
+        sa.Column("type", sa.Text, nullable=False),
+        sa.Column("paused_at", TIME, nullable=False),
+        sa.Column("paused_by", sa.Text, nullable=False),
+        sa.Column("reason", sa.Text, nullable=False),
+        sa.Column("resume_at", TIME),
+        sa.PrimaryKeyConstraint("queue", "type", name=op.f("apoq_pauses_pkey")),
+        schema=schema,
+        if_not_exists=True,
+    )
+
 
 def downgrade(op: Operations, schema: str | None = None) -> None:
     """Drop the tables, with every task in them. A schema that was created for them stays."""
+    op.drop_table("apoq_pauses", schema=schema)
     op.drop_table("apoq_claims", schema=schema)
     op.drop_table("apoq_workers", schema=schema)
     op.drop_table("apoq_tasks", schema=schema)

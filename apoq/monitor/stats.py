@@ -9,6 +9,7 @@ from typing import Any, Final
 import sqlalchemy as sa
 
 from apoq.core.states import RUNNING
+from apoq.monitor.pauses import Pause, read_pauses
 from apoq.schema.citus import placement
 from apoq.schema.statements.citus import size as size_on_node
 from apoq.schema.statements.count import COUNTED, count, count_running, count_types, queues, table_size
@@ -92,6 +93,7 @@ class Figures:
     """The planner's estimate of the task table's rows; -1 if there is none yet, or Citus shards the table."""
     bytes: int
     types: list[TypeFigures] = field(default_factory=list)
+    pauses: list[Pause] = field(default_factory=list)
     took: float = 0.0
     """Seconds that the statements took."""
 
@@ -129,6 +131,7 @@ def _count(connection: sa.Connection, schema: str | None, *, by_type: bool) -> F
         has_more_queues=len(names) > MAX_QUEUES,
         rows=rows_in_table,
         bytes=size,
+        pauses=read_pauses(connection, schema),
     )
     for name in names[:MAX_QUEUES]:
         (counts,) = rows(count(schema), from_queue=name)

@@ -178,7 +178,13 @@ def check_workers(found: Figures) -> Iterator[Finding]:
 def check_queues(found: Figures) -> Iterator[Finding]:
     """Check for tasks that have been due for too long, and for queues without a worker."""
     worked = {name for worker in found.workers if worker.is_alive for name in worker.queues}
-    late = [queue for queue in found.queues if (queue.lag or 0) > LATE_AFTER_SECONDS]
+    paused = {pause.queue for pause in found.pauses}
+    for pause in found.pauses:
+        of_type = "" if pause.type is None else f" --type {shlex.quote(pause.type)}"
+        yield Finding(WARNING, "pauses", str(pause), f"apoq resume {shlex.quote(pause.queue)}{of_type}")
+    late = [
+        queue for queue in found.queues if (queue.lag or 0) > LATE_AFTER_SECONDS and queue.name not in paused
+    ]
     if not late:
         yield Finding(OK, "queues", f"no task has been due for more than {length(LATE_AFTER_SECONDS)}")
     for queue in late[:MAX_NAMED]:

@@ -236,6 +236,22 @@ class ClaimRow(Base):
     task_ids: Mapped[list[int]] = mapped_column(ARRAY(BigInteger))
 
 
+class PauseRow(Base):
+    """A pause of a queue, or of one type of its tasks, from `Queue.pause` to `Queue.resume`."""
+
+    __tablename__ = "apoq_pauses"
+
+    queue: Mapped[str] = mapped_column(primary_key=True)
+    type: Mapped[str] = mapped_column(primary_key=True)
+    """The type of the tasks; an empty text for all tasks of the queue."""
+    paused_at: Mapped[datetime]
+    paused_by: Mapped[str]
+    """The role that has paused it."""
+    reason: Mapped[str]
+    resume_at: Mapped[datetime | None]
+    """When the pause ends by itself; None: never."""
+
+
 UPCOMING: Final = frozenset(
     (
         *("unique_key", "held_unique_key", "unique_until_end", "key", "slot", "pool_key", "pool_slot"),
@@ -275,6 +291,12 @@ def workers_table(schema: str | None) -> Table:
 def claims_table(schema: str | None) -> Table:
     """Return the table of claims of a schema, for Core statements."""
     return _in_schema(ClaimRow, schema)
+
+
+@cache
+def pauses_table(schema: str | None) -> Table:
+    """Return the table of pauses of a schema, for Core statements."""
+    return _in_schema(PauseRow, schema)
 
 
 def _in_schema(mapped: type[Base], schema: str | None) -> Table:

@@ -26,6 +26,7 @@ RIGHTS: Final[Mapping[str, tuple[str, ...]]] = {
     "apoq_tasks": ("SELECT", "UPDATE", "DELETE"),
     "apoq_workers": ("SELECT", "INSERT", "UPDATE", "DELETE"),
     "apoq_claims": ("SELECT", "INSERT", "DELETE"),
+    "apoq_pauses": ("SELECT",),
     "apoq_migrations": ("SELECT",),
 }
 """The rights that a worker's role needs on each table. It doesn't need to insert tasks."""

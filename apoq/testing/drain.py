@@ -28,7 +28,7 @@ from apoq.schema.models import Task, detached, tasks_table
 from apoq.schema.statements.claim import CLAIM, TYPE, claim
 from apoq.schema.statements.data import read_data
 from apoq.schema.statements.queues import at_most_text, queue_text, queues_text, retry_limits_text
-from apoq.schema.statements.survey import firsts, survey
+from apoq.schema.statements.survey import survey, surveyed
 from apoq.testing.clock import travel
 from apoq.testing.inline import Crew, InLineDeadlines, crew_of, held
 from apoq.testing.inside import (
@@ -176,8 +176,8 @@ class _Drain:
                 cursor = ClaimCursor()
                 its = queue_text(queue.name, crew.processors(queue))
                 parameters = {"queues": queues_text([its]), "at_most": MAX_LEVELS + 1}
-                now, found = firsts(self._execute(queue, survey(queue.schema), parameters))
-                if cursor.surveyed(found.get(queue.name, ()), now) <= 0:
+                found = surveyed(self._execute(queue, survey(queue.schema), parameters))
+                if cursor.surveyed(found.firsts.get(queue.name, ()), found.now) <= 0:
                     yield crew, queue, cursor
 
     def _claim(self) -> tuple[Crew, AnyAttempt] | None:

@@ -16,7 +16,6 @@ from apoq.events import Events, LeaseLost
 from apoq.postgres.connections import own_engine
 from apoq.postgres.urls import sync_side
 from apoq.postgres.watchdog import CHECK_INTERVAL_SECONDS, watch
-from apoq.schema.statements.notify import has_tasks
 from apoq.schema.statements.settle import LOCK_TIMEOUT
 from apoq.worker import logs
 from apoq.worker.claim_log import ClaimLog
@@ -158,10 +157,11 @@ class Runtime:
         self.listener = Listener(
             self.engine,
             self._listening_engine,
-            {has_tasks(queue.schema, queue.name): queue for queue in queues},
+            queues,
             outage,
             self.claimer,
             on_cancelled=self.lost_task_monitor.look_for,
+            on_paused=self._release_queue,
         )
         self._pruner = Pruner(
             self.engine,
@@ -266,7 +266,7 @@ class Runtime:
         for schema in schemas:
             self._signals[schema].is_given = True
             self._signals[schema] = StopSignal()  # for tasks that are claimed when the lease is renewed
-        self._release(self.executor.take_back(schemas))
+        self._release(self.executor.take_back([queue for queue in self._queues if queue.schema in schemas]))
         for attempt in self.executor.running():
             if attempt.from_queue.schema in schemas:
                 attempt.cut_off()
@@ -278,6 +278,10 @@ class Runtime:
 
     def _look_in_schema(self, schema: str | None) -> None:
         self.claimer.look_for_tasks([queue for queue in self._queues if queue.schema == schema])
+
+    def _release_queue(self, queue: Queue) -> None:
+        """Release the tasks of a queue that was paused, as far as they have not begun."""
+        self._release(self.executor.take_back([queue]))
 
     def _look_for_strays(self) -> None:
         self.claimer.look_for_strays()

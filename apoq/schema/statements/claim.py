@@ -11,6 +11,7 @@ from sqlalchemy import (
     BigInteger,
     ColumnElement,
     Double,
+    FromClause,
     Integer,
     Numeric,
     Select,
@@ -141,7 +142,7 @@ def claim(
     that wait for a slot take little memory.
     """
     tasks = tasks_table(schema)
-    picked = _picked(tasks, ahead=ahead, passes_over=passes_over, overflows=overflows)
+    picked = _picked(schema, ahead=ahead, passes_over=passes_over, overflows=overflows)
     statement = (
         update(tasks)
         # By ctid in an array: by id, or by a join, the server needs a tenth more time. A locked row keeps its
@@ -159,7 +160,7 @@ def next_due(
     schema: str | None, *, ahead: bool = False, passes_over: bool = False, overflows: bool = False
 ) -> Select[tuple[int]]:
     """Return the ids of the tasks that `claim` would take with the same parameters, without taking them."""
-    picked = _picked(tasks_table(schema), ahead=ahead, passes_over=passes_over, overflows=overflows)
+    picked = _picked(schema, ahead=ahead, passes_over=passes_over, overflows=overflows)
     return select(picked.c.id)
 
 
@@ -167,9 +168,10 @@ _place: ColumnElement[Any] = literal_column("ctid")
 _at_most = bindparam("at_most", type_=BigInteger)
 
 
-def _picked(tasks: Table, *, ahead: bool, passes_over: bool, overflows: bool) -> CTE:
+def _picked(schema: str | None, *, ahead: bool, passes_over: bool, overflows: bool) -> CTE:
     """Lock due tasks, and return their ctids and ids."""
-    queues = given_queues()
+    tasks = tasks_table(schema)
+    queues = given_queues(schema)
     levels = _levels(queues)
     due = (
         select(_place, tasks.c.id)
@@ -193,7 +195,7 @@ def _picked(tasks: Table, *, ahead: bool, passes_over: bool, overflows: bool) ->
     return select(*of_queue.c).select_from(queues.join(of_queue, true())).limit(_at_most).cte("picked")
 
 
-def _levels(queues: TableValuedAlias) -> TableValuedAlias:
+def _levels(queues: FromClause) -> TableValuedAlias:
     """Return the priorities from which tasks of a queue are claimed, with a position in each."""
     return (
         func.unnest(queues.c.priorities, queues.c.behind_times, queues.c.behind_ids)
@@ -212,7 +214,7 @@ def _is_on(tasks: Table, levels: TableValuedAlias) -> tuple[ColumnElement[bool],
 
 
 def _is_claimable(
-    tasks: Table, queues: TableValuedAlias, *, ahead: bool, passes_over: bool
+    tasks: Table, queues: FromClause, *, ahead: bool, passes_over: bool
 ) -> list[ColumnElement[bool]]:
     """Return the conditions that this worker may run a task of a queue now."""
     conditions = [

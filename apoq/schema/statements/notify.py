@@ -11,6 +11,7 @@ from sqlalchemy.dialects.postgresql import ARRAY
 
 CHANNEL: Final = "apoq"
 CANCELLED: Final = "apoq_cancelled"
+PAUSED: Final = "apoq_paused"
 
 
 class Notification(NamedTuple):
@@ -23,6 +24,11 @@ class Notification(NamedTuple):
 def has_tasks(schema: str | None, queue: str) -> Notification:
     """Return the notification that a queue has new tasks."""
     return Notification(CHANNEL, payload(schema, queue))
+
+
+def was_paused(schema: str | None, queue: str) -> Notification:
+    """Return the notification that a queue was paused; a worker releases its tasks that have not begun."""
+    return Notification(PAUSED, payload(schema, queue))
 
 
 def was_cancelled(task_id: int) -> Notification:

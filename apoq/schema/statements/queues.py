@@ -6,11 +6,26 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
-from sqlalchemy import JSON, BigInteger, Double, SmallInteger, Text, bindparam, cast, column, func
+from sqlalchemy import (
+    CTE,
+    JSON,
+    BigInteger,
+    Double,
+    FromClause,
+    SmallInteger,
+    Text,
+    bindparam,
+    cast,
+    column,
+    func,
+    literal_column,
+    select,
+)
 from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.sql.selectable import TableValuedAlias
 
 from apoq.core.payload import encode
+from apoq.schema.statements.pauses import ALL_TYPES, is_paused
 
 Levels = Mapping[int, tuple[float, int]]
 """By priority, the `process_at` (in seconds since 1970) and the id behind which a claim looks for tasks."""
@@ -26,16 +41,33 @@ _COLUMNS: Final[dict[str, Any]] = {
 }
 
 
-def given_queues() -> TableValuedAlias:
-    """Return the queues of the parameter `queues` as rows.
+def given_queues(schema: str | None) -> CTE:
+    """Return the queues of the parameter `queues` as rows, without those that are paused.
 
     A row has the name of the queue, the types of the tasks to look for, how many to claim at most, the
     priorities to look at with a position in each, and the priority below which to look as well. All queues
     are one parameter, in JSON, because a worker looks into one queue or into hundreds of them.
     """
+    records = _records()
+    type_ = func.unnest(records.c.types).column_valued("given_type")
+    types = select(type_).where(~is_paused(schema, records.c.queue, type_)).correlate(records)
+    values = {each.name: each for each in records.c} | {"types": func.array(types.scalar_subquery())}
+    rows = select(*(value.label(name) for name, value in values.items()))
+    # Materialized, so that the server looks for paused types once for each queue, and not for each task.
+    is_whole = literal_column(f"'{ALL_TYPES}'", Text)
+    found = rows.where(~is_paused(schema, records.c.queue, is_whole)).cte("queues")
+    return found.prefix_with("MATERIALIZED")
+
+
+def given_names() -> FromClause:
+    """Return the names of the queues of the parameter `queues`, also of those that are paused."""
+    return select(_records().c.queue).subquery("names")
+
+
+def _records() -> TableValuedAlias:
     parameter = cast(bindparam("queues", type_=Text), JSON)
     columns = [column(name, type_) for name, type_ in _COLUMNS.items()]
-    return func.json_to_recordset(parameter).table_valued(*columns).render_derived("queues", with_types=True)
+    return func.json_to_recordset(parameter).table_valued(*columns).render_derived("given", with_types=True)
 
 
 def queues_text(*queues: Iterable[str]) -> str:

@@ -8,15 +8,20 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import (
     CTE,
+    BigInteger,
     ColumnElement,
     Double,
     FromClause,
     Integer,
     Select,
+    SmallInteger,
     all_,
     any_,
     bindparam,
+    cast,
+    false,
     func,
+    null,
     select,
     true,
 )
@@ -24,7 +29,8 @@ from sqlalchemy import (
 from apoq.schema.models import tasks_table
 from apoq.schema.statements.arrays import bigints
 from apoq.schema.statements.literals import EPOCH, ZERO
-from apoq.schema.statements.queues import given_queues
+from apoq.schema.statements.pauses import next_resumes
+from apoq.schema.statements.queues import given_names, given_queues
 from apoq.schema.statements.states import is_pending
 
 
@@ -63,6 +69,9 @@ def pending_priorities(schema: str | None, queue: ColumnElement[str]) -> CTE:
 def survey(schema: str | None, *, known: bool = False, passes_over: bool = False) -> Select[Any]:
     """Return the first pending task of the given `queues` in each priority, the highest first.
 
+    Paused queues are left out, and paused types. Instead, there is a row without a priority that has the time
+    at which the first of a queue's pauses ends by itself, if one does.
+
     The rows of a queue are together: up to `at_most` for each, with the current time by the database's clock,
     the queue, the priority, the task's `process_at` and id, and whether the task was rescued from a dead
     worker. If there are no tasks at all, there is one row with only the time. Times are in seconds since
@@ -72,7 +81,7 @@ def survey(schema: str | None, *, known: bool = False, passes_over: bool = False
     `known`: read only the given `priorities`. `passes_over`: skip the tasks `passed_over`.
     """
     tasks = tasks_table(schema)
-    queues = given_queues()
+    queues = given_queues(schema)
     priorities: FromClause = pending_priorities(schema, queues.c.queue)
     if known:
         priorities = func.unnest(queues.c.priorities).table_valued("priority").render_derived("priorities")
@@ -106,17 +115,37 @@ def survey(schema: str | None, *, known: bool = False, passes_over: bool = False
         .correlate(queues)
         .lateral("of_queue")
     )
-    found = select(queues.c.queue, *of_queue.c).select_from(queues.join(of_queue, true())).subquery("found")
+    pending = select(queues.c.queue, *of_queue.c).select_from(queues.join(of_queue, true()))
+    found = pending.union_all(_resumes(schema)).subquery("found")
     now = select(func.date_part(EPOCH, func.clock_timestamp(), type_=Double).label("now")).subquery("clock")
     columns = found.c.queue, found.c.priority, found.c.process_at, found.c.id, found.c.is_rescued
     return select(now.c.now, *columns).select_from(now.outerjoin(found, true()))
 
 
-def firsts(rows: Iterable[Any]) -> tuple[float, dict[str, list[First]]]:
-    """Return the current time, and the first tasks of each queue that has any, from the rows of `survey`."""
+def _resumes(schema: str | None) -> Select[Any]:
+    ends = next_resumes(schema, given_names()).subquery("resumes")
+    return select(ends.c.queue, cast(null(), SmallInteger), ends.c.ends_at, cast(null(), BigInteger), false())
+
+
+class Survey(NamedTuple):
+    """The result of `survey`."""
+
+    now: float
+    """The current time."""
+    firsts: dict[str, list[First]]
+    """The first tasks of each queue that has any."""
+    resumes: dict[str, float]
+    """When the first pause of a queue ends."""
+
+
+def surveyed(rows: Iterable[Any]) -> Survey:
+    """Return the result of `survey` from its rows."""
     now = 0.0
     found: dict[str, list[First]] = {}
+    resumes: dict[str, float] = {}
     for now, queue, *first in rows:  # noqa: B007 - it is the same in all rows
-        if queue is not None:
+        if queue is not None and first[0] is None:
+            resumes[queue] = first[1]
+        elif queue is not None:
             found.setdefault(queue, []).append(First(*first))
-    return now, found
+    return Survey(now, found, resumes)

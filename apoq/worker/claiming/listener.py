@@ -5,7 +5,7 @@ from __future__ import annotations
 import selectors
 import socket
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any, Final, LiteralString, NamedTuple, Self, cast
 from uuid import uuid4
@@ -21,7 +21,16 @@ from apoq.errors import InvalidURL
 from apoq.postgres.connections import ANSWER_TIMEOUT_SECONDS, execute, is_direct, own_engine
 from apoq.postgres.urls import database_url
 from apoq.postgres.watchdog import cut, watch
-from apoq.schema.statements.notify import CANCELLED, CHANNEL, Notification, arrays, notify
+from apoq.schema.statements.notify import (
+    CANCELLED,
+    CHANNEL,
+    PAUSED,
+    Notification,
+    arrays,
+    has_tasks,
+    notify,
+    was_paused,
+)
 from apoq.worker import logs
 from apoq.worker.claiming.claimer import Claimer
 from apoq.worker.failures import Outage
@@ -101,22 +110,22 @@ class Listener(Service):
         self,
         engine: Engine,
         listening: Engine,
-        queues: Mapping[Notification, Queue],
+        queues: Iterable[Queue],
         outage: Outage,
         claimer: Claimer,
         *,
         on_cancelled: Callable[[set[int] | None], None],
+        on_paused: Callable[[Queue], None],
     ) -> None:
-        """`queues` has the queue of each notification that a queue has tasks.
-
-        `on_cancelled` is called with the ids of tasks that may have been cancelled; None: any may have.
-        """
+        """`on_cancelled` is called with the ids of tasks that may have been cancelled; None: any may have."""
         super().__init__("apoq-listener", outage)
         self._engine = engine
         self._listening = listening
-        self._queues = queues
+        self._with_tasks = {has_tasks(queue.schema, queue.name): queue for queue in queues}
+        self._paused = {was_paused(queue.schema, queue.name): queue for queue in queues}
         self._claimer = claimer
         self._on_cancelled = on_cancelled
+        self._on_paused = on_paused
         self._has_warned = False
         self._is_flooded = False
         self._connection: ListeningConnection | None = None
@@ -193,7 +202,7 @@ class Listener(Service):
         return has_arrived
 
     def _listen(self, connection: ListeningConnection) -> None:
-        connection.listen([CANCELLED, CHANNEL], self._queues)
+        connection.listen([CANCELLED, CHANNEL, PAUSED], {**self._with_tasks, **self._paused})
         self.recovered()
         self._on_cancelled(None)  # until now, cancellations did not notify this connection
         # With listen_url, the role of this connection may not be allowed to claim.
@@ -212,8 +221,10 @@ class Listener(Service):
                 return
             if received.number > CROWD_SIZE:
                 crowded_until = read_at + CROWD_SECONDS
-            if received.expected:
-                queues = [self._queues[notification] for notification in received.expected]
+            for paused in received.expected & self._paused.keys():
+                self._on_paused(self._paused[paused])
+            if with_tasks := received.expected & self._with_tasks.keys():
+                queues = [self._with_tasks[notification] for notification in with_tasks]
                 self._claimer.notified(queues, ours if read_at > crowded_until else None)
             if received.cancelled:
                 self._on_cancelled(received.cancelled)

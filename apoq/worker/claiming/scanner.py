@@ -18,7 +18,7 @@ from apoq.core.registry import Registry
 from apoq.postgres.connections import execute, is_away
 from apoq.schema.statements.arrays import array_text
 from apoq.schema.statements.queues import queue_text, queues_text
-from apoq.schema.statements.survey import First, firsts, survey
+from apoq.schema.statements.survey import First, survey, surveyed
 from apoq.worker.claiming.cursor import MAX_LEVELS, ClaimCursor
 from apoq.worker.claiming.look_times import LookTimes
 from apoq.worker.failures import Outage
@@ -151,11 +151,13 @@ class QueueScanner(Service):
             "passed_over": array_text(passed_over),
         }
         statement = survey(schema, known=known, passes_over=bool(passed_over))
-        now, found = firsts(execute(self._engine, statement, parameters, timeout=SURVEY_TIMEOUT_SECONDS))
-        return {
-            queue: self._cursors[queue].surveyed(found.get(queue.name, ()), now, known=known)
-            for queue in queues
-        }
+        found = surveyed(execute(self._engine, statement, parameters, timeout=SURVEY_TIMEOUT_SECONDS))
+        due_in: dict[Queue, float] = {}
+        for queue in queues:
+            firsts = found.firsts.get(queue.name, ())
+            of_tasks = self._cursors[queue].surveyed(firsts, found.now, known=known)
+            due_in[queue] = min(of_tasks, found.resumes.get(queue.name, math.inf) - found.now)
+        return due_in
 
     def _is_news(self, queue: Queue, now: float) -> bool:
         """Return whether the claimer should claim: not if the task is due that it left the last time.

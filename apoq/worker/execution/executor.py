@@ -10,6 +10,7 @@ from contextlib import suppress
 from queue import SimpleQueue
 from typing import Final
 
+from apoq.client.queue import Queue
 from apoq.core.outcomes import Release
 from apoq.schema.statements.claim import CLAIM
 from apoq.worker.execution.attempt import AnyAttempt, AsyncAttempt, Attempt, Claimed, attempt_of
@@ -152,8 +153,8 @@ class Executor:
         with self._lock:  # no `put` is under way then
             self._is_closed = True
 
-    def take_back(self, schemas: Container[str | None] | None = None) -> list[AnyAttempt]:
-        """Return the tasks in line, and forget them: all of them, or those of these schemas."""
+    def take_back(self, queues: Container[Queue] | None = None) -> list[AnyAttempt]:
+        """Return the tasks in line, and forget them: all of them, or those of these queues."""
         taken: list[Claimed] = []
         others: list[Claimed] = []
         with self._lock:
@@ -161,8 +162,7 @@ class Executor:
                 while True:
                     # One by one, because slots take tasks from the line meanwhile.
                     row = self._line.popleft()
-                    batch = row[CLAIM]
-                    is_meant = schemas is None or batch.from_queue.schema in schemas
+                    is_meant = queues is None or row[CLAIM].from_queue in queues
                     (taken if is_meant else others).append(row)
             self._line.extendleft(reversed(others))
         return [self.attempt_of(row) for row in taken]

@@ -1,0 +1,99 @@
+"""Pauses: queues, or types of their tasks, from which no claim takes tasks."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, Final
+
+from sqlalchemy import (
+    ColumnElement,
+    FromClause,
+    Select,
+    Text,
+    and_,
+    bindparam,
+    delete,
+    func,
+    literal_column,
+    or_,
+    select,
+)
+from sqlalchemy.dialects.postgresql import INTERVAL, TIMESTAMP, Insert, insert
+from sqlalchemy.sql.dml import ReturningDelete
+
+from apoq.schema.models import pauses_table
+from apoq.schema.statements.literals import EPOCH
+
+ALL_TYPES: Final = ""
+"""Instead of a type: the whole queue is paused."""
+
+
+@cache
+def pause(schema: str | None) -> Insert:
+    """Pause the type `paused_type` of `from_queue`; if it is paused already, change the reason and the end.
+
+    The pause ends at `until`, or after `length`, or, if both are NULL, never.
+    """
+    pauses = pauses_table(schema)
+    ends_at = func.coalesce(
+        bindparam("until", type_=TIMESTAMP(timezone=True)),
+        func.clock_timestamp() + bindparam("length", type_=INTERVAL),
+    )
+    new = insert(pauses).values(
+        queue=bindparam("from_queue", type_=Text),
+        type=bindparam("paused_type", type_=Text),
+        paused_at=func.clock_timestamp(),
+        paused_by=literal_column("session_user", Text),
+        reason=bindparam("reason", type_=Text),
+        resume_at=ends_at,
+    )
+    return new.on_conflict_do_update(
+        index_elements=[pauses.c.queue, pauses.c.type],
+        set_={name: new.excluded[name] for name in ("paused_by", "reason", "resume_at")},
+    )
+
+
+@cache
+def resume(schema: str | None) -> ReturningDelete[tuple[str]]:
+    """End the pause of the type `paused_type` of `from_queue`; return its queue, if there was one."""
+    pauses = pauses_table(schema)
+    is_meant = and_(
+        pauses.c.queue == bindparam("from_queue", type_=Text),
+        pauses.c.type == bindparam("paused_type", type_=Text),
+    )
+    return delete(pauses).where(is_meant).returning(pauses.c.queue)
+
+
+@cache
+def pauses(schema: str | None) -> Select[Any]:
+    """Return all pauses that have not ended, with the current time as `now`."""
+    table = pauses_table(schema)
+    return (
+        select(*table.c, func.clock_timestamp().label("now"))
+        .where(_is_on(table))
+        .order_by(*table.primary_key)
+    )
+
+
+def is_paused(
+    schema: str | None, queue: ColumnElement[str], type_: ColumnElement[str]
+) -> ColumnElement[bool]:
+    """Return the condition that a pause of this type of a queue is on."""
+    table = pauses_table(schema)
+    is_meant = table.c.queue == queue, table.c.type == type_, _is_on(table)
+    return select(table.c.queue).where(*is_meant).correlate_except(table).exists()
+
+
+def next_resumes(schema: str | None, queues: FromClause) -> Select[Any]:
+    """Return the paused queues with the time at which the first of their pauses ends, if any does."""
+    table = pauses_table(schema)
+    ends_at = func.min(table.c.resume_at)
+    return (
+        select(table.c.queue, func.date_part(EPOCH, ends_at).label("ends_at"))
+        .where(table.c.queue.in_(select(queues.c.queue)), table.c.resume_at > func.clock_timestamp())
+        .group_by(table.c.queue)
+    )
+
+
+def _is_on(table: FromClause) -> ColumnElement[bool]:
+    return or_(table.c.resume_at.is_(None), table.c.resume_at > func.now())
