@@ -45,9 +45,8 @@ def states(engine) -> Counter[str]:
 
 def rows(engine) -> list[dict]:
     with engine.connect() as connection:
-        return list(
-            map(dict, connection.execute(sa.text("SELECT * FROM apoq_pauses ORDER BY type")).mappings())
-        )
+        found = connection.execute(sa.text("SELECT * FROM apoq_pauses ORDER BY type"))
+        return list(map(dict, found.mappings()))
 
 
 @pytest.fixture
@@ -269,7 +268,7 @@ def test_drain_obeys_a_pause(engine):
     with Session(engine) as session, session.begin():
         ran = []
         own = Queue("own")
-        task = own.task(lambda: ran.append(1))
+        task = own.task(type="t")(lambda: ran.append(1))
         task.add(session)
         own.pause(session)
         drain(session, own)

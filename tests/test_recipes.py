@@ -656,30 +656,6 @@ def test_calls_to_the_partner_are_limited(recipe):
     assert all(third - first >= 0.49 for first, third in zip(began, began[2:], strict=False))
 
 
-def test_a_paused_type_waits_and_others_run(recipe):
-    page = recipe("Pause a type of task")
-    ran: list[str] = []
-    for type_ in ("send_newsletter", "send_receipt"):
-        page.pausable_worker.use(type_, lambda task: ran.append(task.type))
-    insert = re.search(r"`(INSERT INTO pauses[^`]*)`", PAGE.read_text(encoding="utf-8"))
-    with Session(page.engine) as session, session.begin():
-        session.execute(sa.text(insert[1]))
-        page.queue.add(session, "send_newsletter")
-        page.queue.add(session, "send_receipt")
-
-    work_all(page.pausable_worker)
-
-    assert ran == ["send_receipt"]
-    (paused,) = tasks(page, "send_newsletter")
-    assert (paused.state, paused.attempt) == ("pending", 0)
-    assert 30 < seconds_until_due(page, paused.id) <= 60
-    with page.engine.begin() as connection:
-        connection.execute(sa.delete(page.Pause))
-    make_due(page)
-    work_all(page.pausable_worker)
-    assert ran == ["send_receipt", "send_newsletter"]
-
-
 def test_a_large_payload_goes_with_its_task(recipe):
     page = recipe("Pass large data by reference")
     content, parsed = os.urandom(5_000_000), []

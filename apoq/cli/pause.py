@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from datetime import datetime, timedelta
 from typing import Final
 
@@ -16,7 +17,7 @@ from apoq.cli.target import Target
 from apoq.cli.values import duration
 from apoq.cli.values import time as time_value
 from apoq.client.queue import Queue
-from apoq.monitor.formatting import length, tasks
+from apoq.monitor.formatting import length, local, tasks
 from apoq.monitor.pauses import read_pauses
 from apoq.monitor.stats import MAX_WORKERS
 from apoq.schema.models import DEFAULT_QUEUE
@@ -34,9 +35,7 @@ POLL_SECONDS: Final = 0.5
 @click.option(
     "--until", type=time_value, metavar="TIME", help="End the pause at this time: 2031-05-04T12:00Z."
 )
-@click.option(
-    "--for", "length_", type=duration, metavar="DURATION", help="End the pause after this time: 2h."
-)
+@click.option("--for", "length_", type=duration, metavar="DURATION", help="How long the pause lasts: 2h.")
 @click.option("--wait", is_flag=True, help="Return when none of these tasks is running any more.")
 @click.option("--timeout", type=duration, metavar="DURATION", help="Wait no longer than this, and then fail.")
 @click.pass_obj
@@ -73,7 +72,7 @@ def command(
     with looking(target) as connection:
         for pause in read_pauses(connection, target.schema):
             if (pause.queue, pause.type) == (queue, type_):
-                ends = "" if pause.resumes_in is None else f" for {length(pause.resumes_in)}"
+                ends = "" if pause.resume_at is None else f" until {local(pause.resume_at)}"
                 click.echo(f"Paused the {pause.subject}{ends}.")
         found = connection.execute(workers(target.schema), {"at_most": MAX_WORKERS}).mappings()
         if not any(queue in worker["queues"] for worker in found if worker["is_alive"]):
@@ -86,11 +85,12 @@ def _wait(target: Target, queue: str, type_: str | None, timeout: float | None) 
     """Wait until none of the paused tasks is running; show how many are left on a terminal."""
     deadline = None if timeout is None else time.monotonic() + timeout
     screen = Console(stderr=True)
-    with screen.status("") if has_cursor(screen) else _Silent() as line:
+    with screen.status("waiting") if has_cursor(screen) else nullcontext() as line:
         while running := _running(target, queue, type_):
             if deadline is not None and time.monotonic() > deadline:
                 raise Failure(f"{tasks(running)} still running after {length(timeout or 0)}")
-            line.update(f"waiting for {tasks(running)} to end")
+            if line is not None:
+                line.update(f"waiting for {tasks(running)} to end")
             time.sleep(POLL_SECONDS)
     click.echo("No task is running.")
 
@@ -102,16 +102,3 @@ def _running(target: Target, queue: str, type_: str | None) -> int:
             for row in connection.execute(count_running(target.schema)).mappings()
             if row["queue"] == queue and type_ in {None, row["type"]}
         )
-
-
-class _Silent:
-    """In place of a line on a terminal."""
-
-    def __enter__(self) -> _Silent:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Show nothing."""
-
-    def update(self, text: str) -> None:
-        """Show nothing."""

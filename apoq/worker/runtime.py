@@ -16,7 +16,6 @@ from apoq.events import Events, LeaseLost
 from apoq.postgres.connections import own_engine
 from apoq.postgres.urls import sync_side
 from apoq.postgres.watchdog import CHECK_INTERVAL_SECONDS, watch
-from apoq.schema.statements.settle import LOCK_TIMEOUT
 from apoq.worker import logs
 from apoq.worker.claim_log import ClaimLog
 from apoq.worker.claiming.claimer import Claimer
@@ -41,6 +40,14 @@ from apoq.worker.service import Service, left_until
 from apoq.worker.settling.counters import Counter
 from apoq.worker.settling.settler import Settler
 from apoq.worker.threads import MissingThreads
+
+LOCK_TIMEOUT: Final = "500ms"
+"""The time that a worker's connections wait for a lock: less than `deadlock_timeout`, which is one second.
+
+Without it, a caller who cancels one of the tasks and doesn't commit would block all others. And if a caller
+and a worker lock the same rows in a different order, the worker's statement must fail, not the caller's. But
+`lock_timeout` has no effect on tables that Citus shards: there, statements skip locked rows.
+"""
 
 SETTLE_ON_STOP_SECONDS: Final = 5.0
 """Seconds for which a worker that stops tries to write the results of its tasks."""

@@ -33,14 +33,6 @@ from apoq.schema.statements.arrays import bigints
 from apoq.schema.statements.clock import epoch_now, now
 from apoq.schema.statements.states import has_running_state
 
-LOCK_TIMEOUT: Final = "500ms"
-"""The time that a worker's connections wait for a lock: less than `deadlock_timeout`, which is one second.
-
-Without it, a caller who cancels one of the tasks and doesn't commit would block all others. And if a caller
-and a worker lock the same rows in a different order, the worker's statement must fail, not the caller's. But
-`lock_timeout` has no effect on tables that Citus shards: there, statements skip locked rows.
-"""
-
 
 def _literal(text: str) -> ColumnElement[str]:
     # Not a parameter, because each parameter costs the driver time, and this value is always the same.
