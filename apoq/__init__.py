@@ -43,7 +43,7 @@ else:
     )
     from apoq.migrations import prepare
     from apoq.postgres.urls import database_url
-    from apoq.schema.models import Task
+    from apoq.schema.models import Schedule, Task
     from apoq.worker import AsyncRunningTask, RunningTask, Worker
 
 __all__ = [
@@ -60,6 +60,7 @@ __all__ = [
     "Queue",
     "Retry",
     "RunningTask",
+    "Schedule",
     "SchemaMismatch",
     "SessionMisused",
     "Snooze",
