@@ -17,6 +17,7 @@ COMMANDS: Final = {
     "retry": "Run tasks again that failed, were cancelled or completed.",
     "cancel": "Cancel tasks that have not ended.",
     "prune": "Delete tasks that ended some time ago.",
+    "schedules": "List the schedules, or pause, resume, run or remove one of them.",
     "stats": "Show the tasks of each queue by their state, and the workers.",
     "demo": "Watch apoq work on a private PostgreSQL server.",
 }

@@ -4,57 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from datetime import datetime, timedelta
-from functools import wraps
 from types import MappingProxyType
-from typing import Any, Concatenate, TypeVar, Unpack, cast, overload
+from typing import Any, Concatenate, TypeVar, Unpack, overload
 from weakref import WeakSet
 
 from sqlalchemy import inspect
 from typing_extensions import ParamSpec
 
 from apoq.client.operations import add, add_many, cancel, retry
-from apoq.client.session_adapters import SESSION_CLASSES, AsyncioSession, SyncSession, through
+from apoq.client.queue_schedules import QueueSchedules
+from apoq.client.session_adapters import AsyncioSession, SyncSession, through
+from apoq.client.session_first import session_first
 from apoq.client.shared_tasks import shared_tasks
 from apoq.client.typed_task import Anything, Decorator, TypedTask
-from apoq.client.unsupported_sessions import forgotten, is_mistaken, refusal, shown_arguments
 from apoq.core.options import HIGHEST_LIMIT, Options, checked, integer
 from apoq.core.outcomes import Cancel, report
 from apoq.core.payload import MAX_DATA_SIZE, check_name, check_schema, check_type, encode
 from apoq.core.registry import Registry, Running
 from apoq.core.retry import DEFAULT_RETRY_LIMIT, RetryDelay, exponential_backoff
-from apoq.errors import InvalidProcessor, InvalidTask, UnsupportedSession, glimpse
+from apoq.core.schedules import ScheduleOptions
+from apoq.errors import InvalidProcessor, InvalidTask, glimpse
 from apoq.schema.models import DEFAULT_QUEUE, Task, task_class
 
 P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T", bound=Running)
-F = TypeVar("F", bound=Callable[..., Any])
 
 _LOWEST_ID, _HIGHEST_ID = -(2**63), 2**63 - 1
 
 
-def _session_first(method: F) -> F:
-    """Decorate a method of a queue, so that a call without a session raises an error that says so."""
-
-    @wraps(method)
-    def call(self: Queue, *args: Any, **kwargs: Any) -> Any:
-        first = args[0] if args else kwargs.get("session")
-        if not isinstance(first, SESSION_CLASSES):
-            is_given = "session" in kwargs or (
-                args and (is_mistaken(first) or not isinstance(first, str | int))
-            )
-            if is_given:
-                raise UnsupportedSession(refusal(first))
-            arguments = shown_arguments(args, kwargs)
-            raise UnsupportedSession(
-                forgotten(f"queue.{method.__name__}({', '.join(filter(None, ['session', arguments]))})")
-            )
-        return method(self, *args, **kwargs)
-
-    return cast("F", call)
-
-
-class Queue:
+class Queue(QueueSchedules):
     """A named queue of tasks.
 
     It has a name and a schema, but no connection: each call uses the caller's session or connection.
@@ -81,6 +60,7 @@ class Queue:
         Raises:
             InvalidTask: If an argument is invalid.
         """
+        super().__init__()
         self.name = check_name(name, "a queue's name")
         self.schema = check_schema(schema)
         self.max_data_size = integer("max_data_size", max_data_size, 1, HIGHEST_LIMIT)
@@ -119,7 +99,7 @@ class Queue:
         data: Any = ...,
         **options: Unpack[Options],
     ) -> Coroutine[Any, Any, Task]: ...
-    @_session_first
+    @session_first
     def add(
         self,
         session: SyncSession | AsyncioSession,
@@ -188,7 +168,7 @@ class Queue:
         items: Iterable[Any],
         **options: Unpack[Options],
     ) -> Coroutine[Any, Any, int]: ...
-    @_session_first
+    @session_first
     def add_many(
         self,
         session: SyncSession | AsyncioSession,
@@ -255,7 +235,7 @@ class Queue:
     def cancel(
         self, session: AsyncioSession, task: Task | int, *, reason: str = ...
     ) -> Coroutine[Any, Any, bool]: ...
-    @_session_first
+    @session_first
     def cancel(
         self, session: SyncSession | AsyncioSession, task: Task | int, *, reason: str = ""
     ) -> bool | Coroutine[Any, Any, bool]:
@@ -299,7 +279,7 @@ class Queue:
     def retry(
         self, session: AsyncioSession, task: Task | int, *, delay: float | timedelta | None = ...
     ) -> Coroutine[Any, Any, bool]: ...
-    @_session_first
+    @session_first
     def retry(
         self,
         session: SyncSession | AsyncioSession,
@@ -356,6 +336,7 @@ class Queue:
         retry_limit: int = ...,
         retry_delay: RetryDelay = ...,
         timeout: float | timedelta | None = ...,
+        **schedule: Unpack[ScheduleOptions],
     ) -> Decorator: ...
     def task(
         self,
@@ -367,6 +348,7 @@ class Queue:
         retry_limit: int = DEFAULT_RETRY_LIMIT,
         retry_delay: RetryDelay = exponential_backoff,
         timeout: float | timedelta | None = None,
+        **schedule: Unpack[ScheduleOptions],
     ) -> Any:
         """Make a function a typed task: ``@queue.task``, or ``@queue.task(retry_limit=3)``.
 
@@ -382,6 +364,9 @@ class Queue:
             retry_delay: Time before a retry, in seconds or as a timedelta, or a function that returns it for
                 the number of failures so far.
             timeout: Limit of each attempt, in seconds or as a timedelta; see `Worker.use`. None: no limit.
+            **schedule: `cron` or `every`, and the other times and rules of `schedule`. Workers of this queue
+                declare a schedule with the task's type as its name, and from then on add a task at each of
+                its times. The function must be callable without arguments.
 
         Returns:
             A `TypedTask`, or a decorator that returns one.
@@ -389,6 +374,7 @@ class Queue:
         Raises:
             InvalidProcessor: If the type already has a processor, an annotation can't be represented in JSON,
                 or an option is invalid.
+            InvalidSchedule: If the times or rules of the schedule are invalid.
         """
 
         def decorate(function: Callable[..., Any]) -> TypedTask[..., Any]:
@@ -400,6 +386,7 @@ class Queue:
                 retry_limit=retry_limit,
                 retry_delay=retry_delay,
                 timeout=timeout,
+                schedule=schedule,
             )
             self._register(task)
             return task

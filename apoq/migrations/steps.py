@@ -25,9 +25,9 @@ LATEST: Final = max(STEPS)
 VERSION_TABLE: Final = "apoq_migrations"
 """Alembic's version table, with the name that the Node.js original uses."""
 
-TABLES: Final = frozenset({"apoq_tasks", "apoq_workers", "apoq_claims", VERSION_TABLE})
+TABLES: Final = frozenset({"apoq_tasks", "apoq_workers", "apoq_claims", "apoq_schedules", VERSION_TABLE})
 
-OWN: Final = ("apoq_workers", "apoq_claims")
+OWN: Final = ("apoq_workers", "apoq_claims", "apoq_schedules")
 """Tables that the Node.js original doesn't have."""
 
 LOCK_KEY: Final = 97112111113
