@@ -33,6 +33,7 @@ else:
         InvalidArguments,
         InvalidData,
         InvalidProcessor,
+        InvalidSchedule,
         InvalidTask,
         InvalidURL,
         SchemaMismatch,
@@ -42,7 +43,7 @@ else:
     )
     from apoq.migrations import prepare
     from apoq.postgres.urls import database_url
-    from apoq.schema.models import Task
+    from apoq.schema.models import Schedule, Task
     from apoq.worker import AsyncRunningTask, RunningTask, Worker
 
 __all__ = [
@@ -53,11 +54,13 @@ __all__ = [
     "InvalidArguments",
     "InvalidData",
     "InvalidProcessor",
+    "InvalidSchedule",
     "InvalidTask",
     "InvalidURL",
     "Queue",
     "Retry",
     "RunningTask",
+    "Schedule",
     "SchemaMismatch",
     "SessionMisused",
     "Snooze",

@@ -5,6 +5,7 @@
     ApoqError
     ├── InvalidTask (ValueError): a type, data or an option that a task can't have
     │   └── InvalidData: data that jsonb can't store, or that would come back changed
+    ├── InvalidSchedule (ValueError): times or options that a schedule can't have, or a name that is taken
     ├── InvalidProcessor (ValueError): an invalid processor, or a second one for a type
     ├── InvalidArguments (ValueError): a typed task's data doesn't fit its function
     ├── InvalidURL (ValueError): a database URL that can't be read
@@ -53,6 +54,10 @@ class InvalidData(InvalidTask):
     def __init__(self, path: str, reason: str) -> None:
         super().__init__(f"{path}: {reason}")
         self.path = path
+
+
+class InvalidSchedule(ApoqError, ValueError):
+    """Times or options that a schedule can't have, or a name that another schedule has already."""
 
 
 class InvalidProcessor(ApoqError, ValueError):

@@ -564,3 +564,17 @@ def settling_statements() -> dict[str, list[sa.Executable]]:
             for skips_locked in both
         ],
     }
+
+
+# Its ticks.
+
+
+def has_declared(worker: Worker) -> bool:
+    """Return whether a started worker has written all schedules of its code."""
+    every = runtime(worker).ticker._schemas.values()
+    return all(its.declarations._written for its in every)
+
+
+def looks_for_ticks(worker: Worker) -> int:
+    """Return how often a worker has looked when the next tick is, in all its schemas."""
+    return sum(its.looks for its in runtime(worker).ticker._schemas.values())

@@ -71,12 +71,19 @@ WRITES: Final = {
     "recover.rescue": 1,
     "recover.rescue_unnoted": 1,
     "retry.retry": 1,
+    "schedules.add_now": 1,
+    "schedules.delete_schedule": 1,
+    "schedules.pause_schedule": 1,
+    "schedules.resume_schedule": 1,
+    "schedules.write_schedule": 1,
     "settle.complete": 1,
     "settle.complete_last": 1,
     "settle.remove": 1,
     "settle.remove_last": 1,
     "settle.settle": 1,
     "settler.write_settlements": 1,
+    "ticks.add_ticks": 1,
+    "ticks.move_on": 1,
 }
 """How many UPDATEs, INSERTs and DELETEs each statement has; all others only read."""
 

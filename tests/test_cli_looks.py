@@ -614,8 +614,12 @@ class TestDoctor:
     @pytest.mark.parametrize(
         ("script", "subject", "cure"),
         [
-            ("", "rights", "GRANT SELECT, UPDATE, DELETE ON public.apoq_tasks TO {role}"),
-            (f"GRANT SELECT {TABLES}", "rights", "GRANT UPDATE, DELETE ON public.apoq_tasks TO {role}"),
+            ("", "rights", "GRANT SELECT, INSERT, UPDATE, DELETE ON public.apoq_tasks TO {role}"),
+            (
+                f"GRANT SELECT {TABLES}",
+                "rights",
+                "GRANT INSERT, UPDATE, DELETE ON public.apoq_tasks TO {role}",
+            ),
             ("REVOKE USAGE ON SCHEMA public FROM PUBLIC", "schema", "GRANT USAGE ON SCHEMA public TO {role}"),
             (
                 f"GRANT ALL {TABLES}; ALTER ROLE {{role}} SET default_transaction_read_only = on",

@@ -25,6 +25,7 @@ ELSEWHERE = {
     "django.md": "test_psycopg.py",
     "fastapi.md": "test_fastapi.py",
     "flask.md": "test_flask.py",
+    "periodic-tasks.md": "test_testing_schedules.py",
     "pyramid.md": "test_pyramid.py",
     "recipes.md": "test_recipes.py",
     "testing.md": "test_testing_docs.py",

@@ -32,20 +32,22 @@ from apoq.worker.settling.counters import WorkerStats
 REFERENCE = (pages.DOCS / "reference.md").read_text(encoding="utf-8")
 
 INTERNAL: dict[str, set[str]] = {
-    "apoq.Queue": {"register_in"},
+    "apoq.Queue": {"declare", "register_in", "scheduled_tasks"},
+    "apoq.TypedTask": {"scheduled_data"},
     "apoq.Worker": {"processors"},
     "apoq.RunningTask": {"from_queue", "is_async"},
     "apoq.Task": {"indexed_state", "metadata", "registry", "type_annotation_map", *UPCOMING},
+    "apoq.Schedule": {"metadata", "registry", "type_annotation_map"},
     "apoq.flask.Apoq": {"current", "equip"},
     "apoq.events.Events": {"has_listeners", "emit", "report"},
-    "apoq.flask.AppTask": {"call"},  # those of TypedTask
+    "apoq.flask.AppTask": {"call", "scheduled_data"},  # those of TypedTask
 }
 """Public names of public classes that other parts of the library use; the reference doesn't show them."""
 
 CALLED_BY_OTHERS = {"apoq.TypedTask.__call__", "apoq.migrations.include_object"}
 """Callables whose parameters are those of the user's function, or of Alembic."""
 
-NO_CONSTRUCTOR = {"apoq.Task", "apoq.TypedTask"}
+NO_CONSTRUCTOR = {"apoq.Schedule", "apoq.Task", "apoq.TypedTask"}
 """Classes that a user's code doesn't construct, or that SQLAlchemy gives a constructor."""
 
 DEFINED_ELSEWHERE = {

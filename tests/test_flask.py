@@ -37,7 +37,7 @@ from apoq import (
 from apoq.flask import Apoq
 from apoq.flask.contexts import context_for
 from apoq.flask.tasks import AppTask
-from apoq.testing import assert_enqueued, drain
+from apoq.testing import assert_enqueued, drain, travel
 
 
 class Base(DeclarativeBase):
@@ -65,7 +65,7 @@ def emptied(url: sa.URL) -> Iterator[sa.Engine]:
     engine = sa.create_engine(url)
     yield engine
     with engine.begin() as connection:
-        connection.exec_driver_sql("TRUNCATE apoq_tasks, apoq_workers, ledger")
+        connection.exec_driver_sql("TRUNCATE apoq_tasks, apoq_workers, apoq_schedules, ledger")
     engine.dispose()
 
 
@@ -460,6 +460,26 @@ class TestTypedTasks:
     def test_a_type_has_one_processor(self, apoq, welcome):
         with pytest.raises(InvalidProcessor, match="the type 'greet' already has a processor"):
             apoq.use("greet", print)
+
+    def test_one_may_have_a_schedule(self, context, apoq, db, engine):
+        @apoq.task(cron="0 9 * * *", timezone="Europe/Berlin", type="early", aliases=["old"])
+        def early(task: RunningTask) -> None:
+            task.session.add(Row(task_id=1))
+
+        worker = apoq.worker
+
+        @apoq.task(every=timedelta(hours=1), type="late")
+        def late(task: RunningTask) -> None:
+            task.session.add(Row(task_id=2))
+
+        with travel(db.session, timedelta(days=1)):
+            ran = drain(db.session, worker)
+
+        assert sorted((task.schedule, task.type, task.queue) for task in ran) == [
+            ("early", "early", "default"),
+            ("late", "late", "default"),
+        ]
+        assert [its.origin for its in apoq.queue.schedules(db.session)] == ["code", "code"]
 
     def test_it_is_still_a_function(self, context, apoq):
         @apoq.task

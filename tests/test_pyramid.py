@@ -465,6 +465,22 @@ class TestTypedTasks:
         assert (notes(), tasks()) == (["typed"], [(f"{__name__}.note_typed", "completed")])
         config.registry["dbsession_factory"].kw["bind"].dispose()
 
+    def test_may_have_a_schedule(self, settings):
+        queue = Queue("reports")
+
+        @queue.task(type="report", every=3600)
+        def report() -> None: ...
+
+        with Configurator(settings=settings) as config:
+            pyramid_site.add_session(config)
+            config.include("apoq.pyramid")
+            config.add_apoq_queue(queue)
+
+        worker = make_worker(config.registry)
+
+        assert [list(its.scheduled_tasks()) for its in worker.queues if its == queue] == [[report]]
+        config.registry["dbsession_factory"].kw["bind"].dispose()
+
     def test_can_be_introspected(self, config):
         config.add_apoq_queue(emails)
         config.commit()

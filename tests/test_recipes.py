@@ -393,46 +393,6 @@ class TestFanOut:
         assert len(tasks(page, "import_done", "completed")) == 1
 
 
-class TestEveryNight:
-    def test_cron_adds_it(self, recipe):
-        page = recipe("Run a task every night")
-        (command,) = code_of("Run a task every night", "sh")
-        (crontab,) = code_of("Run a task every night", "text")
-
-        assert crontab.split()[5:] == command.split()
-        assert CliRunner().invoke(main, command.split()[1:]).exit_code == 0
-
-        assert page.worker.work().state == "completed"
-
-    def test_it_adds_the_next_one(self, recipe):
-        page = recipe("Run a task every night")
-        before = datetime.now(page.BERLIN).date()
-        with Session(page.engine) as session, session.begin():
-            page.nightly_cleanup.add(session)
-
-        work_all(page.worker)
-
-        (following,) = tasks(page, "nightly_cleanup", "pending")
-        at = following.process_at.astimezone(page.BERLIN)
-        assert at.time() == page.time(3)
-        assert timedelta(1) <= at.date() - before <= timedelta(2)  # as this test may run at midnight
-
-    def test_one_that_fails_adds_none_and_is_retried(self, recipe):
-        page = recipe("Run a task every night")
-
-        def clean_up(_session: Session) -> None:
-            raise ConnectionError
-
-        page.clean_up = clean_up
-        with Session(page.engine) as session, session.begin():
-            page.nightly_cleanup.add(session)
-
-        page.worker.work()
-
-        (task,) = tasks(page)
-        assert (task.state, task.fail_count) == ("pending", 1)
-
-
 class TestRetryFailed:
     @pytest.fixture
     def page(self, recipe) -> Any:

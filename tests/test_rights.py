@@ -25,7 +25,7 @@ from apoq.schema.preflight import RIGHTS, only_adds, problems
 until = patience(20)
 
 SCRIPTS = [block.code for block in pages.blocks(pages.DOCS / "deploying.md", "sql")]
-ADDS, CHANGES, WORKS, READS, WORK_POLICY, ADD_POLICY = SCRIPTS
+ADDS, CHANGES, SCHEDULES, WORKS, READS, WORK_POLICY, ADD_POLICY = SCRIPTS
 INSERTED = set(re.search(r"INSERT \((.*?)\)", ADDS).group(1).split(", "))
 OTHERS = {column.name for column in tasks_table(None).c} - INSERTED - {"indexed_state"}
 
@@ -110,6 +110,29 @@ def test_what_one_role_has_added_another_one_works(grant, engine, queue):
     with engine.begin() as connection:
         assert connection.scalar(sa.text("SELECT count(*) FROM ledger")) == 1
         assert connection.scalar(sa.text("SELECT count(*) FROM apoq_workers")) == 0
+
+
+def test_one_that_works_ticks_and_one_that_adds_may_schedule(grant, engine, queue):
+    as_web = sa.create_engine(grant(ADDS, SCHEDULES), poolclass=NullPool)
+    with Session(as_web) as session, session.begin():
+        queue.schedule(session, "often", "t", every=1)
+        queue.schedule(session, "never", "t", every=1)
+        assert queue.unschedule(session, "never") is True
+        assert len(queue.schedules(session)) == 1
+
+    @queue.task(every=3600, type="declared")
+    def declared() -> None: ...
+
+    worker = Worker(sa.create_engine(grant(WORKS), poolclass=NullPool), queue)
+    worker.use("t", lambda task: None)
+    worker.start()
+    try:
+        until(lambda: worker.stats().completed)
+    finally:
+        worker.stop()
+
+    with Session(engine) as session:
+        assert [its.name for its in queue.schedules(session)] == ["declared", "often"]
 
 
 def test_one_that_works_keeps_no_task_if_it_is_told_so(grant, engine, queue):

@@ -1,4 +1,4 @@
-"""Create apoq_tasks, apoq_workers and apoq_claims."""
+"""Create the tables of apoq."""
 
 from alembic import op
 

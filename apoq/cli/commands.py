@@ -19,6 +19,7 @@ COMMANDS: Final = {
     "pause": "Pause a queue: no worker claims its tasks until `apoq resume`.",
     "resume": "End a pause: workers claim the tasks of the queue again.",
     "prune": "Delete tasks that ended some time ago.",
+    "schedules": "List the schedules, or pause, resume, run or remove one of them.",
     "stats": "Show the tasks of each queue by their state, and the workers.",
     "demo": "Watch apoq work on a private PostgreSQL server.",
 }

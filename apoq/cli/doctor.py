@@ -27,6 +27,7 @@ from apoq.monitor.table_checks import (
     check_placement,
     check_queues,
     check_role,
+    check_schedules,
     check_vacuum,
     check_version,
     check_workers,
@@ -101,6 +102,8 @@ def _check_figures(target: Target) -> Iterator[Finding]:
         found = figures(connection, target.schema)
     yield from check_workers(found)
     yield from check_queues(found)
+    with looking(target) as connection:
+        yield from check_schedules(connection, target.schema)
 
 
 def _examined(

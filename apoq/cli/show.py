@@ -29,6 +29,7 @@ _LINES: Final = 40
 
 _TIMES: Final = {
     "added": "created_at",
+    "tick": "tick_at",
     "due": "process_at",
     "claimed": "claimed_at",
     "completed": "completed_at",
@@ -80,6 +81,8 @@ def _facts(row: sa.RowMapping) -> Table:
     made.add_row(
         "queue", Text(clean(row["queue"])) + (f", priority {row['priority']}" if row["priority"] else "")
     )
+    if row["schedule"] is not None:
+        made.add_row("schedule", Text(clean(row["schedule"])))
     for name, column in _TIMES.items():
         if row[column] is not None:
             heading = "next attempt" if column == "process_at" and state == RETRYING else name

@@ -4,58 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from datetime import datetime, timedelta
-from functools import wraps
 from types import MappingProxyType
-from typing import Any, Concatenate, TypeVar, Unpack, cast, overload
+from typing import Any, Concatenate, TypeVar, Unpack, overload
 from weakref import WeakSet
 
 from sqlalchemy import inspect
 from typing_extensions import ParamSpec
 
-from apoq.client.operations import add, add_many, cancel, pause, resume, retry
-from apoq.client.session_adapters import SESSION_CLASSES, AsyncioSession, SyncSession, through
+from apoq.client.operations import add, add_many, cancel, retry
+from apoq.client.queue_pauses import QueuePauses
+from apoq.client.queue_schedules import QueueSchedules
+from apoq.client.session_adapters import AsyncioSession, SyncSession, through
+from apoq.client.session_first import session_first
 from apoq.client.shared_tasks import shared_tasks
 from apoq.client.typed_task import Anything, Decorator, TypedTask
-from apoq.client.unsupported_sessions import forgotten, is_mistaken, refusal, shown_arguments
-from apoq.core.options import HIGHEST_LIMIT, Options, checked, integer, pause_end
+from apoq.core.options import HIGHEST_LIMIT, Options, checked, checked_reason, integer
 from apoq.core.outcomes import Cancel, report
 from apoq.core.payload import MAX_DATA_SIZE, check_name, check_schema, check_type, encode
 from apoq.core.registry import Registry, Running
 from apoq.core.retry import DEFAULT_RETRY_LIMIT, RetryDelay, exponential_backoff
-from apoq.errors import InvalidProcessor, InvalidTask, UnsupportedSession, glimpse
+from apoq.core.schedules import ScheduleOptions
+from apoq.errors import InvalidProcessor, InvalidTask, glimpse
 from apoq.schema.models import DEFAULT_QUEUE, Task, task_class
-from apoq.schema.statements.pauses import ALL_TYPES
 
 P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T", bound=Running)
-F = TypeVar("F", bound=Callable[..., Any])
 
 _LOWEST_ID, _HIGHEST_ID = -(2**63), 2**63 - 1
 
 
-def _session_first(method: F) -> F:
-    """Decorate a method of a queue, so that a call without a session raises an error that says so."""
-
-    @wraps(method)
-    def call(self: Queue, *args: Any, **kwargs: Any) -> Any:
-        first = args[0] if args else kwargs.get("session")
-        if not isinstance(first, SESSION_CLASSES):
-            is_given = "session" in kwargs or (
-                args and (is_mistaken(first) or not isinstance(first, str | int))
-            )
-            if is_given:
-                raise UnsupportedSession(refusal(first))
-            arguments = shown_arguments(args, kwargs)
-            raise UnsupportedSession(
-                forgotten(f"queue.{method.__name__}({', '.join(filter(None, ['session', arguments]))})")
-            )
-        return method(self, *args, **kwargs)
-
-    return cast("F", call)
-
-
-class Queue:
+class Queue(QueueSchedules, QueuePauses):
     """A named queue of tasks.
 
     It has a name and a schema, but no connection: each call uses the caller's session or connection.
@@ -82,6 +61,7 @@ class Queue:
         Raises:
             InvalidTask: If an argument is invalid.
         """
+        super().__init__()
         self.name = check_name(name, "a queue's name")
         self.schema = check_schema(schema)
         self.max_data_size = integer("max_data_size", max_data_size, 1, HIGHEST_LIMIT)
@@ -120,7 +100,7 @@ class Queue:
         data: Any = ...,
         **options: Unpack[Options],
     ) -> Coroutine[Any, Any, Task]: ...
-    @_session_first
+    @session_first
     def add(
         self,
         session: SyncSession | AsyncioSession,
@@ -189,7 +169,7 @@ class Queue:
         items: Iterable[Any],
         **options: Unpack[Options],
     ) -> Coroutine[Any, Any, int]: ...
-    @_session_first
+    @session_first
     def add_many(
         self,
         session: SyncSession | AsyncioSession,
@@ -256,7 +236,7 @@ class Queue:
     def cancel(
         self, session: AsyncioSession, task: Task | int, *, reason: str = ...
     ) -> Coroutine[Any, Any, bool]: ...
-    @_session_first
+    @session_first
     def cancel(
         self, session: SyncSession | AsyncioSession, task: Task | int, *, reason: str = ""
     ) -> bool | Coroutine[Any, Any, bool]:
@@ -288,7 +268,7 @@ class Queue:
         parameters = {
             "task_id": self._id_of(task),
             "from_queue": self.name,
-            "reason": encode(report(Cancel(_reason(reason)))),
+            "reason": encode(report(Cancel(checked_reason(reason)))),
         }
         return through(session, lambda caller: cancel(caller, self.schema, parameters))
 
@@ -300,7 +280,7 @@ class Queue:
     def retry(
         self, session: AsyncioSession, task: Task | int, *, delay: float | timedelta | None = ...
     ) -> Coroutine[Any, Any, bool]: ...
-    @_session_first
+    @session_first
     def retry(
         self,
         session: SyncSession | AsyncioSession,
@@ -335,83 +315,6 @@ class Queue:
         }
         return through(session, lambda caller: retry(caller, self.schema, parameters))
 
-    @overload
-    def pause(
-        self,
-        session: SyncSession,
-        *,
-        type: str | None = ...,
-        reason: str = ...,
-        until: datetime | timedelta | float | None = ...,
-    ) -> None: ...
-    @overload
-    def pause(
-        self,
-        session: AsyncioSession,
-        *,
-        type: str | None = ...,
-        reason: str = ...,
-        until: datetime | timedelta | float | None = ...,
-    ) -> Coroutine[Any, Any, None]: ...
-    @_session_first
-    def pause(
-        self,
-        session: SyncSession | AsyncioSession,
-        *,
-        type: str | None = None,
-        reason: str = "",
-        until: datetime | timedelta | float | None = None,
-    ) -> Coroutine[Any, Any, None] | None:
-        """Pause this queue: when you commit, no worker claims its tasks until `resume`.
-
-        Running tasks continue. Tasks that a worker has claimed ahead and that have not begun are released:
-        at once if a notification arrives, and otherwise within two seconds. Tasks can be added, cancelled and
-        retried as before. The pause is in the database, so it survives restarts of the workers.
-
-        If the queue is paused already, this changes the reason and the end of the pause.
-
-        Args:
-            session: A session or connection, as for `add`.
-            type: Pause only tasks of this type. By default all tasks of the queue.
-            reason: A text for people, which ``apoq stats`` shows.
-            until: The time at which the pause ends by itself, with a time zone; or its length, in seconds or
-                as a timedelta. By default it lasts until `resume`.
-
-        Raises:
-            InvalidTask: If an argument is invalid, such as a time in the past. Nothing was sent.
-            UnsupportedSession: If `session` is not a session or connection, or has no usable engine.
-            UnsupportedDatabase: If it is not on PostgreSQL through psycopg 3, or translates apoq's schema.
-            SchemaMismatch: If apoq's tables are missing or at another version.
-        """
-        parameters = {**self._paused(type), "reason": _reason(reason), **pause_end(until)}
-        return through(session, lambda caller: pause(caller, self.schema, parameters))
-
-    @overload
-    def resume(self, session: SyncSession, *, type: str | None = ...) -> bool: ...
-    @overload
-    def resume(self, session: AsyncioSession, *, type: str | None = ...) -> Coroutine[Any, Any, bool]: ...
-    @_session_first
-    def resume(
-        self, session: SyncSession | AsyncioSession, *, type: str | None = None
-    ) -> bool | Coroutine[Any, Any, bool]:
-        """End a pause of this queue: when you commit, workers claim its tasks again.
-
-        Args:
-            session: A session or connection, as for `add`.
-            type: The type that was paused; by default the whole queue. Each is resumed by itself.
-
-        Returns:
-            True if it was paused. With an asyncio session or connection, an awaitable of it.
-
-        Raises:
-            InvalidTask: If the type is invalid. Nothing was sent.
-            UnsupportedSession: If `session` is not a session or connection, or has no usable engine.
-            UnsupportedDatabase: If it is not on PostgreSQL through psycopg 3, or translates apoq's schema.
-            SchemaMismatch: If apoq's tables are missing or at another version.
-        """
-        parameters = self._paused(type)
-        return through(session, lambda caller: resume(caller, self.schema, parameters))
-
     @property
     def tasks(self) -> Mapping[str, TypedTask[..., Any]]:
         """The typed tasks of this queue, and of the queues that are equal to it, by type and alias."""
@@ -434,6 +337,7 @@ class Queue:
         retry_limit: int = ...,
         retry_delay: RetryDelay = ...,
         timeout: float | timedelta | None = ...,
+        **schedule: Unpack[ScheduleOptions],
     ) -> Decorator: ...
     def task(
         self,
@@ -445,6 +349,7 @@ class Queue:
         retry_limit: int = DEFAULT_RETRY_LIMIT,
         retry_delay: RetryDelay = exponential_backoff,
         timeout: float | timedelta | None = None,
+        **schedule: Unpack[ScheduleOptions],
     ) -> Any:
         """Make a function a typed task: ``@queue.task``, or ``@queue.task(retry_limit=3)``.
 
@@ -460,6 +365,9 @@ class Queue:
             retry_delay: Time before a retry, in seconds or as a timedelta, or a function that returns it for
                 the number of failures so far.
             timeout: Limit of each attempt, in seconds or as a timedelta; see `Worker.use`. None: no limit.
+            **schedule: `cron` or `every`, and the other times and rules of `schedule`. Workers of this queue
+                declare a schedule with the task's type as its name, and from then on add a task at each of
+                its times. The function must be callable without arguments.
 
         Returns:
             A `TypedTask`, or a decorator that returns one.
@@ -467,6 +375,7 @@ class Queue:
         Raises:
             InvalidProcessor: If the type already has a processor, an annotation can't be represented in JSON,
                 or an option is invalid.
+            InvalidSchedule: If the times or rules of the schedule are invalid.
         """
 
         def decorate(function: Callable[..., Any]) -> TypedTask[..., Any]:
@@ -478,6 +387,7 @@ class Queue:
                 retry_limit=retry_limit,
                 retry_delay=retry_delay,
                 timeout=timeout,
+                schedule=schedule,
             )
             self._register(task)
             return task
@@ -516,9 +426,6 @@ class Queue:
         for index, data in enumerate(items):
             yield encode(data, self.max_data_size, f"items[{index}]")
 
-    def _paused(self, type_: str | None) -> dict[str, Any]:
-        return {"from_queue": self.name, "paused_type": ALL_TYPES if type_ is None else check_type(type_)}
-
     def _id_of(self, task: Task | int) -> int:
         if isinstance(task, Task):
             if inspect(task).mapper.local_table is not self.task_class.__table__:
@@ -529,9 +436,3 @@ class Queue:
                 )
             return task.id
         return integer("a task's id", task, _LOWEST_ID, _HIGHEST_ID)
-
-
-def _reason(reason: object) -> str:
-    if not isinstance(reason, str):
-        raise InvalidTask(f"reason must be text, got {glimpse(reason)}")
-    return reason

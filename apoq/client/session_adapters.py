@@ -15,7 +15,7 @@ import psycopg
 from psycopg.pq import PipelineStatus
 from psycopg.rows import dict_row
 from psycopg.sql import Composed
-from sqlalchemy import Connection, Dialect, Engine, Executable, insert, inspect
+from sqlalchemy import Connection, Dialect, Engine, Executable, Select, insert, inspect
 from sqlalchemy.engine.interfaces import ExecutionContext
 from sqlalchemy.exc import DBAPIError, InvalidRequestError, PendingRollbackError, UnboundExecutionError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_session
@@ -387,7 +387,8 @@ def _check_dialect(dialect: Dialect) -> None:
 
 
 def _schema(statement: Any) -> str | None:
-    schema: str | None = statement.table.schema
+    table = statement.get_final_froms()[0] if isinstance(statement, Select) else statement.table
+    schema: str | None = table.schema
     return schema
 
 

@@ -32,7 +32,8 @@ from apoq.core.arguments import Arguments, UnknownAnnotation
 from apoq.core.options import Options, checked
 from apoq.core.registry import Running, check_processed, make_processor
 from apoq.core.retry import DEFAULT_RETRY_LIMIT, RetryDelay, exponential_backoff
-from apoq.errors import InvalidProcessor, InvalidTask, UnsupportedSession, glimpse
+from apoq.core.schedules import ScheduleOptions, declared
+from apoq.errors import InvalidProcessor, InvalidSchedule, InvalidTask, UnsupportedSession, glimpse
 from apoq.schema.models import Task
 
 P = ParamSpec("P")
@@ -76,7 +77,7 @@ class TaskQueue(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Call(Generic[P]):
-    """A call of a typed task, made by `TypedTask.call` for `TypedTask.add_many`.
+    """A call of a typed task, made by `TypedTask.call`, for `TypedTask.add_many` and `Queue.schedule`.
 
     Attributes:
         type: The task's type.
@@ -112,6 +113,7 @@ class TypedTask(Generic[P, R_co, C]):
         type (str): The type of its tasks.
         aliases (tuple[str, ...]): Other types that it also processes.
         queue (Queue): The queue that its tasks are added to.
+        schedule (Mapping | None): The times and rules by which workers add its tasks, or None.
     """
 
     def __init__(
@@ -124,6 +126,7 @@ class TypedTask(Generic[P, R_co, C]):
         retry_limit: int = DEFAULT_RETRY_LIMIT,
         retry_delay: RetryDelay = exponential_backoff,
         timeout: float | timedelta | None = None,
+        schedule: ScheduleOptions | None = None,
     ) -> None:
         """Use `Queue.task` instead, which also registers the task."""
         if isinstance(function, TypedTask):
@@ -153,6 +156,10 @@ class TypedTask(Generic[P, R_co, C]):
         # use.
         with suppress(UnknownAnnotation):
             self._arguments  # noqa: B018
+        self.schedule = declared(schedule or {})
+        if self.schedule:
+            with suppress(UnknownAnnotation):
+                self.scheduled_data()
         # Without the function's __dict__, which may contain any names.
         update_wrapper(self, function, updated=())
 
@@ -227,7 +234,7 @@ class TypedTask(Generic[P, R_co, C]):
         return self._add_many(session, calls)
 
     def call(self, *args: P.args, **kwargs: P.kwargs) -> Call[P]:
-        """Return a call with these arguments, for `add_many`.
+        """Return a call with these arguments, for `add_many` and `Queue.schedule`.
 
         Args:
             *args: The function's positional arguments, without the running task.
@@ -239,6 +246,18 @@ class TypedTask(Generic[P, R_co, C]):
                 changed by the conversion.
         """
         return Call(self.type, self._arguments.write(args, kwargs))
+
+    def scheduled_data(self) -> dict[str, Any]:
+        """Return the data of the tasks that the function's own schedule adds: a call without arguments."""
+        try:
+            return self._arguments.write((), {})
+        except InvalidTask:
+            name = getattr(self.function, "__name__", "task")
+            raise InvalidSchedule(
+                f"a function with a schedule must be callable without arguments, got {self.type!r}, whose "
+                f"parameters are {self._arguments.signature}: give them defaults, or schedule calls by "
+                f"queue.schedule(session, 'a name', {name}.call(…), cron=…)"
+            ) from None
 
     def using(self, **options: Unpack[Options]) -> TypedTask[P, R_co, C]:
         """Return a copy that adds its tasks with these options. This task is unchanged.

@@ -57,15 +57,15 @@ class Arguments:
             self._types[parameter.name], self._json_types[parameter.name] = type_, _json_types(type_)
             if parameter.default is Parameter.empty:
                 self._required.append(parameter.name)
-        self._signature = Signature([_with_annotation(parameter, annotations) for parameter in parameters])
+        self.signature = Signature([_with_annotation(parameter, annotations) for parameter in parameters])
 
     def write(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return the given arguments of a call as JSON; `InvalidTask` if they don't fit or would change."""
-        return self._write_bound(self._signature.bind, args, kwargs)
+        return self._write_bound(self.signature.bind, args, kwargs)
 
     def write_some(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return some of a call's arguments as JSON, to find the call by them; raises what `write` raises."""
-        return self._write_bound(self._signature.bind_partial, (), kwargs)
+        return self._write_bound(self.signature.bind_partial, (), kwargs)
 
     def _write_bound(
         self, bind: Callable[..., BoundArguments], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -73,7 +73,7 @@ class Arguments:
         try:
             given = bind(*args, **kwargs).arguments
         except TypeError as error:
-            raise InvalidTask(f"{self._name}() {error}: its parameters are {self._signature}") from None
+            raise InvalidTask(f"{self._name}() {error}: its parameters are {self.signature}") from None
         given |= given.pop(self._var_keyword, {})
         return {name: self._write(name, value) for name, value in given.items()}
 

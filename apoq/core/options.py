@@ -70,6 +70,13 @@ def pause_end(until: datetime | timedelta | float | None) -> dict[str, Any]:
     return {"until": until, "length": None}
 
 
+def checked_reason(reason: object) -> str:
+    """Return a reason for people; `InvalidTask` if it is not text."""
+    if not isinstance(reason, str):
+        raise InvalidTask(f"reason must be text, got {glimpse(reason)}")
+    return reason
+
+
 def integer(name: str, value: object, lowest: int, highest: int) -> int:
     """Return a whole number within bounds; `InvalidTask` if the value is not one."""
     number = plain_number(value)

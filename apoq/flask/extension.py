@@ -17,6 +17,7 @@ from apoq.client.session_adapters import AsyncioSession, SyncSession
 from apoq.core.options import Options
 from apoq.core.registry import ProcessorOptions, Running, make_processor
 from apoq.core.retry import DEFAULT_RETRY_LIMIT, RetryDelay, exponential_backoff
+from apoq.core.schedules import ScheduleOptions
 from apoq.errors import InvalidProcessor, glimpse, name_commands
 from apoq.flask.commands import group
 from apoq.flask.database import AnySession, Database
@@ -71,6 +72,7 @@ class Apoq:
             )
         self._queue = queue
         self._session = session
+        self._scheduled: list[AppTask[..., Any, ...]] = []
         self._processors: dict[str, tuple[Callable[[Any], Any], ProcessorOptions]] = {}
         self._workers: WeakSet[Worker] = WeakSet()
         if app is not None:
@@ -274,6 +276,7 @@ class Apoq:
         retry_limit: int = ...,
         retry_delay: RetryDelay = ...,
         timeout: float | timedelta | None = ...,
+        **schedule: Unpack[ScheduleOptions],
     ) -> Decorator: ...
     def task(
         self,
@@ -285,6 +288,7 @@ class Apoq:
         retry_limit: int = DEFAULT_RETRY_LIMIT,
         retry_delay: RetryDelay = exponential_backoff,
         timeout: float | timedelta | None = None,
+        **schedule: Unpack[ScheduleOptions],
     ) -> Any:
         """Make a function a typed task: ``@apoq.task``, or ``@apoq.task(retry_limit=3)``.
 
@@ -300,6 +304,9 @@ class Apoq:
             retry_delay: Time before a retry, in seconds or as a timedelta, or a function that returns it for
                 the number of failures so far.
             timeout: Limit of each attempt, in seconds or as a timedelta; see `Worker.use`. None: no limit.
+            **schedule: `cron` or `every`, and the other times and rules of `Queue.schedule`. The
+                application's workers add a task at each of these times. The function must be callable without
+                arguments.
 
         Returns:
             An `AppTask`, which is a `TypedTask`, or a decorator that returns one.
@@ -307,6 +314,7 @@ class Apoq:
         Raises:
             InvalidProcessor: If the type already has a processor, an annotation can't be represented in JSON,
                 or an option is invalid.
+            InvalidSchedule: If the times or rules of the schedule are invalid.
         """
         options: ProcessorOptions = {
             "retry_limit": retry_limit,
@@ -316,10 +324,14 @@ class Apoq:
 
         def decorate(function: Callable[..., Any]) -> AppTask[..., Any, ...]:
             task: AppTask[..., Any, ...] = AppTask(
-                CurrentQueue(self), function, type=type, aliases=aliases, **options
+                CurrentQueue(self), function, type=type, aliases=aliases, schedule=schedule, **options
             )
             for name in (task.type, *task.aliases):
                 self.use(name, task.processor.function, **options)
+            if task.schedule:
+                self._scheduled.append(task)
+                for worker in self._workers:
+                    worker.queues[0].declare(task)
             return task
 
         return decorate if function is None else decorate(function)
@@ -328,6 +340,8 @@ class Apoq:
         """Add the processors to a worker, including those that are registered later."""
         for type_, (processor, options) in self._processors.items():
             worker.use(type_, processor, **options)
+        for task in self._scheduled:
+            worker.queues[0].declare(task)  # to which the application's tasks are added
         self._workers.add(worker)
 
 

@@ -1,4 +1,4 @@
-"""Version 1: the tables of tasks (a superset of the Node.js original's), workers, and claims.
+"""Version 1: the tables of tasks (a superset of the Node.js original's), workers, claims, and schedules.
 
 Each step is harmless if it has been done already. So a database made by the original (at either of its two
 versions) becomes the same as a new one, with its tasks kept, online and offline. The same goes for a database
@@ -44,6 +44,12 @@ CLAIMS_STORAGE = {
     "toast.autovacuum_vacuum_threshold": "1000",
 }
 
+SCHEDULES_STORAGE = {
+    # A schedule is updated at each of its ticks, however few rows there are.
+    "autovacuum_vacuum_scale_factor": "0.01",
+    "autovacuum_vacuum_threshold": "1000",
+}
+
 
 UNCOMPRESSED = "ALTER task_ids SET STORAGE EXTERNAL"
 """To compress a thousand ids would take most of the time of a claim."""
@@ -85,6 +91,8 @@ def upgrade(op: Operations, schema: str | None = None) -> None:
         sa.Column("error", JSONB),
         sa.Column("indexed_state", sa.Text, sa.Computed(INDEXED_STATE, persisted=True)),
         sa.Column("meta", JSONB),
+        sa.Column("schedule", sa.Text),
+        sa.Column("tick_at", TIME),
         # For planned features, because adding them to a table in use would be expensive. A plain task leaves
         # them NULL, which takes one bit.
         sa.Column("unique_key", sa.Text),
@@ -97,8 +105,6 @@ def upgrade(op: Operations, schema: str | None = None) -> None:
         sa.Column("waiting_for", sa.Text),
         sa.Column("on_parent_failure", sa.Text),
         sa.Column("group_id", sa.BigInteger),
-        sa.Column("schedule", sa.Text),
-        sa.Column("tick_at", TIME),
         sa.Column("result", JSONB),
         sa.Column("unique_until_end", sa.Boolean),
         sa.Column("blockers", sa.Integer),
@@ -165,6 +171,7 @@ def upgrade(op: Operations, schema: str | None = None) -> None:
         sa.Column("grace", INTERVAL, nullable=False),
         sa.Column("backend_pid", sa.Integer),
         sa.Column("backend_start", TIME),
+        sa.Column("release", TIME),
         sa.PrimaryKeyConstraint("id", name=op.f("apoq_workers_pkey")),
         schema=schema,
         if_not_exists=True,
@@ -181,6 +188,46 @@ def upgrade(op: Operations, schema: str | None = None) -> None:
     _alter(op, "apoq_claims", schema, _set(CLAIMS_STORAGE))
     if not is_sharded:
         _alter(op, "apoq_claims", schema, UNCOMPRESSED)
+    op.create_table(
+        "apoq_schedules",
+        sa.Column("queue", sa.Text, nullable=False),
+        sa.Column("name", sa.Text, nullable=False),
+        sa.Column("type", sa.Text, nullable=False),
+        sa.Column("data", JSONB, server_default=sa.text("'{}'::jsonb"), nullable=False),
+        sa.Column("cron", sa.Text),
+        sa.Column("timezone", sa.Text, server_default="UTC", nullable=False),
+        sa.Column("every", INTERVAL),
+        sa.Column("catch_up", sa.Text, server_default="latest", nullable=False),
+        sa.Column("catch_up_limit", sa.Integer, server_default=sa.text("100"), nullable=False),
+        sa.Column("not_before", INTERVAL),
+        sa.Column("jitter", INTERVAL),
+        sa.Column("overlap", sa.Text, server_default="skip", nullable=False),
+        sa.Column("priority", sa.SmallInteger, server_default=ZERO, nullable=False),
+        sa.Column("retry_limit", sa.Integer),
+        sa.Column("retry_delay", INTERVAL),
+        sa.Column("timeout", INTERVAL),
+        sa.Column("meta", JSONB),
+        sa.Column("origin", sa.Text, server_default="added", nullable=False),
+        sa.Column("release", TIME),
+        sa.Column("created_at", TIME, server_default=NOW, nullable=False),
+        sa.Column("next_at", TIME, nullable=False),
+        sa.Column("last_tick_at", TIME),
+        sa.Column("last_task_id", sa.BigInteger),
+        sa.Column("skipped_count", sa.Integer, server_default=ZERO, nullable=False),
+        sa.Column("paused_at", TIME),
+        sa.PrimaryKeyConstraint("queue", "name", name=op.f("apoq_schedules_pkey")),
+        schema=schema,
+        if_not_exists=True,
+    )
+    op.create_index(
+        op.f("apoq_schedules_due_idx"),
+        "apoq_schedules",
+        ["queue", "next_at"],
+        schema=schema,
+        postgresql_where=sa.text("paused_at IS NULL"),
+        if_not_exists=True,
+    )
+    _alter(op, "apoq_schedules", schema, _set(SCHEDULES_STORAGE))
 
     op.create_table(
         "apoq_pauses",
@@ -199,6 +246,7 @@ def upgrade(op: Operations, schema: str | None = None) -> None:
 def downgrade(op: Operations, schema: str | None = None) -> None:
     """Drop the tables, with every task in them. A schema that was created for them stays."""
     op.drop_table("apoq_pauses", schema=schema)
+    op.drop_table("apoq_schedules", schema=schema)
     op.drop_table("apoq_claims", schema=schema)
     op.drop_table("apoq_workers", schema=schema)
     op.drop_table("apoq_tasks", schema=schema)

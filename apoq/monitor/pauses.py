@@ -29,7 +29,7 @@ class Pause:
 
     @property
     def subject(self) -> str:
-        """What is paused: the queue, or a type of tasks."""
+        """The queue, or the type of tasks, in words."""
         name = repr(clean(self.queue))
         return f"queue {name}" if self.type is None else f"type {clean(self.type)!r} of queue {name}"
 

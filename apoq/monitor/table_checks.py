@@ -10,6 +10,7 @@ from typing import Final
 
 import sqlalchemy as sa
 
+from apoq.core.states import PENDING
 from apoq.migrations import LATEST, current
 from apoq.migrations.places import ambiguous, where_looked, why_missing
 from apoq.migrations.steps import newer
@@ -20,6 +21,7 @@ from apoq.schema.citus import placement
 from apoq.schema.preflight import CITUS, ROLE, ids_problem, only_adds, problems
 from apoq.schema.statements.claim import CHANGED
 from apoq.schema.statements.count import COUNTED
+from apoq.schema.statements.schedules import all_schedules, is_orphan
 from apoq.schema.statements.server import holders, indexes_naming, server, vacuuming
 
 MAX_DEAD_ROWS: Final = 50_000
@@ -37,6 +39,9 @@ SWEEP_DURATION: Final = timedelta(minutes=2)
 A sweep begins at most 72 s after the last one and finds the task; the next one, some 5 s later, recovers it.
 With many tasks, the sweep itself takes some time.
 """
+
+MAX_SCHEDULES: Final = 10_000
+"""How many schedules are checked."""
 
 MAX_NAMED: Final = 3
 """How many similar findings are listed."""
@@ -173,6 +178,41 @@ def check_workers(found: Figures) -> Iterator[Finding]:
         text = f"{tasks(found.unnoted, COUNTED)} running that no claim has recorded, as in a partial restore"
         wait = f"a worker makes them pending within about {length(SWEEP_DURATION.total_seconds())}"
         yield Finding(WARNING, "running", text, f"wait: {wait}" if alive else f"start a worker: {wait}")
+
+
+def check_schedules(connection: sa.Connection, schema: str | None) -> Iterator[Finding]:
+    """Check for schedules that don't tick, whose tasks don't run, or that the code has lost."""
+    parameters = {"from_queue": None, "named": None, "at_most": MAX_SCHEDULES}
+    rows = connection.execute(all_schedules(schema), parameters).mappings().all()
+    found = [finding for row in rows if row["paused_at"] is None for finding in _check_schedule(row)]
+    if rows and not found:
+        yield Finding(OK, "schedules", f"{len(rows):,}, all of which tick")
+    yield from found[:MAX_NAMED]
+    if len(found) > MAX_NAMED:
+        text = f"{len(found) - MAX_NAMED:,} more have such problems"
+        yield Finding(WARNING, "schedules", text, "run apoq schedules")
+
+
+def _check_schedule(row: sa.RowMapping) -> Iterator[Finding]:
+    name = f"{clean(row['name'])!r} of queue {clean(row['queue'])!r}"
+    late = (row["now"] - row["next_at"]).total_seconds()
+    if not row["is_worked"]:
+        text = f"{name} adds no tasks, because no live worker works on its queue"
+        yield Finding(WARNING, "schedules", text, "start a worker for this queue")
+    elif late > LATE_AFTER_SECONDS:
+        text = f"{name} should have ticked {length(late)} ago"
+        yield Finding(WARNING, "schedules", text, "see the log of a worker of this queue")
+    elif row["last_state"] == PENDING and (row["last_due_for"] or 0) > LATE_AFTER_SECONDS:
+        type_ = clean(row["type"])
+        text = f"{name} has a task of type {type_!r} that has been due for {length(row['last_due_for'])}"
+        cure = (
+            f"if no worker has a processor for {type_!r}, start one that has, or remove the schedule; "
+            "otherwise, start more workers"
+        )
+        yield Finding(WARNING, "schedules", text, cure)
+    if is_orphan(row):
+        text = f"{name} is not declared by the code of any live worker, but still adds tasks"
+        yield Finding(WARNING, "schedules", text, f"apoq schedules remove {shlex.quote(row['name'])}")
 
 
 def check_queues(found: Figures) -> Iterator[Finding]:

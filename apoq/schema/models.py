@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from datetime import datetime, timedelta
 from functools import cache
-from typing import Any, Final, cast
+from typing import Any, Final, TypeVar, cast
 from uuid import UUID
 
 from sqlalchemy import (
@@ -114,6 +114,11 @@ class Task(Base):
     meta: Mapped[dict[str, Any] | None] = mapped_column(JSONB(none_as_null=True))
     """The application's own metadata, such as a request's id or a tenant."""
 
+    schedule: Mapped[str | None]
+    """The name of the schedule that added the task."""
+    tick_at: Mapped[datetime | None]
+    """The time of the schedule's tick for which the task was added; it may have been added later."""
+
     # Columns for planned features, which a plain task leaves NULL. Each row is written three times, and each
     # time a column with a value, or a generated one, costs more than a NULL.
     unique_key: Mapped[str | None]
@@ -126,8 +131,6 @@ class Task(Base):
     waiting_for: Mapped[str | None]
     on_parent_failure: Mapped[str | None]
     group_id: Mapped[int | None] = mapped_column(BigInteger)
-    schedule: Mapped[str | None]
-    tick_at: Mapped[datetime | None]
     result: Mapped[Any | None] = mapped_column(JSONB(none_as_null=True))
     unique_until_end: Mapped[bool | None] = mapped_column(Boolean)
     blockers: Mapped[int | None] = mapped_column(Integer)
@@ -197,6 +200,66 @@ def _keep_id(state: InstanceState[Task], _attributes: object) -> None:
         state.dict["id"] = state.identity[0]
 
 
+class Schedule(Base):
+    """A schedule: a row of the table of schedules, whose times (ticks) become tasks.
+
+    Made by ``@queue.task(cron=…)`` or `Queue.schedule`. Read it with `Queue.schedules`, or with a query of
+    your own; change it only by `Queue.schedule`, which checks the values and computes `next_at`.
+    """
+
+    __tablename__ = "apoq_schedules"
+
+    queue: Mapped[str] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(primary_key=True)
+    type: Mapped[str]
+    """The type of its tasks."""
+    data: Mapped[Any] = mapped_column(JSONB, server_default=text("'{}'::jsonb"))
+    """The data of its tasks."""
+    cron: Mapped[str | None]
+    timezone: Mapped[str] = mapped_column(server_default="UTC")
+    every: Mapped[timedelta | None]
+    catch_up: Mapped[str] = mapped_column(server_default="latest")
+    catch_up_limit: Mapped[int] = mapped_column(Integer, server_default=text("100"))
+    not_before: Mapped[timedelta | None]
+    """The age from which a missed tick becomes no task."""
+    jitter: Mapped[timedelta | None]
+    overlap: Mapped[str] = mapped_column(server_default="skip")
+    priority: Mapped[int] = mapped_column(SmallInteger, server_default=text("0"))
+    retry_limit: Mapped[int | None] = mapped_column(Integer)
+    retry_delay: Mapped[timedelta | None]
+    timeout: Mapped[timedelta | None]
+    meta: Mapped[dict[str, Any] | None] = mapped_column(JSONB(none_as_null=True))
+    origin: Mapped[str] = mapped_column(server_default="added")
+    """``code`` if ``@queue.task`` declares it, ``added`` if `Queue.schedule` has added it."""
+    release: Mapped[datetime | None]
+    """The `release` of the worker that declared it last; None if it was added."""
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    next_at: Mapped[datetime]
+    """The time of the next tick; in the past if it is due, or was while the schedule was paused."""
+    last_tick_at: Mapped[datetime | None]
+    """The time of the last tick, whether or not it became a task."""
+    last_task_id: Mapped[int | None] = mapped_column(BigInteger)
+    """The id of the last tick's task, for ``overlap="skip"``."""
+    skipped_count: Mapped[int] = mapped_column(Integer, server_default=text("0"))
+    """The number of ticks that became no task because the last one's had not ended."""
+    paused_at: Mapped[datetime | None]
+
+    __table_args__ = (
+        # Only due schedules are read, however many there are.
+        Index(
+            conv("apoq_schedules_due_idx"),
+            "queue",
+            "next_at",
+            postgresql_where=text("paused_at IS NULL"),
+        ),
+    )
+
+    def __repr__(self) -> str:
+        names = ("queue", "name", "cron", "every", "next_at")
+        shown = [f"{name}={self.__dict__[name]!r}" for name in names if self.__dict__.get(name) is not None]
+        return f"<Schedule {' '.join(shown)}>"
+
+
 class WorkerRow(Base):
     """A started worker: for people to look at, and for other workers to check that it is alive."""
 
@@ -219,6 +282,8 @@ class WorkerRow(Base):
     backend_pid: Mapped[int | None] = mapped_column(Integer)
     backend_start: Mapped[datetime | None]
     """Identifies, with `backend_pid`, the server process of its heartbeat; both are None behind a pooler."""
+    release: Mapped[datetime | None]
+    """When the worker's code was deployed: schedules that older code declares don't replace its own."""
 
 
 class ClaimRow(Base):
@@ -252,11 +317,13 @@ class PauseRow(Base):
     """When the pause ends by itself; None: never."""
 
 
+M = TypeVar("M", bound=Base)
+
 UPCOMING: Final = frozenset(
     (
         *("unique_key", "held_unique_key", "unique_until_end", "key", "slot", "pool_key", "pool_slot"),
         *("waiting_since", "waiting_for", "blockers", "on_parent_failure", "is_followed", "has_parts"),
-        *("group_id", "schedule", "tick_at", "result"),
+        *("group_id", "result"),
     )
 )
 """Columns of planned features, which are not shown yet."""
@@ -265,15 +332,32 @@ UPCOMING: Final = frozenset(
 @cache
 def task_class(schema: str | None) -> type[Task]:
     """Return the class mapped to the task table of a schema; `Task` itself for the default schema."""
-    if schema is None:
-        return Task
-    table = tasks_table(None).to_metadata(MetaData(), schema=schema)
-    mapped = type(
-        f"Task_in_{schema}",
-        (Task,),
-        {"__table__": table, "__mapper_args__": {"concrete": True}, "__doc__": f"`Task`, in {schema}."},
+    return Task if schema is None else _class_in_schema(Task, schema)
+
+
+@cache
+def schedule_class(schema: str | None) -> type[Schedule]:
+    """Return the class mapped to the table of schedules of a schema; `Schedule` itself for the default."""
+    return Schedule if schema is None else _class_in_schema(Schedule, schema)
+
+
+def _class_in_schema(mapped: type[M], schema: str) -> type[M]:
+    name = mapped.__name__
+    made = type(
+        f"{name}_in_{schema}",
+        (mapped,),
+        {
+            "__table__": _in_schema(mapped, schema),
+            "__mapper_args__": {"concrete": True},
+            "__doc__": f"`{name}`, in {schema}.",
+        },
     )
-    return cast("type[Task]", mapped)
+    return cast("type[M]", made)
+
+
+def schedules_table(schema: str | None) -> Table:
+    """Return the table of schedules of a schema, for Core statements."""
+    return cast("Table", schedule_class(schema).__table__)
 
 
 def tasks_table(schema: str | None) -> Table:
@@ -306,10 +390,18 @@ def _in_schema(mapped: type[Base], schema: str | None) -> Table:
 
 def detached(schema: str | None, row: Mapping[Any, Any]) -> Task:
     """Return a `Task` with the values of a row, as if it were loaded and detached from its session."""
-    mapped = task_class(schema)
-    task = mapped.__new__(mapped)
+    return _detached(task_class(schema), row)
+
+
+def detached_schedule(schema: str | None, row: Mapping[Any, Any]) -> Schedule:
+    """Return a `Schedule` in the same way."""
+    return _detached(schedule_class(schema), row)
+
+
+def _detached(mapped: type[M], row: Mapping[Any, Any]) -> M:
+    made = mapped.__new__(mapped)
     # Without the validators, which check new values, not those from the database.
-    mapped.__init__(task)
-    task.__dict__.update(row)
-    make_transient_to_detached(task)
-    return task
+    mapped.__init__(made)
+    made.__dict__.update(row)
+    make_transient_to_detached(made)
+    return made

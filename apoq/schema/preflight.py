@@ -23,13 +23,14 @@ from apoq.schema.statements.preflight import (
 logger = logging.getLogger(__name__)
 
 RIGHTS: Final[Mapping[str, tuple[str, ...]]] = {
-    "apoq_tasks": ("SELECT", "UPDATE", "DELETE"),
+    "apoq_tasks": ("SELECT", "INSERT", "UPDATE", "DELETE"),
     "apoq_workers": ("SELECT", "INSERT", "UPDATE", "DELETE"),
     "apoq_claims": ("SELECT", "INSERT", "DELETE"),
+    "apoq_schedules": ("SELECT", "INSERT", "UPDATE"),
     "apoq_pauses": ("SELECT",),
     "apoq_migrations": ("SELECT",),
 }
-"""The rights that a worker's role needs on each table. It doesn't need to insert tasks."""
+"""The rights that a worker's role needs on each table. It inserts the tasks of schedules."""
 
 TABLE, CITUS = "table", "citus"
 READ_ONLY, SCHEMA, ROLE, ROW_SECURITY = "read-only", "schema", "rights", "row security"

@@ -40,6 +40,7 @@ from apoq.testing.inside import (
     in_session,
     inside,
 )
+from apoq.testing.ticks import tick_schedules, time_before_travel
 from apoq.worker import Worker
 from apoq.worker.claiming.claimable_queue import retry_limits
 from apoq.worker.claiming.claimer import may_begin
@@ -86,6 +87,9 @@ def drain(
     Tasks are claimed, run, retried and completed as by a worker, with the same code, but on this thread, and
     nothing is committed. ``task.session`` is in the test's transaction, too.
 
+    In a block of `travel` or `freeze`, the schedules of these queues that are due by then add their tasks
+    first. Those of ``@queue.task`` begin at the time from which `travel` has moved the clock.
+
     Args:
         session: The session or connection of the test.
         *workers: Workers, which need not be started, or queues with typed tasks.
@@ -97,6 +101,7 @@ def drain(
         The tasks that have run, as they are afterwards. With an asyncio session, an awaitable of them.
 
     Raises:
+        InvalidSchedule: If the times of a due schedule can't be computed.
         InvalidProcessor: If due tasks have no processor, with ``errors="raise"``; if a queue has no typed
             tasks.
         RuntimeError: If tasks are still due after `limit` attempts, or if it would block a running event
@@ -146,11 +151,16 @@ class _Drain:
         """Run up to `limit` attempts."""
         with ExitStack() as stack:
             self._connection = connection_of(self._inner)
-            if not self._connection.get_execution_options().get(CLOCK):
+            clock = self._connection.get_execution_options().get(CLOCK)
+            if clock is None:
                 # Otherwise now() would be the beginning of the test's transaction; a worker begins new ones.
                 stack.enter_context(travel(self._inner, timedelta()))
             stack.callback(self._close)
             self._flush()
+            if clock is not None:
+                # Without a clock of its own, a test would depend on the time of the day.
+                queues = dict.fromkeys(queue for crew in self._crews for queue in crew.queues)
+                tick_schedules(self._execute, queues, time_before_travel(self._connection, clock))
             for _ in range(limit):
                 if (claimed := self._claim()) is None:
                     break

@@ -333,6 +333,41 @@ def _write_life(event: Event) -> None:
             )
 
 
+# Of the ticker:
+
+
+def schedule_passed_over(queue: str, name: str, seconds: float, error: BaseException) -> None:
+    """Log that a schedule can't be ticked."""
+    logger.error(
+        "the schedule %r of the queue %r can't be ticked: %s. Other schedules are ticked, and this one is "
+        "tried again every %.0f s: correct it by queue.schedule, or remove it",
+        *(name, queue, brief(error), seconds),
+    )
+
+
+def ticks_missed(count: int, names: Iterable[str]) -> None:
+    """Log that schedules have ticks that became no tasks."""
+    logger.warning(
+        "ticks were missed while no worker was running, and become no tasks because of catch_up or "
+        "not_before: %d schedules, such as %s",
+        *(count, ", ".join(map(repr, names))),
+    )
+
+
+def schedule_kept(queue: str, name: str) -> None:
+    """Log that a newer release has declared a schedule."""
+    logger.warning(
+        "the schedule %r of the queue %r was declared by a later release than this worker's, which leaves it "
+        "as it is",
+        *(name, queue),
+    )
+
+
+def schedule_not_declared(queue: str, name: str, problem: object) -> None:
+    """Log that a schedule that the code declares can't be written."""
+    logger.error("the schedule %r of the queue %r is not used: %s", name, queue, problem)
+
+
 def _describe(error: BaseException) -> str:
     error = reason(error)
     return f"{type(error).__qualname__}: {message_of(error)}"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 from sqlalchemy import URL
 
 from apoq.core.retry import duration
+from apoq.errors import glimpse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +28,8 @@ class WorkerOptions:
     """Time after which completed tasks are deleted; None: never."""
     keep_failed: timedelta | None
     """Time after which failed and cancelled tasks are deleted; None: never."""
+    release: datetime
+    """When the worker's code was deployed."""
     listen_url: str | URL | None = field(repr=False)
     """URL of the connection for notifications. Not in the repr, because it may contain a password."""
 
@@ -39,6 +42,11 @@ class WorkerOptions:
             if not value:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)!r}")
             object.__setattr__(self, name, value)
+        if not isinstance(self.release, datetime) or self.release.utcoffset() is None:
+            raise TypeError(
+                "release must be the time of the deployment, a datetime with a time zone, got "
+                f"{glimpse(self.release)}"
+            )
         for name in ("keep_completed", "keep_failed"):
             if (kept := getattr(self, name)) is not None:
                 object.__setattr__(self, name, duration(kept, name))

@@ -35,6 +35,7 @@ from apoq.worker.liveness.lost_tasks import LostTaskMonitor
 from apoq.worker.liveness.registration import Registration
 from apoq.worker.maintenance.pruner import Pruner
 from apoq.worker.maintenance.sweep import Sweep
+from apoq.worker.maintenance.ticker import Ticker
 from apoq.worker.options import WorkerOptions
 from apoq.worker.service import Service, left_until
 from apoq.worker.settling.counters import Counter
@@ -70,6 +71,7 @@ class Runtime:
         listener ─notification─▶ claimer ─tasks─▶ executor ─results─▶ settler
         scanner ──────due──────▶    ▲                 │ free slots
         heartbeat ───rescued───▶    └─────────────────┘
+        ticker ───────due──────▶
     """
 
     def __init__(
@@ -101,6 +103,7 @@ class Runtime:
             self.claim_log,
             concurrency=options.concurrency,
             lease=options.lease,
+            release=options.release,
             on_rescued=self._look_in_schema,
             on_unknown=self._look_for_strays,
             on_lapse=self._lapsed,
@@ -178,6 +181,15 @@ class Runtime:
             keep_completed=options.keep_completed,
             keep_failed=options.keep_failed,
         )
+        self.ticker = Ticker(
+            self.engine,
+            queues,
+            leases,
+            outage,
+            poll_interval=options.poll_interval.total_seconds(),
+            release=options.release,
+            on_due=self.look_for_tasks,
+        )
         self.sweep = Sweep(
             self.engine,
             leases,
@@ -195,6 +207,7 @@ class Runtime:
             self.scanner,
             self._pruner,
             self.sweep,
+            self.ticker,
             self.claimer,
         )
         """The services that run from a start to a stop."""
@@ -223,7 +236,7 @@ class Runtime:
         for signal in self._signals.values():
             signal.is_given = True
         self.executor.close()
-        looking = (self.scanner, self.claimer, self._pruner, self.sweep)
+        looking = (self.scanner, self.claimer, self._pruner, self.sweep, self.ticker)
         for service in looking:
             service.end()
         self._release_line()

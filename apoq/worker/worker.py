@@ -6,7 +6,7 @@ import asyncio
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from queue import SimpleQueue
 from typing import Any, Final
@@ -63,6 +63,7 @@ class Worker:
         keep_failed: float | timedelta | None = timedelta(days=7),
         listen_url: str | URL | None = None,
         middleware: Middleware | Iterable[Middleware] = (),
+        release: datetime | None = None,
     ) -> None:
         """Create a worker. It does nothing until `work`, `start` or `run`.
 
@@ -85,6 +86,9 @@ class Worker:
             middleware: A function, or a list of functions, the outermost first. Each takes the running task
                 and returns a context manager, in which the processor is called. The completion is written
                 after its exit. An exception from it fails the attempt.
+            release: When this code was deployed, as a datetime with a time zone. A worker doesn't change
+                schedules that the code of a later release has declared with ``@queue.task``. By default, the
+                time at which the worker is created.
 
         Raises:
             TypeError: If an argument has the wrong type.
@@ -109,6 +113,7 @@ class Worker:
             lease=lease,  # type: ignore[arg-type]
             keep_completed=keep_completed,  # type: ignore[arg-type]
             keep_failed=keep_failed,  # type: ignore[arg-type]
+            release=datetime.now(UTC) if release is None else release,
             listen_url=listen_url,
         )
         self.events = Events()

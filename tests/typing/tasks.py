@@ -17,7 +17,7 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_session
 from sqlalchemy.orm import Session, scoped_session
 
-from apoq import AsyncRunningTask, Queue, RunningTask, Task, TypedTask, Worker
+from apoq import AsyncRunningTask, Queue, RunningTask, Schedule, Task, TypedTask, Worker
 
 queue = Queue("emails")
 
@@ -65,6 +65,15 @@ def anything(payload: Any, *, to: str | None = None) -> int:
     return len(payload)
 
 
+@queue.task(cron="0 9 * * MON-FRI", timezone="Europe/Berlin", catch_up="all", overlap="allow", jitter=60)
+def report(task: RunningTask, day: str = "today") -> None:
+    assert_type(task.tick_at, datetime | None)
+
+
+@queue.task(every=timedelta(minutes=5), retry_limit=0)
+async def poll() -> None: ...
+
+
 greet = queue.task(type="greet")(partial(send_welcome, locale="de"))
 
 
@@ -100,6 +109,26 @@ def adding(
     tidy.add(session, 1)  # wrong: call-overload reportCallIssue
     charge.add(session)  # wrong: call-overload reportCallIssue
     charge.add(session, "7")  # wrong: call-overload reportCallIssue
+
+
+def scheduling(session: Session, connection: Connection) -> None:
+    report.add(session, day="tomorrow")
+    assert_type(queue.schedule(session, "a", report.call(day="x"), cron="@daily"), Schedule)
+    assert_type(queue.schedule(connection, "b", "t", {"a": 1}, every=60, priority=3), Schedule)
+    assert_type(queue.unschedule(session, "a"), bool)
+    assert_type(queue.schedules(session), list[Schedule])
+
+    report.add(session, 7)  # wrong: call-overload reportCallIssue
+    queue.schedule(session, "a", report.call(), every="5m")  # wrong: call-overload reportArgumentType
+    queue.schedule(session, "a", report.call(), catch_up="last")  # wrong: call-overload reportArgumentType
+    queue.schedule(session, "a")  # wrong: call-overload reportCallIssue
+    queue.task(crn="@daily")  # wrong: call-overload reportCallIssue
+
+
+async def scheduling_in_asyncio(session: AsyncSession) -> None:
+    assert_type(await queue.schedule(session, "a", report.call(), cron="@daily"), Schedule)
+    assert_type(await queue.unschedule(session, "a"), bool)
+    assert_type(await queue.schedules(session), list[Schedule])
 
 
 async def adding_in_asyncio(

@@ -74,6 +74,7 @@ ClaimedTask = tuple[
     float | None,  # timeout, in seconds
     str | None,  # meta as JSON; None if it is large
     str,  # queue
+    float | None,  # tick_at, in seconds since 1970
     C,  # the claim, which the worker adds
 ]
 """The columns of a task that `claim` returns, and the claim to which the task belongs.
@@ -97,7 +98,8 @@ RETRY_DELAY: Final = 10
 TIMEOUT: Final = 11
 META: Final = 12
 QUEUE: Final = 13
-CLAIM: Final = 14
+TICK_AT: Final = 14
+CLAIM: Final = 15
 """The indexes of these values in a `ClaimedTask`."""
 
 LONGEST: Final = 8_000
@@ -278,6 +280,7 @@ def _returned(tasks: Table, *, bare: bool) -> tuple[ColumnElement[Any], ...]:
         func.date_part(EPOCH, tasks.c.timeout, type_=Double),
         cast(null(), Text) if bare else short_text(tasks.c.meta),
         tasks.c.queue,
+        func.date_part(EPOCH, in_utc(tasks.c.tick_at), type_=Double),
     )
 
 

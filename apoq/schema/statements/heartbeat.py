@@ -29,7 +29,7 @@ from sqlalchemy import (
     true,
     union_all,
 )
-from sqlalchemy.dialects.postgresql import ARRAY, INTERVAL, Insert, insert
+from sqlalchemy.dialects.postgresql import ARRAY, INTERVAL, TIMESTAMP, Insert, insert
 from sqlalchemy.types import Boolean, DateTime, Integer
 
 from apoq.schema.models import claims_table, workers_table
@@ -63,6 +63,7 @@ def beat(schema: str | None) -> Insert:
         "version": bindparam("worker_version", type_=Text),
         "queues": bindparam("worker_queues", type_=ARRAY(Text)),
         "concurrency": bindparam("worker_concurrency", type_=Integer),
+        "release": bindparam("worker_release", type_=TIMESTAMP(timezone=True)),
         "last_heartbeat_at": func.statement_timestamp(),
         "expires_at": func.statement_timestamp() + bindparam("lease", type_=INTERVAL),
         "grace": bindparam("grace", type_=INTERVAL),

@@ -12,20 +12,21 @@ from sqlalchemy import ColumnElement, Numeric, cast, extract
 from sqlalchemy.dialects.postgresql import INTERVAL, TIMESTAMP
 
 from apoq.postgres.loaders import read_length, read_time
-from apoq.schema.models import tasks_table
+from apoq.schema.models import schedules_table, tasks_table
 from apoq.schema.statements.clock import in_utc
 
 _READERS: Final = {TIMESTAMP: read_time, INTERVAL: read_length}
 _COLUMNS: Final = {
     column.name: _READERS[type(column.type)]
-    for column in tasks_table(None).c
+    for table in (tasks_table(None), schedules_table(None))
+    for column in table.c
     if type(column.type) in _READERS
 }
-"""The columns of a task that are sent as numbers, and the functions that read them."""
+"""The columns of tasks and schedules that are sent as numbers, and the functions that read them."""
 
 
 def portable(name: str, value: ColumnElement[Any]) -> ColumnElement[Any]:
-    """Return the value of a task's column as an expression for `read_row`."""
+    """Return the value of a column of a task or a schedule as an expression for `read_row`."""
     if name not in _COLUMNS:
         return value.label(name)
     if _COLUMNS[name] is read_time:
@@ -36,7 +37,7 @@ def portable(name: str, value: ColumnElement[Any]) -> ColumnElement[Any]:
 
 
 def read_row(row: Mapping[Any, Any]) -> dict[str, Any]:
-    """Return the values of a task's columns that were selected by `portable`."""
+    """Return the values of columns that were selected by `portable`."""
     return {
         name: _COLUMNS[name](value) if value is not None and name in _COLUMNS else value
         for name, value in row.items()

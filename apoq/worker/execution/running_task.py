@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar, cast
 from apoq.client.queue import Queue
 from apoq.core.registry import Running
 from apoq.postgres.loaders import UnreadableData, read_json, read_time
-from apoq.schema.statements.claim import CREATED_AT, META, PRIORITY, PROCESS_AT
+from apoq.schema.statements.claim import CREATED_AT, META, PRIORITY, PROCESS_AT, TICK_AT
 from apoq.worker.execution.attempt import AnyAttempt
 from apoq.worker.execution.task_sessions import AsyncTaskSession, TaskSession
 
@@ -59,6 +59,12 @@ class _Running(Running, Generic[S]):
     def process_at(self) -> datetime:
         """Time when the task was due."""
         return read_time(self._attempt.row[PROCESS_AT])
+
+    @property
+    def tick_at(self) -> datetime | None:
+        """The time of the schedule for which the task was added; None if no schedule has added it."""
+        seconds = self._attempt.row[TICK_AT]
+        return None if seconds is None else read_time(seconds)
 
     @property
     def attempt(self) -> int:
@@ -146,6 +152,7 @@ KNOWN = (
     "priority",
     "created_at",
     "process_at",
+    "tick_at",
     "attempt",
     "fail_count",
     "claim_token",

@@ -77,6 +77,7 @@ class Heartbeat:
         *,
         concurrency: int,
         lease: timedelta,
+        release: datetime,
         on_rescued: Callable[[str | None], None],
         on_unknown: Callable[[], None],
         on_lapse: Callable[[list[str | None]], None],
@@ -105,6 +106,7 @@ class Heartbeat:
             "worker_host": platform.node(),
             "worker_version": _version("apoq"),
             "worker_concurrency": concurrency,
+            "worker_release": release,
         }
         self._forgets_at = 0.0
         self.worker_id = UUID(int=0)
