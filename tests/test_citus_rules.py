@@ -43,7 +43,7 @@ IN_SHARDED_SCHEMAS: Final = {"claim.claim": {"bare": True, "noted": False}}
 Elsewhere, a claim is recorded by the same statement, and returns data only if it is short.
 """
 
-PARTS: Final = {"notes.note", "notes.forget_claims"}
+PARTS: Final = {"notes.note", "notes.forget_claims", "pauses.next_resumes"}
 """Functions that return a statement which is only used within others."""
 
 WITHOUT_PLAN: Final = {"enqueue.copy_many", "notify.FLUSH_NOTHING"}
@@ -63,6 +63,8 @@ WRITES: Final = {
     "heartbeat.leave": 2,
     "notes.note_tasks": 1,
     "notes.forget_settled": 1,
+    "pauses.pause": 1,
+    "pauses.resume": 1,
     "prune.prune_completed": 1,
     "prune.prune_failed": 1,
     "recover.forget_dead": 1,
