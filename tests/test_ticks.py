@@ -19,6 +19,7 @@ from apoq import Queue, Schedule, Task
 from apoq.core.schedules import offset
 from apoq.postgres.connections import compiled, own_engine
 from apoq.schema.statements.ticks import lock_due, next_ticks
+from apoq.worker.maintenance import ticks as worker_ticks
 
 until = patience(20.0)
 
@@ -259,6 +260,16 @@ def test_one_transaction_adds_a_bounded_number_of_tasks(engine):
 
     assert sizes == [3, 2, 0]
     assert sum(len(ticks(engine, f"n{number}")) for number in range(5)) == 2_000
+
+
+def test_one_transaction_takes_a_bounded_time(engine, monkeypatch):
+    monkeypatch.setattr(worker_ticks, "MAX_SECONDS", 0.0)
+    for number in range(3):
+        add(engine, f"n{number}")
+    with engine.begin() as connection:
+        sizes = [len(tick_at(connection, START).locked) for _ in range(4)]
+
+    assert sizes == [1, 1, 1, 0]
 
 
 @pytest.mark.parametrize(

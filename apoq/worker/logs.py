@@ -348,8 +348,8 @@ def schedule_passed_over(queue: str, name: str, seconds: float, error: BaseExcep
 def ticks_missed(count: int, names: Iterable[str]) -> None:
     """Log that schedules have ticks that became no tasks."""
     logger.warning(
-        "ticks were missed while no worker was running, and become no tasks because of catch_up or "
-        "not_before: %d schedules, such as %s",
+        "ticks were missed, while no worker was running or while their schedules were paused, and become no "
+        "tasks because of catch_up or not_before: %d schedules, such as %s",
         *(count, ", ".join(map(repr, names))),
     )
 

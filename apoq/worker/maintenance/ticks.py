@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -16,6 +17,9 @@ from apoq.schema.statements.ticks import add_ticks, lock_due, move_on
 
 MAX_TASKS: Final = 1_000
 """Tasks that one transaction adds, at most, unless a single schedule adds more."""
+
+MAX_SECONDS: Final = 1.0
+"""Seconds for which one transaction decides about schedules while they are locked, about."""
 
 Execute = Callable[[Executable, Mapping[str, Any]], Iterable[Sequence[Any]]]
 """Executes one statement of the transaction, and returns its rows, if it has any."""
@@ -70,12 +74,12 @@ def tick(
         **passed_over(passed),
     }
     due: dict[Key, tuple[Due, timedelta]] = {}
-    count = 0
+    count, ends_at = 0, time.monotonic() + MAX_SECONDS
     for row in execute(lock_due(schema), parameters):
         its = _Row(*row)
         key = Key(its.queue, its.name)
         now = read_time(its.now)
-        if count >= MAX_TASKS:
+        if ticked.locked and (count >= MAX_TASKS or time.monotonic() >= ends_at):
             break  # the next transaction goes on
         ticked.locked.append(key)
         try:
