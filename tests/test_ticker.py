@@ -68,6 +68,22 @@ def test_a_tick_is_a_task_at_the_second(engine, make_worker, queue):
     assert min(late) < timedelta(seconds=1)
 
 
+def test_workers_that_did_not_tick_themselves_are_notified(engine, make_worker, queue, caplog):
+    ran = threading.Event()
+    runs = make_worker(queue, poll_interval=3600)
+    runs.use("t", lambda task: ran.set())
+    runs.start()
+    until(lambda: probe.awaited(runs) and probe.is_idle(runs))
+    add(engine, queue, "x")
+    be_due(engine)
+
+    ticks = make_worker(queue)  # which has no processor
+    ticks.start()
+
+    assert ran.wait(10)
+    assert "failed" not in caplog.text
+
+
 def test_a_task_that_no_schedule_has_added_has_no_tick(engine, queue, make_worker):
     found = []
     worker = make_worker(queue)

@@ -16,7 +16,7 @@ from sqlalchemy import Engine
 from apoq.client.queue import Queue
 from apoq.postgres.connections import execute, is_caused_by_a_row, transaction
 from apoq.postgres.loaders import read_time
-from apoq.schema.statements.notify import has_tasks, notify
+from apoq.schema.statements.notify import arrays, has_tasks, notify
 from apoq.schema.statements.ticks import next_ticks
 from apoq.worker import logs
 from apoq.worker.claiming.look_times import JITTER, POLLS_PER_SECOND
@@ -101,8 +101,8 @@ class Ticker(Service):
         ticked = schedules.tick()
         if ticked.queues:
             self._on_due([queue for queue in schedules.queues if queue.name in ticked.queues])
-            for name in ticked.queues:
-                execute(self._engine, notify(), has_tasks(schedules.schema, name)._asdict())
+            its = arrays(has_tasks(schedules.schema, name) for name in ticked.queues)
+            execute(self._engine, notify(), its)
         # If there was none, another session has locked those that are due.
         return (time.monotonic() - began) * REST_FACTOR if ticked.locked else later_in
 
