@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from datetime import datetime, timedelta
 from functools import cache
@@ -342,8 +343,17 @@ def schedule_class(schema: str | None) -> type[Schedule]:
 
 
 def _class_in_schema(mapped: type[M], schema: str) -> type[M]:
+    with _making:  # two threads may ask at once, and SQLAlchemy warns of a second class of this name
+        return cast("type[M]", _make_class(mapped, schema))
+
+
+_making: Final = threading.Lock()
+
+
+@cache
+def _make_class(mapped: type[Base], schema: str) -> type[Base]:
     name = mapped.__name__
-    made = type(
+    return type(
         f"{name}_in_{schema}",
         (mapped,),
         {
@@ -352,7 +362,6 @@ def _class_in_schema(mapped: type[M], schema: str) -> type[M]:
             "__doc__": f"`{name}`, in {schema}.",
         },
     )
-    return cast("type[M]", made)
 
 
 def schedules_table(schema: str | None) -> Table:
