@@ -5,9 +5,6 @@ from __future__ import annotations
 import math
 from typing import Final
 
-FACTOR: Final = 5
-"""The interval is so many times as long as a statement took longer than usual."""
-
 MAX_INTERVAL_SECONDS: Final = 0.02
 """Seconds between two statements, at most, and so the longest delay that this causes."""
 
@@ -16,7 +13,7 @@ FORGETTING: Final = 1.001
 
 
 class Pace:
-    """Sends statements at intervals in proportion to how much longer than usual the last one took.
+    """Rests after a statement for as long as it took longer than usual.
 
     While the machine has time to spare, the server responds as fast as it can, and the next statement is sent
     immediately. If statements wait for each other, or for a processor, fewer and larger ones do more. The
@@ -30,4 +27,4 @@ class Pace:
     def interval(self, took: float) -> float:
         """Return the seconds from the start of a statement that took so long to the start of the next one."""
         self._usual = min(took, self._usual * FORGETTING)
-        return min(MAX_INTERVAL_SECONDS, FACTOR * (took - self._usual))
+        return min(MAX_INTERVAL_SECONDS, 2 * took - self._usual)
