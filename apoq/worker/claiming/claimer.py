@@ -165,11 +165,11 @@ class Claimer(Service):
             return self._rested_at - began
         wanted = min(room, MAX_CLAIM_SIZE)
         claimed = self.claim(wanted, free, connection)
-        self._executor.put(self._startable(claimed))
-        self._move_cursors()
         if len(claimed) < wanted:
             # Then there will be more tasks for the next claim.
             self._rested_at = began + self._pace.interval(time.monotonic() - began)
+        self._executor.put(self._startable(claimed))
+        self._move_cursors()
         self._strays.forget_settled(connection)
         return 0.0
 
