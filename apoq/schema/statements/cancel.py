@@ -5,7 +5,17 @@ from __future__ import annotations
 from functools import cache
 from typing import Any, Final
 
-from sqlalchemy import BigInteger, Boolean, ColumnElement, Text, bindparam, cast, literal_column, update
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    ColumnElement,
+    Text,
+    bindparam,
+    cast,
+    literal_column,
+    null,
+    update,
+)
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.sql.dml import ReturningUpdate
 
@@ -16,7 +26,7 @@ from apoq.schema.statements.portable import portable
 
 _CANCELLABLE: Final[ColumnElement[bool]] = literal_column(f"state IN {alternatives(CANCELLABLE)}", Boolean)
 
-_RETURNED: Final = ("id", "state", "cancelled_at", "error", "claimed_at")
+_RETURNED: Final = ("id", "state", "cancelled_at", "error", "claimed_at", "held_unique_key")
 
 
 @cache
@@ -38,6 +48,7 @@ def cancel(schema: str | None) -> ReturningUpdate[Any]:
             state=CANCELLED,
             cancelled_at=now(),
             error=cast(bindparam("reason", type_=Text), JSONB),
+            held_unique_key=null(),
         )
         # claimed_at, because a task that was never claimed isn't running, so no worker has to be notified.
         .returning(*(portable(name, tasks.c[name]) for name in _RETURNED))

@@ -53,8 +53,14 @@ from apoq.schema.statements.notes import note
 from apoq.schema.statements.queues import given_queues
 from apoq.schema.statements.states import is_pending
 
-CHANGED: Final = ("state", "claim_token", "attempt", "worker_id", "claimed_at", "prefetched")
-"""The columns that a claim changes. If an index contained one of them, a claim would write to every index."""
+CHANGED: Final = (
+    *("state", "claim_token", "attempt", "worker_id", "claimed_at", "prefetched"),
+    "held_unique_key",
+)
+"""The columns that a claim changes. If an index contained one of them, a claim would write to every index.
+
+The exception is `held_unique_key`, which is NULL in a plain task and stays so.
+"""
 
 
 C = TypeVar("C")
@@ -248,6 +254,9 @@ def _effect(tasks: Table, picked: CTE, *, ahead: bool) -> dict[str, Any]:
         "worker_id": bindparam("by_worker", type_=Uuid),
         "claimed_at": func.now(),
         "prefetched": may_not_have_begun,
+        # A key that is held until the task has started is given up here: a task that is added from now on is
+        # another one. NULL stays NULL.
+        "held_unique_key": case((tasks.c.unique_until_end, tasks.c.held_unique_key)),
     }
 
 
