@@ -20,6 +20,7 @@ from apoq.worker.claim_log import ClaimLog
 from apoq.worker.failures import Outage
 from apoq.worker.isolation import Isolation
 from apoq.worker.lease import Lease
+from apoq.worker.unique_keys import take_free_keys
 
 POLL_SECONDS: Final = 1.0
 """Seconds between two looks for stray tasks, while there may be any."""
@@ -82,7 +83,8 @@ class Strays:
             "known": array_text(self._claim_log.known(schema)),
             "held": array_text(held),
         }
-        ((left,),) = execute(self._engine, give_back(schema), parameters)
+        ((left, without_key),) = execute(self._engine, give_back(schema), parameters)
+        take_free_keys(partial(execute, self._engine), schema, without_key or ())
         execute(self._engine, forget_unknown(schema), parameters)
         return not left
 

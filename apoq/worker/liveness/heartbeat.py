@@ -35,6 +35,7 @@ from apoq.worker.isolation import Isolation
 from apoq.worker.lease import Lease
 from apoq.worker.liveness.peers import Peer
 from apoq.worker.liveness.presence import Presence
+from apoq.worker.unique_keys import lacking, take_free_keys
 
 HEARTBEATS_PER_LEASE: Final = 5
 """Heartbeats to a lease: a worker counts as dead when it has missed this many."""
@@ -209,7 +210,8 @@ class Heartbeat:
         has_more = True
         while has_more and time.monotonic() < ends_at:
             try:
-                rescued = self._execute(rescue(presence.schema), parameters | narrowing.parameters).rowcount
+                rows = self._execute(rescue(presence.schema), parameters | narrowing.parameters).fetchall()
+                rescued = len(rows)
             except LockNotAvailable:
                 logs.table_locked("tasks of dead workers are rescued when it is free")
                 return
@@ -221,6 +223,7 @@ class Heartbeat:
                     return
                 continue
             if rescued:
+                take_free_keys(self._execute, presence.schema, lacking(rows))
                 self._report(TasksRescued(rescued, presence.schema))
                 self._on_rescued(presence.schema)
             has_more = narrowing.written(rescued)

@@ -21,6 +21,7 @@ from apoq.worker.isolation import Isolation
 from apoq.worker.lease import Lease
 from apoq.worker.liveness.heartbeat import REASON
 from apoq.worker.service import Service
+from apoq.worker.unique_keys import lacking, take_free_keys
 
 STEP_SIZE: Final = 1_000
 """Tasks that one statement looks at, at most."""
@@ -135,8 +136,9 @@ class Sweep(Service):
     def _rescue(self, schema: str | None, tasks: list[tuple[int, int]]) -> None:
         ids, tokens = zip(*tasks, strict=True)
         parameters = {"ids": array_text(ids), "tokens": array_text(tokens), "reason": REASON}
-        if rescued := execute(self._engine, rescue_unnoted(schema), parameters).rowcount:
-            self._report(TasksRescued(rescued, schema, is_noted=False))
+        if rescued := execute(self._engine, rescue_unnoted(schema), parameters).fetchall():
+            take_free_keys(partial(execute, self._engine), schema, lacking(rescued))
+            self._report(TasksRescued(len(rescued), schema, is_noted=False))
             self._on_rescued(schema)
 
 
