@@ -17,8 +17,8 @@ from sqlalchemy.schema import CreateIndex
 
 from apoq import Queue, Task
 from apoq.cli.looking import SETTINGS
-from apoq.postgres.connections import SESSION
 from apoq.core.options import checked
+from apoq.postgres.connections import SESSION
 from apoq.schema.statements.arrays import array_text
 from apoq.schema.statements.cancel import cancel
 from apoq.schema.statements.claim import CHANGED, DATA, claim
