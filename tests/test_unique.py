@@ -370,6 +370,34 @@ def test_a_key_of_a_task_that_another_program_has_ended_is_free(engine, queue):
     assert holding(engine) == [second.id]
 
 
+def test_a_task_can_be_cancelled_by_the_key_that_it_holds(engine, queue, worker):
+    worker.use("t", lambda task: None)
+    with Session(engine) as session, session.begin():
+        done = queue.add(session, "t", unique_key="k")
+    worker.work()
+    with Session(engine) as session, session.begin():
+        assert not queue.cancel(session, unique_key="k")
+        waiting = queue.add(session, "t", unique_key="k")
+        assert not Queue("other").cancel(session, unique_key="k")
+        assert queue.cancel(session, unique_key="k", reason="why")
+        assert (waiting.state, waiting.held_unique_key, waiting.error["message"]) == (
+            "cancelled",
+            None,
+            "why",
+        )
+        assert not queue.cancel(session, unique_key="k")
+
+    assert [task.state for task in stored(engine)] == ["completed", "cancelled"]
+    assert done.id != waiting.id
+
+
+def test_cancel_takes_a_task_or_a_key(session, queue):
+    with pytest.raises(InvalidTask, match="task and unique_key can't both be given"):
+        queue.cancel(session, 7, unique_key="k")
+    with pytest.raises(InvalidTask, match="a unique key must not be empty"):
+        queue.cancel(session, unique_key="")
+
+
 # A task that is pending again
 
 

@@ -71,7 +71,8 @@ def add_many(
 
 def cancel(caller: Caller, schema: str | None, parameters: dict[str, Any]) -> bool:
     """Cancel a task that has not ended, and notify its worker; return whether there was one."""
-    for row in caller.execute(cancelling.cancel(schema), parameters):
+    by_key = "task_unique_key" in parameters
+    for row in caller.execute(cancelling.cancel(schema, by_key=by_key), parameters):
         caller.refresh(task_class(schema), read_row(row))
         if row["claimed_at"] is not None:
             caller.notify(was_cancelled(row["id"]))

@@ -308,12 +308,23 @@ class Queue(QueueSchedules, QueuePauses):
     @overload
     def cancel(self, session: SyncSession, task: Task | int, *, reason: str = ...) -> bool: ...
     @overload
+    def cancel(self, session: SyncSession, *, unique_key: str, reason: str = ...) -> bool: ...
+    @overload
     def cancel(
         self, session: AsyncioSession, task: Task | int, *, reason: str = ...
     ) -> Coroutine[Any, Any, bool]: ...
+    @overload
+    def cancel(
+        self, session: AsyncioSession, *, unique_key: str, reason: str = ...
+    ) -> Coroutine[Any, Any, bool]: ...
     @session_first
     def cancel(
-        self, session: SyncSession | AsyncioSession, task: Task | int, *, reason: str = ""
+        self,
+        session: SyncSession | AsyncioSession,
+        task: Task | int | None = None,
+        *,
+        unique_key: str | None = None,
+        reason: str = "",
     ) -> bool | Coroutine[Any, Any, bool]:
         """Cancel a task of this queue in the transaction of `session`.
 
@@ -325,14 +336,16 @@ class Queue(QueueSchedules, QueuePauses):
         Args:
             session: A session or connection, as for `add`.
             task: The task, or its id.
+            unique_key: Instead of `task`, the unique key of a task that holds it.
             reason: A text that is stored in the task's `error`.
 
         Returns:
-            True if the task was cancelled; False if it had already ended, or is not in this queue. With an
-            asyncio session or connection, an awaitable of it.
+            True if the task was cancelled; False if it had already ended, or is not in this queue, or no task
+            holds the key. With an asyncio session or connection, an awaitable of it.
 
         Raises:
-            InvalidTask: If `task` is not a task of this schema or an id, or `reason` is not text.
+            InvalidTask: If `task` is not a task of this schema or an id, `unique_key` can't be one, both
+                are given, or `reason` is not text.
             UnsupportedSession: If `session` is not a session or connection, or has no usable engine.
             UnsupportedDatabase: If it is not on PostgreSQL through psycopg 3, or translates apoq's schema.
             SchemaMismatch: If apoq's tables are missing or at another version.
@@ -341,7 +354,7 @@ class Queue(QueueSchedules, QueuePauses):
             If a worker is completing the task at the same moment, this waits for the worker's transaction.
         """
         parameters = {
-            "task_id": self._id_of(task),
+            **self._task_or_key(task, unique_key),
             "from_queue": self.name,
             "reason": encode(report(Cancel(checked_reason(reason)))),
         }
@@ -521,7 +534,14 @@ class Queue(QueueSchedules, QueuePauses):
             key = unique.key_of(data, f"the unique key of items[{index}]")
             yield unique_tasks.Item(key, encode(data, self.max_data_size, f"items[{index}]"))
 
-    def _id_of(self, task: Task | int) -> int:
+    def _task_or_key(self, task: Task | int | None, unique_key: str | None) -> dict[str, Any]:
+        if unique_key is None:
+            return {"task_id": self._id_of(task)}
+        if task is not None:
+            raise InvalidTask("task and unique_key can't both be given: pass one of them")
+        return {"task_unique_key": check_name(unique_key, "a unique key")}
+
+    def _id_of(self, task: Task | int | None) -> int:
         if isinstance(task, Task):
             if inspect(task).mapper.local_table is not self.task_class.__table__:
                 raise InvalidTask(f"task must be in the schema of {self!r}, got {task!r}")

@@ -75,13 +75,13 @@ class Arguments:
         """Return the arguments in a task's data as the function gets them, with defaults."""
         defaults = {
             name: parameter.default
-            for name, parameter in self._signature.parameters.items()
+            for name, parameter in self.signature.parameters.items()
             if parameter.default is not Parameter.empty
         }
         return {**defaults, **self.read(data)}
 
     def _is_default(self, name: str, value: Any) -> bool:
-        parameter = self._signature.parameters.get(name)
+        parameter = self.signature.parameters.get(name)
         if parameter is None or parameter.default is Parameter.empty:
             return False
         try:

@@ -30,8 +30,10 @@ _RETURNED: Final = ("id", "state", "cancelled_at", "error", "claimed_at", "held_
 
 
 @cache
-def cancel(schema: str | None) -> ReturningUpdate[Any]:
+def cancel(schema: str | None, *, by_key: bool = False) -> ReturningUpdate[Any]:
     """Cancel the task `task_id` of `from_queue` unless it has ended, with an error that gives the `reason`.
+
+    Or (`by_key`) the task that holds `task_unique_key`.
 
     A worker that runs the task can no longer write to it, because workers write only to running tasks.
     """
@@ -40,7 +42,9 @@ def cancel(schema: str | None) -> ReturningUpdate[Any]:
     return (
         update(task_class(schema))
         .where(
-            tasks.c.id == bindparam("task_id", type_=BigInteger),
+            tasks.c.held_unique_key == bindparam("task_unique_key", type_=Text)
+            if by_key
+            else tasks.c.id == bindparam("task_id", type_=BigInteger),
             tasks.c.queue == bindparam("from_queue", type_=Text),
             _CANCELLABLE,
         )

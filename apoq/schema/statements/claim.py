@@ -53,14 +53,11 @@ from apoq.schema.statements.notes import note
 from apoq.schema.statements.queues import given_queues
 from apoq.schema.statements.states import is_pending
 
-CHANGED: Final = (
-    *("state", "claim_token", "attempt", "worker_id", "claimed_at", "prefetched"),
-    "held_unique_key",
-)
-"""The columns that a claim changes. If an index contained one of them, a claim would write to every index.
+CHANGED: Final = ("state", "claim_token", "attempt", "worker_id", "claimed_at", "prefetched")
+"""The columns that a claim changes. If an index contained one of them, a claim would write to every index."""
 
-The exception is `held_unique_key`, which is NULL in a plain task and stays so.
-"""
+CHANGED_IF_UNIQUE: Final = ("held_unique_key",)
+"""The columns that it also changes if the task has a unique key; those of a plain task stay NULL."""
 
 
 C = TypeVar("C")
@@ -239,7 +236,7 @@ def _is_claimable(
 
 
 def _effect(tasks: Table, picked: CTE, *, ahead: bool) -> dict[str, Any]:
-    """Return the new values of the columns `CHANGED`."""
+    """Return the new values of the columns `CHANGED` and `CHANGED_IF_UNIQUE`."""
     # A task without attempts left doesn't start: if this worker dies now, that must not count as an attempt.
     may_not_have_begun = _has_no_attempts_left(tasks)
     if ahead:
