@@ -1,6 +1,7 @@
 """Takes the unique keys of tasks that a worker has made pending again.
 
-Not in the statement that makes them pending: that must not fail, or wait, because of a key.
+Not in the statement that makes them pending: that must not fail, or wait, because of a key. It isn't done in
+schemas that Citus shards, where no timeout would end a wait.
 """
 
 from __future__ import annotations

@@ -35,11 +35,10 @@ from sqlalchemy.sql.selectable import TableValuedAlias
 
 from apoq.core.states import CANCELLED, FINAL, PENDING, WAITING
 from apoq.schema.models import HOLDS_KEY, task_class, tasks_table
+from apoq.schema.statements.clock import in_utc
 from apoq.schema.statements.enqueue import given_values, microseconds
 from apoq.schema.statements.literals import EPOCH
 from apoq.schema.statements.portable import portable
-
-_UTC: Final[ColumnElement[str]] = literal_column("'UTC'", Text)
 
 _REPLACEABLE: Final = (PENDING, WAITING)
 """The states in which a task has not started, so that its data can be replaced."""
@@ -273,8 +272,7 @@ def _replacement(held: Table, document: ColumnElement[Any]) -> dict[str, ColumnE
     del given["queue"]
     due = select(given["process_at"]).scalar_subquery()
     latest = func.to_timestamp(
-        func.date_part(EPOCH, func.timezone(_UTC, held.c.created_at), type_=Double)
-        + bindparam("max_wait", type_=Double)
+        func.date_part(EPOCH, in_utc(held.c.created_at), type_=Double) + bindparam("max_wait", type_=Double)
     )
     return {
         **given,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Final
 from uuid import UUID
@@ -33,11 +33,17 @@ class Strays:
     """
 
     def __init__(
-        self, engine: Engine, claim_log: ClaimLog, leases: Mapping[str | None, Lease], outage: Outage
+        self,
+        engine: Engine,
+        claim_log: ClaimLog,
+        leases: Mapping[str | None, Lease],
+        outage: Outage,
+        sharded: Collection[str | None],
     ) -> None:
         self._engine = engine
         self._claim_log = claim_log
         self._leases = leases
+        self._sharded = sharded
         self._isolation: Isolation[str | None] = Isolation(_describe, outage)
         self.worker_id = UUID(int=0)
         self.looked_at = 0.0
@@ -84,7 +90,8 @@ class Strays:
             "held": array_text(held),
         }
         ((left, without_key),) = execute(self._engine, give_back(schema), parameters)
-        take_free_keys(partial(execute, self._engine), schema, without_key or ())
+        if schema not in self._sharded:
+            take_free_keys(partial(execute, self._engine), schema, without_key or ())
         execute(self._engine, forget_unknown(schema), parameters)
         return not left
 

@@ -6,7 +6,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from datetime import UTC, datetime, timedelta
 from functools import cache, partial
 from importlib.metadata import version
@@ -75,6 +75,7 @@ class Heartbeat:
         queues: tuple[Queue, ...],
         outage: Outage,
         claim_log: ClaimLog,
+        sharded: Collection[str | None],
         *,
         concurrency: int,
         lease: timedelta,
@@ -88,6 +89,7 @@ class Heartbeat:
         `on_lapse` is called with the schemas in which the lease has ended.
         """
         seconds = lease.total_seconds()
+        self._sharded = sharded
         self._interval = seconds / HEARTBEATS_PER_LEASE
         self._grace = self._interval * GRACE_HEARTBEATS
         self._presences = [
@@ -223,7 +225,8 @@ class Heartbeat:
                     return
                 continue
             if rescued:
-                take_free_keys(self._execute, presence.schema, lacking(rows))
+                if presence.schema not in self._sharded:
+                    take_free_keys(self._execute, presence.schema, lacking(rows))
                 self._report(TasksRescued(rescued, presence.schema))
                 self._on_rescued(presence.schema)
             has_more = narrowing.written(rescued)

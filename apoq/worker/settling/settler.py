@@ -322,7 +322,8 @@ class Settler(Service):
         }
         statement = write_settlements(unsettled.schema, full=is_full, skips_locked=unsettled.skips_locked)
         written = execute(self._engine, statement, parameters).mappings()
-        take_free_keys(partial(execute, self._engine), unsettled.schema, pending_without_key(written))
+        if unsettled.schema not in self._sharded:
+            take_free_keys(partial(execute, self._engine), unsettled.schema, pending_without_key(written))
         return {row["id"]: row if is_full else None for row in written}
 
     def _execute(
