@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import psycopg
-from psycopg.errors import LockNotAvailable, UniqueViolation
+from psycopg.errors import UniqueViolation
 from sqlalchemy import Executable
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -41,10 +41,12 @@ def take_free_keys(execute: Execute, schema: str | None, ids: Sequence[int]) -> 
         return
     try:
         execute(take_keys(schema), {"ids": array_text(ids)})
-    except (UniqueViolation, LockNotAvailable):
-        # A caller is adding a task with one of the keys.
+    except UniqueViolation:
+        # A caller has just added a task with one of the keys.
         if len(ids) > 1:
             for id_ in ids:
                 take_free_keys(execute, schema, [id_])
     except (psycopg.Error, SQLAlchemyError):
-        return  # the next statement reports what is wrong with the database; the tasks run without keys
+        # A caller is adding a task with one of the keys, in a long transaction; or the database is away, which
+        # the next statement reports.
+        return

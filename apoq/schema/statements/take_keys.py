@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any, Final
 
 from sqlalchemy import (
     ColumnElement,
     FromClause,
-    Text,
     Update,
     any_,
     exists,
     func,
-    literal_column,
     select,
     update,
 )
@@ -21,9 +18,6 @@ from sqlalchemy import (
 from apoq.schema.models import tasks_table
 from apoq.schema.statements.arrays import bigints
 from apoq.schema.statements.states import is_pending
-
-LOCK_TIMEOUT: Final = "50ms"
-"""How long it waits for a caller who is adding a task with such a key."""
 
 
 def lacks_key(tasks: FromClause) -> ColumnElement[bool]:
@@ -35,7 +29,8 @@ def lacks_key(tasks: FromClause) -> ColumnElement[bool]:
 def take_keys(schema: str | None) -> Update:
     """Let the pending tasks of `ids` hold their unique keys, if no other tasks hold them.
 
-    If another transaction takes one of the keys at the same moment, it fails, and takes none.
+    If another transaction takes one of the keys at the same moment, it waits for that, up to the connection's
+    `lock_timeout`, and fails.
     """
     tasks = tasks_table(schema)
     waiting, holder = tasks.alias("waiting"), tasks.alias("holder")
@@ -49,18 +44,12 @@ def take_keys(schema: str | None) -> Update:
         .group_by(waiting.c.queue, waiting.c.unique_key)
         .scalar_subquery()
     )
-    within = func.set_config(_literal("lock_timeout"), _literal(LOCK_TIMEOUT), literal_column("true"))
     return (
         update(tasks)
         .where(
             tasks.c.id == any_(func.array(free)),
             is_pending(tasks),  # one that was claimed meanwhile must not take it
             lacks_key(tasks),
-            select(within).scalar_subquery().is_not(None),
         )
         .values(held_unique_key=tasks.c.unique_key)
     )
-
-
-def _literal(text: str) -> ColumnElement[Any]:
-    return literal_column(f"'{text}'", Text)
