@@ -91,7 +91,7 @@ def add_many(
 
 
 def reserve_key_of(caller: Caller, schema: str | None, task: dict[str, Any]) -> bool:
-    """Reserve the unique key of a task that has ended, for this transaction.
+    """Reserve the unique key of a task that has ended until this transaction ends.
 
     Returns whether there is such a task, and its key was free. `task` has its `task_id` and `from_queue`.
     """

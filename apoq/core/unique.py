@@ -25,7 +25,7 @@ RAISE: Final = "raise"
 ADDED: Final = "added"
 KEPT: Final = "kept"
 REPLACED: Final = "replaced"
-"""What `add` did: it added the task, or kept or replaced the one that has the key."""
+"""Outcomes of `add`: the task was added, or the one that has the key was kept or replaced."""
 
 _KEY: Final = "a unique key"
 

@@ -207,9 +207,9 @@ class Task(Base):
 
     @property
     def add_outcome(self) -> AddOutcome | None:
-        """What the call of `add` that returned this object did: "added", "kept" or "replaced" the task.
+        """The outcome of the call of `add` that returned this object: "added", "kept" or "replaced".
 
-        None if no such call returned it. "kept" and "replaced" are about the task that had the unique key.
+        "kept" and "replaced" are about the task that had the unique key. None if no such call returned it.
         """
         outcome: AddOutcome | None = self.__dict__.get(_ADD_OUTCOME)
         return outcome

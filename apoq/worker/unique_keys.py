@@ -47,6 +47,6 @@ def take_free_keys(execute: Execute, schema: str | None, ids: Sequence[int]) -> 
             for id_ in ids:
                 take_free_keys(execute, schema, [id_])
     except (psycopg.Error, SQLAlchemyError):
-        # A caller is adding a task with one of the keys, in a long transaction; or the database is away, which
-        # the next statement reports.
+        # A caller is adding a task with one of the keys, in a long transaction. Or the database is away, and
+        # the next statement reports that.
         return
