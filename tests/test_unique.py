@@ -8,6 +8,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, date, datetime, timedelta
 
+import probe
 import psycopg
 import pytest
 import sqlalchemy as sa
@@ -552,6 +553,27 @@ def test_a_task_that_was_kept_is_claimed_only_after_the_commit(engine, queue, wo
         caller.commit()
 
     assert worker.work() is not None
+
+
+@pytest.mark.parametrize("how", ["added", "kept", "added with others", "kept with others"])
+def test_a_worker_is_notified_after_the_commit(engine, queue, make_worker, how):
+    """Also of a task that was kept: while it was locked, a claim may have skipped it."""
+    started = threading.Event()
+    if "kept" in how:
+        add(engine, queue)
+    worker = make_worker(poll_interval=600)
+    worker.use("t", lambda task: started.set())
+    with Session(engine) as session:
+        if "others" in how:
+            queue.add_many(session, "t", [1], unique_key=lambda data: "k")
+        else:
+            queue.add(session, "t", unique_key="k")
+        worker.start()
+        until(lambda: probe.has_looked(worker))
+        assert not started.wait(0.5)
+        session.commit()
+
+    assert started.wait(10)
 
 
 def test_a_running_task_is_kept_without_a_lock(engine, queue, worker):

@@ -17,6 +17,7 @@ from apoq.errors import ApoqError, DuplicateTask
 from apoq.schema.models import Task, detached, with_outcome
 from apoq.schema.statements import unique as statements
 from apoq.schema.statements.enqueue import added_row
+from apoq.schema.statements.notify import has_tasks
 from apoq.schema.statements.portable import read_row
 
 BATCH_COUNT: Final = 1_000
@@ -42,6 +43,19 @@ def add(
     max_wait: timedelta | None,
 ) -> Task:
     """Add a task with the key `task_unique_key`, or do what `on_conflict` says if another task holds it."""
+    task = _add(caller, schema, parameters, on_conflict, max_wait)
+    # Also for a task that was kept: it is locked until the commit, so a claim may have skipped it.
+    caller.notify(has_tasks(schema, parameters["task_queue"]))
+    return task
+
+
+def _add(
+    caller: Caller,
+    schema: str | None,
+    parameters: dict[str, Any],
+    on_conflict: OnConflict,
+    max_wait: timedelta | None,
+) -> Task:
     statement = statements.enqueue_unique(schema, mapped=caller.has_orm_listeners)
     for _ in range(MAX_TRIES):
         for row in caller.execute(statement, parameters):
@@ -64,6 +78,19 @@ def add_many(
     max_wait: timedelta | None,
 ) -> int:
     """Add a task for each of these items, or do what `on_conflict` says; return how many were added."""
+    added = _add_many(caller, schema, parameters, items, on_conflict, max_wait)
+    caller.notify(has_tasks(schema, parameters["task_queue"]))
+    return added
+
+
+def _add_many(
+    caller: Caller,
+    schema: str | None,
+    parameters: dict[str, Any],
+    items: Iterable[Item],
+    on_conflict: OnConflict,
+    max_wait: timedelta | None,
+) -> int:
     left, keyless = _by_key(items, on_conflict)
     added = 0
     for _ in range(MAX_TRIES):
