@@ -156,13 +156,20 @@ def test_raise_leaves_the_transaction_usable(session, queue):
     assert queue.add(session, "t", unique_key="l").is_new
 
 
-KINDS = ["session", "scoped session", "connection", "psycopg"]
+def listened_to(engine: sa.Engine) -> Session:
+    session = Session(engine)
+    sa.event.listen(session, "do_orm_execute", lambda _state: None)
+    return session
+
+
+KINDS = ["session", "session that is listened to", "scoped session", "connection", "psycopg"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_session_can_add_unique_tasks(engine, queue, kind):
     given = {
         "session": lambda: Session(engine),
+        "session that is listened to": lambda: listened_to(engine),
         "scoped session": scoped_session(sessionmaker(engine)),
         "connection": engine.connect,
         "psycopg": lambda: psycopg.connect(dsn(engine)),
@@ -612,8 +619,8 @@ def test_two_hundred_callers_of_one_key(url, queue, on_conflict):
     def call(number: int) -> None:
         with Session(engine) as session:
             outcome = queue.add(session, "t", number, unique_key="k", on_conflict=on_conflict).add_outcome
-            if number % 40 == 0:
-                session.execute(sa.text("SELECT pg_sleep(1)"))
+            if number in {41, 82}:
+                session.execute(sa.text("SELECT pg_sleep(2)"))
             if number % 2:
                 session.commit()
                 outcomes.append(outcome)
@@ -631,7 +638,7 @@ def test_two_hundred_callers_of_one_key(url, queue, on_conflict):
                     """)
                 )
                 connection.commit()
-                over.wait(0.01)
+                over.wait(0.1)
 
     with ThreadPoolExecutor(18) as pool:
         ending = pool.submit(end)
