@@ -30,6 +30,7 @@ else:
     from apoq.core.retry import exponential_backoff
     from apoq.errors import (
         ApoqError,
+        DuplicateTask,
         InvalidArguments,
         InvalidData,
         InvalidProcessor,
@@ -50,6 +51,7 @@ __all__ = [
     "ApoqError",
     "AsyncRunningTask",
     "Cancel",
+    "DuplicateTask",
     "Fail",
     "InvalidArguments",
     "InvalidData",

@@ -9,6 +9,7 @@
     ├── InvalidProcessor (ValueError): an invalid processor, or a second one for a type
     ├── InvalidArguments (ValueError): a typed task's data doesn't fit its function
     ├── InvalidURL (ValueError): a database URL that can't be read
+    ├── DuplicateTask: the unique key is held by another task, and on_conflict is "raise"
     ├── UnsupportedDatabase (TypeError): not PostgreSQL through psycopg 3
     ├── UnsupportedSession (TypeError): not a session that a task can be added through
     ├── SchemaMismatch: apoq's tables are missing or at another version
@@ -54,6 +55,26 @@ class InvalidData(InvalidTask):
     def __init__(self, path: str, reason: str) -> None:
         super().__init__(f"{path}: {reason}")
         self.path = path
+
+
+class DuplicateTask(ApoqError):
+    """A task has the unique key already, and ``on_conflict="raise"`` was given. Nothing was added.
+
+    The transaction can go on.
+
+    Attributes:
+        unique_key (str): The key.
+        task_id (int | None): The task that has it; None if two items of one `add_many` have the same key.
+    """
+
+    def __init__(self, unique_key: str, task_id: int | None) -> None:
+        holder = "another item of this call" if task_id is None else f"the task {task_id}"
+        super().__init__(
+            f"the unique key {unique_key!r} must be free, and {holder} has it: pass on_conflict='skip' or "
+            "'replace', or catch this error"
+        )
+        self.unique_key = unique_key
+        self.task_id = task_id
 
 
 class InvalidSchedule(ApoqError, ValueError):

@@ -84,8 +84,16 @@ WRITES: Final = {
     "settle.remove_last": 1,
     "settle.settle": 1,
     "settler.write_settlements": 1,
+    "take_keys.take_keys": 1,
     "ticks.add_ticks": 1,
     "ticks.move_on": 1,
+    "unique.enqueue_many_unique": 1,
+    "unique.enqueue_unique": 1,
+    "unique.release_ended": 1,
+    "unique.replace": 1,
+    "unique.replace_many": 1,
+    "unique.reserve": 1,
+    "unique.unreserve": 1,
 }
 """How many UPDATEs, INSERTs and DELETEs each statement has; all others only read."""
 

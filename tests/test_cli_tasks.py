@@ -748,6 +748,14 @@ class TestRetrying:
         assert re.search(r"attempt +1 of 6, 1 failed", shown)
         assert "last error (5 s ago)" in shown
 
+    def test_a_unique_key_is_shown_and_whether_it_is_held(self, run, engine, add):
+        held = add(unique_key="k", held_unique_key="k")
+        given_up = add(unique_key="l", unique_until_end=True)
+
+        assert re.search(r"unique key +k \(held until it has started\)", run("show", str(held)).output)
+        assert re.search(r"unique key +l *\n", run("show", str(given_up)).output)
+        assert re.search(rf"{held} +\S+ +k +pending", run("list").output)
+
     def test_an_own_limit_needs_no_error(self, run, add):
         assert re.search(r"attempt +none yet, 4 at most", run("show", str(add(retry_limit=3))).output)
 

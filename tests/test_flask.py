@@ -208,6 +208,18 @@ class TestAdding:
 
         assert tasks(engine) == [("t", "pending")] * 3
 
+    def test_unique_tasks_are_added_once(self, context, apoq, db, engine):
+        @apoq.task(type="unique", unique=True, unique_until="ended", on_conflict="replace")
+        def unique(n: int) -> None: ...
+
+        assert [apoq.add("t", unique_key="k").is_new for _ in range(2)] == [True, False]
+        assert apoq.add_many("t", [1, 2, 1], unique_key=str) == 2
+        assert [unique.add(7).add_outcome for _ in range(2)] == ["added", "replaced"]
+        assert unique.add_many([unique.call(7), unique.call(8)]) == 1
+        db.session.commit()
+
+        assert sorted(tasks(engine)) == [("t", "pending")] * 3 + [("unique", "pending")] * 2
+
     def test_a_session_of_the_callers_may_be_given(self, context, apoq, db, engine):
         with Session(db.engine) as session, session.begin():
             apoq.add("one", session=session)

@@ -537,7 +537,7 @@ class Tasks(RuleBasedStateMachine):
         ]
         free = [task for task in strays if task.id not in self._locked()]
 
-        ((left,),) = execute(self.own, give_back(None), parameters)
+        ((left, _),) = execute(self.own, give_back(None), parameters)
 
         assert left == len(strays) - len(free)
         hand.is_doubtful = bool(left)

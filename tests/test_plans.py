@@ -17,10 +17,11 @@ from sqlalchemy.schema import CreateIndex
 
 from apoq import Queue, Task
 from apoq.cli.looking import SETTINGS
+from apoq.core.options import checked
 from apoq.postgres.connections import SESSION
 from apoq.schema.statements.arrays import array_text
 from apoq.schema.statements.cancel import cancel
-from apoq.schema.statements.claim import CHANGED, DATA, claim
+from apoq.schema.statements.claim import CHANGED, CHANGED_IF_UNIQUE, DATA, claim
 from apoq.schema.statements.count import COUNTED, count, count_running, count_types, queues, table_size
 from apoq.schema.statements.find import details, find, find_ids, find_queues, horizon
 from apoq.schema.statements.heartbeat import leave
@@ -35,6 +36,8 @@ from apoq.schema.statements.recover import forget_dead, give_back, rescue
 from apoq.schema.statements.retry import retry
 from apoq.schema.statements.settle import complete, remove, settle
 from apoq.schema.statements.survey import survey
+from apoq.schema.statements.take_keys import take_keys
+from apoq.schema.statements.unique import holder, holders, release_ended, replace, replace_many
 from apoq.worker.claiming.cursor import ClaimCursor
 
 MANY_ROWS = """
@@ -94,6 +97,15 @@ SETTLEMENTS = {
     "errors": [None] * 500,
 }
 CLAIM = {**asked(types=["ours"]), **AHEAD}
+KEY = {"task_queue": "default", "task_unique_key": "k"}
+KEYS = {"task_queue": "default", "task_unique_keys": ["k", "l"]}
+NEW = {
+    **checked(),
+    "task_type": "ours",
+    "task_data": "{}",
+    "unique_until_end": None,
+    "max_wait": None,
+}
 
 
 STATEMENTS = [
@@ -151,6 +163,22 @@ STATEMENTS = [
         {"task_id": 1, "from_queue": "default", "task_delay": None},
         {"apoq_tasks_pkey"},
         id="retry",
+    ),
+    pytest.param(holder(None), KEY, {"apoq_tasks_unique_key_idx"}, id="holder"),
+    pytest.param(holders(None), KEYS, {"apoq_tasks_unique_key_idx"}, id="holders"),
+    pytest.param(replace(None), KEY | NEW, {"apoq_tasks_unique_key_idx"}, id="replace"),
+    pytest.param(
+        replace_many(None),
+        KEYS | NEW | {"task_data": "{}\n{}"},
+        {"apoq_tasks_unique_key_idx"},
+        id="replace_many",
+    ),
+    pytest.param(release_ended(None), KEYS, {"apoq_tasks_unique_key_idx"}, id="release_ended"),
+    pytest.param(
+        take_keys(None),
+        {"ids": IDS["ids"]},
+        {"apoq_tasks_unique_key_idx", "apoq_tasks_pkey"},
+        id="take_keys",
     ),
     pytest.param(lost(None), IDS, {"apoq_tasks_pkey"}, id="lost"),
     pytest.param(prune_failed(None), PRUNE, {"apoq_tasks_failed_idx", "apoq_tasks_pkey"}, id="failed"),
@@ -290,7 +318,7 @@ def test_a_claim_after_a_survey_reads_few_pages_if_all_due_tasks_are_of_other_ty
 def test_what_a_claim_changes_is_known():
     changed = re.findall(r"(\w+)=", str(claim(None, ahead=True).compile(dialect=postgresql.dialect())))
 
-    assert set(changed) == set(CHANGED)
+    assert set(changed) == {*CHANGED, *CHANGED_IF_UNIQUE}
     assert not set(CHANGED) & {
         name
         for index in Task.__table__.indexes
@@ -311,6 +339,23 @@ def test_a_claim_of_plain_tasks_is_heap_only(engine):
         ).one()
 
     assert (len(taken), *updated) == (50, 50, 50)
+
+
+@pytest.mark.parametrize(("until", "hot"), [("started", 0), ("ended", 50)])
+def test_a_claim_of_tasks_with_unique_keys_writes_to_the_indexes_only_if_it_gives_the_keys_up(
+    engine, until, hot
+):
+    with Session(engine) as session, session.begin():
+        Queue().add_many(session, "ours", list(range(50)), unique_key=str, unique_until=until)
+    with engine.begin() as connection:
+        taken = connection.execute(claim(None, ahead=True), CLAIM).all()
+        updated = connection.execute(
+            sa.text(
+                "SELECT n_tup_upd, n_tup_hot_upd FROM pg_stat_xact_user_tables WHERE relname = 'apoq_tasks'"
+            )
+        ).one()
+
+    assert (len(taken), *updated) == (50, 50, hot)
 
 
 FORMS = [

@@ -106,10 +106,12 @@ def command(
 def listed(rows: Any, paused: Container[tuple[str, str | None]] = ()) -> Table:
     """Return a table of tasks; with the queues if there are others than the default one.
 
-    `paused` has the paused queues (with None) and types.
+    `paused` has the paused queues (with None) and types. The unique keys are shown if tasks hold some.
     """
     shows_queue = any(row["queue"] != DEFAULT_QUEUE for row in rows)
+    shows_key = any(row["held_unique_key"] for row in rows)
     headings = ["id", "type", "queue"] if shows_queue else ["id", "type"]
+    headings += ["unique key"] if shows_key else []
     made = table(*headings, "state", "when", right={"id"}, widest=widest(24))
     # On a terminal, the last column gets the rest of the line; a program gets everything.
     made.expand = widest(1) is not None
@@ -122,6 +124,7 @@ def listed(rows: Any, paused: Container[tuple[str, str | None]] = ()) -> Table:
             str(row["id"]),
             Text(clean(row["type"])),
             *queue,
+            *([Text(clean(row["held_unique_key"] or ""))] if shows_key else []),
             Text(state, STYLES.get(state, "dim")),
             "paused" if _is_paused(row, paused) else when(row),
             _about(row),

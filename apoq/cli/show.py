@@ -92,11 +92,19 @@ def _facts(row: sa.RowMapping) -> Table:
         if (value := row[name]) is not None:
             text = f"{value.total_seconds():g} s" if isinstance(value, timedelta) else str(value)
             made.add_row(name.replace("_", " "), text)
+    if row["unique_key"] is not None:
+        made.add_row("unique key", Text(clean(row["unique_key"])) + Text(_held_until(row), "dim"))
     if row["meta"] is not None:
         made.add_row("meta", Text(clean(json.dumps(row["meta"], ensure_ascii=False))))
     if row["worker_id"] is not None:
         made.add_row("worker", Text(clean(_worker(row))))
     return made
+
+
+def _held_until(row: sa.RowMapping) -> str:
+    if row["held_unique_key"] is None:
+        return ""
+    return f" (held until it has {'ended' if row['unique_until_end'] else 'started'})"
 
 
 def _attempts(row: sa.RowMapping) -> str:

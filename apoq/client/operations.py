@@ -9,7 +9,9 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from apoq.client.session_adapters import Caller, Driver
-from apoq.schema.models import Task, detached, task_class
+from apoq.client.unique_tasks import reserve_key_of
+from apoq.core.unique import ADDED
+from apoq.schema.models import Task, detached, task_class, with_outcome
 from apoq.schema.statements import cancel as cancelling
 from apoq.schema.statements import pauses
 from apoq.schema.statements import retry as retrying
@@ -35,7 +37,7 @@ FIRST_COUNT = 1_000
 def add(caller: Caller, schema: str | None, parameters: dict[str, Any]) -> Task:
     """Add a task, and return it."""
     (row,) = caller.execute(enqueue(schema, mapped=caller.has_orm_listeners), parameters)
-    task = detached(schema, added_row(parameters, row))
+    task = with_outcome(detached(schema, added_row(parameters, row)), ADDED)
     caller.attach(task)
     caller.notify(has_tasks(schema, parameters["task_queue"]))
     return task
@@ -69,7 +71,8 @@ def add_many(
 
 def cancel(caller: Caller, schema: str | None, parameters: dict[str, Any]) -> bool:
     """Cancel a task that has not ended, and notify its worker; return whether there was one."""
-    for row in caller.execute(cancelling.cancel(schema), parameters):
+    by_key = "task_unique_key" in parameters
+    for row in caller.execute(cancelling.cancel(schema, by_key=by_key), parameters):
         caller.refresh(task_class(schema), read_row(row))
         if row["claimed_at"] is not None:
             caller.notify(was_cancelled(row["id"]))
@@ -78,8 +81,11 @@ def cancel(caller: Caller, schema: str | None, parameters: dict[str, Any]) -> bo
 
 
 def retry(caller: Caller, schema: str | None, parameters: dict[str, Any]) -> bool:
-    """Make a task that has ended pending again; return whether there was one."""
-    for row in caller.execute(retrying.retry(schema), parameters):
+    """Make a task that has ended pending again; return whether there was one, and its unique key is free."""
+    rows = caller.execute(retrying.retry(schema), parameters)
+    if not rows and reserve_key_of(caller, schema, parameters):
+        rows = caller.execute(retrying.retry(schema, takes_key=True), parameters)
+    for row in rows:
         caller.refresh(task_class(schema), read_row(row))
         caller.notify(has_tasks(schema, parameters["from_queue"]))
         return True

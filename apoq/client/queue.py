@@ -11,19 +11,21 @@ from weakref import WeakSet
 from sqlalchemy import inspect
 from typing_extensions import ParamSpec
 
+from apoq.client import unique_tasks
 from apoq.client.operations import add, add_many, cancel, retry
 from apoq.client.queue_pauses import QueuePauses
 from apoq.client.queue_schedules import QueueSchedules
 from apoq.client.session_adapters import AsyncioSession, SyncSession, through
 from apoq.client.session_first import session_first
 from apoq.client.shared_tasks import shared_tasks
-from apoq.client.typed_task import Anything, Decorator, TypedTask
-from apoq.core.options import HIGHEST_LIMIT, Options, checked, checked_reason, integer
+from apoq.client.typed_task import Anything, Decorator, TypedTask, UniqueRule
+from apoq.core.options import HIGHEST_LIMIT, Options, checked, checked_options, checked_reason, integer
 from apoq.core.outcomes import Cancel, report
 from apoq.core.payload import MAX_DATA_SIZE, check_name, check_schema, check_type, encode
 from apoq.core.registry import Registry, Running
 from apoq.core.retry import DEFAULT_RETRY_LIMIT, RetryDelay, exponential_backoff
 from apoq.core.schedules import ScheduleOptions
+from apoq.core.unique import OnConflict, Unique, UniqueKey, UniqueUntil
 from apoq.errors import InvalidProcessor, InvalidTask, glimpse
 from apoq.schema.models import DEFAULT_QUEUE, Task, task_class
 
@@ -114,6 +116,11 @@ class Queue(QueueSchedules, QueuePauses):
         retry_delay: float | timedelta | None = None,
         timeout: float | timedelta | None = None,
         meta: Mapping[str, Any] | None = None,
+        unique_key: UniqueKey | None = None,
+        unique_until: UniqueUntil | None = None,
+        on_conflict: OnConflict | None = None,
+        debounce: float | timedelta | None = None,
+        max_wait: float | timedelta | None = None,
     ) -> Task | Coroutine[Any, Any, Task]:
         """Add a task in the transaction of `session`, and return it.
 
@@ -132,26 +139,59 @@ class Queue(QueueSchedules, QueuePauses):
             timeout: Limit of each attempt, in seconds or as a timedelta. By default the processor's.
             meta: A dict for your own use, such as a request id or a tenant, of at most 4 KB of JSON. A
                 processor reads it as ``task.meta``. The keys `traceparent` and `tracestate` are reserved.
+            unique_key: A text of at most 255 characters. While a task of this queue holds the key, no other
+                task is added with it. It may be a function that returns the key for the data, or None.
+            unique_until: ``"started"``, the default: a task holds its key until a worker claims it.
+                ``"ended"``: until it has completed, failed for good or was cancelled.
+            on_conflict: What happens if a task has the key. ``"skip"``, the default: nothing, that task is
+                returned. ``"replace"``: it gets this call's type, data and options, unless it is running.
+                ``"raise"``: `DuplicateTask`.
+            debounce: Replace the task that has the key, and let it be due this time after the last call, in
+                seconds or as a timedelta. Not together with `delay`, `process_at` or `on_conflict`.
+            max_wait: With `debounce`, the time after the first call at which the task is due at the latest.
 
         Returns:
             The new `Task`, with its id. With an asyncio session or connection, an awaitable of it. Added
             through an ORM session, the object is in that session; otherwise it is in none.
+            With a unique key, it may be another task that has the key: `Task.is_new` and
+            `Task.add_outcome` say what happened.
 
         Raises:
             InvalidTask: If the type or an option is invalid. Nothing was sent.
             InvalidData: If the data can't be stored, or is too large. Nothing was sent.
+            DuplicateTask: If another task has the unique key, with ``on_conflict="raise"``.
             UnsupportedSession: If `session` is not a session or connection, or has no usable engine.
             UnsupportedDatabase: If it is not on PostgreSQL through psycopg 3, or translates apoq's schema.
             SchemaMismatch: If apoq's tables are missing or at another version.
 
         Note:
             Executes one INSERT in the caller's transaction. It doesn't commit, retry, flush, or open a
-            savepoint. Workers are notified after the commit, from another connection.
+            savepoint. Workers are notified after the commit, from another connection. With a unique key that
+            is held, it executes more statements, and it waits for the end of another transaction that has
+            added the key. Above READ COMMITTED, it may raise a serialization failure.
         """
-        options = checked(delay, process_at, priority, retry_limit, retry_delay, timeout, meta)
+        options, unique = checked_options(
+            delay=delay,
+            process_at=process_at,
+            priority=priority,
+            retry_limit=retry_limit,
+            retry_delay=retry_delay,
+            timeout=timeout,
+            meta=meta,
+            unique_key=unique_key,
+            unique_until=unique_until,
+            on_conflict=on_conflict,
+            debounce=debounce,
+            max_wait=max_wait,
+        )
         parameters = {"task_queue": self.name, "task_type": check_type(type), **options}
         parameters["task_data"] = encode(data, self.max_data_size)
-        return through(session, lambda caller: add(caller, self.schema, parameters))
+        key = unique.key_of(data) if unique else None
+        if unique is None or key is None:
+            return through(session, lambda caller: add(caller, self.schema, parameters))
+        parameters |= {"task_unique_key": key, **unique.parameters}
+        how = unique.on_conflict, unique.max_wait
+        return through(session, lambda caller: unique_tasks.add(caller, self.schema, parameters, *how))
 
     @overload
     def add_many(
@@ -183,6 +223,11 @@ class Queue(QueueSchedules, QueuePauses):
         retry_delay: float | timedelta | None = None,
         timeout: float | timedelta | None = None,
         meta: Mapping[str, Any] | None = None,
+        unique_key: UniqueKey | None = None,
+        unique_until: UniqueUntil | None = None,
+        on_conflict: OnConflict | None = None,
+        debounce: float | timedelta | None = None,
+        max_wait: float | timedelta | None = None,
     ) -> int | Coroutine[Any, Any, int]:
         """Add a task for each of `items` in the transaction of `session`.
 
@@ -201,14 +246,24 @@ class Queue(QueueSchedules, QueuePauses):
             retry_delay: Time before each retry, in seconds or as a timedelta. By default the processor's.
             timeout: Limit of each attempt, in seconds or as a timedelta. By default the processor's.
             meta: The `meta` of all these tasks, as for `add`.
+            unique_key: A function that returns the unique key for an item, or None; or one key for all items,
+                of which then only one is added. See `add`. With it, all of `items` are read first, and no
+                COPY is used.
+            unique_until: As for `add`.
+            on_conflict: As for `add`. Of items with the same key, the first is added, or the last with
+                ``"replace"``.
+            debounce: As for `add`.
+            max_wait: As for `add`.
 
         Returns:
-            The number of tasks. With an asyncio session or connection, an awaitable of it.
+            The number of tasks that were added. With an asyncio session or connection, an awaitable of it.
 
         Raises:
             InvalidTask: If the type or an option is invalid, or `items` is not an iterable of data. Nothing
                 was sent.
             InvalidData: If one of the items can't be stored. Earlier items may already be inserted.
+            DuplicateTask: If a unique key is held or given twice, with ``on_conflict="raise"``. Earlier items
+                may already be inserted.
             UnsupportedSession: If `session` is not a session or connection, or has no usable engine.
             UnsupportedDatabase: If it is not on PostgreSQL through psycopg 3, or translates apoq's schema.
             SchemaMismatch: If apoq's tables are missing or at another version.
@@ -218,11 +273,31 @@ class Queue(QueueSchedules, QueuePauses):
             inserted, and a failed COPY aborts the transaction. On a psycopg connection in autocommit mode,
             each batch is committed separately.
         """
-        options = checked(delay, process_at, priority, retry_limit, retry_delay, timeout, meta)
+        options, unique = checked_options(
+            delay=delay,
+            process_at=process_at,
+            priority=priority,
+            retry_limit=retry_limit,
+            retry_delay=retry_delay,
+            timeout=timeout,
+            meta=meta,
+            unique_key=unique_key,
+            unique_until=unique_until,
+            on_conflict=on_conflict,
+            debounce=debounce,
+            max_wait=max_wait,
+        )
         parameters = {"task_queue": self.name, "task_type": check_type(type), **options}
         if isinstance(items, str | bytes | dict) or not isinstance(items, Iterable):
             raise InvalidTask(
                 f"items must be the data of many tasks, such as a list of dicts, got {glimpse(items)}"
+            )
+        if unique is not None:
+            found = list(self._unique_items(items, unique))
+            parameters |= unique.parameters
+            how = unique.on_conflict, unique.max_wait
+            return through(
+                session, lambda caller: unique_tasks.add_many(caller, self.schema, parameters, found, *how)
             )
         total = len(items) if isinstance(items, list | tuple) else None
         return through(
@@ -233,12 +308,23 @@ class Queue(QueueSchedules, QueuePauses):
     @overload
     def cancel(self, session: SyncSession, task: Task | int, *, reason: str = ...) -> bool: ...
     @overload
+    def cancel(self, session: SyncSession, *, unique_key: str, reason: str = ...) -> bool: ...
+    @overload
     def cancel(
         self, session: AsyncioSession, task: Task | int, *, reason: str = ...
     ) -> Coroutine[Any, Any, bool]: ...
+    @overload
+    def cancel(
+        self, session: AsyncioSession, *, unique_key: str, reason: str = ...
+    ) -> Coroutine[Any, Any, bool]: ...
     @session_first
     def cancel(
-        self, session: SyncSession | AsyncioSession, task: Task | int, *, reason: str = ""
+        self,
+        session: SyncSession | AsyncioSession,
+        task: Task | int | None = None,
+        *,
+        unique_key: str | None = None,
+        reason: str = "",
     ) -> bool | Coroutine[Any, Any, bool]:
         """Cancel a task of this queue in the transaction of `session`.
 
@@ -250,14 +336,16 @@ class Queue(QueueSchedules, QueuePauses):
         Args:
             session: A session or connection, as for `add`.
             task: The task, or its id.
+            unique_key: Instead of `task`, the unique key of a task that holds it.
             reason: A text that is stored in the task's `error`.
 
         Returns:
-            True if the task was cancelled; False if it had already ended, or is not in this queue. With an
-            asyncio session or connection, an awaitable of it.
+            True if the task was cancelled; False if it had already ended, or is not in this queue, or no task
+            holds the key. With an asyncio session or connection, an awaitable of it.
 
         Raises:
-            InvalidTask: If `task` is not a task of this schema or an id, or `reason` is not text.
+            InvalidTask: If `task` is not a task of this schema or an id, `unique_key` can't be one, both
+                are given, or `reason` is not text.
             UnsupportedSession: If `session` is not a session or connection, or has no usable engine.
             UnsupportedDatabase: If it is not on PostgreSQL through psycopg 3, or translates apoq's schema.
             SchemaMismatch: If apoq's tables are missing or at another version.
@@ -266,7 +354,7 @@ class Queue(QueueSchedules, QueuePauses):
             If a worker is completing the task at the same moment, this waits for the worker's transaction.
         """
         parameters = {
-            "task_id": self._id_of(task),
+            **self._task_or_key(task, unique_key),
             "from_queue": self.name,
             "reason": encode(report(Cancel(checked_reason(reason)))),
         }
@@ -292,6 +380,7 @@ class Queue(QueueSchedules, QueuePauses):
 
         When you commit, the task is pending, whether it had failed, was cancelled or was completed. It has
         all its attempts again, and keeps its last error until the next one.
+        A task with a unique key holds its key again, and if another task has it by now, nothing is changed.
 
         Args:
             session: A session or connection, as for `add`.
@@ -299,8 +388,8 @@ class Queue(QueueSchedules, QueuePauses):
             delay: Time until the task is due, in seconds or as a timedelta. By default it is due at once.
 
         Returns:
-            True if the task will run again; False if it has not ended, or is not in this queue. With an
-            asyncio session or connection, an awaitable of it.
+            True if the task will run again; False if it has not ended, its unique key is held by another
+            task, or it is not in this queue. With an asyncio session or connection, an awaitable of it.
 
         Raises:
             InvalidTask: If `task` is not a task of this schema or an id, or `delay` is invalid.
@@ -337,6 +426,9 @@ class Queue(QueueSchedules, QueuePauses):
         retry_limit: int = ...,
         retry_delay: RetryDelay = ...,
         timeout: float | timedelta | None = ...,
+        unique: UniqueRule = ...,
+        unique_until: UniqueUntil | None = ...,
+        on_conflict: OnConflict | None = ...,
         **schedule: Unpack[ScheduleOptions],
     ) -> Decorator: ...
     def task(
@@ -349,6 +441,9 @@ class Queue(QueueSchedules, QueuePauses):
         retry_limit: int = DEFAULT_RETRY_LIMIT,
         retry_delay: RetryDelay = exponential_backoff,
         timeout: float | timedelta | None = None,
+        unique: UniqueRule = False,
+        unique_until: UniqueUntil | None = None,
+        on_conflict: OnConflict | None = None,
         **schedule: Unpack[ScheduleOptions],
     ) -> Any:
         """Make a function a typed task: ``@queue.task``, or ``@queue.task(retry_limit=3)``.
@@ -365,6 +460,11 @@ class Queue(QueueSchedules, QueuePauses):
             retry_delay: Time before a retry, in seconds or as a timedelta, or a function that returns it for
                 the number of failures so far.
             timeout: Limit of each attempt, in seconds or as a timedelta; see `Worker.use`. None: no limit.
+            unique: True for tasks that are unique by their type and arguments; or a function that takes the
+                arguments, by name, and returns a text for the key, or None for a task without a key. The type
+                is a part of the key. See `add`.
+            unique_until: As for `add`, if the tasks are unique.
+            on_conflict: As for `add`, if the tasks are unique.
             **schedule: `cron` or `every`, and the other times and rules of `schedule`. Workers of this queue
                 declare a schedule with the task's type as its name, and from then on add a task at each of
                 its times. The function must be callable without arguments.
@@ -387,6 +487,9 @@ class Queue(QueueSchedules, QueuePauses):
                 retry_limit=retry_limit,
                 retry_delay=retry_delay,
                 timeout=timeout,
+                unique=unique,
+                unique_until=unique_until,
+                on_conflict=on_conflict,
                 schedule=schedule,
             )
             self._register(task)
@@ -426,7 +529,19 @@ class Queue(QueueSchedules, QueuePauses):
         for index, data in enumerate(items):
             yield encode(data, self.max_data_size, f"items[{index}]")
 
-    def _id_of(self, task: Task | int) -> int:
+    def _unique_items(self, items: Iterable[Any], unique: Unique) -> Iterator[unique_tasks.Item]:
+        for index, data in enumerate(items):
+            key = unique.key_of(data, f"the unique key of items[{index}]")
+            yield unique_tasks.Item(key, encode(data, self.max_data_size, f"items[{index}]"))
+
+    def _task_or_key(self, task: Task | int | None, unique_key: str | None) -> dict[str, Any]:
+        if unique_key is None:
+            return {"task_id": self._id_of(task)}
+        if task is not None:
+            raise InvalidTask("task and unique_key can't both be given: pass one of them")
+        return {"task_unique_key": check_name(unique_key, "a unique key")}
+
+    def _id_of(self, task: Task | int | None) -> int:
         if isinstance(task, Task):
             if inspect(task).mapper.local_table is not self.task_class.__table__:
                 raise InvalidTask(f"task must be in the schema of {self!r}, got {task!r}")

@@ -108,6 +108,9 @@ class Caller(Protocol):
     def refresh(self, mapped: type[Task], row: Row) -> None:
         """Update the session's object of this task, if it has one, with a row that was just written."""
 
+    def found(self, task: Task) -> Task:
+        """Return the session's object of a task that was just read, which is put into the session if not."""
+
     def notify(self, notification: Notification) -> None:
         """Notify workers after the commit, if the adapter can know when it happens."""
 
@@ -251,6 +254,18 @@ class _OrmSession:
                 # The ORM's UPDATE has marked the object, so that a rollback expires it.
                 set_committed_value(known, name, value)
 
+    def found(self, task: Task) -> Task:
+        known = self._session.identity_map.get(identity_key(instance=task))
+        if known is None:
+            if not self._session._warn_on_events:  # noqa: SLF001 - as in `attach`
+                self._session.add(task)
+            return task
+        changed: Any = inspect(known).committed_state
+        for name, value in task.__dict__.items():
+            if name in inspect(known).mapper.column_attrs and name not in changed:
+                set_committed_value(known, name, value)
+        return known
+
     def notify(self, notification: Notification) -> None:
         # A session on a connection doesn't end that connection's transaction, which a test may roll back.
         if isinstance(self._bind, Engine):
@@ -280,6 +295,9 @@ class _CoreConnection:
 
     def refresh(self, mapped: type[Task], row: Row) -> None:
         """Do nothing, because there is no session."""
+
+    def found(self, task: Task) -> Task:
+        return task
 
     def notify(self, notification: Notification) -> None:
         notify_after_connection_commit(self._connection, notification)
@@ -316,6 +334,9 @@ class _PsycopgConnection:
 
     def refresh(self, mapped: type[Task], row: Row) -> None:
         """Do nothing, because there is no session."""
+
+    def found(self, task: Task) -> Task:
+        return task
 
     def notify(self, notification: Notification) -> None:
         """Do nothing, because psycopg has no event for a commit. Workers find the task at their next poll."""

@@ -29,10 +29,12 @@ from typing_extensions import ParamSpec
 from apoq.client.session_adapters import SESSION_CLASSES, AsyncioSession, SyncSession
 from apoq.client.unsupported_sessions import forgotten, is_mistaken, refusal, shown_arguments
 from apoq.core.arguments import Arguments, UnknownAnnotation
-from apoq.core.options import Options, checked
+from apoq.core.options import Options, checked_options, merged_options, unique_options
+from apoq.core.payload import canonical, check_name
 from apoq.core.registry import Running, check_processed, make_processor
 from apoq.core.retry import DEFAULT_RETRY_LIMIT, RetryDelay, exponential_backoff
 from apoq.core.schedules import ScheduleOptions, declared
+from apoq.core.unique import OnConflict, UniqueUntil, typed_key
 from apoq.errors import InvalidProcessor, InvalidSchedule, InvalidTask, UnsupportedSession, glimpse
 from apoq.schema.models import Task
 
@@ -44,6 +46,9 @@ R = TypeVar("R")
 R_co = TypeVar("R_co", covariant=True)
 T = TypeVar("T", bound=Running)
 F = TypeVar("F", bound=Callable[..., Any])
+
+UniqueRule = bool | Callable[..., str | None]
+"""Whether a typed task is unique by its arguments; or a function that returns the key for them."""
 
 _OTHER_LIBRARIES: Final = {"apply_async", "defer", "delay", "enqueue", "send"}
 """Names of the method `add` in other libraries."""
@@ -126,6 +131,9 @@ class TypedTask(Generic[P, R_co, C]):
         retry_limit: int = DEFAULT_RETRY_LIMIT,
         retry_delay: RetryDelay = exponential_backoff,
         timeout: float | timedelta | None = None,
+        unique: UniqueRule = False,
+        unique_until: UniqueUntil | None = None,
+        on_conflict: OnConflict | None = None,
         schedule: ScheduleOptions | None = None,
     ) -> None:
         """Use `Queue.task` instead, which also registers the task."""
@@ -151,7 +159,8 @@ class TypedTask(Generic[P, R_co, C]):
         )
         process = self._process_async if processor.is_coroutine else self._process
         self.processor = replace(processor, function=process)
-        self._options = Options()
+        self._options = unique_options(self._key_of, unique, unique_until, on_conflict)
+        self._unique = unique
         # Now if possible. Annotations may name what the module defines below: these are read at the first
         # use.
         with suppress(UnknownAnnotation):
@@ -263,8 +272,9 @@ class TypedTask(Generic[P, R_co, C]):
         """Return a copy that adds its tasks with these options. This task is unchanged.
 
         Args:
-            **options: `delay`, `process_at`, `priority`, `retry_limit`, `retry_delay`, `timeout` and `meta`,
-                as for `Queue.add`. They are added to the options that this task already has.
+            **options: `delay`, `process_at`, `priority`, `retry_limit`, `retry_delay`, `timeout`, `meta`,
+                `unique_key`, `unique_until`, `on_conflict`, `debounce` and `max_wait`, as for `Queue.add`.
+                They are added to the options that this task already has.
 
         Raises:
             InvalidTask: If an option is invalid.
@@ -272,8 +282,8 @@ class TypedTask(Generic[P, R_co, C]):
         """
         for name in options.keys() - Options.__annotations__:
             raise TypeError(f"using() got an unexpected keyword argument {name!r}")
-        merged: Options = {**self._options, **options}
-        checked(**merged)
+        merged = merged_options(self._options, options)
+        checked_options(**merged)
         copied = copy(self)
         copied._options = merged  # noqa: SLF001 - of the same class
         return copied
@@ -309,6 +319,13 @@ class TypedTask(Generic[P, R_co, C]):
     @cached_property
     def _arguments(self) -> Arguments:
         return Arguments(self.function, self.type, is_coroutine=self.processor.is_coroutine)
+
+    def _key_of(self, data: dict[str, Any]) -> str | None:
+        """Return the unique key of a call, by the JSON of its arguments, as `unique` says."""
+        if not callable(self._unique):
+            return typed_key(self.type, canonical(self._arguments.without_defaults(data)))
+        detail = self._unique(**self._arguments.with_defaults(data))
+        return None if detail is None else typed_key(self.type, check_name(detail, "a unique key"))
 
     def _process(self, task: Running) -> Any:
         first = (task,) if self._arguments.follow_task else ()

@@ -67,6 +67,28 @@ class Arguments:
         """Return some of a call's arguments as JSON, to find the call by them; raises what `write` raises."""
         return self._write_bound(self.signature.bind_partial, (), kwargs)
 
+    def without_defaults(self, data: dict[str, Any]) -> dict[str, Any]:
+        """Return the JSON of a call's arguments without those that are equal to their defaults."""
+        return {name: value for name, value in data.items() if not self._is_default(name, value)}
+
+    def with_defaults(self, data: dict[str, Any]) -> dict[str, Any]:
+        """Return the arguments in a task's data as the function gets them, with defaults."""
+        defaults = {
+            name: parameter.default
+            for name, parameter in self.signature.parameters.items()
+            if parameter.default is not Parameter.empty
+        }
+        return {**defaults, **self.read(data)}
+
+    def _is_default(self, name: str, value: Any) -> bool:
+        parameter = self.signature.parameters.get(name)
+        if parameter is None or parameter.default is Parameter.empty:
+            return False
+        try:
+            return encode(self._write(name, parameter.default)) == encode(value)
+        except InvalidData:
+            return False  # not one that can be sent
+
     def _write_bound(
         self, bind: Callable[..., BoundArguments], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> dict[str, Any]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
-from typing import Any, TypedDict
+from typing import Any, TypedDict, Unpack
 
 from apoq.core.payload import check_time, encode
 from apoq.core.plain import plain_number
 from apoq.core.retry import duration, time_limit
-from apoq.errors import InvalidTask, glimpse
+from apoq.core.unique import OnConflict, Unique, UniqueKey, UniqueUntil, checked_unique
+from apoq.errors import InvalidProcessor, InvalidTask, glimpse
 
 HIGHEST_LIMIT = 2**31 - 2
 
@@ -22,8 +23,8 @@ RESERVED_META = ("traceparent", "tracestate")
 _LOWEST_PRIORITY, _HIGHEST_PRIORITY = -(2**15), 2**15 - 1
 
 
-class Options(TypedDict, total=False):
-    """Options of a new task, in addition to its type and data."""
+class PlainOptions(TypedDict, total=False):
+    """Options of a new task without a unique key, in addition to its type and data."""
 
     delay: float | timedelta | None
     process_at: datetime | None
@@ -32,6 +33,76 @@ class Options(TypedDict, total=False):
     retry_delay: float | timedelta | None
     timeout: float | timedelta | None
     meta: Mapping[str, Any] | None
+
+
+class Options(PlainOptions, total=False):
+    """Options of a new task, in addition to its type and data."""
+
+    unique_key: UniqueKey | None
+    unique_until: UniqueUntil | None
+    on_conflict: OnConflict | None
+    debounce: float | timedelta | None
+    max_wait: float | timedelta | None
+
+
+def unique_options(
+    key_of: Callable[[Any], str | None],
+    unique: object,
+    unique_until: UniqueUntil | None,
+    on_conflict: OnConflict | None,
+) -> Options:
+    """Return the options of a typed task that is unique by `key_of`; `InvalidProcessor` if invalid."""
+    if not isinstance(unique, bool) and not callable(unique):
+        raise InvalidProcessor(
+            "unique must be True, or a function that takes the task's arguments and returns a key, got "
+            f"{glimpse(unique)}: for one key for all calls, use task.using(unique_key=…)"
+        )
+    try:
+        checked_unique(key_of if unique else None, unique_until, on_conflict)
+    except InvalidTask as error:
+        raise InvalidProcessor(str(error).replace("a unique_key", "unique=True")) from None
+    options: Options = {"unique_key": key_of} if unique else {}
+    if unique_until is not None:
+        options["unique_until"] = unique_until
+    if on_conflict is not None:
+        options["on_conflict"] = on_conflict
+    return options
+
+
+def merged_options(before: Options, new: Options) -> Options:
+    """Return options to which new ones are added, without those that don't fit the new ones."""
+    kept = before.copy()
+    if "unique_key" in new and new["unique_key"] is None:
+        kept.pop("unique_until", None)
+        kept.pop("on_conflict", None)
+        kept.pop("debounce", None)
+        kept.pop("max_wait", None)
+    elif new.get("debounce") is not None:
+        kept.pop("on_conflict", None)
+    return {**kept, **new}
+
+
+def checked_options(
+    *,
+    unique_key: UniqueKey | None = None,
+    unique_until: UniqueUntil | None = None,
+    on_conflict: OnConflict | None = None,
+    debounce: float | timedelta | None = None,
+    max_wait: float | timedelta | None = None,
+    **options: Unpack[PlainOptions],
+) -> tuple[dict[str, Any], Unique | None]:
+    """Return options as parameters of a statement, and how the task is unique.
+
+    `InvalidTask` if a task can't have them.
+    """
+    unique = checked_unique(unique_key, unique_until, on_conflict, debounce, max_wait)
+    if debounce is not None:
+        for name, value in (("delay", options.get("delay")), ("process_at", options.get("process_at"))):
+            if value is not None:
+                raise InvalidTask(f"debounce and {name} can't both be given: pass one of them")
+        _duration(debounce, "debounce")
+        options["delay"] = debounce
+    return checked(**options), unique
 
 
 def checked(

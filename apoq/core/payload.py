@@ -104,6 +104,11 @@ def encode(data: Any, max_size: int = MAX_DATA_SIZE, name: str = "data") -> str:
     return text
 
 
+def canonical(data: Any) -> str:
+    """Encode data that can be stored as JSON text, the same for equal data."""
+    return json.dumps(data, ensure_ascii=False, separators=(",", ":"), sort_keys=True)
+
+
 def _is_sound(data: Any) -> bool:
     """Return whether all keys are strings and the nesting is bounded, checking one level after the other."""
     # add_many calls this for every task, so it uses loops: a generator or a union would take twice as long.

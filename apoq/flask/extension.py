@@ -14,10 +14,12 @@ from typing_extensions import ParamSpec
 
 from apoq.client.queue import Queue
 from apoq.client.session_adapters import AsyncioSession, SyncSession
+from apoq.client.typed_task import UniqueRule
 from apoq.core.options import Options
 from apoq.core.registry import ProcessorOptions, Running, make_processor
 from apoq.core.retry import DEFAULT_RETRY_LIMIT, RetryDelay, exponential_backoff
 from apoq.core.schedules import ScheduleOptions
+from apoq.core.unique import OnConflict, UniqueUntil
 from apoq.errors import InvalidProcessor, glimpse, name_commands
 from apoq.flask.commands import group
 from apoq.flask.database import AnySession, Database
@@ -276,6 +278,9 @@ class Apoq:
         retry_limit: int = ...,
         retry_delay: RetryDelay = ...,
         timeout: float | timedelta | None = ...,
+        unique: UniqueRule = ...,
+        unique_until: UniqueUntil | None = ...,
+        on_conflict: OnConflict | None = ...,
         **schedule: Unpack[ScheduleOptions],
     ) -> Decorator: ...
     def task(
@@ -288,6 +293,9 @@ class Apoq:
         retry_limit: int = DEFAULT_RETRY_LIMIT,
         retry_delay: RetryDelay = exponential_backoff,
         timeout: float | timedelta | None = None,
+        unique: UniqueRule = False,
+        unique_until: UniqueUntil | None = None,
+        on_conflict: OnConflict | None = None,
         **schedule: Unpack[ScheduleOptions],
     ) -> Any:
         """Make a function a typed task: ``@apoq.task``, or ``@apoq.task(retry_limit=3)``.
@@ -304,6 +312,10 @@ class Apoq:
             retry_delay: Time before a retry, in seconds or as a timedelta, or a function that returns it for
                 the number of failures so far.
             timeout: Limit of each attempt, in seconds or as a timedelta; see `Worker.use`. None: no limit.
+            unique: As for `Queue.task`: True for tasks that are unique by their arguments, or a function of
+                the arguments.
+            unique_until: As for `Queue.add`, if the tasks are unique.
+            on_conflict: As for `Queue.add`, if the tasks are unique.
             **schedule: `cron` or `every`, and the other times and rules of `Queue.schedule`. The
                 application's workers add a task at each of these times. The function must be callable without
                 arguments.
@@ -324,7 +336,15 @@ class Apoq:
 
         def decorate(function: Callable[..., Any]) -> AppTask[..., Any, ...]:
             task: AppTask[..., Any, ...] = AppTask(
-                CurrentQueue(self), function, type=type, aliases=aliases, schedule=schedule, **options
+                CurrentQueue(self),
+                function,
+                type=type,
+                aliases=aliases,
+                unique=unique,
+                unique_until=unique_until,
+                on_conflict=on_conflict,
+                schedule=schedule,
+                **options,
             )
             for name in (task.type, *task.aliases):
                 self.use(name, task.processor.function, **options)

@@ -93,10 +93,11 @@ def upgrade(op: Operations, schema: str | None = None) -> None:
         sa.Column("meta", JSONB),
         sa.Column("schedule", sa.Text),
         sa.Column("tick_at", TIME),
-        # For planned features, because adding them to a table in use would be expensive. A plain task leaves
-        # them NULL, which takes one bit.
         sa.Column("unique_key", sa.Text),
         sa.Column("held_unique_key", sa.Text),
+        sa.Column("unique_until_end", sa.Boolean),
+        # For planned features, because adding them to a table in use would be expensive. A plain task leaves
+        # them NULL, which takes one bit.
         sa.Column("key", sa.Text),
         sa.Column("slot", sa.Integer),
         sa.Column("pool_key", sa.Text),
@@ -106,7 +107,6 @@ def upgrade(op: Operations, schema: str | None = None) -> None:
         sa.Column("on_parent_failure", sa.Text),
         sa.Column("group_id", sa.BigInteger),
         sa.Column("result", JSONB),
-        sa.Column("unique_until_end", sa.Boolean),
         sa.Column("blockers", sa.Integer),
         sa.Column("is_followed", sa.Boolean),
         sa.Column("has_parts", sa.Boolean),
@@ -138,6 +138,15 @@ def upgrade(op: Operations, schema: str | None = None) -> None:
         ["queue", "id"],
         schema=schema,
         postgresql_where=sa.text("indexed_state = 'waiting'"),
+        if_not_exists=True,
+    )
+    op.create_index(
+        op.f("apoq_tasks_unique_key_idx"),
+        "apoq_tasks",
+        ["queue", "held_unique_key"],
+        unique=True,
+        schema=schema,
+        postgresql_where=sa.text("held_unique_key IS NOT NULL"),
         if_not_exists=True,
     )
     op.create_index(

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Mapping
 from datetime import datetime, timedelta
 from functools import cache
-from typing import Any, Final, TypeVar, cast
+from typing import Any, Final, Literal, TypeVar, cast
 from uuid import UUID
 
 from sqlalchemy import (
@@ -40,6 +40,14 @@ DEFAULT_QUEUE = "default"
 
 # Written as PostgreSQL returns it, or else Alembic would consider it a different expression.
 _INDEXED_STATE: Final = f"NULLIF(NULLIF(state, '{PENDING}'::text), '{RUNNING}'::text)"
+
+
+HOLDS_KEY: Final = "held_unique_key IS NOT NULL"
+"""The predicate of the unique index."""
+
+AddOutcome = Literal["added", "kept", "replaced"]
+
+_ADD_OUTCOME: Final = "_add_outcome"
 
 
 class Base(DeclarativeBase):
@@ -119,11 +127,15 @@ class Task(Base):
     """The name of the schedule that added the task."""
     tick_at: Mapped[datetime | None]
     """The time of the schedule's tick for which the task was added; it may have been added later."""
+    unique_key: Mapped[str | None]
+    """The unique key that the task was added with."""
+    held_unique_key: Mapped[str | None]
+    """The unique key while the task holds it: in its queue, no other task can then have the key."""
+    unique_until_end: Mapped[bool | None] = mapped_column(Boolean)
+    """Whether the task holds its unique key until it has ended, and not only until it is claimed."""
 
     # Columns for planned features, which a plain task leaves NULL. Each row is written three times, and each
     # time a column with a value, or a generated one, costs more than a NULL.
-    unique_key: Mapped[str | None]
-    held_unique_key: Mapped[str | None]
     key: Mapped[str | None]
     slot: Mapped[int | None] = mapped_column(Integer)
     pool_key: Mapped[str | None]
@@ -133,7 +145,6 @@ class Task(Base):
     on_parent_failure: Mapped[str | None]
     group_id: Mapped[int | None] = mapped_column(BigInteger)
     result: Mapped[Any | None] = mapped_column(JSONB(none_as_null=True))
-    unique_until_end: Mapped[bool | None] = mapped_column(Boolean)
     blockers: Mapped[int | None] = mapped_column(Integer)
     is_followed: Mapped[bool | None] = mapped_column(Boolean)
     has_parts: Mapped[bool | None] = mapped_column(Boolean)
@@ -157,6 +168,14 @@ class Task(Base):
             "queue",
             "id",
             postgresql_where=text(f"indexed_state = '{WAITING}'"),
+        ),
+        # A plain task never enters it, and it stays small: it has only tasks that hold their unique keys.
+        Index(
+            conv("apoq_tasks_unique_key_idx"),
+            "queue",
+            "held_unique_key",
+            unique=True,
+            postgresql_where=text(HOLDS_KEY),
         ),
         # The pruner deletes by this index and the next one, the oldest tasks first.
         Index(
@@ -185,6 +204,20 @@ class Task(Base):
     def _check_data(self, _key: str, value: Any) -> Any:
         encode(value)
         return value
+
+    @property
+    def add_outcome(self) -> AddOutcome | None:
+        """The outcome of the call of `add` that returned this object: "added", "kept" or "replaced".
+
+        "kept" and "replaced" are about the task that had the unique key. None if no such call returned it.
+        """
+        outcome: AddOutcome | None = self.__dict__.get(_ADD_OUTCOME)
+        return outcome
+
+    @property
+    def is_new(self) -> bool:
+        """Whether the call of `add` that returned this object added the task."""
+        return self.add_outcome == "added"
 
     def __repr__(self) -> str:
         # Only loaded attributes: a repr must not query, and a detached task can't.
@@ -322,7 +355,7 @@ M = TypeVar("M", bound=Base)
 
 UPCOMING: Final = frozenset(
     (
-        *("unique_key", "held_unique_key", "unique_until_end", "key", "slot", "pool_key", "pool_slot"),
+        *("key", "slot", "pool_key", "pool_slot"),
         *("waiting_since", "waiting_for", "blockers", "on_parent_failure", "is_followed", "has_parts"),
         *("group_id", "result"),
     )
@@ -395,6 +428,12 @@ def pauses_table(schema: str | None) -> Table:
 def _in_schema(mapped: type[Base], schema: str | None) -> Table:
     table = cast("Table", mapped.__table__)
     return table if schema is None else table.to_metadata(MetaData(), schema=schema)
+
+
+def with_outcome(task: Task, outcome: AddOutcome) -> Task:
+    """Return a task that `add` returns, with what the call did."""
+    task.__dict__[_ADD_OUTCOME] = outcome
+    return task
 
 
 def detached(schema: str | None, row: Mapping[Any, Any]) -> Task:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import timedelta
+from functools import partial
 from typing import Any, Final, Literal, NamedTuple, overload
 from uuid import uuid4
 
@@ -58,6 +59,7 @@ from apoq.worker.execution.runner import AttemptResult, TaskLost, ended, run, ru
 from apoq.worker.execution.task_sessions import AsyncTaskSession, TaskSession
 from apoq.worker.lease import Lease
 from apoq.worker.settling.settler import settlement_arrays, write_settlements
+from apoq.worker.unique_keys import pending_without_key, take_free_keys
 
 FOR_EVER: Final = Lease(math.inf, math.inf)
 """Other workers can't take tasks of the caller's transaction."""
@@ -288,6 +290,8 @@ class _Drain:
                 statement = write_settlements(queue.schema, full=True)
                 parameters = settlement_arrays([end])
             row = self._execute(queue, statement, parameters | held(attempt)).mappings().first()
+            if row is not None:
+                take_free_keys(partial(self._execute, queue), queue.schema, pending_without_key([row]))
         is_kept = end.outcome is not None or crew.completion.keep
         if row is None:
             # The attempt no longer owns the task, because its processor has cancelled or deleted it.

@@ -95,12 +95,14 @@ class Runtime:
         heartbeat_seconds = options.lease.total_seconds() / HEARTBEATS_PER_LEASE
         self._signals = {schema: StopSignal() for schema in schemas}
         self.claim_log = ClaimLog()
+        sharded: set[str | None] = set()
         self.missing = MissingThreads(outage)
         self.heartbeat = Heartbeat(
             sync_side(engine),
             queues,
             outage,
             self.claim_log,
+            sharded,
             concurrency=options.concurrency,
             lease=options.lease,
             release=options.release,
@@ -109,7 +111,7 @@ class Runtime:
             on_lapse=self._lapsed,
         )
         leases = self.heartbeat.leases
-        self.strays = Strays(self.engine, self.claim_log, leases, outage)
+        self.strays = Strays(self.engine, self.claim_log, leases, outage, sharded)
         self.scanner = QueueScanner(
             self.engine,
             cursors,
@@ -120,7 +122,6 @@ class Runtime:
             on_due=self.look_for_tasks,
         )
         completion = Completion(events, keep=options.keeps_completed)
-        sharded: set[str | None] = set()
         self.settler = Settler(
             self.engine,
             events,
@@ -194,6 +195,7 @@ class Runtime:
             self.engine,
             leases,
             outage,
+            sharded,
             grace=heartbeat_seconds * GRACE_HEARTBEATS,
             on_rescued=self._look_in_schema,
         )

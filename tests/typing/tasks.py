@@ -46,6 +46,25 @@ async def call_back(number: str) -> bytes:
     return number.encode()
 
 
+@queue.task(unique=True, unique_until="ended", on_conflict="replace")
+def reindex(doc_id: int) -> None: ...
+
+
+@queue.task(unique=lambda doc_id, **_: str(doc_id))
+def publish(doc_id: int) -> None: ...
+
+
+def add_unique(session: Session) -> None:
+    reindex.add(session, 7)
+    publish.using(unique_key=None).add(session, 7)
+    task = queue.add(session, "t", unique_key="k", on_conflict="skip")
+    assert_type(task.is_new, bool)
+    assert_type(queue.add_many(session, "t", [1], unique_key=str, debounce=5, max_wait=9), int)
+    assert_type(queue.cancel(session, unique_key="k"), bool)
+    queue.add(session, "t", unique_key="k", on_conflict="keep")  # wrong: call-overload reportCallIssue
+    queue.add(session, "t", unique_key=7)  # wrong: call-overload reportCallIssue
+
+
 @queue.task()
 def tidy() -> None: ...
 

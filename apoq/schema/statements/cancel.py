@@ -5,7 +5,17 @@ from __future__ import annotations
 from functools import cache
 from typing import Any, Final
 
-from sqlalchemy import BigInteger, Boolean, ColumnElement, Text, bindparam, cast, literal_column, update
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    ColumnElement,
+    Text,
+    bindparam,
+    cast,
+    literal_column,
+    null,
+    update,
+)
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.sql.dml import ReturningUpdate
 
@@ -16,12 +26,14 @@ from apoq.schema.statements.portable import portable
 
 _CANCELLABLE: Final[ColumnElement[bool]] = literal_column(f"state IN {alternatives(CANCELLABLE)}", Boolean)
 
-_RETURNED: Final = ("id", "state", "cancelled_at", "error", "claimed_at")
+_RETURNED: Final = ("id", "state", "cancelled_at", "error", "claimed_at", "held_unique_key")
 
 
 @cache
-def cancel(schema: str | None) -> ReturningUpdate[Any]:
+def cancel(schema: str | None, *, by_key: bool = False) -> ReturningUpdate[Any]:
     """Cancel the task `task_id` of `from_queue` unless it has ended, with an error that gives the `reason`.
+
+    Or (`by_key`) the task that holds `task_unique_key`.
 
     A worker that runs the task can no longer write to it, because workers write only to running tasks.
     """
@@ -30,7 +42,9 @@ def cancel(schema: str | None) -> ReturningUpdate[Any]:
     return (
         update(task_class(schema))
         .where(
-            tasks.c.id == bindparam("task_id", type_=BigInteger),
+            tasks.c.held_unique_key == bindparam("task_unique_key", type_=Text)
+            if by_key
+            else tasks.c.id == bindparam("task_id", type_=BigInteger),
             tasks.c.queue == bindparam("from_queue", type_=Text),
             _CANCELLABLE,
         )
@@ -38,6 +52,7 @@ def cancel(schema: str | None) -> ReturningUpdate[Any]:
             state=CANCELLED,
             cancelled_at=now(),
             error=cast(bindparam("reason", type_=Text), JSONB),
+            held_unique_key=null(),
         )
         # claimed_at, because a task that was never claimed isn't running, so no worker has to be notified.
         .returning(*(portable(name, tasks.c[name]) for name in _RETURNED))

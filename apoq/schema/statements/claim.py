@@ -56,6 +56,9 @@ from apoq.schema.statements.states import is_pending
 CHANGED: Final = ("state", "claim_token", "attempt", "worker_id", "claimed_at", "prefetched")
 """The columns that a claim changes. If an index contained one of them, a claim would write to every index."""
 
+CHANGED_IF_UNIQUE: Final = ("held_unique_key",)
+"""The columns that it also changes if the task has a unique key; those of a plain task stay NULL."""
+
 
 C = TypeVar("C")
 
@@ -233,7 +236,7 @@ def _is_claimable(
 
 
 def _effect(tasks: Table, picked: CTE, *, ahead: bool) -> dict[str, Any]:
-    """Return the new values of the columns `CHANGED`."""
+    """Return the new values of the columns `CHANGED` and `CHANGED_IF_UNIQUE`."""
     # A task without attempts left doesn't start: if this worker dies now, that must not count as an attempt.
     may_not_have_begun = _has_no_attempts_left(tasks)
     if ahead:
@@ -248,6 +251,9 @@ def _effect(tasks: Table, picked: CTE, *, ahead: bool) -> dict[str, Any]:
         "worker_id": bindparam("by_worker", type_=Uuid),
         "claimed_at": func.now(),
         "prefetched": may_not_have_begun,
+        # A key that is held until the task has started is given up here: a task that is added from now on is
+        # another one. NULL stays NULL.
+        "held_unique_key": case((tasks.c.unique_until_end, tasks.c.held_unique_key)),
     }
 
 

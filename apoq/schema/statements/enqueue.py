@@ -51,7 +51,8 @@ def _given() -> dict[str, ColumnElement[Any]]:
     }
 
 
-def _values() -> dict[str, ColumnElement[Any]]:
+def given_values() -> dict[str, ColumnElement[Any]]:
+    """Return the given options, which are parameters, by column."""
     given = _given()
     return {**given, "process_at": func.coalesce(given["process_at"], func.now())}
 
@@ -67,9 +68,9 @@ def enqueue(schema: str | None, *, mapped: bool = True) -> Insert:
     table = tasks_table(schema)
     statement = (
         insert(task_class(schema) if mapped else table)
-        .values(**_values(), created_at=func.now(), data=data)
+        .values(**given_values(), created_at=func.now(), data=data)
         # As numbers, to be independent of the session's DateStyle; these two times can't be infinite.
-        .returning(table.c.id, *(_microseconds(table.c[name]) for name in ("created_at", "process_at")))
+        .returning(table.c.id, *(microseconds(table.c[name]) for name in ("created_at", "process_at")))
     )
     return statement.execution_options(dml_strategy="raw") if mapped else statement
 
@@ -86,13 +87,17 @@ def added_row(parameters: Mapping[str, Any], returned: Mapping[Any, Any]) -> dic
         "retry_delay": parameters["task_retry_delay"],
         "timeout": parameters["task_timeout"],
         "meta": None if parameters["task_meta"] is None else read_json(parameters["task_meta"]),
+        "unique_key": parameters.get("task_unique_key"),
+        "held_unique_key": parameters.get("task_unique_key"),
+        "unique_until_end": parameters.get("unique_until_end"),
         "id": returned["id"],
         "created_at": read_microseconds(returned["created_at"]),
         "process_at": read_microseconds(returned["process_at"]),
     }
 
 
-def _microseconds(time: ColumnElement[Any]) -> ColumnElement[int]:
+def microseconds(time: ColumnElement[Any]) -> ColumnElement[int]:
+    """Return a time for `added_row`, as a number that doesn't depend on the session."""
     return cast(extract("epoch", in_utc(time)) * 1_000_000, BigInteger).label(time.key)
 
 
@@ -115,7 +120,7 @@ def enqueue_many(schema: str | None) -> Insert:
     # JSON escapes as \\n: PostgreSQL splits lines faster than the elements of an array.
     lines = func.string_to_table(bindparam("task_data", type_=Text), "\n")
     documents = lines.table_valued(column("document", Text)).render_derived("documents")
-    values = {**_values(), "created_at": func.now()}
+    values = {**given_values(), "created_at": func.now()}
     return (
         insert(task_class(schema))
         .from_select([*values, "data"], select(*values.values(), cast(documents.c.document, JSONB)))

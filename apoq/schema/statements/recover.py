@@ -11,7 +11,6 @@ from sqlalchemy import (
     FromClause,
     Select,
     Text,
-    Update,
     Uuid,
     all_,
     and_,
@@ -24,6 +23,7 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
+from sqlalchemy.sql.dml import ReturningUpdate
 from sqlalchemy.types import Integer
 
 from apoq.schema.models import claims_table, tasks_table
@@ -33,11 +33,12 @@ from apoq.schema.statements.heartbeat import is_alive
 from apoq.schema.statements.literals import MAX_INTEGER_MINUS_ONE, MIN_INTEGER_PLUS_ONE, PENDING
 from apoq.schema.statements.notes import forget_claims, is_noted, noted
 from apoq.schema.statements.states import has_running_state
+from apoq.schema.statements.take_keys import lacks_key
 
 
 @cache
-def rescue(schema: str | None) -> Update:
-    """Make up to `at_most` running tasks of the workers `dead` pending again.
+def rescue(schema: str | None) -> ReturningUpdate[Any]:
+    """Make up to `at_most` running tasks of the workers `dead` pending again, and return their ids.
 
     It skips the first `passed_over` tasks (0 by default), which could not be written. A worker that has sent
     a heartbeat in the meantime keeps its tasks.
@@ -58,7 +59,12 @@ def rescue(schema: str | None) -> Update:
         .cte("orphans")
     )
     tasks = tasks_table(schema)
-    return update(tasks).where(tasks.c.id == orphans.c.id).values(_rescued(schema))
+    return (
+        update(tasks)
+        .where(tasks.c.id == orphans.c.id)
+        .values(_rescued(schema))
+        .returning(tasks.c.id, lacks_key(tasks))
+    )
 
 
 @cache
@@ -75,7 +81,7 @@ def forget_dead(schema: str | None) -> Delete:
 
 
 @cache
-def rescue_unnoted(schema: str | None) -> Update:
+def rescue_unnoted(schema: str | None) -> ReturningUpdate[Any]:
     """Make the tasks of `ids`, claimed with `tokens`, pending again unless a living worker has them.
 
     It is for running tasks that are in no claim, such as after a restore of the task table alone.
@@ -90,7 +96,12 @@ def rescue_unnoted(schema: str | None) -> Update:
         .with_for_update(of=held, skip_locked=True)
         .cte("orphans")
     )
-    return update(tasks).where(tasks.c.id == orphans.c.id).values(_rescued(schema))
+    return (
+        update(tasks)
+        .where(tasks.c.id == orphans.c.id)
+        .values(_rescued(schema))
+        .returning(tasks.c.id, lacks_key(tasks))
+    )
 
 
 def _rescued(schema: str | None) -> dict[str, ColumnElement[Any]]:
@@ -129,11 +140,12 @@ def _dead() -> ColumnElement[Any]:
 
 
 @cache
-def give_back(schema: str | None) -> Select[tuple[int]]:
+def give_back(schema: str | None) -> Select[tuple[int, list[int] | None]]:
     """Make tasks pending again that a living worker claimed without receiving the result.
 
     These are the tasks of all of its claims except the `known` ones, and not the tasks `held`. Returns how
-    many could not be released because another session has locked them.
+    many could not be released because another session has locked them, and the ids of the released ones that
+    don't hold their unique keys.
     """
     tasks = tasks_table(schema)
     is_stray = and_(
@@ -148,11 +160,12 @@ def give_back(schema: str | None) -> Select[tuple[int]]:
         update(tasks)
         .where(tasks.c.id == strays.c.id)
         .values(state=PENDING, attempt=func.greatest(tasks.c.attempt, MIN_INTEGER_PLUS_ONE) - 1)
-        .returning(tasks.c.id)
+        .returning(tasks.c.id, lacks_key(tasks))
         .cte("given")
     )
     all_of_them = select(func.count()).select_from(tasks).where(is_stray).scalar_subquery()
-    return select(all_of_them - select(func.count()).select_from(given).scalar_subquery())
+    without_key = select(func.array_agg(given.c.id)).where(given.c.lacks_key).scalar_subquery()
+    return select(all_of_them - select(func.count()).select_from(given).scalar_subquery(), without_key)
 
 
 @cache

@@ -19,6 +19,7 @@ from sqlalchemy import (
     delete,
     func,
     literal_column,
+    null,
     or_,
     select,
     update,
@@ -31,6 +32,7 @@ from apoq.core.states import CANCELLED, COMPLETED, FAILED
 from apoq.schema.models import tasks_table
 from apoq.schema.statements.arrays import bigints
 from apoq.schema.statements.clock import epoch_now, now
+from apoq.schema.statements.literals import PENDING
 from apoq.schema.statements.states import has_running_state
 
 
@@ -113,6 +115,7 @@ AS_COMPLETED: Final[dict[str, ColumnElement[Any]]] = {
     # Not now(), the start of the transaction of `task.session`. The time is the same for the whole batch, so
     # that the index for pruning stores it once for many tasks, and takes a quarter of the space.
     "completed_at": func.statement_timestamp(),
+    "held_unique_key": null(),
 }
 """The values that a completion writes to a task."""
 
@@ -180,5 +183,6 @@ def settle(schema: str | None, *, skips_locked: bool = False) -> Update:
                 else_=tasks.c.failed_at,
             ),
             error=func.coalesce(cast(rows.c.error, JSONB), tasks.c.error),
+            held_unique_key=case((rows.c.state == PENDING, tasks.c.held_unique_key)),
         )
     )

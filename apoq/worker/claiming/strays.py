@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Final
 from uuid import UUID
@@ -20,6 +20,7 @@ from apoq.worker.claim_log import ClaimLog
 from apoq.worker.failures import Outage
 from apoq.worker.isolation import Isolation
 from apoq.worker.lease import Lease
+from apoq.worker.unique_keys import take_free_keys
 
 POLL_SECONDS: Final = 1.0
 """Seconds between two looks for stray tasks, while there may be any."""
@@ -32,11 +33,17 @@ class Strays:
     """
 
     def __init__(
-        self, engine: Engine, claim_log: ClaimLog, leases: Mapping[str | None, Lease], outage: Outage
+        self,
+        engine: Engine,
+        claim_log: ClaimLog,
+        leases: Mapping[str | None, Lease],
+        outage: Outage,
+        sharded: Collection[str | None],
     ) -> None:
         self._engine = engine
         self._claim_log = claim_log
         self._leases = leases
+        self._sharded = sharded
         self._isolation: Isolation[str | None] = Isolation(_describe, outage)
         self.worker_id = UUID(int=0)
         self.looked_at = 0.0
@@ -82,7 +89,9 @@ class Strays:
             "known": array_text(self._claim_log.known(schema)),
             "held": array_text(held),
         }
-        ((left,),) = execute(self._engine, give_back(schema), parameters)
+        ((left, without_key),) = execute(self._engine, give_back(schema), parameters)
+        if schema not in self._sharded:
+            take_free_keys(partial(execute, self._engine), schema, without_key or ())
         execute(self._engine, forget_unknown(schema), parameters)
         return not left
 

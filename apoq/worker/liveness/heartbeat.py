@@ -6,7 +6,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from datetime import UTC, datetime, timedelta
 from functools import cache, partial
 from importlib.metadata import version
@@ -35,6 +35,7 @@ from apoq.worker.isolation import Isolation
 from apoq.worker.lease import Lease
 from apoq.worker.liveness.peers import Peer
 from apoq.worker.liveness.presence import Presence
+from apoq.worker.unique_keys import lacking, take_free_keys
 
 HEARTBEATS_PER_LEASE: Final = 5
 """Heartbeats to a lease: a worker counts as dead when it has missed this many."""
@@ -74,6 +75,7 @@ class Heartbeat:
         queues: tuple[Queue, ...],
         outage: Outage,
         claim_log: ClaimLog,
+        sharded: Collection[str | None],
         *,
         concurrency: int,
         lease: timedelta,
@@ -87,6 +89,7 @@ class Heartbeat:
         `on_lapse` is called with the schemas in which the lease has ended.
         """
         seconds = lease.total_seconds()
+        self._sharded = sharded
         self._interval = seconds / HEARTBEATS_PER_LEASE
         self._grace = self._interval * GRACE_HEARTBEATS
         self._presences = [
@@ -209,7 +212,8 @@ class Heartbeat:
         has_more = True
         while has_more and time.monotonic() < ends_at:
             try:
-                rescued = self._execute(rescue(presence.schema), parameters | narrowing.parameters).rowcount
+                rows = self._execute(rescue(presence.schema), parameters | narrowing.parameters).fetchall()
+                rescued = len(rows)
             except LockNotAvailable:
                 logs.table_locked("tasks of dead workers are rescued when it is free")
                 return
@@ -221,6 +225,8 @@ class Heartbeat:
                     return
                 continue
             if rescued:
+                if presence.schema not in self._sharded:
+                    take_free_keys(self._execute, presence.schema, lacking(rows))
                 self._report(TasksRescued(rescued, presence.schema))
                 self._on_rescued(presence.schema)
             has_more = narrowing.written(rescued)

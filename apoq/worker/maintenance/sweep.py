@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
@@ -21,6 +21,7 @@ from apoq.worker.isolation import Isolation
 from apoq.worker.lease import Lease
 from apoq.worker.liveness.heartbeat import REASON
 from apoq.worker.service import Service
+from apoq.worker.unique_keys import lacking, take_free_keys
 
 STEP_SIZE: Final = 1_000
 """Tasks that one statement looks at, at most."""
@@ -67,6 +68,7 @@ class Sweep(Service):
         engine: Engine,
         leases: Mapping[str | None, Lease],
         outage: Outage,
+        sharded: Collection[str | None],
         *,
         grace: float,
         on_rescued: Callable[[str | None], None],
@@ -75,6 +77,7 @@ class Sweep(Service):
         super().__init__("apoq-sweep", outage)
         self._engine = engine
         self._leases = leases
+        self._sharded = sharded
         self._passes = {schema: _Pass() for schema in leases}
         self._isolation: Isolation[str | None] = Isolation(_describe, outage)
         self._grace = grace
@@ -135,8 +138,10 @@ class Sweep(Service):
     def _rescue(self, schema: str | None, tasks: list[tuple[int, int]]) -> None:
         ids, tokens = zip(*tasks, strict=True)
         parameters = {"ids": array_text(ids), "tokens": array_text(tokens), "reason": REASON}
-        if rescued := execute(self._engine, rescue_unnoted(schema), parameters).rowcount:
-            self._report(TasksRescued(rescued, schema, is_noted=False))
+        if rescued := execute(self._engine, rescue_unnoted(schema), parameters).fetchall():
+            if schema not in self._sharded:
+                take_free_keys(partial(execute, self._engine), schema, lacking(rescued))
+            self._report(TasksRescued(len(rescued), schema, is_noted=False))
             self._on_rescued(schema)
 
 

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from operator import itemgetter
 from typing import Any, Final, NamedTuple, TypeVar
 
@@ -37,6 +37,7 @@ from apoq.worker.failures import Outage
 from apoq.worker.isolation import Isolation
 from apoq.worker.service import Service, left_until
 from apoq.worker.settling.counters import Counter
+from apoq.worker.unique_keys import pending_without_key, take_free_keys
 
 T = TypeVar("T")
 
@@ -314,12 +315,16 @@ class Settler(Service):
     def _execute_settlement(self, unsettled: Unsettled, ends: list[AttemptResult]) -> Rows:
         is_full = self._events.has_listeners(FAILED) or self._events.has_listeners(RETRIED)
         tasks = [end.attempt.row for end in ends]
-        return self._execute(
-            write_settlements(unsettled.schema, full=is_full, skips_locked=unsettled.skips_locked),
-            tasks,
-            _tokens(tasks) | settlement_arrays(ends),
-            is_full=is_full,
-        )
+        parameters = {
+            "ids": array_text([task[ID] for task in tasks]),
+            **_tokens(tasks),
+            **settlement_arrays(ends),
+        }
+        statement = write_settlements(unsettled.schema, full=is_full, skips_locked=unsettled.skips_locked)
+        written = execute(self._engine, statement, parameters).mappings()
+        if unsettled.schema not in self._sharded:
+            take_free_keys(partial(execute, self._engine), unsettled.schema, pending_without_key(written))
+        return {row["id"]: row if is_full else None for row in written}
 
     def _execute(
         self, statement: Executable, tasks: list[Claimed], arrays: dict[str, Any], *, is_full: bool
@@ -354,11 +359,10 @@ class Settler(Service):
 
 @cache
 def write_settlements(schema: str | None, *, full: bool, skips_locked: bool = False) -> Executable:
-    """Write the settlements of `settlement_arrays` to the tasks of `ids`; return their ids, or more."""
+    """Write the settlements of `settlement_arrays` to the tasks of `ids`; return their rows, or a part."""
     tasks = tasks_table(schema)
-    return settle(schema, skips_locked=skips_locked).returning(
-        *(reported_columns(schema) if full else [tasks.c.id])
-    )
+    part = (tasks.c.id, tasks.c.state, tasks.c.unique_key, tasks.c.held_unique_key)
+    return settle(schema, skips_locked=skips_locked).returning(*(reported_columns(schema) if full else part))
 
 
 NAMED: Final = {TaskCompleted: COMPLETED, TaskFailed: FAILED, TaskRetried: RETRIED}
