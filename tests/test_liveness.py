@@ -190,7 +190,7 @@ def test_a_clock_that_is_wrong_makes_no_difference(engine, url, hours):
         class Wrong(datetime.datetime):
             @classmethod
             def now(cls, tz=None):
-                return datetime.datetime.fromtimestamp(time.time(), tz)
+                return cls.fromtimestamp(time.time(), tz)
 
         right, datetime.datetime = datetime.datetime, Wrong
         import apoq

@@ -51,7 +51,7 @@ def wait_until_idle(worker: Worker, claims: list[list[str]]) -> None:
     changed_at, seen = time.monotonic(), 0
 
     def listens() -> bool:
-        return len(probe.awaited(worker) or ()) == len(worker.queues)
+        return len(probe.awaited(worker) or ()) == 2 * len(worker.queues)
 
     def is_idle() -> bool:
         nonlocal changed_at, seen

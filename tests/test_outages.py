@@ -27,7 +27,7 @@ SOON = 30.0
 until = patience(SOON)
 SHORT = timedelta(seconds=2.5)
 
-LISTENS = {(b"apoq", b"default")}
+LISTENS = {(b"apoq", b"default"), (b"apoq_paused", b"default")}
 """What is awaited on the connection of a worker of the default queue, when notifications arrive."""
 
 WAITING = f"""

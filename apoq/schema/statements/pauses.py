@@ -13,10 +13,12 @@ from sqlalchemy import (
     and_,
     bindparam,
     delete,
+    false,
     func,
     literal_column,
     or_,
     select,
+    true,
 )
 from sqlalchemy.dialects.postgresql import INTERVAL, TIMESTAMP, Insert, insert
 from sqlalchemy.sql.dml import ReturningDelete
@@ -81,7 +83,9 @@ def is_paused(
     """Return the condition that a pause of this type of a queue is on."""
     table = pauses_table(schema)
     is_meant = table.c.queue == queue, table.c.type == type_, _is_on(table)
-    return select(table.c.queue).where(*is_meant).correlate_except(table).exists()
+    # Not EXISTS, which the planner may turn into a join that changes the order of the queues.
+    found = select(true()).where(*is_meant).limit(literal_column("1")).correlate_except(table)
+    return func.coalesce(found.scalar_subquery(), false())
 
 
 def next_resumes(schema: str | None, queues: FromClause) -> Select[Any]:

@@ -202,7 +202,7 @@ class Listener(Service):
         return has_arrived
 
     def _listen(self, connection: ListeningConnection) -> None:
-        connection.listen([CANCELLED, CHANNEL, PAUSED], {**self._with_tasks, **self._paused})
+        connection.listen([CANCELLED, PAUSED, CHANNEL], {**self._with_tasks, **self._paused})
         self.recovered()
         self._on_cancelled(None)  # until now, cancellations did not notify this connection
         # With listen_url, the role of this connection may not be allowed to claim.
