@@ -6,6 +6,7 @@ from functools import cache
 from typing import Any, Final
 
 from sqlalchemy import (
+    CTE,
     ColumnElement,
     FromClause,
     Select,
@@ -77,14 +78,19 @@ def pauses(schema: str | None) -> Select[Any]:
     )
 
 
-def is_paused(
-    schema: str | None, queue: ColumnElement[str], type_: ColumnElement[str]
-) -> ColumnElement[bool]:
-    """Return the condition that a pause of this type of a queue is on."""
+def paused(schema: str | None) -> CTE:
+    """Return the pauses that are on, each with its `queue` and `type`."""
     table = pauses_table(schema)
-    is_meant = table.c.queue == queue, table.c.type == type_, _is_on(table)
+    return select(table.c.queue, table.c.type).where(_is_on(table)).cte("paused").prefix_with("MATERIALIZED")
+
+
+def is_paused(
+    paused: FromClause, queue: ColumnElement[str], type_: ColumnElement[str]
+) -> ColumnElement[bool]:
+    """Return the condition that this type of a queue is among those that are `paused`."""
+    is_meant = paused.c.queue == queue, paused.c.type == type_
     # Not EXISTS, which the planner may turn into a join that changes the order of the queues.
-    found = select(true()).where(*is_meant).limit(literal_column("1")).correlate_except(table)
+    found = select(true()).where(*is_meant).limit(literal_column("1")).correlate_except(paused)
     return func.coalesce(found.scalar_subquery(), false())
 
 

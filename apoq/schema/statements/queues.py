@@ -25,7 +25,7 @@ from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.sql.selectable import TableValuedAlias
 
 from apoq.core.payload import encode
-from apoq.schema.statements.pauses import ALL_TYPES, is_paused
+from apoq.schema.statements.pauses import ALL_TYPES, is_paused, paused
 
 Levels = Mapping[int, tuple[float, int]]
 """By priority, the `process_at` (in seconds since 1970) and the id behind which a claim looks for tasks."""
@@ -48,14 +48,14 @@ def given_queues(schema: str | None) -> CTE:
     priorities to look at with a position in each, and the priority below which to look as well. All queues
     are one parameter, in JSON, because a worker looks into one queue or into hundreds of them.
     """
-    records = _records()
+    records, pauses = _records(), paused(schema)
     type_ = func.unnest(records.c.types).column_valued("given_type")
-    types = select(type_).where(~is_paused(schema, records.c.queue, type_)).correlate(records)
+    types = select(type_).where(~is_paused(pauses, records.c.queue, type_)).correlate(records)
     values = {each.name: each for each in records.c} | {"types": func.array(types.scalar_subquery())}
     rows = select(*(value.label(name) for name, value in values.items()))
     # Materialized, so that the server looks for paused types once for each queue, and not for each task.
     is_whole = literal_column(f"'{ALL_TYPES}'", Text)
-    found = rows.where(~is_paused(schema, records.c.queue, is_whole)).cte("queues")
+    found = rows.where(~is_paused(pauses, records.c.queue, is_whole)).cte("queues")
     return found.prefix_with("MATERIALIZED")
 
 
