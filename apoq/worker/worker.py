@@ -33,6 +33,10 @@ STOP_TIMEOUT: Final = timedelta(seconds=25)
 """The time that `run` waits for running tasks after a signal: less than the 30 s of Kubernetes."""
 
 
+MAX_SHOWN: Final = 5
+"""Queues that the repr of a worker names, at most."""
+
+
 class Worker:
     """Runs the tasks of one or more queues.
 
@@ -128,7 +132,10 @@ class Worker:
         PROCESS.enter(self, Worker._reset_after_fork)
 
     def __repr__(self) -> str:
-        return f"<Worker of {', '.join(map(repr, self._queues))} concurrency={self._options.concurrency}>"
+        shown = [repr(queue) for queue in self._queues[:MAX_SHOWN]]
+        more = len(self._queues) - len(shown)
+        queues = ", ".join(shown) + (f" and {more} more" if more else "")
+        return f"<Worker of {queues} concurrency={self._options.concurrency}>"
 
     @property
     def queues(self) -> tuple[Queue, ...]:

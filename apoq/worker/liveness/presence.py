@@ -50,13 +50,13 @@ class Presence:
         """Whether it was logged that a task can't be rescued."""
         self.has_lapsed = True
         """Whether the end of the lease has been reported; at first it has none."""
-        self.is_quiet = False
-        """Whether no worker held a task there at the last look."""
         self.next_beat = -math.inf
         """By time.monotonic()."""
         self._interval = interval
         schemas = {queue.schema for queue in queues}
         self._stretch = max(1.0, len(schemas) / QUIET_BEATS_PER_SECOND / interval)
+        self.is_quiet = self.may_be_quiet
+        """Whether no worker held a task there at the last look; this one holds none before the first."""
 
     @property
     def may_be_quiet(self) -> bool:
