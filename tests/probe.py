@@ -19,7 +19,6 @@ from sqlalchemy.pool import PoolProxiedConnection
 
 from apoq import AsyncRunningTask, Queue, RunningTask, Worker
 from apoq.cli.stats import _figures as stats_figures  # noqa: F401
-from apoq.client import notifier as notifier_module
 from apoq.client import shared_tasks
 from apoq.client.after_commit import _notifiers
 from apoq.client.notifier import Notifier
@@ -511,11 +510,6 @@ def line(engine: sa.Engine) -> Any:
 def line_connection(line: Any) -> Any:
     """Return the pooled connection of such a line, or None while it is closed."""
     return line._pooled
-
-
-def is_line_answered(line: Any) -> bool:
-    """Return whether the server has responded to the last notification on such a line."""
-    return line._pooled is not None and notifier_module._is_answered(line._pooled.driver_connection)
 
 
 def line_engine(line: Any) -> sa.Engine:

@@ -35,6 +35,9 @@ from apoq.schema.statements.notify import FLUSH_NOTHING, Notification, arrays, n
 
 logger = logging.getLogger(__name__)
 
+SEND_INTERVAL_SECONDS: Final = 0.002
+"""Seconds between two notifications, at least, so that a burst of commits is few notifications."""
+
 IDLE_SECONDS: Final = 5.0
 """Seconds without a notification after which the thread ends and its connection is closed."""
 
@@ -151,12 +154,19 @@ class Notifier:
                 with suppress(Empty):
                     self._wakeups.get(timeout=IDLE_SECONDS)
                 continue
+            self._rest()
             self._send_pending()
-            time.sleep(max(0.0, self._rested_at - time.monotonic()))  # so that others can commit
+            self._rest()
             with suppress(Exception):  # the next notification meets the same error
                 self._connection.open()
         self._connection.close()
         self._engine.dispose()
+
+    def _rest(self) -> None:
+        """Let others commit, so that the next notification is for all of them."""
+        sent_at = max(self._sent_at, self._connection.sent_at)
+        until = max(self._rested_at, sent_at + SEND_INTERVAL_SECONDS)
+        time.sleep(max(0.0, until - time.monotonic()))
 
     def run_once(self) -> None:
         """Send the pending notifications on a connection that is closed afterwards."""
@@ -253,9 +263,9 @@ class NotifyConnection:
             self._pooled, self._name = pooled, name
 
     def send(self, notification: Notification) -> bool:
-        """Send a notification. Return False if it would have to wait for the response to the last one."""
+        """Send a notification. Return False if it is too soon after the last one, or before its response."""
         with self._lock:
-            if self._pooled is None:
+            if self._pooled is None or time.monotonic() < self.sent_at + SEND_INTERVAL_SECONDS:
                 return False
             connection: Any = self._pooled.driver_connection
             try:

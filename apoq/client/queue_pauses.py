@@ -49,9 +49,10 @@ class QueuePauses:
     ) -> Coroutine[Any, Any, None] | None:
         """Pause this queue: when you commit, no worker claims its tasks until `resume`.
 
-        Running tasks continue. Tasks that a worker has claimed ahead and that have not begun are released:
-        at once if a notification arrives, and otherwise within two seconds. Tasks can be added, cancelled and
-        retried as before. The pause is in the database, so it survives restarts of the workers.
+        Running tasks continue. Tasks that a worker has claimed ahead and that have not begun are released
+        when the worker is notified; without a notification, some of them may still begin for some seconds.
+        Tasks can be added, cancelled and retried as before. The pause is in the database, so it survives
+        restarts of the workers.
 
         If the queue is paused already, this changes the reason and the end of the pause.
 

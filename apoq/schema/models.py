@@ -12,6 +12,7 @@ from uuid import UUID
 from sqlalchemy import (
     BigInteger,
     CheckConstraint,
+    Column,
     Computed,
     Index,
     MetaData,
@@ -335,21 +336,17 @@ class ClaimRow(Base):
     task_ids: Mapped[list[int]] = mapped_column(ARRAY(BigInteger))
 
 
-class PauseRow(Base):
-    """A pause of a queue, or of one type of its tasks, from `Queue.pause` to `Queue.resume`."""
-
-    __tablename__ = "apoq_pauses"
-
-    queue: Mapped[str] = mapped_column(primary_key=True)
-    type: Mapped[str] = mapped_column(primary_key=True)
-    """The type of the tasks; an empty text for all tasks of the queue."""
-    paused_at: Mapped[datetime]
-    paused_by: Mapped[str]
-    """The role that has paused it."""
-    reason: Mapped[str]
-    resume_at: Mapped[datetime | None]
-    """When the pause ends by itself; None: never."""
-
+_pauses: Final = Table(
+    "apoq_pauses",
+    Base.metadata,
+    Column("queue", Text, primary_key=True),
+    Column("type", Text, primary_key=True),  # an empty text for all tasks of the queue
+    Column("paused_at", TIMESTAMP(timezone=True), nullable=False),
+    Column("paused_by", Text, nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("resume_at", TIMESTAMP(timezone=True)),  # NULL: the pause doesn't end by itself
+)
+"""The pauses of queues, and of types of their tasks: each from `Queue.pause` to `Queue.resume`."""
 
 M = TypeVar("M", bound=Base)
 
@@ -422,7 +419,7 @@ def claims_table(schema: str | None) -> Table:
 @cache
 def pauses_table(schema: str | None) -> Table:
     """Return the table of pauses of a schema, for Core statements."""
-    return _in_schema(PauseRow, schema)
+    return _pauses if schema is None else _pauses.to_metadata(MetaData(), schema=schema)
 
 
 def _in_schema(mapped: type[Base], schema: str | None) -> Table:

@@ -30,7 +30,7 @@ On = PoolProxiedConnection | None
 
 
 class ClaimStatement:
-    """Claims from the queues of one schema, with one statement."""
+    """Claims from several queues of one schema at once."""
 
     def __init__(
         self,
@@ -75,7 +75,7 @@ class ClaimStatement:
             try:
                 return execute(on or self._engine, statement, parameters).fetchall()
             except FeatureNotSupported:
-                """Citus shards the schema, perhaps since a moment ago."""
+                pass  # Citus shards the schema, perhaps since a moment ago
         rows = self._claim_in_parts(form, parameters, bare=bare)
         self._sharded.add(self._schema)
         return rows
