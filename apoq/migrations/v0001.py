@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # importing Alembic takes 0.2 s, and a worker doesn't need it
 TIME = TIMESTAMP(timezone=True)
 NOW = sa.func.now()
 ZERO = sa.text("0")
+LEVEL = "priority * 2 + (key IS NOT NULL)::integer"
 INDEXED_STATE = "NULLIF(NULLIF(state, 'pending'::text), 'running'::text)"
 
 STORAGE = {
@@ -127,7 +128,7 @@ def upgrade(op: Operations, schema: str | None = None) -> None:
     op.create_index(
         op.f("apoq_tasks_open_idx"),
         "apoq_tasks",
-        ["queue", sa.text("priority DESC"), "process_at", "id"],
+        ["queue", sa.text(f"({LEVEL}) DESC"), "process_at", "id"],
         schema=schema,
         postgresql_where=sa.text("indexed_state IS NULL"),
         if_not_exists=True,

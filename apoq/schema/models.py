@@ -43,6 +43,9 @@ DEFAULT_QUEUE = "default"
 _INDEXED_STATE: Final = f"NULLIF(NULLIF(state, '{PENDING}'::text), '{RUNNING}'::text)"
 
 
+LEVEL: Final = "priority * 2 + (key IS NOT NULL)::integer"
+"""The level of a task, as `level` in `statements.levels`."""
+
 HOLDS_KEY: Final = "held_unique_key IS NOT NULL"
 """The predicate of the unique index."""
 
@@ -159,7 +162,7 @@ class Task(Base):
         Index(
             conv("apoq_tasks_open_idx"),
             "queue",
-            text("priority DESC"),
+            text(f"({LEVEL}) DESC"),
             "process_at",
             "id",
             postgresql_where=text("indexed_state IS NULL"),

@@ -36,9 +36,9 @@ class ClaimableQueue:
             self._limits_text = retry_limits(self.queue, processors)
         return processors
 
-    def text(self, at_most: int) -> tuple[str, str, str]:
+    def text(self, at_most: int, *, is_keyed: bool = False) -> tuple[str, str, str]:
         """Return the queue, its positions, and how many tasks to claim, as a statement is given them."""
-        return self._text, self.cursor.text, at_most_text(at_most)
+        return self._text, self.cursor.text(is_keyed=is_keyed), at_most_text(at_most)
 
     @property
     def limits_text(self) -> str:
