@@ -26,6 +26,7 @@ else:
     HAS_LIBPQ = True
     from apoq.client.queue import Queue
     from apoq.client.typed_task import TypedTask
+    from apoq.core.limits import Limit
     from apoq.core.outcomes import Cancel, Fail, Retry, Snooze
     from apoq.core.retry import exponential_backoff
     from apoq.errors import (
@@ -33,6 +34,7 @@ else:
         DuplicateTask,
         InvalidArguments,
         InvalidData,
+        InvalidLimit,
         InvalidProcessor,
         InvalidSchedule,
         InvalidTask,
@@ -55,10 +57,12 @@ __all__ = [
     "Fail",
     "InvalidArguments",
     "InvalidData",
+    "InvalidLimit",
     "InvalidProcessor",
     "InvalidSchedule",
     "InvalidTask",
     "InvalidURL",
+    "Limit",
     "Queue",
     "Retry",
     "RunningTask",

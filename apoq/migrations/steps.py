@@ -26,10 +26,18 @@ VERSION_TABLE: Final = "apoq_migrations"
 """Alembic's version table, with the name that the Node.js original uses."""
 
 TABLES: Final = frozenset(
-    {"apoq_tasks", "apoq_workers", "apoq_claims", "apoq_schedules", "apoq_pauses", VERSION_TABLE}
+    {
+        "apoq_tasks",
+        "apoq_workers",
+        "apoq_claims",
+        "apoq_schedules",
+        "apoq_pauses",
+        "apoq_limits",
+        VERSION_TABLE,
+    }
 )
 
-OWN: Final = ("apoq_workers", "apoq_claims", "apoq_schedules", "apoq_pauses")
+OWN: Final = ("apoq_workers", "apoq_claims", "apoq_schedules", "apoq_pauses", "apoq_limits")
 """Tables that the Node.js original doesn't have."""
 
 LOCK_KEY: Final = 97112111113

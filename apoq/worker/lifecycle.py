@@ -107,6 +107,8 @@ class Lifecycle:
                 raise
             runtime.settler.put(end)
             runtime.settler.flush(SETTLE_ON_STOP_SECONDS)
+            if not self._is_started:
+                runtime.claimer.hand_over(room=0)
             if isinstance(end.outcome, KeyboardInterrupt):
                 raise end.outcome  # meant for the program, not for the task that happened to run
             return self._load(end)

@@ -57,8 +57,8 @@ from apoq.schema.statements.states import is_pending
 CHANGED: Final = ("state", "claim_token", "attempt", "worker_id", "claimed_at", "prefetched")
 """The columns that a claim changes. If an index contained one of them, a claim would write to every index."""
 
-CHANGED_IF_UNIQUE: Final = ("held_unique_key",)
-"""The columns that it also changes if the task has a unique key; those of a plain task stay NULL."""
+CHANGED_IF_SET: Final = ("held_unique_key", "pool_slot")
+"""The columns that it also changes if they have a value; those of a plain task stay NULL."""
 
 
 C = TypeVar("C")
@@ -150,17 +150,21 @@ def claim(
     that wait for a slot take little memory.
     """
     tasks = tasks_table(schema)
-    picked = _picked(schema, ahead=ahead, passes_over=passes_over, overflows=overflows, keyed=keyed)
+    queues = given_queues(schema, with_limited=False)
+    found = picked(schema, queues, ahead=ahead, passes_over=passes_over, overflows=overflows, keyed=keyed)
+    free = bindparam("free", type_=BigInteger)
+    is_ahead = select(func.count() > free).select_from(found).scalar_subquery() if ahead else None
     statement = (
         update(tasks)
         # By ctid in an array: by id, or by a join, the server needs a tenth more time. A locked row keeps its
         # ctid. A row that another session updated between the start of this statement and the lock has
         # another ctid, and is left to another claim.
-        .where(_place == any_(func.array(select(picked.c.ctid).scalar_subquery())))
-        .values(_effect(tasks, picked, ahead=ahead))
-        .returning(*_returned(tasks, bare=bare))
+        .where(_place == any_(func.array(select(found.c.ctid).scalar_subquery())))
+        # The place is that of an attempt when its type had a limit.
+        .values(claimed_values(tasks, is_ahead=is_ahead) | {"pool_slot": null()})
+        .returning(*returned_columns(tasks, bare=bare))
     )
-    return statement.add_cte(note(schema, picked).cte("note")) if noted else statement
+    return statement.add_cte(note(schema, found).cte("note")) if noted else statement
 
 
 @cache
@@ -173,21 +177,30 @@ def next_due(
     keyed: bool = False,
 ) -> Select[tuple[int]]:
     """Return the ids of the tasks that `claim` would take with the same parameters, without taking them."""
-    picked = _picked(schema, ahead=ahead, passes_over=passes_over, overflows=overflows, keyed=keyed)
-    return select(picked.c.id)
+    queues = given_queues(schema, with_limited=False)
+    found = picked(schema, queues, ahead=ahead, passes_over=passes_over, overflows=overflows, keyed=keyed)
+    return select(found.c.id)
 
 
 _place: ColumnElement[Any] = literal_column("ctid")
 _at_most = bindparam("at_most", type_=BigInteger)
 
 
-def _picked(schema: str | None, *, ahead: bool, passes_over: bool, overflows: bool, keyed: bool) -> CTE:
-    """Lock due tasks, and return their ctids and ids."""
+def picked(
+    schema: str | None,
+    queues: CTE,
+    *,
+    ahead: bool,
+    passes_over: bool,
+    overflows: bool,
+    keyed: bool,
+    columns: tuple[str, ...] = (),
+) -> CTE:
+    """Lock due tasks of these queues, and return their ctids, ids and other columns."""
     tasks = tasks_table(schema)
-    queues = given_queues(schema)
     levels = _levels(queues)
     due = (
-        select(_place, tasks.c.id)
+        select(_place, tasks.c.id, *(tasks.c[name] for name in columns))
         .where(*_is_claimable(tasks, queues, ahead=ahead, passes_over=passes_over))
         .limit(queues.c.at_most)
         # Other workers claim at the same time: skip the tasks that they have locked, instead of waiting.
@@ -244,13 +257,15 @@ def _is_claimable(
     return conditions
 
 
-def _effect(tasks: Table, picked: CTE, *, ahead: bool) -> dict[str, Any]:
-    """Return the new values of the columns `CHANGED` and `CHANGED_IF_UNIQUE`."""
+def claimed_values(tasks: Table, *, is_ahead: ColumnElement[bool] | None) -> dict[str, Any]:
+    """Return the values that a claim writes to a task, except for its places.
+
+    `is_ahead`: whether the claim takes more tasks than there are free slots.
+    """
     # A task without attempts left doesn't start: if this worker dies now, that must not count as an attempt.
     may_not_have_begun = _has_no_attempts_left(tasks)
-    if ahead:
-        count = select(func.count()).select_from(picked).scalar_subquery()
-        may_not_have_begun = or_(count > bindparam("free", type_=BigInteger), may_not_have_begun)
+    if is_ahead is not None:
+        may_not_have_begun = or_(is_ahead, may_not_have_begun)
     return {
         "state": RUNNING,
         # With a maximum, because another program may have written any number there, and an overflow would
@@ -277,7 +292,7 @@ def _has_no_attempts_left(tasks: Table) -> ColumnElement[bool]:
     )
 
 
-def _returned(tasks: Table, *, bare: bool) -> tuple[ColumnElement[Any], ...]:
+def returned_columns(tasks: Table, *, bare: bool) -> tuple[ColumnElement[Any], ...]:
     """Return the columns of a `ClaimedTask`."""
     return (
         tasks.c.id,

@@ -41,14 +41,17 @@ _COLUMNS: Final[dict[str, Any]] = {
 }
 
 
-def given_queues(schema: str | None) -> CTE:
+def given_queues(schema: str | None, *, with_limited: bool = True) -> CTE:
     """Return the queues of the parameter `queues` as rows, without those that are paused.
+
+    A claim that gives no places must leave out queues and types that have a limit, too (`with_limited` is
+    False).
 
     A row has the name of the queue, the types of the tasks to look for, how many to claim at most, the
     levels to look at with a position in each, and the level below which to look as well. All queues
     are one parameter, in JSON, because a worker looks into one queue or into hundreds of them.
     """
-    records, pauses = _records(), paused(schema)
+    records, pauses = _records(), paused(schema, with_limited=not with_limited)
     type_ = func.unnest(records.c.types).column_valued("given_type")
     types = select(type_).where(~is_paused(pauses, records.c.queue, type_)).correlate(records)
     values = {each.name: each for each in records.c} | {"types": func.array(types.scalar_subquery())}

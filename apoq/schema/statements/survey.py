@@ -28,6 +28,7 @@ from sqlalchemy import (
 from apoq.schema.models import tasks_table
 from apoq.schema.statements.arrays import bigints
 from apoq.schema.statements.levels import level
+from apoq.schema.statements.limits import limited
 from apoq.schema.statements.literals import EPOCH, ZERO
 from apoq.schema.statements.pauses import next_resumes
 from apoq.schema.statements.queues import given_names, given_queues
@@ -68,7 +69,8 @@ def survey(schema: str | None, *, known: bool = False, passes_over: bool = False
     """Return the first pending task of the given `queues` in each level, the highest first.
 
     Paused queues are left out, and paused types. Instead, there is a row without a level that has the time
-    at which the first of a queue's pauses ends by itself, if one does.
+    at which the first of a queue's pauses ends by itself, if one does. For a queue that has a limit, or has
+    types with one, there is a row without a level and without a time.
 
     The rows of a queue are together: up to `at_most` for each, with the current time by the database's clock,
     the queue, the level, the task's `process_at` and id, and whether the task was rescued from a dead
@@ -114,7 +116,7 @@ def survey(schema: str | None, *, known: bool = False, passes_over: bool = False
         .lateral("of_queue")
     )
     pending = select(queues.c.queue, *of_queue.c).select_from(queues.join(of_queue, true()))
-    found = pending.union_all(_resumes(schema)).subquery("found")
+    found = pending.union_all(_resumes(schema), _limited(schema)).subquery("found")
     now = select(func.date_part(EPOCH, func.clock_timestamp(), type_=Double).label("now")).subquery("clock")
     columns = found.c.queue, found.c.level, found.c.process_at, found.c.id, found.c.is_rescued
     return select(now.c.now, *columns).select_from(now.outerjoin(found, true()))
@@ -123,6 +125,14 @@ def survey(schema: str | None, *, known: bool = False, passes_over: bool = False
 def _resumes(schema: str | None) -> Select[Any]:
     ends = next_resumes(schema, given_names()).subquery("resumes")
     return select(ends.c.queue, cast(null(), Integer), ends.c.ends_at, cast(null(), BigInteger), false())
+
+
+def _limited(schema: str | None) -> Select[Any]:
+    its = limited(schema).subquery("limited")
+    names = given_names()
+    return select(
+        its.c.queue, cast(null(), Integer), cast(null(), Double), cast(null(), BigInteger), false()
+    ).where(its.c.queue.in_(select(names.c.queue)))
 
 
 class Survey(NamedTuple):
@@ -134,6 +144,8 @@ class Survey(NamedTuple):
     """The first tasks of each queue that has any."""
     resumes: dict[str, float]
     """When the first pause of a queue ends."""
+    limited: set[str]
+    """The queues that have a limit, or types with one."""
 
 
 def surveyed(rows: Iterable[Any]) -> Survey:
@@ -141,9 +153,15 @@ def surveyed(rows: Iterable[Any]) -> Survey:
     now = 0.0
     found: dict[str, list[First]] = {}
     resumes: dict[str, float] = {}
+    limited_queues: set[str] = set()
     for now, queue, *first in rows:  # noqa: B007 - it is the same in all rows
-        if queue is not None and first[0] is None:
-            resumes[queue] = first[1]
-        elif queue is not None:
+        if queue is None:
+            continue
+        level, at, *_ = first
+        if level is not None:
             found.setdefault(queue, []).append(First(*first))
-    return Survey(now, found, resumes)
+        elif at is not None:
+            resumes[queue] = at
+        else:
+            limited_queues.add(queue)
+    return Survey(now, found, resumes, limited_queues)

@@ -18,6 +18,7 @@ from sqlalchemy import (
     Update,
     any_,
     bindparam,
+    case,
     cast,
     delete,
     func,
@@ -70,13 +71,15 @@ def enqueue_unique(schema: str | None, *, mapped: bool = True) -> Insert:
 def enqueue_many_unique(schema: str | None) -> Insert:
     """Add a task for each document and key, unless another task holds the key, and return the keys.
 
-    `task_data` has a line for each document, and `task_unique_keys` its key, or NULL. The tasks are inserted
+    `task_data` has a line for each document, `task_unique_keys` its key or NULL, and `task_keys` its
+    concurrency key or NULL. The tasks are inserted
     in this order: if all callers sort the keys, they don't deadlock.
     """
     rows = _rows()
     values = {
         **given_values(),
         **_unique_values(rows.c.unique_key),
+        "key": rows.c.key,
         "created_at": func.now(),
         "data": cast(rows.c.document, JSONB),
     }
@@ -156,7 +159,7 @@ def replace_many(schema: str | None) -> ReturningUpdate[Any]:
             tasks.c.held_unique_key == rows.c.unique_key,
             _has_not_started(tasks),
         )
-        .values(_replacement(tasks, cast(rows.c.document, JSONB)))
+        .values(_replacement(tasks, cast(rows.c.document, JSONB)) | {"key": rows.c.key})
         .returning(tasks.c.held_unique_key.label("unique_key"))
     )
 
@@ -234,7 +237,9 @@ def _unique_values(key: ColumnElement[Any]) -> dict[str, ColumnElement[Any]]:
 
 def _rows() -> TableValuedAlias:
     documents = func.string_to_array(bindparam("task_data", type_=Text), "\n")
-    return func.unnest(documents, _keys()).table_valued("document", "unique_key").render_derived("rows")
+    keys = bindparam("task_keys", type_=ARRAY(Text))
+    columns = ("document", "unique_key", "key")
+    return func.unnest(documents, _keys(), keys).table_valued(*columns).render_derived("rows")
 
 
 def _keys() -> ColumnElement[Any]:
@@ -270,6 +275,7 @@ def _replacement(held: Table, document: ColumnElement[Any]) -> dict[str, ColumnE
     """Return everything that the caller gives; the task keeps its id, its creation and its attempts."""
     given = given_values()
     del given["queue"]
+    waits_for_place = func.coalesce(held.c.waiting_for, "").in_(["key", "pool"])
     due = select(given["process_at"]).scalar_subquery()
     latest = func.to_timestamp(
         func.date_part(EPOCH, in_utc(held.c.created_at), type_=Double) + bindparam("max_wait", type_=Double)
@@ -277,6 +283,11 @@ def _replacement(held: Table, document: ColumnElement[Any]) -> dict[str, ColumnE
     return {
         **given,
         "process_at": func.least(due, latest),  # without NULL
+        # It may have another key or type now, which has a free place.
+        "state": case((waits_for_place, PENDING), else_=held.c.state),
+        "waiting_for": case((~waits_for_place, held.c.waiting_for)),
+        "waiting_since": case((~waits_for_place, held.c.waiting_since)),
+        "pool_key": null(),
         "unique_until_end": bindparam("unique_until_end", type_=Boolean),
         "data": document,
     }

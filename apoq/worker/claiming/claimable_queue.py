@@ -12,10 +12,20 @@ from apoq.worker.lease import Lease
 
 
 class ClaimableQueue:
-    """A queue, with its processors, its cursor, and the worker's lease in its schema."""
+    """The tasks of a queue, with their processors, the cursor, and the worker's lease in the schema."""
 
-    def __init__(self, queue: Queue, cursor: ClaimCursor, lease: Lease, registry: Registry) -> None:
+    def __init__(
+        self,
+        queue: Queue,
+        cursor: ClaimCursor,
+        lease: Lease,
+        registry: Registry,
+        *,
+        is_keyed: bool = False,
+    ) -> None:
+        """`is_keyed`: these are its tasks with concurrency keys, and otherwise its tasks without."""
         self.queue = queue
+        self.is_keyed = is_keyed
         self.cursor = cursor
         self.lease = lease
         self._registry = registry
@@ -36,9 +46,14 @@ class ClaimableQueue:
             self._limits_text = retry_limits(self.queue, processors)
         return processors
 
-    def text(self, at_most: int, *, is_keyed: bool = False) -> tuple[str, str, str]:
+    @property
+    def needs_places(self) -> bool:
+        """Whether its tasks may need places before they begin."""
+        return self.is_keyed or self.cursor.is_limited
+
+    def text(self, at_most: int) -> tuple[str, str, str]:
         """Return the queue, its positions, and how many tasks to claim, as a statement is given them."""
-        return self._text, self.cursor.text(is_keyed=is_keyed), at_most_text(at_most)
+        return self._text, self.cursor.text(is_keyed=self.is_keyed), at_most_text(at_most)
 
     @property
     def limits_text(self) -> str:

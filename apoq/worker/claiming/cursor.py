@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from apoq.schema.statements.claim import ID, PRIORITY, PROCESS_AT
 from apoq.schema.statements.levels import is_keyed, level_of
-from apoq.schema.statements.queues import levels_text
+from apoq.schema.statements.queues import Levels, levels_text
 from apoq.schema.statements.survey import First
 
 START: Final = (-math.inf, 0)
@@ -48,6 +48,8 @@ class ClaimCursor:
         self._lock = threading.Lock()
         self.is_careful = False
         """Whether the first due task was rescued from a dead worker; it must not be prefetched."""
+        self.is_limited = False
+        """Whether the queue has a limit, or types with one, at the last survey."""
         self.first_due: tuple[First, ...] = ()
         """The tasks with and without keys that were the first to be due at the last survey."""
         self.lower_than: int | None = None
@@ -87,9 +89,13 @@ class ClaimCursor:
             self._passed_over[task_id] = time.monotonic() + seconds, seconds
         return seconds
 
-    def claimed(self, tasks: Iterable[Sequence[Any]], *, is_all: bool, is_keyed: bool = False) -> None:
+    def claimed(self, tasks: Iterable[Sequence[Any]], *, is_all: bool) -> None:
         """Move behind the tasks of a claim, which are in order; `is_all`: there were no others."""
-        ends = {level_of(task[PRIORITY], is_keyed=is_keyed): (task[PROCESS_AT], task[ID]) for task in tasks}
+        ends = {level_of(task[PRIORITY], is_keyed=False): (task[PROCESS_AT], task[ID]) for task in tasks}
+        self.move_to(ends, is_all=is_all)
+
+    def move_to(self, ends: Levels, *, is_all: bool) -> None:
+        """Move behind these positions, by level; `is_all`: there were no other due tasks."""
         with self._lock:
             moved = dict(self._levels)
             for level, (at, id_) in ends.items():

@@ -155,6 +155,7 @@ class QueueScanner(Service):
         found = surveyed(execute(self._engine, statement, parameters, timeout=SURVEY_TIMEOUT_SECONDS))
         due_in: dict[Queue, float] = {}
         for queue in queues:
+            self._cursors[queue].is_limited = queue.name in found.limited
             firsts = found.firsts.get(queue.name, ())
             of_tasks = self._cursors[queue].surveyed(firsts, found.now, known=known)
             due_in[queue] = min(of_tasks, found.resumes.get(queue.name, math.inf) - found.now)
