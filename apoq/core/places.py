@@ -1,8 +1,8 @@
 """Decides which tasks may begin under limits: pure functions, without a database.
 
 A task has up to two places: one of its key, and one of its type or queue (its pool). A place is a number
-below the limit. A unique index forbids that two running tasks have the same place, so that no more tasks can
-run than there are places, whatever this module decides.
+below the limit. A unique index forbids that two running tasks have the same place. So no more tasks can run
+than there are places, even if this module decided wrongly.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class Blocked(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """What happens to some tasks."""
+    """The tasks that may begin, and those that may not."""
 
     placed: list[Placed]
     blocked: list[Blocked]
@@ -119,7 +119,7 @@ class Decision(NamedTuple):
 
 
 class State(NamedTuple):
-    """What is known about the places, read after the locks were taken."""
+    """The places that are held, and those that may be given away, read after the locks were taken."""
 
     held: Mapping[Share, Iterable[int]]
     """The places that running tasks hold."""

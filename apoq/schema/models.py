@@ -50,7 +50,7 @@ HELD_KEY: Final = f"CASE WHEN slot IS NOT NULL AND state = '{RUNNING}'::text THE
 HELD_POOL_KEY: Final = (
     f"CASE WHEN pool_slot IS NOT NULL AND state = '{RUNNING}'::text THEN pool_key ELSE NULL::text END"
 )
-"""Whatever ends an attempt gives its places back, because these are NULL then."""
+"""NULL as soon as the task is no longer running, so that each way to end an attempt gives its places back."""
 
 WAITS_FOR_PLACE: Final = "waiting_for IN ('key', 'pool')"
 IS_OF_KEY: Final = (
@@ -163,7 +163,7 @@ class Task(Base):
     waiting_since: Mapped[datetime | None]
     """The time since which the task has been waiting."""
     waiting_for: Mapped[str | None]
-    """What a waiting task waits for: a place of its ``key``, or of its type (``pool``)."""
+    """The reason to wait: a place of its ``key``, or of its type (``pool``), must become free."""
 
     # Columns for planned features, which a plain task leaves NULL. Each row is written three times, and each
     # time a column with a value, or a generated one, costs more than a NULL.

@@ -31,7 +31,7 @@ class ClaimLog:
     """
 
     def __init__(self, places: Places) -> None:
-        """`places` is told of tasks that are no longer held."""
+        """`places` hands over the places of tasks that are no longer held."""
         self._places = places
         self._held: dict[int, Claimed] = {}
         # By the `id()` of the row: a task may be claimed again while its last attempt still runs, and tasks

@@ -251,6 +251,13 @@ class Runtime:
         """Look for due tasks in these queues now, or in all."""
         self.claimer.look_for_tasks(queues)
 
+    def unblock(self) -> bool:
+        """Let tasks be claimed that wait for places, as far as these are free; return whether there are any."""
+        self.place_sweep.look()
+        has_any = bool(self.places)
+        self.claimer.hand_over(room=0)
+        return has_any
+
     def stop(self, patience: float | None) -> float:
         """Stop claiming, release tasks that have not begun, and wait `patience` seconds for running ones.
 

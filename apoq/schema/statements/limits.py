@@ -83,7 +83,7 @@ def remove_unused(schema: str | None) -> Delete:
 
 @cache
 def forget_declared(schema: str | None) -> Insert:
-    """Forget what the code has declared for `limited_type` of `from_queue`, and what was set for it."""
+    """Remove the limit of `limited_type` of `from_queue`, whether it was declared or set."""
     limits = limits_table(schema)
     new = _insert(limits)
     return new.on_conflict_do_update(

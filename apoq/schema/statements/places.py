@@ -116,7 +116,12 @@ def pick_first(schema: str | None) -> Select[Any]:
     tasks, queues = tasks_table(schema), given_queues(schema)
     locked = (
         select(*_candidate(tasks))
-        .where(tasks.c.id == any_(bigints("ids")), _waits_for_place(tasks), tasks.c.waiting_for == _KEY)
+        .where(
+            tasks.c.id == any_(bigints("ids")),
+            tasks.c.state == _WAITING,
+            # Written so that the tasks are found by their ids.
+            func.coalesce(tasks.c.waiting_for, "") == _KEY,
+        )
         .with_for_update(skip_locked=True)
         .cte("locked")
     )

@@ -16,6 +16,7 @@ from sqlalchemy import (
     Table,
     Text,
     Update,
+    and_,
     any_,
     bindparam,
     case,
@@ -40,6 +41,8 @@ from apoq.schema.statements.clock import in_utc
 from apoq.schema.statements.enqueue import given_values, microseconds
 from apoq.schema.statements.literals import EPOCH
 from apoq.schema.statements.portable import portable
+
+_PARENTS: Final = literal_column("'parents'", Text)
 
 _REPLACEABLE: Final = (PENDING, WAITING)
 """The states in which a task has not started, so that its data can be replaced."""
@@ -275,7 +278,8 @@ def _replacement(held: Table, document: ColumnElement[Any]) -> dict[str, ColumnE
     """Return everything that the caller gives; the task keeps its id, its creation and its attempts."""
     given = given_values()
     del given["queue"]
-    waits_for_place = func.coalesce(held.c.waiting_for, "").in_(["key", "pool"])
+    # Not of parents, for which it still waits.
+    waits_for_place = and_(held.c.waiting_for.is_not(None), held.c.waiting_for != _PARENTS)
     due = select(given["process_at"]).scalar_subquery()
     latest = func.to_timestamp(
         func.date_part(EPOCH, in_utc(held.c.created_at), type_=Double) + bindparam("max_wait", type_=Double)
@@ -284,9 +288,9 @@ def _replacement(held: Table, document: ColumnElement[Any]) -> dict[str, ColumnE
         **given,
         "process_at": func.least(due, latest),  # without NULL
         # It may have another key or type now, which has a free place.
-        "state": case((waits_for_place, PENDING), else_=held.c.state),
-        "waiting_for": case((~waits_for_place, held.c.waiting_for)),
-        "waiting_since": case((~waits_for_place, held.c.waiting_since)),
+        "state": case((waits_for_place, literal_column(f"'{PENDING}'", Text)), else_=held.c.state),
+        "waiting_for": case((held.c.waiting_for == _PARENTS, held.c.waiting_for)),
+        "waiting_since": case((held.c.waiting_for == _PARENTS, held.c.waiting_since)),
         "pool_key": null(),
         "unique_until_end": bindparam("unique_until_end", type_=Boolean),
         "data": document,

@@ -38,13 +38,8 @@ class ClaimableQueue:
     @property
     def processors(self) -> Mapping[str, Processor]:
         """The processors, by type."""
-        processors = self._registry.of(self.queue)
-        # The registry returns another mapping as soon as there is one more processor.
-        if self._processors is not processors:
-            self._processors = processors
-            self._text = queue_text(self.queue.name, processors)
-            self._limits_text = retry_limits(self.queue, processors)
-        return processors
+        self._look()
+        return self._processors
 
     @property
     def needs_places(self) -> bool:
@@ -53,12 +48,22 @@ class ClaimableQueue:
 
     def text(self, at_most: int) -> tuple[str, str, str]:
         """Return the queue, its positions, and how many tasks to claim, as a statement is given them."""
+        self._look()
         return self._text, self.cursor.text(is_keyed=self.is_keyed), at_most_text(at_most)
 
     @property
     def limits_text(self) -> str:
         """The retry limits of its types, as a statement is given them."""
+        self._look()
         return self._limits_text
+
+    def _look(self) -> None:
+        processors = self._registry.of(self.queue)
+        # The registry returns another mapping as soon as there is one more processor.
+        if self._processors is not processors:
+            self._text = queue_text(self.queue.name, processors)
+            self._limits_text = retry_limits(self.queue, processors)
+            self._processors = processors
 
 
 def retry_limits(queue: Queue, processors: Mapping[str, Processor]) -> str:

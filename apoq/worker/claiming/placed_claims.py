@@ -60,7 +60,7 @@ _PLACE_INDEXES: Final = ("apoq_tasks_places_idx", "apoq_tasks_pools_idx")
 
 
 class PlacedTasks(NamedTuple):
-    """What a claim under limits has done."""
+    """The result of a claim under limits."""
 
     number: int
     """Of the claim."""

@@ -39,7 +39,7 @@ class Taken(NamedTuple):
     is_ahead: bool
     """Whether the claim has taken more tasks than there were free slots."""
     placed: PlacedTasks | None = None
-    """What a claim under limits has done."""
+    """The whole result, if it was a claim under limits."""
 
 
 class SchemaClaims:

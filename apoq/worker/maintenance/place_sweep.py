@@ -1,4 +1,4 @@
-"""Finds tasks that wait for places, in case nobody hands these over."""
+"""Finds tasks that wait for places, in case no worker hands these over."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ START: Final = ("", "", "")
 class PlaceSweep(Service):
     """Lets the claimer look at the keys and pools that tasks wait for, a few at a time.
 
-    The worker whose task ends hands over its place. Nobody does so if that worker dies at that moment, if the
-    task was deleted, or if a limit was raised or removed while no notification arrived.
+    The worker whose task ends hands over its place. The sweep is for the other cases: that worker dies at
+    that moment, the task is deleted, or a limit is raised or removed and no notification arrives.
     """
 
     def __init__(
@@ -69,6 +69,12 @@ class PlaceSweep(Service):
         self._behind[schema] = START
         self._looks_at[schema] = 0.0
         self.wake()
+
+    def look(self) -> None:
+        """Look into all schemas now, on the caller's thread."""
+        for schema in self._leases:
+            self.look_into(schema)
+        self.turn()
 
     def turn(self) -> float | None:
         """Look into the schemas for which it is time; return when to look again."""
