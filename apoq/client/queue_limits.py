@@ -80,8 +80,8 @@ class QueueLimits:
                 that the one of the code is in force again, if there is one.
             type: Limit the tasks of this type. If the code declares a limit of each key for it, this is the
                 number for each key.
-            key: Limit the tasks of this key, whether or not their types have a limit. It takes precedence over
-                the limits of each key that types have.
+            key: Limit the tasks of this key, whether or not their types have a limit. It takes precedence
+                over the limits of each key that types have.
 
         Raises:
             InvalidLimit: If `at_most` is invalid, or both a type and a key are given. Nothing was sent.

@@ -252,7 +252,7 @@ class Runtime:
         self.claimer.look_for_tasks(queues)
 
     def unblock(self) -> bool:
-        """Let tasks be claimed that wait for places, as far as these are free; return whether there are any."""
+        """Let waiting tasks be claimed for which places are free; return whether any were waiting."""
         self.place_sweep.look()
         has_any = bool(self.places)
         self.claimer.hand_over(room=0)

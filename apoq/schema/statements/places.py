@@ -95,9 +95,9 @@ def pick_blocked(schema: str | None) -> Select[Any]:
         select(*_candidate(tasks))
         .where(
             tasks.c.queue == _QUEUE,
-            _waits_for_place(tasks),
+            waits_for_place(tasks),
             tasks.c.waiting_for == wanted.c.kind,
-            _share_name(tasks) == wanted.c.name,
+            share_name(tasks) == wanted.c.name,
         )
         .order_by(tasks.c.priority.desc(), tasks.c.process_at, tasks.c.id)
         .limit(wanted.c.most)
@@ -161,9 +161,9 @@ def awaited_shares(schema: str | None) -> Select[Any]:
     given = _shares()
     waits = exists().where(
         tasks.c.queue == _QUEUE,
-        _waits_for_place(tasks),
+        waits_for_place(tasks),
         tasks.c.waiting_for == given.c.kind,
-        _share_name(tasks) == given.c.name,
+        share_name(tasks) == given.c.name,
     )
     return select(given.c.kind, given.c.name).where(waits)
 
@@ -264,14 +264,14 @@ def awaited(schema: str | None) -> Select[Any]:
     for each, however many tasks wait.
     """
     tasks = tasks_table(schema)
-    place = (tasks.c.queue, tasks.c.waiting_for, _share_name(tasks))
+    place = (tasks.c.queue, tasks.c.waiting_for, share_name(tasks))
     after = tuple(bindparam(f"after_{name}", type_=Text) for name in ("queue", "kind", "name"))
     names = bindparam("queue_names", type_=ARRAY(Text))
 
     def following(behind: ColumnElement[Any]) -> Select[Any]:
         found = (
             select(*(each.label(name) for each, name in zip(place, ("queue", "kind", "name"), strict=True)))
-            .where(_waits_for_place(tasks), behind, tasks.c.queue == any_(names))
+            .where(waits_for_place(tasks), behind, tasks.c.queue == any_(names))
             .order_by(*place)
             .limit(1)
         )
@@ -305,7 +305,7 @@ def _seconds(time: ColumnElement[Any]) -> ColumnElement[float]:
     return func.date_part(EPOCH, in_utc(time), type_=Double)
 
 
-def _waits_for_place(tasks: FromClause) -> ColumnElement[bool]:
+def waits_for_place(tasks: FromClause) -> ColumnElement[bool]:
     """Return the condition that a task waits for a place, written as in the index of blocked tasks.
 
     Coalesce prevents the planner from using the index of waiting tasks, which doesn't know of places.
@@ -314,7 +314,8 @@ def _waits_for_place(tasks: FromClause) -> ColumnElement[bool]:
     return and_(tasks.c.waiting_for.in_([_KEY, _POOL]), is_waiting)
 
 
-def _share_name(tasks: FromClause) -> ColumnElement[str]:
+def share_name(tasks: FromClause) -> ColumnElement[str]:
+    """Return the key or pool that a task waits for, written as in the index of blocked tasks."""
     return func.coalesce(tasks.c.pool_key, tasks.c.key)
 
 
