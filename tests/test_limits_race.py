@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 from waiting import patience
 
-from apoq import Limit, Queue, Retry, Snooze, Task
+from apoq import Limit, Retry, Snooze, Task
 from apoq.core.states import FINAL, RUNNING
 
 pytestmark = pytest.mark.slow

@@ -50,7 +50,6 @@ class Queue(QueueSchedules, QueuePauses, QueueLimits):
         name (str): The queue's name.
         schema (str | None): The schema of apoq's tables, or None for the connection's own (its search_path).
         max_data_size (int): The limit of a task's data, in bytes of JSON.
-        limited_to (Limit | None): How many tasks of the queue may run at once.
     """
 
     def __init__(
