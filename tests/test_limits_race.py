@@ -1,4 +1,4 @@
-"""Races about the places of keys: workers that are killed, callers, and a monitor that no two run too many."""
+"""Races for the places of keys: workers that stop, callers, and a monitor that never sees too many."""
 
 from __future__ import annotations
 
