@@ -1,7 +1,8 @@
 """A PostgreSQL queue for processing background tasks, with a focus on simplicity and reliability.
 
-Public are the names in `__all__` here and the modules `apoq.events`, `apoq.migrations`, `apoq.testing`,
-`apoq.embedded`, `apoq.flask`, `apoq.pyramid` and `apoq.fastapi`. All other modules are private.
+Public are the names in `__all__` here and the modules `apoq.events`, `apoq.metrics`, `apoq.migrations`,
+`apoq.testing`, `apoq.embedded`, `apoq.flask`, `apoq.pyramid` and `apoq.fastapi`. All other modules are
+private.
 """
 
 from typing import Final
@@ -39,6 +40,7 @@ else:
         InvalidSchedule,
         InvalidTask,
         InvalidURL,
+        MissingExtra,
         SchemaMismatch,
         SessionMisused,
         UnsupportedDatabase,
@@ -63,6 +65,7 @@ __all__ = [
     "InvalidTask",
     "InvalidURL",
     "Limit",
+    "MissingExtra",
     "Queue",
     "Retry",
     "RunningTask",

@@ -15,6 +15,7 @@
     ├── UnsupportedSession (TypeError): not a session that a task can be added through
     ├── SchemaMismatch: apoq's tables are missing or at another version
     ├── SessionMisused: `task.session` was committed, or ended its own task
+    ├── MissingExtra (ImportError): a library of an extra is not installed
     └── apoq.pyramid.Misconfigured (ConfigurationError): an invalid setting or processor
 
 A call with arguments of the wrong kind raises a plain TypeError or ValueError.
@@ -121,6 +122,13 @@ class SchemaMismatch(ApoqError):
 
 class SessionMisused(ApoqError):
     """A processor committed ``task.session``, which only the worker may do, or ended its own task there."""
+
+
+class MissingExtra(ApoqError, ImportError):
+    """A library is not installed that one of apoq's extras installs; the message names the extra."""
+
+    def __init__(self, extra: str, package: str) -> None:
+        super().__init__(f'the package {package} is not installed: pip install "apoq[{extra}]"')
 
 
 APOQ, ALEMBIC_UPGRADE = "apoq", "alembic upgrade head"

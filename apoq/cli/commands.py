@@ -23,6 +23,8 @@ COMMANDS: Final = {
     "prune": "Delete tasks that ended some time ago.",
     "schedules": "List the schedules, or pause, resume, run or remove one of them.",
     "stats": "Show the tasks of each queue by their state, and the workers.",
+    "metrics": "Serve metrics of the queues and workers for Prometheus.",
+    "health": "Check that a worker on this machine works; for the health checks of containers.",
     "demo": "Watch apoq work on a private PostgreSQL server.",
 }
 """The commands, in the order of the help. The module ``apoq.cli.<name>`` has the `command`."""

@@ -15,11 +15,12 @@ import click
 from apoq.cli import logs
 from apoq.cli.burst import Burst
 from apoq.cli.ending import Ending
-from apoq.cli.exits import BadUsage
+from apoq.cli.exits import BadUsage, explained
 from apoq.cli.reload import Reloader
+from apoq.cli.serving import HEALTH_PORT, LOOPBACK, METRICS_PORT, port, serve
 from apoq.cli.status import STATUS_INTERVAL_SECONDS, Status, every, is_wanted
 from apoq.cli.stopping import StopNotice, again_by
-from apoq.cli.supervisor import Supervisor, again, check_platform, obey, report, take_lifeline
+from apoq.cli.supervisor import Supervisor, again, check_platform, obey, report, take_lifeline, take_number
 from apoq.cli.values import patience
 from apoq.events import WorkerStopping
 from apoq.worker import Worker
@@ -61,6 +62,26 @@ _OPTIONS = (
         metavar="SECONDS",
         help="How long to wait for running tasks on shutdown, such as 25 or 2m; then they are given back.",
     ),
+    click.option(
+        METRICS_PORT,
+        type=port,
+        metavar="PORT",
+        help="Serve the worker's metrics for Prometheus at /metrics. With --processes, each process has its "
+        "own port: this one, and those that follow.",
+    ),
+    click.option(
+        HEALTH_PORT,
+        type=port,
+        metavar="PORT",
+        help="Serve health checks at /live and /ready; may be the same port. With --processes, as above.",
+    ),
+    click.option(
+        "--bind",
+        default=LOOPBACK,
+        show_default=True,
+        metavar="ADDRESS",
+        help="The address of these ports; 0.0.0.0 for all.",
+    ),
     click.option("--log-format", type=click.Choice(logs.FORMATS), help="Default: text."),
     click.option(
         "--log-level",
@@ -86,6 +107,9 @@ def run_worker(
     timeout: float,
     log_format: str | None,
     log_level: str | None,
+    metrics_port: int | None = None,
+    health_port: int | None = None,
+    bind: str = LOOPBACK,
 ) -> None:
     """Run the worker that `make` returns until SIGINT or SIGTERM; a second signal ends the program at once.
 
@@ -94,7 +118,7 @@ def run_worker(
     """
     _check(processes, burst=burst, reload=reload)
     end_as_pid_1()
-    lifeline = take_lifeline()
+    lifeline, number = take_lifeline(), take_number()
     if lifeline is None and (processes is not None or reload):
         check_platform("--reload" if reload else "--processes")
         logs.set_up(log_format, log_level)
@@ -104,8 +128,11 @@ def run_worker(
         obey(lifeline, ending.stop)
     worker = make()
     logs.set_up(log_format, log_level)
-    _adjust(worker, queues, concurrency)
+    _adjust(worker, queues, concurrency, has_metrics=metrics_port is not None)
     _say_what_runs(worker)
+    servers = serve(worker, metrics_port=metrics_port, health_port=health_port, bind=bind, number=number)
+    for server in servers:
+        logger.info("%s at %s", " and ".join(server.names), server.url)
     # For a second Ctrl-C, because the first one is caught.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     status = Status()
@@ -151,11 +178,14 @@ def _supervise(processes: int | None, timeout: float) -> int:
     return reloader.run()
 
 
-def _adjust(worker: Worker, queues: str | None, concurrency: int | None) -> None:
+def _adjust(worker: Worker, queues: str | None, concurrency: int | None, *, has_metrics: bool) -> None:
     try:
-        worker._adjust(  # noqa: SLF001 - our own
-            queues=None if queues is None else _names(queues), concurrency=concurrency
-        )
+        with explained():
+            worker._adjust(  # noqa: SLF001 - our own
+                queues=None if queues is None else _names(queues),
+                concurrency=concurrency,
+                has_metrics=has_metrics,
+            )
     except ValueError as error:
         raise BadUsage(str(error)) from error
     if not worker.types:

@@ -34,6 +34,9 @@ logger = logging.getLogger(__name__)
 VARIABLE: Final = "APOQ_SUPERVISOR_FD"
 """The environment variable with the file descriptor of the child's end of the socket."""
 
+NUMBER_VARIABLE: Final = "APOQ_WORKER_NUMBER"
+"""The environment variable with the child's number: 1 is the first."""
+
 FIRST_BACKOFF_SECONDS: Final = 1.0
 MAX_BACKOFF_SECONDS: Final = 30.0
 STABLE_AFTER_SECONDS: Final = 60.0
@@ -75,7 +78,7 @@ class Child:
         with theirs:
             self.process = subprocess.Popen(  # noqa: S603 - it is the user's own command
                 command,
-                env={**os.environ, VARIABLE: str(theirs.fileno())},
+                env={**os.environ, VARIABLE: str(theirs.fileno()), NUMBER_VARIABLE: str(self.number)},
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 process_group=0,
@@ -295,6 +298,11 @@ def take_lifeline() -> socket.socket | None:
         ) from None
     lifeline.set_inheritable(False)
     return lifeline
+
+
+def take_number() -> int:
+    """Return the number of this process among a supervisor's children; 1 if it is none of them."""
+    return int(os.environ.pop(NUMBER_VARIABLE, "1"))
 
 
 def obey(lifeline: socket.socket, stop: Callable[[], None]) -> None:

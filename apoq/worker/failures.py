@@ -63,6 +63,11 @@ class Outage:
         self._failing: set[str] = set()
         self._duration = Duration(clock)
 
+    @property
+    def is_on(self) -> bool:
+        """Whether a service finds the database away."""
+        return bool(self._failing)
+
     def begins(self, name: str, error: BaseException) -> None:
         """Note that a service has found the database away."""
         with self._lock:

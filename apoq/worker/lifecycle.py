@@ -23,6 +23,7 @@ from apoq.schema.models import Task, detached
 from apoq.worker.execution.executor import released
 from apoq.worker.execution.runner import AttemptResult
 from apoq.worker.execution.running_task import KNOWN, RunningTask
+from apoq.worker.observer import Observer
 from apoq.worker.options import WorkerOptions
 from apoq.worker.runtime import SETTLE_ON_STOP_SECONDS, STOP_OVERTIME_SECONDS, Runtime
 from apoq.worker.service import left_until
@@ -43,12 +44,15 @@ class Lifecycle:
         events: Events,
         options: WorkerOptions,
         name: str,
+        observer: Observer | None = None,
     ) -> None:
         """`name` is what people call the worker."""
         self._events = events
         self._name = name
-        self._counter = Counter()
-        self._make_runtime = partial(Runtime, engine, queues, registry, events, options, self._counter)
+        self._counter = Counter(observer)
+        self._make_runtime = partial(
+            Runtime, engine, queues, registry, events, options, self._counter, observer
+        )
         self.runtime = self._make_runtime()
         self._lock = threading.RLock()
         self._users = 0
@@ -82,6 +86,17 @@ class Lifecycle:
             and not runtime.claimer.is_failing_for(TOLERATED_FAILURE_SECONDS)
             and not runtime.settler.is_failing_for(TOLERATED_FAILURE_SECONDS)
         )
+
+    def is_connected(self) -> bool:
+        """Return whether it has started, holds a lease, and finds the database."""
+        runtime = self.runtime
+        is_held = any(lease.is_held for lease in runtime.heartbeat.leases.values())
+        return self._is_started and is_held and not runtime.outage.is_on
+
+    def busy(self) -> int:
+        """Return how many slots have a task."""
+        executor = self.runtime.executor
+        return executor.concurrency - executor.free
 
     def stats(self) -> WorkerStats:
         """Return how many tasks run now, and how many have ended in which way."""

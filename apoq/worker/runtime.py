@@ -39,6 +39,7 @@ from apoq.worker.maintenance.place_sweep import PlaceSweep
 from apoq.worker.maintenance.pruner import Pruner
 from apoq.worker.maintenance.sweep import Sweep
 from apoq.worker.maintenance.ticker import Ticker
+from apoq.worker.observer import Observer
 from apoq.worker.options import WorkerOptions
 from apoq.worker.places import Places
 from apoq.worker.service import Service, left_until
@@ -86,6 +87,7 @@ class Runtime:
         events: Events,
         options: WorkerOptions,
         counter: Counter,
+        observer: Observer | None = None,
     ) -> None:
         self._queues = queues
         self._events = events
@@ -150,6 +152,7 @@ class Runtime:
             self.missing,
             on_ended=self.settler.put,
             on_low=self._slot_is_free,
+            observer=observer,
         )
         self.claimer = Claimer(
             self.engine,
@@ -168,6 +171,7 @@ class Runtime:
             leases=leases,
             signals=self._signals,
             on_ended=self.settler.put,
+            observer=observer,
         )
         self.lost_task_monitor = LostTaskMonitor(
             self.engine,

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from importlib import import_module
 from queue import SimpleQueue
 from typing import Any, Final
 
@@ -19,12 +20,14 @@ from apoq.client.typed_task import TypedTask
 from apoq.core.limits import Limit
 from apoq.core.registry import Middleware, Processor, Registry, make_processor
 from apoq.core.retry import DEFAULT_RETRY_LIMIT, RetryDelay, exponential_backoff, seconds
+from apoq.core.worker_state import WorkerState
 from apoq.errors import InvalidLimit, InvalidProcessor
 from apoq.events import Events, ThreadDied
 from apoq.postgres.urls import check_engine, check_untranslated, sync_side
 from apoq.schema.models import Task
 from apoq.worker import logs
 from apoq.worker.lifecycle import Lifecycle
+from apoq.worker.observer import MetricsRegistry, Observer
 from apoq.worker.options import WorkerOptions
 from apoq.worker.process import PROCESS
 from apoq.worker.settling.counters import WorkerStats
@@ -50,6 +53,7 @@ class Worker:
 
     Attributes:
         events (Events): The listeners of this worker; see `apoq.events`.
+        metrics (CollectorRegistry | None): The registry with the metrics of this worker; None without them.
 
     Note:
         After a fork, a started worker continues in the parent. In the child it is not started, but keeps its
@@ -69,6 +73,7 @@ class Worker:
         listen_url: str | URL | None = None,
         middleware: Middleware | Iterable[Middleware] = (),
         release: datetime | None = None,
+        metrics: bool | MetricsRegistry = False,
     ) -> None:
         """Create a worker. It does nothing until `work`, `start` or `run`.
 
@@ -94,10 +99,15 @@ class Worker:
             release: When this code was deployed, as a datetime with a time zone. A worker doesn't change
                 schedules that the code of a later release has declared with ``@queue.task``. By default, the
                 time at which the worker is created.
+            metrics: Whether to count what the worker does, for Prometheus. True: in a registry of its own,
+                `Worker.metrics`. Or the registry to which the metrics are added, such as
+                ``prometheus_client.REGISTRY``.
 
         Raises:
             TypeError: If an argument has the wrong type.
-            ValueError: If `concurrency` or a duration is out of range.
+            ValueError: If `concurrency` or a duration is out of range, or if the registry has the metrics of
+                another worker.
+            MissingExtra: If `metrics` is given, and prometheus-client is not installed.
             UnsupportedDatabase: If the engine is not on PostgreSQL through psycopg 3, or translates apoq's
                 schema.
             InvalidURL: If the engine's URL or `listen_url` is invalid.
@@ -125,10 +135,15 @@ class Worker:
         logs.listen(self.events)
         self._on_thread_died: Callable[[ThreadDied], object] = lambda _: None
         self.events.on(ThreadDied, self._thread_died)
+        self._has_died = False
+        self.metrics: MetricsRegistry | None = None
+        self._observer: Observer | None = None
         self._queues = tuple(dict.fromkeys(queues))
         self._registry = Registry(middleware)
         for queue in self._queues:
             queue.register_in(self._registry)
+        if metrics is not False:
+            self._count_into(metrics)
         self._lifecycle = self._new_lifecycle()
         PROCESS.enter(self, Worker._reset_after_fork)
 
@@ -157,8 +172,14 @@ class Worker:
         """Return the processors for the tasks of one of the worker's queues, by type."""
         return self._registry.of(queue)
 
-    def _adjust(self, *, queues: Iterable[str] | None = None, concurrency: int | None = None) -> None:
-        """Override the queues, by their names, or the concurrency, before the worker starts.
+    def _adjust(
+        self,
+        *,
+        queues: Iterable[str] | None = None,
+        concurrency: int | None = None,
+        has_metrics: bool = False,
+    ) -> None:
+        """Override the queues, by their names, or the concurrency, or add metrics, before the worker starts.
 
         The command line does this for its options.
         """
@@ -174,6 +195,8 @@ class Worker:
             self._queues = tuple(queue for queue in self._queues if queue.name in names)
         if concurrency is not None:
             self._options = replace(self._options, concurrency=concurrency)
+        if has_metrics and self.metrics is None:
+            self._count_into(metrics=True)
         self._lifecycle = self._new_lifecycle()
 
     def use(
@@ -311,6 +334,14 @@ class Worker:
         with caught() as signals:
             self._run_until(signals, timeout, on_start=on_start)
 
+    def is_alive(self) -> bool:
+        """Return whether the worker can go on: False if one of its threads has died, so that it must restart.
+
+        For liveness checks. Unlike `is_healthy`, it stays True while the database can't be reached, and
+        before the worker is started, because a restart would not help.
+        """
+        return not self._has_died
+
     def is_healthy(self) -> bool:
         """Return whether the worker is started, all its threads are alive, and it holds its lease.
 
@@ -372,6 +403,7 @@ class Worker:
             raise errors[0]
 
     def _thread_died(self, event: ThreadDied) -> None:
+        self._has_died = True
         self._on_thread_died(event)
 
     def _start(self, loop: asyncio.AbstractEventLoop | None, stops: int) -> None:
@@ -380,7 +412,29 @@ class Worker:
             PROCESS.watch(self)
 
     def _new_lifecycle(self) -> Lifecycle:
-        return Lifecycle(self._engine, self._queues, self._registry, self.events, self._options, repr(self))
+        return Lifecycle(
+            *(self._engine, self._queues, self._registry, self.events, self._options, repr(self)),
+            observer=self._observer,
+        )
+
+    def _count_into(self, metrics: bool | MetricsRegistry) -> None:
+        """Count for metrics, in this registry, or in one of the worker's own if True."""
+        # Imported here, because prometheus-client is an extra.
+        library = import_module("apoq.metrics.worker")
+        self._observer, self.metrics = library.observe(metrics, self.events, self._state)
+
+    def _state(self) -> WorkerState:
+        """Return what the metrics say of this moment."""
+        beat = self.last_heartbeat_at
+        return WorkerState(
+            series=frozenset(
+                (queue.name, type_) for queue in self._queues for type_ in self.processors(queue)
+            ),
+            slots=self._options.concurrency,
+            busy=self._lifecycle.busy(),
+            heartbeat_age=0.0 if beat is None else (datetime.now(UTC) - beat).total_seconds(),
+            is_connected=self._lifecycle.is_connected(),
+        )
 
     def _reset_after_fork(self) -> None:
         """Reset the worker in a forked child, in which it has no threads.

@@ -160,6 +160,19 @@ def count_types(schema: str | None) -> Select[*tuple[Any, ...]]:
 
 
 @cache
+def count_waiting(schema: str | None) -> Select[*tuple[Any, ...]]:
+    """Count the waiting tasks of `from_queue` by what they wait for, up to `COUNTED` in total."""
+    tasks = tasks_table(schema)
+    found = (
+        select(tasks.c.waiting_for)
+        .where(tasks.c.queue == _QUEUE, is_in(tasks, WAITING))
+        .limit(COUNTED)
+        .subquery("found")
+    )
+    return select(found.c.waiting_for, func.count().label("number")).group_by(found.c.waiting_for)
+
+
+@cache
 def count_running(schema: str | None) -> Select[*tuple[Any, ...]]:
     """Count running tasks by queue, type, worker, and whether a claim has recorded them.
 

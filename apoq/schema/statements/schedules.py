@@ -167,6 +167,16 @@ def task_values(table: FromClause) -> dict[str, ColumnElement[Any]]:
 
 
 @cache
+def lateness(schema: str | None) -> Select[Any]:
+    """Return by how many seconds the latest schedule is late; negative or NULL if none is."""
+    table = schedules_table(schema)
+    late = func.date_part(EPOCH, func.now(), type_=Double) - func.date_part(
+        EPOCH, func.min(table.c.next_at), type_=Double
+    )
+    return select(late).where(table.c.paused_at.is_(None))
+
+
+@cache
 def all_schedules(schema: str | None) -> Select[Any]:
     """Return up to `at_most` schedules, for people to look at: of all queues or names, or as given.
 

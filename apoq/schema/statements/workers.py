@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from sqlalchemy import BigInteger, Select, bindparam, func, select
+from sqlalchemy import BigInteger, Select, Text, bindparam, func, select
 
 from apoq.schema.models import workers_table
 from apoq.schema.statements.heartbeat import is_alive
@@ -28,4 +28,13 @@ def workers(schema: str | None) -> Select[*tuple[Any, ...]]:
         select(*rows.c, *since.values(), is_alive(schema, rows.c.id).label("is_alive"))
         .order_by(rows.c.last_heartbeat_at.desc(), rows.c.id)
         .limit(bindparam("at_most", type_=BigInteger))
+    )
+
+
+@cache
+def workers_on(schema: str | None) -> Select[*tuple[Any, ...]]:
+    """Return how many live workers are on the host `worker_host`."""
+    rows = workers_table(schema).alias("worker")
+    return select(func.count()).where(
+        rows.c.host == bindparam("worker_host", type_=Text), is_alive(schema, rows.c.id)
     )

@@ -38,6 +38,7 @@ from apoq.worker.failures import Outage
 from apoq.worker.isolation import Isolation
 from apoq.worker.lease import Lease
 from apoq.worker.places import Places
+from apoq.worker.observer import Observer
 from apoq.worker.service import Service
 
 MAX_PREFETCHED: Final = 2_000
@@ -92,6 +93,7 @@ class Claimer(Service):
         leases: Mapping[str | None, Lease],
         signals: Mapping[str | None, StopSignal],
         on_ended: Callable[[AttemptResult], None],
+        observer: Observer | None = None,
     ) -> None:
         """`sharded` has the schemas that Citus shards, as far as it is known.
 
@@ -126,6 +128,7 @@ class Claimer(Service):
         self._scanner = scanner
         self._strays = strays
         self._on_ended = on_ended
+        self._observer = observer
         self._claim_log = claim_log
         self._engine = engine
         self._places = places
@@ -236,6 +239,8 @@ class Claimer(Service):
             return self._rested_at - began
         wanted = min(room, MAX_CLAIM_SIZE)
         claimed = self.claim(wanted, free, connection)
+        if self._observer is not None:
+            self._observer.claimed(time.monotonic() - began)
         if len(claimed) < wanted:
             # Then there will be more tasks for the next claim.
             self._rested_at = began + self._pace.interval(time.monotonic() - began)

@@ -19,6 +19,7 @@ from apoq.worker.execution.deadlines import Deadlines
 from apoq.worker.execution.event_loop import EventLoopThread
 from apoq.worker.execution.runner import AttemptResult, ended, run, run_coroutine
 from apoq.worker.execution.task_sessions import TaskSessions
+from apoq.worker.observer import Observer
 from apoq.worker.threads import MissingThreads
 
 YIELD_SECONDS: Final = 0.0001
@@ -46,6 +47,7 @@ class Executor:
         *,
         on_ended: Callable[[AttemptResult], None],
         on_low: Callable[[], None],
+        observer: Observer | None = None,
     ) -> None:
         self.concurrency = concurrency
         self.low_water = 0
@@ -61,6 +63,7 @@ class Executor:
         self._on_low = on_low
         self._first: deque[Claimed] = deque()
         """Tasks with places, which begin before those in line."""
+        self._observer = observer
         self._line: deque[Claimed] = deque()
         self._free = concurrency
         self._is_closed = False
@@ -315,6 +318,8 @@ class Executor:
         took = time.monotonic() - started
         # Threads may overwrite each other's sample, which an average tolerates.
         self.run_time = took if self.run_time is None else self.run_time + (took - self.run_time) / 16
+        if self._observer is not None and not isinstance(end.outcome, Release):
+            self._observer.ran(end.attempt.row, took)
         try:
             self._running.remove(end.attempt)
         except KeyError:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Collection
 from typing import NamedTuple
 
 from apoq.core import states
 from apoq.core.outcomes import Settlement
+from apoq.worker.execution.attempt import Claimed
+from apoq.worker.observer import Observer
 
 
 class WorkerStats(NamedTuple):
@@ -30,12 +33,13 @@ class WorkerStats(NamedTuple):
 class Counter:
     """Counts committed results. Thread-safe."""
 
-    def __init__(self) -> None:
+    def __init__(self, observer: Observer | None = None) -> None:
         self._lock = threading.Lock()
+        self._observer = observer
         self._counts = dict.fromkeys(WorkerStats._fields, 0)
 
-    def count(self, settlement: Settlement | None, number: int = 1) -> None:
-        """Count `number` attempts with this result; None is a completion."""
+    def count(self, settlement: Settlement | None, rows: Collection[Claimed]) -> None:
+        """Count the attempts of these rows, which have this result; None is a completion."""
         match settlement:
             case None:
                 name = "completed"
@@ -48,7 +52,9 @@ class Counter:
             case _:
                 return
         with self._lock:
-            self._counts[name] += number
+            self._counts[name] += len(rows)
+        if self._observer is not None:
+            self._observer.settled(name, rows)
 
     def stats(self, running: int) -> WorkerStats:
         """Return the numbers until now."""

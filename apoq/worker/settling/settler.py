@@ -129,7 +129,7 @@ class Settler(Service):
         is_written = end.outcome is None and end.row is not None
         if is_written and end.seconds is None and not self._completion.has_listeners:
             # Its transaction has completed the task, and there are no listeners.
-            self._counter.count(None)
+            self._counter.count(None, [end.attempt.row])
             self._claim_log.settled([end.attempt.row])
             return
         self._collect(end)
@@ -240,7 +240,9 @@ class Settler(Service):
         rows = self._execute_completion(unsettled, tasks)
         locked = self._left_out(unsettled, [task for task in tasks if task[ID] not in rows])
         settled = [task for task in tasks if _claim_of(task) not in locked] if locked else tasks
-        self._counter.count(None, len(rows))
+        self._counter.count(
+            None, tasks if len(rows) == len(tasks) else [task for task in tasks if task[ID] in rows]
+        )
         for task in settled:
             kept = self._kept.pop(id(task), None) if self._kept else None
             if task[ID] not in rows:
@@ -268,7 +270,7 @@ class Settler(Service):
                 self._events.report(reports.lost(end.attempt.row, is_late=is_late(end)))
             else:
                 self._tell(end, rows[end.attempt.id])
-                self._counter.count(end.settlement)
+                self._counter.count(end.settlement, [end.attempt.row])
         # One that took too long is settled as that, and not when it returns at last.
         self._claim_log.settled([end.attempt.row for end in settled if not is_late(end)])
         for end in settled:

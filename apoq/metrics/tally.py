@@ -1,0 +1,100 @@
+"""What a worker counts for its metrics."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from operator import itemgetter
+from typing import Any, Final
+
+from apoq.events import Events, TaskLost, TaskSnoozed, TasksRescued
+from apoq.metrics.histogram import Histogram
+from apoq.schema.statements.claim import PROCESS_AT, QUEUE, TYPE
+
+Series = tuple[str, str]
+"""A queue and a type."""
+
+OTHER: Final = "other"
+"""The queue or the type of tasks that the worker knows nothing more of."""
+
+COMPLETED, FAILED, RETRIED, CANCELLED = "completed", "failed", "retried", "cancelled"
+SNOOZED, LOST, RESCUED = "snoozed", "lost", "rescued"
+
+OUTCOMES: Final = (COMPLETED, FAILED, RETRIED, CANCELLED, SNOOZED, LOST)
+"""The outcomes of attempts. *Rescued* is apart from them, because these tasks were another worker's."""
+
+_series_of: Final = itemgetter(QUEUE, TYPE)
+
+
+class Runs:
+    """The attempts of one queue and type that ran on one thread."""
+
+    __slots__ = ("seconds", "wait_seconds")
+
+    def __init__(self) -> None:
+        self.seconds = Histogram()
+        self.wait_seconds = Histogram()
+
+
+class Tally:
+    """The numbers of one worker, since it was created.
+
+    The threads that run tasks add to histograms of their own, so they need no lock.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._outcomes: Counter[tuple[str, Series]] = Counter()
+        self._mine = threading.local()
+        self._runs: list[dict[Series, Runs]] = []
+        self.claims = Histogram()
+
+    def listen(self, events: Events) -> None:
+        """Count the outcomes that are rare enough for events."""
+        events.on(TaskSnoozed, lambda event: self._add(SNOOZED, (event.queue, event.type)))
+        events.on(TaskLost, lambda event: self._add(LOST, (event.queue, event.type)))
+        events.on(TasksRescued, lambda event: self._add(RESCUED, (OTHER, OTHER), event.count))
+
+    def ran(self, row: Sequence[Any], seconds: float) -> None:
+        """Count an attempt that has just ended, and took so many seconds."""
+        try:
+            mine = self._mine.runs
+        except AttributeError:
+            mine = self._mine.runs = {}
+            with self._lock:
+                self._runs.append(mine)
+        series = row[QUEUE], row[TYPE]
+        runs = mine.get(series)
+        if runs is None:
+            runs = mine[series] = Runs()
+        runs.seconds.add(seconds)
+        runs.wait_seconds.add(max(0.0, time.time() - seconds - row[PROCESS_AT]))
+
+    def settled(self, outcome: str, rows: Iterable[Sequence[Any]]) -> None:
+        """Count attempts whose outcome is committed."""
+        counts = Counter(map(_series_of, rows))
+        with self._lock:
+            for series, count in counts.items():
+                self._outcomes[outcome, series] += count
+
+    def claimed(self, seconds: float) -> None:
+        """Count a claim that took so many seconds."""
+        self.claims.add(seconds)
+
+    def outcomes(self) -> dict[tuple[str, Series], int]:
+        """Return how many attempts had which outcome."""
+        with self._lock:
+            return dict(self._outcomes)
+
+    def runs(self) -> Iterator[tuple[Series, Runs]]:
+        """Yield the attempts of each thread, by queue and type."""
+        with self._lock:
+            threads = list(self._runs)
+        for runs in threads:
+            yield from list(runs.items())
+
+    def _add(self, outcome: str, series: Series, count: int = 1) -> None:
+        with self._lock:
+            self._outcomes[outcome, series] += count

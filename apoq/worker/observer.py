@@ -1,0 +1,31 @@
+"""What is told of a worker's tasks to something that counts them, such as metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+from apoq.worker.execution.attempt import Claimed
+
+
+class Observer(Protocol):
+    """Counts what a worker does; called on the worker's threads, so each call must be quick."""
+
+    def ran(self, row: Claimed, seconds: float) -> None:
+        """Note that an attempt has just ended, after so many seconds."""
+
+    def settled(self, outcome: str, rows: Iterable[Claimed]) -> None:
+        """Note that the outcome of these attempts is committed."""
+
+    def claimed(self, seconds: float) -> None:
+        """Note that tasks were claimed within so many seconds."""
+
+
+class MetricsRegistry(Protocol):
+    """A registry of metrics: prometheus-client's `CollectorRegistry`."""
+
+    def register(self, collector: Any) -> None:
+        """Add a collector of metrics."""
+
+    def collect(self) -> Iterable[Any]:
+        """Return all metrics."""
