@@ -31,10 +31,10 @@ logger = logging.getLogger(__name__)
 @click.option("--once", is_flag=True, help="Print the metrics, and exit.")
 @click.pass_obj
 def command(target: Target, /, port: int, bind: str, *, once: bool) -> None:
-    """Serve metrics of the queues and workers for Prometheus, which it reads from the database.
+    """Serve metrics of the queues and workers for Prometheus.
 
-    One process for each database and schema is enough. The workers' own metrics are those of `apoq worker
-    --metrics-port`.
+    It reads them from the database. One process for each database and schema is enough. The workers' own
+    metrics are those of `apoq worker --metrics-port`.
 
     \b
         apoq metrics

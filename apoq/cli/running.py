@@ -23,6 +23,7 @@ from apoq.cli.stopping import StopNotice, again_by
 from apoq.cli.supervisor import Supervisor, again, check_platform, obey, report, take_lifeline, take_number
 from apoq.cli.values import patience
 from apoq.events import WorkerStopping
+from apoq.tracing import CHILD, LINK, Relation
 from apoq.worker import Worker
 from apoq.worker.signals import caught, end_as_pid_1
 from apoq.worker.worker import STOP_TIMEOUT
@@ -82,6 +83,12 @@ _OPTIONS = (
         metavar="ADDRESS",
         help="The address of these ports; 0.0.0.0 for all.",
     ),
+    click.option(
+        "--tracing",
+        type=click.Choice((LINK, CHILD)),
+        help="Run each attempt in a span of OpenTelemetry, with a link to the span in which the task was "
+        "added, or as its child.",
+    ),
     click.option("--log-format", type=click.Choice(logs.FORMATS), help="Default: text."),
     click.option(
         "--log-level",
@@ -110,6 +117,7 @@ def run_worker(
     metrics_port: int | None = None,
     health_port: int | None = None,
     bind: str = LOOPBACK,
+    tracing: Relation | None = None,
 ) -> None:
     """Run the worker that `make` returns until SIGINT or SIGTERM; a second signal ends the program at once.
 
@@ -128,7 +136,7 @@ def run_worker(
         obey(lifeline, ending.stop)
     worker = make()
     logs.set_up(log_format, log_level)
-    _adjust(worker, queues, concurrency, has_metrics=metrics_port is not None)
+    _adjust(worker, queues, concurrency, has_metrics=metrics_port is not None, tracing=tracing)
     _say_what_runs(worker)
     servers = serve(worker, metrics_port=metrics_port, health_port=health_port, bind=bind, number=number)
     for server in servers:
@@ -178,13 +186,21 @@ def _supervise(processes: int | None, timeout: float) -> int:
     return reloader.run()
 
 
-def _adjust(worker: Worker, queues: str | None, concurrency: int | None, *, has_metrics: bool) -> None:
+def _adjust(
+    worker: Worker,
+    queues: str | None,
+    concurrency: int | None,
+    *,
+    has_metrics: bool,
+    tracing: Relation | None,
+) -> None:
     try:
         with explained():
             worker._adjust(  # noqa: SLF001 - our own
                 queues=None if queues is None else _names(queues),
                 concurrency=concurrency,
                 has_metrics=has_metrics,
+                tracing=tracing,
             )
     except ValueError as error:
         raise BadUsage(str(error)) from error

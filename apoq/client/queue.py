@@ -30,6 +30,7 @@ from apoq.core.schedules import ScheduleOptions
 from apoq.core.unique import NOT_UNIQUE, SKIP, OnConflict, Unique, UniqueKey, UniqueUntil
 from apoq.errors import InvalidProcessor, InvalidTask, glimpse
 from apoq.schema.models import DEFAULT_QUEUE, Task, task_class
+from apoq.tracing import with_trace
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -203,7 +204,7 @@ class Queue(QueueSchedules, QueuePauses, QueueLimits):
             debounce=debounce,
             max_wait=max_wait,
         )
-        parameters = {"task_queue": self.name, "task_type": check_type(type), **options}
+        parameters = {"task_queue": self.name, "task_type": check_type(type), **with_trace(options)}
         parameters["task_data"] = encode(data, self.max_data_size)
         parameters["task_key"] = key_for(key, data)
         held_key = unique.key_of(data) if unique else None
@@ -310,7 +311,7 @@ class Queue(QueueSchedules, QueuePauses, QueueLimits):
             debounce=debounce,
             max_wait=max_wait,
         )
-        parameters = {"task_queue": self.name, "task_type": check_type(type), **options}
+        parameters = {"task_queue": self.name, "task_type": check_type(type), **with_trace(options)}
         if isinstance(items, str | bytes | dict) or not isinstance(items, Iterable):
             raise InvalidTask(
                 f"items must be the data of many tasks, such as a list of dicts, got {glimpse(items)}"

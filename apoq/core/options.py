@@ -12,14 +12,12 @@ from apoq.core.plain import plain_number
 from apoq.core.retry import duration, time_limit
 from apoq.core.unique import OnConflict, Unique, UniqueKey, UniqueUntil, checked_unique
 from apoq.errors import InvalidProcessor, InvalidTask, glimpse
+from apoq.tracing import KEYS as TRACE_KEYS
 
 HIGHEST_LIMIT = 2**31 - 2
 
 MAX_META_SIZE = 4 * 1024
 """Maximum size of a task's `meta`, in bytes of JSON."""
-
-RESERVED_META = ("traceparent", "tracestate")
-"""Keys of `meta` that are reserved for passing on traces."""
 
 _LOWEST_PRIORITY, _HIGHEST_PRIORITY = -(2**15), 2**15 - 1
 
@@ -181,7 +179,7 @@ def _duration(value: float | timedelta, name: str) -> timedelta:
 def _meta(value: object) -> str:
     if not isinstance(value, Mapping):
         raise InvalidTask(f"meta must be a dict, such as {{'request_id': '…'}}, got {glimpse(value)}")
-    for key in RESERVED_META:
+    for key in TRACE_KEYS:
         if key in value:
             raise InvalidTask(f"meta must not have the key {key!r}, which is reserved for tracing")
     return encode(dict(value), MAX_META_SIZE, "meta")

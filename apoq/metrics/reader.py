@@ -23,6 +23,7 @@ from apoq.postgres.watchdog import watch
 from apoq.schema.statements.count import count_waiting
 from apoq.schema.statements.schedules import lateness
 from apoq.schema.statements.server import vacuuming
+from apoq.tracing import untraced
 
 logger = logging.getLogger("apoq.metrics")
 
@@ -122,7 +123,7 @@ class Reader:
     @contextmanager
     def _connected(self) -> Iterator[sa.Connection]:
         """Open a read-only transaction; if the server is silent for too long, its connection is closed."""
-        with self._engine.connect() as connection:
+        with untraced(), self._engine.connect() as connection:
             driver = connection.connection.driver_connection
             assert isinstance(driver, psycopg.Connection)
             read_anything(driver)

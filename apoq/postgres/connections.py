@@ -20,6 +20,7 @@ from apoq.postgres.engine_twins import bare_pool
 from apoq.postgres.fast_path import Result
 from apoq.postgres.loaders import read_anything
 from apoq.postgres.watchdog import watch
+from apoq.tracing import untraced
 
 STATEMENT_TIMEOUT_SECONDS: Final = 60
 """Seconds after which the server cancels a statement on one of apoq's own engines."""
@@ -111,16 +112,18 @@ def own_engine(engine: Engine, *, lock_timeout: str = "0") -> Engine:
         pooled = source.connect()
         connection: Any = pooled.driver_connection
         pooled.detach()
+        connection.cursor_factory = _without_tracing(connection.cursor_factory)
         return cast("DBAPIConnection", connection)
 
-    own = create_engine(
-        "postgresql+psycopg://",
-        creator=connect,
-        poolclass=QueuePool,
-        pool_use_lifo=True,  # the most recently used connection has its statements prepared
-        pool_reset_on_return=None,  # every user of a connection ends its own transaction
-        isolation_level="AUTOCOMMIT",
-    )
+    with untraced():
+        own = create_engine(
+            "postgresql+psycopg://",
+            creator=connect,
+            poolclass=QueuePool,
+            pool_use_lifo=True,  # the most recently used connection has its statements prepared
+            pool_reset_on_return=None,  # every user of a connection ends its own transaction
+            isolation_level="AUTOCOMMIT",
+        )
 
     make_renewable(own)
 
@@ -315,6 +318,11 @@ def is_missing(error: BaseException) -> bool:
     """Return whether an error means that a table, a column or a schema is missing."""
     cause = getattr(error, "orig", None) or error
     return getattr(cause, "sqlstate", None) in _MISSING
+
+
+def _without_tracing(factory: type) -> type:
+    """Return a class of cursors, or the one that OpenTelemetry's instrumentation has derived it from."""
+    return next(its for its in factory.__mro__ if not its.__module__.startswith("opentelemetry."))
 
 
 def _limit(_dialect: object, _record: object, _arguments: object, options: dict[str, Any]) -> None:

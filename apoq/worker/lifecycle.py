@@ -20,6 +20,7 @@ from apoq.core.states import COMPLETED
 from apoq.events import Events, WorkerStarted, WorkerStopped, WorkerStopping
 from apoq.postgres.connections import is_away
 from apoq.schema.models import Task, detached
+from apoq.tracing import Tracer, untraced
 from apoq.worker.execution.executor import released
 from apoq.worker.execution.runner import AttemptResult
 from apoq.worker.execution.running_task import KNOWN, RunningTask
@@ -45,13 +46,14 @@ class Lifecycle:
         options: WorkerOptions,
         name: str,
         observer: Observer | None = None,
+        tracer: Tracer | None = None,
     ) -> None:
         """`name` is what people call the worker."""
         self._events = events
         self._name = name
         self._counter = Counter(observer)
         self._make_runtime = partial(
-            Runtime, engine, queues, registry, events, options, self._counter, observer
+            Runtime, engine, queues, registry, events, options, self._counter, observer, tracer
         )
         self.runtime = self._make_runtime()
         self._lock = threading.RLock()
@@ -262,7 +264,7 @@ class Lifecycle:
         mapped = end.attempt.from_queue.task_class
         # Its data is known, or was too large to be read.
         its_row = select(mapped).where(mapped.id == end.attempt.id).options(defer(mapped.data))
-        with Session(self.runtime.engine, expire_on_commit=False) as session, session.begin():
+        with untraced(), Session(self.runtime.engine, expire_on_commit=False) as session, session.begin():
             found = session.scalar(its_row)
             if found is not None:
                 set_committed_value(found, "data", end.attempt.known_data())

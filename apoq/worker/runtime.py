@@ -17,6 +17,7 @@ from apoq.events import Events, LeaseLost
 from apoq.postgres.connections import own_engine
 from apoq.postgres.urls import sync_side
 from apoq.postgres.watchdog import CHECK_INTERVAL_SECONDS, watch
+from apoq.tracing import Tracer
 from apoq.worker import logs
 from apoq.worker.claim_log import ClaimLog
 from apoq.worker.claiming.claimer import Claimer
@@ -30,6 +31,7 @@ from apoq.worker.execution.completion import Completion
 from apoq.worker.execution.deadlines import Deadlines
 from apoq.worker.execution.event_loop import EventLoopThread
 from apoq.worker.execution.executor import Executor, released
+from apoq.worker.execution.runners import make_runner
 from apoq.worker.execution.task_sessions import TaskSessions
 from apoq.worker.failures import Outage
 from apoq.worker.liveness.heartbeat import GRACE_HEARTBEATS, HEARTBEATS_PER_LEASE, Heartbeat
@@ -88,6 +90,7 @@ class Runtime:
         options: WorkerOptions,
         counter: Counter,
         observer: Observer | None = None,
+        tracer: Tracer | None = None,
     ) -> None:
         self._queues = queues
         self._events = events
@@ -147,8 +150,7 @@ class Runtime:
             options.concurrency,
             self.event_loop,
             self.sessions,
-            completion,
-            self.deadlines,
+            make_runner(completion, self.deadlines, tracer),
             self.missing,
             on_ended=self.settler.put,
             on_low=self._slot_is_free,

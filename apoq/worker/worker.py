@@ -21,10 +21,11 @@ from apoq.core.limits import Limit
 from apoq.core.registry import Middleware, Processor, Registry, make_processor
 from apoq.core.retry import DEFAULT_RETRY_LIMIT, RetryDelay, exponential_backoff, seconds
 from apoq.core.worker_state import WorkerState
-from apoq.errors import InvalidLimit, InvalidProcessor
+from apoq.errors import InvalidLimit, InvalidProcessor, glimpse
 from apoq.events import Events, ThreadDied
 from apoq.postgres.urls import check_engine, check_untranslated, sync_side
 from apoq.schema.models import Task
+from apoq.tracing import CHILD, LINK, Relation, Tracer
 from apoq.worker import logs
 from apoq.worker.lifecycle import Lifecycle
 from apoq.worker.observer import MetricsRegistry, Observer
@@ -74,6 +75,7 @@ class Worker:
         middleware: Middleware | Iterable[Middleware] = (),
         release: datetime | None = None,
         metrics: bool | MetricsRegistry = False,
+        tracing: bool | Relation = False,
     ) -> None:
         """Create a worker. It does nothing until `work`, `start` or `run`.
 
@@ -102,12 +104,16 @@ class Worker:
             metrics: Whether to count what the worker does, for Prometheus. True: in a registry of its own,
                 `Worker.metrics`. Or the registry to which the metrics are added, such as
                 ``prometheus_client.REGISTRY``.
+            tracing: Whether to run each attempt in a span of OpenTelemetry. "link", or True: the span begins
+                a new trace, with a link to the span in which the task was added. "child": the first attempt,
+                if it begins within a minute, is a child of that span; later ones have a link.
 
         Raises:
             TypeError: If an argument has the wrong type.
             ValueError: If `concurrency` or a duration is out of range, or if the registry has the metrics of
                 another worker.
-            MissingExtra: If `metrics` is given, and prometheus-client is not installed.
+            MissingExtra: If `metrics` or `tracing` is given, and prometheus-client or opentelemetry-api is
+                not installed.
             UnsupportedDatabase: If the engine is not on PostgreSQL through psycopg 3, or translates apoq's
                 schema.
             InvalidURL: If the engine's URL or `listen_url` is invalid.
@@ -142,6 +148,7 @@ class Worker:
         self._registry = Registry(middleware)
         for queue in self._queues:
             queue.register_in(self._registry)
+        self._tracer = _tracer(tracing)
         if metrics is not False:
             self._count_into(metrics)
         self._lifecycle = self._new_lifecycle()
@@ -178,8 +185,9 @@ class Worker:
         queues: Iterable[str] | None = None,
         concurrency: int | None = None,
         has_metrics: bool = False,
+        tracing: Relation | None = None,
     ) -> None:
-        """Override the queues, by their names, or the concurrency, or add metrics, before the worker starts.
+        """Override the queues, by their names, or other options, before the worker starts.
 
         The command line does this for its options.
         """
@@ -197,6 +205,8 @@ class Worker:
             self._options = replace(self._options, concurrency=concurrency)
         if has_metrics and self.metrics is None:
             self._count_into(metrics=True)
+        if tracing is not None:
+            self._tracer = Tracer(tracing)
         self._lifecycle = self._new_lifecycle()
 
     def use(
@@ -415,6 +425,7 @@ class Worker:
         return Lifecycle(
             *(self._engine, self._queues, self._registry, self.events, self._options, repr(self)),
             observer=self._observer,
+            tracer=self._tracer,
         )
 
     def _count_into(self, metrics: bool | MetricsRegistry) -> None:
@@ -446,3 +457,13 @@ class Worker:
         PROCESS.keep(self._lifecycle, engine.pool)
         engine.dispose(close=False)
         self._lifecycle = self._new_lifecycle()
+
+
+def _tracer(tracing: object) -> Tracer | None:
+    if tracing is False:
+        return None
+    if tracing is True or tracing == LINK:
+        return Tracer("link")
+    if tracing == CHILD:
+        return Tracer("child")
+    raise ValueError(f'tracing must be True, False, "link" or "child", got {glimpse(tracing)}')

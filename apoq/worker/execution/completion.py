@@ -14,6 +14,7 @@ from apoq.postgres.connections import compiled
 from apoq.schema.models import tasks_table
 from apoq.schema.statements.portable import portable, read_row
 from apoq.schema.statements.settle import AS_COMPLETED, complete, complete_last, remove, remove_last
+from apoq.tracing import untraced
 from apoq.worker.execution.attempt import AnyAttempt
 
 
@@ -52,12 +53,16 @@ class Completion:
         statement = complete_last(schema) if self.keep else remove_last(schema)
         if self.has_listeners:
             # On the processor's connection, which may have any DateStyle.
-            found = connection.execute(_returning(statement, schema, full=True, is_ours=False), parameters)
+            with untraced():
+                found = connection.execute(
+                    _returning(statement, schema, full=True, is_ours=False), parameters
+                )
             row = found.mappings().first()
             return None if row is None else read_row(row)
         # Each task needs one of these. As text, it takes half of the time that SQLAlchemy needs.
         text, _ = compiled(statement)
-        written = connection.exec_driver_sql(text, parameters)
+        with untraced():
+            written = connection.exec_driver_sql(text, parameters)
         return {"id": attempt.id} if written.rowcount else None
 
 

@@ -14,10 +14,9 @@ from apoq.client.queue import Queue
 from apoq.core.outcomes import Release
 from apoq.schema.statements.claim import CLAIM
 from apoq.worker.execution.attempt import AnyAttempt, AsyncAttempt, Attempt, Claimed, attempt_of
-from apoq.worker.execution.completion import Completion
-from apoq.worker.execution.deadlines import Deadlines
 from apoq.worker.execution.event_loop import EventLoopThread
-from apoq.worker.execution.runner import AttemptResult, ended, run, run_coroutine
+from apoq.worker.execution.runner import AttemptResult, ended
+from apoq.worker.execution.runners import Runner
 from apoq.worker.execution.task_sessions import TaskSessions
 from apoq.worker.observer import Observer
 from apoq.worker.threads import MissingThreads
@@ -41,8 +40,7 @@ class Executor:
         concurrency: int,
         event_loop: EventLoopThread,
         sessions: TaskSessions,
-        completion: Completion,
-        deadlines: Deadlines,
+        runner: Runner,
         missing: MissingThreads,
         *,
         on_ended: Callable[[AttemptResult], None],
@@ -56,8 +54,7 @@ class Executor:
         """Seconds that a task takes: an average of about the last few dozen."""
         self._event_loop = event_loop
         self._sessions = sessions
-        self._completion = completion
-        self._deadlines = deadlines
+        self._runner = runner
         self._missing = missing
         self._on_ended = on_ended
         self._on_low = on_low
@@ -115,11 +112,9 @@ class Executor:
         self._in_no_slot.add(attempt)
         try:
             if isinstance(attempt, AsyncAttempt):
-                end: AttemptResult = self._event_loop.run(
-                    run_coroutine(attempt, self._completion, self._deadlines)
-                )
+                end: AttemptResult = self._event_loop.run(self._runner.run_coroutine(attempt))
                 return end
-            return run(attempt, self._completion, self._deadlines)
+            return self._runner.run(attempt)
         finally:
             self._in_no_slot.discard(attempt)
 
@@ -294,7 +289,7 @@ class Executor:
             while isinstance(attempt, Attempt):
                 started = time.monotonic()
                 is_held = attempt.row[CLAIM].lease.ends_at > started
-                end = run(attempt, self._completion, self._deadlines) if is_held else released(attempt)
+                end = self._runner.run(attempt) if is_held else released(attempt)
                 self._ended(end, started)
                 attempt = self._next(on_thread=True)
             if attempt is not None:
@@ -306,7 +301,7 @@ class Executor:
             started = time.monotonic()
             is_held = attempt.row[CLAIM].lease.ends_at > started
             if is_held:
-                end = await run_coroutine(attempt, self._completion, self._deadlines)
+                end = await self._runner.run_coroutine(attempt)
             else:
                 end = released(attempt)
             self._ended(end, started)

@@ -65,15 +65,16 @@ def is_late(end: AttemptResult) -> bool:
 
 def run(attempt: Attempt, completion: Completion, deadlines: Deadlines) -> AttemptResult:
     """Run a plain processor on this thread."""
-    return copy_context().run(_run, attempt, completion, deadlines)
+    return copy_context().run(run_here, attempt, completion, deadlines)
 
 
 async def run_coroutine(attempt: AsyncAttempt, completion: Completion, deadlines: Deadlines) -> AttemptResult:
     """Run a coroutine processor on this event loop."""
-    return await IsolatedContext(_run_coroutine(attempt, completion, deadlines))
+    return await IsolatedContext(run_coroutine_here(attempt, completion, deadlines))
 
 
-def _run(attempt: Attempt, completion: Completion, deadlines: Deadlines) -> AttemptResult:
+def run_here(attempt: Attempt, completion: Completion, deadlines: Deadlines) -> AttemptResult:
+    """Run a plain processor on this thread, in the caller's context."""
     row = outcome = began_at = None
     try:
         attempt.read()
@@ -99,9 +100,10 @@ def _run(attempt: Attempt, completion: Completion, deadlines: Deadlines) -> Atte
     return ended(attempt, outcome, row, seconds)
 
 
-async def _run_coroutine(
+async def run_coroutine_here(
     attempt: AsyncAttempt, completion: Completion, deadlines: Deadlines
 ) -> AttemptResult:
+    """Run a coroutine processor on this event loop, in the caller's context."""
     row = outcome = began_at = None
     try:
         if attempt.has_data:

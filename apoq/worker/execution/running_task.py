@@ -9,6 +9,7 @@ from apoq.client.queue import Queue
 from apoq.core.registry import Running
 from apoq.postgres.loaders import UnreadableData, read_json, read_time
 from apoq.schema.statements.claim import CREATED_AT, META, PRIORITY, PROCESS_AT, TICK_AT
+from apoq.tracing import KEYS as TRACE_KEYS
 from apoq.worker.execution.attempt import AnyAttempt
 from apoq.worker.execution.task_sessions import AsyncTaskSession, TaskSession
 
@@ -91,12 +92,10 @@ class _Running(Running, Generic[S]):
         Also empty if another program has stored a value that is not a JSON object, or is larger than 8,000
         bytes.
         """
-        text = self._attempt.row[META]
-        try:
-            found = None if text is None else read_json(text)
-        except UnreadableData:
-            return {}
-        return found if isinstance(found, dict) else {}
+        found = read_meta(self._attempt)
+        for key in TRACE_KEYS:
+            found.pop(key, None)
+        return found
 
     @property
     def should_stop(self) -> bool:
@@ -126,6 +125,16 @@ class _Running(Running, Generic[S]):
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} id={self.id} type={self.type!r} attempt={self.attempt}>"
+
+
+def read_meta(attempt: AnyAttempt) -> dict[str, Any]:
+    """Return the `meta` of a task, with the context of its trace if it has one."""
+    text = attempt.row[META]
+    try:
+        found = None if text is None else read_json(text)
+    except UnreadableData:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 class RunningTask(_Running[TaskSession]):

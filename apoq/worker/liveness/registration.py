@@ -16,6 +16,7 @@ from apoq.postgres.connections import ANSWER_TIMEOUT_SECONDS
 from apoq.postgres.watchdog import watch
 from apoq.schema import preflight
 from apoq.schema.citus import placement
+from apoq.tracing import untraced
 from apoq.worker import logs
 from apoq.worker.claiming.scanner import QueueScanner
 from apoq.worker.claiming.strays import Strays
@@ -115,7 +116,12 @@ class Registration(Service):
 
     def _refused(self, schema: str | None) -> SchemaMismatch | None:
         """Log what is in a worker's way in a schema; return the error if the tables there can't be used."""
-        with self._engine.connect() as connection, self._watched(connection), connection.begin():
+        with (
+            untraced(),
+            self._engine.connect() as connection,
+            self._watched(connection),
+            connection.begin(),
+        ):
             if schema not in self._checked:  # the database may go away several times before this succeeds
                 preflight.check(connection, schema)
                 if placement(connection, schema) is not None:

@@ -1,0 +1,109 @@
+"""Runs attempts, in spans if the worker traces."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import copy_context
+from typing import Any, Final
+
+from apoq.core.states import CANCELLED
+from apoq.schema.statements.claim import CREATED_AT
+from apoq.tracing import Tracer
+from apoq.worker.execution.attempt import AnyAttempt, AsyncAttempt, Attempt
+from apoq.worker.execution.completion import Completion
+from apoq.worker.execution.deadlines import Deadlines
+from apoq.worker.execution.isolated_context import IsolatedContext
+from apoq.worker.execution.runner import (
+    AttemptResult,
+    TaskLost,
+    run,
+    run_coroutine,
+    run_coroutine_here,
+    run_here,
+)
+from apoq.worker.execution.running_task import read_meta
+
+CHILD_WITHIN_SECONDS: Final = 60.0
+"""Seconds after it was added in which a first attempt may be in the same trace, so that traces end soon."""
+
+
+class Runner:
+    """Runs attempts."""
+
+    def __init__(self, completion: Completion, deadlines: Deadlines) -> None:
+        self._completion = completion
+        self._deadlines = deadlines
+
+    def run(self, attempt: Attempt) -> AttemptResult:
+        """Run a plain processor on this thread."""
+        return run(attempt, self._completion, self._deadlines)
+
+    async def run_coroutine(self, attempt: AsyncAttempt) -> AttemptResult:
+        """Run a coroutine processor on this event loop."""
+        return await run_coroutine(attempt, self._completion, self._deadlines)
+
+
+class TracingRunner(Runner):
+    """Runs each attempt in a span, which ends after the commit of ``task.session``.
+
+    The span is made current and ended in the attempt's own context, so the next task in the slot has no trace
+    of it.
+    """
+
+    def __init__(self, completion: Completion, deadlines: Deadlines, tracer: Tracer) -> None:
+        super().__init__(completion, deadlines)
+        self._tracer = tracer
+
+    def run(self, attempt: Attempt) -> AttemptResult:
+        """Run a plain processor on this thread, in a span."""
+        return copy_context().run(self._run, attempt)
+
+    async def run_coroutine(self, attempt: AsyncAttempt) -> AttemptResult:
+        """Run a coroutine processor on this event loop, in a span."""
+        return await IsolatedContext(self._run_coroutine(attempt))
+
+    def _run(self, attempt: Attempt) -> AttemptResult:
+        with self._span(attempt) as span:
+            end = run_here(attempt, self._completion, self._deadlines)
+            self._describe(span, end)
+        return end
+
+    async def _run_coroutine(self, attempt: AsyncAttempt) -> AttemptResult:
+        with self._span(attempt) as span:
+            end = await run_coroutine_here(attempt, self._completion, self._deadlines)
+            self._describe(span, end)
+        return end
+
+    @contextmanager
+    def _span(self, attempt: AnyAttempt) -> Iterator[Any]:
+        is_soon = time.time() - attempt.row[CREATED_AT] < CHILD_WITHIN_SECONDS
+        with self._tracer.span(
+            f"process {attempt.type}",
+            {
+                "messaging.system": "apoq",
+                "messaging.destination.name": attempt.from_queue.name,
+                "messaging.operation.name": "process",
+                "messaging.operation.type": "process",
+                "messaging.message.id": str(attempt.id),
+                "apoq.task.type": attempt.type,
+                "apoq.task.attempt": attempt.number,
+            },
+            read_meta(attempt),
+            may_be_child=attempt.number == 1 and is_soon,
+        ) as span:
+            yield span
+
+    def _describe(self, span: Any, end: AttemptResult) -> None:
+        """Note the error of a failed attempt; other outcomes, such as `Snooze`, are not errors."""
+        settlement, outcome = end.settlement, end.outcome
+        if outcome is None or settlement is None or isinstance(outcome, TaskLost):
+            return
+        if settlement.error is not None and settlement.state != CANCELLED:
+            self._tracer.fail(span, outcome)
+
+
+def make_runner(completion: Completion, deadlines: Deadlines, tracer: Tracer | None) -> Runner:
+    """Return what runs attempts, in spans if there is a tracer."""
+    return Runner(completion, deadlines) if tracer is None else TracingRunner(completion, deadlines, tracer)
