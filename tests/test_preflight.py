@@ -14,9 +14,9 @@ from waiting import patience
 
 from apoq import Queue, Worker, prepare
 from apoq.errors import UnsupportedDatabase
+from apoq.schema.grants import RIGHTS
 from apoq.schema.preflight import (
     READ_ONLY,
-    RIGHTS,
     ROLE,
     ROW_SECURITY,
     SCHEMA,
@@ -27,6 +27,13 @@ from apoq.schema.preflight import (
 )
 
 until = patience(20)
+
+
+def grant_all(role: str) -> str:
+    return (
+        f"GRANT ALL ON ALL TABLES IN SCHEMA public TO {role}; "
+        f"GRANT USAGE ON ALL SEQUENCES IN SCHEMA public TO {role}"
+    )
 
 
 @pytest.fixture
@@ -99,11 +106,19 @@ class TestRights:
         ("table", "right"), [(table, right) for table, rights in RIGHTS.items() for right in rights]
     )
     def test_a_right_that_is_missing_is_named(self, sql, role, as_role, table, right):
-        sql(f"GRANT ALL ON ALL TABLES IN SCHEMA public TO {role}; REVOKE {right} ON {table} FROM {role}")
+        sql(f"{grant_all(role)}; REVOKE {right} ON {table} FROM {role}")
 
         (problem,) = look(as_role)
 
         assert problem.fix == f"GRANT {right} ON public.{table} TO {role}"
+        assert not problem.is_fatal
+
+    def test_so_is_that_on_the_sequence(self, sql, role, as_role):
+        sql(f"GRANT ALL ON ALL TABLES IN SCHEMA public TO {role}")
+
+        (problem,) = look(as_role)
+
+        assert problem.fix == f"GRANT USAGE ON SEQUENCE public.apoq_tasks_id_seq TO {role}"
         assert not problem.is_fatal
 
     @pytest.mark.parametrize(
@@ -130,7 +145,7 @@ class TestRights:
 class TestRowSecurity:
     @pytest.fixture(autouse=True)
     def granted(self, sql, role):
-        sql(f"GRANT ALL ON ALL TABLES IN SCHEMA public TO {role}")
+        sql(grant_all(role))
 
     @pytest.mark.parametrize("table", RIGHTS)
     def test_it_is_found_on_each_table(self, engine, sql, role, as_role, table):
@@ -187,7 +202,7 @@ class TestReadOnly:
     )
     def test_what_makes_it_so_is_named_and_undone(self, engine, sql, role, as_role, who):
         who = who.format(role=role, database=engine.url.database)
-        sql(f"GRANT ALL ON ALL TABLES IN SCHEMA public TO {role}; ALTER {who} {self.ON}")
+        sql(f"{grant_all(role)}; ALTER {who} {self.ON}")
 
         (problem,) = look(as_role)
 
@@ -283,7 +298,7 @@ class TestStart:
     def test_what_may_still_be_mended_is_logged_once_and_the_worker_goes_on(
         self, engine, sql, role, as_role, queue, caplog
     ):
-        sql(f"GRANT ALL ON ALL TABLES IN SCHEMA public TO {role}")
+        sql(grant_all(role))
         sql("ALTER TABLE apoq_tasks ENABLE ROW LEVEL SECURITY")
         sql("CREATE POLICY hidden ON apoq_tasks USING (false)")
         with Session(engine) as session, session.begin():
@@ -307,7 +322,7 @@ class TestStart:
     def test_a_right_that_it_needs_to_enter_is_logged_before_it_fails(
         self, sql, role, as_role, queue, caplog
     ):
-        sql(f"GRANT ALL ON ALL TABLES IN SCHEMA public TO {role}; REVOKE INSERT ON apoq_workers FROM {role}")
+        sql(f"{grant_all(role)}; REVOKE INSERT ON apoq_workers FROM {role}")
 
         with pytest.raises(Exception, match="permission denied for table apoq_workers"):
             Worker(as_role, queue).start()

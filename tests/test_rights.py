@@ -19,8 +19,9 @@ from waiting import patience
 
 from apoq import Queue, Retry, Task, Worker
 from apoq.cli import main
+from apoq.schema.grants import RIGHTS
 from apoq.schema.models import tasks_table
-from apoq.schema.preflight import RIGHTS, only_adds, problems
+from apoq.schema.preflight import only_adds, problems
 
 until = patience(20)
 

@@ -23,6 +23,7 @@ COMMANDS: Final = {
     "prune": "Delete tasks that ended some time ago.",
     "schedules": "List the schedules, or pause, resume, run or remove one of them.",
     "stats": "Show the tasks of each queue by their state, and the workers.",
+    "grants": "Print the GRANT statements for roles that add, run, read or manage tasks.",
     "metrics": "Serve metrics of the queues and workers for Prometheus.",
     "health": "Check that a worker on this machine works; for the health checks of containers.",
     "demo": "Watch apoq work on a private PostgreSQL server.",

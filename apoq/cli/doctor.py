@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 import click
 import sqlalchemy as sa
@@ -13,11 +13,13 @@ from rich.table import Table
 from rich.text import Text
 
 from apoq.cli.exits import Failure, Unreachable, explained, in_this_program
+from apoq.cli.grants import chosen, role_options
 from apoq.cli.looking import looking
 from apoq.cli.output import json_option, show, show_json
 from apoq.cli.target import Target
 from apoq.monitor.check import BAD, OK, WARNING, Finding
 from apoq.monitor.formatting import clean
+from apoq.monitor.role_checks import check_roles
 from apoq.monitor.server_checks import check_clock, check_connections, check_server, check_way
 from apoq.monitor.stats import figures
 from apoq.monitor.table_checks import (
@@ -33,6 +35,7 @@ from apoq.monitor.table_checks import (
     check_version,
     check_workers,
 )
+from apoq.schema.grants import Options
 from apoq.schema.preflight import CITUS, SCHEMA
 
 _MARKS: Final = {OK: Text("✓", "green"), WARNING: Text("!", "yellow"), BAD: Text("✗", "red bold")}
@@ -40,25 +43,39 @@ _MARKS: Final = {OK: Text("✓", "green"), WARNING: Text("!", "yellow"), BAD: Te
 
 @click.command("doctor")
 @json_option
+@role_options
 @click.pass_context
-def command(context: click.Context, *, as_json: bool) -> None:
+def command(context: click.Context, /, *, as_json: bool, **roles: Any) -> None:
     """Check the server, the tables and the workers, and say what to do.
 
     \b
         apoq doctor
         apoq doctor --json
+        apoq doctor --producer web --worker jobs
 
     ✓ is OK, ! is a warning, and ✗ is an error. If there are errors, the exit code is 1, or 3 if the database
-    can't be reached.
+    can't be reached. With roles, it also names the rights that they lack, as `apoq grants` grants them.
     """  # noqa: D301 - click's sign
     target: Target = context.obj
-    found = list(examine(target))
+    found = [*examine(target)]
+    if _has_tables(found):
+        found += _examined(target, "roles", partial(_check_roles, target.schema, *chosen(roles)))
     if as_json:
         show_json([finding._asdict() for finding in found])
     else:
         show(report(found))
     if any(finding.level == BAD for finding in found):
         context.exit(Unreachable.exit_code if found[-1].subject == "connection" else 1)
+
+
+def _has_tables(found: list[Finding]) -> bool:
+    return any((finding.subject, finding.level) == ("tables", OK) for finding in found)
+
+
+def _check_roles(
+    schema: str | None, given: list[tuple[str, str]], options: Options, connection: sa.Connection
+) -> Iterator[Finding]:
+    return check_roles(connection, schema, given, options)
 
 
 def examine(target: Target) -> Iterator[Finding]:

@@ -97,7 +97,7 @@ SENTENCES: Final[dict[str, tuple[type[Failure], str]]] = {
     "40": (Failure, "another transaction interfered: {message}: try again"),
     "42501": (
         Failure,
-        "{message}: use another role; `apoq doctor` shows what to grant to a worker",
+        "{message}: use another role, or grant what `apoq grants {roles}` prints",
     ),
     "42703": (NotReady, f"{{message}}: {_MIGRATE}"),
     "42P01": (NotReady, f"{{message}}: {_MIGRATE}"),
@@ -154,7 +154,25 @@ def explanation(error: BaseException, url: URL | None = None) -> Failure:
     if not state:
         kind, sentence = _without_a_state(error)
     at = "" if url is None else f" at {shown(url)}"
-    return kind(sentence.format(message=_message(error), at=at, state=state))
+    return kind(sentence.format(message=_message(error), at=at, state=state, roles=_roles()))
+
+
+def _roles() -> str:
+    """Return the options of `apoq grants` for a role that may call the current command."""
+    context = click.get_current_context(silent=True)
+    while context is not None and context.info_name not in _ROLES:
+        context = context.parent
+    return _ROLES["worker"] if context is None else _ROLES[str(context.info_name)]
+
+
+_ROLES: Final = {
+    "worker": "--worker ROLE",
+    "add": "--producer ROLE",
+    **dict.fromkeys(("list", "show", "failures", "schedules"), "--reader ROLE --with-data"),
+    **dict.fromkeys(("stats", "check", "health", "metrics"), "--reader ROLE"),
+    **dict.fromkeys(("cancel", "retry", "pause", "resume", "prune"), "--operator ROLE"),
+}
+"""The options of `apoq grants`, by command."""
 
 
 def _without_a_state(error: BaseException) -> tuple[type[Failure], str]:

@@ -29,7 +29,7 @@ from sqlalchemy.util.concurrency import in_greenlet
 from apoq.client.after_commit import notify_after_connection_commit, notify_after_session_commit
 from apoq.client.unsupported_sessions import is_mock, kind_of, refusal
 from apoq.errors import SchemaMismatch, UnsupportedSession, command, preparing
-from apoq.postgres.connections import compiled, is_missing
+from apoq.postgres.connections import compiled, is_denied, is_missing
 from apoq.postgres.loaders import read_anything
 from apoq.postgres.urls import check_dialect, check_untranslated
 from apoq.schema.models import Task
@@ -419,6 +419,11 @@ def _clear_errors(statement: Any) -> Iterator[None]:
         yield
     except (DBAPIError, psycopg.Error) as error:
         cause: Any = getattr(error, "orig", error)
+        if is_denied(error):
+            error.add_note(
+                f"The role needs what `{command('grants')} --producer ROLE` prints; to cancel and retry, or "
+                "for unique keys, with --may-cancel; to schedule or pause, with --may-schedule."
+            )
         if is_missing(error):
             raise SchemaMismatch(
                 f"{cause.diag.message_primary}: apoq's tables seem to be missing, or at another version: "

@@ -16,7 +16,7 @@ import sqlalchemy.exc
 from apoq.errors import ApoqError
 from apoq.migrations import check
 from apoq.monitor.stats import Figures, figures
-from apoq.postgres.connections import is_away, own_engine
+from apoq.postgres.connections import is_away, is_denied, own_engine
 from apoq.postgres.loaders import read_anything
 from apoq.postgres.messages import brief
 from apoq.postgres.watchdog import watch
@@ -29,9 +29,6 @@ logger = logging.getLogger("apoq.metrics")
 
 REASONS: Final = ("parents", "key", "pool", "other")
 """What tasks wait for."""
-
-_DENIED: Final = "42501"
-"""SQLSTATE of a missing privilege."""
 
 
 @dataclass
@@ -107,9 +104,7 @@ class Reader:
                 if is_away(error):
                     self._tell("the database", brief(error))
                     break
-                cause = getattr(error, "orig", None) or error
-                is_denied = getattr(cause, "sqlstate", None) == _DENIED
-                hint = ": grant what `apoq grants --reader ROLE` prints" if is_denied else ""
+                hint = ": grant what `apoq grants --reader ROLE` prints" if is_denied(error) else ""
                 self._tell(name, f"{brief(error)}{hint}")
             else:
                 self._told.discard(name)

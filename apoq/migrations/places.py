@@ -9,7 +9,8 @@ from typing import Final, NamedTuple
 import sqlalchemy as sa
 
 from apoq.errors import SchemaMismatch, migrate_command
-from apoq.schema.preflight import RIGHTS, SCHEMA, TABLE, Problem
+from apoq.schema.grants import RIGHTS
+from apoq.schema.preflight import SCHEMA, TABLE, Problem
 from apoq.schema.statements import preflight as statements
 
 NAMED: Final = 3

@@ -79,6 +79,9 @@ psycopg raises OperationalErrors for them: for a deadlock, an exceeded limit of 
 not available, and a cancelled statement.
 """
 
+_DENIED: Final = "42501"
+"""SQLSTATE of a missing right."""
+
 _READ_ONLY: Final = "25006"
 """SQLSTATE of a server that is not the primary: after a failover, another server is."""
 
@@ -318,6 +321,12 @@ def is_missing(error: BaseException) -> bool:
     """Return whether an error means that a table, a column or a schema is missing."""
     cause = getattr(error, "orig", None) or error
     return getattr(cause, "sqlstate", None) in _MISSING
+
+
+def is_denied(error: BaseException) -> bool:
+    """Return whether an error means that the role lacks a right."""
+    cause = getattr(error, "orig", None) or error
+    return getattr(cause, "sqlstate", None) == _DENIED
 
 
 def _without_tracing(factory: type) -> type:

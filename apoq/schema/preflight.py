@@ -6,13 +6,14 @@ A worker checks this when it starts, and `apoq doctor` whenever it is called.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, Final, NamedTuple
 
 from sqlalchemy import Connection
 
 from apoq.errors import UnsupportedDatabase
 from apoq.schema.citus import placement
+from apoq.schema.grants import RIGHTS
 from apoq.schema.statements.preflight import (
     id_source,
     last_ids,
@@ -21,17 +22,6 @@ from apoq.schema.statements.preflight import (
 )
 
 logger = logging.getLogger(__name__)
-
-RIGHTS: Final[Mapping[str, tuple[str, ...]]] = {
-    "apoq_tasks": ("SELECT", "INSERT", "UPDATE", "DELETE"),
-    "apoq_workers": ("SELECT", "INSERT", "UPDATE", "DELETE"),
-    "apoq_claims": ("SELECT", "INSERT", "DELETE"),
-    "apoq_schedules": ("SELECT", "INSERT", "UPDATE"),
-    "apoq_pauses": ("SELECT",),
-    "apoq_limits": ("SELECT", "INSERT", "UPDATE"),
-    "apoq_migrations": ("SELECT",),
-}
-"""The rights that a worker's role needs on each table. It inserts the tasks of schedules."""
 
 TABLE, CITUS = "table", "citus"
 READ_ONLY, SCHEMA, ROLE, ROW_SECURITY = "read-only", "schema", "rights", "row security"
@@ -127,7 +117,7 @@ def ids_problem(connection: Connection, schema: str | None = None) -> Problem | 
 def only_adds(connection: Connection, schema: str | None = None) -> bool:
     """Return whether this role can add tasks, but can't delete them, so that it isn't meant for workers."""
     return any(
-        row["may_insert"] and "DELETE" not in row["rights"]
+        row["may_insert"] and not row["closed_sequences"] and "DELETE" not in row["rights"]
         for row in _tables(connection, schema)
         if row["name"] == "apoq_tasks" and row["is_reachable"]
     )
@@ -202,6 +192,9 @@ def _rights(row: Any, role: str) -> Iterator[Problem]:
     if lacking:
         text = f"the role {role} lacks {', '.join(lacking)} on {row['qualified']}, which a worker needs"
         yield Problem(ROLE, text, f"GRANT {', '.join(lacking)} ON {row['qualified']} TO {role}")
+    for sequence in row["closed_sequences"]:
+        text = f"the role {role} lacks USAGE on the sequence {sequence}, from which new tasks get their ids"
+        yield Problem(ROLE, text, f"GRANT USAGE ON SEQUENCE {sequence} TO {role}")
 
 
 def _row_security(row: Any, role: str) -> Iterator[Problem]:

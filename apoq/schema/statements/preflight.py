@@ -90,14 +90,15 @@ def tables() -> TextClause:
                ARRAY(SELECT privilege FROM unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) AS privilege
                      WHERE has_table_privilege(tables.oid, privilege)) AS rights,
                has_any_column_privilege(tables.oid, 'INSERT')
-                   AND has_any_column_privilege(tables.oid, 'SELECT')
-                   AND NOT EXISTS (
-                       SELECT FROM pg_catalog.pg_depend
-                       JOIN pg_catalog.pg_class AS owned ON owned.oid = objid
-                       WHERE classid = CAST('pg_catalog.pg_class' AS regclass) AND refclassid = classid
-                         AND refobjid = tables.oid
-                         AND CASE owned.relkind WHEN 'S' THEN NOT has_sequence_privilege(objid, 'USAGE') END
-                   ) AS may_insert,
+                   AND has_any_column_privilege(tables.oid, 'SELECT') AS may_insert,
+               ARRAY(SELECT format('%I.%I', owned_schemas.nspname, owned.relname)
+                     FROM pg_catalog.pg_depend
+                     JOIN pg_catalog.pg_class AS owned ON owned.oid = objid
+                     JOIN pg_catalog.pg_namespace AS owned_schemas ON owned_schemas.oid = owned.relnamespace
+                     WHERE classid = CAST('pg_catalog.pg_class' AS regclass) AND refclassid = classid
+                       AND refobjid = tables.oid
+                       AND CASE owned.relkind WHEN 'S' THEN NOT has_sequence_privilege(objid, 'USAGE') END
+                    ) AS closed_sequences,
                -- A policy for all commands that lets everything through is as good as none, unless a
                -- restrictive one applies as well.
                row_security_active(tables.oid) AND NOT coalesce((
@@ -123,6 +124,86 @@ def tables() -> TextClause:
           END
         ORDER BY relname, is_reachable DESC
     """).bindparams(bindparam("names", type_=ARRAY(Text)), bindparam("schema", type_=Text))
+
+
+@cache
+def id_sequence() -> TextClause:
+    """Return the sequence of the ids of the table `oid`, as an identifier in SQL; NULL if there is none."""
+    return text("""
+        SELECT quote_ident(nspname) || '.' || quote_ident(relname)
+        FROM (VALUES (true)) AS always
+        LEFT JOIN (
+            pg_catalog.pg_depend
+            JOIN pg_catalog.pg_class AS owned ON owned.oid = objid AND owned.relkind = 'S'
+            JOIN pg_catalog.pg_namespace AS schemas ON schemas.oid = owned.relnamespace
+        ) ON classid = CAST('pg_catalog.pg_class' AS regclass) AND refclassid = classid
+            AND refobjid = CAST(:oid AS oid)
+        LIMIT 1
+    """)
+
+
+@cache
+def guarded() -> TextClause:
+    """Return whether the table `oid` has row-level security."""
+    return text("SELECT relrowsecurity FROM pg_catalog.pg_class WHERE oid = CAST(:oid AS oid)")
+
+
+@cache
+def quoted_names() -> TextClause:
+    """Return these `names` as identifiers in SQL, in their order."""
+    return text("""
+        SELECT array_agg(quote_ident(name) ORDER BY number)
+        FROM unnest(CAST(:names AS text[])) WITH ORDINALITY AS given (name, number)
+    """)
+
+
+@cache
+def missing_roles() -> TextClause:
+    """Return those of the roles `names` that don't exist."""
+    return text("""
+        SELECT coalesce(array_agg(name), '{}') FROM unnest(CAST(:names AS text[])) AS name
+        WHERE NOT EXISTS (SELECT FROM pg_catalog.pg_roles WHERE rolname = name)
+    """)
+
+
+@cache
+def lacked_privileges() -> TextClause:
+    """Return those of the `privileges`, each on one of the `objects` or its column, that `role` lacks.
+
+    The privilege USAGE is on a schema, SEQUENCE is the usage of a sequence, and all others are on tables.
+    """
+    return text("""
+        SELECT privilege, object, column_name
+        FROM unnest(CAST(:privileges AS text[]), CAST(:objects AS text[]), CAST(:columns AS text[]))
+            AS wanted (privilege, object, column_name)
+        WHERE NOT CASE
+            WHEN privilege = 'USAGE' THEN has_schema_privilege(:role, CAST(object AS regnamespace), 'USAGE')
+            WHEN privilege = 'SEQUENCE' THEN has_sequence_privilege(:role, CAST(object AS regclass), 'USAGE')
+            WHEN column_name IS NULL
+                THEN has_table_privilege(:role, CAST(object AS regclass), privilege)
+            ELSE has_column_privilege(:role, CAST(object AS regclass), column_name, privilege)
+        END
+    """)
+
+
+@cache
+def existing_policies() -> TextClause:
+    """Return which of the policies `names` the table `name` has."""
+    return text("""
+        SELECT coalesce(array_agg(CAST(polname AS text)), '{}') FROM pg_catalog.pg_policy
+        WHERE polrelid = CAST(CAST(:name AS text) AS regclass) AND polname = ANY (CAST(:names AS text[]))
+    """)
+
+
+@cache
+def sees_all() -> TextClause:
+    """Return whether row-level security of the table `name` lets the role through without a policy."""
+    return text("""
+        SELECT rolsuper OR rolbypassrls
+            OR (NOT relforcerowsecurity AND pg_has_role(pg_roles.oid, relowner, 'USAGE'))
+        FROM pg_catalog.pg_roles, pg_catalog.pg_class
+        WHERE rolname = :role AND pg_class.oid = CAST(CAST(:name AS text) AS regclass)
+    """)
 
 
 @cache

@@ -1,0 +1,261 @@
+"""What each kind of role may do: one table, from which `GRANT` statements and checks are made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Final, NamedTuple
+
+from sqlalchemy import Connection
+
+from apoq.schema.models import schedules_table, tasks_table
+from apoq.schema.statements.preflight import (
+    existing_policies,
+    guarded,
+    id_sequence,
+    lacked_privileges,
+    missing_roles,
+    quoted_names,
+    sees_all,
+    tables,
+)
+
+PRODUCER: Final = "producer"
+WORKER: Final = "worker"
+READER: Final = "reader"
+OPERATOR: Final = "operator"
+
+TASKS, SCHEDULES, PAUSES = "apoq_tasks", "apoq_schedules", "apoq_pauses"
+WORKERS, CLAIMS, LIMITS, MIGRATIONS = "apoq_workers", "apoq_claims", "apoq_limits", "apoq_migrations"
+TABLES: Final = (TASKS, WORKERS, CLAIMS, SCHEDULES, PAUSES, LIMITS, MIGRATIONS)
+
+GIVEN: Final = (
+    *("created_at", "process_at", "data", "type", "queue", "priority", "retry_limit", "retry_delay"),
+    *("timeout", "meta", "key"),
+)
+"""The columns that `add` writes."""
+
+UNIQUE: Final = ("unique_key", "held_unique_key", "unique_until_end")
+"""The columns that it also writes with a unique key."""
+
+RETURNED: Final = ("id", "created_at", "process_at")
+"""The columns that `add` returns."""
+
+CHANGED: Final = (
+    *("state", "attempt", "fail_count", "rescue_count", "completed_at", "failed_at", "cancelled_at"),
+    *("error", "held_unique_key"),
+)
+"""The columns that `cancel` and `retry` write; they also write `process_at`."""
+
+PRIVATE: Final = ("data", "meta", "error", "result")
+"""The columns that a reader sees only with `--with-data`."""
+
+
+class Grant(NamedTuple):
+    """A privilege on a table, or on some of its columns."""
+
+    privilege: str
+    table: str
+    columns: tuple[str, ...] = ()
+
+
+class Options(NamedTuple):
+    """What a producer or a reader may do in addition."""
+
+    may_cancel: bool = False
+    """Whether producers cancel and retry tasks, or use unique keys."""
+    may_schedule: bool = False
+    """Whether producers schedule tasks, and pause and limit queues."""
+    with_data: bool = False
+    """Whether readers see the data, the metadata, the errors and the results of tasks."""
+
+
+def grants(kind: str, options: Options) -> list[Grant]:
+    """Return the privileges that a kind of role needs on apoq's tables."""
+    return list(_KINDS[kind](options))
+
+
+def needs_sequence(kind: str) -> bool:
+    """Return whether this kind of role adds tasks, whose ids come from a sequence."""
+    return kind != READER
+
+
+def _producer(options: Options) -> Iterator[Grant]:
+    yield Grant("INSERT", TASKS, (*GIVEN, *(UNIQUE if options.may_cancel else ())))
+    if options.may_cancel:
+        yield Grant("SELECT", TASKS)
+        yield Grant("UPDATE", TASKS, _all_changed())
+    else:
+        yield Grant("SELECT", TASKS, RETURNED)
+    if options.may_schedule:
+        for privilege in ("SELECT", "INSERT", "UPDATE", "DELETE"):
+            yield Grant(privilege, SCHEDULES)
+            yield Grant(privilege, PAUSES)
+            yield Grant(privilege, LIMITS)
+
+
+def _worker(_options: Options) -> Iterator[Grant]:
+    for table, privileges in RIGHTS.items():
+        for privilege in privileges:
+            yield Grant(privilege, table)
+
+
+def _reader(options: Options) -> Iterator[Grant]:
+    for table in TABLES:
+        if options.with_data or table not in {TASKS, SCHEDULES}:
+            yield Grant("SELECT", table)
+    if not options.with_data:
+        for name, its in ((TASKS, tasks_table(None)), (SCHEDULES, schedules_table(None))):
+            yield Grant("SELECT", name, tuple(column.name for column in its.c if column.name not in PRIVATE))
+
+
+def _operator(_options: Options) -> Iterator[Grant]:
+    for table in TABLES:
+        yield Grant("SELECT", table)
+    # `retry` reserves a unique key by a row that it deletes, and `prune` deletes tasks.
+    yield Grant("INSERT", TASKS, (*GIVEN, *UNIQUE, "state", "schedule", "tick_at"))
+    yield Grant("UPDATE", TASKS, _all_changed())
+    yield Grant("DELETE", TASKS)
+    for privilege in ("UPDATE", "DELETE"):
+        yield Grant(privilege, SCHEDULES)
+    for privilege in ("INSERT", "UPDATE", "DELETE"):
+        yield Grant(privilege, PAUSES)
+        yield Grant(privilege, LIMITS)
+
+
+def _all_changed() -> tuple[str, ...]:
+    given = (name for name in GIVEN if name not in {"created_at", "queue"})
+    return (*CHANGED, *given, "unique_until_end")
+
+
+RIGHTS: Final[Mapping[str, tuple[str, ...]]] = {
+    TASKS: ("SELECT", "INSERT", "UPDATE", "DELETE"),
+    WORKERS: ("SELECT", "INSERT", "UPDATE", "DELETE"),
+    CLAIMS: ("SELECT", "INSERT", "DELETE"),
+    SCHEDULES: ("SELECT", "INSERT", "UPDATE"),
+    PAUSES: ("SELECT",),
+    LIMITS: ("SELECT", "INSERT", "UPDATE"),
+    MIGRATIONS: ("SELECT",),
+}
+"""The rights that a worker's role needs on each table. It inserts the tasks of schedules."""
+
+_KINDS: Final = {PRODUCER: _producer, WORKER: _worker, READER: _reader, OPERATOR: _operator}
+KINDS: Final = tuple(_KINDS)
+
+
+class Place(NamedTuple):
+    """Where the tables are, as identifiers in SQL."""
+
+    schema: str
+    tables: Mapping[str, str]
+    sequence: str | None
+    guarded: str | None
+    """The task table, if it has row-level security."""
+
+
+def find(connection: Connection, schema: str | None) -> Place | None:
+    """Return where apoq's tables are; None if there are none that this role sees."""
+    parameters = {"names": list(TABLES), "schema": schema}
+    found = {row["name"]: row for row in connection.execute(tables(), parameters).mappings()}
+    if TASKS not in found:
+        return None
+    its = found[TASKS]
+    return Place(
+        its["schema"],
+        {name: row["qualified"] for name, row in found.items()},
+        connection.execute(id_sequence(), {"oid": its["oid"]}).scalar_one(),
+        its["qualified"] if connection.execute(guarded(), {"oid": its["oid"]}).scalar_one() else None,
+    )
+
+
+def quoted(connection: Connection, roles: list[str]) -> list[str]:
+    """Return names as identifiers in SQL."""
+    return list(connection.execute(quoted_names(), {"names": roles}).scalar_one() or ())
+
+
+def unknown(connection: Connection, roles: list[str]) -> list[str]:
+    """Return those of the roles that don't exist."""
+    return list(connection.execute(missing_roles(), {"names": roles}).scalar_one())
+
+
+def statements(place: Place, kind: str, role: str, options: Options) -> list[str]:
+    """Return the statements that give a role, as an identifier in SQL, what its kind needs."""
+    return [
+        f"GRANT USAGE ON SCHEMA {place.schema} TO {role}",
+        *_merged(grants(kind, options), place, role),
+        *([f"GRANT USAGE ON SEQUENCE {place.sequence} TO {role}"] if _uses_sequence(place, kind) else []),
+    ]
+
+
+def missing(connection: Connection, place: Place, kind: str, role: str, options: Options) -> list[str]:
+    """Return the statements that give a role what it lacks."""
+    wanted: list[tuple[str, str, str | None]] = [("USAGE", place.schema, None)]
+    if _uses_sequence(place, kind):
+        wanted.append(("SEQUENCE", str(place.sequence), None))
+    given = grants(kind, options)
+    for grant in given:
+        wanted += (
+            (grant.privilege, place.tables[grant.table], column) for column in grant.columns or (None,)
+        )
+    parameters = {
+        "role": role,
+        "privileges": [privilege for privilege, _, _ in wanted],
+        "objects": [name for _, name, _ in wanted],
+        "columns": [column for _, _, column in wanted],
+    }
+    lacked = {tuple(row) for row in connection.execute(lacked_privileges(), parameters)}
+    (name,) = quoted(connection, [role])
+    found = []
+    if ("USAGE", place.schema, None) in lacked:
+        found.append(f"GRANT USAGE ON SCHEMA {place.schema} TO {name}")
+    narrowed = (
+        grant._replace(columns=tuple(c for c in grant.columns if _is_in(lacked, place, grant, c)))
+        for grant in given
+        if any(_is_in(lacked, place, grant, column) for column in grant.columns or (None,))
+    )
+    found += _merged(list(narrowed), place, name)
+    if ("SEQUENCE", place.sequence, None) in lacked:
+        found.append(f"GRANT USAGE ON SEQUENCE {place.sequence} TO {name}")
+    return found
+
+
+def policies(connection: Connection, place: Place, kind: str, role: str) -> list[str]:
+    """Return the statements for the policies that a role lacks, if the tasks have row-level security."""
+    if (
+        place.guarded is None
+        or connection.execute(sees_all(), {"role": role, "name": place.guarded}).scalar_one_or_none()
+    ):
+        return []
+    (name,) = quoted(connection, [role])
+    wanted = {
+        PRODUCER: {"add": "FOR INSERT TO {} WITH CHECK (true)", "added": "FOR SELECT TO {} USING (true)"},
+        READER: {READER: "FOR SELECT TO {} USING (true)"},
+    }.get(kind, {kind: "TO {} USING (true)"})
+    titles = {f"apoq_{title}_{role}": definition for title, definition in wanted.items()}
+    present = connection.execute(
+        existing_policies(), {"name": place.guarded, "names": list(titles)}
+    ).scalar_one()
+    missing_titles = [title for title in titles if title not in present]
+    return [
+        f"CREATE POLICY {title} ON {place.guarded} {titles[found].format(name)}"
+        for found, title in zip(missing_titles, quoted(connection, missing_titles), strict=True)
+    ]
+
+
+def _uses_sequence(place: Place, kind: str) -> bool:
+    return place.sequence is not None and needs_sequence(kind)
+
+
+def _is_in(lacked: set[Any], place: Place, grant: Grant, column: str | None) -> bool:
+    return (grant.privilege, place.tables[grant.table], column) in lacked
+
+
+def _merged(given: list[Grant], place: Place, role: str) -> Iterator[str]:
+    """Yield one statement for each table."""
+    for table in TABLES:
+        its = [grant for grant in given if grant.table == table]
+        if its:
+            privileges = ", ".join(
+                f"{grant.privilege} ({', '.join(grant.columns)})" if grant.columns else grant.privilege
+                for grant in its
+            )
+            yield f"GRANT {privileges} ON {place.tables[table]} TO {role}"
