@@ -29,6 +29,7 @@ else:
     from apoq.client.typed_task import TypedTask
     from apoq.core.limits import Limit
     from apoq.core.outcomes import Cancel, Fail, Retry, Snooze
+    from apoq.core.retention import Keep
     from apoq.core.retry import exponential_backoff
     from apoq.errors import (
         ApoqError,
@@ -64,6 +65,7 @@ __all__ = [
     "InvalidSchedule",
     "InvalidTask",
     "InvalidURL",
+    "Keep",
     "Limit",
     "MissingExtra",
     "Queue",

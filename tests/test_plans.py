@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import uuid
 from collections.abc import Iterator
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 
 import probe
 import pytest
@@ -41,8 +41,12 @@ from apoq.schema.statements.places import (
 from apoq.schema.statements.prune import (
     count_prunable_completed,
     count_prunable_failed,
+    oldest_kept_completed,
+    oldest_kept_failed,
     prune_completed,
+    prune_completed_before,
     prune_failed,
+    prune_failed_before,
 )
 from apoq.schema.statements.recover import forget_dead, give_back, rescue
 from apoq.schema.statements.retry import retry
@@ -98,6 +102,8 @@ def nodes(plan: dict) -> Iterator[dict]:
 
 IDS = {"ids": array_text(range(1, 501)), "tokens": array_text([1] * 500)}
 ALIKE = {"ids": IDS["ids"], "held_under": 1}
+BEFORE = {"before": datetime.now(UTC)}
+NEWEST = {"from_queue": "default", "number": 5}
 PRUNE = {"from_queue": "default", "keep": timedelta(days=1), "at_most": 1_000}
 OURS = looked_into(types=["ours"])
 SETTLEMENTS = {
@@ -245,6 +251,22 @@ STATEMENTS = [
     ),
     pytest.param(lost(None), IDS, {"apoq_tasks_pkey"}, id="lost"),
     pytest.param(prune_failed(None), PRUNE, {"apoq_tasks_failed_idx", "apoq_tasks_pkey"}, id="failed"),
+    pytest.param(
+        prune_completed_before(None),
+        PRUNE | BEFORE,
+        {"apoq_tasks_completed_idx", "apoq_tasks_pkey"},
+        id="completed_before",
+    ),
+    pytest.param(
+        prune_failed_before(None),
+        PRUNE | BEFORE,
+        {"apoq_tasks_failed_idx", "apoq_tasks_pkey"},
+        id="failed_before",
+    ),
+    pytest.param(
+        oldest_kept_completed(None), NEWEST, {"apoq_tasks_completed_idx"}, id="oldest_kept_completed"
+    ),
+    pytest.param(oldest_kept_failed(None), NEWEST, {"apoq_tasks_failed_idx"}, id="oldest_kept_failed"),
 ]
 
 FIND = {

@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from claims import held_leases
 from sqlalchemy.orm import Session
 
-from apoq import Cancel, Queue, RunningTask, Task
+from apoq import Cancel, Keep, Queue, RunningTask, Task
 from apoq.postgres.connections import own_engine
 from apoq.worker.failures import Outage
 from apoq.worker.maintenance import pruner
@@ -42,7 +42,10 @@ def left(engine) -> list[int]:
 
 
 def prune(
-    engine, *queues: Queue, completed: timedelta | None = DAY, failed: timedelta | None = 7 * DAY
+    engine,
+    *queues: Queue,
+    completed: timedelta | Keep | None = DAY,
+    failed: timedelta | Keep | None = 7 * DAY,
 ) -> bool:
     own = own_engine(engine)
     try:
@@ -68,6 +71,88 @@ def test_each_state_has_its_time(engine, ended, state, kept, deleted):
     prune(engine)
 
     assert left(engine) == [young]
+
+
+class TestANumber:
+    def test_the_newest_are_kept(self, engine, ended):
+        hours = [ended("completed", timedelta(hours=hour)) for hour in range(6)]
+        failed = [ended("failed", timedelta(hours=hour)) for hour in range(6)]
+
+        prune(engine, completed=Keep(DAY, at_most=2), failed=Keep(at_most=3))
+
+        assert left(engine) == hours[:2] + failed[:3]
+
+    def test_the_time_is_a_limit_as_well(self, engine, ended):
+        ended("completed", timedelta(hours=30))
+        young = ended("completed", timedelta(hours=1))
+
+        prune(engine, completed=Keep(DAY, at_most=100))
+
+        assert left(engine) == [young]
+
+    def test_each_queue_has_its_own(self, engine, ended):
+        other = Queue("other")
+        kept = [ended("completed", timedelta(hours=1)), ended("completed", timedelta(hours=1), other)]
+
+        prune(engine, Queue(), other, completed=Keep(at_most=1))
+
+        assert left(engine) == kept
+
+    def test_it_deletes_all_excess_in_bounded_batches(self, engine, ended, monkeypatch):
+        monkeypatch.setattr(pruner, "BATCH_SIZE", 2)
+        ids = [ended("completed", timedelta(hours=10 - hour)) for hour in range(8)]
+        own = own_engine(engine)
+        its = Pruner(
+            own, (Queue(),), held_leases(), Outage(), keep_completed=Keep(at_most=3), keep_failed=None
+        )
+
+        assert [its.prune() for _ in range(3)] == [True, True, False]
+
+        assert left(engine) == ids[5:]
+        assert its.prune() is False
+        own.dispose()
+
+    def test_two_workers_delete_no_more_than_one(self, engine, ended):
+        ids = [ended("completed", timedelta(hours=hour)) for hour in range(6)]
+        own = own_engine(engine)
+        workers = [
+            Pruner(own, (Queue(),), held_leases(), Outage(), keep_completed=Keep(at_most=2), keep_failed=None)
+            for _ in range(2)
+        ]
+
+        for worker in workers * 2:
+            worker.prune()
+
+        assert left(engine) == ids[:2]
+        own.dispose()
+
+    def test_those_that_ended_at_once_stay_together(self, engine, ended):
+        ids = [ended("completed", timedelta(hours=1)) for _ in range(4)]
+        with engine.begin() as connection:
+            connection.exec_driver_sql("UPDATE apoq_tasks SET completed_at = '2026-01-01 00:00Z'")
+
+        prune(engine, completed=Keep(at_most=2))
+
+        assert left(engine) == ids
+
+    @pytest.mark.parametrize("number", [0, -1, 1.5, True, "many", 10_000_001])
+    def test_it_must_be_one(self, number):
+        with pytest.raises(ValueError, match="at_most must be a number of tasks from 1 to 10,000,000"):
+            Keep(at_most=number)
+
+    def test_a_worker_takes_it(self, engine, ended, make_worker):
+        ids = [ended("completed", timedelta(hours=hour)) for hour in range(4)]
+        worker = make_worker(keep_completed=Keep(3600 * 24, at_most=1), keep_failed=Keep(60))
+        assert worker.options.keep_completed == Keep(DAY, 1)
+        assert worker.options.keeps_completed
+        assert not make_worker(keep_completed=Keep(0)).options.keeps_completed
+
+        worker.start()
+
+        deadline = time.monotonic() + 20
+        while left(engine) != ids[:1]:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
 
 
 def test_what_has_not_ended_is_never_deleted(engine, queue):

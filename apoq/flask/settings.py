@@ -7,12 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Self
 
 from apoq.client.queue import Queue
+from apoq.core.retention import retention
 from apoq.core.retry import duration
 from apoq.schema.models import DEFAULT_QUEUE
 
 PREFIX: Final = "APOQ_"
 
-_DURATIONS: Final = ("poll_interval", "lease", "keep_completed", "keep_failed")
+_DURATIONS: Final = ("poll_interval", "lease")
+_RETENTIONS: Final = ("keep_completed", "keep_failed")
 
 
 @dataclass(frozen=True)
@@ -32,11 +34,13 @@ class Settings:
 
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> Self:
-        """Read and check the settings. Durations may be in seconds or timedeltas."""
+        """Read and check the settings. Durations may be in seconds or timedeltas, and retentions a `Keep`."""
         own = _given(config, ("queue", "schema", "bind", "in_process_worker"))
         worker = _given(config, ("concurrency", "listen_url"))
         for name, value in _given(config, _DURATIONS).items():
             worker[name] = None if value is None else duration(value, PREFIX + name.upper())
+        for name, value in _given(config, _RETENTIONS).items():
+            worker[name] = retention(value, PREFIX + name.upper())
         settings = cls(**own, worker=worker)
         if not isinstance(settings.in_process_worker, bool):
             raise TypeError(

@@ -14,6 +14,7 @@ from pyramid.settings import aslist, truthy
 
 from apoq.client.queue import Queue
 from apoq.core.durations import read_duration
+from apoq.core.retention import Keep
 from apoq.errors import ApoqError
 from apoq.postgres.urls import database_url
 
@@ -149,10 +150,13 @@ def _interval(value: Any) -> timedelta:
     return duration
 
 
-def _retention(value: Any) -> timedelta | None:
-    if value is None or str(value).strip().lower() == "forever":
-        return None
-    return _duration(value)
+def _retention(value: Any) -> timedelta | Keep | None:
+    """Read a time, such as 7 days or forever, and perhaps a number: 7 days, at most 100000."""
+    if isinstance(value, Keep):
+        return value
+    time, comma, number = str(value).strip().lower().partition(", at most ")
+    length = None if value is None or time.strip() == "forever" else _duration(time if comma else value)
+    return Keep(length, int(number.replace("_", ""))) if comma else length
 
 
 def _base_url(value: Any) -> str:

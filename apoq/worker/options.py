@@ -7,6 +7,7 @@ from datetime import datetime, timedelta
 
 from sqlalchemy import URL
 
+from apoq.core.retention import Keep, keep, retention
 from apoq.core.retry import duration
 from apoq.errors import glimpse
 
@@ -24,10 +25,10 @@ class WorkerOptions:
     """Time between two polls of an idle worker."""
     lease: timedelta
     """Time after which other workers take over the tasks of a worker that has died."""
-    keep_completed: timedelta | None
-    """Time after which completed tasks are deleted; None: never."""
-    keep_failed: timedelta | None
-    """Time after which failed and cancelled tasks are deleted; None: never."""
+    keep_completed: timedelta | Keep | None
+    """Time after which completed tasks are deleted, and how many are kept; None: no limit."""
+    keep_failed: timedelta | Keep | None
+    """The same for failed and cancelled tasks."""
     release: datetime
     """When the worker's code was deployed."""
     listen_url: str | URL | None = field(repr=False)
@@ -48,10 +49,9 @@ class WorkerOptions:
                 f"{glimpse(self.release)}"
             )
         for name in ("keep_completed", "keep_failed"):
-            if (kept := getattr(self, name)) is not None:
-                object.__setattr__(self, name, duration(kept, name))
+            object.__setattr__(self, name, retention(getattr(self, name), name))
 
     @property
     def keeps_completed(self) -> bool:
         """Whether a completed task is kept for some time, instead of being deleted at once."""
-        return self.keep_completed != timedelta()
+        return keep(self.keep_completed).length != timedelta()

@@ -19,6 +19,7 @@ from apoq.client.queue import Queue
 from apoq.client.typed_task import TypedTask
 from apoq.core.limits import Limit
 from apoq.core.registry import Middleware, Processor, Registry, make_processor
+from apoq.core.retention import Retention
 from apoq.core.retry import DEFAULT_RETRY_LIMIT, RetryDelay, exponential_backoff, seconds
 from apoq.core.worker_state import WorkerState
 from apoq.errors import InvalidLimit, InvalidProcessor, glimpse
@@ -69,8 +70,8 @@ class Worker:
         concurrency: int = 4,
         poll_interval: float | timedelta = timedelta(seconds=2),
         lease: float | timedelta = timedelta(seconds=15),
-        keep_completed: float | timedelta | None = timedelta(days=1),
-        keep_failed: float | timedelta | None = timedelta(days=7),
+        keep_completed: Retention = timedelta(days=1),
+        keep_failed: Retention = timedelta(days=7),
         listen_url: str | URL | None = None,
         middleware: Middleware | Iterable[Middleware] = (),
         release: datetime | None = None,
@@ -89,10 +90,10 @@ class Worker:
             lease: Time after which other workers take over the tasks of this one if it has died, in seconds
                 or as a timedelta.
             keep_completed: Time after which completed tasks are deleted, in seconds or as a timedelta. None
-                keeps them for ever; zero deletes them on completion. A task takes about 1 KB, so 800 tasks
-                per second are up to 80 GB per day.
+                keeps them for ever; zero deletes them on completion. A `Keep` also limits their number. A
+                task takes about 1 KB, so 800 tasks per second are up to 80 GB per day.
             keep_failed: Time after which failed and cancelled tasks are deleted, in seconds or as a
-                timedelta. None keeps them for ever.
+                timedelta, or a `Keep`. None keeps them for ever.
             listen_url: A URL of the same database for the one connection that receives notifications. Use it
                 if `engine` connects through a pooler in transaction mode, through which they don't arrive.
             middleware: A function, or a list of functions, the outermost first. Each takes the running task

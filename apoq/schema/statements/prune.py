@@ -3,9 +3,23 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, Final, NamedTuple
 
-from sqlalchemy import ColumnElement, Delete, Select, Text, and_, bindparam, delete, exists, func, select
+from sqlalchemy import (
+    TIMESTAMP,
+    ColumnElement,
+    Delete,
+    Select,
+    Table,
+    Text,
+    and_,
+    bindparam,
+    delete,
+    exists,
+    func,
+    literal_column,
+    select,
+)
 from sqlalchemy.dialects.postgresql import INTERVAL
 from sqlalchemy.types import Integer
 
@@ -30,6 +44,33 @@ def prune_failed(schema: str | None) -> Delete:
 
 
 @cache
+def prune_completed_before(schema: str | None) -> Delete:
+    """Delete as `prune_completed` does, but tasks that completed before the time `before`."""
+    return _prune(schema, _old_completed(schema, _BEFORE))
+
+
+@cache
+def prune_failed_before(schema: str | None) -> Delete:
+    """Delete as `prune_failed` does, but tasks that failed, or were cancelled, before the time `before`."""
+    return _prune(schema, _old_failed(schema, _BEFORE))
+
+
+@cache
+def oldest_kept_completed(schema: str | None) -> Select[Any]:
+    """Return when the last of the `number` newest completed tasks of `from_queue` completed.
+
+    No row if there are fewer.
+    """
+    return _last_of_newest(_completed(schema))
+
+
+@cache
+def oldest_kept_failed(schema: str | None) -> Select[Any]:
+    """Return the same of failed and cancelled tasks."""
+    return _last_of_newest(_failed(schema))
+
+
+@cache
 def count_prunable_completed(schema: str | None) -> Select[*tuple[Any, ...]]:
     """Return how many tasks `prune_completed` would delete; `at_most` at most."""
     return _count(_old_completed(schema))
@@ -41,16 +82,37 @@ def count_prunable_failed(schema: str | None) -> Select[*tuple[Any, ...]]:
     return _count(_old_failed(schema))
 
 
-def _old_completed(schema: str | None) -> Select[*tuple[Any, ...]]:
+_QUEUE: Final = bindparam("from_queue", type_=Text)
+_KEPT: Final = func.now() - bindparam("keep", type_=INTERVAL)
+_BEFORE: Final = bindparam("before", type_=TIMESTAMP(timezone=True))
+
+
+class _Ended(NamedTuple):
+    """Ended tasks, and when they ended: as an index has them."""
+
+    tasks: Table
+    are: ColumnElement[bool]
+    at: ColumnElement[Any]
+
+
+def _completed(schema: str | None) -> _Ended:
     tasks = tasks_table(schema)
-    return _old(schema, is_in(tasks, COMPLETED), tasks.c.completed_at)
+    return _Ended(tasks, is_in(tasks, COMPLETED), tasks.c.completed_at)
 
 
-def _old_failed(schema: str | None) -> Select[*tuple[Any, ...]]:
+def _failed(schema: str | None) -> _Ended:
     tasks = tasks_table(schema)
     # The Node.js original doesn't record when a task failed, but it was due at about that time.
     ended_at = func.coalesce(tasks.c.cancelled_at, tasks.c.failed_at, tasks.c.process_at)
-    return _old(schema, is_in(tasks, FAILED, CANCELLED), ended_at).where(~_holds_key(schema))
+    return _Ended(tasks, is_in(tasks, FAILED, CANCELLED), ended_at)
+
+
+def _old_completed(schema: str | None, before: ColumnElement[Any] = _KEPT) -> Select[*tuple[Any, ...]]:
+    return _old(_completed(schema), before)
+
+
+def _old_failed(schema: str | None, before: ColumnElement[Any] = _KEPT) -> Select[*tuple[Any, ...]]:
+    return _old(_failed(schema), before).where(~_holds_key(schema))
 
 
 def _holds_key(schema: str | None) -> ColumnElement[bool]:
@@ -60,19 +122,22 @@ def _holds_key(schema: str | None) -> ColumnElement[bool]:
     return and_(tasks.c.key.is_not(None), is_in(tasks, FAILED), holds)
 
 
-def _old(
-    schema: str | None, ended: ColumnElement[bool], ended_at: ColumnElement[object]
-) -> Select[*tuple[Any, ...]]:
-    tasks = tasks_table(schema)
+def _old(ended: _Ended, before: ColumnElement[Any]) -> Select[*tuple[Any, ...]]:
     return (
-        select(tasks.c.id)
-        .where(
-            ended,
-            tasks.c.queue == bindparam("from_queue", type_=Text),
-            ended_at < func.now() - bindparam("keep", type_=INTERVAL),
-        )
-        .order_by(ended_at)
+        select(ended.tasks.c.id)
+        .where(ended.are, ended.tasks.c.queue == _QUEUE, ended.at < before)
+        .order_by(ended.at)
         .limit(bindparam("at_most", type_=Integer))
+    )
+
+
+def _last_of_newest(ended: _Ended) -> Select[Any]:
+    return (
+        select(ended.at)
+        .where(ended.are, ended.tasks.c.queue == _QUEUE)
+        .order_by(ended.at.desc())
+        .offset(bindparam("number", type_=Integer) - literal_column("1"))
+        .limit(literal_column("1"))
     )
 
 

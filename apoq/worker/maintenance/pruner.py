@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from functools import partial
-from typing import Final
+from typing import Any, Final, NamedTuple
 
 from psycopg import DatabaseError
-from sqlalchemy import Delete, Engine
+from sqlalchemy import Delete, Engine, Select
 
 from apoq.client.queue import Queue
+from apoq.core.retention import Keep, keep
 from apoq.postgres.connections import execute, is_caused_by_a_row
-from apoq.schema.statements.prune import prune_completed, prune_failed
+from apoq.schema.statements.prune import (
+    oldest_kept_completed,
+    oldest_kept_failed,
+    prune_completed,
+    prune_completed_before,
+    prune_failed,
+    prune_failed_before,
+)
 from apoq.worker import logs
 from apoq.worker.failures import Outage
 from apoq.worker.isolation import Isolation
@@ -38,10 +46,11 @@ PRUNE_INTERVAL_SECONDS: Final = 60.0
 class Rule:
     """Which of a queue's tasks are deleted, and how many at once."""
 
-    def __init__(self, statement: Delete, from_queue: str, keep: timedelta) -> None:
+    def __init__(self, statement: Delete, from_queue: str, **parameters: Any) -> None:
+        """`parameters` are those of the statement; for `prune_completed`, `keep`."""
         self.deleted = 0
         self._statement = statement
-        self._parameters = {"from_queue": from_queue, "keep": keep}
+        self._parameters = {"from_queue": from_queue, **parameters}
         self._narrowing = Narrowing(BATCH_SIZE)
         self._has_told = False
 
@@ -74,6 +83,30 @@ class Rule:
         return self._narrowing.written(found.rowcount)
 
 
+class Excess(Rule):
+    """Which of a queue's tasks are deleted because there are more than should be kept."""
+
+    def __init__(self, statement: Delete, boundary: Select[Any], from_queue: str, at_most: int) -> None:
+        """`boundary` returns when the oldest task ended that is kept."""
+        super().__init__(statement, from_queue)
+        self._boundary = boundary
+        self._at_most = at_most
+        self._has_more = False
+
+    def prune(self, engine: Engine) -> bool:
+        """Delete a batch; return whether there may be more."""
+        if not self._has_more:
+            # Once for all batches of a pass, because it reads as many index entries as tasks are kept. By
+            # their time, not their number: other workers delete the same tasks, and no others.
+            parameters = {"from_queue": self._parameters["from_queue"], "number": self._at_most}
+            found = execute(engine, self._boundary, parameters, timeout=PRUNE_TIMEOUT_SECONDS).fetchall()
+            if not found:
+                return False
+            ((self._parameters["before"],),) = found
+        self._has_more = super().prune(engine)
+        return self._has_more
+
+
 class Pruner(Service):
     """Deletes the ended tasks of a worker's queues after their retention, in small batches."""
 
@@ -84,17 +117,19 @@ class Pruner(Service):
         leases: Mapping[str | None, Lease],
         outage: Outage,
         *,
-        keep_completed: timedelta | None,
-        keep_failed: timedelta | None,
+        keep_completed: timedelta | Keep | None,
+        keep_failed: timedelta | Keep | None,
     ) -> None:
         super().__init__("apoq-pruner", outage)
         self._engine = engine
         self._isolation: Isolation[Rule] = Isolation(str, outage)
         self._rules = [
-            (leases[queue.schema], Rule(prune(queue.schema), queue.name, keep))
+            (leases[queue.schema], rule)
             for queue in queues
-            for prune, keep in ((prune_completed, keep_completed), (prune_failed, keep_failed))
-            if keep is not None
+            for rule in (
+                *_rules(queue, keep(keep_completed), _OF_COMPLETED),
+                *_rules(queue, keep(keep_failed), _OF_FAILED),
+            )
         ]
 
     def turn(self) -> float | None:
@@ -111,3 +146,21 @@ class Pruner(Service):
         for rule in rules:
             more |= self._isolation.call(rule, rules, partial(rule.prune, self._engine), False)
         return more
+
+
+class _Statements(NamedTuple):
+    old: Callable[[str | None], Delete]
+    before: Callable[[str | None], Delete]
+    boundary: Callable[[str | None], Select[Any]]
+
+
+_OF_COMPLETED: Final = _Statements(prune_completed, prune_completed_before, oldest_kept_completed)
+_OF_FAILED: Final = _Statements(prune_failed, prune_failed_before, oldest_kept_failed)
+
+
+def _rules(queue: Queue, keep: Keep, statements: _Statements) -> Iterator[Rule]:
+    schema = queue.schema
+    if keep.length is not None:
+        yield Rule(statements.old(schema), queue.name, keep=keep.length)
+    if keep.at_most is not None:
+        yield Excess(statements.before(schema), statements.boundary(schema), queue.name, keep.at_most)
