@@ -35,7 +35,7 @@ from apoq.schema.statements import count
 from apoq.schema.statements.running import LOOKED_AT
 
 SECRET = "s3cr3t"
-TABLES = "ON ALL TABLES IN SCHEMA public TO {role}"
+TABLES = "ON ALL TABLES IN SCHEMA public TO {role}; GRANT USAGE ON ALL SEQUENCES IN SCHEMA public TO {role}"
 
 
 @pytest.fixture
@@ -142,6 +142,8 @@ class TestStats:
             "oldest_type": "t",
             "per_minute": 1,
             "last_hour": 2,
+            "bytes": None,
+            "bytes_per_day": None,
         }
         assert (mails["name"], mails["ready"], mails["completed"]) == ("mails", 1, 0)
 

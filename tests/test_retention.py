@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
 import time
 from datetime import timedelta
 
 import pytest
 import sqlalchemy as sa
 from claims import held_leases
+from click.testing import CliRunner
 from sqlalchemy.orm import Session
 
 from apoq import Cancel, Keep, Queue, RunningTask, Task
+from apoq.cli import main
+from apoq.monitor.stats import figures
 from apoq.postgres.connections import own_engine
 from apoq.worker.failures import Outage
 from apoq.worker.maintenance import pruner
@@ -307,3 +311,42 @@ class TestZero:
 def test_nonsense_is_refused(make_worker, name, keep):
     with pytest.raises((TypeError, ValueError), match=f"{name} must be"):
         make_worker(**{name: keep})
+
+
+class TestOnDisk:
+    @pytest.fixture
+    def stats(self, engine, ended):
+        """Complete tasks in two queues within the last hour, and read the statistics."""
+        with engine.begin() as connection:
+            connection.exec_driver_sql(
+                "INSERT INTO apoq_tasks (type, queue, state, completed_at, data) "
+                "SELECT 't', CASE WHEN mod(n, 4) = 0 THEN 'small' ELSE 'large' END, 'completed', "
+                "now() - interval '10 min', to_jsonb(repeat('x', 500)) FROM generate_series(1, 2000) AS n"
+            )
+            connection.exec_driver_sql("ANALYZE apoq_tasks")
+        with engine.connect() as connection:
+            return figures(connection, None)
+
+    def test_each_queue_has_its_share_and_its_growth(self, stats):
+        large, small = stats.queues
+
+        assert large.bytes + small.bytes == pytest.approx(stats.bytes, rel=0.01)
+        assert large.bytes == pytest.approx(3 * small.bytes, rel=0.01)
+        assert large.bytes_per_day == pytest.approx(24 * large.bytes, rel=0.01)
+
+    def test_the_command_line_shows_them(self, stats, url):
+        where = ["--database-url", url.render_as_string(hide_password=False)]
+
+        shown = CliRunner().invoke(main, ["stats", "--disk", *where]).output
+        assert re.search(r"large +[\d,]+ kB +[\d,]+ [kM]B", shown)
+        said = CliRunner().invoke(main, ["doctor", *where]).output
+        assert "completed tasks take" in said
+        assert "The free space is not visible in SQL" in said
+
+    def test_without_statistics_they_are_unknown(self, engine, ended):
+        ended("completed", timedelta())
+
+        with engine.connect() as connection:
+            (queue,) = figures(connection, None).queues
+
+        assert queue.bytes is None

@@ -23,6 +23,7 @@ from apoq.monitor.role_checks import check_roles
 from apoq.monitor.server_checks import check_clock, check_connections, check_server, check_way
 from apoq.monitor.stats import figures
 from apoq.monitor.table_checks import (
+    check_disk,
     check_horizon,
     check_ids,
     check_indexes,
@@ -120,6 +121,7 @@ def _check_figures(target: Target) -> Iterator[Finding]:
         found = figures(connection, target.schema)
     yield from check_workers(found)
     yield from check_queues(found)
+    yield from check_disk(found)
     with looking(target) as connection:
         yield from check_schedules(connection, target.schema)
         yield from check_limits(connection, target.schema, found)

@@ -39,11 +39,12 @@ MAX_NAME_COLUMNS: Final = 12
 
 @click.command("stats")
 @click.option("--types", "by_type", is_flag=True, help="Also show the numbers for each type of task.")
+@click.option("--disk", "by_size", is_flag=True, help="Show the space on disk of each queue instead.")
 @click.option("--watch", "-w", is_flag=True, help="Refresh the output until Ctrl-C.")
 @click.option("--every", type=duration, default="2s", show_default=True, help="How often --watch refreshes.")
 @json_option
 @click.pass_obj
-def command(target: Target, *, by_type: bool, watch: bool, every: Any, as_json: bool) -> None:
+def command(target: Target, *, by_type: bool, by_size: bool, watch: bool, every: Any, as_json: bool) -> None:
     """Show the tasks of each queue by their state, and the workers.
 
     Pending tasks are "ready" (due now), "scheduled" (due later) or "retrying" (due later, after a failed
@@ -53,13 +54,18 @@ def command(target: Target, *, by_type: bool, watch: bool, every: Any, as_json: 
     \b
         apoq stats --watch
         apoq stats --types
+        apoq stats --disk
         apoq stats --json | jq '.queues[] | {name, ready, lag}'
 
     Counts stop at 10,000 (shown as 10,000+) to keep the queries cheap. Pruned tasks are not counted. A worker
-    has claimed the tasks that it runs, and short tasks ahead of that.
+    has claimed the tasks that it runs, and short tasks ahead of that. The space of a queue is its share of
+    the table by the last ANALYZE, and "per day" is what a day of completed tasks takes at the rate of the
+    last hour, while none of them is deleted.
     """  # noqa: D301 - click's sign
     if watch and as_json:
         raise click.UsageError("--watch prints for people: run `apoq stats --json` repeatedly instead.")
+    if watch and by_size:
+        raise click.UsageError("--disk changes slowly: leave out --watch.")
     found = _figures(target, by_type=by_type)
     if as_json:
         show_json(found.as_json())
@@ -67,7 +73,8 @@ def command(target: Target, *, by_type: bool, watch: bool, every: Any, as_json: 
         _watch(target, found, by_type=by_type, every=every.total_seconds())
     else:
         out = console()
-        out.print(shown(found, widest(MAX_NAME_COLUMNS), out.width))
+        most = widest(MAX_NAME_COLUMNS)
+        out.print(Group(_disk(found, most), "", _foot(found)) if by_size else shown(found, most, out.width))
 
 
 def _figures(target: Target, *, by_type: bool) -> Figures:
@@ -167,6 +174,14 @@ def _queue_table(found: Figures, most: int | None, columns: Sequence[_Column]) -
     made = table("queue", *headings, right=headings, widest=most)
     for queue in found.queues:
         made.add_row(Text(clean(queue.name)), *(column.cell(queue) for column in columns))
+    return made
+
+
+def _disk(found: Figures, most: int | None) -> Table:
+    made = table("queue", "size", "per day", right=("size", "per day"), widest=most and 2 * most)
+    for queue in found.queues:
+        sizes = (queue.bytes, queue.bytes_per_day)
+        made.add_row(Text(clean(queue.name)), *("?" if each is None else size(each) for each in sizes))
     return made
 
 

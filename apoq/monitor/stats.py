@@ -12,7 +12,15 @@ from apoq.core.states import RUNNING
 from apoq.monitor.pauses import Pause, read_pauses
 from apoq.schema.citus import placement
 from apoq.schema.statements.citus import size as size_on_node
-from apoq.schema.statements.count import COUNTED, count, count_running, count_types, queues, table_size
+from apoq.schema.statements.count import (
+    COUNTED,
+    count,
+    count_running,
+    count_types,
+    queue_shares,
+    queues,
+    table_size,
+)
 from apoq.schema.statements.workers import workers
 
 MAX_QUEUES: Final = 100
@@ -20,6 +28,8 @@ MAX_WORKERS: Final = 1_000
 """How many queues and workers are examined at most."""
 
 MINUTE: Final = 60.0
+HOUR: Final = 3_600.0
+DAY: Final = 86_400.0
 
 
 @dataclass
@@ -51,6 +61,10 @@ class QueueFigures:
     """Tasks that completed in the last minute; an estimate, if they were too many to count."""
     last_hour: int
     """Tasks that completed in the last hour."""
+    bytes: int | None
+    """Its share of the table's size on disk, by the last ANALYZE; None if that doesn't know the queue."""
+    bytes_per_day: int | None
+    """What the completed tasks of a day take at the rate of the last hour, while none of them is deleted."""
 
 
 @dataclass
@@ -133,9 +147,11 @@ def _count(connection: sa.Connection, schema: str | None, *, by_type: bool) -> F
         bytes=size,
         pauses=read_pauses(connection, schema),
     )
+    shares = {row["queue"]: row["share"] for row in rows(queue_shares(schema))}
     for name in names[:MAX_QUEUES]:
         (counts,) = rows(count(schema), from_queue=name)
-        found.queues.append(_queue(name, counts, running_where("queue", name)))
+        disk = _disk(found, shares.get(name), counts)
+        found.queues.append(_queue(name, counts, running_where("queue", name), *disk))
         if by_type:
             mine = [row for row in running if row["queue"] == name]
             found.types += _types(name, rows(count_types(schema), from_queue=name), mine)
@@ -156,7 +172,19 @@ _COUNTS: Final = (
 )
 
 
-def _queue(name: str, counts: sa.RowMapping, running: int) -> QueueFigures:
+def _disk(found: Figures, share: float | None, counts: sa.RowMapping) -> tuple[int | None, int | None]:
+    """Return the bytes that a queue takes, and those that it adds in a day."""
+    seconds = HOUR if counts["hour"] <= COUNTED else max(counts["hour_began"], 0.001)
+    per_day = counts["hour"] / seconds * DAY
+    return (
+        None if share is None or found.rows < 0 else round(share * found.bytes),
+        round(per_day * found.bytes / found.rows) if found.rows > 0 else None,
+    )
+
+
+def _queue(
+    name: str, counts: sa.RowMapping, running: int, size: int | None, size_per_day: int | None
+) -> QueueFigures:
     per_minute = counts["minute"]
     if per_minute > COUNTED:
         per_minute = counts["minute"] / max(counts["minute_began"], 0.001) * MINUTE
@@ -165,6 +193,8 @@ def _queue(name: str, counts: sa.RowMapping, running: int) -> QueueFigures:
         running=running,
         per_minute=per_minute,
         last_hour=counts["hour"],
+        bytes=size,
+        bytes_per_day=size_per_day,
         **{name: counts[name] for name in _COUNTS},
     )
 

@@ -15,7 +15,7 @@ from apoq.migrations import LATEST, current
 from apoq.migrations.places import ambiguous, where_looked, why_missing
 from apoq.migrations.steps import newer
 from apoq.monitor.check import BAD, OK, WARNING, Finding
-from apoq.monitor.formatting import clean, length, tasks
+from apoq.monitor.formatting import clean, length, size, tasks
 from apoq.monitor.keys import read_keys
 from apoq.monitor.stats import Figures
 from apoq.schema.citus import placement
@@ -44,6 +44,10 @@ With many tasks, the sweep itself takes some time.
 
 MAX_SCHEDULES: Final = 10_000
 """How many schedules are checked."""
+
+HUNDRED_GB: Final = 100 * 1024**3
+FEW_DAYS: Final = 7
+"""If completed tasks take more than 100 GB in so many days, that is worth a look."""
 
 MAX_NAMED: Final = 3
 """How many similar findings are listed."""
@@ -233,6 +237,25 @@ def _check_schedule(row: sa.RowMapping) -> Iterator[Finding]:
     if is_orphan(row):
         text = f"{name} is not declared by the code of any live worker, but still adds tasks"
         yield Finding(WARNING, "schedules", text, f"apoq schedules remove {shlex.quote(row['name'])}")
+
+
+def check_disk(found: Figures) -> Iterator[Finding]:
+    """Say how large the tables are, and how fast they grow; the free space is not visible in SQL."""
+    text = f"the task table takes {size(found.bytes)}"
+    per_day = sum(queue.bytes_per_day or 0 for queue in found.queues)
+    if found.rows <= 0 or not per_day:
+        yield Finding(OK, "disk", text)
+        return
+    days = HUNDRED_GB / per_day
+    text += (
+        f"; at the rate of the last hour, completed tasks take {size(per_day)} a day until they are deleted: "
+        f"100 GB would hold {days:,.0f} days of them. The free space is not visible in SQL: compare with df"
+    )
+    if days >= FEW_DAYS:
+        yield Finding(OK, "disk", text)
+    else:
+        cure = "keep fewer: Worker(…, keep_completed=Keep(timedelta(hours=1), at_most=100_000))"
+        yield Finding(WARNING, "disk", text, cure)
 
 
 def check_queues(found: Figures) -> Iterator[Finding]:

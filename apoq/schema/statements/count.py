@@ -18,6 +18,7 @@ from sqlalchemy import (
     Subquery,
     Table,
     Text,
+    and_,
     bindparam,
     cast,
     column,
@@ -30,7 +31,7 @@ from sqlalchemy import (
     union,
     union_all,
 )
-from sqlalchemy.dialects.postgresql import INTERVAL
+from sqlalchemy.dialects.postgresql import ARRAY, INTERVAL
 
 from apoq.core.states import CANCELLED, COMPLETED, FAILED, WAITING
 from apoq.schema.models import tasks_table, workers_table
@@ -196,6 +197,39 @@ def table_size(schema: str | None) -> Select[*tuple[Any, ...]]:
         cast(classes.c.reltuples, BigInteger).label("rows"),
         func.pg_total_relation_size(classes.c.oid, type_=BigInteger).label("bytes"),
     ).where(classes.c.oid == oid(tasks_table(schema)))
+
+
+@cache
+def queue_shares(schema: str | None) -> Select[*tuple[Any, ...]]:
+    """Return the queues and their shares of the task table's rows, by the last ANALYZE.
+
+    They are its most common ones, up to a hundred; no rows before the first ANALYZE.
+    """
+    classes = table("pg_class", column("oid"), column("relname"), column("relnamespace"), schema="pg_catalog")
+    schemas = table("pg_namespace", column("oid"), column("nspname"), schema="pg_catalog")
+    stats = table(
+        "pg_stats",
+        *(column(name) for name in ("schemaname", "tablename", "attname")),
+        *(column(name) for name in ("most_common_vals", "most_common_freqs")),
+        schema="pg_catalog",
+    )
+    common = (
+        func.unnest(cast(cast(stats.c.most_common_vals, Text), ARRAY(Text)), stats.c.most_common_freqs)
+        .table_valued(column("queue", Text), column("share"))
+        .render_derived("common")
+    )
+    return (
+        select(common.c.queue, cast(common.c.share, Double).label("share"))
+        .select_from(
+            classes.join(schemas, schemas.c.oid == classes.c.relnamespace)
+            .join(
+                stats,
+                and_(stats.c.schemaname == schemas.c.nspname, stats.c.tablename == classes.c.relname),
+            )
+            .join(common, true())
+        )
+        .where(classes.c.oid == oid(tasks_table(schema)), stats.c.attname == "queue")
+    )
 
 
 def oid(table: Table) -> ColumnElement[int]:
