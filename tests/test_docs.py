@@ -24,6 +24,7 @@ ELSEWHERE = {
     "README.md": "test_readme.py",
     "django.md": "test_psycopg.py",
     "fastapi.md": "test_fastapi.py",
+    "monitoring.md": "test_monitoring.py",
     "flask.md": "test_flask.py",
     "periodic-tasks.md": "test_testing_schedules.py",
     "pyramid.md": "test_pyramid.py",

@@ -1,4 +1,4 @@
-"""The rights that `docs/deploying.md` grants are enough for what each role does, and no more."""
+"""The rights that `docs/roles.md` grants are enough for what each role does, and no more."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from apoq.schema.preflight import only_adds, problems
 
 until = patience(20)
 
-SCRIPTS = [block.code for block in pages.blocks(pages.DOCS / "deploying.md", "sql")]
+SCRIPTS = [block.code for block in pages.blocks(pages.DOCS / "roles.md", "sql")]
 ADDS, CHANGES, SCHEDULES, WORKS, READS, WORK_POLICY, ADD_POLICY = SCRIPTS
 INSERTED = set(re.search(r"INSERT \((.*?)\)", ADDS).group(1).split(", "))
 OTHERS = {column.name for column in tasks_table(None).c} - INSERTED - {"indexed_state"}
