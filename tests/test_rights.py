@@ -19,7 +19,16 @@ from waiting import patience
 
 from apoq import Queue, Retry, Task, Worker
 from apoq.cli import main
-from apoq.schema.grants import RIGHTS
+from apoq.schema.grants import (
+    PRODUCER,
+    READER,
+    RIGHTS,
+    WORKER,
+    Options,
+    find,
+    missing,
+    statements,
+)
 from apoq.schema.models import tasks_table
 from apoq.schema.preflight import only_adds, problems
 
@@ -206,6 +215,44 @@ def test_the_page_grants_to_a_worker_what_the_preflight_wants(connect):
     assert {table: tuple(rights.split(", ")) for rights, table in found} == RIGHTS
     with connect(WORKS).begin() as connection:
         assert problems(connection) == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "scripts"),
+    [
+        (PRODUCER, Options(), [ADDS]),
+        (PRODUCER, Options(may_cancel=True, may_schedule=True), [ADDS, CHANGES, SCHEDULES]),
+        (WORKER, Options(), [WORKS]),
+        (READER, Options(with_data=True), [READS]),
+    ],
+    ids=["producer", "producer with more", "worker", "reader"],
+)
+def test_the_page_has_what_the_command_grants(engine, grant, kind, options, scripts):
+    role = grant(*scripts).username
+    with engine.begin() as connection:
+        place = find(connection, None)
+        assert missing(connection, place, kind, role, options) == []
+        connection.exec_driver_sql(f"DROP OWNED BY {role}")
+        for statement in statements(place, kind, role, options):
+            connection.exec_driver_sql(statement)
+        privileges = privileges_of(connection, role)
+        for script in scripts:
+            for line in script.split(";"):
+                if "GRANT" in line:
+                    connection.exec_driver_sql(re.sub(r"\bapp_\w+", role, line))
+
+        assert privileges_of(connection, role) == privileges  # so the page grants no more
+
+
+def privileges_of(connection: sa.Connection, role: str) -> set[tuple[str, ...]]:
+    rows = connection.execute(
+        sa.text(
+            "SELECT table_name, column_name, privilege_type FROM information_schema.column_privileges "
+            "WHERE grantee = :role"
+        ),
+        {"role": role},
+    )
+    return {tuple(row) for row in rows}
 
 
 @pytest.mark.parametrize("scripts", [[ADDS], [ADDS, CHANGES]], ids=["adds", "changes"])

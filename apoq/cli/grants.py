@@ -38,7 +38,7 @@ def role_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def chosen(roles: dict[str, Any]) -> tuple[list[tuple[str, str]], Options]:
-    """Return the kinds and names of the roles that were given, and what they may do in addition."""
+    """Return the kinds and names of the given roles, and their additional rights."""
     options = Options(*(roles.pop(name) for name in Options._fields))
     return [(kind, role) for kind in KINDS for role in roles[kind]], options
 

@@ -26,7 +26,7 @@ TEXT: Final = "text/plain; charset=utf-8"
 
 
 class Response(NamedTuple):
-    """What a page returns."""
+    """The response of a page."""
 
     status: int
     body: bytes
@@ -55,7 +55,7 @@ class Server:
 
     @property
     def url(self) -> str:
-        """Where it is."""
+        """The URL of the server."""
         host, port = self._server.server_address[:2]
         name = str(host) if isinstance(host, str) else host.decode()
         return f"http://{f'[{name}]' if ':' in name else name}:{port}"
@@ -132,7 +132,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(response.body)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Log nothing: a scrape is no news."""
+        """Log nothing, because there are many scrapes."""
 
 
 def _reason(host: str, port: int, option: str, error: Exception) -> str:

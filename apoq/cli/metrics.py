@@ -34,7 +34,7 @@ def command(target: Target, /, port: int, bind: str, *, once: bool) -> None:
     """Serve metrics of the queues and workers for Prometheus.
 
     It reads them from the database. One process for each database and schema is enough. The workers' own
-    metrics are those of `apoq worker --metrics-port`.
+    metrics are those of `apoq worker --metrics-port 9400`.
 
     \b
         apoq metrics

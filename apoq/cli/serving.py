@@ -1,4 +1,4 @@
-"""What a worker process serves over HTTP: its metrics, and whether it is alive and ready."""
+"""Serves the metrics of a worker process over HTTP, and whether it is alive and ready."""
 
 from __future__ import annotations
 

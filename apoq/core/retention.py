@@ -53,7 +53,7 @@ class Keep:
 
 
 Retention = float | timedelta | Keep | None
-"""What an option such as `keep_completed` may be."""
+"""The values of options such as `keep_completed`."""
 
 
 def retention(value: Retention, name: str) -> timedelta | Keep | None:

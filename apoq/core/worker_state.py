@@ -1,4 +1,4 @@
-"""What a worker's metrics say of this moment."""
+"""The state of a worker, for its metrics."""
 
 from __future__ import annotations
 

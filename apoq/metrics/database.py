@@ -86,7 +86,7 @@ class DatabaseMetrics(Collector):
             "apoq_tasks_bounded", "Whether there may be more tasks than were counted.", "queue", "state"
         )
         lag = _gauge("apoq_lag_seconds", "For how long the oldest ready task has been due.", "queue")
-        waits = _gauge("apoq_waiting", "Waiting tasks by what they wait for.", "queue", "reason")
+        waits = _gauge("apoq_waiting", "Waiting tasks, by the reason.", "queue", "reason")
         paused = _gauge("apoq_queue_paused", "Whether the whole queue is paused.", "queue")
         are_paused = {pause.queue for pause in found.pauses if pause.type is None}
         for name in self._queues:

@@ -28,12 +28,12 @@ from apoq.tracing import untraced
 logger = logging.getLogger("apoq.metrics")
 
 REASONS: Final = ("parents", "key", "pool", "other")
-"""What tasks wait for."""
+"""The reasons for which tasks wait."""
 
 
 @dataclass
 class Reading:
-    """What a scrape has read; a part that could not be read is None."""
+    """The figures that a scrape has read; a part that could not be read is None."""
 
     figures: Figures | None = None
     waiting: dict[str, dict[str, int]] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""What a worker counts for its metrics."""
+"""Counts the tasks of a worker for its metrics."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ class QueueFigures:
     bytes: int | None
     """Its share of the table's size on disk, by the last ANALYZE; None if that doesn't know the queue."""
     bytes_per_day: int | None
-    """What the completed tasks of a day take at the rate of the last hour, while none of them is deleted."""
+    """Bytes of the completed tasks of a day at the rate of the last hour, while none of them is deleted."""
 
 
 @dataclass

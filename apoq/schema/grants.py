@@ -1,4 +1,4 @@
-"""What each kind of role may do: one table, from which `GRANT` statements and checks are made."""
+"""The rights of each kind of role: one table, from which `GRANT` statements and checks are made."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Grant(NamedTuple):
 
 
 class Options(NamedTuple):
-    """What a producer or a reader may do in addition."""
+    """Additional rights of producers and readers."""
 
     may_cancel: bool = False
     """Whether producers cancel and retry tasks, or use unique keys."""

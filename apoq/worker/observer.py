@@ -1,4 +1,4 @@
-"""What is told of a worker's tasks to something that counts them, such as metrics."""
+"""The interface of something that counts a worker's tasks, such as its metrics."""
 
 from __future__ import annotations
 

@@ -162,7 +162,7 @@ def count_types(schema: str | None) -> Select[*tuple[Any, ...]]:
 
 @cache
 def count_waiting(schema: str | None) -> Select[*tuple[Any, ...]]:
-    """Count the waiting tasks of `from_queue` by what they wait for, up to `COUNTED` in total."""
+    """Count the waiting tasks of `from_queue` by the reason, up to `COUNTED` in total."""
     tasks = tasks_table(schema)
     found = (
         select(tasks.c.waiting_for)
