@@ -21,10 +21,10 @@ class Histogram:
         self.counts = [0] * len(LABELS)
         self.sum = 0.0
 
-    def add(self, seconds: float) -> None:
-        """Count a duration."""
-        self.counts[bisect_left(BOUNDS, seconds)] += 1
-        self.sum += seconds
+    def add(self, seconds: float, number: int = 1) -> None:
+        """Count a duration, as that of so many tasks."""
+        self.counts[bisect_left(BOUNDS, seconds)] += number
+        self.sum += seconds * number
 
 
 def merged(histograms: Iterable[Histogram]) -> tuple[list[tuple[str, float]], float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from operator import itemgetter
 from typing import Any, Final
 
@@ -26,6 +26,8 @@ OUTCOMES: Final = (COMPLETED, FAILED, RETRIED, CANCELLED, SNOOZED, LOST)
 """The outcomes of attempts. *Rescued* is apart from them, because these tasks were another worker's."""
 
 _series_of: Final = itemgetter(QUEUE, TYPE)
+_queue_of: Final = itemgetter(QUEUE)
+_type_of: Final = itemgetter(TYPE)
 
 
 class Runs:
@@ -57,8 +59,8 @@ class Tally:
         events.on(TaskLost, lambda event: self._add(LOST, (event.queue, event.type)))
         events.on(TasksRescued, lambda event: self._add(RESCUED, (OTHER, OTHER), event.count))
 
-    def ran(self, row: Sequence[Any], seconds: float) -> None:
-        """Count an attempt that has just ended, and took so many seconds."""
+    def ran(self, row: Sequence[Any], seconds: float, number: int) -> None:
+        """Count an attempt that has just ended, after so many seconds, as if it were so many."""
         try:
             mine = self._mine.runs
         except AttributeError:
@@ -69,12 +71,12 @@ class Tally:
         runs = mine.get(series)
         if runs is None:
             runs = mine[series] = Runs()
-        runs.seconds.add(seconds)
-        runs.wait_seconds.add(max(0.0, time.time() - seconds - row[PROCESS_AT]))
+        runs.seconds.add(seconds, number)
+        runs.wait_seconds.add(max(0.0, time.time() - seconds - row[PROCESS_AT]), number)
 
-    def settled(self, outcome: str, rows: Iterable[Sequence[Any]]) -> None:
+    def settled(self, outcome: str, rows: Sequence[Sequence[Any]]) -> None:
         """Count attempts whose outcome is committed."""
-        counts = Counter(map(_series_of, rows))
+        counts = _counted(rows)
         with self._lock:
             for series, count in counts.items():
                 self._outcomes[outcome, series] += count
@@ -98,3 +100,12 @@ class Tally:
     def _add(self, outcome: str, series: Series, count: int = 1) -> None:
         with self._lock:
             self._outcomes[outcome, series] += count
+
+
+def _counted(rows: Sequence[Sequence[Any]]) -> Mapping[Series, int]:
+    """Return how many rows there are of each series; in a tenth of the time if there is only one."""
+    queue, type_ = series = _series_of(rows[0])
+    number = len(rows)
+    if list(map(_type_of, rows)).count(type_) == number == list(map(_queue_of, rows)).count(queue):
+        return {series: number}
+    return Counter(map(_series_of, rows))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 from apoq.worker.execution.attempt import Claimed
@@ -11,10 +11,13 @@ from apoq.worker.execution.attempt import Claimed
 class Observer(Protocol):
     """Counts what a worker does; called on the worker's threads, so each call must be quick."""
 
-    def ran(self, row: Claimed, seconds: float) -> None:
-        """Note that an attempt has just ended, after so many seconds."""
+    def ran(self, row: Claimed, seconds: float, number: int) -> None:
+        """Note that an attempt has just ended, after so many seconds.
 
-    def settled(self, outcome: str, rows: Iterable[Claimed]) -> None:
+        It stands for a `number` of them: if there are thousands per second, only some are observed.
+        """
+
+    def settled(self, outcome: str, rows: Sequence[Claimed]) -> None:
         """Note that the outcome of these attempts is committed."""
 
     def claimed(self, seconds: float) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from apoq.core import states
@@ -38,7 +38,7 @@ class Counter:
         self._observer = observer
         self._counts = dict.fromkeys(WorkerStats._fields, 0)
 
-    def count(self, settlement: Settlement | None, rows: Collection[Claimed]) -> None:
+    def count(self, settlement: Settlement | None, rows: Sequence[Claimed]) -> None:
         """Count the attempts of these rows, which have this result; None is a completion."""
         match settlement:
             case None:
