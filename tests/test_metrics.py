@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -166,6 +168,25 @@ class TestOfAWorker:
             make_worker(metrics=registry)
         with pytest.raises(TypeError, match="metrics must be True, False or a CollectorRegistry, got 9400"):
             make_worker(metrics=9400)
+
+    def test_a_forked_child_begins_at_zero(self, url):
+        program = (
+            "import os, sqlalchemy as sa\n"
+            "from apoq import Worker\n"
+            "from apoq.events import TasksRescued\n"
+            "from apoq.metrics import exposition\n"
+            "worker = Worker(sa.create_engine('postgresql+psycopg://localhost/app'), metrics=True)\n"
+            "worker.events.report(TasksRescued(3, None))\n"
+            "child = os.fork()\n"
+            "if child: os.waitpid(child, 0)\n"
+            "text = exposition(worker.metrics)[1].decode()\n"
+            "print(next(line for line in text.splitlines() if 'rescued' in line)[-3:], flush=True)\n"
+            "os._exit(0)\n"
+        )
+
+        said = subprocess.check_output([sys.executable, "-W", "ignore", "-c", program], text=True)
+
+        assert said == "0.0\n3.0\n"
 
     def test_without_them_nothing_is_counted(self, make_worker):
         worker = make_worker()

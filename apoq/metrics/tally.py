@@ -47,6 +47,10 @@ class Tally:
     """
 
     def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin at zero, in a forked child, where another thread may have held the lock at the fork."""
         self._lock = threading.Lock()
         self._outcomes: Counter[tuple[str, Series]] = Counter()
         self._mine = threading.local()

@@ -20,6 +20,9 @@ class Observer(Protocol):
     def settled(self, outcome: str, rows: Sequence[Claimed]) -> None:
         """Note that the outcome of these attempts is committed."""
 
+    def reset(self) -> None:
+        """Begin at zero, in a forked child, where another thread may have held a lock at the fork."""
+
     def claimed(self, seconds: float) -> None:
         """Note that tasks were claimed within so many seconds."""
 

@@ -457,6 +457,9 @@ class Worker:
         engine = sync_side(self._engine)
         PROCESS.keep(self._lifecycle, engine.pool)
         engine.dispose(close=False)
+        self._has_died = False
+        if self._observer is not None:
+            self._observer.reset()
         self._lifecycle = self._new_lifecycle()
 
 
