@@ -14,6 +14,8 @@ from apoq.client.queue import Queue
 from apoq.core.outcomes import Release
 from apoq.schema.statements.claim import CLAIM
 from apoq.worker.execution.attempt import AnyAttempt, AsyncAttempt, Attempt, Claimed, attempt_of
+from apoq.worker.execution.completion import Completion
+from apoq.worker.execution.deadlines import Deadlines
 from apoq.worker.execution.event_loop import EventLoopThread
 from apoq.worker.execution.runner import AttemptResult, ended
 from apoq.worker.execution.runners import Runner
@@ -45,6 +47,8 @@ class Executor:
         event_loop: EventLoopThread,
         sessions: TaskSessions,
         runner: Runner,
+        completion: Completion,
+        deadlines: Deadlines,
         missing: MissingThreads,
         *,
         on_ended: Callable[[AttemptResult], None],
@@ -58,7 +62,9 @@ class Executor:
         """Seconds that a task takes: an average of about the last few dozen."""
         self._event_loop = event_loop
         self._sessions = sessions
-        self._runner = runner
+        self._run, self._run_coroutine = runner
+        self._completion = completion
+        self._deadlines = deadlines
         self._missing = missing
         self._on_ended = on_ended
         self._on_low = on_low
@@ -118,9 +124,11 @@ class Executor:
         self._in_no_slot.add(attempt)
         try:
             if isinstance(attempt, AsyncAttempt):
-                end: AttemptResult = self._event_loop.run(self._runner.run_coroutine(attempt))
+                end: AttemptResult = self._event_loop.run(
+                    self._run_coroutine(attempt, self._completion, self._deadlines)
+                )
                 return end
-            return self._runner.run(attempt)
+            return self._run(attempt, self._completion, self._deadlines)
         finally:
             self._in_no_slot.discard(attempt)
 
@@ -298,7 +306,7 @@ class Executor:
                 started = time.monotonic()
                 row = attempt.row
                 is_held = row[CLAIM].lease.ends_at > started
-                end = self._runner.run(attempt) if is_held else released(attempt)
+                end = self._run(attempt, self._completion, self._deadlines) if is_held else released(attempt)
                 took = self._ended(end, started)
                 if observer is not None:
                     unobserved += 1
@@ -319,7 +327,7 @@ class Executor:
             row = attempt.row
             is_held = row[CLAIM].lease.ends_at > started
             if is_held:
-                end = await self._runner.run_coroutine(attempt)
+                end = await self._run_coroutine(attempt, self._completion, self._deadlines)
             else:
                 end = released(attempt)
             took = self._ended(end, started)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from contextvars import copy_context
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from apoq.core.states import CANCELLED
 from apoq.schema.statements.claim import CREATED_AT
@@ -29,50 +29,44 @@ CHILD_WITHIN_SECONDS: Final = 60.0
 """Seconds after it was added in which a first attempt may be in the same trace, so that traces end soon."""
 
 
-class Runner:
-    """Runs attempts."""
+class Runner(NamedTuple):
+    """The functions that run an attempt of a plain processor, and of a coroutine."""
 
-    def __init__(self, completion: Completion, deadlines: Deadlines) -> None:
-        self._completion = completion
-        self._deadlines = deadlines
-
-    def run(self, attempt: Attempt) -> AttemptResult:
-        """Run a plain processor on this thread."""
-        return run(attempt, self._completion, self._deadlines)
-
-    async def run_coroutine(self, attempt: AsyncAttempt) -> AttemptResult:
-        """Run a coroutine processor on this event loop."""
-        return await run_coroutine(attempt, self._completion, self._deadlines)
+    run: Callable[[Attempt, Completion, Deadlines], AttemptResult]
+    run_coroutine: Callable[[AsyncAttempt, Completion, Deadlines], Coroutine[Any, Any, AttemptResult]]
 
 
-class TracingRunner(Runner):
+class _TracingRunner:
     """Runs each attempt in a span, which ends after the commit of ``task.session``.
 
     The span is made current and ended in the attempt's own context, so the next task in the slot has no trace
     of it.
     """
 
-    def __init__(self, completion: Completion, deadlines: Deadlines, tracer: Tracer) -> None:
-        super().__init__(completion, deadlines)
+    def __init__(self, tracer: Tracer) -> None:
         self._tracer = tracer
 
-    def run(self, attempt: Attempt) -> AttemptResult:
+    def run(self, attempt: Attempt, completion: Completion, deadlines: Deadlines) -> AttemptResult:
         """Run a plain processor on this thread, in a span."""
-        return copy_context().run(self._run, attempt)
+        return copy_context().run(self._run, attempt, completion, deadlines)
 
-    async def run_coroutine(self, attempt: AsyncAttempt) -> AttemptResult:
+    async def run_coroutine(
+        self, attempt: AsyncAttempt, completion: Completion, deadlines: Deadlines
+    ) -> AttemptResult:
         """Run a coroutine processor on this event loop, in a span."""
-        return await IsolatedContext(self._run_coroutine(attempt))
+        return await IsolatedContext(self._run_coroutine(attempt, completion, deadlines))
 
-    def _run(self, attempt: Attempt) -> AttemptResult:
+    def _run(self, attempt: Attempt, completion: Completion, deadlines: Deadlines) -> AttemptResult:
         with self._span(attempt) as span:
-            end = run_here(attempt, self._completion, self._deadlines)
+            end = run_here(attempt, completion, deadlines)
             self._describe(span, end)
         return end
 
-    async def _run_coroutine(self, attempt: AsyncAttempt) -> AttemptResult:
+    async def _run_coroutine(
+        self, attempt: AsyncAttempt, completion: Completion, deadlines: Deadlines
+    ) -> AttemptResult:
         with self._span(attempt) as span:
-            end = await run_coroutine_here(attempt, self._completion, self._deadlines)
+            end = await run_coroutine_here(attempt, completion, deadlines)
             self._describe(span, end)
         return end
 
@@ -104,6 +98,9 @@ class TracingRunner(Runner):
             self._tracer.fail(span, outcome)
 
 
-def make_runner(completion: Completion, deadlines: Deadlines, tracer: Tracer | None) -> Runner:
-    """Return what runs attempts, in spans if there is a tracer."""
-    return Runner(completion, deadlines) if tracer is None else TracingRunner(completion, deadlines, tracer)
+def make_runner(tracer: Tracer | None) -> Runner:
+    """Return the functions that run attempts, in spans if there is a tracer."""
+    if tracer is None:
+        return Runner(run, run_coroutine)
+    tracing = _TracingRunner(tracer)
+    return Runner(tracing.run, tracing.run_coroutine)
