@@ -25,7 +25,9 @@ _ROLES: Final = (
         help="A role that reads everything, and cancels, retries, pauses and deletes.",
     ),
     click.option("--may-cancel", is_flag=True, help="Producers also cancel and retry, and use unique keys."),
-    click.option("--may-schedule", is_flag=True, help="Producers also schedule tasks, and pause and limit queues."),
+    click.option(
+        "--may-schedule", is_flag=True, help="Producers also schedule tasks, and pause and limit queues."
+    ),
     click.option(
         "--with-data", is_flag=True, help="Readers also see the data, the errors and the results of tasks."
     ),

@@ -42,7 +42,7 @@ RETURNED: Final = ("id", "created_at", "process_at")
 
 CHANGED: Final = (
     *("state", "attempt", "fail_count", "rescue_count", "completed_at", "failed_at", "cancelled_at"),
-    *("error", "held_unique_key"),
+    *("error", "held_unique_key", "waiting_since", "waiting_for", "pool_key"),
 )
 """The columns that `cancel` and `retry` write; they also write `process_at`."""
 

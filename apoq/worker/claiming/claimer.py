@@ -37,8 +37,8 @@ from apoq.worker.execution.runner import AttemptResult, ended
 from apoq.worker.failures import Outage
 from apoq.worker.isolation import Isolation
 from apoq.worker.lease import Lease
-from apoq.worker.places import Places
 from apoq.worker.observer import Observer
+from apoq.worker.places import Places
 from apoq.worker.service import Service
 
 MAX_PREFETCHED: Final = 2_000
