@@ -202,7 +202,7 @@ class TestOfTheDatabase:
 
         def read(engine: sa.Engine = engine, **options: object) -> Samples:
             if not made:
-                made.append(DatabaseMetrics(engine, **options))
+                made.append(DatabaseMetrics(engine, **{"timeout": 20, **options}))
             registry = CollectorRegistry()
             registry.register(made[0])
             return samples(registry)
@@ -266,25 +266,24 @@ class TestOfTheDatabase:
 
     def test_a_database_that_hangs_holds_up_no_scrape(self, url, metrics, caplog):
         proxy = Proxy(url)
-        assert (
-            value(metrics(sa.create_engine(proxy.url, poolclass=NullPool), timeout=0.5), "apoq_database_up")
-            == 1
-        )
+        engine = sa.create_engine(proxy.url, poolclass=NullPool)
+        until(lambda: value(metrics(engine, timeout=0.5), "apoq_database_up") == 1)
+        caplog.clear()
         proxy.cut()
         for _ in range(3):
             began = time.monotonic()
             assert metrics() == {("apoq_database_up", ()): 0}
-            assert time.monotonic() - began < 2
+            assert time.monotonic() - began < 5
             assert [thread.name for thread in threading.enumerate()].count("apoq-metrics") <= 1
         proxy.heal()
         until(lambda: value(metrics(), "apoq_database_up") == 1)
         proxy.close()
-        assert [record.message for record in caplog.records].count(
-            "the metrics lack the database until they can be read: it hasn't responded within 0.5 s"
-        ) == 1
+        said = [record.message for record in caplog.records if "the metrics lack" in record.message]
+        assert len(said) == 1
+        assert said[0].startswith("the metrics lack the database until they can be read: ")
 
     def test_a_table_that_is_locked_holds_up_no_scrape(self, engine, metrics):
-        assert value(metrics(timeout=0.3), "apoq_database_up") == 1
+        until(lambda: value(metrics(timeout=0.5), "apoq_database_up") == 1)
         with engine.begin() as connection:
             connection.exec_driver_sql("LOCK TABLE apoq_tasks IN ACCESS EXCLUSIVE MODE")
 

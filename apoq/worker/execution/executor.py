@@ -30,7 +30,7 @@ If the thread that handed it a task went on without this pause, the slot would h
 """
 
 
-OBSERVATION_INTERVAL_SECONDS: Final = 0.001
+OBSERVATION_INTERVAL_SECONDS: Final = 0.002
 """Seconds between two attempts that are observed, if there are more; each stands for those before it."""
 
 
