@@ -118,6 +118,20 @@ class TestOfAWorker:
         assert value(found, "apoq_claims_total") >= 1
         assert value(samples(worker.metrics), "apoq_connected") == 0
 
+    def test_a_task_that_was_taken_away_is_lost(self, worker, add, engine):
+        def process(task):
+            with engine.begin() as connection:
+                connection.execute(sa.text("UPDATE apoq_tasks SET claim_token = 9"))
+
+        worker.use("t", process)
+        add("t")
+        worker.start()
+        its = {"queue": "default", "type": "t"}
+        until(lambda: value(samples(worker.metrics), "apoq_tasks_total", outcome="lost", **its) == 1)
+        worker.stop()
+
+        assert value(samples(worker.metrics), "apoq_tasks_total", outcome="completed", **its) == 0
+
     def test_what_it_hears_of_tasks_without_a_processor_is_other(self, worker):
         lost = TaskLost(1, "unheard-of", "default", None, 1)
         worker.events.report(lost)

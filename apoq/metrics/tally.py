@@ -46,7 +46,9 @@ class Tally:
     The threads that run tasks add to histograms of their own, so they need no lock.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, has_one_queue: bool) -> None:
+        """`has_one_queue`: all tasks are of the same queue, which makes them faster to count."""
+        self._has_one_queue = has_one_queue
         self.reset()
 
     def reset(self) -> None:
@@ -80,7 +82,7 @@ class Tally:
 
     def settled(self, outcome: str, rows: Sequence[Sequence[Any]]) -> None:
         """Count attempts whose outcome is committed."""
-        counts = _counted(rows)
+        counts = self._counted(rows)
         with self._lock:
             for series, count in counts.items():
                 self._outcomes[outcome, series] += count
@@ -105,11 +107,11 @@ class Tally:
         with self._lock:
             self._outcomes[outcome, series] += count
 
-
-def _counted(rows: Sequence[Sequence[Any]]) -> Mapping[Series, int]:
-    """Return how many rows there are of each series; in a tenth of the time if there is only one."""
-    queue, type_ = series = _series_of(rows[0])
-    number = len(rows)
-    if list(map(_type_of, rows)).count(type_) == number == list(map(_queue_of, rows)).count(queue):
-        return {series: number}
-    return Counter(map(_series_of, rows))
+    def _counted(self, rows: Sequence[Sequence[Any]]) -> Mapping[Series, int]:
+        """Return how many rows there are of each series; in a tenth of the time if there is only one."""
+        queue, type_ = series = _series_of(rows[0])
+        number = len(rows)
+        has_one_type = list(map(_type_of, rows)).count(type_) == number
+        if has_one_type and (self._has_one_queue or list(map(_queue_of, rows)).count(queue) == number):
+            return {series: number}
+        return Counter(map(_series_of, rows))

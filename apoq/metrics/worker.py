@@ -94,7 +94,7 @@ class WorkerMetrics(Collector):
 
 
 def observe(
-    metrics: Any, events: Events, state: Callable[[], WorkerState]
+    metrics: Any, events: Events, state: Callable[[], WorkerState], *, has_one_queue: bool
 ) -> tuple[Tally, CollectorRegistry]:
     """Return what a worker has to tell for its metrics, and the registry that has them.
 
@@ -103,7 +103,7 @@ def observe(
     if metrics is not True and not isinstance(metrics, CollectorRegistry):
         raise TypeError(f"metrics must be True, False or a CollectorRegistry, got {glimpse(metrics)}")
     registry = CollectorRegistry() if metrics is True else metrics
-    tally = Tally()
+    tally = Tally(has_one_queue=has_one_queue)
     try:
         registry.register(WorkerMetrics(tally, state))
     except ValueError as error:

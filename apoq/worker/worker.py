@@ -433,7 +433,9 @@ class Worker:
         """Count for metrics, in this registry, or in one of the worker's own if True."""
         # Imported here, because prometheus-client is an extra.
         library = import_module("apoq.metrics.worker")
-        self._observer, self.metrics = library.observe(metrics, self.events, self._state)
+        self._observer, self.metrics = library.observe(
+            metrics, self.events, self._state, has_one_queue=len(self._queues) == 1
+        )
 
     def _state(self) -> WorkerState:
         """Return what the metrics say of this moment."""

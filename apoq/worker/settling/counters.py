@@ -53,7 +53,7 @@ class Counter:
                 return
         with self._lock:
             self._counts[name] += len(rows)
-        if self._observer is not None:
+        if self._observer is not None and rows:
             self._observer.settled(name, rows)
 
     def stats(self, running: int) -> WorkerStats:
