@@ -169,7 +169,7 @@ class TypedTask(Generic[P, R_co, C]):
         self._options = unique_options(self._key_of, unique, unique_until, on_conflict)
         self._unique = unique
         if limit is not None and callable(limit.key):
-            self._options["key"] = self._concurrency_key_of
+            self._options["key"] = self.concurrency_key_of
         # Now if possible. Annotations may name what the module defines below: these are read at the first
         # use.
         with suppress(UnknownAnnotation):
@@ -336,7 +336,7 @@ class TypedTask(Generic[P, R_co, C]):
         detail = self._unique(**self._arguments.with_defaults(data))
         return None if detail is None else typed_key(self.type, check_name(detail, "a unique key"))
 
-    def _concurrency_key_of(self, data: dict[str, Any]) -> str | None:
+    def concurrency_key_of(self, data: dict[str, Any]) -> str | None:
         """Return the concurrency key of a call, as the key of `limit` says."""
         limit = self.processor.limit
         return None if limit is None else limit.key_of(self._arguments.with_defaults(data))

@@ -258,6 +258,7 @@ def upgrade(op: Operations, schema: str | None = None) -> None:
         sa.Column("retry_delay", INTERVAL),
         sa.Column("timeout", INTERVAL),
         sa.Column("meta", JSONB),
+        sa.Column("key", sa.Text),
         sa.Column("origin", sa.Text, server_default="added", nullable=False),
         sa.Column("release", TIME),
         sa.Column("created_at", TIME, server_default=NOW, nullable=False),

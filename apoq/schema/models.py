@@ -318,6 +318,8 @@ class Schedule(Base):
     retry_delay: Mapped[timedelta | None]
     timeout: Mapped[timedelta | None]
     meta: Mapped[dict[str, Any] | None] = mapped_column(JSONB(none_as_null=True))
+    key: Mapped[str | None]
+    """The concurrency key of its tasks."""
     origin: Mapped[str] = mapped_column(server_default="added")
     """``code`` if ``@queue.task`` declares it, ``added`` if `Queue.schedule` has added it."""
     release: Mapped[datetime | None]
