@@ -23,6 +23,7 @@ from apoq.client import shared_tasks
 from apoq.client.after_commit import _notifiers
 from apoq.client.notifier import Notifier
 from apoq.client.session_adapters import _compiled as compiled  # noqa: F401
+from apoq.core.places import Share
 from apoq.embedded import PostgreSQL, _new_folder, _server_user
 from apoq.events import Events
 from apoq.monitor import server_checks
@@ -317,6 +318,35 @@ def move(cursor: ClaimCursor, levels: Mapping[int, tuple[float, int]]) -> None:
 def moves(worker: Worker) -> list[Any]:
     """Return the claims that the cursors have yet to follow."""
     return claimer(worker)._moves
+
+
+def declare_limits(worker: Worker) -> None:
+    """Write the limits that a worker's code declares, as before its first claim."""
+    runtime(worker).claimer._declared_limits.forget()
+    runtime(worker).claimer._declared_limits.write()
+
+
+def claim_placed(worker: Worker, limit: int) -> None:
+    """Claim due tasks under limits, with keys and without, for so many free slots."""
+    its = runtime(worker)
+    its.scanner.survey()
+    for lines in (its.claimer._keyed, its.claimer._queues):
+        for line in lines.values():
+            if line.needs_places:
+                placed = its.claimer._schemas[None]._placed.claim(line, limit, limit)
+                line.cursor.move_to(placed.ends, is_all=False)
+
+
+def hand_over(worker: Worker, freed: Mapping[Share, int], room: int) -> None:
+    """Give free places to the tasks that wait for them, up to `room` of them to this worker."""
+    its = runtime(worker)
+    for line in its.claimer._keyed.values():
+        its.claimer._schemas[None]._placed.hand_over(line, freed, room, room)
+
+
+def dispose(worker: Worker) -> None:
+    """Close the connections of a worker that has not started."""
+    runtime(worker).engine.dispose()
 
 
 def next_claim_number(worker: Worker) -> int:
