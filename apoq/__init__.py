@@ -24,7 +24,9 @@ except ImportError as error:
         raise AttributeError(name)
 else:
     HAS_LIBPQ = True
+    from apoq.client.progress import Progress
     from apoq.client.queue import Queue
+    from apoq.client.results import Result
     from apoq.client.typed_task import TypedTask
     from apoq.core.outcomes import Cancel, Fail, Retry, Snooze
     from apoq.core.retry import exponential_backoff
@@ -37,10 +39,13 @@ else:
         InvalidSchedule,
         InvalidTask,
         InvalidURL,
+        NoResult,
         SchemaMismatch,
         SessionMisused,
+        TaskGone,
         UnsupportedDatabase,
         UnsupportedSession,
+        WaitTimeout,
     )
     from apoq.migrations import prepare
     from apoq.postgres.urls import database_url
@@ -59,7 +64,10 @@ __all__ = [
     "InvalidSchedule",
     "InvalidTask",
     "InvalidURL",
+    "NoResult",
+    "Progress",
     "Queue",
+    "Result",
     "Retry",
     "RunningTask",
     "Schedule",
@@ -67,9 +75,11 @@ __all__ = [
     "SessionMisused",
     "Snooze",
     "Task",
+    "TaskGone",
     "TypedTask",
     "UnsupportedDatabase",
     "UnsupportedSession",
+    "WaitTimeout",
     "Worker",
     "database_url",
     "exponential_backoff",

@@ -24,15 +24,21 @@ from typing import (
     overload,
 )
 
+from sqlalchemy import Engine
+from sqlalchemy.ext.asyncio import AsyncEngine
 from typing_extensions import ParamSpec
 
-from apoq.client.session_adapters import SESSION_CLASSES, AsyncioSession, SyncSession
+from apoq.client.results import Kind, Result, result
+from apoq.client.session_adapters import SESSION_CLASSES, AsyncioSession, SyncSession, through
+from apoq.client.task_ids import task_id
 from apoq.client.unsupported_sessions import forgotten, is_mistaken, refusal, shown_arguments
+from apoq.client.waiting import wait
 from apoq.core.arguments import Arguments, UnknownAnnotation
 from apoq.core.options import Options, checked_options, merged_options, unique_options
 from apoq.core.payload import canonical, check_name
 from apoq.core.registry import Running, check_processed, make_processor
 from apoq.core.retry import DEFAULT_RETRY_LIMIT, RetryDelay, exponential_backoff
+from apoq.core.return_values import ReturnValue
 from apoq.core.schedules import ScheduleOptions, declared
 from apoq.core.unique import OnConflict, UniqueUntil, typed_key
 from apoq.errors import InvalidProcessor, InvalidSchedule, InvalidTask, UnsupportedSession, glimpse
@@ -44,6 +50,8 @@ C = ParamSpec("C", default=P)
 """All parameters of the function; the first may be the running task."""
 R = TypeVar("R")
 R_co = TypeVar("R_co", covariant=True)
+V = TypeVar("V")
+"""What a coroutine function returns when it is awaited."""
 T = TypeVar("T", bound=Running)
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -131,6 +139,8 @@ class TypedTask(Generic[P, R_co, C]):
         retry_limit: int = DEFAULT_RETRY_LIMIT,
         retry_delay: RetryDelay = exponential_backoff,
         timeout: float | timedelta | None = None,
+        keep_result: bool = False,
+        max_result_size: int | None = None,
         unique: UniqueRule = False,
         unique_until: UniqueUntil | None = None,
         on_conflict: OnConflict | None = None,
@@ -155,7 +165,13 @@ class TypedTask(Generic[P, R_co, C]):
         for alias in self.aliases:
             check_processed(alias)
         processor = make_processor(
-            self.type, function, retry_limit=retry_limit, retry_delay=retry_delay, timeout=timeout
+            self.type,
+            function,
+            retry_limit=retry_limit,
+            retry_delay=retry_delay,
+            timeout=timeout,
+            keep_result=keep_result,
+            max_result_size=max_result_size,
         )
         process = self._process_async if processor.is_coroutine else self._process
         self.processor = replace(processor, function=process)
@@ -165,6 +181,8 @@ class TypedTask(Generic[P, R_co, C]):
         # use.
         with suppress(UnknownAnnotation):
             self._arguments  # noqa: B018
+            if keep_result:
+                self._returned  # noqa: B018
         self.schedule = declared(schedule or {})
         if self.schedule:
             with suppress(UnknownAnnotation):
@@ -256,6 +274,87 @@ class TypedTask(Generic[P, R_co, C]):
         """
         return Call(self.type, self._arguments.write(args, kwargs))
 
+    @overload
+    def result(
+        self: TypedTask[Any, Coroutine[Any, Any, V], Any], session: SyncSession, task: Task | int, /
+    ) -> Result[V] | None: ...
+    @overload
+    def result(
+        self: TypedTask[Any, Coroutine[Any, Any, V], Any], session: AsyncioSession, task: Task | int, /
+    ) -> Coroutine[Any, Any, Result[V] | None]: ...
+    @overload
+    def result(self, session: SyncSession, task: Task | int, /) -> Result[R_co] | None: ...
+    @overload
+    def result(
+        self, session: AsyncioSession, task: Task | int, /
+    ) -> Coroutine[Any, Any, Result[R_co] | None]: ...
+    @_session_first
+    def result(self, session: SyncSession | AsyncioSession, task: Task | int, /) -> Any:
+        """Return the state of a task of this function, with its result if it has completed.
+
+        `Result.value` is converted by the function's return annotation. See `Queue.result`.
+
+        Args:
+            session: A session or a connection, as for `Queue.result`.
+            task: The task, or its id.
+
+        Returns:
+            A `Result`, also if the task has not ended; None if the task doesn't exist, was pruned, or is in
+            another queue. With an asyncio session, an awaitable of it.
+
+        Raises:
+            InvalidTask: If `task` is not a task of this schema or an id, or has another type.
+            UnsupportedSession: If `session` is not a session or a connection.
+            SchemaMismatch: If apoq's tables are missing or at another version.
+        """
+        parameters = {"task_id": task_id(self.queue, task), "from_queue": self.queue.name}
+        return through(session, lambda caller: result(caller, self.queue.schema, parameters, self._kind))
+
+    @overload
+    def wait(
+        self: TypedTask[Any, Coroutine[Any, Any, V], Any],
+        engine: Engine,
+        task: Task | int,
+        /,
+        *,
+        timeout: float | timedelta,
+    ) -> Result[V]: ...
+    @overload
+    def wait(
+        self: TypedTask[Any, Coroutine[Any, Any, V], Any],
+        engine: AsyncEngine,
+        task: Task | int,
+        /,
+        *,
+        timeout: float | timedelta,
+    ) -> Coroutine[Any, Any, Result[V]]: ...
+    @overload
+    def wait(self, engine: Engine, task: Task | int, /, *, timeout: float | timedelta) -> Result[R_co]: ...
+    @overload
+    def wait(
+        self, engine: AsyncEngine, task: Task | int, /, *, timeout: float | timedelta
+    ) -> Coroutine[Any, Any, Result[R_co]]: ...
+    def wait(self, engine: Engine | AsyncEngine, task: Task | int, /, *, timeout: float | timedelta) -> Any:
+        """Wait until a task of this function has ended, and return its result, as `result` does.
+
+        Args:
+            engine: An Engine or an AsyncEngine, not a session; see `Queue.wait`.
+            task: The task, or its id.
+            timeout: The longest time to wait, in seconds or as a timedelta.
+
+        Returns:
+            The task's `Result`. With an AsyncEngine, an awaitable of it.
+
+        Raises:
+            WaitTimeout: A TimeoutError: if the task has not ended by then. The task goes on.
+            TaskGone: If there is no such task in the queue.
+            RuntimeError: If it is called by a processor.
+            InvalidTask: If `task` is not a task of this schema or an id, or has another type.
+            TypeError: If `engine` is not an engine, or `timeout` is not a duration.
+            ValueError: If `timeout` is not positive and finite.
+        """
+        return wait(engine, self.queue, task_id(self.queue, task), timeout, self._kind)
+
     def scheduled_data(self) -> dict[str, Any]:
         """Return the data of the tasks that the function's own schedule adds: a call without arguments."""
         try:
@@ -320,6 +419,17 @@ class TypedTask(Generic[P, R_co, C]):
     def _arguments(self) -> Arguments:
         return Arguments(self.function, self.type, is_coroutine=self.processor.is_coroutine)
 
+    @cached_property
+    def _returned(self) -> ReturnValue:
+        return ReturnValue(self.function, self.type)
+
+    def _read_result(self, document: Any) -> Any:
+        return self._returned.read(document)  # now, because the annotation may be defined below the task
+
+    @property
+    def _kind(self) -> Kind:
+        return Kind(self._read_result, (self.type, *self.aliases))
+
     def _key_of(self, data: dict[str, Any]) -> str | None:
         """Return the unique key of a call, by the JSON of its arguments, as `unique` says."""
         if not callable(self._unique):
@@ -328,12 +438,19 @@ class TypedTask(Generic[P, R_co, C]):
         return None if detail is None else typed_key(self.type, check_name(detail, "a unique key"))
 
     def _process(self, task: Running) -> Any:
+        returned = self._call(task)
+        if self.processor.result_encoder is None or inspect.isawaitable(returned):
+            return returned  # nobody reads it, or the worker refuses it
+        return self._returned.write(returned)
+
+    async def _process_async(self, task: Running) -> Any:
+        returned = await self._call(task)
+        return returned if self.processor.result_encoder is None else self._returned.write(returned)
+
+    def _call(self, task: Running) -> Any:
         first = (task,) if self._arguments.follow_task else ()
         function: Any = self.function
         return function(*first, **self._arguments.read(task.data))
-
-    async def _process_async(self, task: Running) -> Any:
-        return await self._process(task)
 
 
 class Decorator(Protocol):

@@ -107,6 +107,7 @@ class Lifecycle:
                 raise
             runtime.settler.put(end)
             runtime.settler.flush(SETTLE_ON_STOP_SECONDS)
+            runtime.progress.finish()
             if isinstance(end.outcome, KeyboardInterrupt):
                 raise end.outcome  # meant for the program, not for the task that happened to run
             return self._load(end)

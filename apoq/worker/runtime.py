@@ -37,6 +37,7 @@ from apoq.worker.maintenance.pruner import Pruner
 from apoq.worker.maintenance.sweep import Sweep
 from apoq.worker.maintenance.ticker import Ticker
 from apoq.worker.options import WorkerOptions
+from apoq.worker.progress import ProgressWriter
 from apoq.worker.service import Service, left_until
 from apoq.worker.settling.counters import Counter
 from apoq.worker.settling.settler import Settler
@@ -146,6 +147,14 @@ class Runtime:
             on_ended=self.settler.put,
             on_low=self._slot_is_free,
         )
+        self.progress = ProgressWriter(
+            self.engine,
+            leases,
+            outage,
+            self.missing,
+            self.claim_log,
+            keeps_completed=options.keeps_completed,
+        )
         self.claimer = Claimer(
             self.engine,
             queues,
@@ -161,6 +170,7 @@ class Runtime:
             leases=leases,
             signals=self._signals,
             on_ended=self.settler.put,
+            on_progress=self.progress.put,
         )
         self.lost_task_monitor = LostTaskMonitor(
             self.engine, schemas, outage, self.claim_log, self.executor, interval=heartbeat_seconds
@@ -217,6 +227,7 @@ class Runtime:
 
     def start(self) -> None:
         """Claim, run and settle tasks from now on; raise RuntimeError if a thread can't be started."""
+        self.progress.open()
         for service in self._working:
             service.start()
 
@@ -254,6 +265,8 @@ class Runtime:
             self.settler.after_last_turn()  # its thread has died, or could not be started
         elif not self.end(self.settler, by):
             logs.results_late()
+        self.progress.close()
+        self.end(self.progress, by)
         self.executor.stop()
         self.missing.clear()
         self.end(self.listener, by)

@@ -125,7 +125,7 @@ class Worker:
         self._on_thread_died: Callable[[ThreadDied], object] = lambda _: None
         self.events.on(ThreadDied, self._thread_died)
         self._queues = tuple(dict.fromkeys(queues))
-        self._registry = Registry(middleware)
+        self._registry = Registry(middleware, keeps_completed=self._options.keeps_completed)
         for queue in self._queues:
             queue.register_in(self._registry)
         self._lifecycle = self._new_lifecycle()
@@ -183,10 +183,13 @@ class Worker:
         retry_limit: int = DEFAULT_RETRY_LIMIT,
         retry_delay: RetryDelay = exponential_backoff,
         timeout: float | timedelta | None = None,
+        keep_result: bool = False,
+        max_result_size: int | None = None,
     ) -> None:
         """Run tasks of this type, in all queues of this worker, with `processor`.
 
-        When the processor returns, the task is completed; the value is ignored. If it raises an exception,
+        When the processor returns, the task is completed; the value is ignored, or with `keep_result` stored
+        with the task. If it raises an exception,
         the attempt has failed, and the task is retried. It can also raise `Retry`, `Fail`, `Cancel` or
         `Snooze`.
 
@@ -199,6 +202,10 @@ class Worker:
                 the number of failures so far.
             timeout: Limit of each attempt, in seconds or as a timedelta. An attempt that exceeds it fails
                 with a `TimeoutError`. None: no limit.
+            keep_result: Whether the value that the processor returns is stored with the task. It must be
+                JSON; any other value fails the attempt. Read it with `Queue.result`.
+            max_result_size: The limit of a result, in bytes of JSON: 64 KiB by default, 1 MiB at most. A
+                larger one fails the attempt.
 
         Raises:
             InvalidProcessor: If the type already has a processor, such as a typed task, or an argument is
@@ -216,7 +223,13 @@ class Worker:
                 "Worker(engine, queue)"
             )
         made = make_processor(
-            type, processor, retry_limit=retry_limit, retry_delay=retry_delay, timeout=timeout
+            type,
+            processor,
+            retry_limit=retry_limit,
+            retry_delay=retry_delay,
+            timeout=timeout,
+            keep_result=keep_result,
+            max_result_size=max_result_size,
         )
         self._registry.use(type, made)
         self._lifecycle.runtime.look_for_tasks()
