@@ -28,6 +28,7 @@ from apoq import (
     InvalidProcessor,
     InvalidTask,
     NoResult,
+    Progress,
     Queue,
     Result,
     RunningTask,
@@ -207,7 +208,7 @@ UNSTORABLE = {
     "NaN": (lambda: float("nan"), "result: JSON has no nan"),
     "NUL": (lambda: {"a": "\0"}, r"result\['a'\]: jsonb can't hold U\+0000"),
     "a lone surrogate": (lambda: ["\ud800"], r"result\[0\]: jsonb can't hold a lone surrogate"),
-    "an object": (lambda: object(), "result: object is not JSON"),
+    "an object": (object, "result: object is not JSON"),
     "large": (lambda: "x" * (64 * KIB - 1), "65,537 bytes of JSON exceed max_result_size, 65,536: write"),
     "large in bytes": (lambda: "é" * (32 * KIB), "65,538 bytes of JSON exceed"),
     "deep": (lambda: deep(300), "nested more than 200 levels"),
@@ -330,14 +331,11 @@ class TestATypedTask:
         async def get_later():
             return {1, 2}
 
-        tasks = [task.add(session) for task in (get, get_later)]
+        first, second = get.add(session), get_later.add(session)
         drain(session, queue, errors="record")
 
-        assert [task.error["message"] for task in tasks] == [
-            f"result: Expected `int`, got `str`, returned by {get.type!r}",
-            f"result: set is not JSON, and is converted only if {get_later.type!r} has a return annotation: "
-            "{1, 2}",
-        ]
+        assert first.error["message"] == f"result: Expected `int`, got `str`, returned by {get.type!r}"
+        assert second.error["message"].startswith("result: set is not JSON, and is converted only if")
 
     def test_says_so_if_the_stored_result_does_not_fit_any_more(self, session, queue):
         @queue.task(type="t", keep_result=True)
@@ -401,9 +399,7 @@ class TestReading:
 
         results = [each for each in found if isinstance(each, Result)]
         assert [each.value for each in results] == [{"a": 1}] * 8
-        assert (
-            len({(each.done, each.total, each.note, each.at) for each in found if each not in results}) == 1
-        )
+        assert len({each for each in found if isinstance(each, Progress)}) == 1
         assert abs(found[4].at - datetime.now(UTC)) < timedelta(minutes=1)
 
     def test_tells_a_task_that_is_gone_from_one_that_has_not_ended(self, session, queue):

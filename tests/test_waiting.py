@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -33,10 +33,10 @@ def add(engine, queue: Queue, type_: str = "t") -> int:
 def wait(request, engine, queue) -> Wait:
     """Wait through an engine of either kind."""
 
-    async def awaited(task: Any, timeout: Any) -> Any:
+    async def awaited(task: Any, seconds: Any) -> Any:
         own = create_async_engine(engine.url)
         try:
-            return await queue.wait(own, task, timeout=timeout)
+            return await queue.wait(own, task, timeout=seconds)
         finally:
             await own.dispose()
 
@@ -173,7 +173,7 @@ class TestWaitingInAProcessor:
     """A slot would wait for a task that may need this very slot."""
 
     @pytest.fixture
-    def message(self, engine, queue, worker) -> Iterator[Callable[[Callable[[], Any]], str]]:
+    def message(self, engine, queue, worker) -> Callable[[Callable[[Any], Any]], str]:
         """Let a worker run a processor; return the error of its attempt."""
 
         def message(processor: Callable[[Any], Any]) -> str:
@@ -186,7 +186,7 @@ class TestWaitingInAProcessor:
                 found: str = connection.scalar(error)
                 return found
 
-        yield message
+        return message
 
     def test_is_refused_on_a_thread(self, engine, queue, message):
         # Also for another queue, another schema and another database.

@@ -17,7 +17,7 @@ R_co = TypeVar("R_co", covariant=True)
 
 @dataclass(frozen=True, slots=True)
 class Result(Generic[R_co]):
-    """What is known about the end of a task: its state, and its result or its error.
+    """The state of a task, with its result if it has completed, or its last error.
 
     Returned by `Queue.result`, `Queue.wait`, and the same methods of a typed task.
 

@@ -51,7 +51,7 @@ C = ParamSpec("C", default=P)
 R = TypeVar("R")
 R_co = TypeVar("R_co", covariant=True)
 V = TypeVar("V")
-"""What a coroutine function returns when it is awaited."""
+"""The result of a coroutine function when it is awaited."""
 T = TypeVar("T", bound=Running)
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -440,7 +440,7 @@ class TypedTask(Generic[P, R_co, C]):
     def _process(self, task: Running) -> Any:
         returned = self._call(task)
         if self.processor.result_encoder is None or inspect.isawaitable(returned):
-            return returned  # nobody reads it, or the worker refuses it
+            return returned  # it is ignored, or the worker refuses it
         return self._returned.write(returned)
 
     async def _process_async(self, task: Running) -> Any:

@@ -136,7 +136,7 @@ class Task(Base):
     """Whether the task holds its unique key until it has ended, and not only until it is claimed."""
 
     result: Mapped[Any | None] = mapped_column(JSONB(none_as_null=True))
-    """What the processor has returned, if it has ``keep_result=True``. Read it with `Queue.result`."""
+    """The result of the processor, if it has ``keep_result=True``. Read it with `Queue.result`."""
     has_parts: Mapped[bool | None] = mapped_column(Boolean)
     """Whether other tables of apoq may have rows of this task, which are deleted with it."""
 

@@ -45,7 +45,7 @@ class AttemptResult:
     seconds: float | None = None
     """How long it took, if there is a listener."""
     result: str | None = None
-    """What a completed task's processor has returned, as JSON, if that is kept."""
+    """The result of a completed task's processor as JSON, if it is kept."""
 
 
 def ended(
