@@ -163,6 +163,18 @@ class TestTheProgress:
 
         assert progress(engine, queue, task_id).done == 1
 
+    def test_is_not_written_any_more_after_the_timeout(self, engine, queue, worker):
+        def run(task: RunningTask) -> None:
+            task.set_progress(1)
+            until(lambda: task.should_stop)
+            task.set_progress(2)
+
+        worker.use("t", run, timeout=0.05, retry_limit=0)
+        (task_id,) = add(engine, queue)
+
+        assert worker.work().state == "failed"
+        assert progress(engine, queue, task_id).done == 1
+
     def test_of_a_locked_task_is_written_when_it_is_free(self, engine, queue, worker):
         execute(engine, COUNT_WRITES)
         report, go = threading.Event(), threading.Event()

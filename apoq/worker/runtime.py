@@ -266,7 +266,10 @@ class Runtime:
         elif not self.end(self.settler, by):
             logs.results_late()
         self.progress.close()
-        self.end(self.progress, by)
+        if self.progress.is_alive:
+            self.end(self.progress, by)
+        else:
+            self.progress.finish()  # no thread could be started that would do so
         self.executor.stop()
         self.missing.clear()
         self.end(self.listener, by)

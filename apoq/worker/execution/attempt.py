@@ -185,6 +185,11 @@ class _Attempt(Generic[S]):
         return self.ends_at is not None and time.monotonic() >= self.ends_at
 
     @property
+    def may_report(self) -> bool:
+        """Whether its progress is that of the task: not if the task is lost, or the timeout has ended it."""
+        return self.signal is not LOST and (self.ends_at is None or time.monotonic() < self.ends_at)
+
+    @property
     def has_data(self) -> bool:
         """Whether all of the task's data came with the claim: not if it is large."""
         text = self.row[DATA]

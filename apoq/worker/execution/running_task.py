@@ -10,7 +10,7 @@ from apoq.core.progress import report
 from apoq.core.registry import Running
 from apoq.postgres.loaders import UnreadableData, read_json, read_time
 from apoq.schema.statements.claim import CLAIM, CREATED_AT, META, PRIORITY, PROCESS_AT, TICK_AT
-from apoq.worker.execution.attempt import LOST, AnyAttempt
+from apoq.worker.execution.attempt import AnyAttempt
 from apoq.worker.execution.task_sessions import AsyncTaskSession, TaskSession
 
 S = TypeVar("S", bound=TaskSession | AsyncTaskSession)
@@ -143,7 +143,7 @@ class _Running(Running, Generic[S]):
         """
         checked = report(done, total, note)
         on_progress = self._attempt.row[CLAIM].on_progress
-        if on_progress is not None and self._attempt.signal is not LOST:
+        if on_progress is not None and self._attempt.may_report:
             on_progress(self._attempt, checked)
 
     def __repr__(self) -> str:
