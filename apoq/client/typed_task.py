@@ -9,7 +9,7 @@ from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from functools import cached_property, update_wrapper, wraps
+from functools import cached_property, update_wrapper
 from pathlib import Path
 from typing import (
     TYPE_CHECKING,
@@ -20,28 +20,23 @@ from typing import (
     Protocol,
     TypeVar,
     Unpack,
-    cast,
     overload,
 )
 
-from sqlalchemy import Engine
-from sqlalchemy.ext.asyncio import AsyncEngine
 from typing_extensions import ParamSpec
 
-from apoq.client.results import Kind, Result, result
-from apoq.client.session_adapters import SESSION_CLASSES, AsyncioSession, SyncSession, through
-from apoq.client.task_ids import task_id
-from apoq.client.unsupported_sessions import forgotten, is_mistaken, refusal, shown_arguments
-from apoq.client.waiting import wait
+from apoq.client.session_adapters import AsyncioSession, SyncSession
+from apoq.client.session_first import call_session_first
+from apoq.client.task_ids import AnyQueue
+from apoq.client.typed_results import TypedResults
 from apoq.core.arguments import Arguments, UnknownAnnotation
 from apoq.core.options import Options, checked_options, merged_options, unique_options
 from apoq.core.payload import canonical, check_name
 from apoq.core.registry import Running, check_processed, make_processor
 from apoq.core.retry import DEFAULT_RETRY_LIMIT, RetryDelay, exponential_backoff
-from apoq.core.return_values import ReturnValue
 from apoq.core.schedules import ScheduleOptions, declared
 from apoq.core.unique import OnConflict, UniqueUntil, typed_key
-from apoq.errors import InvalidProcessor, InvalidSchedule, InvalidTask, UnsupportedSession, glimpse
+from apoq.errors import InvalidProcessor, InvalidSchedule, InvalidTask, glimpse
 from apoq.schema.models import Task
 
 P = ParamSpec("P")
@@ -50,10 +45,7 @@ C = ParamSpec("C", default=P)
 """All parameters of the function; the first may be the running task."""
 R = TypeVar("R")
 R_co = TypeVar("R_co", covariant=True)
-V = TypeVar("V")
-"""The result of a coroutine function when it is awaited."""
 T = TypeVar("T", bound=Running)
-F = TypeVar("F", bound=Callable[..., Any])
 
 UniqueRule = bool | Callable[..., str | None]
 """Whether a typed task is unique by its arguments; or a function that returns the key for them."""
@@ -70,16 +62,8 @@ class Anything:
     """
 
 
-class TaskQueue(Protocol):
+class TaskQueue(AnyQueue, Protocol):
     """The queue of a typed task."""
-
-    @property
-    def name(self) -> str:
-        """The queue's name."""
-
-    @property
-    def schema(self) -> str | None:
-        """The schema of the queue's tables, or None for the connection's own."""
 
     def add(self, session: Any, type: str, data: Any, **options: Unpack[Options]) -> Any:
         """Add a task."""
@@ -101,22 +85,7 @@ class Call(Generic[P]):
     data: dict[str, Any]
 
 
-def _session_first(method: F) -> F:
-    """Decorate a method of a typed task, so that a call without a session raises an error that says so."""
-
-    @wraps(method)
-    def call(self: TypedTask[..., Any, ...], /, *args: Any, **kwargs: Any) -> Any:
-        if not args or not isinstance(args[0], SESSION_CLASSES):
-            if args and is_mistaken(args[0]):
-                raise UnsupportedSession(refusal(args[0]))
-            example = self._example(shown_arguments(args, kwargs), method.__name__)
-            raise UnsupportedSession(forgotten(example))
-        return method(self, *args, **kwargs)
-
-    return cast("F", call)
-
-
-class TypedTask(Generic[P, R_co, C]):
+class TypedTask(TypedResults[R_co], Generic[P, R_co, C]):
     """A function whose calls can be added to a queue as tasks.
 
     Created by ``@queue.task``. Calling it calls the function directly, without a task.
@@ -128,6 +97,8 @@ class TypedTask(Generic[P, R_co, C]):
         queue (Queue): The queue that its tasks are added to.
         schedule (Mapping | None): The times and rules by which workers add its tasks, or None.
     """
+
+    queue: TaskQueue
 
     def __init__(
         self,
@@ -209,7 +180,7 @@ class TypedTask(Generic[P, R_co, C]):
     def add(
         self, session: AsyncioSession, /, *args: P.args, **kwargs: P.kwargs
     ) -> Coroutine[Any, Any, Task]: ...
-    @_session_first
+    @call_session_first
     def add(self, session: SyncSession | AsyncioSession, /, *args: P.args, **kwargs: P.kwargs) -> Any:
         """Add a call with these arguments as a task, in the transaction of `session`.
 
@@ -237,7 +208,7 @@ class TypedTask(Generic[P, R_co, C]):
     def add_many(self, session: SyncSession, calls: Iterable[Call[P]], /) -> int: ...
     @overload
     def add_many(self, session: AsyncioSession, calls: Iterable[Call[P]], /) -> Coroutine[Any, Any, int]: ...
-    @_session_first
+    @call_session_first
     def add_many(self, session: SyncSession | AsyncioSession, calls: Iterable[Call[P]], /) -> Any:
         """Add many calls as tasks, in the transaction of `session`.
 
@@ -273,87 +244,6 @@ class TypedTask(Generic[P, R_co, C]):
                 changed by the conversion.
         """
         return Call(self.type, self._arguments.write(args, kwargs))
-
-    @overload
-    def result(
-        self: TypedTask[Any, Coroutine[Any, Any, V], Any], session: SyncSession, task: Task | int, /
-    ) -> Result[V] | None: ...
-    @overload
-    def result(
-        self: TypedTask[Any, Coroutine[Any, Any, V], Any], session: AsyncioSession, task: Task | int, /
-    ) -> Coroutine[Any, Any, Result[V] | None]: ...
-    @overload
-    def result(self, session: SyncSession, task: Task | int, /) -> Result[R_co] | None: ...
-    @overload
-    def result(
-        self, session: AsyncioSession, task: Task | int, /
-    ) -> Coroutine[Any, Any, Result[R_co] | None]: ...
-    @_session_first
-    def result(self, session: SyncSession | AsyncioSession, task: Task | int, /) -> Any:
-        """Return the state of a task of this function, with its result if it has completed.
-
-        `Result.value` is converted by the function's return annotation. See `Queue.result`.
-
-        Args:
-            session: A session or a connection, as for `Queue.result`.
-            task: The task, or its id.
-
-        Returns:
-            A `Result`, also if the task has not ended; None if the task doesn't exist, was pruned, or is in
-            another queue. With an asyncio session, an awaitable of it.
-
-        Raises:
-            InvalidTask: If `task` is not a task of this schema or an id, or has another type.
-            UnsupportedSession: If `session` is not a session or a connection.
-            SchemaMismatch: If apoq's tables are missing or at another version.
-        """
-        parameters = {"task_id": task_id(self.queue, task), "from_queue": self.queue.name}
-        return through(session, lambda caller: result(caller, self.queue.schema, parameters, self._kind))
-
-    @overload
-    def wait(
-        self: TypedTask[Any, Coroutine[Any, Any, V], Any],
-        engine: Engine,
-        task: Task | int,
-        /,
-        *,
-        timeout: float | timedelta,
-    ) -> Result[V]: ...
-    @overload
-    def wait(
-        self: TypedTask[Any, Coroutine[Any, Any, V], Any],
-        engine: AsyncEngine,
-        task: Task | int,
-        /,
-        *,
-        timeout: float | timedelta,
-    ) -> Coroutine[Any, Any, Result[V]]: ...
-    @overload
-    def wait(self, engine: Engine, task: Task | int, /, *, timeout: float | timedelta) -> Result[R_co]: ...
-    @overload
-    def wait(
-        self, engine: AsyncEngine, task: Task | int, /, *, timeout: float | timedelta
-    ) -> Coroutine[Any, Any, Result[R_co]]: ...
-    def wait(self, engine: Engine | AsyncEngine, task: Task | int, /, *, timeout: float | timedelta) -> Any:
-        """Wait until a task of this function has ended, and return its result, as `result` does.
-
-        Args:
-            engine: An Engine or an AsyncEngine, not a session; see `Queue.wait`.
-            task: The task, or its id.
-            timeout: The longest time to wait, in seconds or as a timedelta.
-
-        Returns:
-            The task's `Result`. With an AsyncEngine, an awaitable of it.
-
-        Raises:
-            WaitTimeout: A TimeoutError: if the task has not ended by then. The task goes on.
-            TaskGone: If there is no such task in the queue.
-            RuntimeError: If it is called by a processor.
-            InvalidTask: If `task` is not a task of this schema or an id, or has another type.
-            TypeError: If `engine` is not an engine, or `timeout` is not a duration.
-            ValueError: If `timeout` is not positive and finite.
-        """
-        return wait(engine, self.queue, task_id(self.queue, task), timeout, self._kind)
 
     def scheduled_data(self) -> dict[str, Any]:
         """Return the data of the tasks that the function's own schedule adds: a call without arguments."""
@@ -418,17 +308,6 @@ class TypedTask(Generic[P, R_co, C]):
     @cached_property
     def _arguments(self) -> Arguments:
         return Arguments(self.function, self.type, is_coroutine=self.processor.is_coroutine)
-
-    @cached_property
-    def _returned(self) -> ReturnValue:
-        return ReturnValue(self.function, self.type)
-
-    def _read_result(self, document: Any) -> Any:
-        return self._returned.read(document)  # now, because the annotation may be defined below the task
-
-    @property
-    def _kind(self) -> Kind:
-        return Kind(self._read_result, (self.type, *self.aliases))
 
     def _key_of(self, data: dict[str, Any]) -> str | None:
         """Return the unique key of a call, by the JSON of its arguments, as `unique` says."""

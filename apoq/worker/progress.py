@@ -27,6 +27,9 @@ from apoq.worker.threads import MissingThreads
 WRITE_INTERVAL_SECONDS: Final = 1.0
 """Seconds between two writes, which have the last reports of all tasks."""
 
+BATCH_SIZE: Final = 1_000
+"""Rows that one statement writes at most. There are more only if thousands of short tasks report progress."""
+
 MAX_TRIES: Final = 5
 """How often a report is written that took no effect: its task may be locked, lost or gone."""
 
@@ -44,7 +47,7 @@ class ProgressWriter(Service):
     """Collects the reports of running tasks, and writes the last one of each.
 
     Its thread is started with the first report. The last report of a task is written even if the task has
-    ended, unless another worker has claimed the task since then.
+    ended, unless a worker has claimed the task again since then.
     """
 
     def __init__(
@@ -141,6 +144,10 @@ class ProgressWriter(Service):
                 del reports[attempt]  # other workers may have these tasks
             return
         attempts.sort(key=lambda attempt: attempt.id)
+        for first in range(0, len(attempts), BATCH_SIZE):
+            self._write_batch(schema, reports, attempts[first : first + BATCH_SIZE])
+
+    def _write_batch(self, schema: str | None, reports: Reports, attempts: list[AnyAttempt]) -> None:
         if unmarked := [attempt for attempt in attempts if not attempt.has_parts]:
             execute(self._engine, mark_parts(schema), _claims_of(unmarked))
         parameters = {
