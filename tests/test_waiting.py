@@ -192,7 +192,7 @@ class TestWaitingInAProcessor:
         # Also for another queue, another schema and another database.
         other = Queue("other", schema="elsewhere")
 
-        assert "wait must not be called by a processor, here that of 't'" in message(
+        assert "wait must not be called by a processor: it would hold a slot" in message(
             lambda task: other.wait(engine, 1, timeout=1)
         )
 

@@ -22,6 +22,7 @@ from sqlalchemy.util.concurrency import in_greenlet
 from apoq.client.queue import Queue
 from apoq.client.session_adapters import CLOCK
 from apoq.core.outcomes import Outcome, WorkerDied
+from apoq.core.processing import running_processor
 from apoq.core.progress import Report
 from apoq.core.states import FAILED, PENDING
 from apoq.errors import InvalidProcessor, glimpse
@@ -250,7 +251,8 @@ class _Drain:
             savepoint = self._inner.begin_nested()
             self._connection = connection_of(self._inner)
             within = self._connection.get_nested_transaction()
-            end = self._run(crew, attempt)
+            with running_processor():
+                end = self._run(crew, attempt)
             self._leave(savepoint, within)
         else:
             end = ended(attempt, WorkerDied(WorkerDied.__doc__))

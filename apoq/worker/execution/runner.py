@@ -15,7 +15,6 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from apoq.core.outcomes import Release, Settlement, Unreachable, settle
-from apoq.core.processing import CURRENT_TYPE
 from apoq.errors import InvalidProcessor, SessionMisused
 from apoq.postgres.messages import brief
 from apoq.schema.statements.claim import CLAIM
@@ -79,7 +78,6 @@ async def run_coroutine(attempt: AsyncAttempt, completion: Completion, deadlines
 
 def _run(attempt: Attempt, completion: Completion, deadlines: Deadlines) -> AttemptResult:
     row = outcome = began_at = result = None
-    CURRENT_TYPE.set(attempt.type)
     try:
         attempt.read()
         if attempt.signal is LOST:
@@ -110,7 +108,6 @@ async def _run_coroutine(
     attempt: AsyncAttempt, completion: Completion, deadlines: Deadlines
 ) -> AttemptResult:
     row = outcome = began_at = result = None
-    CURRENT_TYPE.set(attempt.type)
     try:
         if attempt.has_data:
             attempt.read()
