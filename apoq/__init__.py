@@ -28,6 +28,7 @@ else:
     from apoq.client.queue import Queue
     from apoq.client.results import Result
     from apoq.client.typed_task import TypedTask
+    from apoq.core.limits import Limit
     from apoq.core.outcomes import Cancel, Fail, Retry, Snooze
     from apoq.core.retry import exponential_backoff
     from apoq.errors import (
@@ -35,6 +36,7 @@ else:
         DuplicateTask,
         InvalidArguments,
         InvalidData,
+        InvalidLimit,
         InvalidProcessor,
         InvalidSchedule,
         InvalidTask,
@@ -60,10 +62,12 @@ __all__ = [
     "Fail",
     "InvalidArguments",
     "InvalidData",
+    "InvalidLimit",
     "InvalidProcessor",
     "InvalidSchedule",
     "InvalidTask",
     "InvalidURL",
+    "Limit",
     "NoResult",
     "Progress",
     "Queue",

@@ -39,7 +39,13 @@ ROOT = Path(__file__).resolve().parents[1]
 PYTHON = sys.executable
 ALEMBIC = (PYTHON, "-m", "alembic")
 TABLES = {
-    *("apoq_tasks", "apoq_workers", "apoq_claims", "apoq_schedules", "apoq_pauses", "apoq_progress"),
+    "apoq_tasks",
+    "apoq_workers",
+    "apoq_claims",
+    "apoq_schedules",
+    "apoq_pauses",
+    "apoq_limits",
+    "apoq_progress",
     "apoq_migrations",
 }
 HEAD = f"{LATEST:04d}"

@@ -20,7 +20,13 @@ from apoq.schema.models import Base
 from apoq.schema.preflight import problems
 
 TABLES = {
-    *("apoq_tasks", "apoq_workers", "apoq_claims", "apoq_schedules", "apoq_pauses", "apoq_progress"),
+    "apoq_tasks",
+    "apoq_workers",
+    "apoq_claims",
+    "apoq_schedules",
+    "apoq_pauses",
+    "apoq_limits",
+    "apoq_progress",
     "apoq_migrations",
 }
 

@@ -29,6 +29,7 @@ from apoq.schema.models import DEFAULT_QUEUE
 @click.option("--retry-limit", type=int, metavar="N", help="How often it is retried at most.")
 @click.option("--retry-delay", type=duration, help="The time between a failure and the retry.")
 @click.option("--timeout", type=duration, help="How long an attempt may take.")
+@click.option("--key", metavar="KEY", help="The concurrency key, by which tasks are limited.")
 @click.option("--meta", type=json_value, help="JSON for your own use, such as a request ID.")
 @json_option
 @click.pass_obj

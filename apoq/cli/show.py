@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Final
 
@@ -15,13 +15,15 @@ from rich.text import Text
 from apoq.cli.follow import follow as follow_task
 from apoq.cli.follow import progress_text, read
 from apoq.cli.list import RETRYING, STYLES, shown_state
-from apoq.cli.looking import task_json
+from apoq.cli.looking import looking, task_json
 from apoq.cli.output import console, json_option, show, show_json
 from apoq.cli.target import Target
 from apoq.cli.tracebacks import highlighted
 from apoq.cli.values import identifier
-from apoq.core.states import FAILED, RUNNING
+from apoq.core.places import KEY, POOL
+from apoq.core.states import FAILED, RUNNING, WAITING
 from apoq.monitor.formatting import ago, clean, local
+from apoq.monitor.keys import read_holders, waits_for
 from apoq.monitor.tracebacks import Frame, own_frame
 
 _LINES: Final = 40
@@ -57,10 +59,14 @@ def command(target: Target, *, task_id: int, full: bool, follow: bool, as_json: 
         apoq show 1652 --json | jq .data
     """  # noqa: D301 - click's sign
     row = (follow_task if follow else read)(target, task_id)
+    held_by = None
+    if row["state"] == WAITING and row["waiting_for"] in {KEY, POOL}:
+        with looking(target) as connection:
+            held_by = read_holders(connection, target.schema, row)
     if as_json:
         show_json(task_json(row))
         return
-    show(_facts(row))
+    show(_facts(row, held_by))
     show(Text())
     show(_json(row["data"], None if full else _LINES))
     if row["result"] is not None:
@@ -72,7 +78,7 @@ def command(target: Target, *, task_id: int, full: bool, follow: bool, as_json: 
         out.print(text, soft_wrap=True)
 
 
-def _facts(row: sa.RowMapping) -> Table:
+def _facts(row: sa.RowMapping, held_by: Sequence[sa.RowMapping] | None) -> Table:
     state = shown_state(row)
     made = Table.grid(padding=(0, 2))
     made.add_column(style="dim", no_wrap=True)
@@ -95,8 +101,7 @@ def _facts(row: sa.RowMapping) -> Table:
         if (value := row[name]) is not None:
             text = f"{value.total_seconds():g} s" if isinstance(value, timedelta) else str(value)
             made.add_row(name.replace("_", " "), text)
-    if row["unique_key"] is not None:
-        made.add_row("unique key", Text(clean(row["unique_key"])) + Text(_held_until(row), "dim"))
+    _add_keys(made, row, held_by)
     if row["progress_done"] is not None:
         when = f"  ({ago(row['progress_at'], row['now'])})"
         made.add_row("progress", Text(progress_text(row)) + Text(when, "dim"))
@@ -105,6 +110,15 @@ def _facts(row: sa.RowMapping) -> Table:
     if row["worker_id"] is not None:
         made.add_row("worker", Text(clean(_worker(row))))
     return made
+
+
+def _add_keys(made: Table, row: sa.RowMapping, held_by: Sequence[sa.RowMapping] | None) -> None:
+    if row["key"] is not None:
+        made.add_row("key", Text(clean(row["key"])))
+    if held_by is not None:
+        made.add_row("waits for", Text(waits_for(row, held_by)))
+    if row["unique_key"] is not None:
+        made.add_row("unique key", Text(clean(row["unique_key"])) + Text(_held_until(row), "dim"))
 
 
 def _held_until(row: sa.RowMapping) -> str:

@@ -12,6 +12,7 @@ from typing_extensions import ParamSpec
 
 from apoq.client import unique_tasks
 from apoq.client.operations import add, add_many, cancel, retry
+from apoq.client.queue_limits import QueueLimits
 from apoq.client.queue_pauses import QueuePauses
 from apoq.client.queue_results import QueueResults
 from apoq.client.queue_schedules import QueueSchedules
@@ -20,13 +21,14 @@ from apoq.client.session_first import session_first
 from apoq.client.shared_tasks import shared_tasks
 from apoq.client.task_ids import task_id
 from apoq.client.typed_task import Anything, Decorator, TypedTask, UniqueRule
+from apoq.core.limits import ConcurrencyKey, Limit, key_for, whole_limit
 from apoq.core.options import HIGHEST_LIMIT, Options, checked, checked_options, checked_reason, integer
 from apoq.core.outcomes import Cancel, report
 from apoq.core.payload import MAX_DATA_SIZE, check_name, check_schema, check_type, encode
 from apoq.core.registry import Registry, Running
 from apoq.core.retry import DEFAULT_RETRY_LIMIT, RetryDelay, exponential_backoff
 from apoq.core.schedules import ScheduleOptions
-from apoq.core.unique import OnConflict, Unique, UniqueKey, UniqueUntil
+from apoq.core.unique import NOT_UNIQUE, SKIP, OnConflict, Unique, UniqueKey, UniqueUntil
 from apoq.errors import InvalidProcessor, InvalidTask, glimpse
 from apoq.schema.models import DEFAULT_QUEUE, Task, task_class
 
@@ -35,7 +37,7 @@ R = TypeVar("R")
 T = TypeVar("T", bound=Running)
 
 
-class Queue(QueueSchedules, QueuePauses, QueueResults):
+class Queue(QueueSchedules, QueuePauses, QueueLimits, QueueResults):
     """A named queue of tasks.
 
     It has a name and a schema, but no connection: each call uses the caller's session or connection.
@@ -50,7 +52,12 @@ class Queue(QueueSchedules, QueuePauses, QueueResults):
     """
 
     def __init__(
-        self, name: str = DEFAULT_QUEUE, *, schema: str | None = None, max_data_size: int = MAX_DATA_SIZE
+        self,
+        name: str = DEFAULT_QUEUE,
+        *,
+        schema: str | None = None,
+        max_data_size: int = MAX_DATA_SIZE,
+        limit: Limit | None = None,
     ) -> None:
         """Create a queue. Nothing is written to the database.
 
@@ -58,9 +65,11 @@ class Queue(QueueSchedules, QueuePauses, QueueResults):
             name: The queue's name, of at most 255 characters.
             schema: The schema of apoq's tables. By default the connection's search_path chooses it.
             max_data_size: The limit of a task's data, in bytes of JSON: 1 MiB by default.
+            limit: How many tasks of the queue may run at once, over all workers: a `Limit` without a key.
 
         Raises:
             InvalidTask: If an argument is invalid.
+            InvalidLimit: If the limit has a key, or another `Queue` of this name has a different one.
         """
         super().__init__()
         self.name = check_name(name, "a queue's name")
@@ -69,6 +78,7 @@ class Queue(QueueSchedules, QueuePauses, QueueResults):
         self._tasks: dict[str, TypedTask[..., Any]] = {}
         self._registries: WeakSet[Registry] = WeakSet()
         self._shared = shared_tasks(self.name, self.schema)
+        self._shared.set_limit(whole_limit(limit), repr(self))
 
     def __repr__(self) -> str:
         schema = "" if self.schema is None else f", schema={self.schema!r}"
@@ -79,6 +89,11 @@ class Queue(QueueSchedules, QueuePauses, QueueResults):
 
     def __hash__(self) -> int:
         return hash((self.name, self.schema))
+
+    @property
+    def limited_to(self) -> Limit | None:
+        """How many tasks of the queue may run at once, as the code declares it."""
+        return self._shared.limit
 
     @property
     def task_class(self) -> type[Task]:
@@ -120,6 +135,7 @@ class Queue(QueueSchedules, QueuePauses, QueueResults):
         on_conflict: OnConflict | None = None,
         debounce: float | timedelta | None = None,
         max_wait: float | timedelta | None = None,
+        key: ConcurrencyKey | None = None,
     ) -> Task | Coroutine[Any, Any, Task]:
         """Add a task in the transaction of `session`, and return it.
 
@@ -148,6 +164,9 @@ class Queue(QueueSchedules, QueuePauses, QueueResults):
             debounce: Replace the task that has the key, and let it be due this time after the last call, in
                 seconds or as a timedelta. Not together with `delay`, `process_at` or `on_conflict`.
             max_wait: With `debounce`, the time after the first call at which the task is due at the latest.
+            key: The concurrency key: what the task is limited by, such as a tenant. A text of at most 255
+                characters, a whole number, or a function that returns one of these for the data, or None.
+                It has an effect only together with a `Limit`.
 
         Returns:
             The new `Task`, with its id. With an asyncio session or connection, an awaitable of it. Added
@@ -185,10 +204,11 @@ class Queue(QueueSchedules, QueuePauses, QueueResults):
         )
         parameters = {"task_queue": self.name, "task_type": check_type(type), **options}
         parameters["task_data"] = encode(data, self.max_data_size)
-        key = unique.key_of(data) if unique else None
-        if unique is None or key is None:
+        parameters["task_key"] = key_for(key, data)
+        held_key = unique.key_of(data) if unique else None
+        if unique is None or held_key is None:
             return through(session, lambda caller: add(caller, self.schema, parameters))
-        parameters |= {"task_unique_key": key, **unique.parameters}
+        parameters |= {"task_unique_key": held_key, **unique.parameters}
         how = unique.on_conflict, unique.max_wait
         return through(session, lambda caller: unique_tasks.add(caller, self.schema, parameters, *how))
 
@@ -227,6 +247,7 @@ class Queue(QueueSchedules, QueuePauses, QueueResults):
         on_conflict: OnConflict | None = None,
         debounce: float | timedelta | None = None,
         max_wait: float | timedelta | None = None,
+        key: ConcurrencyKey | None = None,
     ) -> int | Coroutine[Any, Any, int]:
         """Add a task for each of `items` in the transaction of `session`.
 
@@ -253,6 +274,8 @@ class Queue(QueueSchedules, QueuePauses, QueueResults):
                 ``"replace"``.
             debounce: As for `add`.
             max_wait: As for `add`.
+            key: A function that returns the concurrency key for an item, or one key for all. With a function,
+                all of `items` are read first, and no COPY is used.
 
         Returns:
             The number of tasks that were added. With an asyncio session or connection, an awaitable of it.
@@ -291,10 +314,11 @@ class Queue(QueueSchedules, QueuePauses, QueueResults):
             raise InvalidTask(
                 f"items must be the data of many tasks, such as a list of dicts, got {glimpse(items)}"
             )
-        if unique is not None:
-            found = list(self._unique_items(items, unique))
-            parameters |= unique.parameters
-            how = unique.on_conflict, unique.max_wait
+        parameters["task_key"] = None if callable(key) else key_for(key, None)
+        if unique is not None or callable(key):
+            found = list(self._items(items, unique, key))
+            parameters |= unique.parameters if unique else NOT_UNIQUE
+            how = (unique.on_conflict, unique.max_wait) if unique else (SKIP, None)
             return through(
                 session, lambda caller: unique_tasks.add_many(caller, self.schema, parameters, found, *how)
             )
@@ -430,6 +454,7 @@ class Queue(QueueSchedules, QueuePauses, QueueResults):
         unique: UniqueRule = ...,
         unique_until: UniqueUntil | None = ...,
         on_conflict: OnConflict | None = ...,
+        limit: Limit | None = ...,
         **schedule: Unpack[ScheduleOptions],
     ) -> Decorator: ...
     def task(
@@ -447,6 +472,7 @@ class Queue(QueueSchedules, QueuePauses, QueueResults):
         unique: UniqueRule = False,
         unique_until: UniqueUntil | None = None,
         on_conflict: OnConflict | None = None,
+        limit: Limit | None = None,
         **schedule: Unpack[ScheduleOptions],
     ) -> Any:
         """Make a function a typed task: ``@queue.task``, or ``@queue.task(retry_limit=3)``.
@@ -471,6 +497,7 @@ class Queue(QueueSchedules, QueuePauses, QueueResults):
                 is a part of the key. See `add`.
             unique_until: As for `add`, if the tasks are unique.
             on_conflict: As for `add`, if the tasks are unique.
+            limit: How many of its tasks may run at once, over all workers: a `Limit`.
             **schedule: `cron` or `every`, and the other times and rules of `schedule`. Workers of this queue
                 declare a schedule with the task's type as its name, and from then on add a task at each of
                 its times. The function must be callable without arguments.
@@ -481,6 +508,7 @@ class Queue(QueueSchedules, QueuePauses, QueueResults):
         Raises:
             InvalidProcessor: If the type already has a processor, an annotation can't be represented in JSON,
                 or an option is invalid.
+            InvalidLimit: If the limit is invalid.
             InvalidSchedule: If the times or rules of the schedule are invalid.
         """
 
@@ -498,6 +526,7 @@ class Queue(QueueSchedules, QueuePauses, QueueResults):
                 unique=unique,
                 unique_until=unique_until,
                 on_conflict=on_conflict,
+                limit=limit,
                 schedule=schedule,
             )
             self._register(task)
@@ -538,10 +567,14 @@ class Queue(QueueSchedules, QueuePauses, QueueResults):
         for index, data in enumerate(items):
             yield encode(data, self.max_data_size, f"items[{index}]")
 
-    def _unique_items(self, items: Iterable[Any], unique: Unique) -> Iterator[unique_tasks.Item]:
+    def _items(
+        self, items: Iterable[Any], unique: Unique | None, key: ConcurrencyKey | None
+    ) -> Iterator[unique_tasks.Item]:
         for index, data in enumerate(items):
-            key = unique.key_of(data, f"the unique key of items[{index}]")
-            yield unique_tasks.Item(key, encode(data, self.max_data_size, f"items[{index}]"))
+            unique_key = unique.key_of(data, f"the unique key of items[{index}]") if unique else None
+            concurrency_key = key_for(key, data, f"the key of items[{index}]")
+            document = encode(data, self.max_data_size, f"items[{index}]")
+            yield unique_tasks.Item(unique_key, document, concurrency_key)
 
     def _task_or_key(self, task: Task | int | None, unique_key: str | None) -> dict[str, Any]:
         if unique_key is None:

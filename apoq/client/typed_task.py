@@ -30,6 +30,7 @@ from apoq.client.session_first import call_session_first
 from apoq.client.task_ids import AnyQueue
 from apoq.client.typed_results import TypedResults
 from apoq.core.arguments import Arguments, UnknownAnnotation
+from apoq.core.limits import Limit
 from apoq.core.options import Options, checked_options, merged_options, unique_options
 from apoq.core.payload import canonical, check_name
 from apoq.core.registry import Running, check_processed, make_processor
@@ -115,6 +116,7 @@ class TypedTask(TypedResults[R_co], Generic[P, R_co, C]):
         unique: UniqueRule = False,
         unique_until: UniqueUntil | None = None,
         on_conflict: OnConflict | None = None,
+        limit: Limit | None = None,
         schedule: ScheduleOptions | None = None,
     ) -> None:
         """Use `Queue.task` instead, which also registers the task."""
@@ -143,11 +145,14 @@ class TypedTask(TypedResults[R_co], Generic[P, R_co, C]):
             timeout=timeout,
             keep_result=keep_result,
             max_result_size=max_result_size,
+            limit=limit,
         )
         process = self._process_async if processor.is_coroutine else self._process
         self.processor = replace(processor, function=process)
         self._options = unique_options(self._key_of, unique, unique_until, on_conflict)
         self._unique = unique
+        if limit is not None and callable(limit.key):
+            self._options["key"] = self._concurrency_key_of
         # Now if possible. Annotations may name what the module defines below: these are read at the first
         # use.
         with suppress(UnknownAnnotation):
@@ -315,6 +320,11 @@ class TypedTask(TypedResults[R_co], Generic[P, R_co, C]):
             return typed_key(self.type, canonical(self._arguments.without_defaults(data)))
         detail = self._unique(**self._arguments.with_defaults(data))
         return None if detail is None else typed_key(self.type, check_name(detail, "a unique key"))
+
+    def _concurrency_key_of(self, data: dict[str, Any]) -> str | None:
+        """Return the concurrency key of a call, as the key of `limit` says."""
+        limit = self.processor.limit
+        return None if limit is None else limit.key_of(self._arguments.with_defaults(data))
 
     def _process(self, task: Running) -> Any:
         returned = self._call(task)

@@ -10,6 +10,7 @@ from datetime import timedelta
 from functools import partial, wraps
 from typing import Any, ClassVar, TypedDict
 
+from apoq.core.limits import Limit, checked_limit
 from apoq.core.payload import check_type
 from apoq.core.results import ResultEncoder, result_encoder
 from apoq.core.retry import DEFAULT_RETRY_LIMIT, RetryDelay, RetryPolicy, exponential_backoff, time_limit
@@ -27,6 +28,7 @@ class ProcessorOptions(TypedDict, total=False):
     timeout: float | timedelta | None
     keep_result: bool
     max_result_size: int | None
+    limit: Limit | None
 
 
 class Running:
@@ -48,6 +50,8 @@ class Processor:
     is_coroutine: bool
     timeout: float | None = None
     """In seconds."""
+    limit: Limit | None = None
+    """How many of its tasks may run at once."""
     result_encoder: ResultEncoder | None = None
     """None: what the function returns is ignored."""
 
@@ -71,8 +75,9 @@ def make_processor(
     timeout: float | timedelta | None = None,
     keep_result: bool = False,
     max_result_size: int | None = None,
+    limit: Limit | None = None,
 ) -> Processor:
-    """Make the processor for a type; `InvalidProcessor` if the function or an option is invalid."""
+    """Make the processor for a type; `InvalidProcessor` or `InvalidLimit` if an argument is invalid."""
     check_processed(type_)
     if not callable(function):
         raise InvalidProcessor(
@@ -85,11 +90,13 @@ def make_processor(
         )
     policy = RetryPolicy(retry_limit, retry_delay)
     try:
-        limit = None if timeout is None else time_limit(timeout).total_seconds()
+        seconds = None if timeout is None else time_limit(timeout).total_seconds()
     except (TypeError, ValueError) as error:
         raise InvalidProcessor(str(error)) from None
     encoder = result_encoder(keep_result, max_result_size)
-    return Processor(function, policy, is_coroutine_function(function), limit, encoder)
+    return Processor(
+        function, policy, is_coroutine_function(function), seconds, checked_limit(limit), encoder
+    )
 
 
 def check_processed(type_: str) -> None:

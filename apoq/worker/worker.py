@@ -16,9 +16,10 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from apoq.client.queue import Queue
 from apoq.client.typed_task import TypedTask
+from apoq.core.limits import Limit
 from apoq.core.registry import Middleware, Processor, Registry, make_processor
 from apoq.core.retry import DEFAULT_RETRY_LIMIT, RetryDelay, exponential_backoff, seconds
-from apoq.errors import InvalidProcessor
+from apoq.errors import InvalidLimit, InvalidProcessor
 from apoq.events import Events, ThreadDied
 from apoq.postgres.urls import check_engine, check_untranslated, sync_side
 from apoq.schema.models import Task
@@ -185,6 +186,7 @@ class Worker:
         timeout: float | timedelta | None = None,
         keep_result: bool = False,
         max_result_size: int | None = None,
+        limit: Limit | None = None,
     ) -> None:
         """Run tasks of this type, in all queues of this worker, with `processor`.
 
@@ -206,10 +208,13 @@ class Worker:
                 JSON; any other value fails the attempt. Read it with `Queue.result`.
             max_result_size: The limit of a result, in bytes of JSON: 64 KiB by default, 1 MiB at most. A
                 larger one fails the attempt.
+            limit: How many tasks of this type may run at once, over all workers: a `Limit`. For a limit of
+                each key, `Limit(2, key=True)`, because callers give the key with ``add(…, key=…)``.
 
         Raises:
             InvalidProcessor: If the type already has a processor, such as a typed task, or an argument is
                 invalid.
+            InvalidLimit: If the limit is invalid, or has a function for the key.
 
         Note:
             At its timeout a coroutine is cancelled. A plain function can't be stopped: `task.should_stop`
@@ -230,7 +235,13 @@ class Worker:
             timeout=timeout,
             keep_result=keep_result,
             max_result_size=max_result_size,
+            limit=limit,
         )
+        if made.limit is not None and callable(made.limit.key):
+            raise InvalidLimit(
+                "key must be True, because only typed tasks have arguments to make a key from: Limit(…, "
+                "key=True), and add(…, key=…)"
+            )
         self._registry.use(type, made)
         self._lifecycle.runtime.look_for_tasks()
 

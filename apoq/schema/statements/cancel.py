@@ -26,7 +26,10 @@ from apoq.schema.statements.portable import portable
 
 _CANCELLABLE: Final[ColumnElement[bool]] = literal_column(f"state IN {alternatives(CANCELLABLE)}", Boolean)
 
-_RETURNED: Final = ("id", "state", "cancelled_at", "error", "claimed_at", "held_unique_key")
+_RETURNED: Final = (
+    *("id", "state", "cancelled_at", "error", "claimed_at", "held_unique_key"),
+    *("waiting_since", "waiting_for"),
+)
 
 
 @cache
@@ -53,6 +56,8 @@ def cancel(schema: str | None, *, by_key: bool = False) -> ReturningUpdate[Any]:
             cancelled_at=now(),
             error=cast(bindparam("reason", type_=Text), JSONB),
             held_unique_key=null(),
+            waiting_since=null(),
+            waiting_for=null(),
         )
         # claimed_at, because a task that was never claimed isn't running, so no worker has to be notified.
         .returning(*(portable(name, tasks.c[name]) for name in _RETURNED))

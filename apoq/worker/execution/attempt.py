@@ -72,6 +72,8 @@ class Claim:
     """Whether they were more than there were free slots."""
     on_progress: Callable[[AnyAttempt, Report], object] | None = None
     """Called with the progress that one of them reports."""
+    is_placed: bool = False
+    """Whether they may have places."""
 
 
 Claimed = ClaimedTask[Claim]
