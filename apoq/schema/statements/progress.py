@@ -13,7 +13,6 @@ from sqlalchemy import (
     any_,
     bindparam,
     delete,
-    exists,
     func,
     literal_column,
     select,
@@ -84,7 +83,9 @@ def read_progress(schema: str | None) -> Select[*tuple[Any, ...]]:
     """Return the progress of the task `task_id` of `from_queue`."""
     tasks, table = tasks_table(schema), progress_table(schema)
     task_id = bindparam("task_id", type_=BigInteger)
-    its_task = exists().where(tasks.c.id == task_id, tasks.c.queue == bindparam("from_queue", type_=Text))
+    in_queue = tasks.c.queue == bindparam("from_queue", type_=Text)
+    # Not `SELECT *`, because a role may have the right to read some columns only.
+    its_task = select(tasks.c.id).where(tasks.c.id == task_id, in_queue).exists()
     columns = (portable(name, table.c[name]) for name in ("done", "total", "note", "at"))
     return select(*columns).where(table.c.task_id == task_id, its_task)
 
@@ -93,7 +94,7 @@ def read_progress(schema: str | None) -> Select[*tuple[Any, ...]]:
 def look_for_orphans(schema: str | None) -> Select[*tuple[Any, ...]]:
     """Return up to `at_most` ids after `after` of tasks with progress, and whether each task is there."""
     tasks, table = tasks_table(schema), progress_table(schema)
-    is_there = exists().where(tasks.c.id == table.c.task_id)
+    is_there = select(tasks.c.id).where(tasks.c.id == table.c.task_id).exists()
     return (
         select(table.c.task_id, is_there.label("is_there"))
         .where(table.c.task_id > bindparam("after", type_=BigInteger))
@@ -106,5 +107,5 @@ def look_for_orphans(schema: str | None) -> Select[*tuple[Any, ...]]:
 def delete_orphans(schema: str | None) -> Delete:
     """Delete the progress of those tasks of `ids` that don't exist any more."""
     tasks, table = tasks_table(schema), progress_table(schema)
-    is_gone = ~exists().where(tasks.c.id == table.c.task_id)
+    is_gone = ~select(tasks.c.id).where(tasks.c.id == table.c.task_id).exists()
     return delete(table).where(table.c.task_id == any_(bigints("ids")), is_gone)
