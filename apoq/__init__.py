@@ -24,7 +24,9 @@ except ImportError as error:
         raise AttributeError(name)
 else:
     HAS_LIBPQ = True
+    from apoq.client.progress import Progress
     from apoq.client.queue import Queue
+    from apoq.client.results import Result
     from apoq.client.typed_task import TypedTask
     from apoq.core.limits import Limit
     from apoq.core.outcomes import Cancel, Fail, Retry, Snooze
@@ -39,10 +41,13 @@ else:
         InvalidSchedule,
         InvalidTask,
         InvalidURL,
+        NoResult,
         SchemaMismatch,
         SessionMisused,
+        TaskGone,
         UnsupportedDatabase,
         UnsupportedSession,
+        WaitTimeout,
     )
     from apoq.migrations import prepare
     from apoq.postgres.urls import database_url
@@ -63,7 +68,10 @@ __all__ = [
     "InvalidTask",
     "InvalidURL",
     "Limit",
+    "NoResult",
+    "Progress",
     "Queue",
+    "Result",
     "Retry",
     "RunningTask",
     "Schedule",
@@ -71,9 +79,11 @@ __all__ = [
     "SessionMisused",
     "Snooze",
     "Task",
+    "TaskGone",
     "TypedTask",
     "UnsupportedDatabase",
     "UnsupportedSession",
+    "WaitTimeout",
     "Worker",
     "database_url",
     "exponential_backoff",

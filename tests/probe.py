@@ -30,6 +30,7 @@ from apoq.monitor import server_checks
 from apoq.postgres.fast_path import _name as statement_name  # noqa: F401
 from apoq.schema.preflight import _read_only as read_only_problems  # noqa: F401
 from apoq.schema.statements.levels import is_keyed, level_of, priority_of
+from apoq.schema.statements.results import complete_last_with_result
 from apoq.schema.statements.settle import complete_last, remove_last
 from apoq.worker.claim_log import ClaimLog
 from apoq.worker.claiming.claimer import Claimer
@@ -579,9 +580,16 @@ def settling_statements() -> dict[str, list[sa.Executable]]:
             for alike in both
             for skips_locked in both
         ],
+        "completion.statement_with_results": [
+            completion.Completion(Events(), keep=True).statement_with_results(
+                None, full=full, skips_locked=skips_locked
+            )
+            for full in both
+            for skips_locked in both
+        ],
         "completion.write": [
             completion._returning(write(None), None, full=True, is_ours=False)
-            for write in (complete_last, remove_last)
+            for write in (complete_last, remove_last, complete_last_with_result)
         ],
         "settler.write_settlements": [
             write_settlements(None, full=full, skips_locked=skips_locked)
@@ -603,3 +611,11 @@ def has_declared(worker: Worker) -> bool:
 def looks_for_ticks(worker: Worker) -> int:
     """Return how often a worker has looked when the next tick is, in all its schemas."""
     return sum(its.looks for its in runtime(worker).ticker._schemas.values())
+
+
+# Its schemas.
+
+
+def shard(worker: Worker, schema: str | None = None) -> None:
+    """Let a worker's settler believe that Citus shards a schema."""
+    settler(worker)._sharded.add(schema)

@@ -36,11 +36,11 @@ INTERNAL: dict[str, set[str]] = {
     "apoq.TypedTask": {"concurrency_key_of", "scheduled_data"},
     "apoq.Worker": {"processors"},
     "apoq.RunningTask": {"from_queue", "is_async"},
-    "apoq.Task": {"indexed_state", "metadata", "registry", "type_annotation_map", *UPCOMING},
+    "apoq.Task": {"indexed_state", "metadata", "registry", "type_annotation_map", "has_parts", *UPCOMING},
     "apoq.Schedule": {"metadata", "registry", "type_annotation_map"},
     "apoq.flask.Apoq": {"current", "equip"},
     "apoq.events.Events": {"has_listeners", "emit", "report"},
-    "apoq.flask.AppTask": {"call", "concurrency_key_of", "scheduled_data"},  # those of TypedTask
+    "apoq.flask.AppTask": {"call", "concurrency_key_of", "result", "scheduled_data", "wait"},  # of TypedTask
 }
 """Public names of public classes that other parts of the library use; the reference doesn't show them."""
 

@@ -28,6 +28,7 @@ RIGHTS: Final[Mapping[str, tuple[str, ...]]] = {
     "apoq_claims": ("SELECT", "INSERT", "DELETE"),
     "apoq_schedules": ("SELECT", "INSERT", "UPDATE"),
     "apoq_pauses": ("SELECT",),
+    "apoq_progress": ("SELECT", "INSERT", "UPDATE", "DELETE"),
     "apoq_limits": ("SELECT", "INSERT", "UPDATE"),
     "apoq_migrations": ("SELECT",),
 }
