@@ -25,7 +25,9 @@ except ImportError as error:
         raise AttributeError(name)
 else:
     HAS_LIBPQ = True
+    from apoq.client.progress import Progress
     from apoq.client.queue import Queue
+    from apoq.client.results import Result
     from apoq.client.typed_task import TypedTask
     from apoq.core.limits import Limit
     from apoq.core.outcomes import Cancel, Fail, Retry, Snooze
@@ -42,10 +44,13 @@ else:
         InvalidTask,
         InvalidURL,
         MissingExtra,
+        NoResult,
         SchemaMismatch,
         SessionMisused,
+        TaskGone,
         UnsupportedDatabase,
         UnsupportedSession,
+        WaitTimeout,
     )
     from apoq.migrations import prepare
     from apoq.postgres.urls import database_url
@@ -68,7 +73,10 @@ __all__ = [
     "Keep",
     "Limit",
     "MissingExtra",
+    "NoResult",
+    "Progress",
     "Queue",
+    "Result",
     "Retry",
     "RunningTask",
     "Schedule",
@@ -76,9 +84,11 @@ __all__ = [
     "SessionMisused",
     "Snooze",
     "Task",
+    "TaskGone",
     "TypedTask",
     "UnsupportedDatabase",
     "UnsupportedSession",
+    "WaitTimeout",
     "Worker",
     "database_url",
     "exponential_backoff",

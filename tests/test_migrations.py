@@ -45,6 +45,7 @@ TABLES = {
     "apoq_schedules",
     "apoq_pauses",
     "apoq_limits",
+    "apoq_progress",
     "apoq_migrations",
 }
 HEAD = f"{LATEST:04d}"

@@ -26,6 +26,7 @@ TABLES = {
     "apoq_schedules",
     "apoq_pauses",
     "apoq_limits",
+    "apoq_progress",
     "apoq_migrations",
 }
 

@@ -25,6 +25,7 @@ _ROLES: Final = (
         help="A role that reads everything, and cancels, retries, pauses and deletes.",
     ),
     click.option("--may-cancel", is_flag=True, help="Producers also cancel and retry, and use unique keys."),
+    click.option("--may-wait", is_flag=True, help="Producers also read the results and progress of tasks."),
     click.option(
         "--may-schedule", is_flag=True, help="Producers also schedule tasks, and pause and limit queues."
     ),

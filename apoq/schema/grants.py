@@ -25,8 +25,9 @@ READER: Final = "reader"
 OPERATOR: Final = "operator"
 
 TASKS, SCHEDULES, PAUSES = "apoq_tasks", "apoq_schedules", "apoq_pauses"
-WORKERS, CLAIMS, LIMITS, MIGRATIONS = "apoq_workers", "apoq_claims", "apoq_limits", "apoq_migrations"
-TABLES: Final = (TASKS, WORKERS, CLAIMS, SCHEDULES, PAUSES, LIMITS, MIGRATIONS)
+WORKERS, CLAIMS, LIMITS = "apoq_workers", "apoq_claims", "apoq_limits"
+PROGRESS, MIGRATIONS = "apoq_progress", "apoq_migrations"
+TABLES: Final = (TASKS, WORKERS, CLAIMS, SCHEDULES, PAUSES, LIMITS, PROGRESS, MIGRATIONS)
 
 GIVEN: Final = (
     *("created_at", "process_at", "data", "type", "queue", "priority", "retry_limit", "retry_delay"),
@@ -39,6 +40,9 @@ UNIQUE: Final = ("unique_key", "held_unique_key", "unique_until_end")
 
 RETURNED: Final = ("id", "created_at", "process_at")
 """The columns that `add` returns."""
+
+AWAITED: Final = ("id", "queue", "type", "state", "result", "error")
+"""The columns that `result` and `wait` read."""
 
 CHANGED: Final = (
     *("state", "attempt", "fail_count", "rescue_count", "completed_at", "failed_at", "cancelled_at"),
@@ -63,6 +67,8 @@ class Options(NamedTuple):
 
     may_cancel: bool = False
     """Whether producers cancel and retry tasks, or use unique keys."""
+    may_wait: bool = False
+    """Whether producers read results and progress of tasks."""
     may_schedule: bool = False
     """Whether producers schedule tasks, and pause and limit queues."""
     with_data: bool = False
@@ -85,7 +91,10 @@ def _producer(options: Options) -> Iterator[Grant]:
         yield Grant("SELECT", TASKS)
         yield Grant("UPDATE", TASKS, _all_changed())
     else:
-        yield Grant("SELECT", TASKS, RETURNED)
+        awaited = (*RETURNED, *(name for name in AWAITED if name not in RETURNED))
+        yield Grant("SELECT", TASKS, awaited if options.may_wait else RETURNED)
+    if options.may_wait:
+        yield Grant("SELECT", PROGRESS)
     if options.may_schedule:
         for privilege in ("SELECT", "INSERT", "UPDATE", "DELETE"):
             yield Grant(privilege, SCHEDULES)
@@ -101,7 +110,7 @@ def _worker(_options: Options) -> Iterator[Grant]:
 
 def _reader(options: Options) -> Iterator[Grant]:
     for table in TABLES:
-        if options.with_data or table not in {TASKS, SCHEDULES}:
+        if options.with_data or table not in {TASKS, SCHEDULES, PROGRESS}:
             yield Grant("SELECT", table)
     if not options.with_data:
         for name, its in ((TASKS, tasks_table(None)), (SCHEDULES, schedules_table(None))):
@@ -115,6 +124,7 @@ def _operator(_options: Options) -> Iterator[Grant]:
     yield Grant("INSERT", TASKS, (*GIVEN, *UNIQUE, "state", "schedule", "tick_at"))
     yield Grant("UPDATE", TASKS, _all_changed())
     yield Grant("DELETE", TASKS)
+    yield Grant("DELETE", PROGRESS)
     for privilege in ("UPDATE", "DELETE"):
         yield Grant(privilege, SCHEDULES)
     for privilege in ("INSERT", "UPDATE", "DELETE"):
@@ -134,6 +144,7 @@ RIGHTS: Final[Mapping[str, tuple[str, ...]]] = {
     SCHEDULES: ("SELECT", "INSERT", "UPDATE"),
     PAUSES: ("SELECT",),
     LIMITS: ("SELECT", "INSERT", "UPDATE"),
+    PROGRESS: ("SELECT", "INSERT", "UPDATE", "DELETE"),
     MIGRATIONS: ("SELECT",),
 }
 """The rights that a worker's role needs on each table. It inserts the tasks of schedules."""

@@ -44,6 +44,7 @@ from apoq.worker.maintenance.ticker import Ticker
 from apoq.worker.observer import Observer
 from apoq.worker.options import WorkerOptions
 from apoq.worker.places import Places
+from apoq.worker.progress import ProgressWriter
 from apoq.worker.service import Service, left_until
 from apoq.worker.settling.counters import Counter
 from apoq.worker.settling.settler import Settler
@@ -158,6 +159,14 @@ class Runtime:
             on_low=self._slot_is_free,
             observer=observer,
         )
+        self.progress = ProgressWriter(
+            self.engine,
+            leases,
+            outage,
+            self.missing,
+            self.claim_log,
+            keeps_completed=options.keeps_completed,
+        )
         self.claimer = Claimer(
             self.engine,
             queues,
@@ -176,6 +185,7 @@ class Runtime:
             signals=self._signals,
             on_ended=self.settler.put,
             observer=observer,
+            on_progress=self.progress.put,
         )
         self.lost_task_monitor = LostTaskMonitor(
             self.engine,
@@ -248,6 +258,7 @@ class Runtime:
 
     def start(self) -> None:
         """Claim, run and settle tasks from now on; raise RuntimeError if a thread can't be started."""
+        self.progress.open()
         for service in self._working:
             service.start()
 
@@ -292,6 +303,11 @@ class Runtime:
             self.settler.after_last_turn()  # its thread has died, or could not be started
         elif not self.end(self.settler, by):
             logs.results_late()
+        self.progress.close()
+        if self.progress.is_alive:
+            self.end(self.progress, by)
+        else:
+            self.progress.finish()  # no thread could be started that would do so
         if self.places:
             # If this fails, the sweep of another worker finds the tasks that wait.
             with suppress(Exception):

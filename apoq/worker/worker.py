@@ -146,7 +146,7 @@ class Worker:
         self.metrics: MetricsRegistry | None = None
         self._observer: Observer | None = None
         self._queues = tuple(dict.fromkeys(queues))
-        self._registry = Registry(middleware)
+        self._registry = Registry(middleware, keeps_completed=self._options.keeps_completed)
         for queue in self._queues:
             queue.register_in(self._registry)
         self._tracer = _tracer(tracing)
@@ -218,11 +218,14 @@ class Worker:
         retry_limit: int = DEFAULT_RETRY_LIMIT,
         retry_delay: RetryDelay = exponential_backoff,
         timeout: float | timedelta | None = None,
+        keep_result: bool = False,
+        max_result_size: int | None = None,
         limit: Limit | None = None,
     ) -> None:
         """Run tasks of this type, in all queues of this worker, with `processor`.
 
-        When the processor returns, the task is completed; the value is ignored. If it raises an exception,
+        When the processor returns, the task is completed; the value is ignored, or with `keep_result` stored
+        with the task. If it raises an exception,
         the attempt has failed, and the task is retried. It can also raise `Retry`, `Fail`, `Cancel` or
         `Snooze`.
 
@@ -235,6 +238,10 @@ class Worker:
                 the number of failures so far.
             timeout: Limit of each attempt, in seconds or as a timedelta. An attempt that exceeds it fails
                 with a `TimeoutError`. None: no limit.
+            keep_result: Whether the value that the processor returns is stored with the task. It must be
+                JSON; any other value fails the attempt. Read it with `Queue.result`.
+            max_result_size: The limit of a result, in bytes of JSON: 64 KiB by default, 1 MiB at most. A
+                larger one fails the attempt.
             limit: How many tasks of this type may run at once, over all workers: a `Limit`. For a limit of
                 each key, `Limit(2, key=True)`, because callers give the key with ``add(…, key=…)``.
 
@@ -255,7 +262,14 @@ class Worker:
                 "Worker(engine, queue)"
             )
         made = make_processor(
-            type, processor, retry_limit=retry_limit, retry_delay=retry_delay, timeout=timeout, limit=limit
+            type,
+            processor,
+            retry_limit=retry_limit,
+            retry_delay=retry_delay,
+            timeout=timeout,
+            keep_result=keep_result,
+            max_result_size=max_result_size,
+            limit=limit,
         )
         if made.limit is not None and callable(made.limit.key):
             raise InvalidLimit(

@@ -31,8 +31,8 @@ _ENDED: Final[ColumnElement[bool]] = literal_column(f"state IN {alternatives(FIN
 def retry(schema: str | None, *, takes_key: bool = False) -> ReturningUpdate[Any]:
     """Make the task `task_id` of `from_queue`, if it has ended, pending again with all of its attempts.
 
-    It keeps its token, which never decreases, and its last error until the next one. A task with a unique key
-    is left as it is, unless `takes_key`: then its key must have been reserved.
+    It keeps its token, which never decreases, and its last error until the next one, but not its result. A
+    task with a unique key is left as it is, unless `takes_key`: then its key must have been reserved.
     """
     tasks = tasks_table(schema)
     # Not now(), the start of the caller's transaction, which may be long ago: a delay counts from the call.
@@ -47,6 +47,7 @@ def retry(schema: str | None, *, takes_key: bool = False) -> ReturningUpdate[Any
         "completed_at": null(),
         "failed_at": null(),
         "cancelled_at": null(),
+        "result": null(),
         "held_unique_key": tasks.c.unique_key if takes_key else null(),
     }
     # The mapped class, not its table, so that the session updates its objects.

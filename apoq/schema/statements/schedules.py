@@ -57,6 +57,7 @@ _TYPES: Final[dict[str, Any]] = {
     "retry_limit": Integer,
     "retry_delay": INTERVAL,
     "timeout": INTERVAL,
+    "key": Text,
     "origin": Text,
     "release": TIMESTAMP(timezone=True),
 }
@@ -162,7 +163,7 @@ def add_now(schema: str | None) -> ReturningInsert[Any]:
 
 def task_values(table: FromClause) -> dict[str, ColumnElement[Any]]:
     """Return the columns of a task that a schedule determines."""
-    copied = ("queue", "type", "data", "priority", "retry_limit", "retry_delay", "timeout", "meta")
+    copied = ("queue", "type", "data", "priority", "retry_limit", "retry_delay", "timeout", "meta", "key")
     return {**{name: table.c[name] for name in copied}, "schedule": table.c.name}
 
 

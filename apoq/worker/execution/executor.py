@@ -12,6 +12,7 @@ from typing import Final
 
 from apoq.client.queue import Queue
 from apoq.core.outcomes import Release
+from apoq.core.processing import run_processors, running_processor
 from apoq.schema.statements.claim import CLAIM
 from apoq.worker.execution.attempt import AnyAttempt, AsyncAttempt, Attempt, Claimed, attempt_of
 from apoq.worker.execution.completion import Completion
@@ -123,12 +124,13 @@ class Executor:
         """Run an attempt on the caller's thread, in no slot, and return its result."""
         self._in_no_slot.add(attempt)
         try:
-            if isinstance(attempt, AsyncAttempt):
-                end: AttemptResult = self._event_loop.run(
-                    self._run_coroutine(attempt, self._completion, self._deadlines)
-                )
-                return end
-            return self._run(attempt, self._completion, self._deadlines)
+            with running_processor():
+                if isinstance(attempt, AsyncAttempt):
+                    end: AttemptResult = self._event_loop.run(
+                        self._run_coroutine(attempt, self._completion, self._deadlines)
+                    )
+                    return end
+                return self._run(attempt, self._completion, self._deadlines)
         finally:
             self._in_no_slot.discard(attempt)
 
@@ -299,6 +301,7 @@ class Executor:
 
     def _thread_slots(self, attempts: SimpleQueue[Attempt | None]) -> None:
         observer = self._observer
+        run_processors()
         while (begun := attempts.get()) is not None:
             attempt: AnyAttempt | None = begun
             row, took, unobserved = begun.row, 0.0, 0
@@ -320,6 +323,7 @@ class Executor:
 
     async def _coroutine_slot(self, begun: AsyncAttempt) -> None:
         observer = self._observer
+        run_processors()
         attempt: AnyAttempt | None = begun
         row, took, unobserved = begun.row, 0.0, 0
         while isinstance(attempt, AsyncAttempt):

@@ -27,6 +27,7 @@ from apoq.worker import logs
 from apoq.worker.failures import Outage
 from apoq.worker.isolation import Isolation
 from apoq.worker.lease import Lease
+from apoq.worker.maintenance.orphans import Orphans
 from apoq.worker.narrowing import Narrowing
 from apoq.worker.service import Service
 
@@ -122,7 +123,10 @@ class Pruner(Service):
     ) -> None:
         super().__init__("apoq-pruner", outage)
         self._engine = engine
+        self._leases = leases
         self._isolation: Isolation[Rule] = Isolation(str, outage)
+        self._orphans = Orphans(engine)
+        self._orphans_isolation: Isolation[str | None] = Isolation(_describe, outage)
         self._rules = [
             (leases[queue.schema], rule)
             for queue in queues
@@ -137,7 +141,14 @@ class Pruner(Service):
         began = time.monotonic()
         if self.prune():
             return (time.monotonic() - began) * (1 / DATABASE_SHARE - 1)
+        self._delete_orphans()
         return PRUNE_INTERVAL_SECONDS * random.uniform(0.9, 1.1)  # noqa: S311 - workers needn't prune together
+
+    def _delete_orphans(self) -> None:
+        schemas = [schema for schema, lease in self._leases.items() if lease.is_held]
+        for schema in schemas:
+            delete = partial(self._orphans.delete, schema)
+            self._orphans_isolation.call(schema, schemas, delete, None)
 
     def prune(self) -> bool:
         """Delete a batch of each kind; return whether there may be more."""
@@ -164,3 +175,8 @@ def _rules(queue: Queue, keep: Keep, statements: _Statements) -> Iterator[Rule]:
         yield Rule(statements.old(schema), queue.name, keep=keep.length)
     if keep.at_most is not None:
         yield Excess(statements.before(schema), statements.boundary(schema), queue.name, keep.at_most)
+
+
+def _describe(schema: str | None) -> str:
+    where = "" if schema is None else f" of the schema {schema!r}"
+    return f"the deletion of progress without tasks{where}"
