@@ -422,7 +422,8 @@ def _clear_errors(statement: Any) -> Iterator[None]:
         if is_denied(error):
             error.add_note(
                 f"The role needs what `{command('grants')} --producer ROLE` prints; to cancel and retry, or "
-                "for unique keys, with --may-cancel; to schedule or pause, with --may-schedule."
+                "for unique keys, with --may-cancel; to read results, with --may-wait; to schedule or pause, "
+                "with --may-schedule."
             )
         if is_missing(error):
             raise SchemaMismatch(

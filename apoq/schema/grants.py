@@ -46,7 +46,7 @@ AWAITED: Final = ("id", "queue", "type", "state", "result", "error")
 
 CHANGED: Final = (
     *("state", "attempt", "fail_count", "rescue_count", "completed_at", "failed_at", "cancelled_at"),
-    *("error", "held_unique_key", "waiting_since", "waiting_for", "pool_key"),
+    *("error", "held_unique_key", "waiting_since", "waiting_for", "pool_key", "result"),
 )
 """The columns that `cancel` and `retry` write; they also write `process_at`."""
 
