@@ -116,6 +116,8 @@ class Queue(QueueSchedules, QueuePauses):
         retry_delay: float | timedelta | None = None,
         timeout: float | timedelta | None = None,
         meta: Mapping[str, Any] | None = None,
+        expires_at: datetime | None = None,
+        expires_in: float | timedelta | None = None,
         unique_key: UniqueKey | None = None,
         unique_until: UniqueUntil | None = None,
         on_conflict: OnConflict | None = None,
@@ -139,6 +141,9 @@ class Queue(QueueSchedules, QueuePauses):
             timeout: Limit of each attempt, in seconds or as a timedelta. By default the processor's.
             meta: A dict for your own use, such as a request id or a tenant, of at most 4 KB of JSON. A
                 processor reads it as ``task.meta``. The keys `traceparent` and `tracestate` are reserved.
+            expires_at: Time, with a time zone, from which the task doesn't start any more, not even to be
+                retried: it is cancelled instead. By default it doesn't expire.
+            expires_in: The same as a time from this call, in seconds or as a timedelta.
             unique_key: A text of at most 255 characters. While a task of this queue holds the key, no other
                 task is added with it. It may be a function that returns the key for the data, or None.
             unique_until: ``"started"``, the default: a task holds its key until a worker claims it.
@@ -178,6 +183,8 @@ class Queue(QueueSchedules, QueuePauses):
             retry_delay=retry_delay,
             timeout=timeout,
             meta=meta,
+            expires_at=expires_at,
+            expires_in=expires_in,
             unique_key=unique_key,
             unique_until=unique_until,
             on_conflict=on_conflict,
@@ -223,6 +230,8 @@ class Queue(QueueSchedules, QueuePauses):
         retry_delay: float | timedelta | None = None,
         timeout: float | timedelta | None = None,
         meta: Mapping[str, Any] | None = None,
+        expires_at: datetime | None = None,
+        expires_in: float | timedelta | None = None,
         unique_key: UniqueKey | None = None,
         unique_until: UniqueUntil | None = None,
         on_conflict: OnConflict | None = None,
@@ -246,6 +255,8 @@ class Queue(QueueSchedules, QueuePauses):
             retry_delay: Time before each retry, in seconds or as a timedelta. By default the processor's.
             timeout: Limit of each attempt, in seconds or as a timedelta. By default the processor's.
             meta: The `meta` of all these tasks, as for `add`.
+            expires_at: Time from which the tasks don't start any more, as for `add`.
+            expires_in: The same as a time from this call, in seconds or as a timedelta.
             unique_key: A function that returns the unique key for an item, or None; or one key for all items,
                 of which then only one is added. See `add`. With it, all of `items` are read first, and no
                 COPY is used.
@@ -281,6 +292,8 @@ class Queue(QueueSchedules, QueuePauses):
             retry_delay=retry_delay,
             timeout=timeout,
             meta=meta,
+            expires_at=expires_at,
+            expires_in=expires_in,
             unique_key=unique_key,
             unique_until=unique_until,
             on_conflict=on_conflict,
@@ -388,8 +401,9 @@ class Queue(QueueSchedules, QueuePauses):
             delay: Time until the task is due, in seconds or as a timedelta. By default it is due at once.
 
         Returns:
-            True if the task will run again; False if it has not ended, its unique key is held by another
-            task, or it is not in this queue. With an asyncio session or connection, an awaitable of it.
+            True if the task will run again; False if it has not ended, has expired, its unique key is held by
+            another task, or it is not in this queue. With an asyncio session or connection, an awaitable of
+            it.
 
         Raises:
             InvalidTask: If `task` is not a task of this schema or an id, or `delay` is invalid.

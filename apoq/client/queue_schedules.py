@@ -99,6 +99,7 @@ class QueueSchedules:
         retry_delay: float | timedelta | None = None,
         timeout: float | timedelta | None = None,
         meta: Mapping[str, Any] | None = None,
+        expires_in: float | timedelta | None = None,
     ) -> Schedule | Coroutine[Any, Any, Schedule]:
         """Add a schedule in the transaction of `session`, or change the one that has this name.
 
@@ -129,6 +130,8 @@ class QueueSchedules:
             retry_delay: The time before each retry, as for `add`.
             timeout: The limit of each attempt, as for `add`.
             meta: Their `meta`, as for `add`.
+            expires_in: The time, in seconds or as a timedelta, from when a task is due until it doesn't start
+                any more: it is cancelled instead.
 
         Returns:
             The `Schedule`, which is in no session. With an asyncio session or connection, an awaitable of it.
@@ -155,6 +158,7 @@ class QueueSchedules:
                 "retry_delay": retry_delay,
                 "timeout": timeout,
                 "meta": meta,
+                "expires_in": expires_in,
             }
         )
         parameters = schedule_parameters(

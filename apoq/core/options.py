@@ -33,6 +33,8 @@ class PlainOptions(TypedDict, total=False):
     retry_delay: float | timedelta | None
     timeout: float | timedelta | None
     meta: Mapping[str, Any] | None
+    expires_at: datetime | None
+    expires_in: float | timedelta | None
 
 
 class Options(PlainOptions, total=False):
@@ -79,6 +81,10 @@ def merged_options(before: Options, new: Options) -> Options:
         kept.pop("max_wait", None)
     elif new.get("debounce") is not None:
         kept.pop("on_conflict", None)
+    if new.get("expires_at") is not None:
+        kept.pop("expires_in", None)
+    if new.get("expires_in") is not None:
+        kept.pop("expires_at", None)
     return {**kept, **new}
 
 
@@ -113,10 +119,14 @@ def checked(
     retry_delay: float | timedelta | None = None,
     timeout: float | timedelta | None = None,
     meta: Mapping[str, Any] | None = None,
+    expires_at: datetime | None = None,
+    expires_in: float | timedelta | None = None,
 ) -> dict[str, Any]:
     """Return these options as parameters of a statement; `InvalidTask` if a task can't have them."""
+    when = _when(delay, process_at)
     return {
-        **_when(delay, process_at),
+        **when,
+        **_expiry(expires_at, expires_in, when),
         "task_priority": integer("priority", priority, _LOWEST_PRIORITY, _HIGHEST_PRIORITY),
         "task_retry_limit": (
             None if retry_limit is None else integer("retry_limit", retry_limit, 0, HIGHEST_LIMIT)
@@ -163,6 +173,35 @@ def _when(delay: float | timedelta | None, process_at: datetime | None) -> dict[
         check_time(process_at)
     task_delay = None if delay is None else _duration(delay, "delay")
     return {"task_delay": task_delay, "task_process_at": process_at}
+
+
+def has_expiry(parameters: Mapping[str, Any]) -> bool:
+    """Return whether parameters, as of `checked`, let a task expire."""
+    return "task_expires_at" in parameters
+
+
+def _expiry(
+    expires_at: datetime | None, expires_in: float | timedelta | None, when: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the parameters of a task that expires; none if it doesn't, so that they cost nothing."""
+    if expires_at is None and expires_in is None:
+        return {}
+    if expires_at is not None and expires_in is not None:
+        raise InvalidTask("expires_at and expires_in can't both be given: pass one of them")
+    length = None if expires_in is None else _duration(expires_in, "expires_in")
+    if expires_at is not None:
+        check_time(expires_at, "expires_at")
+    elif not length:
+        raise InvalidTask(f"expires_in must be positive, got {glimpse(expires_in)}")
+    for expiry, due, names in (
+        (expires_at, when["task_process_at"], ("expires_at", "process_at")),
+        (length, when["task_delay"], ("expires_in", "delay")),
+    ):
+        if expiry is not None and due is not None and expiry <= due:
+            raise InvalidTask(
+                f"{names[0]} must be later than {names[1]}, when the task is due, got {expiry} and {due}"
+            )
+    return {"task_expires_at": expires_at, "task_expires_in": length}
 
 
 def _duration(value: float | timedelta, name: str) -> timedelta:

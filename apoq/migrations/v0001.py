@@ -96,6 +96,7 @@ def upgrade(op: Operations, schema: str | None = None) -> None:
         sa.Column("unique_key", sa.Text),
         sa.Column("held_unique_key", sa.Text),
         sa.Column("unique_until_end", sa.Boolean),
+        sa.Column("expires_at", TIME),
         # For planned features, because adding them to a table in use would be expensive. A plain task leaves
         # them NULL, which takes one bit.
         sa.Column("key", sa.Text),
@@ -147,6 +148,14 @@ def upgrade(op: Operations, schema: str | None = None) -> None:
         unique=True,
         schema=schema,
         postgresql_where=sa.text("held_unique_key IS NOT NULL"),
+        if_not_exists=True,
+    )
+    op.create_index(
+        op.f("apoq_tasks_expires_at_idx"),
+        "apoq_tasks",
+        ["queue", "expires_at"],
+        schema=schema,
+        postgresql_where=sa.text("expires_at IS NOT NULL AND indexed_state IS NULL"),
         if_not_exists=True,
     )
     op.create_index(
@@ -216,6 +225,7 @@ def upgrade(op: Operations, schema: str | None = None) -> None:
         sa.Column("retry_delay", INTERVAL),
         sa.Column("timeout", INTERVAL),
         sa.Column("meta", JSONB),
+        sa.Column("expires_in", INTERVAL),
         sa.Column("origin", sa.Text, server_default="added", nullable=False),
         sa.Column("release", TIME),
         sa.Column("created_at", TIME, server_default=NOW, nullable=False),

@@ -134,6 +134,8 @@ class Task(Base):
     """The unique key while the task holds it: in its queue, no other task can then have the key."""
     unique_until_end: Mapped[bool | None] = mapped_column(Boolean)
     """Whether the task holds its unique key until it has ended, and not only until it is claimed."""
+    expires_at: Mapped[datetime | None]
+    """The time from which the task doesn't start any more: it is cancelled instead."""
 
     # Columns for planned features, which a plain task leaves NULL. Each row is written three times, and each
     # time a column with a value, or a generated one, costs more than a NULL.
@@ -177,6 +179,14 @@ class Task(Base):
             "held_unique_key",
             unique=True,
             postgresql_where=text(HOLDS_KEY),
+        ),
+        # For expired tasks that no worker claims. A plain task never enters it either, and a claim changes
+        # none of its columns.
+        Index(
+            conv("apoq_tasks_expires_at_idx"),
+            "queue",
+            "expires_at",
+            postgresql_where=text("expires_at IS NOT NULL AND indexed_state IS NULL"),
         ),
         # The pruner deletes by this index and the next one, the oldest tasks first.
         Index(
@@ -264,6 +274,8 @@ class Schedule(Base):
     retry_delay: Mapped[timedelta | None]
     timeout: Mapped[timedelta | None]
     meta: Mapped[dict[str, Any] | None] = mapped_column(JSONB(none_as_null=True))
+    expires_in: Mapped[timedelta | None]
+    """The time after which a task that has not started expires, from when it is due."""
     origin: Mapped[str] = mapped_column(server_default="added")
     """``code`` if ``@queue.task`` declares it, ``added`` if `Queue.schedule` has added it."""
     release: Mapped[datetime | None]

@@ -202,10 +202,9 @@ class _Drain:
                 "by_worker": self._worker_id,
             }
             statement = claim(queue.schema, overflows=cursor.lower_than is not None, noted=False)
+            sent_at = time.monotonic()
             for row in self._execute(queue, statement, parameters):
-                batch = Claim(
-                    queue, crew.processors(queue), time.monotonic(), FOR_EVER, self._signal, self._fetch
-                )
+                batch = Claim(queue, processors, sent_at, sent_at, FOR_EVER, self._signal, self._fetch)
                 return crew, self._make((*tuple(row), batch))
         return None
 

@@ -14,6 +14,7 @@ from sqlalchemy import (
     func,
     literal_column,
     null,
+    or_,
     select,
     update,
 )
@@ -22,6 +23,7 @@ from sqlalchemy.sql.dml import ReturningUpdate
 
 from apoq.core.states import FINAL, PENDING, alternatives
 from apoq.schema.models import task_class, tasks_table
+from apoq.schema.statements.expire import is_expired
 from apoq.schema.statements.portable import portable
 
 _ENDED: Final[ColumnElement[bool]] = literal_column(f"state IN {alternatives(FINAL)}", Boolean)
@@ -31,8 +33,9 @@ _ENDED: Final[ColumnElement[bool]] = literal_column(f"state IN {alternatives(FIN
 def retry(schema: str | None, *, takes_key: bool = False) -> ReturningUpdate[Any]:
     """Make the task `task_id` of `from_queue`, if it has ended, pending again with all of its attempts.
 
-    It keeps its token, which never decreases, and its last error until the next one. A task with a unique key
-    is left as it is, unless `takes_key`: then its key must have been reserved.
+    An expired task is left as it is. A task keeps its token, which never decreases, and its last error until
+    the next one. A task with a unique key is left as it is, unless `takes_key`: then its key must have been
+    reserved.
     """
     tasks = tasks_table(schema)
     # Not now(), the start of the caller's transaction, which may be long ago: a delay counts from the call.
@@ -56,6 +59,8 @@ def retry(schema: str | None, *, takes_key: bool = False) -> ReturningUpdate[Any
             tasks.c.id == bindparam("task_id", type_=BigInteger),
             tasks.c.queue == bindparam("from_queue", type_=Text),
             _ENDED,
+            # Otherwise it would be cancelled again.
+            or_(tasks.c.expires_at.is_(None), ~is_expired(tasks)),
             tasks.c.unique_key.is_not(None) if takes_key else tasks.c.unique_key.is_(None),
         )
         .values(new)

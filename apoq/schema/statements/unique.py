@@ -36,7 +36,7 @@ from sqlalchemy.sql.selectable import TableValuedAlias
 from apoq.core.states import CANCELLED, FINAL, PENDING, WAITING
 from apoq.schema.models import HOLDS_KEY, task_class, tasks_table
 from apoq.schema.statements.clock import in_utc
-from apoq.schema.statements.enqueue import given_values, microseconds
+from apoq.schema.statements.enqueue import given_values, returned_values
 from apoq.schema.statements.literals import EPOCH
 from apoq.schema.statements.portable import portable
 
@@ -61,7 +61,7 @@ def enqueue_unique(schema: str | None, *, mapped: bool = True) -> Insert:
             data=cast(bindparam("task_data", type_=Text), JSONB),
         )
         .on_conflict_do_nothing(**_UNIQUE_INDEX)
-        .returning(table.c.id, *(microseconds(table.c[name]) for name in ("created_at", "process_at")))
+        .returning(*returned_values(table, expires=True))
     )
     return statement.execution_options(dml_strategy="raw") if mapped else statement
 

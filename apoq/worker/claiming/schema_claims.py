@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from operator import itemgetter
@@ -36,6 +37,8 @@ class Taken(NamedTuple):
     """Whether there may be more due tasks in the queue."""
     is_ahead: bool
     """Whether the claim has taken more tasks than there were free slots."""
+    sent_at: float
+    """When the claim was sent, by time.monotonic()."""
 
 
 class SchemaClaims:
@@ -86,6 +89,7 @@ class SchemaClaims:
         return execute(self._engine, read_data(queue.schema), parameters).fetchall()
 
     def _claim_together(self, portions: Portions, limit: int, free: int, on: On) -> list[Taken]:
+        sent_at = time.monotonic()
         try:
             number, rows = self._statement.execute(portions, limit, max(free, 0), on)
         except Exception as error:
@@ -102,18 +106,20 @@ class SchemaClaims:
             its = of_queue.pop(queue.queue.name, [])
             is_last = len(rows) == limit and not of_queue
             has_more = is_last or len(its) == portion
-            taken.append(Taken(queue, number, _in_order(its), has_more, is_ahead=len(rows) > free))
+            is_ahead = len(rows) > free
+            taken.append(Taken(queue, number, _in_order(its), has_more, is_ahead, sent_at))
             if is_last:
                 break  # the others were not reached
         return taken
 
     def _claim_alone(self, queue: ClaimableQueue, limit: int, free: int, on: On) -> Taken:
+        sent_at = time.monotonic()
         number, rows, has_more = self._alone[queue].claim(limit, max(free, 0), on)
-        return Taken(queue, number, _in_order(rows), has_more, is_ahead=len(rows) > free)
+        return Taken(queue, number, _in_order(rows), has_more, len(rows) > free, sent_at)
 
 
 def _nothing(queue: ClaimableQueue) -> Taken:
-    return Taken(queue, 0, [], has_more=False, is_ahead=False)
+    return Taken(queue, 0, [], has_more=False, is_ahead=False, sent_at=0.0)
 
 
 def _in_order(rows: list[Row]) -> list[Row]:

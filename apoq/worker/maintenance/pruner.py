@@ -1,19 +1,22 @@
-"""Deletes tasks that ended long ago."""
+"""Deletes tasks that ended long ago, and ends those that have expired."""
 
 from __future__ import annotations
 
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import timedelta
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 from psycopg import DatabaseError
-from sqlalchemy import Delete, Engine
+from sqlalchemy import Delete, Engine, Update
 
 from apoq.client.queue import Queue
+from apoq.core.outcomes import EXPIRED
+from apoq.core.payload import encode
 from apoq.postgres.connections import execute, is_caused_by_a_row
+from apoq.schema.statements.expire import expire
 from apoq.schema.statements.prune import prune_completed, prune_failed
 from apoq.worker import logs
 from apoq.worker.failures import Outage
@@ -36,17 +39,18 @@ PRUNE_INTERVAL_SECONDS: Final = 60.0
 
 
 class Rule:
-    """Which of a queue's tasks are deleted, and how many at once."""
+    """Which rows are deleted or ended, and how many at once."""
 
-    def __init__(self, statement: Delete, from_queue: str, keep: timedelta) -> None:
+    def __init__(self, name: str, statement: Delete | Update, parameters: Mapping[str, Any]) -> None:
         self.deleted = 0
+        self._name = name
         self._statement = statement
-        self._parameters = {"from_queue": from_queue, "keep": keep}
+        self._parameters = dict(parameters)
         self._narrowing = Narrowing(BATCH_SIZE)
         self._has_told = False
 
     def __str__(self) -> str:
-        return f"the pruning of the queue {self._parameters['from_queue']!r}"
+        return self._name
 
     @property
     def kept(self) -> int:
@@ -54,7 +58,7 @@ class Rule:
         return self._narrowing.kept
 
     def prune(self, engine: Engine) -> bool:
-        """Delete a batch; return whether there may be more."""
+        """Delete or end a batch; return whether there may be more."""
         try:
             found = execute(
                 engine,
@@ -74,8 +78,24 @@ class Rule:
         return self._narrowing.written(found.rowcount)
 
 
+def retention(prune: Delete, queue: str, keep: timedelta) -> Rule:
+    """Return the rule that deletes a queue's tasks a time after they have ended."""
+    return Rule(f"the pruning of the queue {queue!r}", prune, {"from_queue": queue, "keep": keep})
+
+
+def expiry(schema: str | None, queues: Iterable[Queue]) -> Rule:
+    """Return the rule that ends the expired tasks of the queues in a schema."""
+    names = [queue.name for queue in queues if queue.schema == schema]
+    where = "" if schema is None else f" of the schema {schema!r}"
+    parameters = {"in_queues": names, "reason": encode(EXPIRED)}
+    return Rule(f"ending the expired tasks{where}", expire(schema), parameters)
+
+
 class Pruner(Service):
-    """Deletes the ended tasks of a worker's queues after their retention, in small batches."""
+    """Deletes the ended tasks of a worker's queues after their retention, in small batches.
+
+    It also ends expired tasks that no worker claims.
+    """
 
     def __init__(
         self,
@@ -91,11 +111,12 @@ class Pruner(Service):
         self._engine = engine
         self._isolation: Isolation[Rule] = Isolation(str, outage)
         self._rules = [
-            (leases[queue.schema], Rule(prune(queue.schema), queue.name, keep))
+            (leases[queue.schema], retention(prune(queue.schema), queue.name, keep))
             for queue in queues
             for prune, keep in ((prune_completed, keep_completed), (prune_failed, keep_failed))
             if keep is not None
         ]
+        self._rules += [(lease, expiry(schema, queues)) for schema, lease in leases.items()]
 
     def turn(self) -> float | None:
         """Delete a batch of each kind; return when to go on."""
