@@ -57,6 +57,7 @@ WRITES: Final = {
     "completion.write": 1,
     "enqueue.enqueue": 1,
     "enqueue.enqueue_many": 1,
+    "expire.expire": 1,
     "heartbeat.beat": 1,
     "heartbeat.beat_and_look": 1,
     "heartbeat.forget": 1,

@@ -16,7 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, create_async_e
 from sqlalchemy.orm import Session
 from waiting import patience
 
-from apoq import InvalidTask, Queue, Task, Worker
+from apoq import InvalidTask, Queue, Task
 from apoq.cli import main
 from apoq.core.outcomes import EXPIRED, TaskExpired
 from apoq.events import TaskCancelled
@@ -137,8 +137,7 @@ def test_the_options_of_a_typed_task_replace_each_other(session, queue):
 # Starting
 
 
-def test_an_expired_task_does_not_start(engine):
-    queue, worker = Queue(), Worker(engine)
+def test_an_expired_task_does_not_start(engine, queue, worker):
     worker.use("t", lambda _task: pytest.fail("it has started"))
     told: list[TaskCancelled] = []
     worker.events.on(TaskCancelled, told.append)
@@ -168,8 +167,7 @@ def test_a_started_worker_ends_expired_tasks_and_runs_the_others(engine, make_wo
     assert sorted(ran) == [6, 7, 8, 9, 10]
 
 
-def test_a_coroutine_does_not_start_either(engine):
-    queue, worker = Queue(), Worker(engine)
+def test_a_coroutine_does_not_start_either(engine, queue, worker):
 
     async def run(_task) -> None:
         pytest.fail("it has started")
@@ -218,6 +216,7 @@ def test_a_prefetched_task_is_checked_again_when_it_starts(engine, worker):
 
     assert isinstance(end.outcome, TaskExpired)
     assert (end.settlement.state, end.settlement.attempt) == ("cancelled", 0)
+    probe.own_engine(worker).dispose()
 
 
 def test_it_is_checked_by_the_time_since_the_claim():
@@ -244,8 +243,7 @@ def test_it_is_checked_by_the_time_since_the_claim():
         assert not starts(float("-inf"), now, patch)
 
 
-def test_large_data_of_an_expired_task_is_not_read(engine):
-    queue, worker = Queue(), Worker(engine)
+def test_large_data_of_an_expired_task_is_not_read(engine, queue, worker):
     worker.use("t", lambda _task: None)
     with Session(engine) as session, session.begin():
         queue.add(session, "t", {"text": "x" * 20_000}, expires_in=HOUR)
@@ -272,6 +270,7 @@ def test_tasks_that_are_not_claimed_are_ended_by_the_maintenance(engine, make_wo
     hold_lease(worker)
 
     probe.prune(worker)
+    probe.own_engine(worker).dispose()
 
     with Session(engine) as session:
         assert states(session) == [*["cancelled"] * 3, "pending", "cancelled", "pending", "pending"]

@@ -23,6 +23,7 @@ from apoq.schema.statements.arrays import array_text
 from apoq.schema.statements.cancel import cancel
 from apoq.schema.statements.claim import CHANGED, CHANGED_IF_UNIQUE, DATA, claim
 from apoq.schema.statements.count import COUNTED, count, count_running, count_types, queues, table_size
+from apoq.schema.statements.expire import expire
 from apoq.schema.statements.find import details, find, find_ids, find_queues, horizon
 from apoq.schema.statements.heartbeat import leave
 from apoq.schema.statements.lost import lost
@@ -182,6 +183,12 @@ STATEMENTS = [
     ),
     pytest.param(lost(None), IDS, {"apoq_tasks_pkey"}, id="lost"),
     pytest.param(prune_failed(None), PRUNE, {"apoq_tasks_failed_idx", "apoq_tasks_pkey"}, id="failed"),
+    pytest.param(
+        expire(None),
+        {"in_queues": ["default"], "at_most": 1_000, "reason": "{}"},
+        {"apoq_tasks_expires_at_idx", "apoq_tasks_pkey"},
+        id="expire",
+    ),
 ]
 
 FIND = {

@@ -277,6 +277,7 @@ def _replacement(held: Table, document: ColumnElement[Any]) -> dict[str, ColumnE
     return {
         **given,
         "process_at": func.least(due, latest),  # without NULL
+        "expires_at": select(given["expires_at"]).scalar_subquery(),
         "unique_until_end": bindparam("unique_until_end", type_=Boolean),
         "data": document,
     }
