@@ -25,6 +25,7 @@ except ImportError as error:
 else:
     HAS_LIBPQ = True
     from apoq.client.queue import Queue
+    from apoq.client.queue_bulk import RetriedMany
     from apoq.client.typed_task import TypedTask
     from apoq.core.outcomes import Cancel, Fail, Retry, Snooze
     from apoq.core.retry import exponential_backoff
@@ -60,6 +61,7 @@ __all__ = [
     "InvalidTask",
     "InvalidURL",
     "Queue",
+    "RetriedMany",
     "Retry",
     "RunningTask",
     "Schedule",

@@ -36,6 +36,7 @@ from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
 
 from apoq.core.states import STATES
 from apoq.schema import statements
+from apoq.schema.statements.select_many import FILTERS
 
 IN_SHARDED_SCHEMAS: Final = {"claim.claim": {"bare": True, "noted": False}}
 """The options of statements that have another form where Citus shards the schema.
@@ -52,6 +53,7 @@ WITHOUT_PLAN: Final = {"enqueue.copy_many", "notify.FLUSH_NOTHING"}
 WRITES: Final = {
     "begin.begin": 1,
     "cancel.cancel": 1,
+    "cancel.cancel_many": 1,
     "claim.claim": 2,
     "completion.statement": 1,
     "completion.write": 1,
@@ -74,6 +76,7 @@ WRITES: Final = {
     "recover.rescue": 1,
     "recover.rescue_unnoted": 1,
     "retry.retry": 1,
+    "retry.retry_many": 1,
     "schedules.add_now": 1,
     "schedules.delete_schedule": 1,
     "schedules.pause_schedule": 1,
@@ -250,6 +253,7 @@ VALUES: Final[dict[str, tuple[Any, ...]]] = {
     "schema: str | None": (None,),
     "state: str | None": (None, *STATES),
     "state: str": STATES,
+    "filters: Filters": (frozenset(), frozenset(FILTERS)),
     "sequence: str": ("apoq_tasks_id_seq",),
     "sequence_schema: str": ("public",),
     "bool": (False, True),

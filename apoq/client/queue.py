@@ -13,6 +13,7 @@ from typing_extensions import ParamSpec
 
 from apoq.client import unique_tasks
 from apoq.client.operations import add, add_many, cancel, retry
+from apoq.client.queue_bulk import QueueBulk
 from apoq.client.queue_pauses import QueuePauses
 from apoq.client.queue_schedules import QueueSchedules
 from apoq.client.session_adapters import AsyncioSession, SyncSession, through
@@ -36,7 +37,7 @@ T = TypeVar("T", bound=Running)
 _LOWEST_ID, _HIGHEST_ID = -(2**63), 2**63 - 1
 
 
-class Queue(QueueSchedules, QueuePauses):
+class Queue(QueueSchedules, QueuePauses, QueueBulk):
     """A named queue of tasks.
 
     It has a name and a schema, but no connection: each call uses the caller's session or connection.

@@ -16,6 +16,7 @@ from apoq.core.unique import ADDED, KEPT, RAISE, REPLACE, REPLACED, SKIP, OnConf
 from apoq.errors import ApoqError, DuplicateTask
 from apoq.schema.models import Task, detached, with_outcome
 from apoq.schema.statements import unique as statements
+from apoq.schema.statements.arrays import array_text
 from apoq.schema.statements.enqueue import added_row
 from apoq.schema.statements.notify import has_tasks
 from apoq.schema.statements.portable import read_row
@@ -124,18 +125,23 @@ def reserve_key_of(caller: Caller, schema: str | None, task: dict[str, Any]) -> 
     """
     names = ("task_id", "from_queue")
     for row in caller.execute(statements.key_of_ended(schema), {name: task[name] for name in names}):
-        return _reserve(caller, schema, task["from_queue"], row["unique_key"])
+        return bool(reserve(caller, schema, task["from_queue"], [row["unique_key"]]))
     return False
 
 
-def _reserve(caller: Caller, schema: str | None, queue: str, key: str) -> bool:
-    parameters = {"task_queue": queue, "task_unique_key": key}
-    for _ in range(2):  # again if the task that had it has ended
-        for row in caller.execute(statements.reserve(schema), parameters):
-            caller.execute(statements.unreserve(schema), {"task_id": row["id"]})
-            return True
-        caller.execute(statements.release_ended(schema), {"task_queue": queue, "task_unique_keys": [key]})
-    return False
+def reserve(caller: Caller, schema: str | None, queue: str, keys: Iterable[str]) -> set[str]:
+    """Reserve unique keys until this transaction ends, and return those that were free."""
+    reserved: set[str] = set()
+    left = sorted(keys)
+    for _ in range(2):  # again if the tasks that had them have ended
+        parameters = {"task_queue": queue, "task_unique_keys": left}
+        if rows := caller.execute(statements.reserve(schema), parameters) if left else ():
+            caller.execute(statements.unreserve(schema), {"ids": array_text(row["id"] for row in rows)})
+            reserved.update(row["held_unique_key"] for row in rows)
+            left = [key for key in left if key not in reserved]
+        if left:
+            caller.execute(statements.release_ended(schema), {"task_queue": queue, "task_unique_keys": left})
+    return reserved
 
 
 def _replaced(

@@ -106,7 +106,7 @@ def checked_options(
         for name, value in (("delay", options.get("delay")), ("process_at", options.get("process_at"))):
             if value is not None:
                 raise InvalidTask(f"debounce and {name} can't both be given: pass one of them")
-        _duration(debounce, "debounce")
+        checked_length(debounce, "debounce")
         options["delay"] = debounce
     return checked(**options), unique
 
@@ -131,7 +131,7 @@ def checked(
         "task_retry_limit": (
             None if retry_limit is None else integer("retry_limit", retry_limit, 0, HIGHEST_LIMIT)
         ),
-        "task_retry_delay": None if retry_delay is None else _duration(retry_delay, "retry_delay"),
+        "task_retry_delay": None if retry_delay is None else checked_length(retry_delay, "retry_delay"),
         "task_timeout": None if timeout is None else _timeout(timeout),
         "task_meta": None if meta is None or meta == {} else _meta(meta),
     }
@@ -142,7 +142,7 @@ def pause_end(until: datetime | timedelta | float | None) -> dict[str, Any]:
     if until is None:
         return {"until": None, "length": None}
     if not isinstance(until, datetime):
-        length = _duration(until, "until")
+        length = checked_length(until, "until")
         if not length:
             raise InvalidTask(f"until must be a positive duration or a time, got {until!r}")
         return {"until": None, "length": length}
@@ -171,7 +171,7 @@ def _when(delay: float | timedelta | None, process_at: datetime | None) -> dict[
         raise InvalidTask("delay and process_at can't both be given: pass one of them")
     if process_at is not None:
         check_time(process_at)
-    task_delay = None if delay is None else _duration(delay, "delay")
+    task_delay = None if delay is None else checked_length(delay, "delay")
     return {"task_delay": task_delay, "task_process_at": process_at}
 
 
@@ -188,7 +188,7 @@ def _expiry(
         return {}
     if expires_at is not None and expires_in is not None:
         raise InvalidTask("expires_at and expires_in can't both be given: pass one of them")
-    length = None if expires_in is None else _duration(expires_in, "expires_in")
+    length = None if expires_in is None else checked_length(expires_in, "expires_in")
     if expires_at is not None:
         check_time(expires_at, "expires_at")
     elif not length:
@@ -204,7 +204,8 @@ def _expiry(
     return {"task_expires_at": expires_at, "task_expires_in": length}
 
 
-def _duration(value: float | timedelta, name: str) -> timedelta:
+def checked_length(value: float | timedelta, name: str) -> timedelta:
+    """Return a length of time; `InvalidTask` if it can't be one."""
     try:
         return duration(value, name)
     except (TypeError, ValueError) as error:
