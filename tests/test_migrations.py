@@ -38,7 +38,15 @@ from apoq.schema.models import Base, Task
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = sys.executable
 ALEMBIC = (PYTHON, "-m", "alembic")
-TABLES = {"apoq_tasks", "apoq_workers", "apoq_claims", "apoq_schedules", "apoq_pauses", "apoq_migrations"}
+TABLES = {
+    "apoq_tasks",
+    "apoq_workers",
+    "apoq_claims",
+    "apoq_schedules",
+    "apoq_pauses",
+    "apoq_throttles",
+    "apoq_migrations",
+}
 HEAD = f"{LATEST:04d}"
 
 

@@ -19,7 +19,15 @@ from apoq.migrations import LATEST, current, differences
 from apoq.schema.models import Base
 from apoq.schema.preflight import problems
 
-TABLES = {"apoq_tasks", "apoq_workers", "apoq_claims", "apoq_schedules", "apoq_pauses", "apoq_migrations"}
+TABLES = {
+    "apoq_tasks",
+    "apoq_workers",
+    "apoq_claims",
+    "apoq_schedules",
+    "apoq_pauses",
+    "apoq_throttles",
+    "apoq_migrations",
+}
 
 
 @pytest.fixture

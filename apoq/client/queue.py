@@ -11,7 +11,7 @@ from weakref import WeakSet
 from sqlalchemy import inspect
 from typing_extensions import ParamSpec
 
-from apoq.client import unique_tasks
+from apoq.client import throttled_tasks, unique_tasks
 from apoq.client.operations import add, add_many, cancel, retry
 from apoq.client.queue_bulk import QueueBulk
 from apoq.client.queue_pauses import QueuePauses
@@ -124,6 +124,7 @@ class Queue(QueueSchedules, QueuePauses, QueueBulk):
         on_conflict: OnConflict | None = None,
         debounce: float | timedelta | None = None,
         max_wait: float | timedelta | None = None,
+        throttle: float | timedelta | None = None,
     ) -> Task | Coroutine[Any, Any, Task]:
         """Add a task in the transaction of `session`, and return it.
 
@@ -155,12 +156,16 @@ class Queue(QueueSchedules, QueuePauses, QueueBulk):
             debounce: Replace the task that has the key, and let it be due this time after the last call, in
                 seconds or as a timedelta. Not together with `delay`, `process_at` or `on_conflict`.
             max_wait: With `debounce`, the time after the first call at which the task is due at the latest.
+            throttle: With a unique key, add nothing if a task was added with the key and this option less
+                than this time ago, in seconds or as a timedelta, even if that task has ended. Not together
+                with `debounce` or `on_conflict`.
 
         Returns:
             The new `Task`, with its id. With an asyncio session or connection, an awaitable of it. Added
             through an ORM session, the object is in that session; otherwise it is in none.
             With a unique key, it may be another task that has the key: `Task.is_new` and
-            `Task.add_outcome` say what happened.
+            `Task.add_outcome` say what happened. If it is "throttled", the object is not in the database, and
+            its id is None.
 
         Raises:
             InvalidTask: If the type or an option is invalid. Nothing was sent.
@@ -191,6 +196,7 @@ class Queue(QueueSchedules, QueuePauses, QueueBulk):
             on_conflict=on_conflict,
             debounce=debounce,
             max_wait=max_wait,
+            throttle=throttle,
         )
         parameters = {"task_queue": self.name, "task_type": check_type(type), **options}
         parameters["task_data"] = encode(data, self.max_data_size)
@@ -198,6 +204,10 @@ class Queue(QueueSchedules, QueuePauses, QueueBulk):
         if unique is None or key is None:
             return through(session, lambda caller: add(caller, self.schema, parameters))
         parameters |= {"task_unique_key": key, **unique.parameters}
+        if (window := unique.throttle) is not None:
+            return through(
+                session, lambda caller: throttled_tasks.add(caller, self.schema, parameters, window)
+            )
         how = unique.on_conflict, unique.max_wait
         return through(session, lambda caller: unique_tasks.add(caller, self.schema, parameters, *how))
 
@@ -238,6 +248,7 @@ class Queue(QueueSchedules, QueuePauses, QueueBulk):
         on_conflict: OnConflict | None = None,
         debounce: float | timedelta | None = None,
         max_wait: float | timedelta | None = None,
+        throttle: float | timedelta | None = None,
     ) -> int | Coroutine[Any, Any, int]:
         """Add a task for each of `items` in the transaction of `session`.
 
@@ -266,6 +277,7 @@ class Queue(QueueSchedules, QueuePauses, QueueBulk):
                 ``"replace"``.
             debounce: As for `add`.
             max_wait: As for `add`.
+            throttle: As for `add`.
 
         Returns:
             The number of tasks that were added. With an asyncio session or connection, an awaitable of it.
@@ -300,6 +312,7 @@ class Queue(QueueSchedules, QueuePauses, QueueBulk):
             on_conflict=on_conflict,
             debounce=debounce,
             max_wait=max_wait,
+            throttle=throttle,
         )
         parameters = {"task_queue": self.name, "task_type": check_type(type), **options}
         if isinstance(items, str | bytes | dict) or not isinstance(items, Iterable):
@@ -309,9 +322,15 @@ class Queue(QueueSchedules, QueuePauses, QueueBulk):
         if unique is not None:
             found = list(self._unique_items(items, unique))
             parameters |= unique.parameters
+            if (window := unique.throttle) is not None:
+                return through(
+                    session,
+                    lambda caller: throttled_tasks.add_many(caller, self.schema, parameters, found, window),
+                )
             how = unique.on_conflict, unique.max_wait
             return through(
-                session, lambda caller: unique_tasks.add_many(caller, self.schema, parameters, found, *how)
+                session,
+                lambda caller: unique_tasks.add_many(caller, self.schema, parameters, found, *how).number,
             )
         total = len(items) if isinstance(items, list | tuple) else None
         return through(

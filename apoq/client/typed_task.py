@@ -273,8 +273,9 @@ class TypedTask(Generic[P, R_co, C]):
 
         Args:
             **options: `delay`, `process_at`, `priority`, `retry_limit`, `retry_delay`, `timeout`, `meta`,
-                `expires_at`, `expires_in`, `unique_key`, `unique_until`, `on_conflict`, `debounce` and
-                `max_wait`, as for `Queue.add`. They are added to the options that this task already has.
+                `expires_at`, `expires_in`, `unique_key`, `unique_until`, `on_conflict`, `debounce`,
+                `max_wait` and `throttle`, as for `Queue.add`. They are added to the options that this task
+                already has.
 
         Raises:
             InvalidTask: If an option is invalid.

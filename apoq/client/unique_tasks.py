@@ -36,6 +36,14 @@ class Item(NamedTuple):
     document: str
 
 
+class Added(NamedTuple):
+    """The tasks that `add_many` has added."""
+
+    number: int
+    keys: set[str | None]
+    """Their unique keys."""
+
+
 def add(
     caller: Caller,
     schema: str | None,
@@ -77,8 +85,8 @@ def add_many(
     items: Iterable[Item],
     on_conflict: OnConflict,
     max_wait: timedelta | None,
-) -> int:
-    """Add a task for each of these items, or do what `on_conflict` says; return how many were added."""
+) -> Added:
+    """Add a task for each of these items, or do what `on_conflict` says; return what was added."""
     added = _add_many(caller, schema, parameters, items, on_conflict, max_wait)
     caller.notify(has_tasks(schema, parameters["task_queue"]))
     return added
@@ -91,17 +99,17 @@ def _add_many(
     items: Iterable[Item],
     on_conflict: OnConflict,
     max_wait: timedelta | None,
-) -> int:
+) -> Added:
     left, keyless = _by_key(items, on_conflict)
-    added = 0
+    added = Added(0, set())
     for _ in range(MAX_TRIES):
         # All inserts in the order of the keys, and then all locks in this order, so that callers don't
         # deadlock.
         taken: list[Item] = []
         for batch in _batches([*left, *keyless]):
             rows = caller.execute(statements.enqueue_many_unique(schema), {**parameters, **_arrays(batch)})
-            added += len(rows)
             done = {row["unique_key"] for row in rows}
+            added = Added(added.number + len(rows), added.keys | done)
             taken += [item for item in batch if item.key not in done]
         if not taken:
             return added

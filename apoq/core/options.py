@@ -45,6 +45,7 @@ class Options(PlainOptions, total=False):
     on_conflict: OnConflict | None
     debounce: float | timedelta | None
     max_wait: float | timedelta | None
+    throttle: float | timedelta | None
 
 
 def unique_options(
@@ -79,8 +80,14 @@ def merged_options(before: Options, new: Options) -> Options:
         kept.pop("on_conflict", None)
         kept.pop("debounce", None)
         kept.pop("max_wait", None)
+        kept.pop("throttle", None)
     elif new.get("debounce") is not None:
         kept.pop("on_conflict", None)
+        kept.pop("throttle", None)
+    elif new.get("throttle") is not None:
+        kept.pop("on_conflict", None)
+        kept.pop("debounce", None)
+        kept.pop("max_wait", None)
     if new.get("expires_at") is not None:
         kept.pop("expires_in", None)
     if new.get("expires_in") is not None:
@@ -95,13 +102,14 @@ def checked_options(
     on_conflict: OnConflict | None = None,
     debounce: float | timedelta | None = None,
     max_wait: float | timedelta | None = None,
+    throttle: float | timedelta | None = None,
     **options: Unpack[PlainOptions],
 ) -> tuple[dict[str, Any], Unique | None]:
     """Return options as parameters of a statement, and how the task is unique.
 
     `InvalidTask` if a task can't have them.
     """
-    unique = checked_unique(unique_key, unique_until, on_conflict, debounce, max_wait)
+    unique = checked_unique(unique_key, unique_until, on_conflict, debounce, max_wait, throttle)
     if debounce is not None:
         for name, value in (("delay", options.get("delay")), ("process_at", options.get("process_at"))):
             if value is not None:

@@ -25,12 +25,10 @@ LATEST: Final = max(STEPS)
 VERSION_TABLE: Final = "apoq_migrations"
 """Alembic's version table, with the name that the Node.js original uses."""
 
-TABLES: Final = frozenset(
-    {"apoq_tasks", "apoq_workers", "apoq_claims", "apoq_schedules", "apoq_pauses", VERSION_TABLE}
-)
-
-OWN: Final = ("apoq_workers", "apoq_claims", "apoq_schedules", "apoq_pauses")
+OWN: Final = ("apoq_workers", "apoq_claims", "apoq_schedules", "apoq_pauses", "apoq_throttles")
 """Tables that the Node.js original doesn't have."""
+
+TABLES: Final = frozenset({"apoq_tasks", *OWN, VERSION_TABLE})
 
 LOCK_KEY: Final = 97112111113
 """The original's key: the bytes of "apoq" in decimal."""

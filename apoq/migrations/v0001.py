@@ -260,10 +260,23 @@ def upgrade(op: Operations, schema: str | None = None) -> None:
         schema=schema,
         if_not_exists=True,
     )
+    op.create_table(
+        "apoq_throttles",
+        sa.Column("queue", sa.Text, nullable=False),
+        sa.Column("key", sa.Text, nullable=False),
+        sa.Column("until", TIME, nullable=False),
+        sa.PrimaryKeyConstraint("queue", "key", name=op.f("apoq_throttles_pkey")),
+        schema=schema,
+        if_not_exists=True,
+    )
+    op.create_index(
+        op.f("apoq_throttles_until_idx"), "apoq_throttles", ["until"], schema=schema, if_not_exists=True
+    )
 
 
 def downgrade(op: Operations, schema: str | None = None) -> None:
     """Drop the tables, with every task in them. A schema that was created for them stays."""
+    op.drop_table("apoq_throttles", schema=schema)
     op.drop_table("apoq_pauses", schema=schema)
     op.drop_table("apoq_schedules", schema=schema)
     op.drop_table("apoq_claims", schema=schema)

@@ -46,7 +46,7 @@ _INDEXED_STATE: Final = f"NULLIF(NULLIF(state, '{PENDING}'::text), '{RUNNING}'::
 HOLDS_KEY: Final = "held_unique_key IS NOT NULL"
 """The predicate of the unique index."""
 
-AddOutcome = Literal["added", "kept", "replaced"]
+AddOutcome = Literal["added", "kept", "replaced", "throttled"]
 
 _ADD_OUTCOME: Final = "_add_outcome"
 
@@ -218,9 +218,10 @@ class Task(Base):
 
     @property
     def add_outcome(self) -> AddOutcome | None:
-        """The outcome of the call of `add` that returned this object: "added", "kept" or "replaced".
+        """The outcome of the call of `add` that returned this object.
 
-        "kept" and "replaced" are about the task that had the unique key. None if no such call returned it.
+        "added", "kept", "replaced" or "throttled". "kept" and "replaced" are about the task that had the
+        unique key. None if no such call returned it.
         """
         outcome: AddOutcome | None = self.__dict__.get(_ADD_OUTCOME)
         return outcome
@@ -360,6 +361,16 @@ _pauses: Final = Table(
 )
 """The pauses of queues, and of types of their tasks: each from `Queue.pause` to `Queue.resume`."""
 
+_throttles: Final = Table(
+    "apoq_throttles",
+    Base.metadata,
+    Column("queue", Text, primary_key=True),
+    Column("key", Text, primary_key=True),
+    Column("until", TIMESTAMP(timezone=True), nullable=False),
+    Index(conv("apoq_throttles_until_idx"), "until"),  # for the pruner
+)
+"""The windows of throttled tasks: until then, no other task is added with this unique key."""
+
 M = TypeVar("M", bound=Base)
 
 UPCOMING: Final = frozenset(
@@ -434,6 +445,12 @@ def pauses_table(schema: str | None) -> Table:
     return _pauses if schema is None else _pauses.to_metadata(MetaData(), schema=schema)
 
 
+@cache
+def throttles_table(schema: str | None) -> Table:
+    """Return the table of the windows of throttled tasks of a schema, for Core statements."""
+    return _throttles if schema is None else _throttles.to_metadata(MetaData(), schema=schema)
+
+
 def _in_schema(mapped: type[Base], schema: str | None) -> Table:
     table = cast("Table", mapped.__table__)
     return table if schema is None else table.to_metadata(MetaData(), schema=schema)
@@ -443,6 +460,14 @@ def with_outcome(task: Task, outcome: AddOutcome) -> Task:
     """Return a task that `add` returns, with what the call did."""
     task.__dict__[_ADD_OUTCOME] = outcome
     return task
+
+
+def unsaved(schema: str | None, values: Mapping[str, Any]) -> Task:
+    """Return a `Task` with these values that is not in the database."""
+    made = task_class(schema).__new__(task_class(schema))
+    task_class(schema).__init__(made)
+    made.__dict__.update(values)
+    return made
 
 
 def detached(schema: str | None, row: Mapping[Any, Any]) -> Task:

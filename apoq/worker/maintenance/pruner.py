@@ -18,6 +18,7 @@ from apoq.core.payload import encode
 from apoq.postgres.connections import execute, is_caused_by_a_row
 from apoq.schema.statements.expire import expire
 from apoq.schema.statements.prune import prune_completed, prune_failed
+from apoq.schema.statements.throttles import prune_windows
 from apoq.worker import logs
 from apoq.worker.failures import Outage
 from apoq.worker.isolation import Isolation
@@ -91,10 +92,16 @@ def expiry(schema: str | None, queues: Iterable[Queue]) -> Rule:
     return Rule(f"ending the expired tasks{where}", expire(schema), parameters)
 
 
+def windows(schema: str | None) -> Rule:
+    """Return the rule that deletes the windows of throttled tasks that are over."""
+    where = "" if schema is None else f" of the schema {schema!r}"
+    return Rule(f"the pruning of throttles{where}", prune_windows(schema), {})
+
+
 class Pruner(Service):
     """Deletes the ended tasks of a worker's queues after their retention, in small batches.
 
-    It also ends expired tasks that no worker claims.
+    It also ends expired tasks that no worker claims, and deletes the windows of throttled tasks.
     """
 
     def __init__(
@@ -116,7 +123,8 @@ class Pruner(Service):
             for prune, keep in ((prune_completed, keep_completed), (prune_failed, keep_failed))
             if keep is not None
         ]
-        self._rules += [(lease, expiry(schema, queues)) for schema, lease in leases.items()]
+        for schema, lease in leases.items():
+            self._rules += [(lease, expiry(schema, queues)), (lease, windows(schema))]
 
     def turn(self) -> float | None:
         """Delete a batch of each kind; return when to go on."""
