@@ -27,6 +27,7 @@ else:
     from apoq.client.queue import Queue
     from apoq.client.queue_bulk import RetriedMany
     from apoq.client.typed_task import TypedTask
+    from apoq.core.failures import TaskFailure
     from apoq.core.outcomes import Cancel, Fail, Retry, Snooze
     from apoq.core.retry import exponential_backoff
     from apoq.errors import (
@@ -69,6 +70,7 @@ __all__ = [
     "SessionMisused",
     "Snooze",
     "Task",
+    "TaskFailure",
     "TypedTask",
     "UnsupportedDatabase",
     "UnsupportedSession",

@@ -20,6 +20,7 @@ from apoq.client.session_adapters import AsyncioSession, SyncSession, through
 from apoq.client.session_first import session_first
 from apoq.client.shared_tasks import shared_tasks
 from apoq.client.typed_task import Anything, Decorator, TypedTask, UniqueRule
+from apoq.core.failures import OnFailure
 from apoq.core.options import HIGHEST_LIMIT, Options, checked, checked_options, checked_reason, integer
 from apoq.core.outcomes import Cancel, report
 from apoq.core.payload import MAX_DATA_SIZE, check_name, check_schema, check_type, encode
@@ -463,6 +464,7 @@ class Queue(QueueSchedules, QueuePauses, QueueBulk):
         unique: UniqueRule = ...,
         unique_until: UniqueUntil | None = ...,
         on_conflict: OnConflict | None = ...,
+        on_failure: OnFailure | None = ...,
         **schedule: Unpack[ScheduleOptions],
     ) -> Decorator: ...
     def task(
@@ -478,6 +480,7 @@ class Queue(QueueSchedules, QueuePauses, QueueBulk):
         unique: UniqueRule = False,
         unique_until: UniqueUntil | None = None,
         on_conflict: OnConflict | None = None,
+        on_failure: OnFailure | None = None,
         **schedule: Unpack[ScheduleOptions],
     ) -> Any:
         """Make a function a typed task: ``@queue.task``, or ``@queue.task(retry_limit=3)``.
@@ -499,6 +502,8 @@ class Queue(QueueSchedules, QueuePauses, QueueBulk):
                 is a part of the key. See `add`.
             unique_until: As for `add`, if the tasks are unique.
             on_conflict: As for `add`, if the tasks are unique.
+            on_failure: A typed task whose only argument is a `TaskFailure`. It is added in the transaction
+                that marks a task as failed, after its last attempt. Or its type, as for `Worker.use`.
             **schedule: `cron` or `every`, and the other times and rules of `schedule`. Workers of this queue
                 declare a schedule with the task's type as its name, and from then on add a task at each of
                 its times. The function must be callable without arguments.
@@ -524,6 +529,7 @@ class Queue(QueueSchedules, QueuePauses, QueueBulk):
                 unique=unique,
                 unique_until=unique_until,
                 on_conflict=on_conflict,
+                on_failure=on_failure,
                 schedule=schedule,
             )
             self._register(task)
@@ -537,6 +543,12 @@ class Queue(QueueSchedules, QueuePauses, QueueBulk):
             registry.put(self, type_, task.processor)
         self._registries.add(registry)
         self._shared.registries.add(registry)
+
+    def adopt(self, task: TypedTask[..., Any]) -> None:
+        """Let workers of this queue run a task that was defined on another one; see `TypedTask.to`."""
+        found = self.tasks.get(task.type)
+        if found is None or found.function is not task.function:
+            self._register(task)
 
     def _register(self, task: TypedTask[..., Any]) -> None:
         types, registries = dict.fromkeys((task.type, *task.aliases)), tuple(self._shared.registries)

@@ -10,6 +10,7 @@ from datetime import timedelta
 from functools import partial, wraps
 from typing import Any, ClassVar, TypedDict
 
+from apoq.core.failures import FollowUp, OnFailure, follow_up
 from apoq.core.payload import check_type
 from apoq.core.retry import DEFAULT_RETRY_LIMIT, RetryDelay, RetryPolicy, exponential_backoff, time_limit
 from apoq.errors import InvalidProcessor, InvalidTask
@@ -24,6 +25,7 @@ class ProcessorOptions(TypedDict, total=False):
     retry_limit: int
     retry_delay: RetryDelay
     timeout: float | timedelta | None
+    on_failure: OnFailure | None
 
 
 class Running:
@@ -45,6 +47,8 @@ class Processor:
     is_coroutine: bool
     timeout: float | None = None
     """In seconds."""
+    on_failure: FollowUp | None = None
+    """The task that is added when a task fails for good."""
 
     def policy_for(self, retry_limit: int | None, retry_delay: timedelta | None) -> RetryPolicy:
         """Return the policy for a task, which may have a limit or a delay of its own."""
@@ -64,6 +68,7 @@ def make_processor(
     retry_limit: int = DEFAULT_RETRY_LIMIT,
     retry_delay: RetryDelay = exponential_backoff,
     timeout: float | timedelta | None = None,
+    on_failure: OnFailure | None = None,
 ) -> Processor:
     """Make the processor for a type; `InvalidProcessor` if the function or an option is invalid."""
     check_processed(type_)
@@ -81,7 +86,8 @@ def make_processor(
         limit = None if timeout is None else time_limit(timeout).total_seconds()
     except (TypeError, ValueError) as error:
         raise InvalidProcessor(str(error)) from None
-    return Processor(function, policy, is_coroutine_function(function), limit)
+    its = follow_up(on_failure, type_)
+    return Processor(function, policy, is_coroutine_function(function), limit, its)
 
 
 def check_processed(type_: str) -> None:

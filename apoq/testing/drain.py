@@ -58,6 +58,7 @@ from apoq.worker.execution.attempt import (
 from apoq.worker.execution.runner import AttemptResult, TaskLost, ended, run, run_coroutine
 from apoq.worker.execution.task_sessions import AsyncTaskSession, TaskSession
 from apoq.worker.lease import Lease
+from apoq.worker.settling.failure_tasks import add_failure_tasks, has_failure_task
 from apoq.worker.settling.settler import settlement_arrays, write_settlements
 from apoq.worker.unique_keys import pending_without_key, take_free_keys
 
@@ -291,6 +292,8 @@ class _Drain:
             row = self._execute(queue, statement, parameters | held(attempt)).mappings().first()
             if row is not None:
                 take_free_keys(partial(self._execute, queue), queue.schema, pending_without_key([row]))
+                if has_failure_task(end):
+                    add_failure_tasks(partial(self._execute, queue), queue.schema, [end])
         is_kept = end.outcome is not None or crew.completion.keep
         if row is None:
             # The attempt no longer owns the task, because its processor has cancelled or deleted it.

@@ -148,6 +148,15 @@ def tasks_lost(ids: Iterable[int]) -> None:
     )
 
 
+def failure_task_not_added(ids: Iterable[int], error: BaseException) -> None:
+    """Log that tasks were marked as failed without the tasks of their `on_failure`."""
+    logger.error(
+        "the tasks of on_failure could not be added for these failed tasks: %s: %s",
+        ", ".join(map(str, sorted(ids))),
+        brief(error),
+    )
+
+
 def pruning_refused(error: BaseException) -> None:
     """Log that an ended task can't be deleted."""
     logger.warning("a task that ended long ago can't be deleted, and is kept: %s", brief(error))

@@ -16,6 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from apoq.client.queue import Queue
 from apoq.client.typed_task import TypedTask
+from apoq.core.failures import OnFailure
 from apoq.core.registry import Middleware, Processor, Registry, make_processor
 from apoq.core.retry import DEFAULT_RETRY_LIMIT, RetryDelay, exponential_backoff, seconds
 from apoq.errors import InvalidProcessor
@@ -183,6 +184,7 @@ class Worker:
         retry_limit: int = DEFAULT_RETRY_LIMIT,
         retry_delay: RetryDelay = exponential_backoff,
         timeout: float | timedelta | None = None,
+        on_failure: OnFailure | None = None,
     ) -> None:
         """Run tasks of this type, in all queues of this worker, with `processor`.
 
@@ -199,6 +201,9 @@ class Worker:
                 the number of failures so far.
             timeout: Limit of each attempt, in seconds or as a timedelta. An attempt that exceeds it fails
                 with a `TimeoutError`. None: no limit.
+            on_failure: The type of a task that is added in the transaction that marks a task as failed, after
+                its last attempt. It is in the same queue, and its data has the fields of `TaskFailure`. Or a
+                typed task whose only argument is a `TaskFailure`.
 
         Raises:
             InvalidProcessor: If the type already has a processor, such as a typed task, or an argument is
@@ -216,7 +221,12 @@ class Worker:
                 "Worker(engine, queue)"
             )
         made = make_processor(
-            type, processor, retry_limit=retry_limit, retry_delay=retry_delay, timeout=timeout
+            type,
+            processor,
+            retry_limit=retry_limit,
+            retry_delay=retry_delay,
+            timeout=timeout,
+            on_failure=on_failure,
         )
         self._registry.use(type, made)
         self._lifecycle.runtime.look_for_tasks()
