@@ -25,7 +25,7 @@ from apoq.schema.preflight import RIGHTS, only_adds, problems
 until = patience(20)
 
 SCRIPTS = [block.code for block in pages.blocks(pages.DOCS / "deploying.md", "sql")]
-ADDS, CHANGES, SCHEDULES, WORKS, READS, WORK_POLICY, ADD_POLICY = SCRIPTS
+ADDS, CHANGES, _THROTTLES, SCHEDULES, WORKS, READS, WORK_POLICY, ADD_POLICY = SCRIPTS
 INSERTED = set(re.search(r"INSERT \((.*?)\)", ADDS).group(1).split(", "))
 OTHERS = {column.name for column in tasks_table(None).c} - INSERTED - {"indexed_state"}
 
@@ -66,7 +66,7 @@ def add_in_every_way(url: sa.URL, queue: Queue) -> int:
         queue.add_many(session, "t", ({} for _ in range(5)))
         queue.add_many(session, "t", [{}] * 3_000)  # by COPY
     with engine.begin() as connection:
-        queue.add(connection, "t", {}, priority=3, retry_limit=2, retry_delay=1, timeout=60)
+        queue.add(connection, "t", {}, priority=3, retry_limit=2, retry_delay=1, timeout=60, expires_in=600)
     with psycopg.connect(url.set(drivername="postgresql").render_as_string(hide_password=False)) as driver:
         queue.add(driver, "t")
         queue.add_many(driver, "t", [{}] * 3_000)
