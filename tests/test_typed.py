@@ -692,4 +692,4 @@ def test_the_page_about_them_says_what_is_so(engine, run_page):
 
     with Session(engine) as session:
         by_state = sa.select(Task.state, sa.func.count()).group_by(Task.state)
-        assert dict(session.execute(by_state).all()) == {"completed": 1, "pending": 1_003}
+        assert dict(session.execute(by_state).all()) == {"completed": 1, "pending": 1_006}
