@@ -207,6 +207,24 @@ def test_the_page_grants_to_a_worker_what_the_preflight_wants(connect):
         assert problems(connection) == []
 
 
+def test_a_worker_needs_the_sequence_of_the_ids(connect, engine):
+    """It adds the tasks of schedules and of `on_failure`."""
+    as_worker = connect(WORKS.replace("GRANT USAGE ON SEQUENCE", "-- GRANT USAGE ON SEQUENCE"))
+    with as_worker.begin() as connection:
+        [problem] = problems(connection)
+        role = connection.scalar(sa.text("SELECT current_user"))
+    assert (
+        problem.text
+        == f"the role {role} lacks USAGE on the sequence public.apoq_tasks_id_seq, which a worker needs to "
+        "add the tasks of schedules and of on_failure"
+    )
+
+    with engine.begin() as connection:
+        connection.exec_driver_sql(problem.fix)
+    with as_worker.begin() as connection:
+        assert problems(connection) == []
+
+
 @pytest.mark.parametrize("scripts", [[ADDS], [ADDS, CHANGES]], ids=["adds", "changes"])
 def test_to_the_doctor_one_that_adds_is_well(grant, scripts):
     url = grant(*scripts)
