@@ -236,6 +236,18 @@ def test_a_task_fails_even_if_the_other_one_can_not_be_added(engine, worker, cap
     assert "the tasks of on_failure could not be added for these failed tasks: 1" in caplog.text
 
 
+def test_a_task_that_can_not_be_added_takes_no_others_with_it(engine, worker, caplog):
+    worker.use("charge", fails, retry_limit=0, on_failure="notify")
+    add(engine, count=5)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("ALTER TABLE apoq_tasks ADD CHECK (data->>'task_id' != '3')")
+    worker.start()
+
+    until(lambda: states(engine) == ["failed"] * 5)
+    assert sorted(failure["task_id"] for failure in failures(engine)) == [1, 2, 4, 5]
+    assert "could not be added for these failed tasks: 3" in caplog.text
+
+
 def test_a_worker_of_another_schema_adds_it_there(engine, make_worker):
     prepare(engine, schema="jobs")
     queue = Queue("mail", schema="jobs")

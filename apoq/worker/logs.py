@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable
 from typing import Final
 
-from apoq.core.outcomes import message_of, reason
+from apoq.core.outcomes import TaskExpired, message_of, reason
 from apoq.events import (
     Event,
     Events,
@@ -281,6 +281,8 @@ def _write_progress(event: TaskEvent) -> None:
             logger.debug("task %d (%s) is completed", id_, type_)
         case TaskCompleted(seconds=seconds):
             logger.debug("task %d (%s) is completed, after %.3f s", id_, type_, seconds)
+        case TaskCancelled(error=TaskExpired()):
+            logger.debug("task %d (%s) has expired, and is cancelled", id_, type_)
         case TaskCancelled(error=error):
             logger.debug("task %d (%s) is cancelled by its processor: %s", id_, type_, message_of(error))
         case TaskSnoozed(delay=delay):

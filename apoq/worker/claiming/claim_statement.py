@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,6 +47,8 @@ class ClaimStatement:
         self._claim_log = claim_log
         self._strays = strays
         self._sharded = sharded
+        self.sent_at = 0.0
+        """When the last claim was sent, by time.monotonic()."""
 
     def execute(
         self, portions: Portions, at_most: int, free: int, on: On, *, bare: bool = False
@@ -72,6 +75,7 @@ class ClaimStatement:
     def _claim(self, form: Form, parameters: dict[str, Any], on: On, *, bare: bool) -> list[Row]:
         if self._schema not in self._sharded:
             statement = claim(self._schema, **form, bare=bare)
+            self.sent_at = time.monotonic()
             try:
                 return execute(on or self._engine, statement, parameters).fetchall()
             except FeatureNotSupported:
@@ -85,6 +89,7 @@ class ClaimStatement:
 
         Citus accepts these, but not the statement that does everything at once.
         """
+        self.sent_at = time.monotonic()
         with transaction(self._engine, timeout=STATEMENT_TIMEOUT_SECONDS) as send:
             rows = send(claim(self._schema, **form, bare=True, noted=False), parameters).fetchall()
             if not rows:

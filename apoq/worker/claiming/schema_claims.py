@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from operator import itemgetter
@@ -89,7 +88,6 @@ class SchemaClaims:
         return execute(self._engine, read_data(queue.schema), parameters).fetchall()
 
     def _claim_together(self, portions: Portions, limit: int, free: int, on: On) -> list[Taken]:
-        sent_at = time.monotonic()
         try:
             number, rows = self._statement.execute(portions, limit, max(free, 0), on)
         except Exception as error:
@@ -107,15 +105,15 @@ class SchemaClaims:
             is_last = len(rows) == limit and not of_queue
             has_more = is_last or len(its) == portion
             is_ahead = len(rows) > free
-            taken.append(Taken(queue, number, _in_order(its), has_more, is_ahead, sent_at))
+            taken.append(Taken(queue, number, _in_order(its), has_more, is_ahead, self._statement.sent_at))
             if is_last:
                 break  # the others were not reached
         return taken
 
     def _claim_alone(self, queue: ClaimableQueue, limit: int, free: int, on: On) -> Taken:
-        sent_at = time.monotonic()
         number, rows, has_more = self._alone[queue].claim(limit, max(free, 0), on)
-        return Taken(queue, number, _in_order(rows), has_more, len(rows) > free, sent_at)
+        is_ahead = len(rows) > free
+        return Taken(queue, number, _in_order(rows), has_more, is_ahead, self._statement.sent_at)
 
 
 def _nothing(queue: ClaimableQueue) -> Taken:

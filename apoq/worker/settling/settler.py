@@ -347,11 +347,13 @@ class Settler(Service):
                 ends = [followed[task_id] for task_id in failed if task_id in followed]
                 queues = add_failure_tasks(partial(_add, send), schema, ends)
         except _NotAdded as error:
+            if len(followed) > 1 and is_caused_by_a_row(error.cause):
+                raise error.cause from None  # each is written by itself
             # Such as a missing right. The tasks must not stay unsettled because of it.
-            logs.failure_task_not_added(followed, error.__cause__ or error)
+            logs.failure_task_not_added(followed, error.cause)
             return execute(self._engine, statement, parameters).mappings()
         if queues:
-            with suppress(DatabaseError):  # workers find the tasks at their next poll
+            with suppress(Exception):  # workers find the tasks at their next poll
                 execute(self._engine, notify(), arrays(has_tasks(schema, queue) for queue in queues))
         return written
 
@@ -389,6 +391,10 @@ class Settler(Service):
 class _NotAdded(Exception):
     """The server has refused a task of `on_failure`."""
 
+    def __init__(self, cause: DatabaseError) -> None:
+        super().__init__(str(cause))
+        self.cause = cause
+
 
 def _add(send: Send, statement: Executable, parameters: Mapping[str, Any]) -> None:
     try:
@@ -396,7 +402,7 @@ def _add(send: Send, statement: Executable, parameters: Mapping[str, Any]) -> No
     except DatabaseError as error:
         if is_away(error) or (error.sqlstate or "").startswith(_PASSES):
             raise
-        raise _NotAdded from error
+        raise _NotAdded(error) from error
 
 
 _PASSES: Final = ("40", "53", "55", "57")
