@@ -35,6 +35,7 @@ from apoq.schema.statements.prune import (
 )
 from apoq.schema.statements.recover import forget_dead, give_back, rescue
 from apoq.schema.statements.retry import retry
+from apoq.schema.statements.select_many import lock_ended, lock_open
 from apoq.schema.statements.settle import complete, remove, settle
 from apoq.schema.statements.survey import survey
 from apoq.schema.statements.take_keys import take_keys
@@ -239,6 +240,18 @@ LOOKS = [
         count_prunable_completed(None), PRUNE, {"apoq_tasks_completed_idx"}, id="count prunable completed"
     ),
     pytest.param(count_prunable_failed(None), PRUNE, {"apoq_tasks_failed_idx"}, id="count prunable failed"),
+    pytest.param(
+        lock_ended(None, "failed", frozenset()),
+        {"from_queue": "default", "looked_at": 0, "at_most": 1_000},
+        {"apoq_tasks_failed_idx", "apoq_tasks_unique_key_idx"},
+        id="lock ended",
+    ),
+    pytest.param(
+        lock_open(None, "pending", frozenset({"of_type"})),
+        {"from_queue": "default", "of_type": "ours", "at_most": 1_000},
+        {"apoq_tasks_open_idx"},
+        id="lock open",
+    ),
 ]
 """What people look with: planned for their parameters, each time."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 from apoq.client.session_adapters import Caller
 from apoq.client.unique_tasks import reserve
@@ -16,8 +16,6 @@ from apoq.schema.statements.notify import has_tasks, was_cancelled
 from apoq.schema.statements.portable import read_row
 from apoq.schema.statements.retry import retry_many as retry_statement
 from apoq.schema.statements.select_many import lock_ended, lock_open
-
-LOWEST_ID: Final = -(2**63)
 
 
 class Selection(NamedTuple):
@@ -44,10 +42,10 @@ def retry_many(
     """Make ended tasks pending again: the first is due after `delay`, and each next one `every` later."""
     (state,) = selection.states
     statement = lock_ended(schema, state, frozenset(selection.filters))
-    parameters = {
+    parameters: dict[str, Any] = {
         "from_queue": selection.queue,
         "at_most": selection.at_most,
-        "after_id": LOWEST_ID,
+        "looked_at": 0,
         **selection.filters,
     }
     keys: dict[int, str | None] = {}
@@ -57,16 +55,18 @@ def retry_many(
     while has_more and len(keys) < selection.at_most:
         rows = caller.execute(statement, parameters)
         has_more = len(rows) == selection.at_most
+        parameters["looked_at"] += len(rows)
         for row in rows:
             key = row["unique_key"]
             if len(keys) == selection.at_most:
                 break
+            if row["id"] in keys:
+                continue  # another session has released its lock on one of the first
             if row["is_kept"] or key in taken:
                 skipped += 1
             else:
                 keys[row["id"]] = key
                 taken |= {key} - {None}
-            parameters["after_id"] = row["id"]
     free = reserve(caller, schema, selection.queue, (key for key in keys.values() if key is not None))
     ids = [id_ for id_, key in keys.items() if key is None or key in free]
     if ids:

@@ -85,9 +85,9 @@ class QueueBulk:
         delay: float | timedelta = 0,
         every: float | timedelta = 0,
     ) -> RetriedMany | Coroutine[Any, Any, RetriedMany]:
-        """Run many failed tasks of this queue again, the oldest first, as `retry` does with one.
+        """Run many failed tasks of this queue again, as `retry` does with one.
 
-        At least one filter must be given, or ``everything=True``. A task that matches all filters is retried
+        At least one filter must be given, or ``everything=True``. Tasks that failed first come first. A task that matches all filters is retried
         unless it has expired, or another task holds its unique key: then it stays as it is.
 
         Args:
@@ -154,10 +154,10 @@ class QueueBulk:
         limit: int = DEFAULT_LIMIT,
         reason: str = "",
     ) -> int | Coroutine[Any, Any, int]:
-        """Cancel many tasks of this queue that have not ended, the oldest first, as `cancel` does with one.
+        """Cancel many tasks of this queue that have not ended, as `cancel` does with one.
 
         At least one filter must be given, or ``everything=True``. Pending tasks are cancelled before waiting
-        and running ones.
+        and running ones, in the order in which they would run.
 
         Args:
             session: A session or connection, as for `add`.
