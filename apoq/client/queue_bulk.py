@@ -87,8 +87,9 @@ class QueueBulk:
     ) -> RetriedMany | Coroutine[Any, Any, RetriedMany]:
         """Run many failed tasks of this queue again, as `retry` does with one.
 
-        At least one filter must be given, or ``everything=True``. Tasks that failed first come first. A task that matches all filters is retried
-        unless it has expired, or another task holds its unique key: then it stays as it is.
+        At least one filter must be given, or ``everything=True``. Tasks that failed first come first. A task
+        that matches all filters is retried unless it has expired, or another task holds its unique key: then
+        it stays as it is.
 
         Args:
             session: A session or connection, as for `add`.
