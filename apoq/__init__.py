@@ -28,6 +28,7 @@ else:
     from apoq.client.queue_bulk import RetriedMany
     from apoq.client.typed_task import TypedTask
     from apoq.core.failures import TaskFailure
+    from apoq.core.limits import Limit
     from apoq.core.outcomes import Cancel, Fail, Retry, Snooze
     from apoq.core.retry import exponential_backoff
     from apoq.errors import (
@@ -35,6 +36,7 @@ else:
         DuplicateTask,
         InvalidArguments,
         InvalidData,
+        InvalidLimit,
         InvalidProcessor,
         InvalidSchedule,
         InvalidTask,
@@ -57,10 +59,12 @@ __all__ = [
     "Fail",
     "InvalidArguments",
     "InvalidData",
+    "InvalidLimit",
     "InvalidProcessor",
     "InvalidSchedule",
     "InvalidTask",
     "InvalidURL",
+    "Limit",
     "Queue",
     "RetriedMany",
     "Retry",

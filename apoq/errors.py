@@ -5,6 +5,7 @@
     ApoqError
     ├── InvalidTask (ValueError): a type, data or an option that a task can't have
     │   └── InvalidData: data that jsonb can't store, or that would come back changed
+    ├── InvalidLimit (ValueError): a limit that can't be, or that contradicts another one
     ├── InvalidSchedule (ValueError): times or options that a schedule can't have, or a name that is taken
     ├── InvalidProcessor (ValueError): an invalid processor, or a second one for a type
     ├── InvalidArguments (ValueError): a typed task's data doesn't fit its function
@@ -75,6 +76,10 @@ class DuplicateTask(ApoqError):
         )
         self.unique_key = unique_key
         self.task_id = task_id
+
+
+class InvalidLimit(ApoqError, ValueError):
+    """A limit that is invalid, or that contradicts another one. Nothing was sent to the database."""
 
 
 class InvalidSchedule(ApoqError, ValueError):

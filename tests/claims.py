@@ -13,6 +13,7 @@ import sqlalchemy as sa
 
 from apoq import Worker
 from apoq.schema.models import claims_table
+from apoq.schema.statements.levels import level_of
 from apoq.schema.statements.queues import (
     at_most_text,
     levels_text,
@@ -89,7 +90,8 @@ def asked(
     """Return the parameters of a claim from a queue, behind a cursor or from its start."""
     of_types = list(types)
     levels = probe.levels(cursor or ClaimCursor())
-    its = queue_text(queue, of_types), levels_text(levels, lower_than), at_most_text(at_most)
+    by_level = {level_of(priority, is_keyed=False): position for priority, position in levels.items()}
+    its = queue_text(queue, of_types), levels_text(by_level, lower_than), at_most_text(at_most)
     return {
         "queues": queues_text(its),
         "retry_limits": retry_limits_text(limits_text(queue, limits or dict.fromkeys(of_types, 5))),

@@ -28,6 +28,7 @@ from apoq.events import Events
 from apoq.monitor import server_checks
 from apoq.postgres.fast_path import _name as statement_name  # noqa: F401
 from apoq.schema.preflight import _read_only as read_only_problems  # noqa: F401
+from apoq.schema.statements.levels import is_keyed, level_of, priority_of
 from apoq.schema.statements.settle import complete_last, remove_last
 from apoq.worker.claim_log import ClaimLog
 from apoq.worker.claiming.claimer import Claimer
@@ -310,12 +311,12 @@ def cursors(worker: Worker) -> list[ClaimCursor]:
 
 def levels(cursor: ClaimCursor) -> dict[int, tuple[float, int]]:
     """Return how far a cursor is in each priority."""
-    return dict(cursor._levels)
+    return {priority_of(level): position for level, position in cursor._levels.items() if not is_keyed(level)}
 
 
 def move(cursor: ClaimCursor, levels: Mapping[int, tuple[float, int]]) -> None:
     """Move a cursor to these places."""
-    cursor._be_at(dict(levels))
+    cursor._be_at({level_of(priority, is_keyed=False): position for priority, position in levels.items()})
 
 
 def moves(worker: Worker) -> list[Any]:

@@ -73,6 +73,7 @@ def test_other_ended_tasks_are_retried_if_their_state_is_given(session, queue, s
         ({"type": "a"}, {"type": "a"}, {"type": "b"}),
         ({"error_class": "KeyError"}, {"error": {"class": "KeyError"}}, {"error": {"class": "ValueError"}}),
         ({"unique_key": "k"}, {"unique_key": "k"}, {"unique_key": "other"}),
+        ({"key": 7}, {"key": "7"}, {"key": "8"}),
         (
             {"since": NOON},
             {"failed_at": NOON, "created_at": NOON},
@@ -141,7 +142,7 @@ def test_the_tasks_are_due_one_after_the_other(session, queue):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "at least one of type, error_class, since and unique_key must be given, got none"),
+        ({}, "at least one of type, error_class, since, key and unique_key must be given, got none"),
         ({"type": None, "limit": 5}, "pass everything=True"),
         ({"everything": 1}, "everything must be True or False, got 1"),
         ({"type": ""}, "type"),

@@ -38,13 +38,22 @@ from apoq.core.states import STATES
 from apoq.schema import statements
 from apoq.schema.statements.select_many import FILTERS
 
-IN_SHARDED_SCHEMAS: Final = {"claim.claim": {"bare": True, "noted": False}}
+IN_SHARDED_SCHEMAS: Final = {
+    "claim.claim": {"bare": True, "noted": False},
+    "places.take": {"bare": True, "noted": False},
+}
 """The options of statements that have another form where Citus shards the schema.
 
 Elsewhere, a claim is recorded by the same statement, and returns data only if it is short.
 """
 
-PARTS: Final = {"notes.note", "notes.forget_claims", "pauses.next_resumes"}
+PARTS: Final = {
+    "limits.limited",
+    "notes.note",
+    "notes.note_ids",
+    "notes.forget_claims",
+    "pauses.next_resumes",
+}
 """Functions that return a statement which is only used within others."""
 
 WITHOUT_PLAN: Final = {"enqueue.copy_many", "notify.FLUSH_NOTHING"}
@@ -64,10 +73,17 @@ WRITES: Final = {
     "heartbeat.beat_and_look": 1,
     "heartbeat.forget": 1,
     "heartbeat.leave": 2,
+    "limits.declare": 1,
+    "limits.forget_declared": 1,
+    "limits.remove_unused": 1,
+    "limits.set_limit": 1,
     "notes.note_tasks": 1,
     "notes.forget_settled": 1,
     "pauses.pause": 1,
     "pauses.resume": 1,
+    "places.block": 1,
+    "places.take": 2,
+    "places.unblock": 1,
     "prune.prune_completed": 1,
     "prune.prune_failed": 1,
     "recover.forget_dead": 1,

@@ -260,6 +260,7 @@ def test_tasks_that_are_not_claimed_are_ended_by_the_maintenance(engine, make_wo
     add(engine, queue, 3, unique_key=lambda _data: None)
     add(engine, other)
     with Session(engine) as session, session.begin():
+        session.execute(sa.update(Task).where(Task.id == 3).values(state="waiting", waiting_for="key"))
         queue.pause(session)
         queue.add(session, "t", unique_key="k", expires_in=HOUR)
     make_expired(engine)

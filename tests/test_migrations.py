@@ -45,6 +45,7 @@ TABLES = {
     "apoq_schedules",
     "apoq_pauses",
     "apoq_throttles",
+    "apoq_limits",
     "apoq_migrations",
 }
 HEAD = f"{LATEST:04d}"

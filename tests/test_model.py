@@ -62,6 +62,7 @@ from apoq.worker.execution.task_sessions import TaskSession
 from apoq.worker.failures import Outage
 from apoq.worker.lease import Lease
 from apoq.worker.liveness.peers import Peer
+from apoq.worker.places import Places
 from apoq.worker.settling import counters
 from apoq.worker.settling.settler import Settler
 
@@ -244,7 +245,7 @@ class Hand:
         default_factory=lambda: {queue: ClaimCursor() for queue in QUEUES}
     )
     held: dict[int, Attempt] = field(default_factory=dict)
-    notes: ClaimLog = field(default_factory=ClaimLog)
+    notes: ClaimLog = field(default_factory=lambda: ClaimLog(Places()))
     is_doubtful: bool = False
     beats: bool = True
 

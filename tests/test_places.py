@@ -26,6 +26,7 @@ TABLES = {
     "apoq_schedules",
     "apoq_pauses",
     "apoq_throttles",
+    "apoq_limits",
     "apoq_migrations",
 }
 

@@ -21,12 +21,24 @@ from apoq.core.options import checked
 from apoq.postgres.connections import SESSION
 from apoq.schema.statements.arrays import array_text
 from apoq.schema.statements.cancel import cancel
-from apoq.schema.statements.claim import CHANGED, CHANGED_IF_UNIQUE, DATA, claim
+from apoq.schema.statements.claim import CHANGED, CHANGED_IF_SET, DATA, claim
 from apoq.schema.statements.count import COUNTED, count, count_running, count_types, queues, table_size
 from apoq.schema.statements.expire import expire
 from apoq.schema.statements.find import details, find, find_ids, find_queues, horizon
 from apoq.schema.statements.heartbeat import leave
 from apoq.schema.statements.lost import lost
+from apoq.schema.statements.places import (
+    awaited,
+    awaited_shares,
+    block,
+    first_of_keys,
+    held_places,
+    pick_blocked,
+    pick_due,
+    pick_first,
+    take,
+    unblock,
+)
 from apoq.schema.statements.prune import (
     count_prunable_completed,
     count_prunable_failed,
@@ -105,8 +117,18 @@ NEW = {
     **checked(),
     "task_type": "ours",
     "task_data": "{}",
+    "task_key": None,
     "unique_until_end": None,
     "max_wait": None,
+}
+PLACES = {"from_queue": "default", "kinds": ["key", "pool"], "names": ["k", "ours"]}
+TAKEN = {
+    **CLAIM,
+    "ids": IDS["ids"],
+    "slots": [0] * 500,
+    "pools": [None] * 500,
+    "pool_slots": [None] * 500,
+    "is_ahead": False,
 }
 
 
@@ -171,7 +193,7 @@ STATEMENTS = [
     pytest.param(replace(None), KEY | NEW, {"apoq_tasks_unique_key_idx"}, id="replace"),
     pytest.param(
         replace_many(None),
-        KEYS | NEW | {"task_data": "{}\n{}"},
+        KEYS | NEW | {"task_data": "{}\n{}", "task_keys": [None, None]},
         {"apoq_tasks_unique_key_idx"},
         id="replace_many",
     ),
@@ -181,6 +203,47 @@ STATEMENTS = [
         {"ids": IDS["ids"]},
         {"apoq_tasks_unique_key_idx", "apoq_tasks_pkey"},
         id="take_keys",
+    ),
+    pytest.param(pick_due(None, keyed=True), CLAIM, {"apoq_tasks_open_idx"}, id="pick due"),
+    pytest.param(
+        pick_blocked(None),
+        PLACES | CLAIM | {"most": [1, 1]},
+        {"apoq_tasks_blocked_idx"},
+        id="pick blocked",
+    ),
+    pytest.param(pick_first(None), PLACES | CLAIM | {"ids": "{1,2}"}, {"apoq_tasks_pkey"}, id="pick first"),
+    pytest.param(
+        held_places(None),
+        {"from_queue": "default", "keys": ["k"], "pools": ["ours"]},
+        {"apoq_tasks_places_idx", "apoq_tasks_pools_idx"},
+        id="held places",
+    ),
+    pytest.param(awaited_shares(None), PLACES, {"apoq_tasks_blocked_idx"}, id="awaited shares"),
+    pytest.param(
+        first_of_keys(None),
+        {"from_queue": "default", "keys": ["k"], "holds": [False]},
+        {"apoq_tasks_key_idx"},
+        id="first of keys",
+    ),
+    pytest.param(take(None), TAKEN, {"apoq_tasks_pkey"}, id="take"),
+    pytest.param(
+        block(None),
+        {"ids": IDS["ids"], "kinds": ["key"] * 500, "pools": [None] * 500},
+        {"apoq_tasks_pkey"},
+        id="block",
+    ),
+    pytest.param(unblock(None), {"ids": IDS["ids"]}, {"apoq_tasks_pkey"}, id="unblock"),
+    pytest.param(
+        awaited(None),
+        {
+            "queue_names": ["default"],
+            "after_queue": "",
+            "after_kind": "",
+            "after_name": "",
+            "at_most": 64,
+        },
+        {"apoq_tasks_blocked_idx"},
+        id="awaited",
     ),
     pytest.param(lost(None), IDS, {"apoq_tasks_pkey"}, id="lost"),
     pytest.param(prune_failed(None), PRUNE, {"apoq_tasks_failed_idx", "apoq_tasks_pkey"}, id="failed"),
@@ -338,7 +401,7 @@ def test_a_claim_after_a_survey_reads_few_pages_if_all_due_tasks_are_of_other_ty
 def test_what_a_claim_changes_is_known():
     changed = re.findall(r"(\w+)=", str(claim(None, ahead=True).compile(dialect=postgresql.dialect())))
 
-    assert set(changed) == {*CHANGED, *CHANGED_IF_UNIQUE}
+    assert set(changed) == {*CHANGED, *CHANGED_IF_SET}
     assert not set(CHANGED) & {
         name
         for index in Task.__table__.indexes

@@ -36,14 +36,14 @@ def row(id_: int, priority: int, process_at: float) -> tuple[object, ...]:
 
 class TestPosition:
     def test_it_begins_at_the_start_of_the_default_priority(self):
-        assert ClaimCursor().text == '"priorities":[0],"behind_times":["-inf"],"behind_ids":[0]'
+        assert ClaimCursor().text(is_keyed=False) == '"levels":[0],"behind_times":["-inf"],"behind_ids":[0]'
 
     def test_after_a_full_claim_it_is_behind_the_last_row_of_each_priority(self):
         position = ClaimCursor()
         position.claimed([row(7, 5, NOW), row(3, 0, NOW), row(4, 0, NOW + 1)], is_all=False)
 
         assert probe.levels(position) == {5: (NOW, 7), 0: (NOW + 1, 4)}
-        assert position.text.startswith('"priorities":[5,0],')
+        assert position.text(is_keyed=False).startswith('"levels":[10,0],')
 
     def test_after_a_claim_that_came_short_it_leaves_room_for_late_commits(self):
         position = ClaimCursor()
@@ -68,7 +68,7 @@ class TestPosition:
     def test_a_survey_that_finds_nothing_due_moves_it_past_what_is_of_other_types(self):
         position = ClaimCursor()
 
-        assert position.surveyed([First(5, NOW + 60, 8, True)], NOW) == 60
+        assert position.surveyed([First(10, NOW + 60, 8, True)], NOW) == 60
         behind = NOW - COMMIT_SLACK_SECONDS, 0
         assert probe.levels(position) == {0: behind, 5: behind}
 
@@ -83,7 +83,7 @@ class TestPosition:
         position = ClaimCursor()
         position.claimed([row(9, 0, NOW)], is_all=False)
 
-        position.surveyed([First(7, NOW, 3, False)], NOW + 5)
+        position.surveyed([First(14, NOW, 3, False)], NOW + 5)
 
         assert probe.levels(position) == {7: (NOW, 2), 0: (NOW + 5 - COMMIT_SLACK_SECONDS, 0)}
 
@@ -98,7 +98,7 @@ class TestPosition:
     def test_priorities_that_were_used_up_are_forgotten_in_the_end(self):
         position = ClaimCursor()
         for priority in range(3 * MAX_LEVELS):
-            position.surveyed([First(priority, NOW, 1, False)], NOW)
+            position.surveyed([First(2 * priority, NOW, 1, False)], NOW)
 
         assert len(probe.levels(position)) <= MAX_LEVELS + 1
 

@@ -29,7 +29,7 @@ from waiting import patience
 
 from apoq import InvalidData, Queue, Task, Worker
 from apoq.cli import main
-from apoq.events import TaskSnoozed, TaskStarted
+from apoq.events import TaskStarted
 
 PAGE = pages.DOCS / "recipes.md"
 
@@ -161,39 +161,6 @@ def test_each_recipe_is_in_the_table_at_the_top():
     table = PAGE.read_text(encoding="utf-8").partition("\n## ")[0]
 
     assert set(re.findall(r"\(#([\w-]+)\)", table)) == anchors
-
-
-def test_one_task_at_a_time_per_customer(recipe):
-    page = recipe("One task at a time per customer")
-    lock, put_off, other_done = threading.Lock(), threading.Event(), threading.Event()
-    running, most, done = Counter[int](), Counter[int](), Counter[int]()
-
-    def push_changes(customer_id: int) -> None:
-        with lock:
-            running[customer_id] += 1
-            most[customer_id] = max(most[customer_id], running[customer_id])
-        if customer_id == 1:
-            # The other task of this customer is put off meanwhile, and another customer's runs.
-            assert put_off.wait(10)
-            assert other_done.wait(10)
-        else:
-            other_done.set()
-        with lock:
-            running[customer_id] -= 1
-            done[customer_id] += 1
-
-    page.push_changes = push_changes
-    page.worker.events.on(TaskSnoozed, lambda _: put_off.set())
-    with Session(page.engine) as session, session.begin():
-        for customer_id in (1, 1, 2):
-            page.sync_customer.add(session, customer_id)
-
-    page.worker.start()
-
-    until(lambda: len(tasks(page, state="completed")) == 3)
-    assert most == {1: 1, 2: 1}
-    assert done == {1: 2, 2: 1}
-    assert [task.attempt for task in tasks(page)] == [1, 1, 1]
 
 
 def test_the_next_task_is_added_if_and_only_if_this_one_completes(recipe):

@@ -33,6 +33,7 @@ from apoq.schema.models import DEFAULT_QUEUE
     "--expires-in", type=duration, help="When it expires, from now: it is cancelled if it has not started."
 )
 @click.option("--unique-key", metavar="KEY", help="No other task is added while a task holds this key.")
+@click.option("--key", metavar="KEY", help="The concurrency key, by which tasks are limited.")
 @click.option("--meta", type=json_value, help="JSON for your own use, such as a request ID.")
 @json_option
 @click.pass_obj

@@ -18,6 +18,8 @@ COMMANDS: Final = {
     "cancel": "Cancel tasks that have not ended.",
     "pause": "Pause a queue: no worker claims its tasks until `apoq resume`.",
     "resume": "End a pause: workers claim the tasks of the queue again.",
+    "keys": "List the concurrency keys, types and queues with limits of which tasks run or wait.",
+    "limits": "List the limits, or set or remove one.",
     "prune": "Delete tasks that ended some time ago.",
     "schedules": "List the schedules, or pause, resume, run or remove one of them.",
     "stats": "Show the tasks of each queue by their state, and the workers.",

@@ -24,6 +24,7 @@ from apoq.monitor.table_checks import (
     check_horizon,
     check_ids,
     check_indexes,
+    check_limits,
     check_placement,
     check_queues,
     check_role,
@@ -104,6 +105,7 @@ def _check_figures(target: Target) -> Iterator[Finding]:
     yield from check_queues(found)
     with looking(target) as connection:
         yield from check_schedules(connection, target.schema)
+        yield from check_limits(connection, target.schema, found)
 
 
 def _examined(

@@ -21,13 +21,16 @@ from apoq.cli.selection import (
 )
 from apoq.cli.target import Target
 from apoq.cli.values import FIRST_ID, LAST_ID, identifier
-from apoq.core.states import COMPLETED, FAILED, PENDING, RUNNING, STATES
+from apoq.core.states import COMPLETED, FAILED, PENDING, RUNNING, STATES, WAITING
 from apoq.monitor.formatting import ago, clean, length
 from apoq.monitor.pauses import read_pauses
 from apoq.schema.models import DEFAULT_QUEUE
 from apoq.schema.statements.find import LOOKED_AT, find, horizon
 
 RETRYING: Final = "retrying"
+
+_PLACES: Final = {"key": "key full", "pool": "type full", "parents": "parents"}
+"""Why a task waits."""
 """Shown instead of `pending` if an attempt has failed and the next one has not started."""
 
 STYLES: Final = {PENDING: "", RETRYING: "yellow", RUNNING: "cyan", COMPLETED: "green", FAILED: "red"}
@@ -139,6 +142,8 @@ def _is_paused(row: sa.RowMapping, paused: Container[tuple[str, str | None]]) ->
 
 def shown_state(row: sa.RowMapping) -> str:
     """Return a task's state as people see it."""
+    if row["state"] == WAITING and row["waiting_for"]:
+        return f"waiting ({_PLACES.get(row['waiting_for'], clean(row['waiting_for']))})"
     return RETRYING if row["state"] == PENDING and row["fail_count"] > 0 else str(row["state"])
 
 
@@ -150,7 +155,8 @@ def when(row: sa.RowMapping) -> str:
             late = (now - row["process_at"]).total_seconds()
             return f"due {length(late)} ago" if late >= 0 else f"in {length(-late)}"
         case "waiting":
-            return ""
+            since = row["waiting_since"]
+            return "" if since is None else f"for {length((now - since).total_seconds())}"
         case "running":
             return f"for {length((now - row['claimed_at']).total_seconds())}" if row["claimed_at"] else ""
         case "completed":

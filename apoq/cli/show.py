@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Final
 
@@ -19,8 +19,10 @@ from apoq.cli.output import console, json_option, show, show_json
 from apoq.cli.target import Target
 from apoq.cli.tracebacks import highlighted
 from apoq.cli.values import identifier
-from apoq.core.states import FAILED, RUNNING
+from apoq.core.places import KEY, POOL
+from apoq.core.states import FAILED, RUNNING, WAITING
 from apoq.monitor.formatting import ago, clean, local
+from apoq.monitor.keys import read_holders, waits_for
 from apoq.monitor.tracebacks import Frame, own_frame
 from apoq.schema.statements.find import details
 
@@ -56,12 +58,14 @@ def command(target: Target, *, task_id: int, full: bool, as_json: bool) -> None:
     """  # noqa: D301 - click's sign
     with looking(target) as connection:
         row = connection.execute(details(target.schema), {"task_id": task_id}).mappings().one_or_none()
+        is_blocked = row is not None and row["state"] == WAITING and row["waiting_for"] in {KEY, POOL}
+        held_by = read_holders(connection, target.schema, row) if is_blocked else None
     if row is None:
         raise Failure(missing(task_id))
     if as_json:
         show_json(task_json(row))
         return
-    show(_facts(row))
+    show(_facts(row, held_by))
     show(Text())
     show(_data(row["data"], None if full else _LINES))
     out = console()
@@ -70,7 +74,7 @@ def command(target: Target, *, task_id: int, full: bool, as_json: bool) -> None:
         out.print(text, soft_wrap=True)
 
 
-def _facts(row: sa.RowMapping) -> Table:
+def _facts(row: sa.RowMapping, held_by: Sequence[sa.RowMapping] | None) -> Table:
     state = shown_state(row)
     made = Table.grid(padding=(0, 2))
     made.add_column(style="dim", no_wrap=True)
@@ -93,13 +97,21 @@ def _facts(row: sa.RowMapping) -> Table:
         if (value := row[name]) is not None:
             text = f"{value.total_seconds():g} s" if isinstance(value, timedelta) else str(value)
             made.add_row(name.replace("_", " "), text)
-    if row["unique_key"] is not None:
-        made.add_row("unique key", Text(clean(row["unique_key"])) + Text(_held_until(row), "dim"))
+    _add_keys(made, row, held_by)
     if row["meta"] is not None:
         made.add_row("meta", Text(clean(json.dumps(row["meta"], ensure_ascii=False))))
     if row["worker_id"] is not None:
         made.add_row("worker", Text(clean(_worker(row))))
     return made
+
+
+def _add_keys(made: Table, row: sa.RowMapping, held_by: Sequence[sa.RowMapping] | None) -> None:
+    if row["key"] is not None:
+        made.add_row("key", Text(clean(row["key"])))
+    if held_by is not None:
+        made.add_row("waits for", Text(waits_for(row, held_by)))
+    if row["unique_key"] is not None:
+        made.add_row("unique key", Text(clean(row["unique_key"])) + Text(_held_until(row), "dim"))
 
 
 def _held_until(row: sa.RowMapping) -> str:

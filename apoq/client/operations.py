@@ -5,15 +5,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from apoq.client.session_adapters import Caller, Driver
+from apoq.client.session_adapters import Caller, Driver, Row
 from apoq.client.unique_tasks import reserve_key_of
 from apoq.core.options import has_expiry
 from apoq.core.unique import ADDED
 from apoq.schema.models import Task, detached, task_class, with_outcome
 from apoq.schema.statements import cancel as cancelling
+from apoq.schema.statements import limits as limiting
 from apoq.schema.statements import pauses
 from apoq.schema.statements import retry as retrying
 from apoq.schema.statements.enqueue import (
@@ -24,7 +25,7 @@ from apoq.schema.statements.enqueue import (
     enqueue,
     enqueue_many,
 )
-from apoq.schema.statements.notify import has_tasks, was_cancelled, was_paused
+from apoq.schema.statements.notify import has_tasks, was_cancelled, was_limited, was_paused
 from apoq.schema.statements.portable import read_row
 
 BATCH_COUNT = 5_000
@@ -106,6 +107,19 @@ def resume(caller: Caller, schema: str | None, parameters: dict[str, Any]) -> bo
     if is_paused:
         caller.notify(has_tasks(schema, parameters["from_queue"]))
     return is_paused
+
+
+def set_limit(caller: Caller, schema: str | None, parameters: dict[str, Any]) -> None:
+    """Set a limit, or remove one, and notify the workers."""
+    caller.execute(limiting.set_limit(schema), parameters)
+    if parameters["at_most"] is None:
+        caller.execute(limiting.remove_unused(schema), {"from_queue": parameters["from_queue"]})
+    caller.notify(was_limited(schema, parameters["from_queue"]))
+
+
+def limits(caller: Caller, schema: str | None, queue: str) -> Sequence[Row]:
+    """Return the limits of a queue."""
+    return caller.execute(limiting.all_limits(schema), {"from_queue": queue})
 
 
 def _copy(driver: Driver, schema: str | None, parameters: dict[str, Any], documents: Iterator[str]) -> bool:

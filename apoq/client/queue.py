@@ -14,6 +14,7 @@ from typing_extensions import ParamSpec
 from apoq.client import throttled_tasks, unique_tasks
 from apoq.client.operations import add, add_many, cancel, retry
 from apoq.client.queue_bulk import QueueBulk
+from apoq.client.queue_limits import QueueLimits
 from apoq.client.queue_pauses import QueuePauses
 from apoq.client.queue_schedules import QueueSchedules
 from apoq.client.session_adapters import AsyncioSession, SyncSession, through
@@ -21,13 +22,14 @@ from apoq.client.session_first import session_first
 from apoq.client.shared_tasks import shared_tasks
 from apoq.client.typed_task import Anything, Decorator, TypedTask, UniqueRule
 from apoq.core.failures import OnFailure
+from apoq.core.limits import ConcurrencyKey, Limit, key_for, whole_limit
 from apoq.core.options import HIGHEST_LIMIT, Options, checked, checked_options, checked_reason, integer
 from apoq.core.outcomes import Cancel, report
 from apoq.core.payload import MAX_DATA_SIZE, check_name, check_schema, check_type, encode
 from apoq.core.registry import Registry, Running
 from apoq.core.retry import DEFAULT_RETRY_LIMIT, RetryDelay, exponential_backoff
 from apoq.core.schedules import ScheduleOptions
-from apoq.core.unique import OnConflict, Unique, UniqueKey, UniqueUntil
+from apoq.core.unique import NOT_UNIQUE, SKIP, OnConflict, Unique, UniqueKey, UniqueUntil
 from apoq.errors import InvalidProcessor, InvalidTask, glimpse
 from apoq.schema.models import DEFAULT_QUEUE, Task, task_class
 
@@ -38,7 +40,7 @@ T = TypeVar("T", bound=Running)
 _LOWEST_ID, _HIGHEST_ID = -(2**63), 2**63 - 1
 
 
-class Queue(QueueSchedules, QueuePauses, QueueBulk):
+class Queue(QueueSchedules, QueuePauses, QueueLimits, QueueBulk):
     """A named queue of tasks.
 
     It has a name and a schema, but no connection: each call uses the caller's session or connection.
@@ -53,7 +55,12 @@ class Queue(QueueSchedules, QueuePauses, QueueBulk):
     """
 
     def __init__(
-        self, name: str = DEFAULT_QUEUE, *, schema: str | None = None, max_data_size: int = MAX_DATA_SIZE
+        self,
+        name: str = DEFAULT_QUEUE,
+        *,
+        schema: str | None = None,
+        max_data_size: int = MAX_DATA_SIZE,
+        limit: Limit | None = None,
     ) -> None:
         """Create a queue. Nothing is written to the database.
 
@@ -61,9 +68,11 @@ class Queue(QueueSchedules, QueuePauses, QueueBulk):
             name: The queue's name, of at most 255 characters.
             schema: The schema of apoq's tables. By default the connection's search_path chooses it.
             max_data_size: The limit of a task's data, in bytes of JSON: 1 MiB by default.
+            limit: How many tasks of the queue may run at once, over all workers: a `Limit` without a key.
 
         Raises:
             InvalidTask: If an argument is invalid.
+            InvalidLimit: If the limit has a key, or another `Queue` of this name has a different one.
         """
         super().__init__()
         self.name = check_name(name, "a queue's name")
@@ -72,6 +81,7 @@ class Queue(QueueSchedules, QueuePauses, QueueBulk):
         self._tasks: dict[str, TypedTask[..., Any]] = {}
         self._registries: WeakSet[Registry] = WeakSet()
         self._shared = shared_tasks(self.name, self.schema)
+        self._shared.set_limit(whole_limit(limit), repr(self))
 
     def __repr__(self) -> str:
         schema = "" if self.schema is None else f", schema={self.schema!r}"
@@ -82,6 +92,11 @@ class Queue(QueueSchedules, QueuePauses, QueueBulk):
 
     def __hash__(self) -> int:
         return hash((self.name, self.schema))
+
+    @property
+    def limited_to(self) -> Limit | None:
+        """How many tasks of the queue may run at once, as the code declares it."""
+        return self._shared.limit
 
     @property
     def task_class(self) -> type[Task]:
@@ -126,6 +141,7 @@ class Queue(QueueSchedules, QueuePauses, QueueBulk):
         debounce: float | timedelta | None = None,
         max_wait: float | timedelta | None = None,
         throttle: float | timedelta | None = None,
+        key: ConcurrencyKey | None = None,
     ) -> Task | Coroutine[Any, Any, Task]:
         """Add a task in the transaction of `session`, and return it.
 
@@ -160,6 +176,9 @@ class Queue(QueueSchedules, QueuePauses, QueueBulk):
             throttle: With a unique key, add nothing if a task was added with the key and this option less
                 than this time ago, in seconds or as a timedelta, even if that task has ended. Not together
                 with `debounce` or `on_conflict`.
+            key: The concurrency key: what the task is limited by, such as a tenant. A text of at most 255
+                characters, a whole number, or a function that returns one of these for the data, or None.
+                It has an effect only together with a `Limit`.
 
         Returns:
             The new `Task`, with its id. With an asyncio session or connection, an awaitable of it. Added
@@ -201,10 +220,11 @@ class Queue(QueueSchedules, QueuePauses, QueueBulk):
         )
         parameters = {"task_queue": self.name, "task_type": check_type(type), **options}
         parameters["task_data"] = encode(data, self.max_data_size)
-        key = unique.key_of(data) if unique else None
-        if unique is None or key is None:
+        parameters["task_key"] = key_for(key, data)
+        held_key = unique.key_of(data) if unique else None
+        if unique is None or held_key is None:
             return through(session, lambda caller: add(caller, self.schema, parameters))
-        parameters |= {"task_unique_key": key, **unique.parameters}
+        parameters |= {"task_unique_key": held_key, **unique.parameters}
         if (window := unique.throttle) is not None:
             return through(
                 session, lambda caller: throttled_tasks.add(caller, self.schema, parameters, window)
@@ -250,6 +270,7 @@ class Queue(QueueSchedules, QueuePauses, QueueBulk):
         debounce: float | timedelta | None = None,
         max_wait: float | timedelta | None = None,
         throttle: float | timedelta | None = None,
+        key: ConcurrencyKey | None = None,
     ) -> int | Coroutine[Any, Any, int]:
         """Add a task for each of `items` in the transaction of `session`.
 
@@ -279,6 +300,8 @@ class Queue(QueueSchedules, QueuePauses, QueueBulk):
             debounce: As for `add`.
             max_wait: As for `add`.
             throttle: As for `add`.
+            key: A function that returns the concurrency key for an item, or one key for all. With a function,
+                all of `items` are read first, and no COPY is used.
 
         Returns:
             The number of tasks that were added. With an asyncio session or connection, an awaitable of it.
@@ -320,15 +343,16 @@ class Queue(QueueSchedules, QueuePauses, QueueBulk):
             raise InvalidTask(
                 f"items must be the data of many tasks, such as a list of dicts, got {glimpse(items)}"
             )
-        if unique is not None:
-            found = list(self._unique_items(items, unique))
-            parameters |= unique.parameters
-            if (window := unique.throttle) is not None:
+        parameters["task_key"] = None if callable(key) else key_for(key, None)
+        if unique is not None or callable(key):
+            found = list(self._items(items, unique, key))
+            parameters |= unique.parameters if unique else NOT_UNIQUE
+            if unique is not None and (window := unique.throttle) is not None:
                 return through(
                     session,
                     lambda caller: throttled_tasks.add_many(caller, self.schema, parameters, found, window),
                 )
-            how = unique.on_conflict, unique.max_wait
+            how = (unique.on_conflict, unique.max_wait) if unique else (SKIP, None)
             return through(
                 session,
                 lambda caller: unique_tasks.add_many(caller, self.schema, parameters, found, *how).number,
@@ -465,6 +489,7 @@ class Queue(QueueSchedules, QueuePauses, QueueBulk):
         unique_until: UniqueUntil | None = ...,
         on_conflict: OnConflict | None = ...,
         on_failure: OnFailure | None = ...,
+        limit: Limit | None = ...,
         **schedule: Unpack[ScheduleOptions],
     ) -> Decorator: ...
     def task(
@@ -481,6 +506,7 @@ class Queue(QueueSchedules, QueuePauses, QueueBulk):
         unique_until: UniqueUntil | None = None,
         on_conflict: OnConflict | None = None,
         on_failure: OnFailure | None = None,
+        limit: Limit | None = None,
         **schedule: Unpack[ScheduleOptions],
     ) -> Any:
         """Make a function a typed task: ``@queue.task``, or ``@queue.task(retry_limit=3)``.
@@ -504,6 +530,7 @@ class Queue(QueueSchedules, QueuePauses, QueueBulk):
             on_conflict: As for `add`, if the tasks are unique.
             on_failure: A typed task whose only argument is a `TaskFailure`. It is added in the transaction
                 that marks a task as failed, after its last attempt. Or its type, as for `Worker.use`.
+            limit: How many of its tasks may run at once, over all workers: a `Limit`.
             **schedule: `cron` or `every`, and the other times and rules of `schedule`. Workers of this queue
                 declare a schedule with the task's type as its name, and from then on add a task at each of
                 its times. The function must be callable without arguments.
@@ -514,6 +541,7 @@ class Queue(QueueSchedules, QueuePauses, QueueBulk):
         Raises:
             InvalidProcessor: If the type already has a processor, an annotation can't be represented in JSON,
                 or an option is invalid.
+            InvalidLimit: If the limit is invalid.
             InvalidSchedule: If the times or rules of the schedule are invalid.
         """
 
@@ -530,6 +558,7 @@ class Queue(QueueSchedules, QueuePauses, QueueBulk):
                 unique_until=unique_until,
                 on_conflict=on_conflict,
                 on_failure=on_failure,
+                limit=limit,
                 schedule=schedule,
             )
             self._register(task)
@@ -575,10 +604,14 @@ class Queue(QueueSchedules, QueuePauses, QueueBulk):
         for index, data in enumerate(items):
             yield encode(data, self.max_data_size, f"items[{index}]")
 
-    def _unique_items(self, items: Iterable[Any], unique: Unique) -> Iterator[unique_tasks.Item]:
+    def _items(
+        self, items: Iterable[Any], unique: Unique | None, key: ConcurrencyKey | None
+    ) -> Iterator[unique_tasks.Item]:
         for index, data in enumerate(items):
-            key = unique.key_of(data, f"the unique key of items[{index}]")
-            yield unique_tasks.Item(key, encode(data, self.max_data_size, f"items[{index}]"))
+            unique_key = unique.key_of(data, f"the unique key of items[{index}]") if unique else None
+            concurrency_key = key_for(key, data, f"the key of items[{index}]")
+            document = encode(data, self.max_data_size, f"items[{index}]")
+            yield unique_tasks.Item(unique_key, document, concurrency_key)
 
     def _task_or_key(self, task: Task | int | None, unique_key: str | None) -> dict[str, Any]:
         if unique_key is None:

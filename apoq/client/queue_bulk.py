@@ -9,6 +9,7 @@ from typing import Any, Final, Literal, NamedTuple, TypedDict, Unpack, overload
 from apoq.client.bulk import Selection, cancel_many, retry_many
 from apoq.client.session_adapters import AsyncioSession, SyncSession, through
 from apoq.client.session_first import session_first
+from apoq.core.limits import checked_key
 from apoq.core.options import checked_length, checked_reason, integer
 from apoq.core.outcomes import Cancel, report
 from apoq.core.payload import check_name, check_time, check_type, encode
@@ -38,6 +39,7 @@ class Filters(TypedDict, total=False):
     type: str | None
     error_class: str | None
     since: datetime | None
+    key: str | int | None
     unique_key: str | None
     everything: bool
     limit: int
@@ -78,6 +80,7 @@ class QueueBulk:
         type: str | None = None,
         error_class: str | None = None,
         since: datetime | None = None,
+        key: str | int | None = None,
         unique_key: str | None = None,
         everything: bool = False,
         state: FinalState = FAILED,
@@ -96,6 +99,7 @@ class QueueBulk:
             type: Only tasks of this type.
             error_class: Only tasks whose last error is of this class, such as ``"ConnectionError"``.
             since: Only tasks that have ended since then: a datetime with a time zone.
+            key: Only tasks with this concurrency key.
             unique_key: Only tasks that were added with this unique key.
             everything: True to retry all of them, without a filter.
             state: ``"failed"``, ``"cancelled"`` or ``"completed"``: the state that the tasks are in.
@@ -119,7 +123,7 @@ class QueueBulk:
             Tasks that another transaction has locked are left out, so two calls never wait for each other's
             tasks. For more tasks than a thousand or so, call it in several transactions.
         """
-        filters = _filters(type, error_class, since, unique_key, everything=everything, verb="retry")
+        filters = _filters(type, error_class, since, key, unique_key, everything=everything, verb="retry")
         at_most = integer("limit", limit, 1, MAX_LIMIT)
         selection = Selection(self.name, (_state(state, FINAL),), filters, at_most)
         first, step = checked_length(delay, "delay"), checked_length(every, "every")
@@ -149,6 +153,7 @@ class QueueBulk:
         type: str | None = None,
         error_class: str | None = None,
         since: datetime | None = None,
+        key: str | int | None = None,
         unique_key: str | None = None,
         everything: bool = False,
         state: OpenState | None = None,
@@ -166,6 +171,7 @@ class QueueBulk:
             error_class: Only tasks that have failed before, and whose last error is of this class.
             since: Only tasks that were added since then, or, if they are running, that were claimed since
                 then: a datetime with a time zone.
+            key: Only tasks with this concurrency key.
             unique_key: Only tasks that were added with this unique key.
             everything: True to cancel all of them, without a filter.
             state: ``"pending"``, ``"waiting"`` or ``"running"``: only tasks in this state.
@@ -186,7 +192,7 @@ class QueueBulk:
             Tasks that another transaction has locked are left out, such as those that a worker is claiming
             or completing at the same moment. Call it again, in another transaction, until it returns 0.
         """
-        filters = _filters(type, error_class, since, unique_key, everything=everything, verb="cancel")
+        filters = _filters(type, error_class, since, key, unique_key, everything=everything, verb="cancel")
         states = CANCELLABLE if state is None else (_state(state, CANCELLABLE),)
         selection = Selection(self.name, states, filters, integer("limit", limit, 1, MAX_LIMIT))
         error = encode(report(Cancel(checked_reason(reason))))
@@ -197,6 +203,7 @@ def _filters(
     type: str | None,
     error_class: str | None,
     since: datetime | None,
+    key: str | int | None,
     unique_key: str | None,
     *,
     everything: bool,
@@ -212,11 +219,13 @@ def _filters(
         filters["error_class"] = _class_name(error_class)
     if since is not None:
         filters["since"] = check_time(since, "since")
+    if key is not None:
+        filters["of_key"] = checked_key(key)
     if unique_key is not None:
         filters["of_unique_key"] = check_name(unique_key, "a unique key")
     if not filters and not everything:
         raise InvalidTask(
-            "at least one of type, error_class, since and unique_key must be given, got none: pass "
+            "at least one of type, error_class, since, key and unique_key must be given, got none: pass "
             f"everything=True to {verb} all tasks of the queue"
         )
     return filters

@@ -13,7 +13,9 @@ from typing import Any
 from weakref import WeakSet, WeakValueDictionary
 
 from apoq.client.typed_task import TypedTask
+from apoq.core.limits import Limit
 from apoq.core.registry import Registry
+from apoq.errors import InvalidLimit
 
 AnyTypedTask = TypedTask[..., Any]
 
@@ -27,6 +29,13 @@ class SharedTasks:
     def __init__(self) -> None:
         self.by_type: WeakValueDictionary[str, AnyTypedTask] = WeakValueDictionary()
         self.registries: WeakSet[Registry] = WeakSet()
+        self.limit: Limit | None = None
+
+    def set_limit(self, limit: Limit | None, queue: str) -> None:
+        """Set the limit of the queue; `InvalidLimit` if another object has set another one."""
+        if limit is not None and self.limit not in {None, limit}:
+            raise InvalidLimit(f"{queue} must have one limit, got {limit} and, before, {self.limit}")
+        self.limit = limit or self.limit
 
     def conflict(self, type_: str, task: AnyTypedTask) -> AnyTypedTask | None:
         """Return the task of this type if it is another function.

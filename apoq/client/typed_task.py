@@ -30,8 +30,9 @@ from apoq.client.session_adapters import SESSION_CLASSES, AsyncioSession, SyncSe
 from apoq.client.unsupported_sessions import forgotten, is_mistaken, refusal, shown_arguments
 from apoq.core.arguments import Arguments, UnknownAnnotation
 from apoq.core.failures import FollowUp, OnFailure, TaskFailure
+from apoq.core.limits import Limit
 from apoq.core.options import Options, checked_options, merged_options, unique_options
-from apoq.core.payload import canonical, check_name, encode
+from apoq.core.payload import canonical, check_name
 from apoq.core.registry import Running, check_processed, make_processor
 from apoq.core.retry import DEFAULT_RETRY_LIMIT, RetryDelay, exponential_backoff
 from apoq.core.schedules import ScheduleOptions, declared
@@ -154,6 +155,7 @@ class TypedTask(Generic[P, R_co, C]):
         unique_until: UniqueUntil | None = None,
         on_conflict: OnConflict | None = None,
         on_failure: OnFailure | None = None,
+        limit: Limit | None = None,
         schedule: ScheduleOptions | None = None,
     ) -> None:
         """Use `Queue.task` instead, which also registers the task."""
@@ -181,6 +183,7 @@ class TypedTask(Generic[P, R_co, C]):
             retry_delay=retry_delay,
             timeout=timeout,
             on_failure=on_failure,
+            limit=limit,
         )
         process = self._process_async if processor.is_coroutine else self._process
         self._on_failure = on_failure
@@ -188,6 +191,8 @@ class TypedTask(Generic[P, R_co, C]):
         self.processor = replace(processor, function=process, on_failure=follow)
         self._options = unique_options(self._key_of, unique, unique_until, on_conflict)
         self._unique = unique
+        if limit is not None and callable(limit.key):
+            self._options["key"] = self._concurrency_key_of
         # Now if possible. Annotations may name what the module defines below: these are read at the first
         # use.
         with suppress(UnknownAnnotation):
@@ -354,10 +359,10 @@ class TypedTask(Generic[P, R_co, C]):
         if unique is not None:
             raise InvalidProcessor(f"on_failure must be a task without a unique key, got {self!r}")
 
-        def document(failure: TaskFailure) -> str:
-            return encode(self._arguments.write((failure,), {}))
+        def data(failure: TaskFailure) -> dict[str, Any]:
+            return self._arguments.write((failure,), {})
 
-        return FollowUp(self.type, self._queue_name(), parameters, document)
+        return FollowUp(self.type, self._queue_name(), parameters, data, self._options.get("key"))
 
     def _check_follow_up(self) -> None:
         try:
@@ -435,6 +440,11 @@ class TypedTask(Generic[P, R_co, C]):
             return typed_key(self.type, canonical(self._arguments.without_defaults(data)))
         detail = self._unique(**self._arguments.with_defaults(data))
         return None if detail is None else typed_key(self.type, check_name(detail, "a unique key"))
+
+    def _concurrency_key_of(self, data: dict[str, Any]) -> str | None:
+        """Return the concurrency key of a call, as the key of `limit` says."""
+        limit = self.processor.limit
+        return None if limit is None else limit.key_of(self._arguments.with_defaults(data))
 
     def _process(self, task: Running) -> Any:
         first = (task,) if self._arguments.follow_task else ()

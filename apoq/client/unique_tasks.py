@@ -33,7 +33,9 @@ class Item(NamedTuple):
     """A task for `add_many`."""
 
     key: str | None
+    """The unique key."""
     document: str
+    concurrency_key: str | None = None
 
 
 class Added(NamedTuple):
@@ -231,6 +233,7 @@ def _arrays(batch: list[Item]) -> dict[str, Any]:
     return {
         "task_data": "\n".join(item.document for item in batch),  # JSON escapes newlines
         "task_unique_keys": [item.key for item in batch],
+        "task_keys": [item.concurrency_key for item in batch],
     }
 
 

@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
+from apoq.core.limits import ConcurrencyKey
 from apoq.core.options import checked
-from apoq.core.payload import check_type, encode
+from apoq.core.payload import check_type
 from apoq.errors import InvalidProcessor, InvalidTask, glimpse
 
 
@@ -41,8 +42,9 @@ class FollowUp:
     """The name of its queue, in the schema of the failed task; None for the failed task's queue."""
     parameters: Mapping[str, Any]
     """Its options, as parameters of a statement."""
-    document: Callable[[TaskFailure], str]
-    """Returns its data as JSON."""
+    data: Callable[[TaskFailure], dict[str, Any]]
+    """Returns its data."""
+    key: ConcurrencyKey | None = None
 
 
 class FollowUpTask(Protocol):
@@ -62,7 +64,7 @@ def follow_up(on_failure: OnFailure | None, type_: str) -> FollowUp | None:
         return None
     if isinstance(on_failure, str):
         try:
-            its = FollowUp(check_type(on_failure), None, checked(), lambda failure: encode(asdict(failure)))
+            its = FollowUp(check_type(on_failure), None, checked(), asdict)
         except InvalidTask as error:
             raise InvalidProcessor(f"on_failure: {error}") from None
     elif callable(getattr(on_failure, "follow_up", None)):

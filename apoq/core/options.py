@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any, TypedDict, Unpack
 
+from apoq.core.limits import ConcurrencyKey, checked_key
 from apoq.core.payload import check_time, encode
 from apoq.core.plain import plain_number
 from apoq.core.retry import duration, time_limit
@@ -40,6 +41,7 @@ class PlainOptions(TypedDict, total=False):
 class Options(PlainOptions, total=False):
     """Options of a new task, in addition to its type and data."""
 
+    key: ConcurrencyKey | None
     unique_key: UniqueKey | None
     unique_until: UniqueUntil | None
     on_conflict: OnConflict | None
@@ -103,12 +105,16 @@ def checked_options(
     debounce: float | timedelta | None = None,
     max_wait: float | timedelta | None = None,
     throttle: float | timedelta | None = None,
+    key: ConcurrencyKey | None = None,
     **options: Unpack[PlainOptions],
 ) -> tuple[dict[str, Any], Unique | None]:
     """Return options as parameters of a statement, and how the task is unique.
 
-    `InvalidTask` if a task can't have them.
+    The parameters are without the `key`, which may be a function of the data. `InvalidTask` if a task can't
+    have the options.
     """
+    if not callable(key):
+        checked_key(key)
     unique = checked_unique(unique_key, unique_until, on_conflict, debounce, max_wait, throttle)
     if debounce is not None:
         for name, value in (("delay", options.get("delay")), ("process_at", options.get("process_at"))):

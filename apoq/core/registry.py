@@ -11,6 +11,7 @@ from functools import partial, wraps
 from typing import Any, ClassVar, TypedDict
 
 from apoq.core.failures import FollowUp, OnFailure, follow_up
+from apoq.core.limits import Limit, checked_limit
 from apoq.core.payload import check_type
 from apoq.core.retry import DEFAULT_RETRY_LIMIT, RetryDelay, RetryPolicy, exponential_backoff, time_limit
 from apoq.errors import InvalidProcessor, InvalidTask
@@ -26,6 +27,7 @@ class ProcessorOptions(TypedDict, total=False):
     retry_delay: RetryDelay
     timeout: float | timedelta | None
     on_failure: OnFailure | None
+    limit: Limit | None
 
 
 class Running:
@@ -47,6 +49,8 @@ class Processor:
     is_coroutine: bool
     timeout: float | None = None
     """In seconds."""
+    limit: Limit | None = None
+    """How many of its tasks may run at once."""
     on_failure: FollowUp | None = None
     """The task that is added when a task fails for good."""
 
@@ -69,8 +73,9 @@ def make_processor(
     retry_delay: RetryDelay = exponential_backoff,
     timeout: float | timedelta | None = None,
     on_failure: OnFailure | None = None,
+    limit: Limit | None = None,
 ) -> Processor:
-    """Make the processor for a type; `InvalidProcessor` if the function or an option is invalid."""
+    """Make the processor for a type; `InvalidProcessor` or `InvalidLimit` if an argument is invalid."""
     check_processed(type_)
     if not callable(function):
         raise InvalidProcessor(
@@ -83,11 +88,11 @@ def make_processor(
         )
     policy = RetryPolicy(retry_limit, retry_delay)
     try:
-        limit = None if timeout is None else time_limit(timeout).total_seconds()
+        seconds = None if timeout is None else time_limit(timeout).total_seconds()
     except (TypeError, ValueError) as error:
         raise InvalidProcessor(str(error)) from None
     its = follow_up(on_failure, type_)
-    return Processor(function, policy, is_coroutine_function(function), limit, its)
+    return Processor(function, policy, is_coroutine_function(function), seconds, checked_limit(limit), its)
 
 
 def check_processed(type_: str) -> None:

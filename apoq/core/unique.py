@@ -63,6 +63,10 @@ class Unique(NamedTuple):
         return {"unique_until_end": True if self.until == ENDED else None}
 
 
+NOT_UNIQUE: Final[dict[str, Any]] = {"unique_until_end": None}
+"""The parameters of a statement for tasks without a unique key."""
+
+
 def checked_unique(
     unique_key: UniqueKey | None = None,
     unique_until: UniqueUntil | None = None,

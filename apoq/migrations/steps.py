@@ -25,7 +25,14 @@ LATEST: Final = max(STEPS)
 VERSION_TABLE: Final = "apoq_migrations"
 """Alembic's version table, with the name that the Node.js original uses."""
 
-OWN: Final = ("apoq_workers", "apoq_claims", "apoq_schedules", "apoq_pauses", "apoq_throttles")
+OWN: Final = (
+    "apoq_workers",
+    "apoq_claims",
+    "apoq_schedules",
+    "apoq_pauses",
+    "apoq_limits",
+    "apoq_throttles",
+)
 """Tables that the Node.js original doesn't have."""
 
 TABLES: Final = frozenset({"apoq_tasks", *OWN, VERSION_TABLE})

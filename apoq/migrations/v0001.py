@@ -23,6 +23,11 @@ if TYPE_CHECKING:  # importing Alembic takes 0.2 s, and a worker doesn't need it
 TIME = TIMESTAMP(timezone=True)
 NOW = sa.func.now()
 ZERO = sa.text("0")
+LEVEL = "priority * 2 + (key IS NOT NULL)::integer"
+HELD_KEY = "CASE WHEN slot IS NOT NULL AND state = 'running'::text THEN key ELSE NULL::text END"
+HELD_POOL_KEY = (
+    "CASE WHEN pool_slot IS NOT NULL AND state = 'running'::text THEN pool_key ELSE NULL::text END"
+)
 INDEXED_STATE = "NULLIF(NULLIF(state, 'pending'::text), 'running'::text)"
 
 STORAGE = {
@@ -97,14 +102,16 @@ def upgrade(op: Operations, schema: str | None = None) -> None:
         sa.Column("held_unique_key", sa.Text),
         sa.Column("unique_until_end", sa.Boolean),
         sa.Column("expires_at", TIME),
-        # For planned features, because adding them to a table in use would be expensive. A plain task leaves
-        # them NULL, which takes one bit.
         sa.Column("key", sa.Text),
         sa.Column("slot", sa.Integer),
         sa.Column("pool_key", sa.Text),
         sa.Column("pool_slot", sa.Integer),
+        sa.Column("held_key", sa.Text, sa.Computed(HELD_KEY, persisted=True)),
+        sa.Column("held_pool_key", sa.Text, sa.Computed(HELD_POOL_KEY, persisted=True)),
         sa.Column("waiting_since", TIME),
         sa.Column("waiting_for", sa.Text),
+        # For planned features, because adding them to a table in use would be expensive. A plain task leaves
+        # them NULL, which takes one bit.
         sa.Column("on_parent_failure", sa.Text),
         sa.Column("group_id", sa.BigInteger),
         sa.Column("result", JSONB),
@@ -128,7 +135,7 @@ def upgrade(op: Operations, schema: str | None = None) -> None:
     op.create_index(
         op.f("apoq_tasks_open_idx"),
         "apoq_tasks",
-        ["queue", sa.text("priority DESC"), "process_at", "id"],
+        ["queue", sa.text(f"({LEVEL}) DESC"), "process_at", "id"],
         schema=schema,
         postgresql_where=sa.text("indexed_state IS NULL"),
         if_not_exists=True,
@@ -150,12 +157,49 @@ def upgrade(op: Operations, schema: str | None = None) -> None:
         postgresql_where=sa.text("held_unique_key IS NOT NULL"),
         if_not_exists=True,
     )
+    for name, columns in (("places", ["held_key", "slot"]), ("pools", ["held_pool_key", "pool_slot"])):
+        op.create_index(
+            op.f(f"apoq_tasks_{name}_idx"),
+            "apoq_tasks",
+            ["queue", *columns],
+            unique=True,
+            schema=schema,
+            postgresql_where=sa.text(f"{columns[0]} IS NOT NULL"),
+            if_not_exists=True,
+        )
+    op.create_index(
+        op.f("apoq_tasks_blocked_idx"),
+        "apoq_tasks",
+        [
+            "queue",
+            "waiting_for",
+            sa.text("coalesce(pool_key, key)"),
+            sa.text("priority DESC"),
+            "process_at",
+            "id",
+        ],
+        schema=schema,
+        postgresql_where=sa.text("waiting_for IN ('key', 'pool')"),
+        if_not_exists=True,
+    )
+    op.create_index(
+        op.f("apoq_tasks_key_idx"),
+        "apoq_tasks",
+        ["queue", "key", "id"],
+        schema=schema,
+        postgresql_where=sa.text(
+            "key IS NOT NULL AND (indexed_state IS NULL OR indexed_state IN ('waiting', 'failed'))"
+        ),
+        if_not_exists=True,
+    )
     op.create_index(
         op.f("apoq_tasks_expires_at_idx"),
         "apoq_tasks",
         ["queue", "expires_at"],
         schema=schema,
-        postgresql_where=sa.text("expires_at IS NOT NULL AND indexed_state IS NULL"),
+        postgresql_where=sa.text(
+            "expires_at IS NOT NULL AND (indexed_state IS NULL OR indexed_state = 'waiting')"
+        ),
         if_not_exists=True,
     )
     op.create_index(
@@ -272,11 +316,29 @@ def upgrade(op: Operations, schema: str | None = None) -> None:
     op.create_index(
         op.f("apoq_throttles_until_idx"), "apoq_throttles", ["until"], schema=schema, if_not_exists=True
     )
+    op.create_table(
+        "apoq_limits",
+        sa.Column("queue", sa.Text, nullable=False),
+        sa.Column("type", sa.Text, nullable=False),
+        sa.Column("key", sa.Text, nullable=False),
+        sa.Column("at_most", sa.Integer),
+        sa.Column("declared", sa.Integer),
+        sa.Column("is_of_key", sa.Boolean, server_default=sa.false(), nullable=False),
+        sa.Column("is_strict", sa.Boolean, server_default=sa.false(), nullable=False),
+        sa.Column("holds", sa.Boolean, server_default=sa.false(), nullable=False),
+        sa.Column("release", TIME),
+        sa.Column("changed_at", TIME, nullable=False),
+        sa.Column("changed_by", sa.Text, nullable=False),
+        sa.PrimaryKeyConstraint("queue", "type", "key", name=op.f("apoq_limits_pkey")),
+        schema=schema,
+        if_not_exists=True,
+    )
 
 
 def downgrade(op: Operations, schema: str | None = None) -> None:
     """Drop the tables, with every task in them. A schema that was created for them stays."""
     op.drop_table("apoq_throttles", schema=schema)
+    op.drop_table("apoq_limits", schema=schema)
     op.drop_table("apoq_pauses", schema=schema)
     op.drop_table("apoq_schedules", schema=schema)
     op.drop_table("apoq_claims", schema=schema)

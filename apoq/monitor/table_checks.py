@@ -16,11 +16,13 @@ from apoq.migrations.places import ambiguous, where_looked, why_missing
 from apoq.migrations.steps import newer
 from apoq.monitor.check import BAD, OK, WARNING, Finding
 from apoq.monitor.formatting import clean, length, tasks
+from apoq.monitor.keys import read_keys
 from apoq.monitor.stats import Figures
 from apoq.schema.citus import placement
 from apoq.schema.preflight import CITUS, ROLE, ids_problem, only_adds, problems
 from apoq.schema.statements.claim import CHANGED
 from apoq.schema.statements.count import COUNTED
+from apoq.schema.statements.keys import COUNTED as WAITING_COUNTED
 from apoq.schema.statements.schedules import all_schedules, is_orphan
 from apoq.schema.statements.server import holders, indexes_naming, server, vacuuming
 
@@ -79,6 +81,24 @@ def check_version(connection: sa.Connection, schema: str | None) -> Iterator[Fin
     option = "" if schema is None else f" --schema {shlex.quote(schema)}"
     cure = f"apoq migrate{option}, or alembic upgrade head if your migrations include apoq's"
     yield Finding(BAD, "tables", text, cure)
+
+
+def check_limits(connection: sa.Connection, schema: str | None, figures: Figures) -> Iterator[Finding]:
+    """Check for keys that are held up by failed tasks, and for running tasks that have no place."""
+    names = [queue.name for queue in figures.queues]
+    found = [each for each in read_keys(connection, schema, names) if each.held_by is not None]
+    for each in found[:MAX_NAMED]:
+        yield Finding(
+            WARNING,
+            "limits",
+            f"the key {clean(each.key or '')!r} of the queue {clean(each.queue)!r} is held up by the failed "
+            f"task {each.held_by}; {tasks(each.waiting, WAITING_COUNTED)} waiting",
+            f"apoq retry {each.held_by}, or delete it",
+        )
+    if len(found) > MAX_NAMED:
+        yield Finding(
+            WARNING, "limits", f"{len(found) - MAX_NAMED:,} more keys are held up", "apoq keys --full"
+        )
 
 
 def check_vacuum(connection: sa.Connection, schema: str | None) -> Iterator[Finding]:

@@ -43,6 +43,20 @@ DEFAULT_QUEUE = "default"
 _INDEXED_STATE: Final = f"NULLIF(NULLIF(state, '{PENDING}'::text), '{RUNNING}'::text)"
 
 
+LEVEL: Final = "priority * 2 + (key IS NOT NULL)::integer"
+"""The level of a task, as `level` in `statements.levels`."""
+
+HELD_KEY: Final = f"CASE WHEN slot IS NOT NULL AND state = '{RUNNING}'::text THEN key ELSE NULL::text END"
+HELD_POOL_KEY: Final = (
+    f"CASE WHEN pool_slot IS NOT NULL AND state = '{RUNNING}'::text THEN pool_key ELSE NULL::text END"
+)
+"""NULL as soon as the task is no longer running, so that each way to end an attempt gives its places back."""
+
+WAITS_FOR_PLACE: Final = "waiting_for IN ('key', 'pool')"
+IS_OF_KEY: Final = (
+    f"key IS NOT NULL AND (indexed_state IS NULL OR indexed_state IN ('{WAITING}', '{FAILED}'))"
+)
+
 HOLDS_KEY: Final = "held_unique_key IS NOT NULL"
 """The predicate of the unique index."""
 
@@ -137,14 +151,24 @@ class Task(Base):
     expires_at: Mapped[datetime | None]
     """The time from which the task doesn't start any more: it is cancelled instead."""
 
+    key: Mapped[str | None]
+    """The concurrency key that the task was added with."""
+    slot: Mapped[int | None] = mapped_column(Integer)
+    """The place of its key that the last attempt had."""
+    pool_key: Mapped[str | None]
+    """The type of the task if its type has a limit; an empty text if its queue has one."""
+    pool_slot: Mapped[int | None] = mapped_column(Integer)
+    """The place of its type or queue that the last attempt had."""
+    held_key: Mapped[str | None] = mapped_column(Computed(HELD_KEY, persisted=True))
+    """The concurrency key while the task is running and has a place of it."""
+    held_pool_key: Mapped[str | None] = mapped_column(Computed(HELD_POOL_KEY, persisted=True))
+    waiting_since: Mapped[datetime | None]
+    """The time since which the task has been waiting."""
+    waiting_for: Mapped[str | None]
+    """The reason to wait: a place of its ``key``, or of its type (``pool``), must become free."""
+
     # Columns for planned features, which a plain task leaves NULL. Each row is written three times, and each
     # time a column with a value, or a generated one, costs more than a NULL.
-    key: Mapped[str | None]
-    slot: Mapped[int | None] = mapped_column(Integer)
-    pool_key: Mapped[str | None]
-    pool_slot: Mapped[int | None] = mapped_column(Integer)
-    waiting_since: Mapped[datetime | None]
-    waiting_for: Mapped[str | None]
     on_parent_failure: Mapped[str | None]
     group_id: Mapped[int | None] = mapped_column(BigInteger)
     result: Mapped[Any | None] = mapped_column(JSONB(none_as_null=True))
@@ -161,7 +185,7 @@ class Task(Base):
         Index(
             conv("apoq_tasks_open_idx"),
             "queue",
-            text("priority DESC"),
+            text(f"({LEVEL}) DESC"),
             "process_at",
             "id",
             postgresql_where=text("indexed_state IS NULL"),
@@ -186,8 +210,40 @@ class Task(Base):
             conv("apoq_tasks_expires_at_idx"),
             "queue",
             "expires_at",
-            postgresql_where=text("expires_at IS NOT NULL AND indexed_state IS NULL"),
+            postgresql_where=text(
+                "expires_at IS NOT NULL AND (indexed_state IS NULL OR indexed_state = 'waiting')"
+            ),
         ),
+        # These make it impossible that more tasks of a key, or of a type or queue, run than there are places.
+        Index(
+            conv("apoq_tasks_places_idx"),
+            "queue",
+            "held_key",
+            "slot",
+            unique=True,
+            postgresql_where=text("held_key IS NOT NULL"),
+        ),
+        Index(
+            conv("apoq_tasks_pools_idx"),
+            "queue",
+            "held_pool_key",
+            "pool_slot",
+            unique=True,
+            postgresql_where=text("held_pool_key IS NOT NULL"),
+        ),
+        # The next task that waits for a place. One that waits for a place of its key has no `pool_key`.
+        Index(
+            conv("apoq_tasks_blocked_idx"),
+            "queue",
+            "waiting_for",
+            text("coalesce(pool_key, key)"),
+            text("priority DESC"),
+            "process_at",
+            "id",
+            postgresql_where=text(WAITS_FOR_PLACE),
+        ),
+        # The first task of a key, for a strict order.
+        Index(conv("apoq_tasks_key_idx"), "queue", "key", "id", postgresql_where=text(IS_OF_KEY)),
         # The pruner deletes by this index and the next one, the oldest tasks first.
         Index(
             conv("apoq_tasks_completed_idx"),
@@ -370,13 +426,28 @@ _throttles: Final = Table(
     Index(conv("apoq_throttles_until_idx"), "until"),  # for the pruner
 )
 """The windows of throttled tasks: until then, no other task is added with this unique key."""
+_limits: Final = Table(
+    "apoq_limits",
+    Base.metadata,
+    Column("queue", Text, primary_key=True),
+    Column("type", Text, primary_key=True),  # an empty text for the whole queue, or for a single key
+    Column("key", Text, primary_key=True),  # an empty text for a limit that isn't of a single key
+    Column("at_most", Integer),  # set by `Queue.limit`; NULL: what the code declares
+    Column("declared", Integer),  # NULL: no code has declared it
+    Column("is_of_key", Boolean, nullable=False, server_default=false()),
+    Column("is_strict", Boolean, nullable=False, server_default=false()),
+    Column("holds", Boolean, nullable=False, server_default=false()),
+    Column("release", TIMESTAMP(timezone=True)),
+    Column("changed_at", TIMESTAMP(timezone=True), nullable=False),
+    Column("changed_by", Text, nullable=False),
+)
+"""The limits of queues, of types, and of single keys."""
 
 M = TypeVar("M", bound=Base)
 
 UPCOMING: Final = frozenset(
     (
-        *("key", "slot", "pool_key", "pool_slot"),
-        *("waiting_since", "waiting_for", "blockers", "on_parent_failure", "is_followed", "has_parts"),
+        *("blockers", "on_parent_failure", "is_followed", "has_parts"),
         *("group_id", "result"),
     )
 )
@@ -437,6 +508,12 @@ def workers_table(schema: str | None) -> Table:
 def claims_table(schema: str | None) -> Table:
     """Return the table of claims of a schema, for Core statements."""
     return _in_schema(ClaimRow, schema)
+
+
+@cache
+def limits_table(schema: str | None) -> Table:
+    """Return the table of limits of a schema, for Core statements."""
+    return _limits if schema is None else _limits.to_metadata(MetaData(), schema=schema)
 
 
 @cache

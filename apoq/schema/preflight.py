@@ -30,6 +30,7 @@ RIGHTS: Final[Mapping[str, tuple[str, ...]]] = {
     "apoq_schedules": ("SELECT", "INSERT", "UPDATE"),
     "apoq_pauses": ("SELECT",),
     "apoq_throttles": ("SELECT", "UPDATE", "DELETE"),
+    "apoq_limits": ("SELECT", "INSERT", "UPDATE"),
     "apoq_migrations": ("SELECT",),
 }
 """The rights that a worker's role needs on each table. It inserts the tasks of schedules."""

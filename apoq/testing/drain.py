@@ -194,15 +194,20 @@ class _Drain:
                     yield crew, queue, cursor
 
     def _claim(self) -> tuple[Crew, AnyAttempt] | None:
-        for crew, queue, cursor in self._due():
+        lines = ((*due, is_keyed) for due in self._due() for is_keyed in (True, False))
+        for crew, queue, cursor, is_keyed in lines:
             processors = crew.processors(queue)
             parameters = {
-                "queues": queues_text([queue_text(queue.name, processors), cursor.text, at_most_text(1)]),
+                "queues": queues_text(
+                    [queue_text(queue.name, processors), cursor.text(is_keyed=is_keyed), at_most_text(1)]
+                ),
                 "retry_limits": retry_limits_text(retry_limits(queue, processors)),
                 "at_most": 1,
                 "by_worker": self._worker_id,
             }
-            statement = claim(queue.schema, overflows=cursor.lower_than is not None, noted=False)
+            statement = claim(
+                queue.schema, overflows=cursor.lower_than is not None, keyed=is_keyed, noted=False
+            )
             sent_at = time.monotonic()
             for row in self._execute(queue, statement, parameters):
                 batch = Claim(queue, processors, sent_at, sent_at, FOR_EVER, self._signal, self._fetch)

@@ -12,6 +12,7 @@ from typing import Final
 
 from apoq.schema.statements.claim import CLAIM
 from apoq.worker.execution.attempt import Claimed
+from apoq.worker.places import Places
 
 MIN_FORGOTTEN: Final = 16
 """Notes that one statement deletes, at least: to delete each by itself would double the statements."""
@@ -29,7 +30,9 @@ class ClaimLog:
     Each claim writes a note with the ids of its tasks, by which other workers find them if this one dies.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, places: Places) -> None:
+        """`places` hands over the places of tasks that are no longer held."""
+        self._places = places
         self._held: dict[int, Claimed] = {}
         # By the `id()` of the row: a task may be claimed again while its last attempt still runs, and tasks
         # of different schemas may have the same id.
@@ -93,6 +96,7 @@ class ClaimLog:
 
     def settled(self, tasks: list[Claimed]) -> None:
         """Forget tasks whose results have been written."""
+        self._places.settled(tasks)
         numbers = Counter([row[CLAIM].number for row in tasks if self._held.pop(id(row), None) is not None])
         with self._lock:
             for number, size in numbers.items():

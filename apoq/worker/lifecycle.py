@@ -93,7 +93,7 @@ class Lifecycle:
         runtime = self.runtime
         try:
             attempt = runtime.claimer.claim_one()
-            if attempt is None and runtime.scanner.survey() <= 0:
+            if attempt is None and (runtime.unblock() or runtime.scanner.survey() <= 0):
                 attempt = runtime.claimer.claim_one()
             if not self._is_started:
                 runtime.settler.turn()
@@ -107,6 +107,8 @@ class Lifecycle:
                 raise
             runtime.settler.put(end)
             runtime.settler.flush(SETTLE_ON_STOP_SECONDS)
+            if not self._is_started:
+                runtime.claimer.hand_over(room=0)  # other workers may claim the next tasks
             if isinstance(end.outcome, KeyboardInterrupt):
                 raise end.outcome  # meant for the program, not for the task that happened to run
             return self._load(end)

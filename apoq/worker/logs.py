@@ -374,6 +374,14 @@ def schedule_kept(queue: str, name: str) -> None:
     )
 
 
+def limit_kept(queue: str, type_: str) -> None:
+    """Log that a newer release has declared a limit."""
+    of = f"the type {type_!r} of the queue {queue!r}" if type_ else f"the queue {queue!r}"
+    logger.warning(
+        "the limit of %s was declared by a later release than this worker's, which leaves it as it is", of
+    )
+
+
 def schedule_not_declared(queue: str, name: str, problem: object) -> None:
     """Log that a schedule that the code declares can't be written."""
     logger.error("the schedule %r of the queue %r is not used: %s", name, queue, problem)

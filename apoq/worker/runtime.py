@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Final
 
 from sqlalchemy import Engine
@@ -20,6 +21,7 @@ from apoq.worker import logs
 from apoq.worker.claim_log import ClaimLog
 from apoq.worker.claiming.claimer import Claimer
 from apoq.worker.claiming.cursor import ClaimCursor
+from apoq.worker.claiming.declared_limits import DeclaredLimits
 from apoq.worker.claiming.listener import Listener, listen_engine
 from apoq.worker.claiming.scanner import QueueScanner
 from apoq.worker.claiming.strays import Strays
@@ -33,10 +35,12 @@ from apoq.worker.failures import Outage
 from apoq.worker.liveness.heartbeat import GRACE_HEARTBEATS, HEARTBEATS_PER_LEASE, Heartbeat
 from apoq.worker.liveness.lost_tasks import LostTaskMonitor
 from apoq.worker.liveness.registration import Registration
+from apoq.worker.maintenance.place_sweep import PlaceSweep
 from apoq.worker.maintenance.pruner import Pruner
 from apoq.worker.maintenance.sweep import Sweep
 from apoq.worker.maintenance.ticker import Ticker
 from apoq.worker.options import WorkerOptions
+from apoq.worker.places import Places
 from apoq.worker.service import Service, left_until
 from apoq.worker.settling.counters import Counter
 from apoq.worker.settling.settler import Settler
@@ -94,7 +98,8 @@ class Runtime:
         cursors = {queue: ClaimCursor() for queue in queues}
         heartbeat_seconds = options.lease.total_seconds() / HEARTBEATS_PER_LEASE
         self._signals = {schema: StopSignal() for schema in schemas}
-        self.claim_log = ClaimLog()
+        self.places = places = Places()
+        self.claim_log = ClaimLog(places)
         sharded: set[str | None] = set()
         self.missing = MissingThreads(outage)
         self.heartbeat = Heartbeat(
@@ -157,13 +162,21 @@ class Runtime:
             self.scanner,
             self.strays,
             sharded,
+            places,
+            DeclaredLimits(self.engine, queues, registry, options.release),
             cursors=cursors,
             leases=leases,
             signals=self._signals,
             on_ended=self.settler.put,
         )
         self.lost_task_monitor = LostTaskMonitor(
-            self.engine, schemas, outage, self.claim_log, self.executor, interval=heartbeat_seconds
+            self.engine,
+            schemas,
+            outage,
+            self.claim_log,
+            self.executor,
+            places,
+            interval=heartbeat_seconds,
         )
         self.listener = Listener(
             self.engine,
@@ -173,6 +186,7 @@ class Runtime:
             self.claimer,
             on_cancelled=self.lost_task_monitor.look_for,
             on_paused=self._release_queue,
+            on_limited=self._limit_changed,
         )
         self._pruner = Pruner(
             self.engine,
@@ -199,6 +213,14 @@ class Runtime:
             grace=heartbeat_seconds * GRACE_HEARTBEATS,
             on_rescued=self._look_in_schema,
         )
+        self.place_sweep = PlaceSweep(
+            self.engine,
+            queues,
+            leases,
+            outage,
+            places,
+            cursors=cursors,
+        )
         self.registration = Registration(
             self.engine, schemas, self.heartbeat, self.scanner, self.strays, outage, self.missing, sharded
         )
@@ -209,6 +231,7 @@ class Runtime:
             self.scanner,
             self._pruner,
             self.sweep,
+            self.place_sweep,
             self.ticker,
             self.claimer,
         )
@@ -228,6 +251,13 @@ class Runtime:
         """Look for due tasks in these queues now, or in all."""
         self.claimer.look_for_tasks(queues)
 
+    def unblock(self) -> bool:
+        """Let waiting tasks be claimed for which places are free; return whether any were waiting."""
+        self.place_sweep.look()
+        has_any = bool(self.places)
+        self.claimer.hand_over(room=0)
+        return has_any
+
     def stop(self, patience: float | None) -> float:
         """Stop claiming, release tasks that have not begun, and wait `patience` seconds for running ones.
 
@@ -238,7 +268,7 @@ class Runtime:
         for signal in self._signals.values():
             signal.is_given = True
         self.executor.close()
-        looking = (self.scanner, self.claimer, self._pruner, self.sweep, self.ticker)
+        looking = (self.scanner, self.claimer, self._pruner, self.sweep, self.place_sweep, self.ticker)
         for service in looking:
             service.end()
         self._release_line()
@@ -254,6 +284,10 @@ class Runtime:
             self.settler.after_last_turn()  # its thread has died, or could not be started
         elif not self.end(self.settler, by):
             logs.results_late()
+        if self.places:
+            # If this fails, the sweep of another worker finds the tasks that wait.
+            with suppress(Exception):
+                self.claimer.hand_over(room=0)
         self.executor.stop()
         self.missing.clear()
         self.end(self.listener, by)
@@ -299,11 +333,18 @@ class Runtime:
             self.sessions.renew()
 
     def _look_in_schema(self, schema: str | None) -> None:
+        self.place_sweep.look_into(schema)  # the places of tasks that were rescued are free
         self.claimer.look_for_tasks([queue for queue in self._queues if queue.schema == schema])
 
     def _release_queue(self, queue: Queue) -> None:
         """Release the tasks of a queue that was paused, as far as they have not begun."""
         self._release(self.executor.take_back([queue]))
+
+    def _limit_changed(self, queue: Queue) -> None:
+        """Look at the tasks of a queue that may begin, or must not begin, because of another limit."""
+        self.place_sweep.look_into(queue.schema)
+        self.scanner.look_into(queue)
+        self.look_for_tasks([queue])
 
     def _look_for_strays(self) -> None:
         self.claimer.look_for_strays()

@@ -17,9 +17,10 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from apoq.client.queue import Queue
 from apoq.client.typed_task import TypedTask
 from apoq.core.failures import OnFailure
+from apoq.core.limits import Limit
 from apoq.core.registry import Middleware, Processor, Registry, make_processor
 from apoq.core.retry import DEFAULT_RETRY_LIMIT, RetryDelay, exponential_backoff, seconds
-from apoq.errors import InvalidProcessor
+from apoq.errors import InvalidLimit, InvalidProcessor
 from apoq.events import Events, ThreadDied
 from apoq.postgres.urls import check_engine, check_untranslated, sync_side
 from apoq.schema.models import Task
@@ -185,6 +186,7 @@ class Worker:
         retry_delay: RetryDelay = exponential_backoff,
         timeout: float | timedelta | None = None,
         on_failure: OnFailure | None = None,
+        limit: Limit | None = None,
     ) -> None:
         """Run tasks of this type, in all queues of this worker, with `processor`.
 
@@ -204,10 +206,13 @@ class Worker:
             on_failure: The type of a task that is added in the transaction that marks a task as failed, after
                 its last attempt. It is in the same queue, and its data has the fields of `TaskFailure`. Or a
                 typed task whose only argument is a `TaskFailure`.
+            limit: How many tasks of this type may run at once, over all workers: a `Limit`. For a limit of
+                each key, `Limit(2, key=True)`, because callers give the key with ``add(…, key=…)``.
 
         Raises:
             InvalidProcessor: If the type already has a processor, such as a typed task, or an argument is
                 invalid.
+            InvalidLimit: If the limit is invalid, or has a function for the key.
 
         Note:
             At its timeout a coroutine is cancelled. A plain function can't be stopped: `task.should_stop`
@@ -227,7 +232,13 @@ class Worker:
             retry_delay=retry_delay,
             timeout=timeout,
             on_failure=on_failure,
+            limit=limit,
         )
+        if made.limit is not None and callable(made.limit.key):
+            raise InvalidLimit(
+                "key must be True, because only typed tasks have arguments to make a key from: Limit(…, "
+                "key=True), and add(…, key=…)"
+            )
         self._registry.use(type, made)
         self._lifecycle.runtime.look_for_tasks()
 

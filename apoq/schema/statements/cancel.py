@@ -28,7 +28,10 @@ from apoq.schema.statements.portable import portable
 
 _CANCELLABLE: Final[ColumnElement[bool]] = literal_column(f"state IN {alternatives(CANCELLABLE)}", Boolean)
 
-_RETURNED: Final = ("id", "state", "cancelled_at", "error", "claimed_at", "held_unique_key")
+_RETURNED: Final = (
+    *("id", "state", "cancelled_at", "error", "claimed_at", "held_unique_key"),
+    *("waiting_since", "waiting_for"),
+)
 
 
 @cache
@@ -76,4 +79,6 @@ def _as_cancelled() -> dict[str, Any]:
         "cancelled_at": now(),
         "error": cast(bindparam("reason", type_=Text), JSONB),
         "held_unique_key": null(),
+        "waiting_since": null(),
+        "waiting_for": null(),
     }

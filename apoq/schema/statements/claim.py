@@ -41,6 +41,7 @@ from sqlalchemy.sql.selectable import TableValuedAlias
 from apoq.schema.models import tasks_table
 from apoq.schema.statements.arrays import bigints
 from apoq.schema.statements.clock import in_utc
+from apoq.schema.statements.levels import level
 from apoq.schema.statements.literals import (
     EPOCH,
     MAX_BIGINT_MINUS_ONE,
@@ -56,8 +57,8 @@ from apoq.schema.statements.states import is_pending
 CHANGED: Final = ("state", "claim_token", "attempt", "worker_id", "claimed_at", "prefetched")
 """The columns that a claim changes. If an index contained one of them, a claim would write to every index."""
 
-CHANGED_IF_UNIQUE: Final = ("held_unique_key",)
-"""The columns that it also changes if the task has a unique key; those of a plain task stay NULL."""
+CHANGED_IF_SET: Final = ("held_unique_key", "pool_slot")
+"""The columns that it also changes if they have a value; those of a plain task stay NULL."""
 
 
 C = TypeVar("C")
@@ -118,15 +119,16 @@ def claim(
     ahead: bool = False,
     passes_over: bool = False,
     overflows: bool = False,
+    keyed: bool = False,
     bare: bool = False,
     noted: bool = True,
 ) -> ReturningUpdate[Any]:
     """Mark up to `at_most` due tasks of the given `queues` as running, and return them unordered.
 
     Tasks are taken from the queues in their order, from each up to its own `at_most`. In a queue, they are
-    taken by priority, in the order of its `priorities`. In each priority, only tasks behind a position are
-    taken: behind the `process_at` in `behind_times` (seconds since 1970) and the id in `behind_ids`. So a
-    claim doesn't scan index entries of tasks that were claimed before, even if a long transaction elsewhere
+    taken by level, in the order of its `levels`. In each level, only tasks behind a position are taken:
+    behind the `process_at` in `behind_times` (seconds since 1970) and the id in `behind_ids`. So a claim
+    doesn't scan index entries of tasks that were claimed before, even if a long transaction elsewhere
     prevents vacuum from removing them. See `given_queues`.
 
     Options:
@@ -134,7 +136,8 @@ def claim(
     - `ahead`: the claim may take more tasks than there are `free` slots. It skips tasks that were rescued
       from a dead worker, because such a task may kill this worker as well, and with it tasks that only wait.
     - `passes_over`: skip the tasks with the ids `passed_over`.
-    - `overflows`: afterwards, take tasks of all priorities lower than a queue's `lower_than`.
+    - `overflows`: afterwards, take tasks of all levels lower than a queue's `lower_than`.
+    - `keyed`: these are tasks with concurrency keys, and otherwise tasks without; the levels are of one sort.
     - `bare`: return NULL for all data and metadata, as for large values.
     - `noted`: record the claim in the table of claims, as claim `number` of the worker `by_worker`. Otherwise
       the caller does so in the same transaction: Citus accepts no statement that writes to two tables.
@@ -149,53 +152,72 @@ def claim(
     that wait for a slot take little memory.
     """
     tasks = tasks_table(schema)
-    picked = _picked(schema, ahead=ahead, passes_over=passes_over, overflows=overflows)
+    queues = given_queues(schema, with_limited=False)
+    found = picked(schema, queues, ahead=ahead, passes_over=passes_over, overflows=overflows, keyed=keyed)
+    free = bindparam("free", type_=BigInteger)
+    is_ahead = select(func.count() > free).select_from(found).scalar_subquery() if ahead else None
     statement = (
         update(tasks)
         # By ctid in an array: by id, or by a join, the server needs a tenth more time. A locked row keeps its
         # ctid. A row that another session updated between the start of this statement and the lock has
         # another ctid, and is left to another claim.
-        .where(_place == any_(func.array(select(picked.c.ctid).scalar_subquery())))
-        .values(_effect(tasks, picked, ahead=ahead))
-        .returning(*_returned(tasks, bare=bare))
+        .where(_place == any_(func.array(select(found.c.ctid).scalar_subquery())))
+        # The place is that of an attempt when its type had a limit.
+        .values(claimed_values(tasks, is_ahead=is_ahead) | {"pool_slot": null()})
+        .returning(*returned_columns(tasks, bare=bare))
     )
-    return statement.add_cte(note(schema, picked).cte("note")) if noted else statement
+    return statement.add_cte(note(schema, found).cte("note")) if noted else statement
 
 
 @cache
 def next_due(
-    schema: str | None, *, ahead: bool = False, passes_over: bool = False, overflows: bool = False
+    schema: str | None,
+    *,
+    ahead: bool = False,
+    passes_over: bool = False,
+    overflows: bool = False,
+    keyed: bool = False,
 ) -> Select[tuple[int]]:
     """Return the ids of the tasks that `claim` would take with the same parameters, without taking them."""
-    picked = _picked(schema, ahead=ahead, passes_over=passes_over, overflows=overflows)
-    return select(picked.c.id)
+    queues = given_queues(schema, with_limited=False)
+    found = picked(schema, queues, ahead=ahead, passes_over=passes_over, overflows=overflows, keyed=keyed)
+    return select(found.c.id)
 
 
 _place: ColumnElement[Any] = literal_column("ctid")
 _at_most = bindparam("at_most", type_=BigInteger)
 
 
-def _picked(schema: str | None, *, ahead: bool, passes_over: bool, overflows: bool) -> CTE:
-    """Lock due tasks, and return their ctids and ids."""
+def picked(
+    schema: str | None,
+    queues: CTE,
+    *,
+    ahead: bool,
+    passes_over: bool,
+    overflows: bool,
+    keyed: bool,
+    columns: tuple[str, ...] = (),
+) -> CTE:
+    """Lock due tasks of these queues, and return their ctids, ids and other columns."""
     tasks = tasks_table(schema)
-    queues = given_queues(schema)
     levels = _levels(queues)
     due = (
-        select(_place, tasks.c.id)
+        select(_place, tasks.c.id, *(tasks.c[name] for name in columns))
         .where(*_is_claimable(tasks, queues, ahead=ahead, passes_over=passes_over))
         .limit(queues.c.at_most)
         # Other workers claim at the same time: skip the tasks that they have locked, instead of waiting.
         .with_for_update(skip_locked=True)
         .correlate(queues, levels)
     )
-    # One index scan per priority, so that a scan for due tasks of a lower priority doesn't read the future
-    # tasks of a higher one. The outer limits end the scans early, so no row is locked without being taken,
+    # One index scan per level, so that a scan for due tasks of a lower level doesn't read the future tasks
+    # of a higher one. The outer limits end the scans early, so no row is locked without being taken,
     # unless its data is large.
-    level = due.where(*_is_on(tasks, levels)).order_by(tasks.c.process_at, tasks.c.id).lateral("due")
-    found = select(*level.c).select_from(levels.join(level, true()))
+    of_level = due.where(*_is_on(tasks, levels)).order_by(tasks.c.process_at, tasks.c.id).lateral("due")
+    found = select(*of_level.c).select_from(levels.join(of_level, true()))
     if overflows:
-        lower = tasks.c.priority < queues.c.lower_than
-        order = tasks.c.priority.desc(), tasks.c.process_at, tasks.c.id
+        has_key = tasks.c.key.is_not(None) if keyed else tasks.c.key.is_(None)
+        lower = (level(tasks) < queues.c.lower_than) & has_key
+        order = level(tasks).desc(), tasks.c.process_at, tasks.c.id
         rest = due.where(lower).order_by(*order).lateral("rest")
         found = select(*union_all(found.correlate(queues), select(*rest.c)).subquery("found").c)
     of_queue = found.limit(queues.c.at_most).correlate(queues).lateral("of_queue")
@@ -203,18 +225,18 @@ def _picked(schema: str | None, *, ahead: bool, passes_over: bool, overflows: bo
 
 
 def _levels(queues: FromClause) -> TableValuedAlias:
-    """Return the priorities from which tasks of a queue are claimed, with a position in each."""
+    """Return the levels from which tasks of a queue are claimed, with a position in each."""
     return (
-        func.unnest(queues.c.priorities, queues.c.behind_times, queues.c.behind_ids)
-        .table_valued("priority", "behind_time", "behind_id")
+        func.unnest(queues.c.levels, queues.c.behind_times, queues.c.behind_ids)
+        .table_valued("level", "behind_time", "behind_id")
         .render_derived("levels")
     )
 
 
 def _is_on(tasks: Table, levels: TableValuedAlias) -> tuple[ColumnElement[bool], ...]:
-    """Return the conditions that a task has the priority of a level and is behind its position."""
+    """Return the conditions that a task is of a level and behind its position."""
     return (
-        tasks.c.priority == levels.c.priority,
+        level(tasks) == levels.c.level,
         tuple_(tasks.c.process_at, tasks.c.id)
         > tuple_(func.to_timestamp(levels.c.behind_time), levels.c.behind_id),
     )
@@ -237,13 +259,15 @@ def _is_claimable(
     return conditions
 
 
-def _effect(tasks: Table, picked: CTE, *, ahead: bool) -> dict[str, Any]:
-    """Return the new values of the columns `CHANGED` and `CHANGED_IF_UNIQUE`."""
+def claimed_values(tasks: Table, *, is_ahead: ColumnElement[bool] | None) -> dict[str, Any]:
+    """Return the values that a claim writes to a task, except for its places.
+
+    `is_ahead`: whether the claim takes more tasks than there are free slots.
+    """
     # A task without attempts left doesn't start: if this worker dies now, that must not count as an attempt.
     may_not_have_begun = _has_no_attempts_left(tasks)
-    if ahead:
-        count = select(func.count()).select_from(picked).scalar_subquery()
-        may_not_have_begun = or_(count > bindparam("free", type_=BigInteger), may_not_have_begun)
+    if is_ahead is not None:
+        may_not_have_begun = or_(is_ahead, may_not_have_begun)
     return {
         "state": RUNNING,
         # With a maximum, because another program may have written any number there, and an overflow would
@@ -270,7 +294,7 @@ def _has_no_attempts_left(tasks: Table) -> ColumnElement[bool]:
     )
 
 
-def _returned(tasks: Table, *, bare: bool) -> tuple[ColumnElement[Any], ...]:
+def returned_columns(tasks: Table, *, bare: bool) -> tuple[ColumnElement[Any], ...]:
     """Return the columns of a `ClaimedTask`."""
     return (
         tasks.c.id,

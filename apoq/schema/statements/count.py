@@ -34,10 +34,11 @@ from sqlalchemy.dialects.postgresql import INTERVAL
 
 from apoq.core.states import CANCELLED, COMPLETED, FAILED, WAITING
 from apoq.schema.models import tasks_table, workers_table
+from apoq.schema.statements.levels import level
 from apoq.schema.statements.literals import seconds_between
 from apoq.schema.statements.running import is_noted, is_running, open_queues
 from apoq.schema.statements.states import is_in, is_pending
-from apoq.schema.statements.survey import pending_priorities
+from apoq.schema.statements.survey import pending_levels
 
 COUNTED: Final = 10_000
 """Counts are exact up to this number; a count of one more means that there may be any number."""
@@ -76,10 +77,10 @@ def count(schema: str | None) -> Select[*tuple[Any, ...]]:
     first of those did. `count_running` counts running tasks.
     """
     tasks = tasks_table(schema)
-    # For each priority: otherwise, all future tasks of a higher priority would be read to find due ones.
-    priorities = pending_priorities(schema, bindparam("from_queue", type_=Text))
+    # For each level: otherwise, all future tasks of a higher one would be read to find due ones.
+    levels = pending_levels(schema, bindparam("from_queue", type_=Text))
     pending = select(tasks.c.process_at, tasks.c.type, tasks.c.fail_count).where(
-        tasks.c.queue == _QUEUE, is_pending(tasks), tasks.c.priority == priorities.c.priority
+        tasks.c.queue == _QUEUE, is_pending(tasks), level(tasks) == levels.c.level
     )
     due = pending.where(tasks.c.process_at <= func.now())
     later = pending.where(tasks.c.process_at > func.now())
@@ -88,8 +89,8 @@ def count(schema: str | None) -> Select[*tuple[Any, ...]]:
         tasks_of_one: Select[*tuple[Any, ...]], at_most: int = COUNTED + 1
     ) -> Select[*tuple[Any, ...]]:
         # The limit also prevents the planner from reading all of them in one scan.
-        level = tasks_of_one.limit(at_most).lateral("level")
-        return select(*level.c).select_from(priorities.join(level, true()))
+        of_level = tasks_of_one.limit(at_most).lateral("of_level")
+        return select(*of_level.c).select_from(levels.join(of_level, true()))
 
     waiting = select(tasks.c.id).where(tasks.c.queue == _QUEUE, is_in(tasks, WAITING))
 
@@ -146,7 +147,7 @@ def count_types(schema: str | None) -> Select[*tuple[Any, ...]]:
     ended = _ended(schema)
     completed = mine.where(is_in(tasks, COMPLETED)).order_by(tasks.c.completed_at.desc())
     pending = mine.where(is_pending(tasks))
-    pending = pending.order_by(tasks.c.priority.desc(), tasks.c.process_at, tasks.c.id)
+    pending = pending.order_by(level(tasks).desc(), tasks.c.process_at, tasks.c.id)
     waiting = mine.where(is_in(tasks, WAITING))
     found = union_all(
         *(each.limit(COUNTED).subquery().select() for each in (pending, waiting, completed, ended))
@@ -191,7 +192,7 @@ def oid(table: Table) -> ColumnElement[int]:
 
 
 def _names(schema: str | None, name: str, condition: ColumnElement[bool]) -> Select[*tuple[Any, ...]]:
-    """Return the queues that an index has, with one lookup for each, like `pending_priorities`."""
+    """Return the queues that an index has, with one lookup for each, like `pending_levels`."""
     tasks = tasks_table(schema)
     first = select(tasks.c.queue).where(condition).order_by(tasks.c.queue).limit(1)
     found = select(first.scalar_subquery().label("queue")).cte(name, recursive=True)

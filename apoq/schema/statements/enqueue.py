@@ -49,6 +49,7 @@ def _given() -> dict[str, ColumnElement[Any]]:
         "retry_delay": bindparam("task_retry_delay", type_=INTERVAL),
         "timeout": bindparam("task_timeout", type_=INTERVAL),
         "meta": cast(bindparam("task_meta", type_=Text), JSONB),
+        "key": bindparam("task_key", type_=Text),
     }
 
 
@@ -105,6 +106,7 @@ def added_row(parameters: Mapping[str, Any], returned: Mapping[Any, Any]) -> dic
         "retry_delay": parameters["task_retry_delay"],
         "timeout": parameters["task_timeout"],
         "meta": None if parameters["task_meta"] is None else read_json(parameters["task_meta"]),
+        "key": parameters["task_key"],
         "unique_key": parameters.get("task_unique_key"),
         "held_unique_key": parameters.get("task_unique_key"),
         "unique_until_end": parameters.get("unique_until_end"),

@@ -36,6 +36,11 @@ def note(schema: str | None, taken: FromClause) -> Insert:
 @cache
 def note_tasks(schema: str | None) -> Insert:
     """Record that claim `number` of the worker `by_worker` has taken the tasks `ids`."""
+    return note_ids(schema)
+
+
+def note_ids(schema: str | None) -> Insert:
+    """Return `note_tasks` to be a part of a statement."""
     return insert(claims_table(schema)).values(
         worker_id=bindparam("by_worker", type_=Uuid),
         number=bindparam("number", type_=BigInteger),

@@ -12,6 +12,7 @@ from sqlalchemy.dialects.postgresql import ARRAY
 CHANNEL: Final = "apoq"
 CANCELLED: Final = "apoq_cancelled"
 PAUSED: Final = "apoq_paused"
+LIMITED: Final = "apoq_limited"
 
 
 class Notification(NamedTuple):
@@ -29,6 +30,11 @@ def has_tasks(schema: str | None, queue: str) -> Notification:
 def was_paused(schema: str | None, queue: str) -> Notification:
     """Return the notification that a queue was paused; a worker releases its tasks that have not begun."""
     return Notification(PAUSED, payload(schema, queue))
+
+
+def was_limited(schema: str | None, queue: str) -> Notification:
+    """Return the notification that a limit of a queue was changed."""
+    return Notification(LIMITED, payload(schema, queue))
 
 
 def was_cancelled(task_id: int) -> Notification:

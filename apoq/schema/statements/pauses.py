@@ -20,11 +20,13 @@ from sqlalchemy import (
     or_,
     select,
     true,
+    union_all,
 )
 from sqlalchemy.dialects.postgresql import INTERVAL, TIMESTAMP, Insert, insert
 from sqlalchemy.sql.dml import ReturningDelete
 
 from apoq.schema.models import pauses_table
+from apoq.schema.statements.limits import limited
 from apoq.schema.statements.literals import EPOCH
 
 ALL_TYPES: Final = ""
@@ -78,10 +80,15 @@ def pauses(schema: str | None) -> Select[Any]:
     )
 
 
-def paused(schema: str | None) -> CTE:
-    """Return the pauses that are on, each with its `queue` and `type`."""
+def paused(schema: str | None, *, with_limited: bool = False) -> CTE:
+    """Return the pauses that are on, each with its `queue` and `type`.
+
+    `with_limited`: together with the queues and types that have a limit.
+    """
     table = pauses_table(schema)
-    return select(table.c.queue, table.c.type).where(_is_on(table)).cte("paused").prefix_with("MATERIALIZED")
+    found = select(table.c.queue, table.c.type).where(_is_on(table))
+    either = union_all(found, limited(schema)) if with_limited else found
+    return either.cte("paused").prefix_with("MATERIALIZED")
 
 
 def is_paused(

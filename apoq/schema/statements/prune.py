@@ -5,12 +5,12 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from sqlalchemy import ColumnElement, Delete, Select, Text, bindparam, delete, func, select
+from sqlalchemy import ColumnElement, Delete, Select, Text, and_, bindparam, delete, exists, func, select
 from sqlalchemy.dialects.postgresql import INTERVAL
 from sqlalchemy.types import Integer
 
 from apoq.core.states import CANCELLED, COMPLETED, FAILED
-from apoq.schema.models import tasks_table
+from apoq.schema.models import limits_table, tasks_table
 from apoq.schema.statements.states import is_in
 
 
@@ -50,7 +50,14 @@ def _old_failed(schema: str | None) -> Select[*tuple[Any, ...]]:
     tasks = tasks_table(schema)
     # The Node.js original doesn't record when a task failed, but it was due at about that time.
     ended_at = func.coalesce(tasks.c.cancelled_at, tasks.c.failed_at, tasks.c.process_at)
-    return _old(schema, is_in(tasks, FAILED, CANCELLED), ended_at)
+    return _old(schema, is_in(tasks, FAILED, CANCELLED), ended_at).where(~_holds_key(schema))
+
+
+def _holds_key(schema: str | None) -> ColumnElement[bool]:
+    """Return the condition that a failed task holds up the others of its key until it is retried."""
+    tasks, limits = tasks_table(schema), limits_table(schema)
+    holds = exists().where(limits.c.queue == tasks.c.queue, limits.c.type == tasks.c.type, limits.c.holds)
+    return and_(tasks.c.key.is_not(None), is_in(tasks, FAILED), holds)
 
 
 def _old(

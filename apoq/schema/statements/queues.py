@@ -12,7 +12,7 @@ from sqlalchemy import (
     BigInteger,
     Double,
     FromClause,
-    SmallInteger,
+    Integer,
     Text,
     bindparam,
     cast,
@@ -28,27 +28,30 @@ from apoq.core.payload import encode
 from apoq.schema.statements.pauses import ALL_TYPES, is_paused, paused
 
 Levels = Mapping[int, tuple[float, int]]
-"""By priority, the `process_at` (in seconds since 1970) and the id behind which a claim looks for tasks."""
+"""By level, the `process_at` (in seconds since 1970) and the id behind which a claim looks for tasks."""
 
 _COLUMNS: Final[dict[str, Any]] = {
     "queue": Text,
     "types": ARRAY(Text),
     "at_most": BigInteger,
-    "priorities": ARRAY(SmallInteger),
+    "levels": ARRAY(Integer),
     "behind_times": ARRAY(Double),
     "behind_ids": ARRAY(BigInteger),
-    "lower_than": SmallInteger,
+    "lower_than": Integer,
 }
 
 
-def given_queues(schema: str | None) -> CTE:
+def given_queues(schema: str | None, *, with_limited: bool = True) -> CTE:
     """Return the queues of the parameter `queues` as rows, without those that are paused.
 
+    A claim that gives no places must leave out queues and types that have a limit, too (`with_limited` is
+    False).
+
     A row has the name of the queue, the types of the tasks to look for, how many to claim at most, the
-    priorities to look at with a position in each, and the priority below which to look as well. All queues
+    levels to look at with a position in each, and the level below which to look as well. All queues
     are one parameter, in JSON, because a worker looks into one queue or into hundreds of them.
     """
-    records, pauses = _records(), paused(schema)
+    records, pauses = _records(), paused(schema, with_limited=not with_limited)
     type_ = func.unnest(records.c.types).column_valued("given_type")
     types = select(type_).where(~is_paused(pauses, records.c.queue, type_)).correlate(records)
     values = {each.name: each for each in records.c} | {"types": func.array(types.scalar_subquery())}
@@ -81,11 +84,11 @@ def queue_text(name: str, types: Iterable[str]) -> str:
 
 
 def levels_text(levels: Levels, lower_than: int | None = None) -> str:
-    """Return the positions behind which to look, the highest priority first."""
-    priorities = sorted(levels, reverse=True)
-    times = ",".join(_time(levels[priority][0]) for priority in priorities)
-    ids = [levels[priority][1] for priority in priorities]
-    text = f'"priorities":{encode(priorities)},"behind_times":[{times}],"behind_ids":{encode(ids)}'
+    """Return the positions behind which to look, the highest level first."""
+    numbers = sorted(levels, reverse=True)
+    times = ",".join(_time(levels[number][0]) for number in numbers)
+    ids = [levels[number][1] for number in numbers]
+    text = f'"levels":{encode(numbers)},"behind_times":[{times}],"behind_ids":{encode(ids)}'
     return text if lower_than is None else f'{text},"lower_than":{lower_than}'
 
 

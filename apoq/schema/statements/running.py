@@ -28,6 +28,7 @@ from sqlalchemy import (
 
 from apoq.core import states
 from apoq.schema.models import claims_table, tasks_table
+from apoq.schema.statements.levels import level
 from apoq.schema.statements.literals import RUNNING
 from apoq.schema.statements.states import has_running_state, is_in, is_open, is_pending
 
@@ -70,7 +71,7 @@ def in_state(schema: str | None, tasks: FromClause, state: str) -> ColumnElement
 def open_queues(schema: str | None) -> CTE:
     """Return the queues that have pending or running tasks, and a NULL at the end.
 
-    It takes one index lookup per queue, no matter how many tasks the queue has, as in `pending_priorities`.
+    It takes one index lookup per queue, no matter how many tasks the queue has, as in `pending_levels`.
     """
     tasks = tasks_table(schema)
     first = select(tasks.c.queue).where(is_open(tasks)).order_by(tasks.c.queue).limit(1)
@@ -93,7 +94,7 @@ def _first_open(schema: str | None) -> Subquery:
     first = (
         select(tasks.c.id, tasks.c.state)
         .where(tasks.c.queue == queues.c.queue, is_open(tasks))
-        .order_by(tasks.c.priority.desc(), tasks.c.process_at, tasks.c.id)
+        .order_by(level(tasks).desc(), tasks.c.process_at, tasks.c.id)
         .limit(LOOKED_AT)
         .lateral("first")
     )

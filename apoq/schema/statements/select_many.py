@@ -31,7 +31,7 @@ from apoq.schema.statements.states import has_running_state, is_in
 Filters = frozenset[str]
 """The filters that are given; the names of their parameters."""
 
-FILTERS: Final = ("ids", "of_type", "of_unique_key", "error_class", "since")
+FILTERS: Final = ("ids", "of_type", "of_key", "of_unique_key", "error_class", "since")
 
 
 @cache
@@ -87,6 +87,7 @@ def _lock(
     conditions = {
         "ids": tasks.c.id == any_(bigints("ids")),
         "of_type": tasks.c.type == bindparam("of_type", type_=Text),
+        "of_key": tasks.c.key == bindparam("of_key", type_=Text),
         "of_unique_key": tasks.c.unique_key == bindparam("of_unique_key", type_=Text),
         "error_class": tasks.c.error["class"].as_string() == bindparam("error_class", type_=Text),
         "since": _happened_at(tasks, state) >= bindparam("since", type_=TIMESTAMP(timezone=True)),

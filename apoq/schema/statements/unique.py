@@ -16,8 +16,10 @@ from sqlalchemy import (
     Table,
     Text,
     Update,
+    and_,
     any_,
     bindparam,
+    case,
     cast,
     delete,
     func,
@@ -40,6 +42,8 @@ from apoq.schema.statements.clock import in_utc
 from apoq.schema.statements.enqueue import given_values, returned_values
 from apoq.schema.statements.literals import EPOCH
 from apoq.schema.statements.portable import portable
+
+_PARENTS: Final = literal_column("'parents'", Text)
 
 _REPLACEABLE: Final = (PENDING, WAITING)
 """The states in which a task has not started, so that its data can be replaced."""
@@ -71,13 +75,15 @@ def enqueue_unique(schema: str | None, *, mapped: bool = True) -> Insert:
 def enqueue_many_unique(schema: str | None) -> Insert:
     """Add a task for each document and key, unless another task holds the key, and return the keys.
 
-    `task_data` has a line for each document, and `task_unique_keys` its key, or NULL. The tasks are inserted
+    `task_data` has a line for each document, `task_unique_keys` its key or NULL, and `task_keys` its
+    concurrency key or NULL. The tasks are inserted
     in this order: if all callers sort the keys, they don't deadlock.
     """
     rows = _rows()
     values = {
         **given_values(),
         **_unique_values(rows.c.unique_key),
+        "key": rows.c.key,
         "created_at": func.now(),
         "data": cast(rows.c.document, JSONB),
     }
@@ -157,7 +163,7 @@ def replace_many(schema: str | None) -> ReturningUpdate[Any]:
             tasks.c.held_unique_key == rows.c.unique_key,
             _has_not_started(tasks),
         )
-        .values(_replacement(tasks, cast(rows.c.document, JSONB)))
+        .values(_replacement(tasks, cast(rows.c.document, JSONB)) | {"key": rows.c.key})
         .returning(tasks.c.held_unique_key.label("unique_key"))
     )
 
@@ -238,7 +244,9 @@ def _unique_values(key: ColumnElement[Any]) -> dict[str, ColumnElement[Any]]:
 
 def _rows() -> TableValuedAlias:
     documents = func.string_to_array(bindparam("task_data", type_=Text), "\n")
-    return func.unnest(documents, _keys()).table_valued("document", "unique_key").render_derived("rows")
+    keys = bindparam("task_keys", type_=ARRAY(Text))
+    columns = ("document", "unique_key", "key")
+    return func.unnest(documents, _keys(), keys).table_valued(*columns).render_derived("rows")
 
 
 def _keys() -> ColumnElement[Any]:
@@ -274,6 +282,8 @@ def _replacement(held: Table, document: ColumnElement[Any]) -> dict[str, ColumnE
     """Return everything that the caller gives; the task keeps its id, its creation and its attempts."""
     given = given_values()
     del given["queue"]
+    # Not of parents, for which it still waits.
+    waits_for_place = and_(held.c.waiting_for.is_not(None), held.c.waiting_for != _PARENTS)
     due = select(given["process_at"]).scalar_subquery()
     latest = func.to_timestamp(
         func.date_part(EPOCH, in_utc(held.c.created_at), type_=Double) + bindparam("max_wait", type_=Double)
@@ -282,6 +292,11 @@ def _replacement(held: Table, document: ColumnElement[Any]) -> dict[str, ColumnE
         **given,
         "process_at": func.least(due, latest),  # without NULL
         "expires_at": select(given["expires_at"]).scalar_subquery(),
+        # It may have another key or type now, which has a free place.
+        "state": case((waits_for_place, literal_column(f"'{PENDING}'", Text)), else_=held.c.state),
+        "waiting_for": case((held.c.waiting_for == _PARENTS, held.c.waiting_for)),
+        "waiting_since": case((held.c.waiting_for == _PARENTS, held.c.waiting_since)),
+        "pool_key": null(),
         "unique_until_end": bindparam("unique_until_end", type_=Boolean),
         "data": document,
     }

@@ -9,7 +9,6 @@ from sqlalchemy import (
     BigInteger,
     Integer,
     Select,
-    SmallInteger,
     Text,
     bindparam,
     cast,
@@ -23,28 +22,29 @@ from sqlalchemy.dialects.postgresql import TIMESTAMP
 
 from apoq.schema.models import tasks_table
 from apoq.schema.statements.heartbeat import is_alive
+from apoq.schema.statements.levels import level
 from apoq.schema.statements.notes import is_noted
 from apoq.schema.statements.states import has_running_state, is_open
 
 
 @cache
 def next_level(schema: str | None) -> Select[Any]:
-    """Return the queue and priority after `queue` and `priority` that have pending or running tasks, if any.
+    """Return the queue and level after `queue` and `level` that have pending or running tasks, if any.
 
-    Queues are ordered by name, and the priorities of a queue from the highest to the lowest.
+    Queues are ordered by name, and the levels of a queue from the highest to the lowest.
     """
     tasks = tasks_table(schema)
-    queue, priority = bindparam("queue", type_=Text), bindparam("priority", type_=SmallInteger)
-    found = select(tasks.c.queue, tasks.c.priority).where(is_open(tasks))
+    queue, last = bindparam("queue", type_=Text), bindparam("level", type_=Integer)
+    found = select(tasks.c.queue, level(tasks).label("level")).where(is_open(tasks))
     lower = (
-        found.where(tasks.c.queue == queue, tasks.c.priority < priority)
-        .order_by(tasks.c.priority.desc())
+        found.where(tasks.c.queue == queue, level(tasks) < last)
+        .order_by(level(tasks).desc())
         .limit(1)
         .subquery("lower")
     )
     following = (
         found.where(tasks.c.queue > queue)
-        .order_by(tasks.c.queue, tasks.c.priority.desc())
+        .order_by(tasks.c.queue, level(tasks).desc())
         .limit(1)
         .subquery("following")
     )
@@ -54,7 +54,7 @@ def next_level(schema: str | None) -> Select[Any]:
 
 @cache
 def unnoted(schema: str | None) -> Select[Any]:
-    """Read the next `at_most` pending or running tasks of a `queue` and `priority`, behind a `time` and `id`.
+    """Read the next `at_most` pending or running tasks of a `queue` and `level`, behind a `time` and `id`.
 
     Returns a row for each task that is running, is in no claim, and belongs to no living worker, and a row
     for the last task that was read. The columns are its id, its token, its time, the number of tasks that
@@ -74,7 +74,7 @@ def unnoted(schema: str | None) -> Select[Any]:
         .where(
             is_open(tasks),
             tasks.c.queue == bindparam("queue", type_=Text),
-            tasks.c.priority == bindparam("priority", type_=SmallInteger),
+            level(tasks) == bindparam("level", type_=Integer),
             tuple_(tasks.c.process_at, tasks.c.id) > tuple_(time, bindparam("id", type_=BigInteger)),
         )
         .order_by(tasks.c.process_at, tasks.c.id)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from psycopg import DatabaseError
 from psycopg.errors import FeatureNotSupported
-from sqlalchemy import Engine
+from sqlalchemy import Engine, Executable
 from sqlalchemy.pool import PoolProxiedConnection
 
-from apoq.postgres.connections import STATEMENT_TIMEOUT_SECONDS, execute, is_away, transaction
+from apoq.postgres.connections import STATEMENT_TIMEOUT_SECONDS, Send, execute, is_away, transaction
 from apoq.schema.statements.arrays import array_text
 from apoq.schema.statements.claim import DATA, ID, META, claim, next_due
 from apoq.schema.statements.data import read_short_data
@@ -24,7 +24,7 @@ from apoq.worker.claiming.strays import Strays
 Row = tuple[Any, ...]
 Portions = Mapping[ClaimableQueue, int]
 """How many tasks to claim from each queue at most, in this order."""
-Form = Mapping[str, bool]
+Form = dict[str, bool]
 """The options of `claim`."""
 On = PoolProxiedConnection | None
 """The connection on which to send a statement; None: one of the pool."""
@@ -54,12 +54,18 @@ class ClaimStatement:
         self, portions: Portions, at_most: int, free: int, on: On, *, bare: bool = False
     ) -> tuple[int, list[Row]]:
         """Claim up to `at_most` tasks for `free` slots; return the claim's number and the unordered tasks."""
-        parameters = self._parameters(portions, at_most, free)
-        form = _form(parameters, portions)
+        form, parameters = self.form_and_parameters(portions, at_most, free)
+        return self.record(lambda of_claim: self._claim(form, parameters | of_claim, on, bare=bare))
+
+    def record(self, claim: Callable[[dict[str, Any]], list[Row]]) -> tuple[int, list[Row]]:
+        """Call a function that claims tasks; return the claim's number and the tasks.
+
+        It is given the parameters with which it records the claim.
+        """
         number = self._claim_log.begin(self._schema)
-        parameters |= {"number": number, "by_worker": self._strays.worker_id}
+        self.sent_at = time.monotonic()
         try:
-            rows = self._claim(form, parameters, on, bare=bare)
+            rows = claim({"number": number, "by_worker": self._strays.worker_id})
         except BaseException as error:
             self._claim_log.failed(number)
             # Without a response, it may have committed, or may do so until the server ends it. With one that
@@ -80,25 +86,36 @@ class ClaimStatement:
                 return execute(on or self._engine, statement, parameters).fetchall()
             except FeatureNotSupported:
                 pass  # Citus shards the schema, perhaps since a moment ago
-        rows = self._claim_in_parts(form, parameters, bare=bare)
+        self.sent_at = time.monotonic()
+        with transaction(self._engine, timeout=STATEMENT_TIMEOUT_SECONDS) as send:
+            first = claim(self._schema, **form, bare=True, noted=False)
+            rows = self._send_in_parts(send, first, parameters, bare=bare)
         self._sharded.add(self._schema)
         return rows
 
-    def _claim_in_parts(self, form: Form, parameters: dict[str, Any], *, bare: bool) -> list[Row]:
-        """Claim in several statements of one transaction, each of which writes to one table.
+    def take_in(self, send: Send, take: Callable[..., Executable], parameters: dict[str, Any]) -> list[Row]:
+        """Execute a statement that claims tasks in a transaction, and record them."""
+        if self._schema in self._sharded:
+            return self._send_in_parts(
+                send, take(self._schema, bare=True, noted=False), parameters, bare=False
+            )
+        return send(take(self._schema), parameters).fetchall()
+
+    def _send_in_parts(
+        self, send: Send, first: Executable, parameters: dict[str, Any], *, bare: bool
+    ) -> list[Row]:
+        """Claim in several statements of a transaction, each of which writes to one table.
 
         Citus accepts these, but not the statement that does everything at once.
         """
-        self.sent_at = time.monotonic()
-        with transaction(self._engine, timeout=STATEMENT_TIMEOUT_SECONDS) as send:
-            rows = send(claim(self._schema, **form, bare=True, noted=False), parameters).fetchall()
-            if not rows:
-                return rows
-            ids = {"ids": array_text(row[ID] for row in rows)}
-            send(note_tasks(self._schema), parameters | ids)
-            if bare:
-                return rows
-            data = {task_id: its for task_id, *its in send(read_short_data(self._schema), ids)}
+        rows = send(first, parameters).fetchall()
+        if not rows:
+            return rows
+        ids = {"ids": array_text(row[ID] for row in rows)}
+        send(note_tasks(self._schema), parameters | ids)
+        if bare:
+            return rows
+        data = {task_id: its for task_id, *its in send(read_short_data(self._schema), ids)}
         for number, row in enumerate(rows):
             filled = list(row)
             filled[DATA], filled[META] = data[row[ID]]
@@ -107,22 +124,26 @@ class ClaimStatement:
 
     def next_due(self, queue: ClaimableQueue, free: int) -> list[int]:
         """Return the id of the task that a claim of a single task of this queue would take, if any."""
-        portions = {queue: 1}
-        parameters = self._parameters(portions, 1, free)
-        statement = next_due(self._schema, **_form(parameters, portions))
+        form, parameters = self.form_and_parameters({queue: 1}, 1, free)
+        statement = next_due(self._schema, **form)
         return [task_id for (task_id,) in execute(self._engine, statement, parameters)]
 
-    def _parameters(self, portions: Portions, at_most: int, free: int) -> dict[str, Any]:
+    def form_and_parameters(self, portions: Portions, at_most: int, free: int) -> tuple[Form, dict[str, Any]]:
+        """Return the form of `claim`, and its parameters, for up to `at_most` tasks and `free` slots."""
         parameters: dict[str, Any] = {
             "queues": queues_text(*(queue.text(portion) for queue, portion in portions.items())),
-            "retry_limits": retry_limits_text(*(queue.limits_text for queue in portions)),
+            "retry_limits": self.retry_limits(portions),
             "at_most": at_most,
         }
         if at_most > free:
             parameters["free"] = free
         if passed_over := [task_id for queue in portions for task_id in queue.cursor.passed_over()]:
             parameters["passed_over"] = array_text(passed_over)
-        return parameters
+        return _form(parameters, portions), parameters
+
+    def retry_limits(self, queues: Iterable[ClaimableQueue]) -> str:
+        """Return the retry limits of these queues, as a statement is given them."""
+        return retry_limits_text(*(queue.limits_text for queue in queues))
 
 
 def has_no_response(error: BaseException) -> bool:

@@ -12,10 +12,20 @@ from apoq.worker.lease import Lease
 
 
 class ClaimableQueue:
-    """A queue, with its processors, its cursor, and the worker's lease in its schema."""
+    """The tasks of a queue, with their processors, the cursor, and the worker's lease in the schema."""
 
-    def __init__(self, queue: Queue, cursor: ClaimCursor, lease: Lease, registry: Registry) -> None:
+    def __init__(
+        self,
+        queue: Queue,
+        cursor: ClaimCursor,
+        lease: Lease,
+        registry: Registry,
+        *,
+        is_keyed: bool = False,
+    ) -> None:
+        """`is_keyed`: these are its tasks with concurrency keys, and otherwise its tasks without."""
         self.queue = queue
+        self.is_keyed = is_keyed
         self.cursor = cursor
         self.lease = lease
         self._registry = registry
@@ -28,22 +38,32 @@ class ClaimableQueue:
     @property
     def processors(self) -> Mapping[str, Processor]:
         """The processors, by type."""
-        processors = self._registry.of(self.queue)
-        # The registry returns another mapping as soon as there is one more processor.
-        if self._processors is not processors:
-            self._processors = processors
-            self._text = queue_text(self.queue.name, processors)
-            self._limits_text = retry_limits(self.queue, processors)
-        return processors
+        self._look()
+        return self._processors
+
+    @property
+    def needs_places(self) -> bool:
+        """Whether its tasks may need places before they begin."""
+        return self.is_keyed or self.cursor.is_limited
 
     def text(self, at_most: int) -> tuple[str, str, str]:
         """Return the queue, its positions, and how many tasks to claim, as a statement is given them."""
-        return self._text, self.cursor.text, at_most_text(at_most)
+        self._look()
+        return self._text, self.cursor.text(is_keyed=self.is_keyed), at_most_text(at_most)
 
     @property
     def limits_text(self) -> str:
         """The retry limits of its types, as a statement is given them."""
+        self._look()
         return self._limits_text
+
+    def _look(self) -> None:
+        processors = self._registry.of(self.queue)
+        # The registry returns another mapping as soon as there is one more processor.
+        if self._processors is not processors:
+            self._text = queue_text(self.queue.name, processors)
+            self._limits_text = retry_limits(self.queue, processors)
+            self._processors = processors
 
 
 def retry_limits(queue: Queue, processors: Mapping[str, Processor]) -> str:

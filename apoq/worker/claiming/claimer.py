@@ -14,14 +14,18 @@ from sqlalchemy.pool import PoolProxiedConnection
 from apoq.client.queue import Queue
 from apoq.core.outcomes import WorkerDied
 from apoq.core.pace import Pace
+from apoq.core.places import POOL, WHOLE_QUEUE, Share
 from apoq.core.registry import Registry
 from apoq.events import Events, TaskClaimed, TaskCompleted, TaskStarted
-from apoq.schema.statements.claim import FAIL_COUNT
+from apoq.postgres.connections import execute
+from apoq.schema.statements.claim import CLAIM, FAIL_COUNT
+from apoq.schema.statements.notify import arrays, has_tasks, notify
 from apoq.worker import reports
 from apoq.worker.claim_log import ClaimLog
-from apoq.worker.claiming.claim_statement import Portions, Row
+from apoq.worker.claiming.claim_statement import Portions
 from apoq.worker.claiming.claimable_queue import ClaimableQueue
 from apoq.worker.claiming.cursor import ClaimCursor
+from apoq.worker.claiming.declared_limits import DeclaredLimits
 from apoq.worker.claiming.queue_claims import MAX_CLAIM_SIZE
 from apoq.worker.claiming.rotation import QueueRotation
 from apoq.worker.claiming.scanner import QueueScanner
@@ -33,6 +37,7 @@ from apoq.worker.execution.runner import AttemptResult, ended
 from apoq.worker.failures import Outage
 from apoq.worker.isolation import Isolation
 from apoq.worker.lease import Lease
+from apoq.worker.places import Places
 from apoq.worker.service import Service
 
 MAX_PREFETCHED: Final = 2_000
@@ -43,6 +48,12 @@ PREFETCH_SECONDS: Final = 0.25
 
 LEASE_POLL_SECONDS: Final = 0.1
 """Seconds after which a claimer whose lease has ended looks whether it is renewed."""
+
+PLACED_SECONDS: Final = 0.05
+"""Seconds after which a task that has a place and has not begun is released: another gets the place."""
+
+HAND_OVER_RETRY_SECONDS: Final = 0.005
+"""Seconds after which a place is handed over for which another transaction was just looking for a task."""
 
 RELEASE_AFTER_SECONDS: Final = 2.0
 """Seconds after which a task that has not begun is released, because another worker may have a free slot."""
@@ -74,6 +85,8 @@ class Claimer(Service):
         scanner: QueueScanner,
         strays: Strays,
         sharded: set[str | None],
+        places: Places,
+        declared_limits: DeclaredLimits,
         *,
         cursors: Mapping[Queue, ClaimCursor],
         leases: Mapping[str | None, Lease],
@@ -88,6 +101,10 @@ class Claimer(Service):
         self._queues = {
             queue: ClaimableQueue(queue, cursors[queue], leases[queue.schema], registry) for queue in queues
         }
+        self._keyed = {
+            queue: ClaimableQueue(queue, cursors[queue], leases[queue.schema], registry, is_keyed=True)
+            for queue in queues
+        }
         isolation: Isolation[ClaimableQueue] = Isolation(lambda queue: f"the claim from {queue!r}", outage)
         self._schemas = {
             schema: SchemaClaims(
@@ -97,6 +114,7 @@ class Claimer(Service):
                 claim_log,
                 strays,
                 sharded,
+                places,
                 isolation,
             )
             for schema in leases
@@ -109,12 +127,26 @@ class Claimer(Service):
         self._strays = strays
         self._on_ended = on_ended
         self._claim_log = claim_log
-        self._moves: list[tuple[ClaimCursor, list[Row], bool]] = []
+        self._engine = engine
+        self._places = places
+        self._declared_limits = declared_limits
+        self._has_placed = False
+        """Whether tasks with places were claimed that have not been given to the executor."""
+        self._released: set[Queue] = set()
+        """The queues of which tasks with places were released, which others may claim."""
+        places.on_free = self.wake
+        self._moves: list[Callable[[], None]] = []
         self._waits_for_room = True
         """Whether a slot that becomes free is a reason to take a turn."""
         self._lock = threading.Lock()
         self._pace = Pace()
         self._rested_at = 0.0
+
+    def start(self) -> None:
+        """Start claiming, and declare the limits of the code again."""
+        if not self.is_alive:
+            self._declared_limits.forget()
+        super().start()
 
     def look_for_tasks(self, queues: Iterable[Queue] | None = None) -> None:
         """Claim now from these queues, or from all, even if the last claim found nothing there."""
@@ -141,7 +173,46 @@ class Claimer(Service):
         self.look_for_tasks()
 
     def turn(self, connection: PoolProxiedConnection | None = None) -> float | None:
-        """Claim tasks for the free slots; return when to look again."""
+        """Hand over free places, and claim tasks for the free slots; return when to look again."""
+        if self._places:
+            self.hand_over()
+        pause = self._claim_tasks(connection)
+        if self._places:
+            pause = HAND_OVER_RETRY_SECONDS if pause is None else min(pause, HAND_OVER_RETRY_SECONDS)
+        return pause
+
+    def hand_over(self, room: int | None = None) -> None:
+        """Give free places to the tasks that wait for them: claim up to `room`, and unblock the others.
+
+        By default, up to as many as begin within `PLACED_SECONDS`.
+        """
+        for queue, freed in self._places.take().items():
+            its = self._keyed[queue]
+            if not its.lease.is_held:
+                continue  # another worker's sweep finds the tasks that wait
+            try:
+                with self._lock:
+                    space = self._room_for_places() if room is None else room
+                    free = self._executor.free
+                    taken = self._schemas[queue.schema].hand_over(its, freed, space, free)
+                    tasks = self._hold(taken)
+            except BaseException:
+                self._places.expect(queue, freed)
+                raise
+            self._executor.put(self._startable(tasks), placed=True)
+            is_unblocked = taken.placed is not None and taken.placed.is_unblocked
+            if is_unblocked or queue in self._released or Share(POOL, WHOLE_QUEUE) in freed:
+                self._released.discard(queue)
+                self._offer(queue)
+
+    def _offer(self, queue: Queue) -> None:
+        """Let all workers, and this one, claim tasks of a queue that could not begin before."""
+        self._expect([queue])
+        self._scanner.look_into(queue)
+        execute(self._engine, notify(), arrays([has_tasks(queue.schema, queue.name)]))
+
+    def _claim_tasks(self, connection: PoolProxiedConnection | None) -> float | None:
+        self._declared_limits.write()
         # Set before looking at the room: otherwise a slot that becomes free meanwhile would wake nothing.
         self._waits_for_room = True
         pause = self._release_overdue()
@@ -168,13 +239,14 @@ class Claimer(Service):
         if len(claimed) < wanted:
             # Then there will be more tasks for the next claim.
             self._rested_at = began + self._pace.interval(time.monotonic() - began)
-        self._executor.put(self._startable(claimed))
+        self._begin(claimed)
         self._move_cursors()
         self._strays.forget_settled(connection)
         return 0.0
 
     def claim_one(self) -> AnyAttempt | None:
         """Claim a single task, and return the attempt that the caller is to run."""
+        self._declared_limits.write()
         self._strays.forget_settled()
         self._expect(None)
         while claimed := self.claim(1, 1):
@@ -198,9 +270,11 @@ class Claimer(Service):
                     left, left_free = limit - len(tasks), free - len(tasks)
                     if left:
                         its = self._schemas[schema]
-                        for taken in its.claim(portions, left, left_free, connection, self._others):
+                        room = self._room_for_places()
+                        for taken in its.claim(portions, left, left_free, room, connection, self._others):
                             del unreached[taken.queue]
-                            tasks += self._hold(taken, its)
+                            self._looked_into(taken)
+                            tasks += self._hold(taken)
             except BaseException:
                 if not tasks:
                     raise
@@ -220,6 +294,17 @@ class Claimer(Service):
             return 0, free
         return room, free
 
+    def _room_for_places(self) -> int:
+        return self._executor.room_for_places(PLACED_SECONDS)
+
+    def _begin(self, tasks: list[Claimed]) -> None:
+        placed = [row for row in tasks if row[CLAIM].is_placed] if self._has_placed else []
+        if placed:
+            self._has_placed = False
+            self._executor.put(self._startable(placed), placed=True)
+            tasks = [row for row in tasks if not row[CLAIM].is_placed]
+        self._executor.put(self._startable(tasks))
+
     def _startable(self, tasks: list[Claimed]) -> Iterator[Claimed]:
         for row in tasks:
             if row[FAIL_COUNT]:
@@ -229,13 +314,24 @@ class Claimer(Service):
                     continue
             yield row
 
-    def _hold(self, taken: Taken, schema: SchemaClaims) -> list[Claimed]:
-        """Remember what was taken from a queue; return its tasks."""
-        queue, rows = taken.queue, taken.rows
+    def _looked_into(self, taken: Taken) -> None:
+        """Remember how far a claim has looked into a queue."""
+        queue, rows, placed = taken.queue, taken.rows, taken.placed
         self._rotation.looked_into(queue, has_more=taken.has_more)
         self._scanner.claimed(queue.queue, len(rows), has_more=taken.has_more)
+        if placed is not None:
+            self._moves.append(partial(queue.cursor.move_to, placed.ends, is_all=False))
+        elif rows:
+            self._moves.append(partial(queue.cursor.claimed, rows, is_all=not taken.has_more))
+
+    def _hold(self, taken: Taken) -> list[Claimed]:
+        """Remember what was taken from a queue; return its tasks."""
+        queue, rows, placed = taken.queue, taken.rows, taken.placed
+        if placed is not None:
+            self._places.expect(queue.queue, placed.later)
         if not rows:
             return []
+        self._has_placed |= placed is not None
         batch = Claim(
             queue.queue,
             queue.processors,
@@ -243,12 +339,12 @@ class Claimer(Service):
             taken.sent_at,
             queue.lease,
             self._signals[queue.queue.schema],
-            schema.fetch,
+            self._schemas[queue.queue.schema].fetch,
             taken.number,
             self._report_start if self._is_followed() else None,
             is_ahead=taken.is_ahead,
+            is_placed=placed is not None,
         )
-        self._moves.append((queue.cursor, rows, not taken.has_more))
         tasks: list[Claimed] = [(*row, batch) for row in rows]
         self._claim_log.hold(tasks)
         if self._events.has_listeners(TaskClaimed):
@@ -258,7 +354,9 @@ class Claimer(Service):
 
     def _expect(self, queues: Iterable[Queue] | None) -> None:
         """Look into these queues, or into all, with the next claim."""
-        expected = [self._queues[queue] for queue in (self._queues if queues is None else queues)]
+        meant = self._queues if queues is None else queues
+        expected = [self._queues[queue] for queue in meant]
+        expected += [its for queue in meant if (its := self._keyed[queue]).cursor.has_keyed]
         # If there is a processor later, the next survey finds its tasks.
         self._rotation.expect(queue for queue in expected if queue.processors)
 
@@ -274,23 +372,39 @@ class Claimer(Service):
         """Move the cursors behind the claimed tasks, after these have begun."""
         with self._lock:
             moves, self._moves = self._moves, []
-        for cursor, rows, is_all in moves:
-            cursor.claimed(rows, is_all=is_all)
+        for move in moves:
+            move()
 
     def _others(self) -> Iterable[ClaimableQueue]:
         return (queue for queue in self._queues.values() if queue.lease.is_held)
 
     def _release_overdue(self) -> float | None:
         """Release tasks that have waited too long for a slot; return when to look again, if any wait."""
+        pause = self._release_placed()
         since = self._executor.waiting_since
         if since is None:
-            return None
+            return pause
         if time.monotonic() - since < RELEASE_AFTER_SECONDS:
-            return RELEASE_AFTER_SECONDS
+            return RELEASE_AFTER_SECONDS if pause is None else pause
         for attempt in self._executor.take_back():
             self._on_ended(released(attempt))
         # The average is of shorter tasks than those that run now.
         self._executor.run_time = max(self._executor.run_time or 0.0, RELEASE_AFTER_SECONDS)
+        return None
+
+    def _release_placed(self) -> float | None:
+        """Release tasks with places that have not begun in time, so that others get their places."""
+        since = self._executor.placed_since
+        if since is None:
+            return None
+        left = since + PLACED_SECONDS - time.monotonic()
+        if left > 0:
+            return left
+        for attempt in self._executor.take_back_placed():
+            self._on_ended(released(attempt))
+            self._released.add(attempt.from_queue)
+        # The average is of shorter tasks than those that run now.
+        self._executor.run_time = max(self._executor.run_time or 0.0, PLACED_SECONDS)
         return None
 
 

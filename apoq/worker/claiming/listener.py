@@ -24,11 +24,13 @@ from apoq.postgres.watchdog import cut, watch
 from apoq.schema.statements.notify import (
     CANCELLED,
     CHANNEL,
+    LIMITED,
     PAUSED,
     Notification,
     arrays,
     has_tasks,
     notify,
+    was_limited,
     was_paused,
 )
 from apoq.worker import logs
@@ -116,6 +118,7 @@ class Listener(Service):
         *,
         on_cancelled: Callable[[set[int] | None], None],
         on_paused: Callable[[Queue], None],
+        on_limited: Callable[[Queue], None],
     ) -> None:
         """`on_cancelled` is called with the ids of tasks that may have been cancelled; None: any may have."""
         super().__init__("apoq-listener", outage)
@@ -123,9 +126,11 @@ class Listener(Service):
         self._listening = listening
         self._with_tasks = {has_tasks(queue.schema, queue.name): queue for queue in queues}
         self._paused = {was_paused(queue.schema, queue.name): queue for queue in queues}
+        self._limited = {was_limited(queue.schema, queue.name): queue for queue in queues}
         self._claimer = claimer
         self._on_cancelled = on_cancelled
         self._on_paused = on_paused
+        self._on_limited = on_limited
         self._has_warned = False
         self._is_flooded = False
         self._connection: ListeningConnection | None = None
@@ -202,7 +207,8 @@ class Listener(Service):
         return has_arrived
 
     def _listen(self, connection: ListeningConnection) -> None:
-        connection.listen([CANCELLED, PAUSED, CHANNEL], {**self._with_tasks, **self._paused})
+        awaited = {**self._with_tasks, **self._paused, **self._limited}
+        connection.listen([CANCELLED, PAUSED, LIMITED, CHANNEL], awaited)
         self.recovered()
         self._on_cancelled(None)  # until now, cancellations did not notify this connection
         # With listen_url, the role of this connection may not be allowed to claim.
@@ -221,8 +227,7 @@ class Listener(Service):
                 return
             if received.number > CROWD_SIZE:
                 crowded_until = read_at + CROWD_SECONDS
-            for paused in received.expected & self._paused.keys():
-                self._on_paused(self._paused[paused])
+            self._tell(received.expected)
             if with_tasks := received.expected & self._with_tasks.keys():
                 queues = [self._with_tasks[notification] for notification in with_tasks]
                 self._claimer.notified(queues, ours if read_at > crowded_until else None)
@@ -234,6 +239,13 @@ class Listener(Service):
             if not received.number and not self._is_ending:
                 connection.execute("SELECT 1")
             time.sleep(min(MAX_INTERVAL_SECONDS, REST_FACTOR * (read_at - connection.woke_at)))
+
+    def _tell(self, received: set[Notification]) -> None:
+        """Call who wants to know of pauses and limits."""
+        for paused in received & self._paused.keys():
+            self._on_paused(self._paused[paused])
+        for limited in received & self._limited.keys():
+            self._on_limited(self._limited[limited])
 
     def _give_up(self) -> None:
         logs.too_many_notifications(PROBE_RETRY_SECONDS, is_news=not self._is_flooded)

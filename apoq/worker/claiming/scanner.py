@@ -69,8 +69,8 @@ class QueueScanner(Service):
         self._on_due = on_due
         self._isolation: Isolation[Queue] = Isolation(lambda queue: f"the survey of {queue!r}", outage)
         self._looks = LookTimes(cursors, poll_interval)
-        self._reported: dict[Queue, tuple[First | None, float]] = {}
-        """The first due task of each queue, and when that was reported to the claimer."""
+        self._reported: dict[Queue, tuple[tuple[First, ...], float]] = {}
+        """The first due tasks of each queue, and when these were reported to the claimer."""
         self._rests = {False: Rest(), True: Rest(usual=0.001)}
         """After a survey of all priorities, and after one of those that are known."""
 
@@ -143,7 +143,8 @@ class QueueScanner(Service):
     def _execute(self, schema: str | None, queues: list[Queue], *, known: bool) -> dict[Queue, float]:
         passed_over = [task_id for queue in queues for task_id in self._cursors[queue].passed_over()]
         texts = [
-            (queue_text(queue.name, self._registry.of(queue)), self._cursors[queue].text) for queue in queues
+            (queue_text(queue.name, self._registry.of(queue)), self._cursors[queue].levels)
+            for queue in queues
         ]
         parameters = {
             "queues": queues_text(*texts),
@@ -154,6 +155,7 @@ class QueueScanner(Service):
         found = surveyed(execute(self._engine, statement, parameters, timeout=SURVEY_TIMEOUT_SECONDS))
         due_in: dict[Queue, float] = {}
         for queue in queues:
+            self._cursors[queue].is_limited = queue.name in found.limited
             firsts = found.firsts.get(queue.name, ())
             of_tasks = self._cursors[queue].surveyed(firsts, found.now, known=known)
             due_in[queue] = min(of_tasks, found.resumes.get(queue.name, math.inf) - found.now)
@@ -165,7 +167,7 @@ class QueueScanner(Service):
         Another session may have locked it, for example. It is tried again after a poll interval.
         """
         first_due = self._cursors[queue].first_due
-        reported, reported_at = self._reported.get(queue, (None, -math.inf))
+        reported, reported_at = self._reported.get(queue, ((), -math.inf))
         is_news = first_due != reported or now >= reported_at + self._poll_interval
         if is_news:
             self._reported[queue] = first_due, now

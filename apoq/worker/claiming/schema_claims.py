@@ -15,10 +15,12 @@ from apoq.schema.statements.data import read_data
 from apoq.worker.claim_log import ClaimLog
 from apoq.worker.claiming.claim_statement import ClaimStatement, On, Portions, Row, has_no_response
 from apoq.worker.claiming.claimable_queue import ClaimableQueue
+from apoq.worker.claiming.placed_claims import PlacedClaims, PlacedTasks
 from apoq.worker.claiming.queue_claims import QueueClaims
 from apoq.worker.claiming.strays import Strays
 from apoq.worker.execution.attempt import AnyAttempt, longest_data
 from apoq.worker.isolation import Isolation
+from apoq.worker.places import Freed, Places
 
 Others = Callable[[], Iterable[ClaimableQueue]]
 """Returns all queues from which the worker may claim."""
@@ -38,6 +40,8 @@ class Taken(NamedTuple):
     """Whether the claim has taken more tasks than there were free slots."""
     sent_at: float
     """When the claim was sent, by time.monotonic()."""
+    placed: PlacedTasks | None = None
+    """The whole result, if it was a claim under limits."""
 
 
 class SchemaClaims:
@@ -51,19 +55,27 @@ class SchemaClaims:
         claim_log: ClaimLog,
         strays: Strays,
         sharded: set[str | None],
+        places: Places,
         isolation: Isolation[ClaimableQueue],
     ) -> None:
         self._engine = engine
         self._statement = ClaimStatement(engine, schema, claim_log, strays, sharded)
         self._alone = {queue: QueueClaims(queue, self._statement, strays) for queue in queues}
+        self._placed = PlacedClaims(engine, schema, self._statement, places)
         self._isolation = isolation
 
-    def claim(self, portions: Portions, limit: int, free: int, on: On, others: Others) -> Iterator[Taken]:
+    def claim(
+        self, portions: Portions, limit: int, free: int, room: int, on: On, others: Others
+    ) -> Iterator[Taken]:
         """Claim up to `limit` tasks for `free` slots; yield what was taken from each queue that was reached.
 
+        Of queues whose tasks need places, up to `room` tasks are claimed, one queue after the other.
         If a claim from several queues fails, each of them claims alone until that succeeds. A queue whose own
         claim fails is left out for a while, unless there are no `others` whose claims succeed.
         """
+        placed = {queue: its for queue, its in portions.items() if queue.needs_places}
+        yield from self._claim_placed(placed, min(limit, room), free, others)
+        portions = {queue: its for queue, its in portions.items() if queue not in placed}
         together = {queue: its for queue, its in portions.items() if not self._alone[queue].is_doubtful}
         taken = self._claim_together(together, limit, free, on) if len(together) > 1 else []
         yield from taken
@@ -76,6 +88,28 @@ class SchemaClaims:
                 its = self._isolation.call(queue, others(), claim, _nothing(queue))
                 count += len(its.rows)
                 yield its
+
+    def hand_over(self, queue: ClaimableQueue, freed: Freed, room: int, free: int) -> Taken:
+        """Give free places to the tasks of a queue that wait for them; return those that were claimed."""
+        placed = self._placed.hand_over(queue, freed, room, free)
+        return self._placed_of(queue, placed, free)
+
+    def _claim_placed(self, portions: Portions, limit: int, free: int, others: Others) -> Iterator[Taken]:
+        for queue, portion in portions.items():
+            if limit <= 0:
+                return
+            claim = partial(self._placed.claim, queue, min(portion, limit), free)
+            placed = self._isolation.call(queue, others(), claim, None)
+            if placed is None:
+                yield _nothing(queue)
+                continue
+            limit -= len(placed.rows)
+            free -= len(placed.rows)
+            yield self._placed_of(queue, placed, free)
+
+    def _placed_of(self, queue: ClaimableQueue, placed: PlacedTasks, free: int) -> Taken:
+        is_ahead, sent_at = len(placed.rows) > free, self._statement.sent_at
+        return Taken(queue, placed.number, placed.rows, placed.has_more, is_ahead, sent_at, placed)
 
     def fetch(self, attempt: AnyAttempt) -> list[Row]:
         """Read the data of a task that is too large for the result of its claim."""

@@ -72,6 +72,8 @@ class Claim:
     """Called when one of them begins, if there is a listener; then its time is measured, too."""
     is_ahead: bool = False
     """Whether they were more than there were free slots."""
+    is_placed: bool = False
+    """Whether they may have places."""
 
 
 Claimed = ClaimedTask[Claim]

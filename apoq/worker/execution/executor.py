@@ -59,6 +59,8 @@ class Executor:
         self._missing = missing
         self._on_ended = on_ended
         self._on_low = on_low
+        self._first: deque[Claimed] = deque()
+        """Tasks with places, which begin before those in line."""
         self._line: deque[Claimed] = deque()
         self._free = concurrency
         self._is_closed = False
@@ -75,7 +77,7 @@ class Executor:
     @property
     def load(self) -> int:
         """How many tasks run or are in line."""
-        return self.concurrency - self._free + len(self._line)
+        return self.concurrency - self._free + len(self._first) + len(self._line)
 
     @property
     def free(self) -> int:
@@ -85,13 +87,17 @@ class Executor:
     @property
     def waiting_since(self) -> float | None:
         """When the first in line was claimed, by time.monotonic()."""
-        if not self._line:
-            return None
-        try:
-            batch = self._line[0][CLAIM]
-        except IndexError:  # it has just begun
-            return None
-        return batch.claimed_at
+        return _claimed_at(self._line)
+
+    @property
+    def placed_since(self) -> float | None:
+        """When the first task with a place was claimed that has not begun."""
+        return _claimed_at(self._first)
+
+    def room_for_places(self, seconds: float) -> int:
+        """Return how many tasks with places, in addition to those that wait, would begin within so long."""
+        soon = 0 if self.run_time is None else int(self.concurrency * seconds / max(self.run_time, 1e-6))
+        return max(0, self._free + soon - len(self._first))
 
     def is_current(self) -> bool:
         """Return whether the caller is on a thread of one of the slots."""
@@ -114,8 +120,8 @@ class Executor:
         finally:
             self._in_no_slot.discard(attempt)
 
-    def put(self, tasks: Iterable[Claimed]) -> None:
-        """Run these tasks when slots are free.
+    def put(self, tasks: Iterable[Claimed], *, placed: bool = False) -> None:
+        """Run these tasks when slots are free; those with places (`placed`) before all others.
 
         If a slot's thread can't be started, its task stays first in line and the slot stays free. If the
         executor is closed, the tasks are released.
@@ -127,7 +133,7 @@ class Executor:
                 for row in tasks:
                     self._on_ended(released(self.attempt_of(row)))
                 return
-            self._line.extend(tasks)
+            (self._first if placed else self._line).extend(tasks)
             for _ in range(self._free):
                 attempt = self._pop()
                 if attempt is None:
@@ -155,25 +161,36 @@ class Executor:
 
     def take_back(self, queues: Container[Queue] | None = None) -> list[AnyAttempt]:
         """Return the tasks in line, and forget them: all of them, or those of these queues."""
+        with self._lock:
+            taken = [*self._take_back(self._first, queues), *self._take_back(self._line, queues)]
+        return [self.attempt_of(row) for row in taken]
+
+    def take_back_placed(self) -> list[AnyAttempt]:
+        """Return the tasks with places that have not begun, and forget them."""
+        with self._lock:
+            taken = self._take_back(self._first, None)
+        return [self.attempt_of(row) for row in taken]
+
+    def _take_back(self, line: deque[Claimed], queues: Container[Queue] | None) -> list[Claimed]:
         taken: list[Claimed] = []
         others: list[Claimed] = []
-        with self._lock:
-            with suppress(IndexError):
-                while True:
-                    # One by one, because slots take tasks from the line meanwhile.
-                    row = self._line.popleft()
-                    is_meant = queues is None or row[CLAIM].from_queue in queues
-                    (taken if is_meant else others).append(row)
-            self._line.extendleft(reversed(others))
-        return [self.attempt_of(row) for row in taken]
+        with suppress(IndexError):
+            while True:
+                # One by one, because slots take tasks from the line meanwhile.
+                row = line.popleft()
+                is_meant = queues is None or row[CLAIM].from_queue in queues
+                (taken if is_meant else others).append(row)
+        line.extendleft(reversed(others))
+        return taken
 
     def recall(self, tasks: list[Claimed]) -> list[Claimed]:
         """Tell running ones to stop, because they are no longer owned; forget and return those in line."""
         waiting = []
         for row in tasks:
-            with suppress(ValueError):  # it has begun
-                self._line.remove(row)
-                waiting.append(row)
+            for line in (self._first, self._line):
+                with suppress(ValueError):  # it has begun, or is in the other one
+                    line.remove(row)
+                    waiting.append(row)
         recalled = {id(row) for row in tasks}
         for attempt in self.running():
             if id(attempt.row) in recalled:
@@ -187,7 +204,7 @@ class Executor:
     def unfinished(self) -> set[int]:
         """Return the `id()` of each claimed row that is in line, or runs and has not begun to complete."""
         running = {id(attempt.row) for attempt in self.running() if not attempt.is_completing}
-        return running | {id(row) for row in list(self._line)}
+        return running | {id(row) for row in (*list(self._first), *list(self._line))}
 
     def abandon(self) -> list[AnyAttempt]:
         """Return the attempts that run in slots now, and forget them: their results are ignored."""
@@ -213,11 +230,10 @@ class Executor:
     def _pop(self) -> AnyAttempt | None:
         if self._is_closed:
             return None
-        try:
-            row = self._line.popleft()
-        except IndexError:
-            return None
-        return self.attempt_of(row)
+        for line in (self._first, self._line):
+            with suppress(IndexError):
+                return self.attempt_of(line.popleft())
+        return None
 
     def _begin(self, attempt: AnyAttempt) -> bool:
         """Hand an attempt to its thread or to the loop; return False if that could not be started."""
@@ -319,9 +335,17 @@ class Executor:
                     self._idle.notify_all()
         if attempt is not None:
             self._running.add(attempt)
-        if len(self._line) <= self.low_water:
+        if len(self._first) + len(self._line) <= self.low_water:
             self._on_low()
         return attempt
+
+
+def _claimed_at(line: deque[Claimed]) -> float | None:
+    try:
+        batch = line[0][CLAIM]
+    except IndexError:
+        return None
+    return batch.claimed_at
 
 
 def released(attempt: AnyAttempt) -> AttemptResult:

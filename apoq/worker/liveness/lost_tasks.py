@@ -21,6 +21,7 @@ from apoq.worker.execution.attempt import Claimed
 from apoq.worker.execution.executor import Executor
 from apoq.worker.failures import Outage
 from apoq.worker.isolation import Isolation
+from apoq.worker.places import Places
 from apoq.worker.service import Service
 
 T = TypeVar("T")
@@ -45,6 +46,7 @@ class LostTaskMonitor(Service):
         outage: Outage,
         claim_log: ClaimLog,
         executor: Executor,
+        places: Places,
         *,
         interval: float,
     ) -> None:
@@ -54,6 +56,7 @@ class LostTaskMonitor(Service):
         self._schemas = schemas
         self._claim_log = claim_log
         self._executor = executor
+        self._places = places
         self._interval = interval
         self._lock = threading.Lock()
         self._wanted: set[int] = set()
@@ -132,6 +135,8 @@ class LostTaskMonitor(Service):
         self._stop(gone)
 
     def _stop(self, tasks: list[Claimed]) -> None:
+        # Their processors may run on for a while, but their places are free.
+        self._places.settled(tasks)
         self._claim_log.settled(self._executor.recall(tasks))
 
 

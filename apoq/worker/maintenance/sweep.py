@@ -38,7 +38,7 @@ PASS_INTERVAL_SECONDS: Final = 60.0
 MAX_SUSPECTS: Final = 1_000
 """Tasks that are remembered from one pass to the next, at most."""
 
-BEFORE_ALL: Final = {"queue": "", "priority": 2**15 - 1}
+BEFORE_ALL: Final = {"queue": "", "level": 2**16}
 START: Final = {"time": "-infinity", "id": -(2**63)}
 
 
@@ -47,7 +47,7 @@ class _Pass:
     """One walk through the tasks of a schema that have not ended."""
 
     level: dict[str, Any] | None = None
-    """The queue and the priority that it has come to; None before the first."""
+    """The queue and the level that it has come to; None before the first."""
     behind: dict[str, Any] = field(default_factory=lambda: START)
     suspects: set[tuple[int, int]] = field(default_factory=set)
     """Ids and tokens of the tasks that this pass has found."""
@@ -133,7 +133,7 @@ class Sweep(Service):
 
     def _level_after(self, schema: str | None, level: dict[str, Any]) -> dict[str, Any] | None:
         rows = execute(self._engine, next_level(schema), level).fetchall()
-        return dict(zip(("queue", "priority"), rows[0], strict=True)) if rows else None
+        return dict(zip(("queue", "level"), rows[0], strict=True)) if rows else None
 
     def _rescue(self, schema: str | None, tasks: list[tuple[int, int]]) -> None:
         ids, tokens = zip(*tasks, strict=True)

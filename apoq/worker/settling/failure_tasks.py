@@ -8,8 +8,10 @@ from typing import Any, Protocol
 from sqlalchemy import Executable
 
 from apoq.core.failures import FollowUp, TaskFailure
+from apoq.core.limits import key_for
 from apoq.core.options import has_expiry
 from apoq.core.outcomes import report
+from apoq.core.payload import encode
 from apoq.core.states import FAILED
 from apoq.errors import ApoqError
 from apoq.schema.statements.enqueue import enqueue_many
@@ -35,22 +37,29 @@ def has_failure_task(end: AttemptResult) -> bool:
 
 def add_failure_tasks(send: Send, schema: str | None, ends: Iterable[AttemptResult]) -> set[str]:
     """Add the tasks of these results; return the names of their queues."""
-    added: dict[tuple[int, str], tuple[FollowUp, list[str]]] = {}
+    added: dict[tuple[int, str, str | None], tuple[FollowUp, list[str]]] = {}
     for end in ends:
         follow, queue = end.attempt.processor.on_failure, end.attempt.from_queue.name
         if follow is None:
             continue
         try:
-            document = follow.document(_failure(end))
+            data = follow.data(_failure(end))
+            document, key = encode(data), key_for(follow.key, data)
         except ApoqError as error:  # an annotation that is still unknown, for example
             logs.failure_task_not_added([end.attempt.id], error)
         else:
-            added.setdefault((id(follow), follow.queue or queue), (follow, []))[1].append(document)
-    for (_, queue), (follow, documents) in added.items():
-        parameters = {"task_queue": queue, "task_type": follow.type, "task_data": "\n".join(documents)}
+            its = added.setdefault((id(follow), follow.queue or queue, key), (follow, []))
+            its[1].append(document)
+    for (_, queue, key), (follow, documents) in added.items():
+        parameters = {
+            "task_queue": queue,
+            "task_type": follow.type,
+            "task_key": key,
+            "task_data": "\n".join(documents),
+        }
         statement = enqueue_many(schema, expires=has_expiry(follow.parameters))
         send(statement, {**parameters, **follow.parameters})
-    return {queue for _, queue in added}
+    return {queue for _, queue, _ in added}
 
 
 def _failure(end: AttemptResult) -> TaskFailure:

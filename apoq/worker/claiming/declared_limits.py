@@ -1,0 +1,76 @@
+"""Writes the limits that a worker's code declares, before its first claims."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from datetime import datetime
+
+from sqlalchemy import Engine
+
+from apoq.client.queue import Queue
+from apoq.core.limits import Limit
+from apoq.core.registry import Processor, Registry
+from apoq.postgres.connections import execute
+from apoq.schema.statements.limits import declare
+from apoq.worker import logs
+
+WHOLE = ""
+"""Instead of a type: the limit of a whole queue."""
+
+
+class DeclaredLimits:
+    """The limits of typed tasks, of `Worker.use` and of queues, written once for each start of a worker.
+
+    They are never deleted, because another deployment may use the same tables. A limit that a later release
+    has declared stays as it is, so that old workers that start during a deployment don't undo it.
+    """
+
+    def __init__(
+        self, engine: Engine, queues: Iterable[Queue], registry: Registry, release: datetime
+    ) -> None:
+        self._engine = engine
+        self._queues = tuple(queues)
+        self._registry = registry
+        self._release = release
+        self._known: dict[Queue, Mapping[str, Processor]] = {}
+        """The processors at the last look."""
+        self._written: set[tuple[Queue, str, Limit]] = set()
+
+    def forget(self) -> None:
+        """Write all of them again."""
+        self._known.clear()
+        self._written.clear()
+
+    def write(self) -> None:
+        """Write those that are new."""
+        for queue in self._queues:
+            processors = self._registry.of(queue)
+            # The registry returns another mapping as soon as there is one more processor.
+            if self._known.get(queue) is not processors:
+                for type_, limit in _limits_of(queue, processors):
+                    if (queue, type_, limit) not in self._written:
+                        self._write(queue, type_, limit)
+                        self._written.add((queue, type_, limit))
+                self._known[queue] = processors
+
+    def _write(self, queue: Queue, type_: str, limit: Limit) -> None:
+        parameters = {
+            "from_queue": queue.name,
+            "limited_type": type_,
+            "limited_key": "",
+            "at_most": limit.at_most,
+            "is_of_key": limit.is_of_key,
+            "is_strict": limit.order == "strict",
+            "holds": limit.after_failure == "hold",
+            "limit_release": self._release,
+        }
+        if not execute(self._engine, declare(queue.schema), parameters).fetchall():
+            logs.limit_kept(queue.name, type_)
+
+
+def _limits_of(queue: Queue, processors: Mapping[str, Processor]) -> Iterable[tuple[str, Limit]]:
+    if queue.limited_to is not None:
+        yield WHOLE, queue.limited_to
+    for type_, processor in processors.items():
+        if processor.limit is not None:
+            yield type_, processor.limit

@@ -1,0 +1,380 @@
+"""Claims under limits: transactions that give places to tasks, and let the others wait."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import groupby
+from typing import Any, Final, NamedTuple
+from zlib import crc32
+
+from psycopg import DatabaseError
+from psycopg.errors import UniqueViolation
+from sqlalchemy import Engine
+
+from apoq.core.places import (
+    KEY,
+    POOL,
+    WHOLE_QUEUE,
+    Blocked,
+    Candidate,
+    Decision,
+    Placed,
+    Rule,
+    Rules,
+    Share,
+    State,
+    decide,
+)
+from apoq.postgres.connections import STATEMENT_TIMEOUT_SECONDS, Send, is_caused_by_a_row, transaction
+from apoq.schema.statements.arrays import array_text
+from apoq.schema.statements.claim import ID, PRIORITY, PROCESS_AT
+from apoq.schema.statements.levels import level_of
+from apoq.schema.statements.limits import limits_of
+from apoq.schema.statements.places import (
+    LOCKS,
+    awaited_shares,
+    block,
+    first_of_keys,
+    held_places,
+    lock_shares,
+    pick_blocked,
+    pick_due,
+    pick_first,
+    take,
+    unblock,
+)
+from apoq.worker.claiming.claim_statement import ClaimStatement, Row
+from apoq.worker.claiming.claimable_queue import ClaimableQueue
+from apoq.worker.places import Freed, Places
+
+MAX_KEYS: Final = 64
+"""Keys to which one claim gives places, at most."""
+
+MAX_PICKED: Final = 1_000
+"""Due tasks that one claim looks at, at most."""
+
+MAX_REMEMBERED: Final = 10_000
+"""Keys that are remembered to have a single place, at most."""
+
+_PLACE_INDEXES: Final = ("apoq_tasks_places_idx", "apoq_tasks_pools_idx")
+
+
+class PlacedTasks(NamedTuple):
+    """The result of a claim under limits."""
+
+    number: int
+    """Of the claim."""
+    rows: list[Row]
+    """The tasks that were taken, in order."""
+    ends: Mapping[int, tuple[float, int]]
+    """For each level, the position up to which all tasks were taken or blocked."""
+    has_more: bool
+    """Whether there may be more due tasks to take."""
+    later: Freed
+    """Places to look at again: another transaction was giving them away, or there may be more tasks."""
+    is_unblocked: bool = False
+    """Whether tasks are pending again that other workers may claim."""
+
+
+class PlacedClaims:
+    """Claims tasks of a schema that need places, or that come after such tasks in a queue with limits."""
+
+    def __init__(self, engine: Engine, schema: str | None, statement: ClaimStatement, places: Places) -> None:
+        self._engine = engine
+        self._schema = schema
+        self._statement = statement
+        self._places = places
+        self._looks_at: dict[ClaimableQueue, int] = {}
+        """How many due tasks the next claim looks at, if the last one had to block any."""
+        self._serial: set[Share] = set()
+        """Keys and pools that were found to have a single place."""
+        self.conflicts = 0
+        """How often another transaction had given away the same place."""
+
+    def claim(self, queue: ClaimableQueue, limit: int, free: int) -> PlacedTasks:
+        """Claim up to `limit` due tasks of a queue for `free` slots, and block those without a free place."""
+        at_most = max(limit, self._looks_at.get(queue, 0))
+        while True:
+            try:
+                return self._claim_due(queue, at_most, limit, free)
+            except UniqueViolation as error:
+                if error.diag.constraint_name not in _PLACE_INDEXES:
+                    raise
+                # Rolled back for certain. It happens only if two names of a schema are used, or two servers.
+                self.conflicts += 1
+                at_most = limit = max(1, limit // 2)
+            except DatabaseError as error:
+                if not is_caused_by_a_row(error) or at_most == 1:
+                    raise
+                at_most = limit = max(1, at_most // 8)
+
+    def _claim_due(self, queue: ClaimableQueue, at_most: int, limit: int, free: int) -> PlacedTasks:
+        found: list[Candidate] = []
+
+        def pick(send: Send) -> tuple[list[Candidate], Decision]:
+            form, parameters = self._statement.form_and_parameters({queue: at_most}, at_most, free)
+            form |= {"keyed": queue.is_keyed}
+            found[:] = _in_order(send(pick_due(self._schema, **form), parameters))
+            return found, self._decide(send, queue, found, limit)
+
+        number, rows, decision = self._transact(queue, pick, free)
+        blocked = decision.blocked if decision else []
+        left = decision.left if decision else []
+        self._looks_at[queue] = MAX_PICKED if 2 * len(blocked) > len(found) else 0
+        full = decision.full if decision else set()
+        is_queue_full = Share(POOL, WHOLE_QUEUE) in full
+        return PlacedTasks(
+            number,
+            rows,
+            _ends(found, {task.id for task in left}, is_keyed=queue.is_keyed),
+            has_more=not is_queue_full and (len(found) >= at_most or bool(left)),
+            # A place may have become free while its tasks were blocked, and before that was committed.
+            later=dict.fromkeys({each.share for each in blocked}, 1),
+        )
+
+    def hand_over(self, queue: ClaimableQueue, freed: Freed, room: int, free: int) -> PlacedTasks:
+        """Give free places to the tasks that wait for them: claim up to `room`, and unblock the others."""
+        later: dict[Share, int] = {}
+        unblocked: list[int] = []
+
+        def pick(send: Send) -> tuple[list[Candidate], Decision]:
+            nothing = Decision([], [], [], set())
+            shares = [share for share in freed if share != Share(POOL, WHOLE_QUEUE)]
+            locked = self._lock(send, queue, shares)
+            later.update({share: freed[share] for share in shares if share not in locked})
+            if not locked:
+                return [], nothing
+            # One more than have become free, because more places may be free than that.
+            wanted = {share: freed[share] + (share not in self._serial) for share in locked}
+            parameters = self._wanted(queue, wanted)
+            found = _in_order(send(pick_blocked(self._schema), parameters))
+            rules = self._rules(send, queue, found)
+            first_ids, found = self._with_first(send, queue, rules, found, parameters)
+            shares = sorted({share for task in found for share, _ in rules.shares_of(task)})
+            locked |= self._lock(send, queue, [share for share in shares if share not in locked])
+            self._remember_serial(rules, found)
+            state = State(self._held(send, queue, shares), frozenset(locked), frozenset(), first_ids)
+            decision = decide([task._replace(may_run=True) for task in found], rules, state, len(found))
+            runnable = {task.id for task in found if task.may_run}
+            mine = [each for each in decision.placed if each.task.id in runnable][:room]
+            ids = {each.task.id for each in mine}
+            unblocked[:] = [each.task.id for each in decision.placed if each.task.id not in ids]
+            if unblocked:
+                send(unblock(self._schema), {"ids": array_text(unblocked)})
+            later.update(_more(wanted, decision))
+            # Its own place is free, but that of its type isn't, or the other way around.
+            moved = [each for each in decision.blocked if each.share.kind != each.task.waits_for]
+            later.update({each.share: 1 for each in moved})
+            return found, Decision(mine, moved, decision.left, decision.full)
+
+        number, rows, _ = self._transact(queue, pick, free)
+        return PlacedTasks(number, rows, {}, has_more=False, later=later, is_unblocked=bool(unblocked))
+
+    def _transact(
+        self,
+        queue: ClaimableQueue,
+        pick: Callable[[Send], tuple[list[Candidate], Decision]],
+        free: int,
+    ) -> tuple[int, list[Row], Decision | None]:
+        decision: Decision | None = None
+
+        def claim(parameters: dict[str, Any]) -> list[Row]:
+            nonlocal decision
+            rows: list[Row] = []
+            with transaction(self._engine, timeout=STATEMENT_TIMEOUT_SECONDS) as send:
+                candidates, decision = pick(send)
+                if not candidates:
+                    return rows
+                if decision.placed:
+                    rows = self._take(send, queue, decision.placed, parameters, free)
+                if decision.blocked:
+                    send(block(self._schema), _blocked(decision.blocked))
+            return rows
+
+        number, rows = self._statement.record(claim)
+        if decision is not None and rows:
+            self._places.hold(number, queue.queue, _shares(decision.placed))
+        rows.sort(key=lambda row: (-row[PRIORITY], row[PROCESS_AT], row[ID]))
+        return number, rows, decision
+
+    def _take(
+        self,
+        send: Send,
+        queue: ClaimableQueue,
+        placed: Sequence[Placed],
+        parameters: dict[str, Any],
+        free: int,
+    ) -> list[Row]:
+        parameters = {
+            **parameters,
+            "ids": array_text(each.task.id for each in placed),
+            "slots": [each.slot for each in placed],
+            "pools": [each.pool for each in placed],
+            "pool_slots": [each.pool_slot for each in placed],
+            "is_ahead": len(placed) > free,
+            "retry_limits": self._statement.retry_limits([queue]),
+        }
+        return self._statement.take_in(send, take, parameters)
+
+    def _decide(self, send: Send, queue: ClaimableQueue, found: list[Candidate], room: int) -> Decision:
+        if not found:
+            return Decision([], [], [], set())
+        keys = list(dict.fromkeys(task.key for task in found if task.key is not None))[:MAX_KEYS]
+        pools = [WHOLE_QUEUE, *dict.fromkeys(task.type for task in found)]
+        locked = self._lock(
+            send, queue, [Share(KEY, key) for key in keys] + [Share(POOL, name) for name in pools]
+        )
+        # After the locks, so that the limits and the places are those that no other transaction changes.
+        rules = self._rules(send, queue, found)
+        shares = sorted({share for task in found for share, _ in rules.shares_of(task)})
+        if not shares:
+            return decide(found, rules, State({}, frozenset()), room)
+        held = self._held(send, queue, shares)
+        kinds = {"kinds": [share.kind for share in shares], "names": [share.name for share in shares]}
+        awaited = send(awaited_shares(self._schema), kinds | {"from_queue": queue.queue.name})
+        state = State(
+            held,
+            frozenset(locked),
+            frozenset(Share(*each) for each in awaited),
+            self._first_ids(send, queue, rules, found),
+        )
+        return decide(found, rules, state, room)
+
+    def _lock(self, send: Send, queue: ClaimableQueue, shares: Iterable[Share]) -> set[Share]:
+        """Take the locks of keys and pools, as far as they are free; return those that are locked now."""
+        numbers = {share: self._number(queue, share) for share in shares}
+        if not numbers:
+            return set()
+        taken = {number for (number,) in send(lock_shares(), {"numbers": sorted(set(numbers.values()))})}
+        return {share for share, number in numbers.items() if number in taken}
+
+    def _number(self, queue: ClaimableQueue, share: Share) -> int:
+        name = "\0".join((self._schema or "", queue.queue.name, *share))
+        return crc32(name.encode(errors="surrogatepass")) % LOCKS
+
+    def _rules(self, send: Send, queue: ClaimableQueue, found: Iterable[Candidate]) -> Rules:
+        parameters = {
+            "from_queue": queue.queue.name,
+            "types": list({task.type for task in found}),
+            "keys": list({task.key for task in found if task.key is not None}),
+        }
+        types: dict[str, Rule] = {}
+        keyed_types: dict[str, Rule] = {}
+        keys: dict[str, Rule] = {}
+        whole: Rule | None = None
+        for type_, key, at_most, is_of_key, *order in send(limits_of(self._schema), parameters):
+            rule = Rule(at_most, *order)
+            if key:
+                keys[key] = rule
+            elif not type_:
+                whole = rule
+            else:
+                (keyed_types if is_of_key else types)[type_] = rule
+        return Rules(types, keyed_types, keys, whole)
+
+    def _held(self, send: Send, queue: ClaimableQueue, shares: Iterable[Share]) -> dict[Share, list[int]]:
+        parameters = {
+            "from_queue": queue.queue.name,
+            "keys": [share.name for share in shares if share.kind == KEY],
+            "pools": [share.name for share in shares if share.kind == POOL],
+        }
+        held: dict[Share, list[int]] = {}
+        for kind, name, slot in send(held_places(self._schema), parameters):
+            held.setdefault(Share(kind, name), []).append(slot)
+        return held
+
+    def _first_ids(
+        self, send: Send, queue: ClaimableQueue, rules: Rules, found: Iterable[Candidate]
+    ) -> dict[str, int]:
+        strict = {
+            task.key: rule.holds
+            for task in found
+            if task.key is not None and (rule := rules.of_key(task)) is not None and rule.is_strict
+        }
+        if not strict:
+            return {}
+        parameters = {
+            "from_queue": queue.queue.name,
+            "keys": list(strict),
+            "holds": list(strict.values()),
+        }
+        return dict(send(first_of_keys(self._schema), parameters).fetchall())
+
+    def _with_first(
+        self,
+        send: Send,
+        queue: ClaimableQueue,
+        rules: Rules,
+        found: list[Candidate],
+        parameters: Mapping[str, Any],
+    ) -> tuple[dict[str, int], list[Candidate]]:
+        """Replace the tasks of strict keys by the first of each key, if that waits."""
+        first_ids = self._first_ids(send, queue, rules, found)
+        known = {task.id for task in found}
+        if missing := [first for first in first_ids.values() if first not in known]:
+            firsts = send(pick_first(self._schema), {**parameters, "ids": array_text(missing)})
+            found = [*found, *_in_order(firsts)]
+        firsts_only = [task for task in found if first_ids.get(task.key or "", task.id) == task.id]
+        return first_ids, firsts_only
+
+    def _remember_serial(self, rules: Rules, found: Iterable[Candidate]) -> None:
+        at_most = {share: rule.at_most for task in found for share, rule in rules.shares_of(task)}
+        self._serial = {share for share in self._serial if share not in at_most}
+        if len(self._serial) < MAX_REMEMBERED:
+            self._serial |= {share for share, number in at_most.items() if number == 1}
+
+    def _wanted(self, queue: ClaimableQueue, freed: Freed) -> dict[str, Any]:
+        return {
+            **self._statement.form_and_parameters({queue: 1}, 1, 1)[1],
+            "from_queue": queue.queue.name,
+            "kinds": [share.kind for share in freed],
+            "names": [share.name for share in freed],
+            "most": list(freed.values()),
+        }
+
+
+def _in_order(rows: Iterable[Sequence[Any]]) -> list[Candidate]:
+    """Return tasks in the order in which they should begin."""
+    return sorted(
+        (Candidate(*row) for row in rows), key=lambda task: (-task.priority, task.process_at, task.id)
+    )
+
+
+def _shares(placed: Iterable[Placed]) -> dict[int, tuple[Share, ...]]:
+    """Return the places that tasks have got, by their ids."""
+    return {
+        each.task.id: tuple(
+            Share(kind, name)
+            for kind, name, slot in ((KEY, each.task.key, each.slot), (POOL, each.pool, each.pool_slot))
+            if name is not None and slot is not None
+        )
+        for each in placed
+    }
+
+
+def _blocked(blocked: Sequence[Blocked]) -> dict[str, Any]:
+    return {
+        "ids": array_text(each.task.id for each in blocked),
+        "kinds": [each.share.kind for each in blocked],
+        "pools": [each.share.name if each.share.kind == POOL else None for each in blocked],
+    }
+
+
+def _ends(found: Iterable[Candidate], left: set[int], *, is_keyed: bool) -> dict[int, tuple[float, int]]:
+    """Return up to where all tasks of each level were taken or blocked."""
+    ends: dict[int, tuple[float, int]] = {}
+    for priority, tasks in groupby(found, key=lambda task: task.priority):
+        for task in tasks:
+            if task.id in left:
+                break
+            ends[level_of(priority, is_keyed=is_keyed)] = task.process_at, task.id
+    return ends
+
+
+def _more(wanted: Freed, decision: Decision) -> dict[Share, int]:
+    """Return the keys and pools of which all tasks that were found could begin, so that there may be more."""
+    counts: dict[Share, int] = {}
+    for each in decision.placed:
+        for share in (Share(KEY, each.task.key or ""), Share(POOL, each.pool or "")):
+            counts[share] = counts.get(share, 0) + 1
+    return {share: count for share, count in wanted.items() if count > 1 and counts.get(share, 0) >= count}

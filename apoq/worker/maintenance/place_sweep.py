@@ -1,0 +1,115 @@
+"""Finds tasks that wait for places, in case no worker hands these over."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Collection, Mapping
+from functools import partial
+from typing import Final
+
+from sqlalchemy import Engine
+
+from apoq.client.queue import Queue
+from apoq.core.places import Share
+from apoq.postgres.connections import execute
+from apoq.schema.statements.places import awaited
+from apoq.worker.claiming.cursor import ClaimCursor
+from apoq.worker.failures import Outage
+from apoq.worker.isolation import Isolation
+from apoq.worker.lease import Lease
+from apoq.worker.places import MAX_HANDED_OVER, Places
+from apoq.worker.service import Service
+
+SWEEP_SECONDS: Final = 5.0
+"""Seconds between two looks into a schema with keys or limits."""
+
+IDLE_SWEEP_SECONDS: Final = 60.0
+"""Seconds between two looks into a schema in which no claim has met a key or a limit."""
+
+MAX_LOOKED_FOR: Final = 100
+"""Tasks of each key or pool that are looked for at once, at most."""
+
+START: Final = ("", "", "")
+
+
+class PlaceSweep(Service):
+    """Lets the claimer look at the keys and pools that tasks wait for, a few at a time.
+
+    The worker whose task ends hands over its place. The sweep is for the other cases: that worker dies at
+    that moment, the task is deleted, or a limit is raised or removed and no notification arrives.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        queues: Collection[Queue],
+        leases: Mapping[str | None, Lease],
+        outage: Outage,
+        places: Places,
+        *,
+        cursors: Mapping[Queue, ClaimCursor],
+    ) -> None:
+        super().__init__("apoq-place-sweep", outage)
+        self._engine = engine
+        self._queues = {
+            schema: {queue.name: queue for queue in queues if queue.schema == schema} for schema in leases
+        }
+        self._leases = leases
+        self._places = places
+        self._cursors = cursors
+        self._isolation: Isolation[str | None] = Isolation(_describe, outage)
+        self._behind = dict.fromkeys(leases, START)
+        """For each schema, the last key or pool that was looked at."""
+        self._looks_at = dict.fromkeys(leases, 0.0)
+        self._has_waiting = dict.fromkeys(leases, False)
+
+    def look_into(self, schema: str | None) -> None:
+        """Look into a schema now, from the beginning."""
+        self._behind[schema] = START
+        self._looks_at[schema] = 0.0
+        self.wake()
+
+    def look(self) -> None:
+        """Look into all schemas now, on the caller's thread."""
+        for schema in self._leases:
+            self.look_into(schema)
+        self.turn()
+
+    def turn(self) -> float | None:
+        """Look into the schemas for which it is time; return when to look again."""
+        now = time.monotonic()
+        schemas = [schema for schema, lease in self._leases.items() if lease.is_held]
+        for schema in schemas:
+            if self._looks_at[schema] <= now:
+                pause = self._pause(schema) * random.uniform(0.8, 1.0)  # noqa: S311
+                self._looks_at[schema] = now + pause
+                if self._isolation.call(schema, schemas, partial(self._look, schema), False):
+                    self._looks_at[schema] = 0.0
+        looks = [self._looks_at[schema] for schema in schemas]
+        return max(0.01, min(looks) - time.monotonic()) if looks else SWEEP_SECONDS
+
+    def _pause(self, schema: str | None) -> float:
+        cursors = (self._cursors[queue] for queue in self._queues[schema].values())
+        is_used = any(cursor.has_keyed or cursor.is_limited for cursor in cursors)
+        return SWEEP_SECONDS if is_used or self._has_waiting[schema] else IDLE_SWEEP_SECONDS
+
+    def _look(self, schema: str | None) -> bool:
+        """Look at the next keys and pools of a schema; return whether there are more."""
+        queues = self._queues[schema]
+        after = dict(zip(("after_queue", "after_kind", "after_name"), self._behind[schema], strict=True))
+        parameters = {**after, "queue_names": list(queues), "at_most": MAX_HANDED_OVER}
+        found = execute(self._engine, awaited(schema), parameters).fetchall()
+        by_queue: dict[str, dict[Share, int]] = {}
+        for name, kind, share in found:
+            by_queue.setdefault(name, {})[Share(kind, share)] = MAX_LOOKED_FOR
+        for name, shares in by_queue.items():
+            self._places.expect(queues[name], shares)
+        self._has_waiting[schema] = bool(found)
+        has_more = len(found) == MAX_HANDED_OVER
+        self._behind[schema] = tuple(found[-1]) if has_more else START
+        return has_more
+
+
+def _describe(schema: str | None) -> str:
+    return "the sweep of waiting tasks" + ("" if schema is None else f" in the schema {schema!r}")
