@@ -24,8 +24,10 @@ except ImportError as error:
         raise AttributeError(name)
 else:
     HAS_LIBPQ = True
+    from apoq.client.progress import Progress
     from apoq.client.queue import Queue
     from apoq.client.queue_bulk import RetriedMany
+    from apoq.client.results import Result
     from apoq.client.typed_task import TypedTask
     from apoq.core.failures import TaskFailure
     from apoq.core.limits import Limit
@@ -41,10 +43,13 @@ else:
         InvalidSchedule,
         InvalidTask,
         InvalidURL,
+        NoResult,
         SchemaMismatch,
         SessionMisused,
+        TaskGone,
         UnsupportedDatabase,
         UnsupportedSession,
+        WaitTimeout,
     )
     from apoq.migrations import prepare
     from apoq.postgres.urls import database_url
@@ -65,7 +70,10 @@ __all__ = [
     "InvalidTask",
     "InvalidURL",
     "Limit",
+    "NoResult",
+    "Progress",
     "Queue",
+    "Result",
     "RetriedMany",
     "Retry",
     "RunningTask",
@@ -75,9 +83,11 @@ __all__ = [
     "Snooze",
     "Task",
     "TaskFailure",
+    "TaskGone",
     "TypedTask",
     "UnsupportedDatabase",
     "UnsupportedSession",
+    "WaitTimeout",
     "Worker",
     "database_url",
     "exponential_backoff",

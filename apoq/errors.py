@@ -10,6 +10,9 @@
     ├── InvalidProcessor (ValueError): an invalid processor, or a second one for a type
     ├── InvalidArguments (ValueError): a typed task's data doesn't fit its function
     ├── InvalidURL (ValueError): a database URL that can't be read
+    ├── NoResult: the task has no result, or not yet, or one that doesn't fit its function
+    ├── TaskGone: the task that is waited for doesn't exist
+    ├── WaitTimeout (TimeoutError): the task that is waited for hasn't ended in time
     ├── DuplicateTask: the unique key is held by another task, and on_conflict is "raise"
     ├── UnsupportedDatabase (TypeError): not PostgreSQL through psycopg 3
     ├── UnsupportedSession (TypeError): not a session that a task can be added through
@@ -76,6 +79,42 @@ class DuplicateTask(ApoqError):
         )
         self.unique_key = unique_key
         self.task_id = task_id
+
+
+class NoResult(ApoqError):
+    """A task has no result to return.
+
+    It has not completed, its results aren't kept, or the stored one doesn't fit the function any more.
+    """
+
+
+class TaskGone(ApoqError):
+    """The task that is waited for doesn't exist: it was never committed, was pruned, or is in another queue.
+
+    Attributes:
+        task_id (int): The task's id.
+    """
+
+    def __init__(self, task_id: int, queue: object) -> None:
+        super().__init__(
+            f"the task {task_id} is not in {queue!r}: it was not committed, was deleted after it had ended, "
+            "or is in another queue"
+        )
+        self.task_id = task_id
+
+
+class WaitTimeout(ApoqError, TimeoutError):
+    """The task that is waited for has not ended within the timeout. It is not cancelled.
+
+    Attributes:
+        task_id (int): The task's id.
+        state (str): The task's state when it was last read.
+    """
+
+    def __init__(self, task_id: int, state: str, seconds: float) -> None:
+        super().__init__(f"the task {task_id} is still {state} after {seconds:.10g} s")
+        self.task_id = task_id
+        self.state = state
 
 
 class InvalidLimit(ApoqError, ValueError):

@@ -23,12 +23,14 @@ from apoq.client import shared_tasks
 from apoq.client.after_commit import _notifiers
 from apoq.client.notifier import Notifier
 from apoq.client.session_adapters import _compiled as compiled  # noqa: F401
+from apoq.core.places import Share
 from apoq.embedded import PostgreSQL, _new_folder, _server_user
 from apoq.events import Events
 from apoq.monitor import server_checks
 from apoq.postgres.fast_path import _name as statement_name  # noqa: F401
 from apoq.schema.preflight import _read_only as read_only_problems  # noqa: F401
 from apoq.schema.statements.levels import is_keyed, level_of, priority_of
+from apoq.schema.statements.results import complete_last_with_result
 from apoq.schema.statements.settle import complete_last, remove_last
 from apoq.worker.claim_log import ClaimLog
 from apoq.worker.claiming.claimer import Claimer
@@ -324,6 +326,35 @@ def moves(worker: Worker) -> list[Any]:
     return claimer(worker)._moves
 
 
+def declare_limits(worker: Worker) -> None:
+    """Write the limits that a worker's code declares, as before its first claim."""
+    runtime(worker).claimer._declared_limits.forget()
+    runtime(worker).claimer._declared_limits.write()
+
+
+def claim_placed(worker: Worker, limit: int) -> None:
+    """Claim due tasks under limits, with keys and without, for so many free slots."""
+    its = runtime(worker)
+    its.scanner.survey()
+    for lines in (its.claimer._keyed, its.claimer._queues):
+        for line in lines.values():
+            if line.needs_places:
+                placed = its.claimer._schemas[None]._placed.claim(line, limit, limit)
+                line.cursor.move_to(placed.ends, is_all=False)
+
+
+def hand_over(worker: Worker, freed: Mapping[Share, int], room: int) -> None:
+    """Give free places to the tasks that wait for them, up to `room` of them to this worker."""
+    its = runtime(worker)
+    for line in its.claimer._keyed.values():
+        its.claimer._schemas[None]._placed.hand_over(line, freed, room, room)
+
+
+def dispose(worker: Worker) -> None:
+    """Close the connections of a worker that has not started."""
+    runtime(worker).engine.dispose()
+
+
 def next_claim_number(worker: Worker) -> int:
     """Take the number that the next claim would have."""
     return next(claim_log(worker)._numbers)
@@ -554,9 +585,16 @@ def settling_statements() -> dict[str, list[sa.Executable]]:
             for alike in both
             for skips_locked in both
         ],
+        "completion.statement_with_results": [
+            completion.Completion(Events(), keep=True).statement_with_results(
+                None, full=full, skips_locked=skips_locked
+            )
+            for full in both
+            for skips_locked in both
+        ],
         "completion.write": [
             completion._returning(write(None), None, full=True, is_ours=False)
-            for write in (complete_last, remove_last)
+            for write in (complete_last, remove_last, complete_last_with_result)
         ],
         "settler.write_settlements": [
             write_settlements(None, full=full, skips_locked=skips_locked)
@@ -578,3 +616,11 @@ def has_declared(worker: Worker) -> bool:
 def looks_for_ticks(worker: Worker) -> int:
     """Return how often a worker has looked when the next tick is, in all its schemas."""
     return sum(its.looks for its in runtime(worker).ticker._schemas.values())
+
+
+# Its schemas.
+
+
+def shard(worker: Worker, schema: str | None = None) -> None:
+    """Let a worker's settler believe that Citus shards a schema."""
+    settler(worker)._sharded.add(schema)

@@ -33,14 +33,23 @@ REFERENCE = (pages.DOCS / "reference.md").read_text(encoding="utf-8")
 
 INTERNAL: dict[str, set[str]] = {
     "apoq.Queue": {"adopt", "declare", "register_in", "scheduled_tasks"},
-    "apoq.TypedTask": {"follow_up", "scheduled_data"},
+    "apoq.TypedTask": {"concurrency_key_of", "follow_up", "scheduled_data"},
     "apoq.Worker": {"processors"},
     "apoq.RunningTask": {"from_queue", "is_async"},
-    "apoq.Task": {"indexed_state", "metadata", "registry", "type_annotation_map", *UPCOMING},
+    "apoq.Task": {"indexed_state", "metadata", "registry", "type_annotation_map", "has_parts", *UPCOMING},
     "apoq.Schedule": {"metadata", "registry", "type_annotation_map"},
     "apoq.flask.Apoq": {"current", "equip"},
     "apoq.events.Events": {"has_listeners", "emit", "report"},
-    "apoq.flask.AppTask": {"call", "follow_up", "scheduled_data", "to"},  # those of TypedTask
+    # Those of TypedTask.
+    "apoq.flask.AppTask": {
+        "call",
+        "concurrency_key_of",
+        "follow_up",
+        "result",
+        "scheduled_data",
+        "to",
+        "wait",
+    },
 }
 """Public names of public classes that other parts of the library use; the reference doesn't show them."""
 

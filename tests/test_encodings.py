@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 from waiting import patience
 
-from apoq import Queue, Task, Worker, prepare
+from apoq import Queue, RunningTask, Task, Worker, prepare
 from apoq.postgres.connections import _IS_POOLED, execute, own_engine
 
 SOON = 30.0
@@ -88,6 +88,30 @@ def test_an_error_is_stored_as_far_as_the_database_can_hold_it(
         ).all()
     assert message == stored
     assert "refused the result" not in caplog.text
+    engine.dispose()
+
+
+@pytest.mark.parametrize("in_session", [False, True])
+def test_a_result_that_the_database_can_not_hold_fails_its_attempt(create_encoded, queue, in_session):
+    engine = sa.create_engine(create_encoded("LATIN1"))
+    worker = Worker(engine, queue)
+
+    def process(task: RunningTask) -> str:
+        if in_session:
+            task.session.execute(sa.text("SELECT 1"))
+        return task.type
+
+    for type_ in ("good", "bad"):
+        returned = {"good": "café", "bad": "“one”"}[type_]
+        worker.use(type_, lambda task, its=returned: process(task) and its, keep_result=True, retry_limit=0)
+    with Session(engine) as session, session.begin():
+        ids = [queue.add(session, type_).id for type_ in ("good", "bad", "good")]
+    work_all(engine, worker)
+
+    with Session(engine) as session:
+        good, bad, other = (queue.result(session, task_id) for task_id in ids)
+    assert (good.value, bad.state, other.value) == ("café", "failed", "café")
+    assert "character" in bad.error["message"] or "Unicode" in bad.error["message"], bad.error["message"]
     engine.dispose()
 
 

@@ -15,7 +15,7 @@ from waiting import patience
 
 from apoq import InvalidLimit, InvalidTask, Limit, Queue, Snooze, Task
 from apoq.core.states import CANCELLED, COMPLETED, FAILED, PENDING, RUNNING, WAITING
-from apoq.testing import drain
+from apoq.testing import drain, travel
 
 until = patience(20)
 
@@ -453,6 +453,16 @@ class TestAdding:
         session.refresh(task)
 
         assert task.key == "b"
+
+    def test_a_schedules_tasks_have_the_key_of_its_arguments(self, session, queue):
+        @queue.task(type="digest", limit=Limit(1, key=lambda user_id: user_id))
+        def digest(user_id: int) -> None: ...
+
+        assert queue.schedule(session, "digest-7", digest.call(7), every=60).key == "7"
+        assert queue.schedule(session, "other", digest.call(7), every=60, key="k").key == "k"
+        with travel(session, timedelta(minutes=2)):
+            drain(session, queue)
+        assert set(session.scalars(sa.select(Task.key))) == {"7", "k"}
 
     def test_drain_runs_tasks_with_keys(self, session, queue):
         @queue.task(type="t", limit=Limit(1, key=lambda n: n))

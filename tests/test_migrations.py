@@ -46,6 +46,7 @@ TABLES = {
     "apoq_pauses",
     "apoq_throttles",
     "apoq_limits",
+    "apoq_progress",
     "apoq_migrations",
 }
 HEAD = f"{LATEST:04d}"

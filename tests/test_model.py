@@ -584,7 +584,7 @@ class Tasks(RuleBasedStateMachine):
         session = TaskSession(self.engine)
         session.execute(WRITE, {"id": attempt.task.id})
         completion = self.completions[attempt.hand.keeps]
-        is_written = completion.write(session.connection(), attempt.task) is not None
+        is_written = completion.write(session.connection(), attempt.task, None) is not None
         assert is_written == self._may_write(ended(attempt.task, None))
         session.execute(PATIENCE)
 

@@ -27,6 +27,7 @@ TABLES = {
     "apoq_pauses",
     "apoq_throttles",
     "apoq_limits",
+    "apoq_progress",
     "apoq_migrations",
 }
 

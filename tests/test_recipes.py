@@ -185,8 +185,8 @@ def test_the_next_task_is_added_if_and_only_if_this_one_completes(recipe):
     assert [(task.state, task.data) for task in tasks(page, "ship_order")] == [("completed", {"order_id": 7})]
 
 
-def test_progress_is_visible_and_a_retry_goes_on_from_there(recipe):
-    page = recipe("Show the progress of a long task")
+def test_a_checkpoint_is_visible_and_a_retry_goes_on_from_there(recipe):
+    page = recipe("Continue a long task where it failed")
     pages_done, seen = [], []
 
     def export_page(_session: Session, number: int) -> None:
@@ -519,47 +519,6 @@ class TestTenants:
             worker.stop()
         engines[1].dispose()
         clones.give_back(url)
-
-
-class TestResults:
-    def test_a_script_waits_for_one(self, recipe):
-        page = recipe("Wait for a result")
-        page.worker.start()
-        with Session(page.engine) as session:
-            session.add(report := page.Report(year=2031))
-            session.flush()
-            task = page.make_report.add(session, report.id)
-            session.commit()
-
-            page.wait_for(task.id)
-
-            session.refresh(report)
-            assert report.total == 4062
-
-    def test_it_is_told_of_a_failure(self, recipe):
-        page = recipe("Wait for a result")
-        with Session(page.engine) as session, session.begin():
-            task = page.make_report.using(retry_limit=0).add(session, 1)
-        page.worker.work()
-
-        with pytest.raises(RuntimeError, match=r"has failed.*NoResultFound"):
-            page.wait_for(task.id)
-
-    def test_it_does_not_wait_for_ever(self, recipe):
-        page = recipe("Wait for a result")
-        with Session(page.engine) as session, session.begin():
-            task = page.make_report.add(session, 1)
-
-        with pytest.raises(TimeoutError, match=f"task {task.id} has not ended after 0.3 s"):
-            page.wait_for(task.id, timeout=0.3)
-
-    def test_a_test_does_not_wait(self, recipe):
-        page = recipe("Wait for a result")
-
-        with Session(page.engine) as session:
-            page.check_report(session)
-
-        assert tasks(page) == []
 
 
 def test_a_resource_is_loaded_once_by_tasks_that_begin_at_the_same_time(recipe):

@@ -25,7 +25,7 @@ from apoq.schema.preflight import RIGHTS, only_adds, problems
 until = patience(20)
 
 SCRIPTS = [block.code for block in pages.blocks(pages.DOCS / "deploying.md", "sql")]
-ADDS, CHANGES, _THROTTLES, SCHEDULES, WORKS, READS, WORK_POLICY, ADD_POLICY = SCRIPTS
+ADDS, CHANGES, _THROTTLES, RESULTS, SCHEDULES, WORKS, READS, WORK_POLICY, ADD_POLICY = SCRIPTS
 INSERTED = set(re.search(r"INSERT \((.*?)\)", ADDS).group(1).split(", "))
 OTHERS = {column.name for column in tasks_table(None).c} - INSERTED - {"indexed_state"}
 
@@ -110,6 +110,23 @@ def test_what_one_role_has_added_another_one_works(grant, engine, queue):
     with engine.begin() as connection:
         assert connection.scalar(sa.text("SELECT count(*) FROM ledger")) == 1
         assert connection.scalar(sa.text("SELECT count(*) FROM apoq_workers")) == 0
+
+
+def test_one_that_adds_may_read_results_and_progress(grant, engine, queue):
+    def process(task) -> int:
+        task.set_progress(1)
+        return 5
+
+    as_web = sa.create_engine(grant(ADDS, RESULTS), poolclass=NullPool)
+    worker = Worker(sa.create_engine(grant(WORKS), poolclass=NullPool), queue)
+    worker.use("t", process, keep_result=True)
+    with Session(as_web) as session, session.begin():
+        task_id = queue.add(session, "t").id
+    worker.work()
+
+    assert queue.wait(as_web, task_id, timeout=20).value == 5
+    with Session(as_web) as session:
+        assert queue.progress(session, task_id).done == 1
 
 
 def test_one_that_works_ticks_and_one_that_adds_may_schedule(grant, engine, queue):

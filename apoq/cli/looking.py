@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from math import isfinite
 from typing import Any, Final
 
@@ -16,6 +16,7 @@ from apoq.cli.exits import Failure
 from apoq.cli.target import Target
 from apoq.migrations import check
 from apoq.postgres.loaders import read_anything
+from apoq.schema.statements.find import LARGE
 
 READ_TIMEOUT_SECONDS: Final = 15
 """Seconds after which the server cancels a statement, so that it doesn't disturb the workers."""
@@ -50,12 +51,13 @@ def looking(target: Target) -> Iterator[sa.Connection]:
 
 
 def task_json(row: sa.RowMapping) -> dict[str, Any]:
-    """Return what ``--json`` prints of a task's row, in which the data is text."""
+    """Return what ``--json`` prints of a task's row, in which the data and the result are text."""
     known = {name: value for name, value in row.items() if name != "now"}
-    try:
-        return known | {"data": json.loads(row["data"], parse_float=_finite)}
-    except (ValueError, RecursionError):
-        return known  # Python can't read it
+    for name in LARGE:
+        if row.get(name) is not None:
+            with suppress(ValueError, RecursionError):  # Python can't read it
+                known[name] = json.loads(row[name], parse_float=_finite)
+    return known
 
 
 def _finite(text: str) -> float:

@@ -12,9 +12,10 @@ import sqlalchemy as sa
 from rich.table import Table
 from rich.text import Text
 
-from apoq.cli.exits import Failure
+from apoq.cli.follow import follow as follow_task
+from apoq.cli.follow import progress_text, read
 from apoq.cli.list import RETRYING, STYLES, shown_state
-from apoq.cli.looking import looking, missing, task_json
+from apoq.cli.looking import looking, task_json
 from apoq.cli.output import console, json_option, show, show_json
 from apoq.cli.target import Target
 from apoq.cli.tracebacks import highlighted
@@ -24,7 +25,6 @@ from apoq.core.states import FAILED, RUNNING, WAITING
 from apoq.monitor.formatting import ago, clean, local
 from apoq.monitor.keys import read_holders, waits_for
 from apoq.monitor.tracebacks import Frame, own_frame
-from apoq.schema.statements.find import details
 
 _LINES: Final = 40
 """How many lines of data are shown."""
@@ -43,31 +43,36 @@ _TIMES: Final = {
 
 @click.command("show")
 @click.argument("task_id", metavar="ID", type=identifier)
-@click.option("--full", is_flag=True, help="Show all of the data, however long it is.")
+@click.option("--full", is_flag=True, help="Show all of the data and the result, however long they are.")
+@click.option("--follow", "-f", is_flag=True, help="Show the progress until the task ends.")
 @json_option
 @click.pass_obj
-def command(target: Target, *, task_id: int, full: bool, as_json: bool) -> None:
+def command(target: Target, *, task_id: int, full: bool, follow: bool, as_json: bool) -> None:
     """Show everything that is known about a task.
 
-    Its data, its times and attempts, the worker that ran it, and its last error: first the line of your own
-    code that raised it, then the whole traceback. Times are in this machine's time zone.
+    Its data, its times and attempts, its progress and its result, the worker that ran it, and its last error:
+    first the line of your own code that raised it, then the whole traceback. Times are in this machine's time
+    zone. With --follow, a bar shows the progress until the task has completed, failed or been cancelled.
 
     \b
         apoq show 1652
+        apoq show 1652 --follow
         apoq show 1652 --json | jq .data
     """  # noqa: D301 - click's sign
-    with looking(target) as connection:
-        row = connection.execute(details(target.schema), {"task_id": task_id}).mappings().one_or_none()
-        is_blocked = row is not None and row["state"] == WAITING and row["waiting_for"] in {KEY, POOL}
-        held_by = read_holders(connection, target.schema, row) if is_blocked else None
-    if row is None:
-        raise Failure(missing(task_id))
+    row = (follow_task if follow else read)(target, task_id)
+    held_by = None
+    if row["state"] == WAITING and row["waiting_for"] in {KEY, POOL}:
+        with looking(target) as connection:
+            held_by = read_holders(connection, target.schema, row)
     if as_json:
         show_json(task_json(row))
         return
     show(_facts(row, held_by))
     show(Text())
-    show(_data(row["data"], None if full else _LINES))
+    show(_json(row["data"], None if full else _LINES))
+    if row["result"] is not None:
+        show(Text("\nresult", "bold"))
+        show(_json(row["result"], None if full else _LINES))
     out = console()
     for text in _error(row):
         # Wrapped by the terminal itself, so that a long line can be copied whole.
@@ -98,6 +103,9 @@ def _facts(row: sa.RowMapping, held_by: Sequence[sa.RowMapping] | None) -> Table
             text = f"{value.total_seconds():g} s" if isinstance(value, timedelta) else str(value)
             made.add_row(name.replace("_", " "), text)
     _add_keys(made, row, held_by)
+    if row["progress_done"] is not None:
+        when = f"  ({ago(row['progress_at'], row['now'])})"
+        made.add_row("progress", Text(progress_text(row)) + Text(when, "dim"))
     if row["meta"] is not None:
         made.add_row("meta", Text(clean(json.dumps(row["meta"], ensure_ascii=False))))
     if row["worker_id"] is not None:
@@ -155,7 +163,7 @@ def _worker(row: sa.RowMapping) -> str:
     return f"{row['worker_host']}, process {row['worker_pid']}"
 
 
-def _data(text: str, most: int | None) -> Text:
+def _json(text: str, most: int | None) -> Text:
     try:
         lines = json.dumps(json.loads(text), indent=2, ensure_ascii=False).splitlines()
     except (ValueError, RecursionError):

@@ -8,7 +8,6 @@ from types import MappingProxyType
 from typing import Any, Concatenate, TypeVar, Unpack, overload
 from weakref import WeakSet
 
-from sqlalchemy import inspect
 from typing_extensions import ParamSpec
 
 from apoq.client import throttled_tasks, unique_tasks
@@ -16,10 +15,12 @@ from apoq.client.operations import add, add_many, cancel, retry
 from apoq.client.queue_bulk import QueueBulk
 from apoq.client.queue_limits import QueueLimits
 from apoq.client.queue_pauses import QueuePauses
+from apoq.client.queue_results import QueueResults
 from apoq.client.queue_schedules import QueueSchedules
 from apoq.client.session_adapters import AsyncioSession, SyncSession, through
 from apoq.client.session_first import session_first
 from apoq.client.shared_tasks import shared_tasks
+from apoq.client.task_ids import task_id
 from apoq.client.typed_task import Anything, Decorator, TypedTask, UniqueRule
 from apoq.core.failures import OnFailure
 from apoq.core.limits import ConcurrencyKey, Limit, key_for, whole_limit
@@ -37,10 +38,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T", bound=Running)
 
-_LOWEST_ID, _HIGHEST_ID = -(2**63), 2**63 - 1
 
-
-class Queue(QueueSchedules, QueuePauses, QueueLimits, QueueBulk):
+class Queue(QueueSchedules, QueuePauses, QueueLimits, QueueBulk, QueueResults):
     """A named queue of tasks.
 
     It has a name and a schema, but no connection: each call uses the caller's session or connection.
@@ -485,6 +484,8 @@ class Queue(QueueSchedules, QueuePauses, QueueLimits, QueueBulk):
         retry_limit: int = ...,
         retry_delay: RetryDelay = ...,
         timeout: float | timedelta | None = ...,
+        keep_result: bool = ...,
+        max_result_size: int | None = ...,
         unique: UniqueRule = ...,
         unique_until: UniqueUntil | None = ...,
         on_conflict: OnConflict | None = ...,
@@ -502,6 +503,8 @@ class Queue(QueueSchedules, QueuePauses, QueueLimits, QueueBulk):
         retry_limit: int = DEFAULT_RETRY_LIMIT,
         retry_delay: RetryDelay = exponential_backoff,
         timeout: float | timedelta | None = None,
+        keep_result: bool = False,
+        max_result_size: int | None = None,
         unique: UniqueRule = False,
         unique_until: UniqueUntil | None = None,
         on_conflict: OnConflict | None = None,
@@ -523,6 +526,9 @@ class Queue(QueueSchedules, QueuePauses, QueueLimits, QueueBulk):
             retry_delay: Time before a retry, in seconds or as a timedelta, or a function that returns it for
                 the number of failures so far.
             timeout: Limit of each attempt, in seconds or as a timedelta; see `Worker.use`. None: no limit.
+            keep_result: Whether the value that the function returns is stored with the task, as JSON, by the
+                function's return annotation. Read it with `TypedTask.result`. By default it is ignored.
+            max_result_size: The limit of a result, in bytes of JSON: 64 KiB by default, 1 MiB at most.
             unique: True for tasks that are unique by their type and arguments; or a function that takes the
                 arguments, by name, and returns a text for the key, or None for a task without a key. The type
                 is a part of the key. See `add`.
@@ -554,6 +560,8 @@ class Queue(QueueSchedules, QueuePauses, QueueLimits, QueueBulk):
                 retry_limit=retry_limit,
                 retry_delay=retry_delay,
                 timeout=timeout,
+                keep_result=keep_result,
+                max_result_size=max_result_size,
                 unique=unique,
                 unique_until=unique_until,
                 on_conflict=on_conflict,
@@ -589,6 +597,7 @@ class Queue(QueueSchedules, QueuePauses, QueueLimits, QueueBulk):
                 )
         again = {type_ for type_ in types if type_ in self._shared.by_type}
         for registry in registries:
+            registry.check_results(task.type, task.processor)
             for type_ in types.keys() - again:
                 registry.check_free(self, type_)
         for type_ in types:
@@ -621,12 +630,4 @@ class Queue(QueueSchedules, QueuePauses, QueueLimits, QueueBulk):
         return {"task_unique_key": check_name(unique_key, "a unique key")}
 
     def _id_of(self, task: Task | int | None) -> int:
-        if isinstance(task, Task):
-            if inspect(task).mapper.local_table is not self.task_class.__table__:
-                raise InvalidTask(f"task must be in the schema of {self!r}, got {task!r}")
-            if task.id is None:
-                raise InvalidTask(
-                    f"task must have an id, got {task!r}: flush the session that it was added to"
-                )
-            return task.id
-        return integer("a task's id", task, _LOWEST_ID, _HIGHEST_ID)
+        return task_id(self, task)

@@ -10,6 +10,7 @@ from apoq.client.schedules import read_schedules, schedule, unschedule
 from apoq.client.session_adapters import AsyncioSession, SyncSession, through
 from apoq.client.session_first import session_first
 from apoq.client.typed_task import Call, TypedTask
+from apoq.core.limits import checked_key
 from apoq.core.payload import check_type, encode
 from apoq.core.schedules import (
     DEFAULT_CATCH_UP_LIMIT,
@@ -32,6 +33,8 @@ _NO_DATA: Final[dict[str, Any]] = {}
 
 class AllOptions(ScheduleOptions, TaskOptions, total=False):
     """The options of `Queue.schedule`."""
+
+    key: str | int | None
 
 
 class QueueSchedules:
@@ -100,6 +103,7 @@ class QueueSchedules:
         timeout: float | timedelta | None = None,
         meta: Mapping[str, Any] | None = None,
         expires_in: float | timedelta | None = None,
+        key: str | int | None = None,
     ) -> Schedule | Coroutine[Any, Any, Schedule]:
         """Add a schedule in the transaction of `session`, or change the one that has this name.
 
@@ -132,6 +136,7 @@ class QueueSchedules:
             meta: Their `meta`, as for `add`.
             expires_in: The time, in seconds or as a timedelta, from when a task is due until it doesn't start
                 any more: it is cancelled instead.
+            key: Their concurrency key, as for `add`; by default the one that the limit of a typed task makes.
 
         Returns:
             The `Schedule`, which is in no session. With an asyncio session or connection, an awaitable of it.
@@ -164,9 +169,18 @@ class QueueSchedules:
         parameters = schedule_parameters(
             self.name, check_schedule_name(name), check_type(its_type), values | tasks
         )
-        parameters |= {"schedule_data": encode(its_data, self.max_data_size), "schedule_origin": ADDED}
+        parameters |= {
+            "schedule_data": encode(its_data, self.max_data_size),
+            "schedule_origin": ADDED,
+            "schedule_key": self._key_of(call, key),
+        }
         timing = Timing(values["cron"], values["timezone"], values["every"])
         return through(session, lambda caller: schedule(caller, self.schema, parameters, timing))
+
+    def _key_of(self, call: Call[Any] | str, key: str | int | None) -> str | None:
+        if key is None and isinstance(call, Call) and (task := self.tasks.get(call.type)):
+            return task.concurrency_key_of(call.data)
+        return checked_key(key)
 
     @overload
     def unschedule(self, session: SyncSession, name: str) -> bool: ...

@@ -1,4 +1,4 @@
-"""The check that the first argument of a queue's method is a session."""
+"""The check that the first argument of a method is a session."""
 
 from __future__ import annotations
 
@@ -29,6 +29,21 @@ def session_first(method: F) -> F:
             raise UnsupportedSession(
                 forgotten(f"queue.{method.__name__}({', '.join(filter(None, ['session', arguments]))})")
             )
+        return method(self, *args, **kwargs)
+
+    return cast("F", call)
+
+
+def call_session_first(method: F) -> F:
+    """Decorate a method of a typed task in the same way; the message has an example with its arguments."""
+
+    @wraps(method)
+    def call(self: Any, /, *args: Any, **kwargs: Any) -> Any:
+        if not args or not isinstance(args[0], SESSION_CLASSES):
+            if args and is_mistaken(args[0]):
+                raise UnsupportedSession(refusal(args[0]))
+            example = self._example(shown_arguments(args, kwargs), method.__name__)
+            raise UnsupportedSession(forgotten(example))
         return method(self, *args, **kwargs)
 
     return cast("F", call)

@@ -9,7 +9,7 @@ from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from functools import cached_property, update_wrapper, wraps
+from functools import cached_property, update_wrapper
 from pathlib import Path
 from typing import (
     TYPE_CHECKING,
@@ -20,14 +20,15 @@ from typing import (
     Protocol,
     TypeVar,
     Unpack,
-    cast,
     overload,
 )
 
 from typing_extensions import ParamSpec
 
-from apoq.client.session_adapters import SESSION_CLASSES, AsyncioSession, SyncSession
-from apoq.client.unsupported_sessions import forgotten, is_mistaken, refusal, shown_arguments
+from apoq.client.session_adapters import AsyncioSession, SyncSession
+from apoq.client.session_first import call_session_first
+from apoq.client.task_ids import AnyQueue
+from apoq.client.typed_results import TypedResults
 from apoq.core.arguments import Arguments, UnknownAnnotation
 from apoq.core.failures import FollowUp, OnFailure, TaskFailure
 from apoq.core.limits import Limit
@@ -42,7 +43,6 @@ from apoq.errors import (
     InvalidProcessor,
     InvalidSchedule,
     InvalidTask,
-    UnsupportedSession,
     glimpse,
 )
 from apoq.schema.models import Task
@@ -54,7 +54,6 @@ C = ParamSpec("C", default=P)
 R = TypeVar("R")
 R_co = TypeVar("R_co", covariant=True)
 T = TypeVar("T", bound=Running)
-F = TypeVar("F", bound=Callable[..., Any])
 
 UniqueRule = bool | Callable[..., str | None]
 """Whether a typed task is unique by its arguments; or a function that returns the key for them."""
@@ -71,16 +70,8 @@ class Anything:
     """
 
 
-class TaskQueue(Protocol):
+class TaskQueue(AnyQueue, Protocol):
     """The queue of a typed task."""
-
-    @property
-    def name(self) -> str:
-        """The queue's name."""
-
-    @property
-    def schema(self) -> str | None:
-        """The schema of the queue's tables, or None for the connection's own."""
 
     def add(self, session: Any, type: str, data: Any, **options: Unpack[Options]) -> Any:
         """Add a task."""
@@ -89,7 +80,7 @@ class TaskQueue(Protocol):
         """Add many tasks."""
 
 
-class AnyQueue(TaskQueue, Protocol):
+class AdoptingQueue(TaskQueue, Protocol):
     """A `Queue`, whose module imports this one."""
 
     def adopt(self, task: TypedTask[..., Any, ...]) -> None:
@@ -113,22 +104,7 @@ Calls = Iterable[Call[P] | Mapping[str, Any]]
 """Calls of a typed task, for `TypedTask.add_many`: their arguments, or made by `TypedTask.call`."""
 
 
-def _session_first(method: F) -> F:
-    """Decorate a method of a typed task, so that a call without a session raises an error that says so."""
-
-    @wraps(method)
-    def call(self: TypedTask[..., Any, ...], /, *args: Any, **kwargs: Any) -> Any:
-        if not args or not isinstance(args[0], SESSION_CLASSES):
-            if args and is_mistaken(args[0]):
-                raise UnsupportedSession(refusal(args[0]))
-            example = self._example(shown_arguments(args, kwargs), method.__name__)
-            raise UnsupportedSession(forgotten(example))
-        return method(self, *args, **kwargs)
-
-    return cast("F", call)
-
-
-class TypedTask(Generic[P, R_co, C]):
+class TypedTask(TypedResults[R_co], Generic[P, R_co, C]):
     """A function whose calls can be added to a queue as tasks.
 
     Created by ``@queue.task``. Calling it calls the function directly, without a task.
@@ -141,6 +117,8 @@ class TypedTask(Generic[P, R_co, C]):
         schedule (Mapping | None): The times and rules by which workers add its tasks, or None.
     """
 
+    queue: TaskQueue
+
     def __init__(
         self,
         queue: TaskQueue,
@@ -151,6 +129,8 @@ class TypedTask(Generic[P, R_co, C]):
         retry_limit: int = DEFAULT_RETRY_LIMIT,
         retry_delay: RetryDelay = exponential_backoff,
         timeout: float | timedelta | None = None,
+        keep_result: bool = False,
+        max_result_size: int | None = None,
         unique: UniqueRule = False,
         unique_until: UniqueUntil | None = None,
         on_conflict: OnConflict | None = None,
@@ -183,6 +163,8 @@ class TypedTask(Generic[P, R_co, C]):
             retry_delay=retry_delay,
             timeout=timeout,
             on_failure=on_failure,
+            keep_result=keep_result,
+            max_result_size=max_result_size,
             limit=limit,
         )
         process = self._process_async if processor.is_coroutine else self._process
@@ -192,11 +174,13 @@ class TypedTask(Generic[P, R_co, C]):
         self._options = unique_options(self._key_of, unique, unique_until, on_conflict)
         self._unique = unique
         if limit is not None and callable(limit.key):
-            self._options["key"] = self._concurrency_key_of
+            self._options["key"] = self.concurrency_key_of
         # Now if possible. Annotations may name what the module defines below: these are read at the first
         # use.
         with suppress(UnknownAnnotation):
             self._arguments  # noqa: B018
+            if keep_result:
+                self._returned  # noqa: B018
         self.schedule = declared(schedule or {})
         if self.schedule:
             with suppress(UnknownAnnotation):
@@ -223,7 +207,7 @@ class TypedTask(Generic[P, R_co, C]):
     def add(
         self, session: AsyncioSession, /, *args: P.args, **kwargs: P.kwargs
     ) -> Coroutine[Any, Any, Task]: ...
-    @_session_first
+    @call_session_first
     def add(self, session: SyncSession | AsyncioSession, /, *args: P.args, **kwargs: P.kwargs) -> Any:
         """Add a call with these arguments as a task, in the transaction of `session`.
 
@@ -251,7 +235,7 @@ class TypedTask(Generic[P, R_co, C]):
     def add_many(self, session: SyncSession, calls: Calls[P], /) -> int: ...
     @overload
     def add_many(self, session: AsyncioSession, calls: Calls[P], /) -> Coroutine[Any, Any, int]: ...
-    @_session_first
+    @call_session_first
     def add_many(self, session: SyncSession | AsyncioSession, calls: Calls[P], /) -> Any:
         """Add many calls as tasks, in the transaction of `session`.
 
@@ -324,7 +308,7 @@ class TypedTask(Generic[P, R_co, C]):
         copied._options = merged  # noqa: SLF001 - of the same class
         return copied
 
-    def to(self, queue: AnyQueue) -> TypedTask[P, R_co, C]:
+    def to(self, queue: AdoptingQueue) -> TypedTask[P, R_co, C]:
         """Return a copy that adds its tasks to another queue, such as that of a tenant.
 
         Workers of that queue in this process run them from now on, so a program that runs a worker must call
@@ -441,18 +425,25 @@ class TypedTask(Generic[P, R_co, C]):
         detail = self._unique(**self._arguments.with_defaults(data))
         return None if detail is None else typed_key(self.type, check_name(detail, "a unique key"))
 
-    def _concurrency_key_of(self, data: dict[str, Any]) -> str | None:
+    def concurrency_key_of(self, data: dict[str, Any]) -> str | None:
         """Return the concurrency key of a call, as the key of `limit` says."""
         limit = self.processor.limit
         return None if limit is None else limit.key_of(self._arguments.with_defaults(data))
 
     def _process(self, task: Running) -> Any:
+        returned = self._call(task)
+        if self.processor.result_encoder is None or inspect.isawaitable(returned):
+            return returned  # it is ignored, or the worker refuses it
+        return self._returned.write(returned)
+
+    async def _process_async(self, task: Running) -> Any:
+        returned = await self._call(task)
+        return returned if self.processor.result_encoder is None else self._returned.write(returned)
+
+    def _call(self, task: Running) -> Any:
         first = (task,) if self._arguments.follow_task else ()
         function: Any = self.function
         return function(*first, **self._arguments.read(task.data))
-
-    async def _process_async(self, task: Running) -> Any:
-        return await self._process(task)
 
 
 class Decorator(Protocol):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from inspect import BoundArguments, Parameter, Signature
@@ -11,11 +10,10 @@ from types import NoneType, UnionType
 from typing import Any, Final, Union, get_args, get_origin, get_type_hints
 
 from apoq.core.annotations import check_type
-from apoq.core.conversion import ERRORS, NotConvertible, convert, explain, find_mismatch, plain, reread
-from apoq.core.losses import find_loss
+from apoq.core.conversion import ERRORS, NotConvertible, convert, explain
 from apoq.core.payload import encode
-from apoq.core.plain import MAPPED, class_name, is_mapped
 from apoq.core.registry import Running
+from apoq.core.typed_values import to_json
 from apoq.errors import InvalidArguments, InvalidData, InvalidProcessor, InvalidTask, glimpse
 
 
@@ -36,7 +34,7 @@ class Arguments:
         parameters = list(signature.parameters.values())
         for parameter in parameters[1:]:
             _check_kind(parameter, name)
-        annotations = _annotations(function, name)
+        annotations = annotations_of(function, name)
         if parameters and _is_running(annotations.get(parameters[0].name)):
             self.follow_task = True
             _check_running(annotations[parameters.pop(0).name], name, is_coroutine=is_coroutine)
@@ -118,30 +116,14 @@ class Arguments:
     def _write(self, name: str, value: Any) -> Any:
         if type(value) in self._json_types.get(name, self._var_keyword_json_types):
             return value
-        type_, path = self._type(name), f"data[{name!r}]"
-        if is_mapped(type(value)):
-            raise InvalidData(path, MAPPED)
-        if type_ is Any and not isinstance(value, _JSON):
-            raise InvalidData(
-                path,
-                f"{class_name(value)} is not JSON, and is converted only if {self._name!r} annotates "
-                f"its parameter: {glimpse(value)}",
-            )
-        document = cause = None
-        try:
-            document = value if type_ is Any else plain(value)
-            read = reread(document)
-            loss = find_loss(value, read if type_ is Any else convert(read, type_))
-        except ERRORS as error:
-            loss, cause = explain(error), error.__cause__
-        if loss:
-            encode(document, sys.maxsize, path)  # raises a more exact error if JSON can't hold the value
-            loss = find_mismatch(value, type_) or loss
-            reason = f"{loss.reason}, for {self._name!r}"
-            if value is None:
-                reason = f"{reason.replace('`null`', '`None`')}: an id is None until its object is flushed"
-            raise InvalidData(f"{path}{loss.path}", reason) from cause
-        return document
+        return to_json(
+            value,
+            self._type(name),
+            f"data[{name!r}]",
+            used_by=f", for {self._name!r}",
+            unconverted=f"and is converted only if {self._name!r} annotates its parameter",
+            none=": an id is None until its object is flushed",
+        )
 
     def _read(self, name: str, value: Any) -> Any:
         type_ = self._type(name)
@@ -166,9 +148,6 @@ class Arguments:
         return self._types.get(name, self._var_keyword_type)
 
 
-_JSON = (type(None), bool, int, float, str, list, tuple, dict)
-
-
 _JSON_SCALARS: Final = frozenset({NoneType, bool, int, float, str})
 """Types whose values are the same in JSON."""
 
@@ -185,12 +164,13 @@ def _signature(function: Callable[..., Any], name: str) -> Signature:
     try:
         return inspect.signature(function)
     except NameError as error:  # Python 3.14 and later evaluate the annotations here
-        raise _unknown(name, error) from None
+        raise unknown_annotation(name, error) from None
     except (TypeError, ValueError) as error:
         raise InvalidProcessor(f"the parameters of {name!r} can't be read: {error}") from None
 
 
-def _annotations(function: Callable[..., Any], name: str) -> Mapping[str, Any]:
+def annotations_of(function: Callable[..., Any], name: str) -> Mapping[str, Any]:
+    """Return the annotations of a function; `UnknownAnnotation` if one of them can't be read yet."""
     while isinstance(function, partial):
         function = function.func
     function = inspect.unwrap(function)
@@ -200,12 +180,13 @@ def _annotations(function: Callable[..., Any], name: str) -> Mapping[str, Any]:
         hints = get_type_hints(function, include_extras=True)
         return {of: Any if type_ is object else type_ for of, type_ in hints.items()}
     except NameError as error:
-        raise _unknown(name, error) from None
+        raise unknown_annotation(name, error) from None
     except (AttributeError, SyntaxError, TypeError) as error:
         raise InvalidProcessor(f"the annotations of {name!r} can't be read: {error}") from None
 
 
-def _unknown(name: str, error: NameError) -> UnknownAnnotation:
+def unknown_annotation(name: str, error: NameError) -> UnknownAnnotation:
+    """Return the error for an annotation with a name that isn't defined."""
     return UnknownAnnotation(
         f"the annotations of {name!r}, by which its arguments are converted, can't be read: {error}: "
         "import or define it at the top level of its module, not under TYPE_CHECKING alone"
@@ -251,7 +232,7 @@ def _check_type(type_: Any, parameter: str, name: str) -> None:
     try:
         check_type(type_)
     except NameError as error:
-        raise _unknown(name, error) from None
+        raise unknown_annotation(name, error) from None
     except NotConvertible as error:
         raise InvalidProcessor(
             f"the parameter {parameter!r} of {name!r} can't be sent as JSON: {error}"

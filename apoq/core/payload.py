@@ -35,7 +35,7 @@ def check_name(name: object, what: str) -> str:
         raise InvalidTask(
             f"{what} must have at most {MAX_TYPE_LENGTH} characters, got {len(name):,}: {name[:40]!r}…"
         )
-    if fault := _text_fault(name):
+    if fault := text_fault(name):
         raise InvalidTask(f"{what} can't hold {fault}: {name!r}")
     return name
 
@@ -157,7 +157,7 @@ def _faults_inside(value: Any, path: str, parents: tuple[int, ...]) -> Iterator[
     for key, item in value.items():
         if not isinstance(key, str):
             yield path, f"a key of a JSON object must be a string, got {glimpse(key)}"
-        elif fault := _text_fault(key):
+        elif fault := text_fault(key):
             yield path, f"jsonb can't hold {fault}, the key {glimpse(key)}"
         else:
             yield from _faults(item, f"{path}[{glimpse(key)}]", parents)
@@ -178,7 +178,7 @@ def _fault(value: Any) -> str | None:
                 None if math.isfinite(value) else f"JSON has no {float(value)!r}: pass None or text instead"
             )
         case str():
-            fault = _text_fault(value)
+            fault = text_fault(value)
             return fault and f"jsonb can't hold {fault}"
     if is_mapped(type(value)):
         return f"{class_name(value)} is not JSON: {MAPPED}"
@@ -187,7 +187,8 @@ def _fault(value: Any) -> str | None:
     return f"{class_name(value)} is not JSON, so make it {instead}: {glimpse(value)}"
 
 
-def _text_fault(text: str) -> str | None:
+def text_fault(text: str) -> str | None:
+    """Return what PostgreSQL can't hold in a text; None if it can hold all of it."""
     if "\0" in text:
         return "U+0000 (NUL) in a string"
     try:

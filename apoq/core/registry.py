@@ -13,6 +13,7 @@ from typing import Any, ClassVar, TypedDict
 from apoq.core.failures import FollowUp, OnFailure, follow_up
 from apoq.core.limits import Limit, checked_limit
 from apoq.core.payload import check_type
+from apoq.core.results import ResultEncoder, result_encoder
 from apoq.core.retry import DEFAULT_RETRY_LIMIT, RetryDelay, RetryPolicy, exponential_backoff, time_limit
 from apoq.errors import InvalidProcessor, InvalidTask
 
@@ -27,6 +28,8 @@ class ProcessorOptions(TypedDict, total=False):
     retry_delay: RetryDelay
     timeout: float | timedelta | None
     on_failure: OnFailure | None
+    keep_result: bool
+    max_result_size: int | None
     limit: Limit | None
 
 
@@ -51,6 +54,8 @@ class Processor:
     """In seconds."""
     limit: Limit | None = None
     """How many of its tasks may run at once."""
+    result_encoder: ResultEncoder | None = None
+    """None: what the function returns is ignored."""
     on_failure: FollowUp | None = None
     """The task that is added when a task fails for good."""
 
@@ -73,6 +78,8 @@ def make_processor(
     retry_delay: RetryDelay = exponential_backoff,
     timeout: float | timedelta | None = None,
     on_failure: OnFailure | None = None,
+    keep_result: bool = False,
+    max_result_size: int | None = None,
     limit: Limit | None = None,
 ) -> Processor:
     """Make the processor for a type; `InvalidProcessor` or `InvalidLimit` if an argument is invalid."""
@@ -91,8 +98,11 @@ def make_processor(
         seconds = None if timeout is None else time_limit(timeout).total_seconds()
     except (TypeError, ValueError) as error:
         raise InvalidProcessor(str(error)) from None
+    encoder = result_encoder(keep_result, max_result_size)
     its = follow_up(on_failure, type_)
-    return Processor(function, policy, is_coroutine_function(function), seconds, checked_limit(limit), its)
+    return Processor(
+        function, policy, is_coroutine_function(function), seconds, checked_limit(limit), encoder, its
+    )
 
 
 def check_processed(type_: str) -> None:
@@ -106,7 +116,11 @@ def check_processed(type_: str) -> None:
 class Registry:
     """The processors of one worker, by type: for all of its queues, or for one of them."""
 
-    def __init__(self, middleware: Middleware | Iterable[Middleware] = ()) -> None:
+    def __init__(
+        self, middleware: Middleware | Iterable[Middleware] = (), *, keeps_completed: bool = True
+    ) -> None:
+        """`keeps_completed`: whether completed tasks, and so their results, are kept for some time."""
+        self._keeps_completed = keeps_completed
         self._middleware = (middleware,) if callable(middleware) else tuple(middleware)
         for each in self._middleware:
             if not callable(each):
@@ -123,6 +137,7 @@ class Registry:
 
     def use(self, type_: str, processor: Processor) -> None:
         """Register a processor for all queues; `InvalidProcessor` if one of them has one for this type."""
+        self.check_results(type_, processor)
         for queue in (None, *self._by_queue):
             self.check_free(queue, type_)
         processor = self._within_middleware(processor)
@@ -134,6 +149,7 @@ class Registry:
 
     def put(self, queue: Hashable, type_: str, processor: Processor, *, replaces: bool = False) -> None:
         """Register a processor for one queue; `InvalidProcessor` if it has one, unless that is replaced."""
+        self.check_results(type_, processor)
         if not replaces:
             self.check_free(queue, type_)
         processors = {**self.of(queue), type_: self._within_middleware(processor)}
@@ -145,6 +161,15 @@ class Registry:
             raise InvalidProcessor(
                 f"the type {type_!r} has a processor already, {found.function!r}: register only one, "
                 "by `use` or `@queue.task`"
+            )
+
+    def check_results(self, type_: str, processor: Processor) -> None:
+        """Raise `InvalidProcessor` if the processor keeps its results, and the worker no completed tasks."""
+        if processor.result_encoder is not None and not self._keeps_completed:
+            raise InvalidProcessor(
+                f"the processor for {type_!r} has keep_result=True, but its worker has keep_completed=0, "
+                "which deletes each task when it completes, with its result: raise keep_completed, or remove "
+                "keep_result"
             )
 
     def _within_middleware(self, processor: Processor) -> Processor:

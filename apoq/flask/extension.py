@@ -232,8 +232,8 @@ class Apoq:
         Args:
             type: The type of the tasks.
             processor: A plain function or a coroutine function that takes the running task.
-            **options: The options of `Worker.use`: `retry_limit`, `retry_delay`, `timeout` and
-                `on_failure`.
+            **options: The options of `Worker.use`: `retry_limit`, `retry_delay`, `timeout`, `keep_result`,
+                `max_result_size` and `on_failure`.
 
         Raises:
             InvalidProcessor: If the type already has a processor, or an argument is invalid.
@@ -253,8 +253,8 @@ class Apoq:
 
         Args:
             type: The type of the tasks.
-            **options: The options of `Worker.use`: `retry_limit`, `retry_delay`, `timeout` and
-                `on_failure`.
+            **options: The options of `Worker.use`: `retry_limit`, `retry_delay`, `timeout`, `keep_result`,
+                `max_result_size` and `on_failure`.
 
         Returns:
             A decorator that returns the function unchanged. It raises what `use` raises.
@@ -281,6 +281,8 @@ class Apoq:
         retry_limit: int = ...,
         retry_delay: RetryDelay = ...,
         timeout: float | timedelta | None = ...,
+        keep_result: bool = ...,
+        max_result_size: int | None = ...,
         unique: UniqueRule = ...,
         unique_until: UniqueUntil | None = ...,
         on_conflict: OnConflict | None = ...,
@@ -297,6 +299,8 @@ class Apoq:
         retry_limit: int = DEFAULT_RETRY_LIMIT,
         retry_delay: RetryDelay = exponential_backoff,
         timeout: float | timedelta | None = None,
+        keep_result: bool = False,
+        max_result_size: int | None = None,
         unique: UniqueRule = False,
         unique_until: UniqueUntil | None = None,
         on_conflict: OnConflict | None = None,
@@ -317,6 +321,9 @@ class Apoq:
             retry_delay: Time before a retry, in seconds or as a timedelta, or a function that returns it for
                 the number of failures so far.
             timeout: Limit of each attempt, in seconds or as a timedelta; see `Worker.use`. None: no limit.
+            keep_result: As for `Queue.task`: whether the value that the function returns is stored with the
+                task.
+            max_result_size: The limit of a result, in bytes of JSON: 64 KiB by default, 1 MiB at most.
             unique: As for `Queue.task`: True for tasks that are unique by their arguments, or a function of
                 the arguments.
             unique_until: As for `Queue.add`, if the tasks are unique.
@@ -339,6 +346,8 @@ class Apoq:
             "retry_delay": retry_delay,
             "timeout": timeout,
             "on_failure": on_failure,
+            "keep_result": keep_result,
+            "max_result_size": max_result_size,
         }
 
         def decorate(function: Callable[..., Any]) -> AppTask[..., Any, ...]:

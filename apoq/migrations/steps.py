@@ -32,6 +32,7 @@ OWN: Final = (
     "apoq_pauses",
     "apoq_limits",
     "apoq_throttles",
+    "apoq_progress",
 )
 """Tables that the Node.js original doesn't have."""
 

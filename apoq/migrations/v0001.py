@@ -1,4 +1,4 @@
-"""Version 1: the tables of tasks (a superset of the Node.js original's), workers, claims, and schedules.
+"""Version 1: the tables of tasks (a superset of the Node.js original's), and apoq's own.
 
 Each step is harmless if it has been done already. So a database made by the original (at either of its two
 versions) becomes the same as a new one, with its tasks kept, online and offline. The same goes for a database
@@ -55,6 +55,12 @@ SCHEDULES_STORAGE = {
     "autovacuum_vacuum_threshold": "1000",
 }
 
+PROGRESS_STORAGE = {
+    # Each row is updated up to once a second, in place if its page has room.
+    "fillfactor": "50",
+    "autovacuum_vacuum_scale_factor": "0.01",
+    "autovacuum_vacuum_threshold": "1000",
+}
 
 UNCOMPRESSED = "ALTER task_ids SET STORAGE EXTERNAL"
 """To compress a thousand ids would take most of the time of a claim."""
@@ -102,6 +108,8 @@ def upgrade(op: Operations, schema: str | None = None) -> None:
         sa.Column("held_unique_key", sa.Text),
         sa.Column("unique_until_end", sa.Boolean),
         sa.Column("expires_at", TIME),
+        sa.Column("result", JSONB),
+        sa.Column("has_parts", sa.Boolean),
         sa.Column("key", sa.Text),
         sa.Column("slot", sa.Integer),
         sa.Column("pool_key", sa.Text),
@@ -114,10 +122,8 @@ def upgrade(op: Operations, schema: str | None = None) -> None:
         # them NULL, which takes one bit.
         sa.Column("on_parent_failure", sa.Text),
         sa.Column("group_id", sa.BigInteger),
-        sa.Column("result", JSONB),
         sa.Column("blockers", sa.Integer),
         sa.Column("is_followed", sa.Boolean),
-        sa.Column("has_parts", sa.Boolean),
     ):
         op.add_column("apoq_tasks", column, schema=schema, if_not_exists=True)
     check = op.f("apoq_tasks_state_check")
@@ -270,6 +276,7 @@ def upgrade(op: Operations, schema: str | None = None) -> None:
         sa.Column("timeout", INTERVAL),
         sa.Column("meta", JSONB),
         sa.Column("expires_in", INTERVAL),
+        sa.Column("key", sa.Text),
         sa.Column("origin", sa.Text, server_default="added", nullable=False),
         sa.Column("release", TIME),
         sa.Column("created_at", TIME, server_default=NOW, nullable=False),
@@ -317,6 +324,19 @@ def upgrade(op: Operations, schema: str | None = None) -> None:
         op.f("apoq_throttles_until_idx"), "apoq_throttles", ["until"], schema=schema, if_not_exists=True
     )
     op.create_table(
+        "apoq_progress",
+        sa.Column("task_id", sa.BigInteger, autoincrement=False, nullable=False),
+        sa.Column("token", sa.BigInteger, nullable=False),
+        sa.Column("done", sa.Double, nullable=False),
+        sa.Column("total", sa.Double),
+        sa.Column("note", sa.Text, nullable=False),
+        sa.Column("at", TIME, nullable=False),
+        sa.PrimaryKeyConstraint("task_id", name=op.f("apoq_progress_pkey")),
+        schema=schema,
+        if_not_exists=True,
+    )
+    _alter(op, "apoq_progress", schema, _set(PROGRESS_STORAGE))
+    op.create_table(
         "apoq_limits",
         sa.Column("queue", sa.Text, nullable=False),
         sa.Column("type", sa.Text, nullable=False),
@@ -338,6 +358,7 @@ def upgrade(op: Operations, schema: str | None = None) -> None:
 def downgrade(op: Operations, schema: str | None = None) -> None:
     """Drop the tables, with every task in them. A schema that was created for them stays."""
     op.drop_table("apoq_throttles", schema=schema)
+    op.drop_table("apoq_progress", schema=schema)
     op.drop_table("apoq_limits", schema=schema)
     op.drop_table("apoq_pauses", schema=schema)
     op.drop_table("apoq_schedules", schema=schema)

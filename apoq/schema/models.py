@@ -32,7 +32,7 @@ from sqlalchemy.orm import (
     validates,
 )
 from sqlalchemy.schema import conv
-from sqlalchemy.types import Boolean, Integer, SmallInteger, Text, Uuid
+from sqlalchemy.types import Boolean, Double, Integer, SmallInteger, Text, Uuid
 
 from apoq.core.payload import check_time, check_type, encode
 from apoq.core.states import CANCELLED, COMPLETED, FAILED, PENDING, RUNNING, STATES, WAITING, alternatives
@@ -151,6 +151,10 @@ class Task(Base):
     expires_at: Mapped[datetime | None]
     """The time from which the task doesn't start any more: it is cancelled instead."""
 
+    result: Mapped[Any | None] = mapped_column(JSONB(none_as_null=True))
+    """The result of the processor, if it has ``keep_result=True``. Read it with `Queue.result`."""
+    has_parts: Mapped[bool | None] = mapped_column(Boolean)
+    """Whether other tables of apoq may have rows of this task, which are deleted with it."""
     key: Mapped[str | None]
     """The concurrency key that the task was added with."""
     slot: Mapped[int | None] = mapped_column(Integer)
@@ -171,10 +175,8 @@ class Task(Base):
     # time a column with a value, or a generated one, costs more than a NULL.
     on_parent_failure: Mapped[str | None]
     group_id: Mapped[int | None] = mapped_column(BigInteger)
-    result: Mapped[Any | None] = mapped_column(JSONB(none_as_null=True))
     blockers: Mapped[int | None] = mapped_column(Integer)
     is_followed: Mapped[bool | None] = mapped_column(Boolean)
-    has_parts: Mapped[bool | None] = mapped_column(Boolean)
 
     __table_args__ = (
         CheckConstraint(f"state IN {alternatives(STATES)}", name=conv("apoq_tasks_state_check")),
@@ -333,6 +335,8 @@ class Schedule(Base):
     meta: Mapped[dict[str, Any] | None] = mapped_column(JSONB(none_as_null=True))
     expires_in: Mapped[timedelta | None]
     """The time after which a task that has not started expires, from when it is due."""
+    key: Mapped[str | None]
+    """The concurrency key of its tasks."""
     origin: Mapped[str] = mapped_column(server_default="added")
     """``code`` if ``@queue.task`` declares it, ``added`` if `Queue.schedule` has added it."""
     release: Mapped[datetime | None]
@@ -426,6 +430,18 @@ _throttles: Final = Table(
     Index(conv("apoq_throttles_until_idx"), "until"),  # for the pruner
 )
 """The windows of throttled tasks: until then, no other task is added with this unique key."""
+_progress: Final = Table(
+    "apoq_progress",
+    Base.metadata,
+    # Without a foreign key to the task, which would make the deletion of every task slower.
+    Column("task_id", BigInteger, primary_key=True, autoincrement=False),
+    Column("token", BigInteger, nullable=False),  # of the claim by which the task ran
+    Column("done", Double, nullable=False),
+    Column("total", Double),
+    Column("note", Text, nullable=False),
+    Column("at", TIMESTAMP(timezone=True), nullable=False),
+)
+"""The progress of tasks that have reported one: the last report of each."""
 _limits: Final = Table(
     "apoq_limits",
     Base.metadata,
@@ -445,12 +461,7 @@ _limits: Final = Table(
 
 M = TypeVar("M", bound=Base)
 
-UPCOMING: Final = frozenset(
-    (
-        *("blockers", "on_parent_failure", "is_followed", "has_parts"),
-        *("group_id", "result"),
-    )
-)
+UPCOMING: Final = frozenset((*("blockers", "on_parent_failure", "is_followed", "group_id"),))
 """Columns of planned features, which are not shown yet."""
 
 
@@ -526,6 +537,12 @@ def pauses_table(schema: str | None) -> Table:
 def throttles_table(schema: str | None) -> Table:
     """Return the table of the windows of throttled tasks of a schema, for Core statements."""
     return _throttles if schema is None else _throttles.to_metadata(MetaData(), schema=schema)
+
+
+@cache
+def progress_table(schema: str | None) -> Table:
+    """Return the table of progress of a schema, for Core statements."""
+    return _progress if schema is None else _progress.to_metadata(MetaData(), schema=schema)
 
 
 def _in_schema(mapped: type[Base], schema: str | None) -> Table:

@@ -30,6 +30,7 @@ RIGHTS: Final[Mapping[str, tuple[str, ...]]] = {
     "apoq_schedules": ("SELECT", "INSERT", "UPDATE"),
     "apoq_pauses": ("SELECT",),
     "apoq_throttles": ("SELECT", "UPDATE", "DELETE"),
+    "apoq_progress": ("SELECT", "INSERT", "UPDATE", "DELETE"),
     "apoq_limits": ("SELECT", "INSERT", "UPDATE"),
     "apoq_migrations": ("SELECT",),
 }

@@ -22,12 +22,15 @@ from sqlalchemy.util.concurrency import in_greenlet
 from apoq.client.queue import Queue
 from apoq.client.session_adapters import CLOCK
 from apoq.core.outcomes import Outcome, WorkerDied
+from apoq.core.processing import running_processor
+from apoq.core.progress import Report
 from apoq.core.states import FAILED, PENDING
 from apoq.errors import InvalidProcessor, glimpse
 from apoq.postgres.urls import check_untranslated
 from apoq.schema.models import Task, detached, tasks_table
 from apoq.schema.statements.claim import CLAIM, TYPE, claim
 from apoq.schema.statements.data import read_data
+from apoq.schema.statements.progress import mark_parts, write_progress
 from apoq.schema.statements.queues import at_most_text, queue_text, queues_text, retry_limits_text
 from apoq.schema.statements.survey import survey, surveyed
 from apoq.testing.clock import travel
@@ -58,8 +61,9 @@ from apoq.worker.execution.attempt import (
 from apoq.worker.execution.runner import AttemptResult, TaskLost, ended, run, run_coroutine
 from apoq.worker.execution.task_sessions import AsyncTaskSession, TaskSession
 from apoq.worker.lease import Lease
+from apoq.worker.settling.batches import settlement_arrays
 from apoq.worker.settling.failure_tasks import add_failure_tasks, has_failure_task
-from apoq.worker.settling.settler import settlement_arrays, write_settlements
+from apoq.worker.settling.settler import write_settlements
 from apoq.worker.unique_keys import pending_without_key, take_free_keys
 
 FOR_EVER: Final = Lease(math.inf, math.inf)
@@ -149,6 +153,7 @@ class _Drain:
         self._ended: dict[tuple[str | None, int], _Row] = {}
         self._runner: asyncio.Runner | None = None
         self._last: AnyAttempt | None = None
+        self._reports: dict[AnyAttempt, Report] = {}
 
     def run(self, limit: int) -> list[Task]:
         """Run up to `limit` attempts."""
@@ -210,7 +215,16 @@ class _Drain:
             )
             sent_at = time.monotonic()
             for row in self._execute(queue, statement, parameters):
-                batch = Claim(queue, processors, sent_at, sent_at, FOR_EVER, self._signal, self._fetch)
+                batch = Claim(
+                    queue,
+                    processors,
+                    sent_at,
+                    sent_at,
+                    FOR_EVER,
+                    self._signal,
+                    self._fetch,
+                    on_progress=self._reports.__setitem__,
+                )
                 return crew, self._make((*tuple(row), batch))
         return None
 
@@ -245,11 +259,13 @@ class _Drain:
             savepoint = self._inner.begin_nested()
             self._connection = connection_of(self._inner)
             within = self._connection.get_nested_transaction()
-            end = self._run(crew, attempt)
+            with running_processor():
+                end = self._run(crew, attempt)
             self._leave(savepoint, within)
         else:
             end = ended(attempt, WorkerDied(WorkerDied.__doc__))
         self._settle(crew, end)
+        self._write_progress(attempt)
         if end.outcome is not None and self._is_raised(end.outcome, end):
             end.outcome.add_note(
                 f"Raised by task {attempt.id} ({attempt.type}), attempt {attempt.number}, with the data "
@@ -289,12 +305,11 @@ class _Drain:
         row = end.row
         if row is None and not isinstance(end.outcome, TaskLost):
             if end.outcome is None:
-                statement = crew.completion.statement(queue.schema, full=True, alike=True)
-                parameters: dict[str, Any] = {}
+                statement, parameters = crew.completion.completing(attempt, end.result)
             else:
                 statement = write_settlements(queue.schema, full=True)
-                parameters = settlement_arrays([end])
-            row = self._execute(queue, statement, parameters | held(attempt)).mappings().first()
+                parameters = settlement_arrays([end]) | held(attempt)
+            row = self._execute(queue, statement, parameters).mappings().first()
             if row is not None:
                 take_free_keys(partial(self._execute, queue), queue.schema, pending_without_key([row]))
                 if has_failure_task(end):
@@ -308,6 +323,15 @@ class _Drain:
         if row is not None:
             known = {"data": attempt.known_data(), **row}
             self._ended[queue.schema, attempt.id] = _Row(queue.schema, known, is_kept)
+
+    def _write_progress(self, attempt: AnyAttempt) -> None:
+        """Write the last progress that a task has reported, also if it has failed."""
+        if (report := self._reports.pop(attempt, None)) is None:
+            return
+        queue, its = attempt.from_queue, held(attempt)
+        self._execute(queue, mark_parts(queue.schema), its)
+        values = {"dones": [report.done], "totals": [report.total], "notes": [report.note]}
+        self._execute(queue, write_progress(queue.schema), its | values)
 
     def _task_of(self, row: _Row) -> Task:
         # A task that isn't kept is in no session, because it isn't in the database.

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection
+from sqlalchemy import Connection, Executable
 
 from apoq.client.queue import Queue
 from apoq.core.registry import Processor, Registry
@@ -30,7 +30,7 @@ class Crew:
     queues: tuple[Queue, ...]
     processors: Callable[[Queue], Mapping[str, Processor]]
     """Returns the processors of a queue, by type."""
-    completion: Completion
+    completion: InLineCompletion
 
     @property
     def has_coroutines(self) -> bool:
@@ -62,10 +62,19 @@ class InLineCompletion(Completion):
     def __init__(self, *, keep: bool) -> None:
         super().__init__(Events(), keep=keep)
 
-    def write(self, connection: Connection, attempt: AnyAttempt) -> Mapping[Any, Any] | None:
+    def write(
+        self, connection: Connection, attempt: AnyAttempt, result: str | None
+    ) -> Mapping[Any, Any] | None:
         """Complete a task; return its row, or None if the attempt no longer owns it."""
-        statement = self.statement(attempt.from_queue.schema, full=True, alike=True)
-        return connection.execute(statement, held(attempt)).mappings().first()
+        statement, parameters = self.completing(attempt, result)
+        return connection.execute(statement, parameters).mappings().first()
+
+    def completing(self, attempt: AnyAttempt, result: str | None) -> tuple[Executable, dict[str, Any]]:
+        """Return the statement that completes a task, with its result if there is one, and its parameters."""
+        schema = attempt.from_queue.schema
+        if result is None:
+            return self.statement(schema, full=True, alike=True), held(attempt)
+        return self.statement_with_results(schema, full=True), {**held(attempt), "results": [result]}
 
 
 def held(attempt: AnyAttempt) -> dict[str, Any]:

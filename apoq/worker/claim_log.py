@@ -94,6 +94,10 @@ class ClaimLog:
         """Return the tasks that were claimed and aren't settled yet."""
         return list(self._held.values())
 
+    def holds(self, task: Claimed) -> bool:
+        """Return whether a task isn't settled yet."""
+        return id(task) in self._held
+
     def settled(self, tasks: list[Claimed]) -> None:
         """Forget tasks whose results have been written."""
         self._places.settled(tasks)

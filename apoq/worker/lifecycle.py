@@ -107,6 +107,7 @@ class Lifecycle:
                 raise
             runtime.settler.put(end)
             runtime.settler.flush(SETTLE_ON_STOP_SECONDS)
+            runtime.progress.finish()
             if not self._is_started:
                 runtime.claimer.hand_over(room=0)  # other workers may claim the next tasks
             if isinstance(end.outcome, KeyboardInterrupt):

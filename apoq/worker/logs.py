@@ -213,6 +213,11 @@ def settling_failed(error: BaseException) -> None:
     logger.warning("some tasks could not be settled, and other workers will run them again: %s", brief(error))
 
 
+def progress_failed(error: BaseException) -> None:
+    """Log that the last progress of tasks could not be written at the end."""
+    logger.warning("the last progress of some tasks could not be written: %s", brief(error))
+
+
 # To debug the worker:
 
 

@@ -41,6 +41,7 @@ from apoq.worker.maintenance.sweep import Sweep
 from apoq.worker.maintenance.ticker import Ticker
 from apoq.worker.options import WorkerOptions
 from apoq.worker.places import Places
+from apoq.worker.progress import ProgressWriter
 from apoq.worker.service import Service, left_until
 from apoq.worker.settling.counters import Counter
 from apoq.worker.settling.settler import Settler
@@ -151,6 +152,14 @@ class Runtime:
             on_ended=self.settler.put,
             on_low=self._slot_is_free,
         )
+        self.progress = ProgressWriter(
+            self.engine,
+            leases,
+            outage,
+            self.missing,
+            self.claim_log,
+            keeps_completed=options.keeps_completed,
+        )
         self.claimer = Claimer(
             self.engine,
             queues,
@@ -168,6 +177,7 @@ class Runtime:
             leases=leases,
             signals=self._signals,
             on_ended=self.settler.put,
+            on_progress=self.progress.put,
         )
         self.lost_task_monitor = LostTaskMonitor(
             self.engine,
@@ -240,6 +250,7 @@ class Runtime:
 
     def start(self) -> None:
         """Claim, run and settle tasks from now on; raise RuntimeError if a thread can't be started."""
+        self.progress.open()
         for service in self._working:
             service.start()
 
@@ -284,6 +295,11 @@ class Runtime:
             self.settler.after_last_turn()  # its thread has died, or could not be started
         elif not self.end(self.settler, by):
             logs.results_late()
+        self.progress.close()
+        if self.progress.is_alive:
+            self.end(self.progress, by)
+        else:
+            self.progress.finish()  # no thread could be started that would do so
         if self.places:
             # If this fails, the sweep of another worker finds the tasks that wait.
             with suppress(Exception):

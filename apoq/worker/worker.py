@@ -127,7 +127,7 @@ class Worker:
         self._on_thread_died: Callable[[ThreadDied], object] = lambda _: None
         self.events.on(ThreadDied, self._thread_died)
         self._queues = tuple(dict.fromkeys(queues))
-        self._registry = Registry(middleware)
+        self._registry = Registry(middleware, keeps_completed=self._options.keeps_completed)
         for queue in self._queues:
             queue.register_in(self._registry)
         self._lifecycle = self._new_lifecycle()
@@ -186,11 +186,14 @@ class Worker:
         retry_delay: RetryDelay = exponential_backoff,
         timeout: float | timedelta | None = None,
         on_failure: OnFailure | None = None,
+        keep_result: bool = False,
+        max_result_size: int | None = None,
         limit: Limit | None = None,
     ) -> None:
         """Run tasks of this type, in all queues of this worker, with `processor`.
 
-        When the processor returns, the task is completed; the value is ignored. If it raises an exception,
+        When the processor returns, the task is completed; the value is ignored, or with `keep_result` stored
+        with the task. If it raises an exception,
         the attempt has failed, and the task is retried. It can also raise `Retry`, `Fail`, `Cancel` or
         `Snooze`.
 
@@ -206,6 +209,10 @@ class Worker:
             on_failure: The type of a task that is added in the transaction that marks a task as failed, after
                 its last attempt. It is in the same queue, and its data has the fields of `TaskFailure`. Or a
                 typed task whose only argument is a `TaskFailure`.
+            keep_result: Whether the value that the processor returns is stored with the task. It must be
+                JSON; any other value fails the attempt. Read it with `Queue.result`.
+            max_result_size: The limit of a result, in bytes of JSON: 64 KiB by default, 1 MiB at most. A
+                larger one fails the attempt.
             limit: How many tasks of this type may run at once, over all workers: a `Limit`. For a limit of
                 each key, `Limit(2, key=True)`, because callers give the key with ``add(…, key=…)``.
 
@@ -232,6 +239,8 @@ class Worker:
             retry_delay=retry_delay,
             timeout=timeout,
             on_failure=on_failure,
+            keep_result=keep_result,
+            max_result_size=max_result_size,
             limit=limit,
         )
         if made.limit is not None and callable(made.limit.key):

@@ -14,10 +14,10 @@ from typing import Any, assert_type
 
 import psycopg
 from sqlalchemy import Connection, Engine
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_session
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_scoped_session
 from sqlalchemy.orm import Session, scoped_session
 
-from apoq import AsyncRunningTask, Queue, RunningTask, Schedule, Task, TypedTask, Worker
+from apoq import AsyncRunningTask, Progress, Queue, Result, RunningTask, Schedule, Task, TypedTask, Worker
 
 queue = Queue("emails")
 
@@ -52,6 +52,34 @@ def reindex(doc_id: int) -> None: ...
 
 @queue.task(unique=lambda doc_id, **_: str(doc_id))
 def publish(doc_id: int) -> None: ...
+
+
+@queue.task(keep_result=True, max_result_size=1_000)
+def count_words(task: RunningTask, text: str) -> dict[str, int]:
+    task.set_progress(1, 2.5, "half")
+    task.set_progress("1")  # wrong: arg-type reportArgumentType
+    return {text: 1}
+
+
+def read_results(session: Session, engine: Engine) -> None:
+    assert_type(count_words.result(session, 7), Result[dict[str, int]] | None)
+    assert_type(count_words.wait(engine, 7, timeout=3), Result[dict[str, int]])
+    assert_type(call_back.result(session, 7), Result[bytes] | None)
+    assert_type(call_back.wait(engine, 7, timeout=timedelta(seconds=3)).value, bytes)
+    assert_type(queue.result(session, 7), Result[Any] | None)
+    assert_type(queue.wait(engine, 7, timeout=3), Result[Any])
+    assert_type(queue.progress(session, 7), Progress | None)
+    queue.wait(engine, 7)  # wrong: call-overload reportCallIssue
+    queue.wait(session, 7, timeout=3)  # wrong: call-overload reportCallIssue
+
+
+async def read_results_async(session: AsyncSession, engine: AsyncEngine) -> None:
+    assert_type(await count_words.result(session, 7), Result[dict[str, int]] | None)
+    assert_type(await count_words.wait(engine, 7, timeout=3), Result[dict[str, int]])
+    assert_type(await call_back.result(session, 7), Result[bytes] | None)
+    assert_type((await call_back.wait(engine, 7, timeout=3)).value, bytes)
+    assert_type(await queue.result(session, 7), Result[Any] | None)
+    assert_type(await queue.progress(session, 7), Progress | None)
 
 
 def add_unique(session: Session) -> None:

@@ -25,12 +25,15 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import TIMESTAMP
 
 from apoq.core.states import CANCELLED, COMPLETED, FAILED, RUNNING
-from apoq.schema.models import UPCOMING, tasks_table, workers_table
+from apoq.schema.models import UPCOMING, progress_table, tasks_table, workers_table
 from apoq.schema.statements.arrays import bigints
 from apoq.schema.statements.running import in_state
 
 LOOKED_AT: Final = 100_000
 """How many tasks `find` examines, because no index has the types, the errors, or all the times of tasks."""
+
+LARGE: Final = ("data", "result")
+"""Columns that may be large, and that `details` returns as text."""
 
 TRACEBACK_END: Final = 4_000
 """How many characters of a traceback `failed_tasks` returns: its end has the innermost frames."""
@@ -111,19 +114,24 @@ def find_queues(schema: str | None) -> Select[*tuple[Any, ...]]:
 def details(schema: str | None) -> Select[*tuple[Any, ...]]:
     """Return everything that is stored about the task `task_id`.
 
-    With its data as text, the database's time (`now`), and the host and the pid of the worker that claimed it
-    last, if that worker still has a row.
+    With its data and its result as text, its progress, the database's time (`now`), and the host and the pid
+    of the worker that claimed it last, if that worker still has a row.
     """
-    tasks, workers = tasks_table(schema), workers_table(schema)
+    tasks, workers, progress = tasks_table(schema), workers_table(schema), progress_table(schema)
     return (
         select(
-            *(column for column in _columns(tasks) if column.name != "data"),
-            cast(tasks.c.data, Text).label("data"),
+            *(column for column in _columns(tasks) if column.name not in LARGE),
+            *(cast(tasks.c[name], Text).label(name) for name in LARGE),
+            *(progress.c[name].label(f"progress_{name}") for name in ("done", "total", "note", "at")),
             workers.c.host.label("worker_host"),
             workers.c.pid.label("worker_pid"),
             func.clock_timestamp().label("now"),
         )
-        .select_from(tasks.outerjoin(workers, workers.c.id == tasks.c.worker_id))
+        .select_from(
+            tasks.outerjoin(workers, workers.c.id == tasks.c.worker_id).outerjoin(
+                progress, progress.c.task_id == tasks.c.id
+            )
+        )
         .where(tasks.c.id == bindparam("task_id", type_=BigInteger))
     )
 
@@ -143,7 +151,7 @@ def happened_at(columns: Any) -> ColumnElement[Any]:
 
 
 def _columns(tasks: Table) -> list[ColumnElement[Any]]:
-    return [column for column in tasks.c if column.name not in UPCOMING]
+    return [column for column in tasks.c if column.name not in {*UPCOMING, "has_parts"}]
 
 
 def _recent(schema: str | None, state: str | None) -> Subquery:
@@ -153,7 +161,7 @@ def _recent(schema: str | None, state: str | None) -> Subquery:
         [] if state is None else [in_state(schema, tasks, state), _given("in_queue", Text, tasks.c.queue)]
     )
     return (
-        select(*_columns(tasks))
+        select(*(column for column in _columns(tasks) if column.name != "result"))
         .where(tasks.c.id <= bindparam("up_to_id", type_=BigInteger), *by_index)
         .order_by(tasks.c.id.desc())
         .limit(LOOKED_AT)

@@ -12,21 +12,21 @@ from sqlalchemy import ColumnElement, Numeric, cast, extract
 from sqlalchemy.dialects.postgresql import INTERVAL, TIMESTAMP
 
 from apoq.postgres.loaders import read_length, read_time
-from apoq.schema.models import schedules_table, tasks_table
+from apoq.schema.models import progress_table, schedules_table, tasks_table
 from apoq.schema.statements.clock import in_utc
 
 _READERS: Final = {TIMESTAMP: read_time, INTERVAL: read_length}
 _COLUMNS: Final = {
     column.name: _READERS[type(column.type)]
-    for table in (tasks_table(None), schedules_table(None))
+    for table in (tasks_table(None), schedules_table(None), progress_table(None))
     for column in table.c
     if type(column.type) in _READERS
 }
-"""The columns of tasks and schedules that are sent as numbers, and the functions that read them."""
+"""The columns of tasks, schedules and progress that are sent as numbers, and the functions that read them."""
 
 
 def portable(name: str, value: ColumnElement[Any]) -> ColumnElement[Any]:
-    """Return the value of a column of a task or a schedule as an expression for `read_row`."""
+    """Return the value of a column of a task, a schedule or a progress as an expression for `read_row`."""
     if name not in _COLUMNS:
         return value.label(name)
     if _COLUMNS[name] is read_time:

@@ -5,12 +5,25 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from sqlalchemy import ColumnElement, Delete, Select, Text, and_, bindparam, delete, exists, func, select
+from sqlalchemy import (
+    CTE,
+    ColumnElement,
+    Delete,
+    Select,
+    Text,
+    and_,
+    any_,
+    bindparam,
+    delete,
+    exists,
+    func,
+    select,
+)
 from sqlalchemy.dialects.postgresql import INTERVAL
 from sqlalchemy.types import Integer
 
 from apoq.core.states import CANCELLED, COMPLETED, FAILED
-from apoq.schema.models import limits_table, tasks_table
+from apoq.schema.models import limits_table, progress_table, tasks_table
 from apoq.schema.statements.states import is_in
 
 
@@ -80,8 +93,16 @@ def _prune(schema: str | None, old: Select[*tuple[Any, ...]]) -> Delete:
     tasks = tasks_table(schema)
     # Several workers prune at the same time, and another session may be retrying one of these tasks.
     passed_over = bindparam("passed_over", 0, type_=Integer)
-    taken = old.offset(passed_over).with_for_update(skip_locked=True).cte("old")
-    return delete(tasks).where(tasks.c.id == taken.c.id)
+    its = old.add_columns(tasks.c.has_parts)
+    taken = its.offset(passed_over).with_for_update(skip_locked=True).cte("old")
+    return delete(tasks).where(tasks.c.id == taken.c.id).add_cte(_delete_parts(schema, taken))
+
+
+def _delete_parts(schema: str | None, taken: CTE) -> CTE:
+    """Delete the rows that other tables have of these tasks; not even look for them if there are none."""
+    table = progress_table(schema)
+    with_parts = select(taken.c.id).where(taken.c.has_parts)
+    return delete(table).where(table.c.task_id == any_(func.array(with_parts.scalar_subquery()))).cte("parts")
 
 
 def _count(old: Select[*tuple[Any, ...]]) -> Select[*tuple[Any, ...]]:

@@ -38,6 +38,7 @@ _RESET: Final[dict[str, Any]] = {
     "completed_at": null(),
     "failed_at": null(),
     "cancelled_at": null(),
+    "result": null(),
 }
 """The columns of a task that runs again with all of its attempts."""
 

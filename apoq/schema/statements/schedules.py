@@ -58,6 +58,7 @@ _TYPES: Final[dict[str, Any]] = {
     "retry_delay": INTERVAL,
     "timeout": INTERVAL,
     "expires_in": INTERVAL,
+    "key": Text,
     "origin": Text,
     "release": TIMESTAMP(timezone=True),
 }
@@ -163,7 +164,7 @@ def add_now(schema: str | None) -> ReturningInsert[Any]:
 
 def task_values(table: FromClause, due: ColumnElement[Any]) -> dict[str, ColumnElement[Any]]:
     """Return the columns of a task that a schedule determines, if the task is due at this time."""
-    copied = ("queue", "type", "data", "priority", "retry_limit", "retry_delay", "timeout", "meta")
+    copied = ("queue", "type", "data", "priority", "retry_limit", "retry_delay", "timeout", "meta", "key")
     return {
         **{name: table.c[name] for name in copied},
         "schedule": table.c.name,

@@ -41,8 +41,8 @@ def _literal(text: str) -> ColumnElement[str]:
     return literal_column(f"'{text}'", Text)
 
 
-def _rows(name: str, **columns: type) -> TableValuedAlias:
-    """Return rows from bound arrays of the same length."""
+def rows_of(name: str, **columns: type) -> TableValuedAlias:
+    """Return rows from bound arrays of the same length, which have the names of the columns, with an s."""
     arrays = [
         bigints(f"{name}s") if type_ is BigInteger else bindparam(f"{name}s", type_=ARRAY(type_))
         for name, type_ in columns.items()
@@ -59,50 +59,53 @@ def _held_batch(schema: str | None, *, alike: bool, skips_locked: bool) -> Colum
     saves a sixth of the server's time.
     """
     if skips_locked:
-        return _is_picked(schema, alike=alike)
+        return is_picked(schema, alike=alike)
     return _has_token(tasks_table(schema), alike=alike)
 
 
 def _has_token(tasks: FromClause, *, alike: bool) -> ColumnElement[bool]:
     if alike:
-        return _held(tasks, any_(bigints("ids")), bindparam("held_under", type_=BigInteger))
-    rows = _rows("claimed", id=BigInteger, token=BigInteger)
-    return _held(tasks, rows.c.id, rows.c.token)
+        return held(tasks, any_(bigints("ids")), bindparam("held_under", type_=BigInteger))
+    rows = rows_of("claimed", id=BigInteger, token=BigInteger)
+    return held(tasks, rows.c.id, rows.c.token)
 
 
-def _is_picked(schema: str | None, *, alike: bool) -> ColumnElement[bool]:
+def is_picked(schema: str | None, *, alike: bool) -> ColumnElement[bool]:
     """Return the condition that a task was locked by this statement, which waits for no other session.
 
     The lock writes a tenth more to the log of the server, for each task.
     """
-    held = tasks_table(schema).alias("held")
-    picked = select(held.c.id).where(_has_token(held, alike=alike)).with_for_update(of=held, skip_locked=True)
+    its = tasks_table(schema).alias("held")
+    picked = select(its.c.id).where(_has_token(its, alike=alike)).with_for_update(of=its, skip_locked=True)
     return tasks_table(schema).c.id == any_(func.array(picked.scalar_subquery()))
 
 
-def _held_last(schema: str | None) -> ColumnElement[bool]:
+def is_held_last(schema: str | None) -> ColumnElement[bool]:
     """Return the condition for one task that is still held, in a transaction that is about to be committed.
 
     It uses plain values, not arrays, so that the server plans it once per connection, not for each task.
     """
-    held = held_as(schema, bindparam("task_id", type_=BigInteger), bindparam("held_under", type_=BigInteger))
+    is_held = held_as(
+        schema, bindparam("task_id", type_=BigInteger), bindparam("held_under", type_=BigInteger)
+    )
     # The row is locked until the commit, so a worker that freezes before it must be disconnected. This is set
     # here and not by RETURNING, to avoid a result that would have to be read. In a subquery, because Citus
     # accepts a volatile function only there.
     unless_frozen = func.set_config(
         _literal("idle_in_transaction_session_timeout"), _literal("5s"), literal_column("true")
     )
-    return and_(held, select(unless_frozen).scalar_subquery().is_not(None))
+    return and_(is_held, select(unless_frozen).scalar_subquery().is_not(None))
 
 
 def held_as(
     schema: str | None, task_id: ColumnElement[Any], token: ColumnElement[int]
 ) -> ColumnElement[bool]:
-    """Return the condition that a task has this id, still has this token, and is running."""
-    return _held(tasks_table(schema), task_id, token)
+    """Return the condition that a task of a schema is held; see `held`."""
+    return held(tasks_table(schema), task_id, token)
 
 
-def _held(tasks: FromClause, task_id: ColumnElement[Any], token: ColumnElement[int]) -> ColumnElement[bool]:
+def held(tasks: FromClause, task_id: ColumnElement[Any], token: ColumnElement[int]) -> ColumnElement[bool]:
+    """Return the condition that a row of `tasks` has this id, still has this token, and is running."""
     return and_(
         tasks.c.id == task_id,
         tasks.c.claim_token == token,
@@ -133,7 +136,7 @@ def complete(schema: str | None, *, alike: bool = False, skips_locked: bool = Fa
 @cache
 def complete_last(schema: str | None) -> Update:
     """Mark the task `task_id`, claimed with the token `held_under`, as completed, last in its transaction."""
-    return update(tasks_table(schema)).where(_held_last(schema)).values(AS_COMPLETED)
+    return update(tasks_table(schema)).where(is_held_last(schema)).values(AS_COMPLETED)
 
 
 @cache
@@ -145,14 +148,14 @@ def remove(schema: str | None, *, alike: bool = False, skips_locked: bool = Fals
 @cache
 def remove_last(schema: str | None) -> Delete:
     """Delete the task `task_id`, claimed with the token `held_under`, last in its transaction."""
-    return delete(tasks_table(schema)).where(_held_last(schema))
+    return delete(tasks_table(schema)).where(is_held_last(schema))
 
 
 @cache
 def settle(schema: str | None, *, skips_locked: bool = False) -> Update:
     """Write a `Settlement` to each task of `ids`, claimed with `tokens`; see `complete`."""
     tasks = tasks_table(schema)
-    rows = _rows(
+    rows = rows_of(
         "settled",
         id=BigInteger,
         token=BigInteger,
@@ -162,10 +165,10 @@ def settle(schema: str | None, *, skips_locked: bool = False) -> Update:
         delay=Double,
         error=Text,
     )
-    is_held = _held(tasks, rows.c.id, rows.c.token)
+    is_held = held(tasks, rows.c.id, rows.c.token)
     if skips_locked:
         # With the token as well, because a batch may have several claims of a task.
-        is_held = and_(is_held, _is_picked(schema, alike=False))
+        is_held = and_(is_held, is_picked(schema, alike=False))
     # In seconds: to add an interval to a time depends on the session's time zone.
     process_at = func.to_timestamp(epoch_now() + rows.c.delay)
     return (

@@ -15,6 +15,7 @@ from apoq.client.queue import Queue
 from apoq.core.outcomes import WorkerDied
 from apoq.core.pace import Pace
 from apoq.core.places import POOL, WHOLE_QUEUE, Share
+from apoq.core.progress import Report
 from apoq.core.registry import Registry
 from apoq.events import Events, TaskClaimed, TaskCompleted, TaskStarted
 from apoq.postgres.connections import execute
@@ -92,10 +93,12 @@ class Claimer(Service):
         leases: Mapping[str | None, Lease],
         signals: Mapping[str | None, StopSignal],
         on_ended: Callable[[AttemptResult], None],
+        on_progress: Callable[[AnyAttempt, Report], None],
     ) -> None:
         """`sharded` has the schemas that Citus shards, as far as it is known.
 
-        `on_ended` is called with the results of tasks that end without having run.
+        `on_ended` is called with the results of tasks that end without having run, and `on_progress` with
+        the progress that running tasks report.
         """
         super().__init__("apoq-claimer", outage)
         self._queues = {
@@ -126,6 +129,7 @@ class Claimer(Service):
         self._scanner = scanner
         self._strays = strays
         self._on_ended = on_ended
+        self._on_progress = on_progress
         self._claim_log = claim_log
         self._engine = engine
         self._places = places
@@ -343,6 +347,7 @@ class Claimer(Service):
             taken.number,
             self._report_start if self._is_followed() else None,
             is_ahead=taken.is_ahead,
+            on_progress=self._on_progress,
             is_placed=placed is not None,
         )
         tasks: list[Claimed] = [(*row, batch) for row in rows]

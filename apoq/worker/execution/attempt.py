@@ -15,6 +15,7 @@ import psycopg
 from apoq.client.queue import Queue
 from apoq.core.options import HIGHEST_LIMIT
 from apoq.core.outcomes import TaskExpired, Unreachable
+from apoq.core.progress import Report
 from apoq.core.registry import Processor
 from apoq.core.retry import LONGEST_DELAY, RetryPolicy
 from apoq.postgres.connections import is_away
@@ -72,6 +73,8 @@ class Claim:
     """Called when one of them begins, if there is a listener; then its time is measured, too."""
     is_ahead: bool = False
     """Whether they were more than there were free slots."""
+    on_progress: Callable[[AnyAttempt, Report], object] | None = None
+    """Called with the progress that one of them reports."""
     is_placed: bool = False
     """Whether they may have places."""
 
@@ -112,6 +115,7 @@ class _Attempt(Generic[S]):
     __slots__ = (
         "data",
         "ends_at",
+        "has_parts",
         "open_session",
         "opened",
         "processor",
@@ -126,6 +130,7 @@ class _Attempt(Generic[S]):
         self.signal = row[CLAIM].signal
         self.ends_at: float | None = None  # by time.monotonic(), once it runs with a limit
         self.opened: S | None = None
+        self.has_parts = False  # whether it is known that the task is marked so
         self.data: Any = None
 
     @property
@@ -183,6 +188,11 @@ class _Attempt(Generic[S]):
         if self.signal.is_given:
             return True
         return self.ends_at is not None and time.monotonic() >= self.ends_at
+
+    @property
+    def may_report(self) -> bool:
+        """Whether its progress is that of the task: not if the task is lost, or the timeout has ended it."""
+        return self.signal is not LOST and (self.ends_at is None or time.monotonic() < self.ends_at)
 
     @property
     def has_data(self) -> bool:
@@ -275,15 +285,15 @@ class AsyncAttempt(_Attempt[AsyncTaskSession]):
 
     __slots__ = ("_awaits", "_is_cancelled")
 
-    async def call(self, task: object) -> None:
-        """Await the processor of this running task, so that `recall` can cancel it."""
+    async def call(self, task: object) -> Any:
+        """Await the processor of this running task, and return its result; `recall` can cancel it."""
         self._is_cancelled = False
         self._awaits = asyncio.current_task()
         try:
             # After `_awaits` is set, so that `recall` either sets the signal before this, or cancels.
             if self.signal is LOST:
                 raise asyncio.CancelledError(_LOST_MESSAGE)
-            await self.processor.function(task)
+            return await self.processor.function(task)
         finally:
             awaits, self._awaits = self._awaits, None
             if self._is_cancelled and awaits is not None:

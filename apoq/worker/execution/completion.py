@@ -13,6 +13,7 @@ from apoq.events import COMPLETED, Events
 from apoq.postgres.connections import compiled
 from apoq.schema.models import tasks_table
 from apoq.schema.statements.portable import portable, read_row
+from apoq.schema.statements.results import complete_last_with_result, complete_with_results
 from apoq.schema.statements.settle import AS_COMPLETED, complete, complete_last, remove, remove_last
 from apoq.worker.execution.attempt import AnyAttempt
 
@@ -39,8 +40,16 @@ class Completion:
         write = complete if self.keep else remove
         return _returning(write(schema, alike=alike, skips_locked=skips_locked), schema, full=full)
 
-    def write(self, connection: Connection, attempt: AnyAttempt) -> Mapping[Any, Any] | None:
-        """Complete a task in a transaction that is about to be committed.
+    def statement_with_results(
+        self, schema: str | None, *, full: bool, skips_locked: bool = False
+    ) -> Executable:
+        """Return the statement that completes tasks with `results`; see `statement`."""
+        return _returning(complete_with_results(schema, skips_locked=skips_locked), schema, full=full)
+
+    def write(
+        self, connection: Connection, attempt: AnyAttempt, result: str | None
+    ) -> Mapping[Any, Any] | None:
+        """Complete a task, with its result if there is one, in a transaction that is about to be committed.
 
         Returns its id, or its row if there are listeners, and None if the worker no longer owns it. Raises
         `Release` if the worker's lease has ended, because another worker may have begun the task.
@@ -48,8 +57,12 @@ class Completion:
         if not attempt.lease.is_held:
             raise Release
         schema = attempt.from_queue.schema
-        parameters = {"task_id": attempt.id, "held_under": attempt.claim_token}
-        statement = complete_last(schema) if self.keep else remove_last(schema)
+        parameters: dict[str, Any] = {"task_id": attempt.id, "held_under": attempt.claim_token}
+        if result is not None:
+            statement: Update | Delete = complete_last_with_result(schema)
+            parameters["result"] = result
+        else:
+            statement = complete_last(schema) if self.keep else remove_last(schema)
         if self.has_listeners:
             # On the processor's connection, which may have any DateStyle.
             found = connection.execute(_returning(statement, schema, full=True, is_ours=False), parameters)

@@ -12,6 +12,7 @@ from typing import Final
 
 from apoq.client.queue import Queue
 from apoq.core.outcomes import Release
+from apoq.core.processing import run_processors, running_processor
 from apoq.schema.statements.claim import CLAIM
 from apoq.worker.execution.attempt import AnyAttempt, AsyncAttempt, Attempt, Claimed, attempt_of
 from apoq.worker.execution.completion import Completion
@@ -111,12 +112,13 @@ class Executor:
         """Run an attempt on the caller's thread, in no slot, and return its result."""
         self._in_no_slot.add(attempt)
         try:
-            if isinstance(attempt, AsyncAttempt):
-                end: AttemptResult = self._event_loop.run(
-                    run_coroutine(attempt, self._completion, self._deadlines)
-                )
-                return end
-            return run(attempt, self._completion, self._deadlines)
+            with running_processor():
+                if isinstance(attempt, AsyncAttempt):
+                    end: AttemptResult = self._event_loop.run(
+                        run_coroutine(attempt, self._completion, self._deadlines)
+                    )
+                    return end
+                return run(attempt, self._completion, self._deadlines)
         finally:
             self._in_no_slot.discard(attempt)
 
@@ -286,6 +288,7 @@ class Executor:
                 self._idle.notify_all()
 
     def _thread_slots(self, attempts: SimpleQueue[Attempt | None]) -> None:
+        run_processors()
         while (begun := attempts.get()) is not None:
             attempt: AnyAttempt | None = begun
             while isinstance(attempt, Attempt):
@@ -298,6 +301,7 @@ class Executor:
                 self._begin_elsewhere(attempt, on_thread=True)
 
     async def _coroutine_slot(self, begun: AsyncAttempt) -> None:
+        run_processors()
         attempt: AnyAttempt | None = begun
         while isinstance(attempt, AsyncAttempt):
             started = time.monotonic()

@@ -43,6 +43,8 @@ class AttemptResult:
     """If the completion was committed with ``task.session``: the task's row, or only its id."""
     seconds: float | None = None
     """How long it took, if there is a listener."""
+    result: str | None = None
+    """The result of a completed task's processor as JSON, if it is kept."""
 
 
 def ended(
@@ -50,10 +52,11 @@ def ended(
     outcome: BaseException | None,
     row: Mapping[Any, Any] | None = None,
     seconds: float | None = None,
+    result: str | None = None,
 ) -> AttemptResult:
     """Return the result of an attempt that ended with this outcome."""
     if outcome is None:
-        return AttemptResult(attempt, None, None, row, seconds)
+        return AttemptResult(attempt, None, None, row, seconds, result)
     settlement = settle(outcome, attempt=attempt.number, fail_count=attempt.fail_count, policy=attempt.policy)
     return AttemptResult(attempt, outcome, settlement, row, seconds)
 
@@ -74,7 +77,7 @@ async def run_coroutine(attempt: AsyncAttempt, completion: Completion, deadlines
 
 
 def _run(attempt: Attempt, completion: Completion, deadlines: Deadlines) -> AttemptResult:
-    row = outcome = began_at = None
+    row = outcome = began_at = result = None
     try:
         attempt.read()
         if attempt.signal is LOST:
@@ -89,20 +92,22 @@ def _run(attempt: Attempt, completion: Completion, deadlines: Deadlines) -> Atte
         )
         if returned is not None:
             _refuse_awaitable(attempt, returned)
+        if (encoder := attempt.processor.result_encoder) is not None:
+            result = encoder.encode(returned)
         if attempt.opened is not None:
-            row = _complete_in(attempt.opened, attempt, completion)
+            row = _complete_in(attempt.opened, attempt, completion, result)
     except BaseException as error:  # noqa: BLE001 - even SystemExit is one task's failure, not the worker's
         outcome = _outcome(attempt, error)
     seconds = None if began_at is None else time.monotonic() - began_at
     if attempt.opened is not None:
         _close(attempt.opened)
-    return ended(attempt, outcome, row, seconds)
+    return ended(attempt, outcome, row, seconds, result)
 
 
 async def _run_coroutine(
     attempt: AsyncAttempt, completion: Completion, deadlines: Deadlines
 ) -> AttemptResult:
-    row = outcome = began_at = None
+    row = outcome = began_at = result = None
     try:
         if attempt.has_data:
             attempt.read()
@@ -111,12 +116,15 @@ async def _run_coroutine(
         if attempt.row[CLAIM].on_start is not None:
             began_at = _begin(attempt)
         limit = attempt.timeout
-        if limit is None:
-            await attempt.call(AsyncRunningTask(attempt))
-        else:
-            await _await_within(limit, attempt, deadlines)
+        returned = await (
+            attempt.call(AsyncRunningTask(attempt))
+            if limit is None
+            else _await_within(limit, attempt, deadlines)
+        )
+        if (encoder := attempt.processor.result_encoder) is not None:
+            result = encoder.encode(returned)
         if attempt.opened is not None:
-            row = await attempt.opened.run_sync(_complete_in_async, attempt, completion)
+            row = await attempt.opened.run_sync(_complete_in_async, attempt, completion, result)
     except BaseException as error:  # noqa: BLE001
         outcome = _outcome(attempt, error)
     seconds = None if began_at is None else time.monotonic() - began_at
@@ -125,7 +133,7 @@ async def _run_coroutine(
             await attempt.opened.run_sync(_close)
         except BaseException as error:  # noqa: BLE001 - cancelled once more, while it was closed
             outcome = outcome or (None if row is not None else error)
-    return ended(attempt, outcome, row, seconds)
+    return ended(attempt, outcome, row, seconds, result)
 
 
 def _begin(attempt: AnyAttempt) -> float:
@@ -170,13 +178,14 @@ def _run_within(limit: float, attempt: Attempt, deadlines: Deadlines) -> Any:
     return returned
 
 
-async def _await_within(limit: float, attempt: AsyncAttempt, deadlines: Deadlines) -> None:
+async def _await_within(limit: float, attempt: AsyncAttempt, deadlines: Deadlines) -> Any:
     """Await the function, and cancel it at the limit; raise `TaskLost` if it ignored that for too long."""
+    returned: Any = None
     error: BaseException | None = None
     deadlines.watch(attempt, limit, CANCELLATION_SECONDS)
     try:
         async with asyncio.timeout(limit) as scope:
-            await attempt.call(AsyncRunningTask(attempt))
+            returned = await attempt.call(AsyncRunningTask(attempt))
     except BaseException as raised:  # noqa: BLE001
         error = raised
     if not deadlines.forget(attempt):
@@ -186,12 +195,15 @@ async def _await_within(limit: float, attempt: AsyncAttempt, deadlines: Deadline
         raise overdue(limit) from error
     if error is not None:
         raise error
+    return returned
 
 
-def _complete_in(session: TaskSession, attempt: AnyAttempt, completion: Completion) -> Mapping[Any, Any]:
+def _complete_in(
+    session: TaskSession, attempt: AnyAttempt, completion: Completion, result: str | None
+) -> Mapping[Any, Any]:
     """Commit the processor's writes and the task's completion, or neither."""
     session.flush()
-    row = completion.write(session.connection(), attempt)
+    row = completion.write(session.connection(), attempt, result)
     if row is None:
         session.rollback()
         # Settled like any failure. If the worker has lost the task, the usual cause, nothing is written.
@@ -203,9 +215,11 @@ def _complete_in(session: TaskSession, attempt: AnyAttempt, completion: Completi
     return row
 
 
-def _complete_in_async(session: Session, attempt: AnyAttempt, completion: Completion) -> Mapping[Any, Any]:
+def _complete_in_async(
+    session: Session, attempt: AnyAttempt, completion: Completion, result: str | None
+) -> Mapping[Any, Any]:
     assert isinstance(session, TaskSession)
-    return _complete_in(session, attempt, completion)
+    return _complete_in(session, attempt, completion, result)
 
 
 def _close(session: Session) -> None:

@@ -6,9 +6,10 @@ from datetime import datetime
 from typing import Any, Generic, TypeVar, cast
 
 from apoq.client.queue import Queue
+from apoq.core.progress import report
 from apoq.core.registry import Running
 from apoq.postgres.loaders import UnreadableData, read_json, read_time
-from apoq.schema.statements.claim import CREATED_AT, META, PRIORITY, PROCESS_AT, TICK_AT
+from apoq.schema.statements.claim import CLAIM, CREATED_AT, META, PRIORITY, PROCESS_AT, TICK_AT
 from apoq.worker.execution.attempt import AnyAttempt
 from apoq.worker.execution.task_sessions import AsyncTaskSession, TaskSession
 
@@ -123,6 +124,27 @@ class _Running(Running, Generic[S]):
         The session is opened when it is first used. A processor that doesn't use it needs no connection.
         """
         return cast("S", self._attempt.session())
+
+    def set_progress(self, done: float, total: float | None = None, note: str = "") -> None:
+        """Report how far the task has come, for people to look at.
+
+        It costs almost nothing and may be called often, from any thread: at most once a second, the worker
+        writes the last reports of all its tasks. `Queue.progress` and ``apoq show`` return the last one, also
+        after the task has ended. It is a report, not a checkpoint: the last seconds before a crash are lost.
+
+        Args:
+            done: How much is done, in any unit.
+            total: How much there is to do, in the same unit; None if that isn't known.
+            note: A text of at most 500 characters.
+
+        Raises:
+            TypeError: If `done` or `total` is not a number, or `note` is not a string.
+            ValueError: If a number is negative or not finite, or the note is too long or can't be stored.
+        """
+        checked = report(done, total, note)
+        on_progress = self._attempt.row[CLAIM].on_progress
+        if on_progress is not None and self._attempt.may_report:
+            on_progress(self._attempt, checked)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} id={self.id} type={self.type!r} attempt={self.attempt}>"

@@ -81,5 +81,6 @@ def declaration(queue: Queue, task: TypedTask[..., Any], now: datetime) -> dict[
         **schedule_parameters(queue.name, task.type, task.type, {**values, **checked_task({})}),
         "schedule_data": encode(task.scheduled_data(), queue.max_data_size),
         "schedule_origin": CODE,
+        "schedule_key": task.concurrency_key_of(task.scheduled_data()),
         "schedule_next_at": timing.next_after(now).timestamp(),
     }

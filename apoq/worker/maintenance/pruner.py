@@ -23,6 +23,7 @@ from apoq.worker import logs
 from apoq.worker.failures import Outage
 from apoq.worker.isolation import Isolation
 from apoq.worker.lease import Lease
+from apoq.worker.maintenance.orphans import Orphans
 from apoq.worker.narrowing import Narrowing
 from apoq.worker.service import Service
 
@@ -116,7 +117,10 @@ class Pruner(Service):
     ) -> None:
         super().__init__("apoq-pruner", outage)
         self._engine = engine
+        self._leases = leases
         self._isolation: Isolation[Rule] = Isolation(str, outage)
+        self._orphans = Orphans(engine)
+        self._orphans_isolation: Isolation[str | None] = Isolation(_describe, outage)
         self._rules = [
             (leases[queue.schema], retention(prune(queue.schema), queue.name, keep))
             for queue in queues
@@ -131,7 +135,14 @@ class Pruner(Service):
         began = time.monotonic()
         if self.prune():
             return (time.monotonic() - began) * (1 / DATABASE_SHARE - 1)
+        self._delete_orphans()
         return PRUNE_INTERVAL_SECONDS * random.uniform(0.9, 1.1)  # noqa: S311 - workers needn't prune together
+
+    def _delete_orphans(self) -> None:
+        schemas = [schema for schema, lease in self._leases.items() if lease.is_held]
+        for schema in schemas:
+            delete = partial(self._orphans.delete, schema)
+            self._orphans_isolation.call(schema, schemas, delete, None)
 
     def prune(self) -> bool:
         """Delete a batch of each kind; return whether there may be more."""
@@ -140,3 +151,8 @@ class Pruner(Service):
         for rule in rules:
             more |= self._isolation.call(rule, rules, partial(rule.prune, self._engine), False)
         return more
+
+
+def _describe(schema: str | None) -> str:
+    where = "" if schema is None else f" of the schema {schema!r}"
+    return f"the deletion of progress without tasks{where}"

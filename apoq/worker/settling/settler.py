@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import cache, partial
 from operator import itemgetter
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, Final
 
 from psycopg import DatabaseError
 from psycopg.errors import LockNotAvailable
@@ -20,12 +20,14 @@ from sqlalchemy import Engine, Executable
 from apoq.client.queue import Queue
 from apoq.core import states
 from apoq.core.outcomes import Unreachable
-from apoq.core.payload import encode
+from apoq.core.results import NAME as RESULT
+from apoq.errors import InvalidData
 from apoq.events import COMPLETED, FAILED, RETRIED, Events, TaskCompleted, TaskFailed, TaskRetried
 from apoq.postgres.connections import Send, execute, is_away, is_caused_by_a_row, transaction
+from apoq.postgres.messages import brief
 from apoq.schema.models import detached, tasks_table
 from apoq.schema.statements.arrays import array_text
-from apoq.schema.statements.claim import CLAIM, CLAIM_TOKEN, ID
+from apoq.schema.statements.claim import CLAIM_TOKEN, ID
 from apoq.schema.statements.lost import lost
 from apoq.schema.statements.notify import arrays, has_tasks, notify
 from apoq.schema.statements.settle import settle
@@ -37,11 +39,20 @@ from apoq.worker.execution.runner import AttemptResult, TaskLost, ended, is_late
 from apoq.worker.failures import Outage
 from apoq.worker.isolation import Isolation
 from apoq.worker.service import Service, left_until
+from apoq.worker.settling.batches import (
+    Closed,
+    Unsettled,
+    by_schema,
+    claim_of,
+    row_of,
+    schema_of,
+    settlement_arrays,
+    taken,
+    token_arrays,
+)
 from apoq.worker.settling.counters import Counter
 from apoq.worker.settling.failure_tasks import add_failure_tasks, has_failure_task
 from apoq.worker.unique_keys import pending_without_key, take_free_keys
-
-T = TypeVar("T")
 
 LOCKED_POLL_SECONDS: Final = 0.25
 """Seconds after which tasks that another session had locked are tried again."""
@@ -54,27 +65,6 @@ OUTAGE_SECONDS: Final = 10.0
 
 Rows = dict[int, Mapping[Any, Any] | None]
 """The tasks that were written, by id; with their rows, if there are listeners."""
-
-
-class Unsettled(NamedTuple):
-    """Results in one schema, and the method that writes them."""
-
-    write: Callable[[Unsettled], list[Any]]
-    """Returns those that it has left out, because another session has locked their tasks."""
-    schema: str | None
-    ended: list[Any]
-    """Claimed rows of completed tasks, or else `AttemptResult`."""
-    skips_locked: bool = False
-    """Whether locked tasks are left out, instead of waiting for them."""
-    looks_at: float = 0.0
-    """When those that were left out are tried again."""
-
-
-class Closed(NamedTuple):
-    """A schema whose whole table is locked."""
-
-    until: float
-    pause: float
 
 
 class Settler(Service):
@@ -112,9 +102,10 @@ class Settler(Service):
         self._on_pending = on_pending
         # Most attempts complete, and only their claimed rows are needed.
         self._completed: deque[Claimed] = deque()
+        self._with_results: deque[Claimed] = deque()
         self._ended: deque[AttemptResult] = deque()
         self._kept: dict[int, AttemptResult] = {}
-        """Completed attempts of which listeners get more than the claimed row, by the `id()` of the row."""
+        """Completed attempts of which more than the claimed row is needed, by the `id()` of the row."""
         self._unsettled: deque[Unsettled] = deque()
         self._put_off: list[Unsettled] = []
         self._closed: dict[str | None, Closed] = {}
@@ -146,9 +137,11 @@ class Settler(Service):
     def _collect(self, end: AttemptResult) -> None:
         if end.outcome is None and end.row is None:
             row = end.attempt.row
-            if end.seconds is not None or (self._completion.has_listeners and not end.attempt.has_data):
+            has_result = end.result is not None
+            is_reported = self._completion.has_listeners and not end.attempt.has_data
+            if has_result or end.seconds is not None or is_reported:
                 self._kept[id(row)] = end
-            self._completed.append(row)
+            (self._with_results if has_result else self._completed).append(row)
         else:
             self._ended.append(end)
 
@@ -160,7 +153,7 @@ class Settler(Service):
                 (self._unsettled if is_due else self._put_off).append(unsettled)
             while self._unsettled:
                 self._write_first()
-        if self._completed or self._ended:
+        if self._completed or self._with_results or self._ended:
             return 0.0
         looks_at = min(map(self._looks_at, self._put_off), default=None)
         return None if looks_at is None else max(0.0, looks_at - time.monotonic())
@@ -185,9 +178,11 @@ class Settler(Service):
         return taken
 
     def _taken_ended(self) -> Iterator[Unsettled]:
-        for schema, rows in _by_schema(_taken(self._completed), _schema_of).items():
+        for schema, rows in by_schema(taken(self._completed), schema_of).items():
             yield Unsettled(self._complete, schema, rows, schema in self._sharded)
-        for schema, ends in _by_schema(_taken(self._ended), lambda end: _schema_of(end.attempt.row)).items():
+        for schema, rows in by_schema(taken(self._with_results), schema_of).items():
+            yield Unsettled(self._complete, schema, rows, schema in self._sharded, has_results=True)
+        for schema, ends in by_schema(taken(self._ended), lambda end: schema_of(end.attempt.row)).items():
             yield Unsettled(self._settle, schema, ends, schema in self._sharded)
 
     def _looks_at(self, unsettled: Unsettled) -> float:
@@ -241,7 +236,7 @@ class Settler(Service):
         schema, tasks = unsettled.schema, sorted(unsettled.ended, key=itemgetter(ID))
         rows = self._execute_completion(unsettled, tasks)
         locked = self._left_out(unsettled, [task for task in tasks if task[ID] not in rows])
-        settled = [task for task in tasks if _claim_of(task) not in locked] if locked else tasks
+        settled = [task for task in tasks if claim_of(task) not in locked] if locked else tasks
         self._counter.count(None, len(rows))
         for task in settled:
             kept = self._kept.pop(id(task), None) if self._kept else None
@@ -254,7 +249,7 @@ class Settler(Service):
                 known = {"data": short_data(task) if kept is None else kept.attempt.known_data()}
                 self._events.emit(COMPLETED, detached(schema, {**row, **known}))
         self._claim_log.settled(settled)
-        return [task for task in tasks if _claim_of(task) in locked]
+        return [task for task in tasks if claim_of(task) in locked]
 
     def _settle(self, unsettled: Unsettled) -> list[AttemptResult]:
         ends: list[AttemptResult] = sorted(unsettled.ended, key=lambda end: end.attempt.id)
@@ -264,7 +259,7 @@ class Settler(Service):
             rows |= self._execute_settlement(unsettled, unwritten)
         missing = [end.attempt.row for end in unwritten if end.attempt.id not in rows]
         locked = self._left_out(unsettled, missing)
-        settled = [end for end in ends if _claim_of(end.attempt.row) not in locked]
+        settled = [end for end in ends if claim_of(end.attempt.row) not in locked]
         for end in settled:
             if is_late(end) or isinstance(end.outcome, TaskLost) or end.attempt.id not in rows:
                 self._events.report(reports.lost(end.attempt.row, is_late=is_late(end)))
@@ -276,14 +271,14 @@ class Settler(Service):
         for end in settled:
             if end.settlement is not None and end.settlement.state == states.PENDING:
                 self._on_pending(end.attempt.from_queue, end.settlement.delay or 0.0)
-        return [end for end in ends if _claim_of(end.attempt.row) in locked]
+        return [end for end in ends if claim_of(end.attempt.row) in locked]
 
     def _left_out(self, unsettled: Unsettled, missing: list[Claimed]) -> set[tuple[int, int]]:
         """Return the ids and tokens of those that the worker owns, and that were not written: locked ones."""
         if not missing or not unsettled.skips_locked:
             return set()
-        claims = set(map(_claim_of, missing))
-        parameters = {"ids": array_text(task[ID] for task in missing), **_tokens(missing)}
+        claims = set(map(claim_of, missing))
+        parameters = {"ids": array_text(task[ID] for task in missing), **token_arrays(missing)}
         try:
             found = execute(self._engine, lost(unsettled.schema), parameters)
         except Exception:  # noqa: BLE001 - the others are written, and the next try will show the error
@@ -295,31 +290,45 @@ class Settler(Service):
         if len(unsettled.ended) > 1:
             return [unsettled._replace(ended=[one]) for one in unsettled.ended]
         [one] = unsettled.ended
-        logs.task_unwritable(_row(one)[ID], error)
+        if unsettled.has_results:
+            end = self._kept.pop(id(one))
+            refused = ended(end.attempt, InvalidData(RESULT, brief(error)), seconds=end.seconds)
+            return [Unsettled(self._settle, unsettled.schema, [refused], unsettled.skips_locked)]
+        logs.task_unwritable(row_of(one)[ID], error)
         if isinstance(one, AttemptResult) and one.settlement is not None:
             without = {"class": type(one.outcome).__name__, "message": "", "traceback": ""}
             if one.settlement.error != without:
                 bare = replace(one, settlement=one.settlement._replace(error=without))
                 return [unsettled._replace(ended=[bare])]
-        logs.task_given_up(_row(one)[ID])
-        self._claim_log.given_up(_row(one))
+        logs.task_given_up(row_of(one)[ID])
+        self._claim_log.given_up(row_of(one))
         return []
 
     def _execute_completion(self, unsettled: Unsettled, tasks: list[Claimed]) -> Rows:
+        if unsettled.has_results:
+            return self._execute_with_results(unsettled, tasks)
         is_full, token = self._completion.has_listeners, tasks[0][CLAIM_TOKEN]
         alike = len({task[CLAIM_TOKEN] for task in tasks}) == 1
         statement = self._completion.statement(
             unsettled.schema, full=is_full, alike=alike, skips_locked=unsettled.skips_locked
         )
-        held = {"held_under": token} if alike else _tokens(tasks)
+        held = {"held_under": token} if alike else token_arrays(tasks)
         return self._execute(statement, tasks, held, is_full=is_full)
+
+    def _execute_with_results(self, unsettled: Unsettled, tasks: list[Claimed]) -> Rows:
+        is_full = self._completion.has_listeners
+        statement = self._completion.statement_with_results(
+            unsettled.schema, full=is_full, skips_locked=unsettled.skips_locked
+        )
+        results = [self._kept[id(task)].result for task in tasks]
+        return self._execute(statement, tasks, {"results": results, **token_arrays(tasks)}, is_full=is_full)
 
     def _execute_settlement(self, unsettled: Unsettled, ends: list[AttemptResult]) -> Rows:
         is_full = self._events.has_listeners(FAILED) or self._events.has_listeners(RETRIED)
         tasks = [end.attempt.row for end in ends]
         parameters = {
             "ids": array_text([task[ID] for task in tasks]),
-            **_tokens(tasks),
+            **token_arrays(tasks),
             **settlement_arrays(ends),
         }
         statement = write_settlements(unsettled.schema, full=is_full, skips_locked=unsettled.skips_locked)
@@ -421,52 +430,5 @@ NAMED: Final = {TaskCompleted: COMPLETED, TaskFailed: FAILED, TaskRetried: RETRI
 """The events that are also emitted by name."""
 
 
-_claim_of: Final[Callable[[Claimed], tuple[int, int]]] = itemgetter(ID, CLAIM_TOKEN)
-"""The same task may be in a batch twice, if it was claimed again after the worker had lost it."""
-
-
 def _describe(schema: str | None) -> str:
     return "settling tasks" if schema is None else f"settling tasks in the schema {schema!r}"
-
-
-def _schema_of(row: Claimed) -> str | None:
-    return row[CLAIM].from_queue.schema
-
-
-def _row(one: Claimed | AttemptResult) -> Claimed:
-    return one.attempt.row if isinstance(one, AttemptResult) else one
-
-
-def _tokens(tasks: list[Claimed]) -> dict[str, Any]:
-    return {"tokens": array_text([task[CLAIM_TOKEN] for task in tasks])}
-
-
-def _taken(ended: deque[T]) -> list[T]:
-    """Empty this, while others add to it."""
-    taken = []
-    with suppress(IndexError):
-        while True:
-            taken.append(ended.popleft())
-    return taken
-
-
-def _by_schema(batch: list[T], schema_of: Callable[[T], str | None]) -> dict[str | None, list[T]]:
-    """Part what ended into lists that one statement can write."""
-    parts: dict[str | None, list[T]] = {}
-    for one in batch:
-        parts.setdefault(schema_of(one), []).append(one)
-    return parts
-
-
-def settlement_arrays(ends: list[AttemptResult]) -> dict[str, list[Any]]:
-    """Return the settlements as parameters of `settle`."""
-    settlements = [end.settlement for end in ends if end.settlement is not None]
-    return {
-        "states": [settlement.state for settlement in settlements],
-        "attempts": [settlement.attempt for settlement in settlements],
-        "fail_counts": [settlement.fail_count for settlement in settlements],
-        "delays": [settlement.delay for settlement in settlements],
-        "errors": [
-            None if settlement.error is None else encode(settlement.error) for settlement in settlements
-        ],
-    }

@@ -1,0 +1,90 @@
+"""The results of attempts in batches that one statement can write."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from operator import itemgetter
+from typing import Any, Final, NamedTuple, TypeVar
+
+from apoq.core.payload import encode
+from apoq.schema.statements.arrays import array_text
+from apoq.schema.statements.claim import CLAIM, CLAIM_TOKEN, ID
+from apoq.worker.execution.attempt import Claimed
+from apoq.worker.execution.runner import AttemptResult
+
+T = TypeVar("T")
+
+
+class Unsettled(NamedTuple):
+    """Results in one schema, and the method that writes them."""
+
+    write: Callable[[Unsettled], list[Any]]
+    """Returns those that it has left out, because another session has locked their tasks."""
+    schema: str | None
+    ended: list[Any]
+    """Claimed rows of completed tasks, or else `AttemptResult`."""
+    skips_locked: bool = False
+    """Whether locked tasks are left out, instead of waiting for them."""
+    looks_at: float = 0.0
+    """When those that were left out are tried again."""
+    has_results: bool = False
+    """Whether the processors of these completed tasks have returned a value that is stored."""
+
+
+class Closed(NamedTuple):
+    """A schema whose whole table is locked."""
+
+    until: float
+    pause: float
+
+
+claim_of: Final[Callable[[Claimed], tuple[int, int]]] = itemgetter(ID, CLAIM_TOKEN)
+"""The same task may be in a batch twice, if it was claimed again after the worker had lost it."""
+
+
+def schema_of(row: Claimed) -> str | None:
+    """Return the schema of a claimed task."""
+    return row[CLAIM].from_queue.schema
+
+
+def row_of(one: Claimed | AttemptResult) -> Claimed:
+    """Return the claimed row of something that has ended."""
+    return one.attempt.row if isinstance(one, AttemptResult) else one
+
+
+def taken(ended: deque[T]) -> list[T]:
+    """Empty this, while others add to it."""
+    taken = []
+    with suppress(IndexError):
+        while True:
+            taken.append(ended.popleft())
+    return taken
+
+
+def by_schema(batch: list[T], schema_of: Callable[[T], str | None]) -> dict[str | None, list[T]]:
+    """Part what ended into lists that one statement can write."""
+    parts: dict[str | None, list[T]] = {}
+    for one in batch:
+        parts.setdefault(schema_of(one), []).append(one)
+    return parts
+
+
+def token_arrays(tasks: Iterable[Claimed]) -> dict[str, Any]:
+    """Return the tokens of tasks as a parameter of `settle` and the like."""
+    return {"tokens": array_text([task[CLAIM_TOKEN] for task in tasks])}
+
+
+def settlement_arrays(ends: list[AttemptResult]) -> dict[str, list[Any]]:
+    """Return the settlements as parameters of `settle`."""
+    settlements = [end.settlement for end in ends if end.settlement is not None]
+    return {
+        "states": [settlement.state for settlement in settlements],
+        "attempts": [settlement.attempt for settlement in settlements],
+        "fail_counts": [settlement.fail_count for settlement in settlements],
+        "delays": [settlement.delay for settlement in settlements],
+        "errors": [
+            None if settlement.error is None else encode(settlement.error) for settlement in settlements
+        ],
+    }
