@@ -27,6 +27,7 @@ COLUMNS = {
     "lost": 5,
     "failed": 7,
     "doubled": 8,
+    "overshot": 9,
     "effects_lost": 13,
     "wasted": 7,
     "claimed_again": 14,

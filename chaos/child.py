@@ -15,21 +15,37 @@ from collections.abc import Callable
 from datetime import timedelta
 from itertools import cycle
 from pathlib import Path
-from typing import Any, SupportsIndex
+from typing import Any, Final, SupportsIndex
 
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
-from apoq import Queue, RunningTask, Worker
+from apoq import Limit, Queue, RunningTask, Worker
+from chaos.watcher import MAX_OF_KEY
 
 TICK = 0.05
 """Seconds between the transactions of an enqueuing process."""
+
+KEYS = 40
+"""The number of concurrency keys of the tasks."""
 
 LEDGER = sa.text("INSERT INTO ledger (number) VALUES (:number)")
 
 
 def noop(_task: RunningTask) -> None:
     pass
+
+
+def keyed(_task: RunningTask) -> None:
+    """Of a type of which two tasks of each key may run at once."""
+
+
+def key_of(data: dict[str, int]) -> int:
+    return data["number"] // 3 % KEYS
+
+
+LOAD: Final = (("ledger", None), ("noop", None), ("keyed", key_of))
+"""The types of the tasks that are added in turn, and their keys."""
 
 
 def ledger(task: RunningTask) -> None:
@@ -74,6 +90,7 @@ def work(
     limit: dict[str, Any] = {} if retry_limit is None else {"retry_limit": retry_limit}
     for processor in (noop, ledger, hold):
         worker.use(processor.__name__, processor, **limit)
+    worker.use("keyed", keyed, limit=Limit(MAX_OF_KEY, key=True), **limit)
     threading.Thread(target=_exit_with_input, daemon=True).start()
     worker.run()
     logging.getLogger(__name__).info("the worker has stopped")
@@ -104,10 +121,10 @@ def offer(
         queue = next(queues)
         try:
             with Session(engine) as session:
-                for type_, chosen in (("ledger", 0), ("noop", 1)):
-                    items = [{"number": n} for n in range(number, until) if (n % 3 > 0) == chosen]
+                for place, (type_, key) in enumerate(LOAD):
+                    items = [{"number": n} for n in range(number, until) if n % 3 == place]
                     if items:
-                        queue.add_many(session, type_, items)
+                        queue.add_many(session, type_, items, key=key)
                 session.flush()
                 is_committing = True
                 session.commit()

@@ -19,7 +19,7 @@ from apoq import prepare
 from benchmarks.process import Child
 from chaos.proxy import Proxy
 from chaos.server import NOTHING, Server, until
-from chaos.watcher import WORKERS, Victim, Watcher
+from chaos.watcher import MAX_OF_KEY, WORKERS, Victim, Watcher
 
 OFFERERS = 2
 SLOTS = 4 * WORKERS
@@ -30,6 +30,7 @@ LIMITS: Mapping[str, float] = {
     "lost": 0,
     "failed": 0,
     "doubled": 0,
+    "overshot": 0,
     "effects_lost": 0,
     "elsewhere": 20,
     "full_speed": 5,
@@ -63,7 +64,9 @@ FOUND = """
         count(*) FILTER (WHERE state = 'failed') AS failed,
         count(*) FILTER (WHERE times > 1)
             + (SELECT count(*) FROM effects WHERE number NOT IN (SELECT number FROM found)) AS doubled,
-        count(*) FILTER (WHERE state = 'completed' AND type <> 'noop' AND times IS NULL) AS effects_lost,
+        count(*) FILTER (
+            WHERE state = 'completed' AND type IN ('ledger', 'hold') AND times IS NULL
+        ) AS effects_lost,
         coalesce(sum(attempt - 1) FILTER (WHERE state = 'completed'), 0)::bigint AS wasted,
         coalesce(sum(claim_token - 1) FILTER (WHERE claim_token > 0), 0)::bigint AS claimed_again,
         coalesce(sum(fail_count), 0)::bigint AS failures,
@@ -284,6 +287,7 @@ class Stage:
         return {
             **found,
             **self._expected,
+            "overshot": max(0, self._watcher.most_of_key - MAX_OF_KEY),
             "elsewhere": None if not elsewhere else _longest(elsewhere),
             "full_speed": _longest(self.full_speed),
             "all_work": _longest(self.all_work),
@@ -292,7 +296,7 @@ class Stage:
         }
 
     def _end_all(self) -> None:
-        unfinished = "SELECT count(*) FROM tasks WHERE state IN ('pending', 'running')"
+        unfinished = "SELECT count(*) FROM tasks WHERE state IN ('pending', 'waiting', 'running')"
         with suppress(TimeoutError):
             until(lambda: self.ask(unfinished)[0][0] == 0, PATIENCE)
 

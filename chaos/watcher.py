@@ -15,6 +15,9 @@ from chaos.server import Server
 
 WORKERS = 3
 
+MAX_OF_KEY = 2
+"""Tasks of a concurrency key that may run at once."""
+
 FULL_SHARE = 0.8
 """Share of the tasks offered in a second that must be completed in it, to count as full speed."""
 
@@ -29,7 +32,10 @@ SAMPLE = """
         (SELECT count(DISTINCT worker_id) FROM tasks WHERE queue = 'default' AND indexed_state = 'completed'
             AND completed_at > now() - interval '2 s'),
         (SELECT coalesce(extract(epoch FROM now() - min(process_at)), 0) FROM tasks
-            WHERE indexed_state IS NULL AND state = 'pending' AND process_at <= now())
+            WHERE indexed_state IS NULL AND state = 'pending' AND process_at <= now()),
+        (SELECT coalesce(max(number), 0) FROM (
+            SELECT count(*) AS number FROM apoq_tasks WHERE held_key IS NOT NULL GROUP BY queue, held_key
+        ) AS of_keys)
 """
 """Read by the partial indexes, so that it stays cheap when there are millions of rows."""
 
@@ -65,6 +71,8 @@ class Watcher:
 
     def __init__(self, database: str, rate: float, server: Callable[[], Server]) -> None:
         self.victims: list[Victim] = []
+        self.most_of_key = 0
+        """The most tasks of a concurrency key that were running at once."""
         self._database = database
         self._rate = rate
         self._server = server
@@ -102,7 +110,9 @@ class Watcher:
             with suppress(psycopg.Error), server.admin(self._database) as admin:
                 admin.execute("SET statement_timeout = '2s'; SET enable_seqscan = off")
                 while self._is_watching and self._server() is server:
-                    last, completed, workers, age = admin.execute(SAMPLE).fetchone() or (0, 0, 0, 0)
+                    row = admin.execute(SAMPLE).fetchone() or (0, 0, 0, 0, 0)
+                    last, completed, workers, age, of_key = row
+                    self.most_of_key = max(self.most_of_key, of_key)
                     now = time.monotonic()
                     known = [(when, id_) for when, id_ in known if now - when <= 1] + [(now, last)]
                     offered = last - known[0][1]
