@@ -27,8 +27,10 @@ else:
     HAS_LIBPQ = True
     from apoq.client.progress import Progress
     from apoq.client.queue import Queue
+    from apoq.client.queue_bulk import RetriedMany
     from apoq.client.results import Result
     from apoq.client.typed_task import TypedTask
+    from apoq.core.failures import TaskFailure
     from apoq.core.limits import Limit
     from apoq.core.outcomes import Cancel, Fail, Retry, Snooze
     from apoq.core.retention import Keep
@@ -77,6 +79,7 @@ __all__ = [
     "Progress",
     "Queue",
     "Result",
+    "RetriedMany",
     "Retry",
     "RunningTask",
     "Schedule",
@@ -84,6 +87,7 @@ __all__ = [
     "SessionMisused",
     "Snooze",
     "Task",
+    "TaskFailure",
     "TaskGone",
     "TypedTask",
     "UnsupportedDatabase",

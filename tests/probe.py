@@ -194,6 +194,11 @@ def stop_signal(worker: Worker, schema: str | None = None) -> StopSignal:
     return runtime(worker)._signals[schema]
 
 
+def prune(worker: Worker) -> None:
+    """Delete or end a batch of each kind."""
+    runtime(worker)._pruner.prune()
+
+
 def sweep(worker: Worker) -> None:
     """Look once more for tasks that are running and that no claim has noted."""
     runtime(worker).sweep.turn()

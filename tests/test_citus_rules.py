@@ -36,6 +36,7 @@ from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
 
 from apoq.core.states import STATES
 from apoq.schema import statements
+from apoq.schema.statements.select_many import FILTERS
 
 IN_SHARDED_SCHEMAS: Final = {
     "claim.claim": {"bare": True, "noted": False},
@@ -61,12 +62,14 @@ WITHOUT_PLAN: Final = {"enqueue.copy_many", "notify.FLUSH_NOTHING"}
 WRITES: Final = {
     "begin.begin": 1,
     "cancel.cancel": 1,
+    "cancel.cancel_many": 1,
     "claim.claim": 2,
     "completion.statement": 1,
     "completion.statement_with_results": 1,
     "completion.write": 1,
     "enqueue.enqueue": 1,
     "enqueue.enqueue_many": 1,
+    "expire.expire": 1,
     "heartbeat.beat": 1,
     "heartbeat.beat_and_look": 1,
     "heartbeat.forget": 1,
@@ -97,6 +100,7 @@ WRITES: Final = {
     "results.complete_last_with_result": 1,
     "results.complete_with_results": 1,
     "retry.retry": 1,
+    "retry.retry_many": 1,
     "schedules.add_now": 1,
     "schedules.delete_schedule": 1,
     "schedules.pause_schedule": 1,
@@ -109,6 +113,9 @@ WRITES: Final = {
     "settle.settle": 1,
     "settler.write_settlements": 1,
     "take_keys.take_keys": 1,
+    "throttles.begin_windows": 1,
+    "throttles.end_windows": 1,
+    "throttles.prune_windows": 1,
     "ticks.add_ticks": 1,
     "ticks.move_on": 1,
     "unique.enqueue_many_unique": 1,
@@ -273,6 +280,7 @@ VALUES: Final[dict[str, tuple[Any, ...]]] = {
     "schema: str | None": (None,),
     "state: str | None": (None, *STATES),
     "state: str": STATES,
+    "filters: Filters": (frozenset(), frozenset(FILTERS)),
     "sequence: str": ("apoq_tasks_id_seq",),
     "sequence_schema: str": ("public",),
     "bool": (False, True),

@@ -32,15 +32,24 @@ from apoq.worker.settling.counters import WorkerStats
 REFERENCE = (pages.DOCS / "reference.md").read_text(encoding="utf-8")
 
 INTERNAL: dict[str, set[str]] = {
-    "apoq.Queue": {"declare", "register_in", "scheduled_tasks"},
-    "apoq.TypedTask": {"concurrency_key_of", "scheduled_data"},
+    "apoq.Queue": {"adopt", "declare", "register_in", "scheduled_tasks"},
+    "apoq.TypedTask": {"concurrency_key_of", "follow_up", "scheduled_data"},
     "apoq.Worker": {"processors"},
     "apoq.RunningTask": {"from_queue", "is_async"},
     "apoq.Task": {"indexed_state", "metadata", "registry", "type_annotation_map", "has_parts", *UPCOMING},
     "apoq.Schedule": {"metadata", "registry", "type_annotation_map"},
     "apoq.flask.Apoq": {"current", "equip"},
     "apoq.events.Events": {"has_listeners", "emit", "report"},
-    "apoq.flask.AppTask": {"call", "concurrency_key_of", "result", "scheduled_data", "wait"},  # of TypedTask
+    # Those of TypedTask.
+    "apoq.flask.AppTask": {
+        "call",
+        "concurrency_key_of",
+        "follow_up",
+        "result",
+        "scheduled_data",
+        "to",
+        "wait",
+    },
 }
 """Public names of public classes that other parts of the library use; the reference doesn't show them."""
 

@@ -31,6 +31,7 @@ from apoq import (
     Queue,
     RunningTask,
     Task,
+    TaskFailure,
     UnsupportedSession,
     prepare,
 )
@@ -416,6 +417,23 @@ class TestTypedTasks:
         db.session.commit()
 
         assert tasks(engine) == [("welcome", "pending")] * 6
+
+    def test_a_task_is_added_when_another_one_fails(self, context, apoq, db, engine):
+        @apoq.task(type="tell")
+        def tell(failure: TaskFailure) -> None:
+            assert current_app
+            assert failure.type == "charge"
+
+        @apoq.task(type="charge", retry_limit=0, on_failure=tell)
+        def charge(n: int) -> None:
+            raise ConnectionError
+
+        assert charge.using(expires_in=60).add_many([{"n": 1}]) == 1
+        db.session.commit()
+        apoq.worker.work()
+        apoq.worker.work()
+
+        assert tasks(engine) == [("charge", "failed"), ("tell", "completed")]
 
     def test_it_runs_in_a_context(self, context, apoq, db, engine, welcome):
         welcome.add(3, twice=True)

@@ -913,6 +913,7 @@ class Tasks(RuleBasedStateMachine):
                         Queue(known.queue),
                         PROCESSORS,
                         time.monotonic(),
+                        time.monotonic(),
                         self.lease,
                         StopSignal(),
                         list,

@@ -25,6 +25,7 @@ TABLES = {
     "apoq_claims",
     "apoq_schedules",
     "apoq_pauses",
+    "apoq_throttles",
     "apoq_limits",
     "apoq_progress",
     "apoq_migrations",

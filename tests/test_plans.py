@@ -23,6 +23,7 @@ from apoq.schema.statements.arrays import array_text
 from apoq.schema.statements.cancel import cancel
 from apoq.schema.statements.claim import CHANGED, CHANGED_IF_SET, DATA, claim
 from apoq.schema.statements.count import COUNTED, count, count_running, count_types, queues, table_size
+from apoq.schema.statements.expire import expire
 from apoq.schema.statements.find import details, find, find_ids, find_queues, horizon
 from apoq.schema.statements.heartbeat import leave
 from apoq.schema.statements.lost import lost
@@ -50,6 +51,7 @@ from apoq.schema.statements.prune import (
 )
 from apoq.schema.statements.recover import forget_dead, give_back, rescue
 from apoq.schema.statements.retry import retry
+from apoq.schema.statements.select_many import lock_ended, lock_open
 from apoq.schema.statements.settle import complete, remove, settle
 from apoq.schema.statements.survey import survey
 from apoq.schema.statements.take_keys import take_keys
@@ -267,6 +269,12 @@ STATEMENTS = [
         oldest_kept_completed(None), NEWEST, {"apoq_tasks_completed_idx"}, id="oldest_kept_completed"
     ),
     pytest.param(oldest_kept_failed(None), NEWEST, {"apoq_tasks_failed_idx"}, id="oldest_kept_failed"),
+    pytest.param(
+        expire(None),
+        {"in_queues": ["default"], "at_most": 1_000, "reason": "{}"},
+        {"apoq_tasks_expires_at_idx", "apoq_tasks_pkey"},
+        id="expire",
+    ),
 ]
 
 FIND = {
@@ -317,6 +325,18 @@ LOOKS = [
         count_prunable_completed(None), PRUNE, {"apoq_tasks_completed_idx"}, id="count prunable completed"
     ),
     pytest.param(count_prunable_failed(None), PRUNE, {"apoq_tasks_failed_idx"}, id="count prunable failed"),
+    pytest.param(
+        lock_ended(None, "failed", frozenset()),
+        {"from_queue": "default", "looked_at": 0, "at_most": 1_000},
+        {"apoq_tasks_failed_idx", "apoq_tasks_unique_key_idx"},
+        id="lock ended",
+    ),
+    pytest.param(
+        lock_open(None, "pending", frozenset({"of_type"})),
+        {"from_queue": "default", "of_type": "ours", "at_most": 1_000},
+        {"apoq_tasks_open_idx"},
+        id="lock open",
+    ),
 ]
 """What people look with: planned for their parameters, each time."""
 

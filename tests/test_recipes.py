@@ -286,65 +286,6 @@ class TestFanOut:
         assert len(tasks(page, "import_done", "completed")) == 1
 
 
-class TestRetryFailed:
-    @pytest.fixture
-    def page(self, recipe) -> Any:
-        page = recipe("Retry only what failed with one error")
-
-        def break_down(task: Any) -> None:
-            raise {"network": ConnectionError, "data": ValueError}[task.data]("broken")
-
-        page.worker.use("break", break_down, retry_limit=0)
-        with Session(page.engine) as session, session.begin():
-            page.queue.add_many(session, "break", ["network", "data", "network"])
-        work_all(page.worker)
-        return page
-
-    def test_in_python(self, page):
-        with Session(page.engine) as session, session.begin():
-            assert page.retry_failed(session, "ConnectionError", timedelta(minutes=10)) == 2
-
-        assert [task.state for task in tasks(page)] == ["pending", "failed", "pending"]
-        assert all(-1 <= seconds_until_due(page, task.id) <= 600 for task in tasks(page, state="pending"))
-
-    def test_on_the_command_line(self, page):
-        (command,) = code_of("Retry only what failed with one error", "sh")
-
-        ran = CliRunner().invoke(main, [*command.split()[1:], "--yes"])
-
-        assert "Retried 2 tasks" in ran.output
-        first, other, second = tasks(page)
-        assert [first.state, other.state, second.state] == ["pending", "failed", "pending"]
-        assert 500 < seconds_until_due(page, first.id) <= 600
-        assert 1 < (second.process_at - first.process_at).total_seconds() < 60
-
-
-def test_a_final_failure_adds_an_alert_and_others_do_not(recipe):
-    page = recipe("Get an alert when a task fails for good")
-
-    def charge(_task: Any) -> None:
-        raise ConnectionError("the bank is away")
-
-    page.worker.use("charge", charge)
-    with Session(page.engine) as session, session.begin():
-        page.queue.add(session, "charge")
-        failing = page.queue.add(session, "charge", retry_limit=0).id
-        # An alert that fails for good, because of its data.
-        page.queue.add(session, "send_alert", {}, retry_limit=0, delay=timedelta(hours=1))
-
-    work_all(page.worker)
-    (alert,) = tasks(page, "send_alert", "completed")
-    make_due(page)
-    work_all(page.worker)
-
-    assert alert.data == {
-        "task_id": failing,
-        "type": "charge",
-        "error": "ConnectionError('the bank is away')",
-    }
-    assert [task.state for task in tasks(page, "send_alert")] == ["failed", "completed"]
-
-
 def test_metrics_have_what_happened(recipe):
     page = recipe("Count and time tasks")
     observed: list[tuple[str, str]] = []
@@ -390,23 +331,6 @@ def test_a_final_failure_is_logged_as_an_error_with_its_exception(recipe, caplog
 
     (record,) = [record for record in caplog.records if record.levelno >= logging.ERROR]
     assert record.exc_info[1] is error
-
-
-def test_a_task_that_is_too_old_ends_itself(recipe):
-    page = recipe("Drop a task that is too old")
-    sent: list[str] = []
-    page.send_sms = lambda _phone, text: sent.append(text)
-    with Session(page.engine) as session, session.begin():
-        old = page.send_code.add(session, "555", code="1234")
-        old.created_at = datetime.now(UTC) - timedelta(minutes=11)
-        page.send_code.add(session, "555", code="5678")
-
-    work_all(page.worker)
-
-    expired, new = tasks(page)
-    assert (expired.state, expired.error["message"]) == ("cancelled", "the code has expired")
-    assert new.state == "completed"
-    assert sent == ["Your code is 5678"]
 
 
 def test_a_mail_is_sent_if_and_only_if_the_transaction_commits(recipe):

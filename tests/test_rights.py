@@ -35,7 +35,7 @@ from apoq.schema.preflight import only_adds, problems
 until = patience(20)
 
 SCRIPTS = [block.code for block in pages.blocks(pages.DOCS / "roles.md", "sql")]
-ADDS, CHANGES, RESULTS, SCHEDULES, WORKS, READS, WORK_POLICY, ADD_POLICY = SCRIPTS
+ADDS, CHANGES, THROTTLES, RESULTS, SCHEDULES, WORKS, READS, WORK_POLICY, ADD_POLICY = SCRIPTS
 INSERTED = set(re.search(r"INSERT \((.*?)\)", ADDS).group(1).split(", "))
 OTHERS = {column.name for column in tasks_table(None).c} - INSERTED - {"indexed_state"}
 
@@ -76,7 +76,7 @@ def add_in_every_way(url: sa.URL, queue: Queue) -> int:
         queue.add_many(session, "t", ({} for _ in range(5)))
         queue.add_many(session, "t", [{}] * 3_000)  # by COPY
     with engine.begin() as connection:
-        queue.add(connection, "t", {}, priority=3, retry_limit=2, retry_delay=1, timeout=60)
+        queue.add(connection, "t", {}, priority=3, retry_limit=2, retry_delay=1, timeout=60, expires_in=600)
     with psycopg.connect(url.set(drivername="postgresql").render_as_string(hide_password=False)) as driver:
         queue.add(driver, "t")
         queue.add_many(driver, "t", [{}] * 3_000)
@@ -239,7 +239,7 @@ def test_the_page_grants_to_a_worker_what_the_preflight_wants(connect):
     [
         (PRODUCER, Options(), [ADDS]),
         (PRODUCER, Options(may_wait=True), [ADDS, RESULTS]),
-        (PRODUCER, Options(may_cancel=True, may_schedule=True), [ADDS, CHANGES, SCHEDULES]),
+        (PRODUCER, Options(may_cancel=True, may_schedule=True), [ADDS, CHANGES, THROTTLES, SCHEDULES]),
         (WORKER, Options(), [WORKS]),
         (READER, Options(with_data=True), [READS]),
     ],
@@ -271,6 +271,24 @@ def privileges_of(connection: sa.Connection, role: str) -> set[tuple[str, ...]]:
         {"role": role},
     )
     return {tuple(row) for row in rows}
+
+
+def test_a_worker_needs_the_sequence_of_the_ids(connect, engine):
+    """It adds the tasks of schedules and of `on_failure`."""
+    as_worker = connect(WORKS.replace("GRANT USAGE ON SEQUENCE", "-- GRANT USAGE ON SEQUENCE"))
+    with as_worker.begin() as connection:
+        [problem] = problems(connection)
+        role = connection.scalar(sa.text("SELECT current_user"))
+    assert (
+        problem.text
+        == f"the role {role} lacks USAGE on the sequence public.apoq_tasks_id_seq, which a worker needs to "
+        "add the tasks of schedules and of on_failure"
+    )
+
+    with engine.begin() as connection:
+        connection.exec_driver_sql(problem.fix)
+    with as_worker.begin() as connection:
+        assert problems(connection) == []
 
 
 @pytest.mark.parametrize("scripts", [[ADDS], [ADDS, CHANGES]], ids=["adds", "changes"])

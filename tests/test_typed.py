@@ -159,18 +159,38 @@ class TestAddingMany:
 
         assert task.add_many(session, calls()) == 2500
 
-    @pytest.mark.parametrize("wrong", [7, {"user_id": 7}, None])
-    def test_what_is_no_call_is_refused(self, session, task, wrong):
-        with pytest.raises(
-            InvalidTask, match=r"calls\[1\] must be a call of .*send', got .*: make it with the task's `call`"
-        ):
-            task.add_many(session, [task.call(1), wrong])
+    def test_the_arguments_of_calls_may_be_dicts(self, session, task):
+        assert task.add_many(session, [{"user_id": 1}, task.call(2), {"user_id": 3, "locale": "de"}]) == 3
+
+        found = session.scalars(sa.select(Task.data).order_by(Task.id)).all()
+        assert found == [{"user_id": 1}, {"user_id": 2}, {"user_id": 3, "locale": "de"}]
+
+    @pytest.mark.parametrize(
+        ("wrong", "message"),
+        [
+            (7, r"calls\[1\] must be a dict of arguments of .*send', or a call of it, got 7"),
+            (None, r"calls\[1\] must be a dict of arguments"),
+            ({}, r"calls\[1\]: .*missing a required argument: 'user_id'"),
+            ({"user_id": 1, "color": "red"}, r"calls\[1\]: .*unexpected keyword argument 'color'"),
+            ({1: 2}, r"calls\[1\]: "),
+            ({"user_id": "seven"}, r"calls\[1\]\['user_id'\]: "),
+        ],
+    )
+    def test_what_is_no_call_is_refused(self, session, task, wrong, message):
+        with pytest.raises(InvalidTask, match=message):
+            task.add_many(session, [{"user_id": 1}, wrong])
+
+        assert session.scalar(sa.select(sa.func.count()).select_from(Task)) == 0
 
     def test_a_call_of_another_task_is_refused(self, session, queue, task):
         other = queue.task(type="other")(send)
 
-        with pytest.raises(InvalidTask, match=r"calls\[0\] must be a call of .*send'"):
+        with pytest.raises(InvalidTask, match=r"calls\[0\] must be a dict of arguments of .*send'"):
             task.add_many(session, [other.call(1)])
+
+    def test_one_dict_is_not_many(self, session, task):
+        with pytest.raises(InvalidTask, match="calls must be an iterable of calls"):
+            task.add_many(session, {"user_id": 1})
 
     def test_one_call_is_not_many(self, session, task):
         with pytest.raises(InvalidTask, match="calls must be an iterable of calls"):
@@ -672,4 +692,4 @@ def test_the_page_about_them_says_what_is_so(engine, run_page):
 
     with Session(engine) as session:
         by_state = sa.select(Task.state, sa.func.count()).group_by(Task.state)
-        assert dict(session.execute(by_state).all()) == {"completed": 1, "pending": 1_003}
+        assert dict(session.execute(by_state).all()) == {"completed": 1, "pending": 1_006}

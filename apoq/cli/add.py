@@ -29,6 +29,10 @@ from apoq.schema.models import DEFAULT_QUEUE
 @click.option("--retry-limit", type=int, metavar="N", help="How often it is retried at most.")
 @click.option("--retry-delay", type=duration, help="The time between a failure and the retry.")
 @click.option("--timeout", type=duration, help="How long an attempt may take.")
+@click.option(
+    "--expires-in", type=duration, help="When it expires, from now: it is cancelled if it has not started."
+)
+@click.option("--unique-key", metavar="KEY", help="No other task is added while a task holds this key.")
 @click.option("--key", metavar="KEY", help="The concurrency key, by which tasks are limited.")
 @click.option("--meta", type=json_value, help="JSON for your own use, such as a request ID.")
 @json_option
@@ -47,7 +51,10 @@ def command(
     with target.begin() as connection:
         task = Queue(queue, schema=target.schema).add(connection, task_type, data, **options)
     if as_json:
-        show_json({name: getattr(task, name) for name in ("id", "type", "queue", "state", "process_at")})
+        names = ("id", "type", "queue", "state", "process_at", "add_outcome")
+        show_json({name: getattr(task, name) for name in names})
+    elif not task.is_new:
+        click.echo(f"Nothing was added: task {task.id} has the unique key {task.unique_key!r}.")
     elif options["delay"] or options["process_at"]:
         click.echo(f"Added task {task.id}, due at {local(task.process_at)}.")
     else:

@@ -11,10 +11,16 @@ from apoq.cli.output import yes_option
 from apoq.cli.selection import Words, act, filters, retrying_option, select, since_when
 from apoq.cli.target import Target
 from apoq.cli.values import identifier
-from apoq.client.queue import Queue
+from apoq.client.bulk import Selection, cancel_many
+from apoq.client.session_adapters import through
+from apoq.core.outcomes import Cancel, report
+from apoq.core.payload import encode
 from apoq.core.states import CANCELLABLE, PENDING
+from apoq.schema.statements.arrays import array_text
 
-_WORDS: Final = Words("cancel", "Cancelled", "only pending, waiting and running tasks can be cancelled")
+_WORDS: Final = Words(
+    "cancel", "Cancelled", "only pending, waiting and running tasks can be cancelled", CANCELLABLE
+)
 
 
 @click.command("cancel")
@@ -53,8 +59,13 @@ def command(
         raise click.UsageError(f"--retrying selects pending tasks: leave out --state {state}.")
     states = (PENDING,) if retrying else (state,) if state else CANCELLABLE
     chosen = select(target, ids, states, {"state": state, "retrying": retrying, **wanted})
-    act(target, chosen, _cancel, _WORDS, ids=ids, yes=yes, which=since_when(wanted["since"], states))
+    error = encode(report(Cancel()))
 
+    def cancel(connection: sa.Connection, queue: str, task_ids: list[int]) -> list[int]:
+        selection = Selection(queue, CANCELLABLE, {"ids": array_text(task_ids)}, len(task_ids))
+        changed: Any = through(
+            connection, lambda caller: cancel_many(caller, target.schema, selection, error)
+        )
+        return list(changed)
 
-def _cancel(queue: Queue, connection: sa.Connection, task_id: int) -> bool:
-    return queue.cancel(connection, task_id)
+    act(target, chosen, cancel, _WORDS, ids=ids, yes=yes, which=since_when(wanted["since"], states))

@@ -22,7 +22,7 @@ from apoq.schema.statements.prune import (
     prune_completed,
     prune_failed,
 )
-from apoq.worker.maintenance.pruner import Rule
+from apoq.worker.maintenance.pruner import Rule, retention
 
 MAX_QUEUES: Final = 10_000
 """How many queues are examined at most."""
@@ -74,7 +74,7 @@ def command(
             for keep, count, prune in kinds:
                 parameters = {"from_queue": name, "keep": keep, "at_most": COUNTED + 1}
                 if found := connection.scalar(count, parameters):
-                    rules.append(Rule(prune, name, keep=keep))
+                    rules.append(retention(prune, name, keep))
                     counts.append(found)
     is_known = max(counts, default=0) <= COUNTED
     total = sum(min(count, COUNTED) for count in counts)

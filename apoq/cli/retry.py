@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
-from itertools import count
 from typing import Any, Final
 
 import click
@@ -13,12 +12,14 @@ from apoq.cli.output import yes_option
 from apoq.cli.selection import Words, act, filters, select, since_when
 from apoq.cli.target import Target
 from apoq.cli.values import duration, identifier
-from apoq.client.queue import Queue
+from apoq.client.bulk import Selection, retry_many
+from apoq.client.session_adapters import through
 from apoq.core.retry import LONGEST_DELAY
 from apoq.core.states import FAILED, FINAL
 from apoq.monitor.formatting import length, local
+from apoq.schema.statements.arrays import array_text
 
-_WORDS: Final = Words("retry", "Retried", "only completed, failed and cancelled tasks can be retried")
+_WORDS: Final = Words("retry", "Retried", "only completed, failed and cancelled tasks can be retried", FINAL)
 
 
 @click.command("retry")
@@ -65,12 +66,16 @@ def command(
             f"The last of {len(chosen):,} tasks would be due more than a century from now: give a shorter "
             "--delay or --every."
         )
-    is_delayed = delay is not None or every is not None
-    numbers = count()
+    retried: list[int] = []
 
-    def retry(queue: Queue, connection: sa.Connection, task_id: int) -> bool:
-        later = first + step * next(numbers) if is_delayed else None
-        return queue.retry(connection, task_id, delay=later)
+    def retry(connection: sa.Connection, queue: str, task_ids: list[int]) -> list[int]:
+        selection = Selection(queue, (None,), {"ids": array_text(task_ids)}, len(task_ids))
+        begins = first + step * len(retried)
+        result: Any = through(
+            connection, lambda caller: retry_many(caller, target.schema, selection, begins, step)
+        )
+        retried.extend(result.ids)
+        return list(result.ids)
 
     def when(changed: int) -> str:
         if not first and not step:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from itertools import chain, islice
@@ -18,8 +18,7 @@ from apoq.cli.looking import looking, missing
 from apoq.cli.output import confirm, has_cursor
 from apoq.cli.target import Target
 from apoq.cli.values import past_time
-from apoq.client.queue import Queue
-from apoq.core.states import CANCELLED, COMPLETED, FAILED, PENDING, RUNNING, WAITING
+from apoq.core.states import CANCELLED, COMPLETED, FAILED, FINAL, PENDING, RUNNING, WAITING
 from apoq.monitor.formatting import local, tasks
 from apoq.schema.statements.arrays import array_text
 from apoq.schema.statements.find import details, find_ids, find_queues
@@ -35,6 +34,9 @@ REASONS: Final = 10
 """For how many tasks an error says why they were not changed."""
 
 
+Action = Callable[[sa.Connection, str, list[int]], Iterable[int]]
+
+
 class Words(NamedTuple):
     """The words for a change."""
 
@@ -42,6 +44,8 @@ class Words(NamedTuple):
     done: str
     can: str
     """Which tasks can be changed."""
+    states: Sequence[str]
+    """The states of these."""
 
 
 def filters(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -131,7 +135,7 @@ def since_when(since: datetime | None, states: Sequence[str]) -> str:
 def act(
     target: Target,
     chosen: Mapping[int, str],
-    action: Callable[[Queue, sa.Connection, int], bool],
+    action: Action,
     words: Words,
     *,
     ids: Collection[int],
@@ -139,8 +143,9 @@ def act(
     which: str = "",
     finally_: Callable[[int], str] = lambda _count: "",
 ) -> None:
-    """Change each task after a confirmation; fail if a task that was given by its ID can't be changed.
+    """Change the tasks after a confirmation; fail if a task that was given by its ID can't be changed.
 
+    `action` is called with up to `BATCH` tasks of one queue, and returns the ids of those that it changed.
     `which` describes the tasks. `finally_` returns the end of the last sentence, by the number of changes.
     """
     if len(chosen) > 1:
@@ -150,9 +155,9 @@ def act(
     with progress(words.verb, len(chosen)) as advance:
         while batch := list(islice(remaining, BATCH)):
             with target.begin() as connection:
-                for task_id, name in batch:
-                    if action(_StoredQueue(name, target.schema), connection, task_id):
-                        changed.add(task_id)
+                for name in dict.fromkeys(queue for _, queue in batch):
+                    its = [task_id for task_id, queue in batch if queue == name]
+                    changed.update(action(connection, name, its))
             advance(len(batch))
     unchanged = [task_id for task_id in dict.fromkeys(ids) if task_id not in changed]
     if changed or not unchanged:
@@ -164,25 +169,29 @@ def act(
         raise _why(target, unchanged, words)
 
 
-class _StoredQueue(Queue):
-    """A queue with the name in a task's row, even if `Queue` would refuse that name."""
-
-    def __init__(self, name: str, schema: str | None) -> None:
-        self.name, self.schema = name, schema
-
-
 def _why(target: Target, ids: Collection[int], words: Words) -> Failure:
     """Say why these tasks were not changed."""
     reasons: list[str] = []
     with looking(target) as connection:
         for task_id in islice(ids, REASONS):
             row = connection.execute(details(target.schema), {"task_id": task_id}).mappings().one_or_none()
-            reasons.append(
-                missing(task_id) if row is None else f"task {task_id} is {row['state']}: {words.can}"
-            )
+            reasons.append(missing(task_id) if row is None else f"task {task_id} {_is(row, words)}")
     if len(ids) > REASONS:
         reasons.append(f"and so on: {len(ids):,} tasks were not changed")
     return Failure("\n".join(reasons))
+
+
+def _is(row: sa.RowMapping, words: Words) -> str:
+    """Say why a task was not changed."""
+    if row["state"] not in words.states:
+        return f"is {row['state']}: {words.can}"
+    if row["state"] not in FINAL:
+        return "is locked by another session: run the command again"
+    if row["expires_at"] is not None and row["expires_at"] <= row["now"]:
+        return "has expired: add it again, with another time"
+    if row["unique_key"] is not None:
+        return f"has the unique key {row['unique_key']!r}, which another task holds"
+    return "is locked by another session: run the command again"
 
 
 @contextmanager

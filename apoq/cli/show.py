@@ -33,6 +33,7 @@ _TIMES: Final = {
     "added": "created_at",
     "tick": "tick_at",
     "due": "process_at",
+    "expires": "expires_at",
     "claimed": "claimed_at",
     "completed": "completed_at",
     "last failure": "failed_at",

@@ -10,6 +10,7 @@ from typing import Any
 
 from apoq.client.session_adapters import Caller, Driver, Row
 from apoq.client.unique_tasks import reserve_key_of
+from apoq.core.options import has_expiry
 from apoq.core.unique import ADDED
 from apoq.schema.models import Task, detached, task_class, with_outcome
 from apoq.schema.statements import cancel as cancelling
@@ -37,7 +38,8 @@ FIRST_COUNT = 1_000
 
 def add(caller: Caller, schema: str | None, parameters: dict[str, Any]) -> Task:
     """Add a task, and return it."""
-    (row,) = caller.execute(enqueue(schema, mapped=caller.has_orm_listeners), parameters)
+    expires = has_expiry(parameters)
+    (row,) = caller.execute(enqueue(schema, mapped=caller.has_orm_listeners, expires=expires), parameters)
     task = with_outcome(detached(schema, added_row(parameters, row)), ADDED)
     caller.attach(task)
     caller.notify(has_tasks(schema, parameters["task_queue"]))
@@ -56,7 +58,7 @@ def add_many(
     `total` is their number, if it is known and if iterating over them can't use the caller's connection,
     which can execute nothing else during a COPY. Without it, no COPY is used.
     """
-    statement = enqueue_many(schema)
+    statement = enqueue_many(schema, expires=has_expiry(parameters))
     count = 0
     for batch in _batches(documents):
         caller.execute(statement, {**parameters, "task_data": "\n".join(batch)})

@@ -10,8 +10,9 @@ from weakref import WeakSet
 
 from typing_extensions import ParamSpec
 
-from apoq.client import unique_tasks
+from apoq.client import throttled_tasks, unique_tasks
 from apoq.client.operations import add, add_many, cancel, retry
+from apoq.client.queue_bulk import QueueBulk
 from apoq.client.queue_limits import QueueLimits
 from apoq.client.queue_pauses import QueuePauses
 from apoq.client.queue_results import QueueResults
@@ -21,6 +22,7 @@ from apoq.client.session_first import session_first
 from apoq.client.shared_tasks import shared_tasks
 from apoq.client.task_ids import task_id
 from apoq.client.typed_task import Anything, Decorator, TypedTask, UniqueRule
+from apoq.core.failures import OnFailure
 from apoq.core.limits import ConcurrencyKey, Limit, key_for, whole_limit
 from apoq.core.options import HIGHEST_LIMIT, Options, checked, checked_options, checked_reason, integer
 from apoq.core.outcomes import Cancel, report
@@ -38,7 +40,7 @@ R = TypeVar("R")
 T = TypeVar("T", bound=Running)
 
 
-class Queue(QueueSchedules, QueuePauses, QueueLimits, QueueResults):
+class Queue(QueueSchedules, QueuePauses, QueueLimits, QueueBulk, QueueResults):
     """A named queue of tasks.
 
     It has a name and a schema, but no connection: each call uses the caller's session or connection.
@@ -131,11 +133,14 @@ class Queue(QueueSchedules, QueuePauses, QueueLimits, QueueResults):
         retry_delay: float | timedelta | None = None,
         timeout: float | timedelta | None = None,
         meta: Mapping[str, Any] | None = None,
+        expires_at: datetime | None = None,
+        expires_in: float | timedelta | None = None,
         unique_key: UniqueKey | None = None,
         unique_until: UniqueUntil | None = None,
         on_conflict: OnConflict | None = None,
         debounce: float | timedelta | None = None,
         max_wait: float | timedelta | None = None,
+        throttle: float | timedelta | None = None,
         key: ConcurrencyKey | None = None,
     ) -> Task | Coroutine[Any, Any, Task]:
         """Add a task in the transaction of `session`, and return it.
@@ -155,6 +160,9 @@ class Queue(QueueSchedules, QueuePauses, QueueLimits, QueueResults):
             timeout: Limit of each attempt, in seconds or as a timedelta. By default the processor's.
             meta: A dict for your own use, such as a request id or a tenant, of at most 4 KB of JSON. A
                 processor reads it as ``task.meta``. The keys `traceparent` and `tracestate` are reserved.
+            expires_at: Time, with a time zone, from which the task doesn't start any more, not even to be
+                retried: it is cancelled instead. By default it doesn't expire.
+            expires_in: The same as a time from this call, in seconds or as a timedelta.
             unique_key: A text of at most 255 characters. While a task of this queue holds the key, no other
                 task is added with it. It may be a function that returns the key for the data, or None.
             unique_until: ``"started"``, the default: a task holds its key until a worker claims it.
@@ -165,6 +173,9 @@ class Queue(QueueSchedules, QueuePauses, QueueLimits, QueueResults):
             debounce: Replace the task that has the key, and let it be due this time after the last call, in
                 seconds or as a timedelta. Not together with `delay`, `process_at` or `on_conflict`.
             max_wait: With `debounce`, the time after the first call at which the task is due at the latest.
+            throttle: With a unique key, add nothing if a task was added with the key and this option less
+                than this time ago, in seconds or as a timedelta, even if that task has ended. Not together
+                with `debounce` or `on_conflict`.
             key: The concurrency key: what the task is limited by, such as a tenant. A text of at most 255
                 characters, a whole number, or a function that returns one of these for the data, or None.
                 It has an effect only together with a `Limit`.
@@ -173,7 +184,8 @@ class Queue(QueueSchedules, QueuePauses, QueueLimits, QueueResults):
             The new `Task`, with its id. With an asyncio session or connection, an awaitable of it. Added
             through an ORM session, the object is in that session; otherwise it is in none.
             With a unique key, it may be another task that has the key: `Task.is_new` and
-            `Task.add_outcome` say what happened.
+            `Task.add_outcome` say what happened. If it is "throttled", the object is not in the database, and
+            its id is None.
 
         Raises:
             InvalidTask: If the type or an option is invalid. Nothing was sent.
@@ -197,11 +209,14 @@ class Queue(QueueSchedules, QueuePauses, QueueLimits, QueueResults):
             retry_delay=retry_delay,
             timeout=timeout,
             meta=meta,
+            expires_at=expires_at,
+            expires_in=expires_in,
             unique_key=unique_key,
             unique_until=unique_until,
             on_conflict=on_conflict,
             debounce=debounce,
             max_wait=max_wait,
+            throttle=throttle,
         )
         parameters = {"task_queue": self.name, "task_type": check_type(type), **with_trace(options)}
         parameters["task_data"] = encode(data, self.max_data_size)
@@ -210,6 +225,10 @@ class Queue(QueueSchedules, QueuePauses, QueueLimits, QueueResults):
         if unique is None or held_key is None:
             return through(session, lambda caller: add(caller, self.schema, parameters))
         parameters |= {"task_unique_key": held_key, **unique.parameters}
+        if (window := unique.throttle) is not None:
+            return through(
+                session, lambda caller: throttled_tasks.add(caller, self.schema, parameters, window)
+            )
         how = unique.on_conflict, unique.max_wait
         return through(session, lambda caller: unique_tasks.add(caller, self.schema, parameters, *how))
 
@@ -243,11 +262,14 @@ class Queue(QueueSchedules, QueuePauses, QueueLimits, QueueResults):
         retry_delay: float | timedelta | None = None,
         timeout: float | timedelta | None = None,
         meta: Mapping[str, Any] | None = None,
+        expires_at: datetime | None = None,
+        expires_in: float | timedelta | None = None,
         unique_key: UniqueKey | None = None,
         unique_until: UniqueUntil | None = None,
         on_conflict: OnConflict | None = None,
         debounce: float | timedelta | None = None,
         max_wait: float | timedelta | None = None,
+        throttle: float | timedelta | None = None,
         key: ConcurrencyKey | None = None,
     ) -> int | Coroutine[Any, Any, int]:
         """Add a task for each of `items` in the transaction of `session`.
@@ -267,6 +289,8 @@ class Queue(QueueSchedules, QueuePauses, QueueLimits, QueueResults):
             retry_delay: Time before each retry, in seconds or as a timedelta. By default the processor's.
             timeout: Limit of each attempt, in seconds or as a timedelta. By default the processor's.
             meta: The `meta` of all these tasks, as for `add`.
+            expires_at: Time from which the tasks don't start any more, as for `add`.
+            expires_in: The same as a time from this call, in seconds or as a timedelta.
             unique_key: A function that returns the unique key for an item, or None; or one key for all items,
                 of which then only one is added. See `add`. With it, all of `items` are read first, and no
                 COPY is used.
@@ -275,6 +299,7 @@ class Queue(QueueSchedules, QueuePauses, QueueLimits, QueueResults):
                 ``"replace"``.
             debounce: As for `add`.
             max_wait: As for `add`.
+            throttle: As for `add`.
             key: A function that returns the concurrency key for an item, or one key for all. With a function,
                 all of `items` are read first, and no COPY is used.
 
@@ -304,11 +329,14 @@ class Queue(QueueSchedules, QueuePauses, QueueLimits, QueueResults):
             retry_delay=retry_delay,
             timeout=timeout,
             meta=meta,
+            expires_at=expires_at,
+            expires_in=expires_in,
             unique_key=unique_key,
             unique_until=unique_until,
             on_conflict=on_conflict,
             debounce=debounce,
             max_wait=max_wait,
+            throttle=throttle,
         )
         parameters = {"task_queue": self.name, "task_type": check_type(type), **with_trace(options)}
         if isinstance(items, str | bytes | dict) or not isinstance(items, Iterable):
@@ -319,9 +347,15 @@ class Queue(QueueSchedules, QueuePauses, QueueLimits, QueueResults):
         if unique is not None or callable(key):
             found = list(self._items(items, unique, key))
             parameters |= unique.parameters if unique else NOT_UNIQUE
+            if unique is not None and (window := unique.throttle) is not None:
+                return through(
+                    session,
+                    lambda caller: throttled_tasks.add_many(caller, self.schema, parameters, found, window),
+                )
             how = (unique.on_conflict, unique.max_wait) if unique else (SKIP, None)
             return through(
-                session, lambda caller: unique_tasks.add_many(caller, self.schema, parameters, found, *how)
+                session,
+                lambda caller: unique_tasks.add_many(caller, self.schema, parameters, found, *how).number,
             )
         total = len(items) if isinstance(items, list | tuple) else None
         return through(
@@ -412,8 +446,9 @@ class Queue(QueueSchedules, QueuePauses, QueueLimits, QueueResults):
             delay: Time until the task is due, in seconds or as a timedelta. By default it is due at once.
 
         Returns:
-            True if the task will run again; False if it has not ended, its unique key is held by another
-            task, or it is not in this queue. With an asyncio session or connection, an awaitable of it.
+            True if the task will run again; False if it has not ended, has expired, its unique key is held by
+            another task, or it is not in this queue. With an asyncio session or connection, an awaitable of
+            it.
 
         Raises:
             InvalidTask: If `task` is not a task of this schema or an id, or `delay` is invalid.
@@ -455,6 +490,7 @@ class Queue(QueueSchedules, QueuePauses, QueueLimits, QueueResults):
         unique: UniqueRule = ...,
         unique_until: UniqueUntil | None = ...,
         on_conflict: OnConflict | None = ...,
+        on_failure: OnFailure | None = ...,
         limit: Limit | None = ...,
         **schedule: Unpack[ScheduleOptions],
     ) -> Decorator: ...
@@ -473,6 +509,7 @@ class Queue(QueueSchedules, QueuePauses, QueueLimits, QueueResults):
         unique: UniqueRule = False,
         unique_until: UniqueUntil | None = None,
         on_conflict: OnConflict | None = None,
+        on_failure: OnFailure | None = None,
         limit: Limit | None = None,
         **schedule: Unpack[ScheduleOptions],
     ) -> Any:
@@ -498,6 +535,8 @@ class Queue(QueueSchedules, QueuePauses, QueueLimits, QueueResults):
                 is a part of the key. See `add`.
             unique_until: As for `add`, if the tasks are unique.
             on_conflict: As for `add`, if the tasks are unique.
+            on_failure: A typed task whose only argument is a `TaskFailure`. It is added in the transaction
+                that marks a task as failed, after its last attempt. Or its type, as for `Worker.use`.
             limit: How many of its tasks may run at once, over all workers: a `Limit`.
             **schedule: `cron` or `every`, and the other times and rules of `schedule`. Workers of this queue
                 declare a schedule with the task's type as its name, and from then on add a task at each of
@@ -527,6 +566,7 @@ class Queue(QueueSchedules, QueuePauses, QueueLimits, QueueResults):
                 unique=unique,
                 unique_until=unique_until,
                 on_conflict=on_conflict,
+                on_failure=on_failure,
                 limit=limit,
                 schedule=schedule,
             )
@@ -541,6 +581,12 @@ class Queue(QueueSchedules, QueuePauses, QueueLimits, QueueResults):
             registry.put(self, type_, task.processor)
         self._registries.add(registry)
         self._shared.registries.add(registry)
+
+    def adopt(self, task: TypedTask[..., Any]) -> None:
+        """Let workers of this queue run a task that was defined on another one; see `TypedTask.to`."""
+        found = self.tasks.get(task.type)
+        if found is None or found.function is not task.function:
+            self._register(task)
 
     def _register(self, task: TypedTask[..., Any]) -> None:
         types, registries = dict.fromkeys((task.type, *task.aliases)), tuple(self._shared.registries)

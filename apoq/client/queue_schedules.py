@@ -102,6 +102,7 @@ class QueueSchedules:
         retry_delay: float | timedelta | None = None,
         timeout: float | timedelta | None = None,
         meta: Mapping[str, Any] | None = None,
+        expires_in: float | timedelta | None = None,
         key: str | int | None = None,
     ) -> Schedule | Coroutine[Any, Any, Schedule]:
         """Add a schedule in the transaction of `session`, or change the one that has this name.
@@ -133,6 +134,8 @@ class QueueSchedules:
             retry_delay: The time before each retry, as for `add`.
             timeout: The limit of each attempt, as for `add`.
             meta: Their `meta`, as for `add`.
+            expires_in: The time, in seconds or as a timedelta, from when a task is due until it doesn't start
+                any more: it is cancelled instead.
             key: Their concurrency key, as for `add`; by default the one that the limit of a typed task makes.
 
         Returns:
@@ -160,6 +163,7 @@ class QueueSchedules:
                 "retry_delay": retry_delay,
                 "timeout": timeout,
                 "meta": meta,
+                "expires_in": expires_in,
             }
         )
         parameters = schedule_parameters(

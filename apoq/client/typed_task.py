@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Coroutine, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, replace
@@ -30,6 +30,7 @@ from apoq.client.session_first import call_session_first
 from apoq.client.task_ids import AnyQueue
 from apoq.client.typed_results import TypedResults
 from apoq.core.arguments import Arguments, UnknownAnnotation
+from apoq.core.failures import FollowUp, OnFailure, TaskFailure
 from apoq.core.limits import Limit
 from apoq.core.options import Options, checked_options, merged_options, unique_options
 from apoq.core.payload import canonical, check_name
@@ -37,7 +38,13 @@ from apoq.core.registry import Running, check_processed, make_processor
 from apoq.core.retry import DEFAULT_RETRY_LIMIT, RetryDelay, exponential_backoff
 from apoq.core.schedules import ScheduleOptions, declared
 from apoq.core.unique import OnConflict, UniqueUntil, typed_key
-from apoq.errors import InvalidProcessor, InvalidSchedule, InvalidTask, glimpse
+from apoq.errors import (
+    InvalidData,
+    InvalidProcessor,
+    InvalidSchedule,
+    InvalidTask,
+    glimpse,
+)
 from apoq.schema.models import Task
 
 P = ParamSpec("P")
@@ -73,6 +80,13 @@ class TaskQueue(AnyQueue, Protocol):
         """Add many tasks."""
 
 
+class AdoptingQueue(TaskQueue, Protocol):
+    """A `Queue`, whose module imports this one."""
+
+    def adopt(self, task: TypedTask[..., Any, ...]) -> None:
+        """Let workers of this queue run a task."""
+
+
 @dataclass(frozen=True, slots=True)
 class Call(Generic[P]):
     """A call of a typed task, made by `TypedTask.call`, for `TypedTask.add_many` and `Queue.schedule`.
@@ -84,6 +98,10 @@ class Call(Generic[P]):
 
     type: str
     data: dict[str, Any]
+
+
+Calls = Iterable[Call[P] | Mapping[str, Any]]
+"""Calls of a typed task, for `TypedTask.add_many`: their arguments, or made by `TypedTask.call`."""
 
 
 class TypedTask(TypedResults[R_co], Generic[P, R_co, C]):
@@ -116,6 +134,7 @@ class TypedTask(TypedResults[R_co], Generic[P, R_co, C]):
         unique: UniqueRule = False,
         unique_until: UniqueUntil | None = None,
         on_conflict: OnConflict | None = None,
+        on_failure: OnFailure | None = None,
         limit: Limit | None = None,
         schedule: ScheduleOptions | None = None,
     ) -> None:
@@ -143,12 +162,15 @@ class TypedTask(TypedResults[R_co], Generic[P, R_co, C]):
             retry_limit=retry_limit,
             retry_delay=retry_delay,
             timeout=timeout,
+            on_failure=on_failure,
             keep_result=keep_result,
             max_result_size=max_result_size,
             limit=limit,
         )
         process = self._process_async if processor.is_coroutine else self._process
-        self.processor = replace(processor, function=process)
+        self._on_failure = on_failure
+        follow = self._in_own_queue(processor.on_failure)
+        self.processor = replace(processor, function=process, on_failure=follow)
         self._options = unique_options(self._key_of, unique, unique_until, on_conflict)
         self._unique = unique
         if limit is not None and callable(limit.key):
@@ -210,23 +232,26 @@ class TypedTask(TypedResults[R_co], Generic[P, R_co, C]):
         return self._add(session, args, kwargs)
 
     @overload
-    def add_many(self, session: SyncSession, calls: Iterable[Call[P]], /) -> int: ...
+    def add_many(self, session: SyncSession, calls: Calls[P], /) -> int: ...
     @overload
-    def add_many(self, session: AsyncioSession, calls: Iterable[Call[P]], /) -> Coroutine[Any, Any, int]: ...
+    def add_many(self, session: AsyncioSession, calls: Calls[P], /) -> Coroutine[Any, Any, int]: ...
     @call_session_first
-    def add_many(self, session: SyncSession | AsyncioSession, calls: Iterable[Call[P]], /) -> Any:
+    def add_many(self, session: SyncSession | AsyncioSession, calls: Calls[P], /) -> Any:
         """Add many calls as tasks, in the transaction of `session`.
 
         Args:
             session: A session or a connection, as for `Queue.add_many`.
-            calls: Calls of this task, made by `call`. A list or a tuple is fastest.
+            calls: The arguments of each call, as a dict by their names; or calls of this task, made by
+                `call`, whose arguments a type checker checks. A list or a tuple is fastest.
 
         Returns:
             The number of tasks. With an asyncio session, an awaitable of it.
 
         Raises:
-            InvalidTask: If `calls` is not an iterable of calls of this task. Earlier calls may already be
-                inserted.
+            InvalidTask: If `calls` is not an iterable of calls of this task, or the arguments of one don't
+                fit the function's signature. Earlier calls may already be inserted, unless `calls` is a list
+                or a tuple.
+            InvalidData: If an argument doesn't fit its annotation, or can't be converted to JSON.
             UnsupportedSession: If `session` is not a session or a connection.
             SchemaMismatch: If apoq's tables are missing or at another version.
 
@@ -267,8 +292,9 @@ class TypedTask(TypedResults[R_co], Generic[P, R_co, C]):
 
         Args:
             **options: `delay`, `process_at`, `priority`, `retry_limit`, `retry_delay`, `timeout`, `meta`,
-                `unique_key`, `unique_until`, `on_conflict`, `debounce` and `max_wait`, as for `Queue.add`.
-                They are added to the options that this task already has.
+                `expires_at`, `expires_in`, `unique_key`, `unique_until`, `on_conflict`, `debounce`,
+                `max_wait` and `throttle`, as for `Queue.add`. They are added to the options that this task
+                already has.
 
         Raises:
             InvalidTask: If an option is invalid.
@@ -282,14 +308,80 @@ class TypedTask(TypedResults[R_co], Generic[P, R_co, C]):
         copied._options = merged  # noqa: SLF001 - of the same class
         return copied
 
+    def to(self, queue: AdoptingQueue) -> TypedTask[P, R_co, C]:
+        """Return a copy that adds its tasks to another queue, such as that of a tenant.
+
+        Workers of that queue in this process run them from now on, so a program that runs a worker must call
+        it for each of its queues. A schedule stays that of this task.
+
+        Args:
+            queue: The queue.
+
+        Raises:
+            InvalidProcessor: If `queue` is not a `Queue`, or it has another function for the type.
+        """
+        if isinstance(queue, type) or not callable(getattr(queue, "adopt", None)):
+            raise InvalidProcessor(f"queue must be a Queue, got {glimpse(queue)}")
+        follow = self._on_failure
+        if (
+            isinstance(follow, TypedTask)
+            and self.processor.on_failure
+            and not self.processor.on_failure.queue
+        ):
+            follow.to(queue)
+        copied = copy(self)
+        copied.queue = queue
+        copied.schedule = declared({})
+        queue.adopt(copied)
+        return copied
+
+    def follow_up(self) -> FollowUp:
+        """Return how this task is added when another one fails; `InvalidProcessor` if it can't be."""
+        with suppress(UnknownAnnotation):
+            self._check_follow_up()
+        parameters, unique = checked_options(**self._options)
+        if unique is not None:
+            raise InvalidProcessor(f"on_failure must be a task without a unique key, got {self!r}")
+
+        def data(failure: TaskFailure) -> dict[str, Any]:
+            return self._arguments.write((failure,), {})
+
+        return FollowUp(self.type, self._queue_name(), parameters, data, self._options.get("key"))
+
+    def _check_follow_up(self) -> None:
+        try:
+            self._arguments.write((TaskFailure(1, "", "", 1, "", ""),), {})
+        except InvalidTask:
+            raise InvalidProcessor(
+                "on_failure must be a task with one argument, annotated with TaskFailure, such as "
+                f"`def notify(failure: TaskFailure)`, got {self.type!r}, whose parameters are "
+                f"{self._arguments.signature}"
+            ) from None
+
+    def _queue_name(self) -> str | None:
+        """Return the name of the queue; None for the queue of each failed task."""
+        return self.queue.name
+
+    def _in_own_queue(self, follow: FollowUp | None) -> FollowUp | None:
+        """Return the follow-up of this task, which goes to another queue if this one does."""
+        its = self._on_failure
+        if follow is None or follow.queue is None or not isinstance(its, TypedTask):
+            return follow
+        if its.queue.schema != self.queue.schema:
+            raise InvalidProcessor(
+                f"on_failure must be a task in the same schema as {self.type!r}, got {its!r}: define it on a "
+                "queue of that schema"
+            )
+        return replace(follow, queue=None) if its.queue == self.queue else follow
+
     def __repr__(self) -> str:
         return f"<TypedTask {self.type!r} of {self.queue!r}>"
 
     def _add(self, session: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self.queue.add(session, self.type, self._arguments.write(args, kwargs), **self._options)
 
-    def _add_many(self, session: Any, calls: Iterable[Call[P]]) -> Any:
-        if not isinstance(calls, Iterable):
+    def _add_many(self, session: Any, calls: Calls[P]) -> Any:
+        if isinstance(calls, Mapping) or not isinstance(calls, Iterable):
             raise InvalidTask(f"calls must be an iterable of calls of {self.type!r}, got {glimpse(calls)}")
         items = self._items(calls)
         return self.queue.add_many(
@@ -301,14 +393,26 @@ class TypedTask(TypedResults[R_co], Generic[P, R_co, C]):
         name = getattr(self.function, "__name__", "task")
         return f"{name}.{method}({', '.join(filter(None, ['session', arguments]))})"
 
-    def _items(self, calls: Iterable[Call[P]]) -> Iterator[dict[str, Any]]:
+    def _items(self, calls: Calls[P]) -> Iterator[dict[str, Any]]:
         for index, call in enumerate(calls):
-            if not isinstance(call, Call) or call.type != self.type:
+            if isinstance(call, Mapping):
+                yield self._written(index, call)
+            elif isinstance(call, Call) and call.type == self.type:
+                yield call.data
+            else:
                 raise InvalidTask(
-                    f"calls[{index}] must be a call of {self.type!r}, got {glimpse(call)}: make it with the "
-                    "task's `call`"
+                    f"calls[{index}] must be a dict of arguments of {self.type!r}, or a call of it, got "
+                    f"{glimpse(call)}: make a call with the task's `call`"
                 )
-            yield call.data
+
+    def _written(self, index: int, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        try:
+            return self._arguments.write((), dict(arguments))
+        except InvalidData as error:
+            reason = str(error).removeprefix(f"{error.path}: ")
+            raise InvalidData(f"calls[{index}]{error.path.removeprefix('data')}", reason) from None
+        except InvalidTask as error:
+            raise InvalidTask(f"calls[{index}]: {error}") from None
 
     @cached_property
     def _arguments(self) -> Arguments:

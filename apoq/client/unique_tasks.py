@@ -16,6 +16,7 @@ from apoq.core.unique import ADDED, KEPT, RAISE, REPLACE, REPLACED, SKIP, OnConf
 from apoq.errors import ApoqError, DuplicateTask
 from apoq.schema.models import Task, detached, with_outcome
 from apoq.schema.statements import unique as statements
+from apoq.schema.statements.arrays import array_text
 from apoq.schema.statements.enqueue import added_row
 from apoq.schema.statements.notify import has_tasks
 from apoq.schema.statements.portable import read_row
@@ -35,6 +36,14 @@ class Item(NamedTuple):
     """The unique key."""
     document: str
     concurrency_key: str | None = None
+
+
+class Added(NamedTuple):
+    """The tasks that `add_many` has added."""
+
+    number: int
+    keys: set[str | None]
+    """Their unique keys."""
 
 
 def add(
@@ -78,8 +87,8 @@ def add_many(
     items: Iterable[Item],
     on_conflict: OnConflict,
     max_wait: timedelta | None,
-) -> int:
-    """Add a task for each of these items, or do what `on_conflict` says; return how many were added."""
+) -> Added:
+    """Add a task for each of these items, or do what `on_conflict` says; return what was added."""
     added = _add_many(caller, schema, parameters, items, on_conflict, max_wait)
     caller.notify(has_tasks(schema, parameters["task_queue"]))
     return added
@@ -92,17 +101,17 @@ def _add_many(
     items: Iterable[Item],
     on_conflict: OnConflict,
     max_wait: timedelta | None,
-) -> int:
+) -> Added:
     left, keyless = _by_key(items, on_conflict)
-    added = 0
+    added = Added(0, set())
     for _ in range(MAX_TRIES):
         # All inserts in the order of the keys, and then all locks in this order, so that callers don't
         # deadlock.
         taken: list[Item] = []
         for batch in _batches([*left, *keyless]):
             rows = caller.execute(statements.enqueue_many_unique(schema), {**parameters, **_arrays(batch)})
-            added += len(rows)
             done = {row["unique_key"] for row in rows}
+            added = Added(added.number + len(rows), added.keys | done)
             taken += [item for item in batch if item.key not in done]
         if not taken:
             return added
@@ -126,18 +135,23 @@ def reserve_key_of(caller: Caller, schema: str | None, task: dict[str, Any]) -> 
     """
     names = ("task_id", "from_queue")
     for row in caller.execute(statements.key_of_ended(schema), {name: task[name] for name in names}):
-        return _reserve(caller, schema, task["from_queue"], row["unique_key"])
+        return bool(reserve(caller, schema, task["from_queue"], [row["unique_key"]]))
     return False
 
 
-def _reserve(caller: Caller, schema: str | None, queue: str, key: str) -> bool:
-    parameters = {"task_queue": queue, "task_unique_key": key}
-    for _ in range(2):  # again if the task that had it has ended
-        for row in caller.execute(statements.reserve(schema), parameters):
-            caller.execute(statements.unreserve(schema), {"task_id": row["id"]})
-            return True
-        caller.execute(statements.release_ended(schema), {"task_queue": queue, "task_unique_keys": [key]})
-    return False
+def reserve(caller: Caller, schema: str | None, queue: str, keys: Iterable[str]) -> set[str]:
+    """Reserve unique keys until this transaction ends, and return those that were free."""
+    reserved: set[str] = set()
+    left = sorted(keys)
+    for _ in range(2):  # again if the tasks that had them have ended
+        parameters = {"task_queue": queue, "task_unique_keys": left}
+        if rows := caller.execute(statements.reserve(schema), parameters) if left else ():
+            caller.execute(statements.unreserve(schema), {"ids": array_text(row["id"] for row in rows)})
+            reserved.update(row["held_unique_key"] for row in rows)
+            left = [key for key in left if key not in reserved]
+        if left:
+            caller.execute(statements.release_ended(schema), {"task_queue": queue, "task_unique_keys": left})
+    return reserved
 
 
 def _replaced(

@@ -32,6 +32,8 @@ class PlainOptions(TypedDict, total=False):
     retry_delay: float | timedelta | None
     timeout: float | timedelta | None
     meta: Mapping[str, Any] | None
+    expires_at: datetime | None
+    expires_in: float | timedelta | None
 
 
 class Options(PlainOptions, total=False):
@@ -43,6 +45,7 @@ class Options(PlainOptions, total=False):
     on_conflict: OnConflict | None
     debounce: float | timedelta | None
     max_wait: float | timedelta | None
+    throttle: float | timedelta | None
 
 
 def unique_options(
@@ -77,8 +80,18 @@ def merged_options(before: Options, new: Options) -> Options:
         kept.pop("on_conflict", None)
         kept.pop("debounce", None)
         kept.pop("max_wait", None)
+        kept.pop("throttle", None)
     elif new.get("debounce") is not None:
         kept.pop("on_conflict", None)
+        kept.pop("throttle", None)
+    elif new.get("throttle") is not None:
+        kept.pop("on_conflict", None)
+        kept.pop("debounce", None)
+        kept.pop("max_wait", None)
+    if new.get("expires_at") is not None:
+        kept.pop("expires_in", None)
+    if new.get("expires_in") is not None:
+        kept.pop("expires_at", None)
     return {**kept, **new}
 
 
@@ -89,6 +102,7 @@ def checked_options(
     on_conflict: OnConflict | None = None,
     debounce: float | timedelta | None = None,
     max_wait: float | timedelta | None = None,
+    throttle: float | timedelta | None = None,
     key: ConcurrencyKey | None = None,
     **options: Unpack[PlainOptions],
 ) -> tuple[dict[str, Any], Unique | None]:
@@ -99,12 +113,12 @@ def checked_options(
     """
     if not callable(key):
         checked_key(key)
-    unique = checked_unique(unique_key, unique_until, on_conflict, debounce, max_wait)
+    unique = checked_unique(unique_key, unique_until, on_conflict, debounce, max_wait, throttle)
     if debounce is not None:
         for name, value in (("delay", options.get("delay")), ("process_at", options.get("process_at"))):
             if value is not None:
                 raise InvalidTask(f"debounce and {name} can't both be given: pass one of them")
-        _duration(debounce, "debounce")
+        checked_length(debounce, "debounce")
         options["delay"] = debounce
     return checked(**options), unique
 
@@ -117,15 +131,19 @@ def checked(
     retry_delay: float | timedelta | None = None,
     timeout: float | timedelta | None = None,
     meta: Mapping[str, Any] | None = None,
+    expires_at: datetime | None = None,
+    expires_in: float | timedelta | None = None,
 ) -> dict[str, Any]:
     """Return these options as parameters of a statement; `InvalidTask` if a task can't have them."""
+    when = _when(delay, process_at)
     return {
-        **_when(delay, process_at),
+        **when,
+        **_expiry(expires_at, expires_in, when),
         "task_priority": integer("priority", priority, _LOWEST_PRIORITY, _HIGHEST_PRIORITY),
         "task_retry_limit": (
             None if retry_limit is None else integer("retry_limit", retry_limit, 0, HIGHEST_LIMIT)
         ),
-        "task_retry_delay": None if retry_delay is None else _duration(retry_delay, "retry_delay"),
+        "task_retry_delay": None if retry_delay is None else checked_length(retry_delay, "retry_delay"),
         "task_timeout": None if timeout is None else _timeout(timeout),
         "task_meta": None if meta is None or meta == {} else _meta(meta),
     }
@@ -136,7 +154,7 @@ def pause_end(until: datetime | timedelta | float | None) -> dict[str, Any]:
     if until is None:
         return {"until": None, "length": None}
     if not isinstance(until, datetime):
-        length = _duration(until, "until")
+        length = checked_length(until, "until")
         if not length:
             raise InvalidTask(f"until must be a positive duration or a time, got {until!r}")
         return {"until": None, "length": length}
@@ -165,11 +183,41 @@ def _when(delay: float | timedelta | None, process_at: datetime | None) -> dict[
         raise InvalidTask("delay and process_at can't both be given: pass one of them")
     if process_at is not None:
         check_time(process_at)
-    task_delay = None if delay is None else _duration(delay, "delay")
+    task_delay = None if delay is None else checked_length(delay, "delay")
     return {"task_delay": task_delay, "task_process_at": process_at}
 
 
-def _duration(value: float | timedelta, name: str) -> timedelta:
+def has_expiry(parameters: Mapping[str, Any]) -> bool:
+    """Return whether parameters, as of `checked`, let a task expire."""
+    return "task_expires_at" in parameters
+
+
+def _expiry(
+    expires_at: datetime | None, expires_in: float | timedelta | None, when: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the parameters of a task that expires; none if it doesn't, so that they cost nothing."""
+    if expires_at is None and expires_in is None:
+        return {}
+    if expires_at is not None and expires_in is not None:
+        raise InvalidTask("expires_at and expires_in can't both be given: pass one of them")
+    length = None if expires_in is None else checked_length(expires_in, "expires_in")
+    if expires_at is not None:
+        check_time(expires_at, "expires_at")
+    elif not length:
+        raise InvalidTask(f"expires_in must be positive, got {glimpse(expires_in)}")
+    for expiry, due, names in (
+        (expires_at, when["task_process_at"], ("expires_at", "process_at")),
+        (length, when["task_delay"], ("expires_in", "delay")),
+    ):
+        if expiry is not None and due is not None and expiry <= due:
+            raise InvalidTask(
+                f"{names[0]} must be later than {names[1]}, when the task is due, got {expiry} and {due}"
+            )
+    return {"task_expires_at": expires_at, "task_expires_in": length}
+
+
+def checked_length(value: float | timedelta, name: str) -> timedelta:
+    """Return a length of time; `InvalidTask` if it can't be one."""
     try:
         return duration(value, name)
     except (TypeError, ValueError) as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import traceback
 from datetime import timedelta
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from apoq.core.retry import RetryPolicy, seconds
 from apoq.core.states import CANCELLED, FAILED, PENDING
@@ -100,6 +100,10 @@ class WorkerDied(Exception):
     """The worker that ran the task died, and how much of the task it finished is unknown."""
 
 
+class TaskExpired(Outcome):
+    """The task had not started at its time to expire (expires_at), and doesn't start any more."""
+
+
 class Settlement(NamedTuple):
     """The values that are written to a task when an attempt ends without completing it."""
 
@@ -123,6 +127,8 @@ def settle(outcome: BaseException, *, attempt: int, fail_count: int, policy: Ret
         case WorkerDied():
             # The worker that rescued it has counted the failure and stored the error: only end the task.
             return Settlement(FAILED, attempt - 1, fail_count)
+        case TaskExpired():
+            return Settlement(CANCELLED, attempt - 1, fail_count, error=EXPIRED)
     fail_count = min(fail_count + 1, MAX_INTEGER)  # another program may have written any number there
     # The limit may be the processor's, which only its worker knows: it is stored for people to read.
     error = report(outcome) | {"retry_limit": str(policy.limit)}
@@ -168,3 +174,7 @@ def _clean(text: str, limit: int) -> str:
         text = f"{text[: limit // 2]}\n… {len(text) - limit} characters left out …\n{text[-limit // 2 :]}"
     # jsonb can hold neither U+0000 nor a lone surrogate.
     return text.replace("\0", "\N{REPLACEMENT CHARACTER}").encode("utf-8", "replace").decode("utf-8")
+
+
+EXPIRED: Final = report(TaskExpired(TaskExpired.__doc__))
+"""The error of a task that has expired."""

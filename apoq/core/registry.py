@@ -10,6 +10,7 @@ from datetime import timedelta
 from functools import partial, wraps
 from typing import Any, ClassVar, TypedDict
 
+from apoq.core.failures import FollowUp, OnFailure, follow_up
 from apoq.core.limits import Limit, checked_limit
 from apoq.core.payload import check_type
 from apoq.core.results import ResultEncoder, result_encoder
@@ -26,6 +27,7 @@ class ProcessorOptions(TypedDict, total=False):
     retry_limit: int
     retry_delay: RetryDelay
     timeout: float | timedelta | None
+    on_failure: OnFailure | None
     keep_result: bool
     max_result_size: int | None
     limit: Limit | None
@@ -54,6 +56,8 @@ class Processor:
     """How many of its tasks may run at once."""
     result_encoder: ResultEncoder | None = None
     """None: what the function returns is ignored."""
+    on_failure: FollowUp | None = None
+    """The task that is added when a task fails for good."""
 
     def policy_for(self, retry_limit: int | None, retry_delay: timedelta | None) -> RetryPolicy:
         """Return the policy for a task, which may have a limit or a delay of its own."""
@@ -73,6 +77,7 @@ def make_processor(
     retry_limit: int = DEFAULT_RETRY_LIMIT,
     retry_delay: RetryDelay = exponential_backoff,
     timeout: float | timedelta | None = None,
+    on_failure: OnFailure | None = None,
     keep_result: bool = False,
     max_result_size: int | None = None,
     limit: Limit | None = None,
@@ -94,8 +99,9 @@ def make_processor(
     except (TypeError, ValueError) as error:
         raise InvalidProcessor(str(error)) from None
     encoder = result_encoder(keep_result, max_result_size)
+    its = follow_up(on_failure, type_)
     return Processor(
-        function, policy, is_coroutine_function(function), seconds, checked_limit(limit), encoder
+        function, policy, is_coroutine_function(function), seconds, checked_limit(limit), encoder, its
     )
 
 

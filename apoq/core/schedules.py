@@ -62,6 +62,7 @@ class TaskOptions(TypedDict, total=False):
     retry_delay: float | timedelta | None
     timeout: float | timedelta | None
     meta: Mapping[str, Any] | None
+    expires_in: float | timedelta | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +209,7 @@ def declared(options: ScheduleOptions) -> dict[str, Any] | None:
 def checked_task(options: TaskOptions) -> dict[str, Any]:
     """Return the options of a schedule's tasks as the values of its columns; `InvalidTask` if invalid."""
     given = checked(**options)
-    return {name: given[f"task_{name}"] for name in TaskOptions.__annotations__}
+    return {name: given.get(f"task_{name}") for name in TaskOptions.__annotations__}
 
 
 def check_schedule_name(name: object) -> str:

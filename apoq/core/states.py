@@ -12,7 +12,8 @@
                                     Queue.retry
 
     Workers make all transitions except two, which callers make: `Queue.cancel`, and `Queue.retry`, which is
-    the only way out of a final state.
+    the only way out of a final state. An expired task is cancelled by the worker that has claimed it, or
+    while it is pending.
 
     A `waiting` task has not ended. It can't be claimed, not even by the Node.js original, until something
     else makes it pending. It can be cancelled.

@@ -25,7 +25,8 @@ RAISE: Final = "raise"
 ADDED: Final = "added"
 KEPT: Final = "kept"
 REPLACED: Final = "replaced"
-"""Outcomes of `add`: the task was added, or the one that has the key was kept or replaced."""
+THROTTLED: Final = "throttled"
+"""Outcomes of `add`: the task was added, or the one that has the key was kept or replaced, or neither."""
 
 _KEY: Final = "a unique key"
 
@@ -47,6 +48,8 @@ class Unique(NamedTuple):
     on_conflict: OnConflict
     max_wait: timedelta | None = None
     """For a debounced task: the time after which it is due at the latest, counted from its creation."""
+    throttle: timedelta | None = None
+    """The time in which no second task is added with the key, counted from the first one."""
 
     def key_of(self, data: Any, name: str = _KEY) -> str | None:
         """Return the key of a task with this data; `InvalidTask` if it can't be one."""
@@ -70,6 +73,7 @@ def checked_unique(
     on_conflict: OnConflict | None = None,
     debounce: float | timedelta | None = None,
     max_wait: float | timedelta | None = None,
+    throttle: float | timedelta | None = None,
 ) -> Unique | None:
     """Return how tasks with these options are unique, or None; `InvalidTask` if the options are invalid."""
     given = {
@@ -77,6 +81,7 @@ def checked_unique(
         "on_conflict": on_conflict,
         "debounce": debounce,
         "max_wait": max_wait,
+        "throttle": throttle,
     }
     if unique_key is None:
         for name, value in given.items():
@@ -92,6 +97,7 @@ def checked_unique(
         _one_of("unique_until", unique_until, (STARTED, ENDED)),
         _on_conflict(on_conflict, debounce),
         _max_wait(debounce, max_wait),
+        _throttle(throttle, on_conflict=on_conflict, debounce=debounce),
     )
 
 
@@ -110,6 +116,24 @@ def _on_conflict(on_conflict: OnConflict | None, debounce: object) -> OnConflict
         )
     checked: OnConflict = _one_of("on_conflict", on_conflict, (SKIP, REPLACE, RAISE))
     return REPLACE if debounce is not None else checked
+
+
+def _throttle(throttle: float | timedelta | None, **excluded: object) -> timedelta | None:
+    if throttle is None:
+        return None
+    for name, value in excluded.items():
+        if value is not None:
+            raise InvalidTask(
+                f"{name} must not be given with throttle, which adds nothing while a task holds the key, got "
+                f"{name}={glimpse(value)}"
+            )
+    try:
+        window = duration(throttle, "throttle")
+    except (TypeError, ValueError) as error:
+        raise InvalidTask(str(error)) from None
+    if not window:
+        raise InvalidTask(f"throttle must be positive, got {glimpse(throttle)}")
+    return window
 
 
 def _max_wait(debounce: float | timedelta | None, max_wait: float | timedelta | None) -> timedelta | None:

@@ -15,6 +15,7 @@ from typing_extensions import ParamSpec
 from apoq.client.queue import Queue
 from apoq.client.session_adapters import AsyncioSession, SyncSession
 from apoq.client.typed_task import UniqueRule
+from apoq.core.failures import OnFailure
 from apoq.core.options import Options
 from apoq.core.registry import ProcessorOptions, Running, make_processor
 from apoq.core.retry import DEFAULT_RETRY_LIMIT, RetryDelay, exponential_backoff
@@ -231,8 +232,8 @@ class Apoq:
         Args:
             type: The type of the tasks.
             processor: A plain function or a coroutine function that takes the running task.
-            **options: The options of `Worker.use`: `retry_limit`, `retry_delay`, `timeout`, `keep_result` and
-                `max_result_size`.
+            **options: The options of `Worker.use`: `retry_limit`, `retry_delay`, `timeout`, `keep_result`,
+                `max_result_size` and `on_failure`.
 
         Raises:
             InvalidProcessor: If the type already has a processor, or an argument is invalid.
@@ -252,8 +253,8 @@ class Apoq:
 
         Args:
             type: The type of the tasks.
-            **options: The options of `Worker.use`: `retry_limit`, `retry_delay`, `timeout`, `keep_result` and
-                `max_result_size`.
+            **options: The options of `Worker.use`: `retry_limit`, `retry_delay`, `timeout`, `keep_result`,
+                `max_result_size` and `on_failure`.
 
         Returns:
             A decorator that returns the function unchanged. It raises what `use` raises.
@@ -285,6 +286,7 @@ class Apoq:
         unique: UniqueRule = ...,
         unique_until: UniqueUntil | None = ...,
         on_conflict: OnConflict | None = ...,
+        on_failure: OnFailure | None = ...,
         **schedule: Unpack[ScheduleOptions],
     ) -> Decorator: ...
     def task(
@@ -302,6 +304,7 @@ class Apoq:
         unique: UniqueRule = False,
         unique_until: UniqueUntil | None = None,
         on_conflict: OnConflict | None = None,
+        on_failure: OnFailure | None = None,
         **schedule: Unpack[ScheduleOptions],
     ) -> Any:
         """Make a function a typed task: ``@apoq.task``, or ``@apoq.task(retry_limit=3)``.
@@ -325,6 +328,7 @@ class Apoq:
                 the arguments.
             unique_until: As for `Queue.add`, if the tasks are unique.
             on_conflict: As for `Queue.add`, if the tasks are unique.
+            on_failure: As for `Queue.task`: a typed task of this extension that is added when a task fails.
             **schedule: `cron` or `every`, and the other times and rules of `Queue.schedule`. The
                 application's workers add a task at each of these times. The function must be callable without
                 arguments.
@@ -341,6 +345,7 @@ class Apoq:
             "retry_limit": retry_limit,
             "retry_delay": retry_delay,
             "timeout": timeout,
+            "on_failure": on_failure,
             "keep_result": keep_result,
             "max_result_size": max_result_size,
         }

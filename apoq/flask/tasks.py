@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine
 from typing import Any, Concatenate, Protocol, TypeVar, Unpack, cast, overload
 
 from typing_extensions import ParamSpec
 
 from apoq.client.session_adapters import SESSION_CLASSES, AsyncioSession, SyncSession
-from apoq.client.typed_task import Call, TypedTask
+from apoq.client.typed_task import Calls, TypedTask
 from apoq.client.unsupported_sessions import is_mistaken, refusal
 from apoq.core.options import Options
 from apoq.core.registry import Running
@@ -59,16 +59,16 @@ class AppTask(TypedTask[P, R, C]):
         return self._add(session, rest, kwargs)
 
     @overload
-    def add_many(self, session: SyncSession, calls: Iterable[Call[P]], /) -> int: ...
+    def add_many(self, session: SyncSession, calls: Calls[P], /) -> int: ...
     @overload
-    def add_many(self, session: AsyncioSession, calls: Iterable[Call[P]], /) -> Coroutine[Any, Any, int]: ...
+    def add_many(self, session: AsyncioSession, calls: Calls[P], /) -> Coroutine[Any, Any, int]: ...
     @overload
-    def add_many(self, calls: Iterable[Call[P]], /) -> int: ...
+    def add_many(self, calls: Calls[P], /) -> int: ...
     def add_many(self, *args: Any) -> Any:
         """Add many calls as tasks, in the transaction of the current or the given session.
 
         Args:
-            *args: Optionally a session, and then the calls, made by `call`.
+            *args: Optionally a session, and then the calls: dicts of arguments, or made by `call`.
 
         Returns:
             The number of tasks. With an asyncio session, an awaitable of it.
@@ -97,6 +97,9 @@ class AppTask(TypedTask[P, R, C]):
             TypeError: If there is no such option.
         """
         return cast("AppTask[P, R, C]", super().using(**options))
+
+    def _queue_name(self) -> None:
+        """Return None: the queue of each failed task, because the name needs an application context."""
 
     def _example(self, arguments: str, method: str = "add") -> str:
         return f"{getattr(self.function, '__name__', 'task')}.{method}({arguments})"

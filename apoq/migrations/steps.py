@@ -31,6 +31,7 @@ OWN: Final = (
     "apoq_schedules",
     "apoq_pauses",
     "apoq_limits",
+    "apoq_throttles",
     "apoq_progress",
 )
 """Tables that the Node.js original doesn't have."""

@@ -107,6 +107,7 @@ def upgrade(op: Operations, schema: str | None = None) -> None:
         sa.Column("unique_key", sa.Text),
         sa.Column("held_unique_key", sa.Text),
         sa.Column("unique_until_end", sa.Boolean),
+        sa.Column("expires_at", TIME),
         sa.Column("result", JSONB),
         sa.Column("has_parts", sa.Boolean),
         sa.Column("key", sa.Text),
@@ -198,6 +199,16 @@ def upgrade(op: Operations, schema: str | None = None) -> None:
         if_not_exists=True,
     )
     op.create_index(
+        op.f("apoq_tasks_expires_at_idx"),
+        "apoq_tasks",
+        ["queue", "expires_at"],
+        schema=schema,
+        postgresql_where=sa.text(
+            "expires_at IS NOT NULL AND (indexed_state IS NULL OR indexed_state = 'waiting')"
+        ),
+        if_not_exists=True,
+    )
+    op.create_index(
         op.f("apoq_tasks_completed_idx"),
         "apoq_tasks",
         ["queue", "completed_at"],
@@ -264,6 +275,7 @@ def upgrade(op: Operations, schema: str | None = None) -> None:
         sa.Column("retry_delay", INTERVAL),
         sa.Column("timeout", INTERVAL),
         sa.Column("meta", JSONB),
+        sa.Column("expires_in", INTERVAL),
         sa.Column("key", sa.Text),
         sa.Column("origin", sa.Text, server_default="added", nullable=False),
         sa.Column("release", TIME),
@@ -300,6 +312,18 @@ def upgrade(op: Operations, schema: str | None = None) -> None:
         if_not_exists=True,
     )
     op.create_table(
+        "apoq_throttles",
+        sa.Column("queue", sa.Text, nullable=False),
+        sa.Column("key", sa.Text, nullable=False),
+        sa.Column("until", TIME, nullable=False),
+        sa.PrimaryKeyConstraint("queue", "key", name=op.f("apoq_throttles_pkey")),
+        schema=schema,
+        if_not_exists=True,
+    )
+    op.create_index(
+        op.f("apoq_throttles_until_idx"), "apoq_throttles", ["until"], schema=schema, if_not_exists=True
+    )
+    op.create_table(
         "apoq_progress",
         sa.Column("task_id", sa.BigInteger, autoincrement=False, nullable=False),
         sa.Column("token", sa.BigInteger, nullable=False),
@@ -333,6 +357,7 @@ def upgrade(op: Operations, schema: str | None = None) -> None:
 
 def downgrade(op: Operations, schema: str | None = None) -> None:
     """Drop the tables, with every task in them. A schema that was created for them stays."""
+    op.drop_table("apoq_throttles", schema=schema)
     op.drop_table("apoq_progress", schema=schema)
     op.drop_table("apoq_limits", schema=schema)
     op.drop_table("apoq_pauses", schema=schema)

@@ -36,8 +36,8 @@ def add_apoq_task(
         config: The configurator; omit it when you call ``config.add_apoq_task``.
         function: The function, or its dotted name. It takes the running task and a request.
         type: The type of the tasks. By default the function's dotted name.
-        **options: The options of `Worker.use`: `retry_limit`, `retry_delay`, `timeout`, `keep_result` and
-                `max_result_size`.
+        **options: The options of `Worker.use`: `retry_limit`, `retry_delay`, `timeout`, `keep_result`,
+                `max_result_size` and `on_failure`.
 
     Raises:
         Misconfigured: If the function or an option is invalid.
@@ -111,8 +111,8 @@ class apoq_task:  # noqa: N801 - as view_config is
 
         Args:
             type: The type of the tasks. By default the function's dotted name.
-            **options: The options of `Worker.use`: `retry_limit`, `retry_delay`, `timeout`, `keep_result` and
-                `max_result_size`.
+            **options: The options of `Worker.use`: `retry_limit`, `retry_delay`, `timeout`, `keep_result`,
+                `max_result_size` and `on_failure`.
 
         Raises:
             Misconfigured: If it is used without parentheses.

@@ -26,19 +26,19 @@ OPERATOR: Final = "operator"
 
 TASKS, SCHEDULES, PAUSES = "apoq_tasks", "apoq_schedules", "apoq_pauses"
 WORKERS, CLAIMS, LIMITS = "apoq_workers", "apoq_claims", "apoq_limits"
-PROGRESS, MIGRATIONS = "apoq_progress", "apoq_migrations"
-TABLES: Final = (TASKS, WORKERS, CLAIMS, SCHEDULES, PAUSES, LIMITS, PROGRESS, MIGRATIONS)
+PROGRESS, THROTTLES, MIGRATIONS = "apoq_progress", "apoq_throttles", "apoq_migrations"
+TABLES: Final = (TASKS, WORKERS, CLAIMS, SCHEDULES, PAUSES, LIMITS, PROGRESS, THROTTLES, MIGRATIONS)
 
 GIVEN: Final = (
     *("created_at", "process_at", "data", "type", "queue", "priority", "retry_limit", "retry_delay"),
-    *("timeout", "meta", "key"),
+    *("timeout", "meta", "key", "expires_at"),
 )
 """The columns that `add` writes."""
 
 UNIQUE: Final = ("unique_key", "held_unique_key", "unique_until_end")
 """The columns that it also writes with a unique key."""
 
-RETURNED: Final = ("id", "created_at", "process_at")
+RETURNED: Final = ("id", "created_at", "process_at", "expires_at")
 """The columns that `add` returns."""
 
 AWAITED: Final = ("id", "queue", "type", "state", "result", "error")
@@ -90,6 +90,8 @@ def _producer(options: Options) -> Iterator[Grant]:
     if options.may_cancel:
         yield Grant("SELECT", TASKS)
         yield Grant("UPDATE", TASKS, _all_changed())
+        for privilege in ("SELECT", "INSERT", "UPDATE", "DELETE"):
+            yield Grant(privilege, THROTTLES)
     else:
         awaited = (*RETURNED, *(name for name in AWAITED if name not in RETURNED))
         yield Grant("SELECT", TASKS, awaited if options.may_wait else RETURNED)
@@ -144,6 +146,7 @@ RIGHTS: Final[Mapping[str, tuple[str, ...]]] = {
     SCHEDULES: ("SELECT", "INSERT", "UPDATE"),
     PAUSES: ("SELECT",),
     LIMITS: ("SELECT", "INSERT", "UPDATE"),
+    THROTTLES: ("SELECT", "UPDATE", "DELETE"),
     PROGRESS: ("SELECT", "INSERT", "UPDATE", "DELETE"),
     MIGRATIONS: ("SELECT",),
 }

@@ -60,7 +60,7 @@ IS_OF_KEY: Final = (
 HOLDS_KEY: Final = "held_unique_key IS NOT NULL"
 """The predicate of the unique index."""
 
-AddOutcome = Literal["added", "kept", "replaced"]
+AddOutcome = Literal["added", "kept", "replaced", "throttled"]
 
 _ADD_OUTCOME: Final = "_add_outcome"
 
@@ -148,6 +148,8 @@ class Task(Base):
     """The unique key while the task holds it: in its queue, no other task can then have the key."""
     unique_until_end: Mapped[bool | None] = mapped_column(Boolean)
     """Whether the task holds its unique key until it has ended, and not only until it is claimed."""
+    expires_at: Mapped[datetime | None]
+    """The time from which the task doesn't start any more: it is cancelled instead."""
 
     result: Mapped[Any | None] = mapped_column(JSONB(none_as_null=True))
     """The result of the processor, if it has ``keep_result=True``. Read it with `Queue.result`."""
@@ -203,6 +205,16 @@ class Task(Base):
             "held_unique_key",
             unique=True,
             postgresql_where=text(HOLDS_KEY),
+        ),
+        # For expired tasks that no worker claims. A plain task never enters it either, and a claim changes
+        # none of its columns.
+        Index(
+            conv("apoq_tasks_expires_at_idx"),
+            "queue",
+            "expires_at",
+            postgresql_where=text(
+                "expires_at IS NOT NULL AND (indexed_state IS NULL OR indexed_state = 'waiting')"
+            ),
         ),
         # These make it impossible that more tasks of a key, or of a type or queue, run than there are places.
         Index(
@@ -264,9 +276,10 @@ class Task(Base):
 
     @property
     def add_outcome(self) -> AddOutcome | None:
-        """The outcome of the call of `add` that returned this object: "added", "kept" or "replaced".
+        """The outcome of the call of `add` that returned this object.
 
-        "kept" and "replaced" are about the task that had the unique key. None if no such call returned it.
+        "added", "kept", "replaced" or "throttled". "kept" and "replaced" are about the task that had the
+        unique key. None if no such call returned it.
         """
         outcome: AddOutcome | None = self.__dict__.get(_ADD_OUTCOME)
         return outcome
@@ -320,6 +333,8 @@ class Schedule(Base):
     retry_delay: Mapped[timedelta | None]
     timeout: Mapped[timedelta | None]
     meta: Mapped[dict[str, Any] | None] = mapped_column(JSONB(none_as_null=True))
+    expires_in: Mapped[timedelta | None]
+    """The time after which a task that has not started expires, from when it is due."""
     key: Mapped[str | None]
     """The concurrency key of its tasks."""
     origin: Mapped[str] = mapped_column(server_default="added")
@@ -406,6 +421,15 @@ _pauses: Final = Table(
 )
 """The pauses of queues, and of types of their tasks: each from `Queue.pause` to `Queue.resume`."""
 
+_throttles: Final = Table(
+    "apoq_throttles",
+    Base.metadata,
+    Column("queue", Text, primary_key=True),
+    Column("key", Text, primary_key=True),
+    Column("until", TIMESTAMP(timezone=True), nullable=False),
+    Index(conv("apoq_throttles_until_idx"), "until"),  # for the pruner
+)
+"""The windows of throttled tasks: until then, no other task is added with this unique key."""
 _progress: Final = Table(
     "apoq_progress",
     Base.metadata,
@@ -510,6 +534,12 @@ def pauses_table(schema: str | None) -> Table:
 
 
 @cache
+def throttles_table(schema: str | None) -> Table:
+    """Return the table of the windows of throttled tasks of a schema, for Core statements."""
+    return _throttles if schema is None else _throttles.to_metadata(MetaData(), schema=schema)
+
+
+@cache
 def progress_table(schema: str | None) -> Table:
     """Return the table of progress of a schema, for Core statements."""
     return _progress if schema is None else _progress.to_metadata(MetaData(), schema=schema)
@@ -524,6 +554,14 @@ def with_outcome(task: Task, outcome: AddOutcome) -> Task:
     """Return a task that `add` returns, with what the call did."""
     task.__dict__[_ADD_OUTCOME] = outcome
     return task
+
+
+def unsaved(schema: str | None, values: Mapping[str, Any]) -> Task:
+    """Return a `Task` with these values that is not in the database."""
+    made = task_class(schema).__new__(task_class(schema))
+    task_class(schema).__init__(made)
+    made.__dict__.update(values)
+    return made
 
 
 def detached(schema: str | None, row: Mapping[Any, Any]) -> Task:

@@ -19,6 +19,7 @@ from apoq.schema.statements.preflight import (
     last_ids,
     session,
     tables,
+    unusable_sequence,
 )
 
 logger = logging.getLogger(__name__)
@@ -86,6 +87,7 @@ def problems(connection: Connection, schema: str | None = None) -> list[Problem]
         *_split(found),
         *_read_only(who),
         *(problem for row in found for problem in _rights(row, who["role"])),
+        *(problem for row in found for problem in _sequence(connection, row, who["role"])),
         *(problem for row in found for problem in _row_security(row, who["role"])),
     ]
 
@@ -192,9 +194,18 @@ def _rights(row: Any, role: str) -> Iterator[Problem]:
     if lacking:
         text = f"the role {role} lacks {', '.join(lacking)} on {row['qualified']}, which a worker needs"
         yield Problem(ROLE, text, f"GRANT {', '.join(lacking)} ON {row['qualified']} TO {role}")
-    for sequence in row["closed_sequences"]:
-        text = f"the role {role} lacks USAGE on the sequence {sequence}, from which new tasks get their ids"
-        yield Problem(ROLE, text, f"GRANT USAGE ON SEQUENCE {sequence} TO {role}")
+
+
+def _sequence(connection: Connection, row: Any, role: str) -> Iterator[Problem]:
+    """Report that new tasks would get no ids."""
+    if row["name"] != "apoq_tasks" or "INSERT" not in row["rights"]:
+        return
+    if name := connection.execute(unusable_sequence(), {"oid": row["oid"]}).scalar():
+        text = (
+            f"the role {role} lacks USAGE on the sequence {name}, which a worker needs to add the tasks of "
+            "schedules and of on_failure"
+        )
+        yield Problem(ROLE, text, f"GRANT USAGE ON SEQUENCE {name} TO {role}")
 
 
 def _row_security(row: Any, role: str) -> Iterator[Problem]:

@@ -62,6 +62,7 @@ from apoq.worker.execution.runner import AttemptResult, TaskLost, ended, run, ru
 from apoq.worker.execution.task_sessions import AsyncTaskSession, TaskSession
 from apoq.worker.lease import Lease
 from apoq.worker.settling.batches import settlement_arrays
+from apoq.worker.settling.failure_tasks import add_failure_tasks, has_failure_task
 from apoq.worker.settling.settler import write_settlements
 from apoq.worker.unique_keys import pending_without_key, take_free_keys
 
@@ -212,11 +213,13 @@ class _Drain:
             statement = claim(
                 queue.schema, overflows=cursor.lower_than is not None, keyed=is_keyed, noted=False
             )
+            sent_at = time.monotonic()
             for row in self._execute(queue, statement, parameters):
                 batch = Claim(
                     queue,
-                    crew.processors(queue),
-                    time.monotonic(),
+                    processors,
+                    sent_at,
+                    sent_at,
                     FOR_EVER,
                     self._signal,
                     self._fetch,
@@ -309,6 +312,8 @@ class _Drain:
             row = self._execute(queue, statement, parameters).mappings().first()
             if row is not None:
                 take_free_keys(partial(self._execute, queue), queue.schema, pending_without_key([row]))
+                if has_failure_task(end):
+                    add_failure_tasks(partial(self._execute, queue), queue.schema, [end])
         is_kept = end.outcome is not None or crew.completion.keep
         if row is None:
             # The attempt no longer owns the task, because its processor has cancelled or deleted it.

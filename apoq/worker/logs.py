@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable
 from typing import Final
 
-from apoq.core.outcomes import message_of, reason
+from apoq.core.outcomes import TaskExpired, message_of, reason
 from apoq.events import (
     Event,
     Events,
@@ -148,6 +148,15 @@ def tasks_lost(ids: Iterable[int]) -> None:
     )
 
 
+def failure_task_not_added(ids: Iterable[int], error: BaseException) -> None:
+    """Log that tasks were marked as failed without the tasks of their `on_failure`."""
+    logger.error(
+        "the tasks of on_failure could not be added for these failed tasks: %s: %s",
+        ", ".join(map(str, sorted(ids))),
+        brief(error),
+    )
+
+
 def pruning_refused(error: BaseException) -> None:
     """Log that an ended task can't be deleted."""
     logger.warning("a task that ended long ago can't be deleted, and is kept: %s", brief(error))
@@ -277,6 +286,8 @@ def _write_progress(event: TaskEvent) -> None:
             logger.debug("task %d (%s) is completed", id_, type_)
         case TaskCompleted(seconds=seconds):
             logger.debug("task %d (%s) is completed, after %.3f s", id_, type_, seconds)
+        case TaskCancelled(error=TaskExpired()):
+            logger.debug("task %d (%s) has expired, and is cancelled", id_, type_)
         case TaskCancelled(error=error):
             logger.debug("task %d (%s) is cancelled by its processor: %s", id_, type_, message_of(error))
         case TaskSnoozed(delay=delay):

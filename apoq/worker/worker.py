@@ -17,6 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from apoq.client.queue import Queue
 from apoq.client.typed_task import TypedTask
+from apoq.core.failures import OnFailure
 from apoq.core.limits import Limit
 from apoq.core.registry import Middleware, Processor, Registry, make_processor
 from apoq.core.retention import Retention
@@ -218,6 +219,7 @@ class Worker:
         retry_limit: int = DEFAULT_RETRY_LIMIT,
         retry_delay: RetryDelay = exponential_backoff,
         timeout: float | timedelta | None = None,
+        on_failure: OnFailure | None = None,
         keep_result: bool = False,
         max_result_size: int | None = None,
         limit: Limit | None = None,
@@ -238,6 +240,9 @@ class Worker:
                 the number of failures so far.
             timeout: Limit of each attempt, in seconds or as a timedelta. An attempt that exceeds it fails
                 with a `TimeoutError`. None: no limit.
+            on_failure: The type of a task that is added in the transaction that marks a task as failed, after
+                its last attempt. It is in the same queue, and its data has the fields of `TaskFailure`. Or a
+                typed task whose only argument is a `TaskFailure`.
             keep_result: Whether the value that the processor returns is stored with the task. It must be
                 JSON; any other value fails the attempt. Read it with `Queue.result`.
             max_result_size: The limit of a result, in bytes of JSON: 64 KiB by default, 1 MiB at most. A
@@ -267,6 +272,7 @@ class Worker:
             retry_limit=retry_limit,
             retry_delay=retry_delay,
             timeout=timeout,
+            on_failure=on_failure,
             keep_result=keep_result,
             max_result_size=max_result_size,
             limit=limit,

@@ -204,7 +204,9 @@ def adding_many(session: Session) -> None:
     send_welcome.call("7")  # wrong: arg-type reportArgumentType
     send_welcome.call(language="de")  # wrong: call-arg reportCallIssue
     send_welcome.add_many(session, [7, 8])  # wrong: list-item reportArgumentType
-    send_welcome.add_many(session, [{"user_id": 7}])  # wrong: list-item reportArgumentType
+    assert_type(send_welcome.add_many(session, [{"user_id": 7}, send_welcome.call(8)]), int)
+    send_welcome.to(Queue("other")).add_many(session, [{"user_id": 7}])
+    send_welcome.to("other")  # wrong: arg-type reportArgumentType
     send_welcome.add_many(session, [tidy.call()])  # wrong: list-item reportArgumentType
     send_welcome.add_many(session, send_welcome.call(7))  # wrong: call-overload reportArgumentType
 
@@ -215,6 +217,7 @@ def options(session: Session) -> None:
     ship.using(retry_limit=0, retry_delay=60)
 
     send_welcome.using(delay=60, retry_delay=0.5, timeout=timedelta(minutes=1))
+    send_welcome.using(expires_in=60, unique_key="k", throttle=timedelta(minutes=1))
     send_welcome.using(delay="60")  # wrong: arg-type reportArgumentType
     send_welcome.delay(7)  # wrong: attr-defined reportAttributeAccessIssue
     send_welcome.using(delayed=timedelta(hours=1))  # wrong: call-arg reportCallIssue

@@ -1,4 +1,4 @@
-"""Cancels a task, in the caller's transaction."""
+"""Cancels tasks, in the caller's transaction."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from sqlalchemy import (
     Boolean,
     ColumnElement,
     Text,
+    any_,
     bindparam,
     cast,
     literal_column,
@@ -21,6 +22,7 @@ from sqlalchemy.sql.dml import ReturningUpdate
 
 from apoq.core.states import CANCELLABLE, CANCELLED, alternatives
 from apoq.schema.models import task_class, tasks_table
+from apoq.schema.statements.arrays import bigints
 from apoq.schema.statements.clock import now
 from apoq.schema.statements.portable import portable
 
@@ -51,15 +53,32 @@ def cancel(schema: str | None, *, by_key: bool = False) -> ReturningUpdate[Any]:
             tasks.c.queue == bindparam("from_queue", type_=Text),
             _CANCELLABLE,
         )
-        .values(
-            state=CANCELLED,
-            cancelled_at=now(),
-            error=cast(bindparam("reason", type_=Text), JSONB),
-            held_unique_key=null(),
-            waiting_since=null(),
-            waiting_for=null(),
-        )
+        .values(_as_cancelled())
         # claimed_at, because a task that was never claimed isn't running, so no worker has to be notified.
         .returning(*(portable(name, tasks.c[name]) for name in _RETURNED))
         .execution_options(synchronize_session="fetch")
     )
+
+
+@cache
+def cancel_many(schema: str | None) -> ReturningUpdate[Any]:
+    """Cancel the tasks of `ids` that have not ended; see `cancel`."""
+    tasks = tasks_table(schema)
+    return (
+        update(task_class(schema))
+        .where(tasks.c.id == any_(bigints("ids")), _CANCELLABLE)
+        .values(_as_cancelled())
+        .returning(*(portable(name, tasks.c[name]) for name in _RETURNED))
+        .execution_options(synchronize_session="fetch")
+    )
+
+
+def _as_cancelled() -> dict[str, Any]:
+    return {
+        "state": CANCELLED,
+        "cancelled_at": now(),
+        "error": cast(bindparam("reason", type_=Text), JSONB),
+        "held_unique_key": null(),
+        "waiting_since": null(),
+        "waiting_for": null(),
+    }

@@ -79,6 +79,7 @@ ClaimedTask = tuple[
     str | None,  # meta as JSON; None if it is large
     str,  # queue
     float | None,  # tick_at, in seconds since 1970
+    float | None,  # expires_at, in seconds since the claim
     C,  # the claim, which the worker adds
 ]
 """The columns of a task that `claim` returns, and the claim to which the task belongs.
@@ -103,7 +104,8 @@ TIMEOUT: Final = 11
 META: Final = 12
 QUEUE: Final = 13
 TICK_AT: Final = 14
-CLAIM: Final = 15
+EXPIRES_IN: Final = 15
+CLAIM: Final = 16
 """The indexes of these values in a `ClaimedTask`."""
 
 LONGEST: Final = 8_000
@@ -311,7 +313,21 @@ def returned_columns(tasks: Table, *, bare: bool) -> tuple[ColumnElement[Any], .
         cast(null(), Text) if bare else short_text(tasks.c.meta),
         tasks.c.queue,
         func.date_part(EPOCH, in_utc(tasks.c.tick_at), type_=Double),
+        case((tasks.c.expires_at.is_not(None), _expires_in(tasks))),
     )
+
+
+def _expires_in(tasks: Table) -> ColumnElement[float]:
+    """Return the seconds from the claim to `expires_at`.
+
+    Claims also take expired tasks, and the worker ends them: a condition would be read for each task, and the
+    expired ones would stay where every scan begins.
+    """
+    # As numbers, because infinite times can't be subtracted before PostgreSQL 17.
+    expires_at, claimed_at = (
+        func.date_part(EPOCH, in_utc(time), type_=Double) for time in (tasks.c.expires_at, tasks.c.claimed_at)
+    )
+    return expires_at - claimed_at
 
 
 def short_text(data: ColumnElement[Any]) -> ColumnElement[str | None]:

@@ -12,6 +12,7 @@ from sqlalchemy import (
     Insert,
     Select,
     SmallInteger,
+    Table,
     Text,
     bindparam,
     cast,
@@ -52,10 +53,18 @@ def _given() -> dict[str, ColumnElement[Any]]:
     }
 
 
-def given_values() -> dict[str, ColumnElement[Any]]:
-    """Return the given options, which are parameters, by column."""
+def _given_expiry() -> ColumnElement[Any]:
+    return func.coalesce(
+        bindparam("task_expires_at", None, type_=TIMESTAMP(timezone=True)),
+        func.clock_timestamp() + bindparam("task_expires_in", None, type_=INTERVAL),
+    )
+
+
+def given_values(*, expires: bool = True) -> dict[str, ColumnElement[Any]]:
+    """Return the given options, which are parameters, by column; without `expires_at` unless `expires`."""
     given = _given()
-    return {**given, "process_at": func.coalesce(given["process_at"], func.now())}
+    given["process_at"] = func.coalesce(given["process_at"], func.now())
+    return {**given, "expires_at": _given_expiry()} if expires else given
 
 
 # A statement on the mapped class, not on its table, is needed if the session has listeners to ORM statements:
@@ -63,17 +72,26 @@ def given_values() -> dict[str, ColumnElement[Any]]:
 
 
 @cache
-def enqueue(schema: str | None, *, mapped: bool = True) -> Insert:
-    """Add one task and return the values that only the server knows; as an ORM statement if `mapped`."""
+def enqueue(schema: str | None, *, mapped: bool = True, expires: bool = False) -> Insert:
+    """Add one task and return the values that only the server knows; as an ORM statement if `mapped`.
+
+    `expires`: with `task_expires_at` or `task_expires_in`, which would take time for the other tasks as well.
+    """
     data = cast(bindparam("task_data", type_=Text), JSONB)
     table = tasks_table(schema)
     statement = (
         insert(task_class(schema) if mapped else table)
-        .values(**given_values(), created_at=func.now(), data=data)
-        # As numbers, to be independent of the session's DateStyle; these two times can't be infinite.
-        .returning(table.c.id, *(microseconds(table.c[name]) for name in ("created_at", "process_at")))
+        .values(**given_values(expires=expires), created_at=func.now(), data=data)
+        .returning(*returned_values(table, expires=expires))
     )
     return statement.execution_options(dml_strategy="raw") if mapped else statement
+
+
+def returned_values(table: Table, *, expires: bool) -> list[ColumnElement[Any]]:
+    """Return the columns that `added_row` takes."""
+    # As numbers, to be independent of the session's DateStyle; these times can't be infinite.
+    names = ("created_at", "process_at", *(("expires_at",) if expires else ()))
+    return [table.c.id, *(microseconds(table.c[name]) for name in names)]
 
 
 def added_row(parameters: Mapping[str, Any], returned: Mapping[Any, Any]) -> dict[str, Any]:
@@ -95,6 +113,7 @@ def added_row(parameters: Mapping[str, Any], returned: Mapping[Any, Any]) -> dic
         "id": returned["id"],
         "created_at": read_microseconds(returned["created_at"]),
         "process_at": read_microseconds(returned["process_at"]),
+        "expires_at": None if (expiry := returned.get("expires_at")) is None else read_microseconds(expiry),
     }
 
 
@@ -116,13 +135,16 @@ _DEFAULTS: Final[dict[str, Any]] = {
 
 
 @cache
-def enqueue_many(schema: str | None) -> Insert:
-    """Add a task for each line of a text: the line is its data as JSON; all tasks have the same options."""
+def enqueue_many(schema: str | None, *, expires: bool = False) -> Insert:
+    """Add a task for each line of a text: the line is its data as JSON; all tasks have the same options.
+
+    `expires` as for `enqueue`.
+    """
     # One text for all tasks: in an array, each of them would have to be quoted. Separated by newlines, which
     # JSON escapes as \\n: PostgreSQL splits lines faster than the elements of an array.
     lines = func.string_to_table(bindparam("task_data", type_=Text), "\n")
     documents = lines.table_valued(column("document", Text)).render_derived("documents")
-    values = {**given_values(), "created_at": func.now()}
+    values = {**given_values(expires=expires), "created_at": func.now()}
     return (
         insert(task_class(schema))
         .from_select([*values, "data"], select(*values.values(), cast(documents.c.document, JSONB)))
@@ -137,9 +159,10 @@ def copied_values(schema: str | None) -> Select[*tuple[Any, ...]]:
     Options that aren't given are NULL. PostgreSQL refuses COPY to roles that are subject to row-level
     security.
     """
-    values = _given()
+    values = {**_given(), "expires_at": _given_expiry()}
     # In a format that doesn't depend on the session's DateStyle and time zone.
-    values["process_at"] = func.to_char(func.timezone("UTC", values["process_at"]), _TIME)
+    for name in ("process_at", "expires_at"):
+        values[name] = func.to_char(func.timezone("UTC", values[name]), _TIME)
     refused = func.row_security_active(_table(schema).as_string())
     return select(*(cast(value, Text).label(name) for name, value in values.items())).where(~refused)
 

@@ -270,6 +270,24 @@ def id_source() -> TextClause:
     """)
 
 
+def unusable_sequence() -> TextClause:
+    """Return the sequence of the ids of the table `oid`, as an identifier in SQL, if this role can't use it.
+
+    No row if it can, or if the ids are an identity, whose sequence needs no right.
+    """
+    return text("""
+        SELECT quote_ident(nspname) || '.' || quote_ident(relname) AS quoted
+        FROM pg_catalog.pg_attribute
+        JOIN pg_catalog.pg_attrdef AS defaults ON adrelid = attrelid AND adnum = attnum
+        JOIN pg_catalog.pg_depend
+            ON classid = CAST('pg_catalog.pg_attrdef' AS regclass) AND objid = defaults.oid
+        JOIN pg_catalog.pg_class AS sequences ON sequences.oid = refobjid
+        JOIN pg_catalog.pg_namespace AS sequence_schemas ON sequence_schemas.oid = relnamespace
+        WHERE attrelid = CAST(:oid AS oid) AND attname = 'id'
+            AND CASE relkind WHEN 'S' THEN NOT has_sequence_privilege(sequences.oid, 'USAGE, UPDATE') END
+    """)
+
+
 def last_ids(schema: str | None, sequence: str, sequence_schema: str) -> Select[tuple[int, int]]:
     """Return the next id of a sequence, and the highest id of a task; the latter is NULL without tasks."""
     tasks = tasks_table(schema)

@@ -57,6 +57,7 @@ _TYPES: Final[dict[str, Any]] = {
     "retry_limit": Integer,
     "retry_delay": INTERVAL,
     "timeout": INTERVAL,
+    "expires_in": INTERVAL,
     "key": Text,
     "origin": Text,
     "release": TIMESTAMP(timezone=True),
@@ -155,16 +156,21 @@ def resume_schedule(schema: str | None) -> ReturningUpdate[Any]:
 def add_now(schema: str | None) -> ReturningInsert[Any]:
     """Add a task of a schedule now, in addition to those of its ticks; return its id."""
     tasks, table = tasks_table(schema), schedules_table(schema)
-    times = dict.fromkeys(("process_at", "created_at", "tick_at"), func.now())
-    values: dict[str, Any] = {**task_values(table), **times}
+    times = dict.fromkeys(("created_at", "tick_at"), func.now())
+    values: dict[str, Any] = {**task_values(table, func.now()), **times}
     found = select(*values.values()).where(*_is(table))
     return insert(tasks).from_select(list(values), found).returning(tasks.c.id)
 
 
-def task_values(table: FromClause) -> dict[str, ColumnElement[Any]]:
-    """Return the columns of a task that a schedule determines."""
+def task_values(table: FromClause, due: ColumnElement[Any]) -> dict[str, ColumnElement[Any]]:
+    """Return the columns of a task that a schedule determines, if the task is due at this time."""
     copied = ("queue", "type", "data", "priority", "retry_limit", "retry_delay", "timeout", "meta", "key")
-    return {**{name: table.c[name] for name in copied}, "schedule": table.c.name}
+    return {
+        **{name: table.c[name] for name in copied},
+        "schedule": table.c.name,
+        "process_at": due,
+        "expires_at": due + table.c.expires_in,
+    }
 
 
 @cache

@@ -105,8 +105,7 @@ def add_ticks(schema: str | None) -> ReturningInsert[Any]:
         last.c.state.in_([literal_column(f"'{state}'", Text) for state in (PENDING, WAITING, RUNNING)]),
     )
     values: dict[str, Any] = {
-        **task_values(table),
-        "process_at": func.to_timestamp(ticks.c.due_times),
+        **task_values(table, func.to_timestamp(ticks.c.due_times)),
         "tick_at": func.to_timestamp(ticks.c.ticks),
         "created_at": func.now(),
     }

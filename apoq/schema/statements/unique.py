@@ -37,8 +37,9 @@ from sqlalchemy.sql.selectable import TableValuedAlias
 
 from apoq.core.states import CANCELLED, FINAL, PENDING, WAITING
 from apoq.schema.models import HOLDS_KEY, task_class, tasks_table
+from apoq.schema.statements.arrays import bigints
 from apoq.schema.statements.clock import in_utc
-from apoq.schema.statements.enqueue import given_values, microseconds
+from apoq.schema.statements.enqueue import given_values, returned_values
 from apoq.schema.statements.literals import EPOCH
 from apoq.schema.statements.portable import portable
 
@@ -65,7 +66,7 @@ def enqueue_unique(schema: str | None, *, mapped: bool = True) -> Insert:
             data=cast(bindparam("task_data", type_=Text), JSONB),
         )
         .on_conflict_do_nothing(**_UNIQUE_INDEX)
-        .returning(table.c.id, *(microseconds(table.c[name]) for name in ("created_at", "process_at")))
+        .returning(*returned_values(table, expires=True))
     )
     return statement.execution_options(dml_strategy="raw") if mapped else statement
 
@@ -198,30 +199,33 @@ def key_of_ended(schema: str | None) -> Select[tuple[str | None]]:
 
 @cache
 def reserve(schema: str | None) -> Insert:
-    """Hold `task_unique_key` by a placeholder, which `unreserve` deletes, unless another task holds the key.
+    """Hold each of `task_unique_keys` by a placeholder, unless another task holds it; return ids and keys.
 
-    An UPDATE that takes a key fails if another transaction takes it at the same moment. After this, it can't:
-    other transactions wait for the end of this one.
+    `unreserve` deletes the placeholders. An UPDATE that takes a key fails if another transaction takes it at
+    the same moment. After this, it can't: other transactions wait for the end of this one. The keys must be
+    sorted, so that callers don't deadlock.
     """
     table = tasks_table(schema)
+    keys = func.unnest(_keys()).table_valued("unique_key").render_derived("keys")
+    values = {
+        "queue": bindparam("task_queue", type_=Text),
+        "type": literal_column("''", Text),
+        "state": literal_column(f"'{CANCELLED}'", Text),
+        "held_unique_key": keys.c.unique_key,
+    }
     return (
         insert_unless(table)
-        .values(
-            queue=bindparam("task_queue", type_=Text),
-            type="",
-            state=CANCELLED,
-            held_unique_key=bindparam("task_unique_key", type_=Text),
-        )
+        .from_select(list(values), select(*values.values()))
         .on_conflict_do_nothing(**_UNIQUE_INDEX)
-        .returning(table.c.id)
+        .returning(table.c.id, table.c.held_unique_key)
     )
 
 
 @cache
 def unreserve(schema: str | None) -> Delete:
-    """Delete the placeholder `task_id`."""
+    """Delete the placeholders `ids`."""
     tasks = tasks_table(schema)
-    return delete(tasks).where(tasks.c.id == bindparam("task_id", type_=BigInteger))
+    return delete(tasks).where(tasks.c.id == any_(bigints("ids")))
 
 
 _UNIQUE_INDEX: Final[dict[str, Any]] = {
@@ -287,6 +291,7 @@ def _replacement(held: Table, document: ColumnElement[Any]) -> dict[str, ColumnE
     return {
         **given,
         "process_at": func.least(due, latest),  # without NULL
+        "expires_at": select(given["expires_at"]).scalar_subquery(),
         # It may have another key or type now, which has a free place.
         "state": case((waits_for_place, literal_column(f"'{PENDING}'", Text)), else_=held.c.state),
         "waiting_for": case((held.c.waiting_for == _PARENTS, held.c.waiting_for)),

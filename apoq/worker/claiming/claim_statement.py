@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -46,6 +47,8 @@ class ClaimStatement:
         self._claim_log = claim_log
         self._strays = strays
         self._sharded = sharded
+        self.sent_at = 0.0
+        """When the last claim was sent, by time.monotonic()."""
 
     def execute(
         self, portions: Portions, at_most: int, free: int, on: On, *, bare: bool = False
@@ -60,6 +63,7 @@ class ClaimStatement:
         It is given the parameters with which it records the claim.
         """
         number = self._claim_log.begin(self._schema)
+        self.sent_at = time.monotonic()
         try:
             rows = claim({"number": number, "by_worker": self._strays.worker_id})
         except BaseException as error:
@@ -77,10 +81,12 @@ class ClaimStatement:
     def _claim(self, form: Form, parameters: dict[str, Any], on: On, *, bare: bool) -> list[Row]:
         if self._schema not in self._sharded:
             statement = claim(self._schema, **form, bare=bare)
+            self.sent_at = time.monotonic()
             try:
                 return execute(on or self._engine, statement, parameters).fetchall()
             except FeatureNotSupported:
                 pass  # Citus shards the schema, perhaps since a moment ago
+        self.sent_at = time.monotonic()
         with transaction(self._engine, timeout=STATEMENT_TIMEOUT_SECONDS) as send:
             first = claim(self._schema, **form, bare=True, noted=False)
             rows = self._send_in_parts(send, first, parameters, bare=bare)

@@ -345,6 +345,7 @@ class Claimer(Service):
             queue.queue,
             queue.processors,
             time.monotonic(),
+            taken.sent_at,
             queue.lease,
             self._signals[queue.queue.schema],
             self._schemas[queue.queue.schema].fetch,

@@ -38,6 +38,8 @@ class Taken(NamedTuple):
     """Whether there may be more due tasks in the queue."""
     is_ahead: bool
     """Whether the claim has taken more tasks than there were free slots."""
+    sent_at: float
+    """When the claim was sent, by time.monotonic()."""
     placed: PlacedTasks | None = None
     """The whole result, if it was a claim under limits."""
 
@@ -90,7 +92,7 @@ class SchemaClaims:
     def hand_over(self, queue: ClaimableQueue, freed: Freed, room: int, free: int) -> Taken:
         """Give free places to the tasks of a queue that wait for them; return those that were claimed."""
         placed = self._placed.hand_over(queue, freed, room, free)
-        return _taken(queue, placed, free)
+        return self._placed_of(queue, placed, free)
 
     def _claim_placed(self, portions: Portions, limit: int, free: int, others: Others) -> Iterator[Taken]:
         for queue, portion in portions.items():
@@ -103,7 +105,11 @@ class SchemaClaims:
                 continue
             limit -= len(placed.rows)
             free -= len(placed.rows)
-            yield _taken(queue, placed, free)
+            yield self._placed_of(queue, placed, free)
+
+    def _placed_of(self, queue: ClaimableQueue, placed: PlacedTasks, free: int) -> Taken:
+        is_ahead, sent_at = len(placed.rows) > free, self._statement.sent_at
+        return Taken(queue, placed.number, placed.rows, placed.has_more, is_ahead, sent_at, placed)
 
     def fetch(self, attempt: AnyAttempt) -> list[Row]:
         """Read the data of a task that is too large for the result of its claim."""
@@ -132,23 +138,20 @@ class SchemaClaims:
             its = of_queue.pop(queue.queue.name, [])
             is_last = len(rows) == limit and not of_queue
             has_more = is_last or len(its) == portion
-            taken.append(Taken(queue, number, _in_order(its), has_more, is_ahead=len(rows) > free))
+            is_ahead = len(rows) > free
+            taken.append(Taken(queue, number, _in_order(its), has_more, is_ahead, self._statement.sent_at))
             if is_last:
                 break  # the others were not reached
         return taken
 
     def _claim_alone(self, queue: ClaimableQueue, limit: int, free: int, on: On) -> Taken:
         number, rows, has_more = self._alone[queue].claim(limit, max(free, 0), on)
-        return Taken(queue, number, _in_order(rows), has_more, is_ahead=len(rows) > free)
-
-
-def _taken(queue: ClaimableQueue, placed: PlacedTasks, free: int) -> Taken:
-    is_ahead = len(placed.rows) > free
-    return Taken(queue, placed.number, placed.rows, placed.has_more, is_ahead, placed)
+        is_ahead = len(rows) > free
+        return Taken(queue, number, _in_order(rows), has_more, is_ahead, self._statement.sent_at)
 
 
 def _nothing(queue: ClaimableQueue) -> Taken:
-    return Taken(queue, 0, [], has_more=False, is_ahead=False)
+    return Taken(queue, 0, [], has_more=False, is_ahead=False, sent_at=0.0)
 
 
 def _in_order(rows: list[Row]) -> list[Row]:

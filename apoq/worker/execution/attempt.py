@@ -14,7 +14,7 @@ import psycopg
 
 from apoq.client.queue import Queue
 from apoq.core.options import HIGHEST_LIMIT
-from apoq.core.outcomes import Unreachable
+from apoq.core.outcomes import TaskExpired, Unreachable
 from apoq.core.progress import Report
 from apoq.core.registry import Processor
 from apoq.core.retry import LONGEST_DELAY, RetryPolicy
@@ -25,6 +25,7 @@ from apoq.schema.statements.claim import (
     CLAIM,
     CLAIM_TOKEN,
     DATA,
+    EXPIRES_IN,
     FAIL_COUNT,
     ID,
     LONGEST,
@@ -58,6 +59,8 @@ class Claim:
     """By type, as they were at the claim."""
     claimed_at: float
     """By time.monotonic()."""
+    sent_at: float
+    """When the statement was sent, by time.monotonic(): not later than the claim's time in the database."""
     lease: Lease
     """Of the worker, in the queue's schema."""
     signal: StopSignal
@@ -204,13 +207,22 @@ class _Attempt(Generic[S]):
     def read(self) -> None:
         """Read the task's data, from the database if it is large; raise `UnreadableData` if Python can't.
 
-        If the task is no longer owned, the attempt is recalled. Raises `Unreachable` if the database is away.
+        If the task is no longer owned, the attempt is recalled. Raises `Unreachable` if the database is away,
+        and `TaskExpired` if the task must not start any more.
         """
+        if self.row[EXPIRES_IN] is not None:
+            self._check_expiry()
         text = self.row[DATA]
         if text is not None and len(text) <= LONGEST:
             self.data = read_json(text)
         else:
             self._fetch()
+            self._check_expiry()
+
+    def _check_expiry(self) -> None:
+        expires_in = self.row[EXPIRES_IN]
+        if expires_in is not None and time.monotonic() >= self.row[CLAIM].sent_at + expires_in:
+            raise TaskExpired(TaskExpired.__doc__)
 
     def _fetch(self) -> None:
         try:

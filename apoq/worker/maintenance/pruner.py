@@ -1,20 +1,23 @@
-"""Deletes tasks that ended long ago."""
+"""Deletes tasks that ended long ago, and ends those that have expired."""
 
 from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import timedelta
 from functools import partial
 from typing import Any, Final, NamedTuple
 
 from psycopg import DatabaseError
-from sqlalchemy import Delete, Engine, Select
+from sqlalchemy import Delete, Engine, Select, Update
 
 from apoq.client.queue import Queue
+from apoq.core.outcomes import EXPIRED
+from apoq.core.payload import encode
 from apoq.core.retention import Keep, keep
 from apoq.postgres.connections import execute, is_caused_by_a_row
+from apoq.schema.statements.expire import expire
 from apoq.schema.statements.prune import (
     oldest_kept_completed,
     oldest_kept_failed,
@@ -23,6 +26,7 @@ from apoq.schema.statements.prune import (
     prune_failed,
     prune_failed_before,
 )
+from apoq.schema.statements.throttles import prune_windows
 from apoq.worker import logs
 from apoq.worker.failures import Outage
 from apoq.worker.isolation import Isolation
@@ -45,18 +49,18 @@ PRUNE_INTERVAL_SECONDS: Final = 60.0
 
 
 class Rule:
-    """Which of a queue's tasks are deleted, and how many at once."""
+    """Which rows are deleted or ended, and how many at once."""
 
-    def __init__(self, statement: Delete, from_queue: str, **parameters: Any) -> None:
-        """`parameters` are those of the statement; for `prune_completed`, `keep`."""
+    def __init__(self, name: str, statement: Delete | Update, parameters: Mapping[str, Any]) -> None:
         self.deleted = 0
+        self._name = name
         self._statement = statement
-        self._parameters = {"from_queue": from_queue, **parameters}
+        self._parameters = dict(parameters)
         self._narrowing = Narrowing(BATCH_SIZE)
         self._has_told = False
 
     def __str__(self) -> str:
-        return f"the pruning of the queue {self._parameters['from_queue']!r}"
+        return self._name
 
     @property
     def kept(self) -> int:
@@ -64,7 +68,7 @@ class Rule:
         return self._narrowing.kept
 
     def prune(self, engine: Engine) -> bool:
-        """Delete a batch; return whether there may be more."""
+        """Delete or end a batch; return whether there may be more."""
         try:
             found = execute(
                 engine,
@@ -89,7 +93,7 @@ class Excess(Rule):
 
     def __init__(self, statement: Delete, boundary: Select[Any], from_queue: str, at_most: int) -> None:
         """`boundary` returns when the oldest task ended that is kept."""
-        super().__init__(statement, from_queue)
+        super().__init__(f"the pruning of the queue {from_queue!r}", statement, {"from_queue": from_queue})
         self._boundary = boundary
         self._at_most = at_most
         self._has_more = False
@@ -108,8 +112,30 @@ class Excess(Rule):
         return self._has_more
 
 
+def retention(prune: Delete, queue: str, keep: timedelta) -> Rule:
+    """Return the rule that deletes a queue's tasks a time after they have ended."""
+    return Rule(f"the pruning of the queue {queue!r}", prune, {"from_queue": queue, "keep": keep})
+
+
+def expiry(schema: str | None, queues: Iterable[Queue]) -> Rule:
+    """Return the rule that ends the expired tasks of the queues in a schema."""
+    names = [queue.name for queue in queues if queue.schema == schema]
+    where = "" if schema is None else f" of the schema {schema!r}"
+    parameters = {"in_queues": names, "reason": encode(EXPIRED)}
+    return Rule(f"ending the expired tasks{where}", expire(schema), parameters)
+
+
+def windows(schema: str | None) -> Rule:
+    """Return the rule that deletes the windows of throttled tasks that are over."""
+    where = "" if schema is None else f" of the schema {schema!r}"
+    return Rule(f"the pruning of throttles{where}", prune_windows(schema), {})
+
+
 class Pruner(Service):
-    """Deletes the ended tasks of a worker's queues after their retention, in small batches."""
+    """Deletes the ended tasks of a worker's queues after their retention, in small batches.
+
+    It also ends expired tasks that no worker claims, and deletes the windows of throttled tasks.
+    """
 
     def __init__(
         self,
@@ -135,6 +161,8 @@ class Pruner(Service):
                 *_rules(queue, keep(keep_failed), _OF_FAILED),
             )
         ]
+        for schema, lease in leases.items():
+            self._rules += [(lease, expiry(schema, queues)), (lease, windows(schema))]
 
     def turn(self) -> float | None:
         """Delete a batch of each kind; return when to go on."""
@@ -172,7 +200,7 @@ _OF_FAILED: Final = _Statements(prune_failed, prune_failed_before, oldest_kept_f
 def _rules(queue: Queue, keep: Keep, statements: _Statements) -> Iterator[Rule]:
     schema = queue.schema
     if keep.length is not None:
-        yield Rule(statements.old(schema), queue.name, keep=keep.length)
+        yield retention(statements.old(schema), queue.name, keep.length)
     if keep.at_most is not None:
         yield Excess(statements.before(schema), statements.boundary(schema), queue.name, keep.at_most)
 

@@ -7,6 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache, partial
 from operator import itemgetter
@@ -22,12 +23,13 @@ from apoq.core.outcomes import Unreachable
 from apoq.core.results import NAME as RESULT
 from apoq.errors import InvalidData
 from apoq.events import COMPLETED, FAILED, RETRIED, Events, TaskCompleted, TaskFailed, TaskRetried
-from apoq.postgres.connections import execute, is_caused_by_a_row
+from apoq.postgres.connections import Send, execute, is_away, is_caused_by_a_row, transaction
 from apoq.postgres.messages import brief
 from apoq.schema.models import detached, tasks_table
 from apoq.schema.statements.arrays import array_text
 from apoq.schema.statements.claim import CLAIM_TOKEN, ID
 from apoq.schema.statements.lost import lost
+from apoq.schema.statements.notify import arrays, has_tasks, notify
 from apoq.schema.statements.settle import settle
 from apoq.worker import logs, reports
 from apoq.worker.claim_log import ClaimLog
@@ -49,6 +51,7 @@ from apoq.worker.settling.batches import (
     token_arrays,
 )
 from apoq.worker.settling.counters import Counter
+from apoq.worker.settling.failure_tasks import add_failure_tasks, has_failure_task
 from apoq.worker.unique_keys import pending_without_key, take_free_keys
 
 LOCKED_POLL_SECONDS: Final = 0.25
@@ -331,10 +334,39 @@ class Settler(Service):
             **settlement_arrays(ends),
         }
         statement = write_settlements(unsettled.schema, full=is_full, skips_locked=unsettled.skips_locked)
-        written = execute(self._engine, statement, parameters).mappings()
+        followed = {end.attempt.id: end for end in ends if has_failure_task(end)}
+        if followed:
+            written = self._write_with_failure_tasks(unsettled.schema, statement, parameters, followed)
+        else:
+            written = execute(self._engine, statement, parameters).mappings()
         if unsettled.schema not in self._sharded:
             take_free_keys(partial(execute, self._engine), unsettled.schema, pending_without_key(written))
         return {row["id"]: row if is_full else None for row in written}
+
+    def _write_with_failure_tasks(
+        self,
+        schema: str | None,
+        statement: Executable,
+        parameters: dict[str, Any],
+        followed: Mapping[int, AttemptResult],
+    ) -> list[dict[str, Any]]:
+        """Write settlements, and add the tasks of `on_failure` in the same transaction."""
+        try:
+            with transaction(self._engine) as send:
+                written = send(statement, parameters).mappings()
+                failed = [row["id"] for row in written if row["state"] == states.FAILED]
+                ends = [followed[task_id] for task_id in failed if task_id in followed]
+                queues = add_failure_tasks(partial(_add, send), schema, ends)
+        except _NotAdded as error:
+            if len(followed) > 1 and is_caused_by_a_row(error.cause):
+                raise error.cause from None  # each is written by itself
+            # Such as a missing right. The tasks must not stay unsettled because of it.
+            logs.failure_task_not_added(followed, error.cause)
+            return execute(self._engine, statement, parameters).mappings()
+        if queues:
+            with suppress(Exception):  # workers find the tasks at their next poll
+                execute(self._engine, notify(), arrays(has_tasks(schema, queue) for queue in queues))
+        return written
 
     def _execute(
         self, statement: Executable, tasks: list[Claimed], arrays: dict[str, Any], *, is_full: bool
@@ -365,6 +397,27 @@ class Settler(Service):
         last, self._unreachable_at = self._unreachable_at, time.monotonic()
         if self._unreachable_at > last + OUTAGE_SECONDS:
             logs.session_unreachable(outcome)
+
+
+class _NotAdded(Exception):
+    """The server has refused a task of `on_failure`."""
+
+    def __init__(self, cause: DatabaseError) -> None:
+        super().__init__(str(cause))
+        self.cause = cause
+
+
+def _add(send: Send, statement: Executable, parameters: Mapping[str, Any]) -> None:
+    try:
+        send(statement, parameters)
+    except DatabaseError as error:
+        if is_away(error) or (error.sqlstate or "").startswith(_PASSES):
+            raise
+        raise _NotAdded(error) from error
+
+
+_PASSES: Final = ("40", "53", "55", "57")
+"""Classes of errors after which the same statement may succeed, such as a lock that was not available."""
 
 
 @cache
