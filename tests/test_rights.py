@@ -36,7 +36,7 @@ until = patience(20)
 
 SCRIPTS = [block.code for block in pages.blocks(pages.DOCS / "roles.md", "sql")]
 ADDS, CHANGES, THROTTLES, RESULTS, SCHEDULES, WORKS, READS, WORK_POLICY, ADD_POLICY = SCRIPTS
-INSERTED = set(re.search(r"INSERT \((.*?)\)", ADDS).group(1).split(", "))
+INSERTED = set(re.search(r"INSERT \((.*?)\)", " ".join(ADDS.split())).group(1).split(", "))
 OTHERS = {column.name for column in tasks_table(None).c} - INSERTED - {"indexed_state"}
 
 
