@@ -28,6 +28,7 @@ from apoq import (
     AsyncRunningTask,
     InvalidProcessor,
     InvalidTask,
+    Limit,
     Queue,
     RunningTask,
     Task,
@@ -969,3 +970,14 @@ def test_the_context_of_a_coroutine_ends_although_no_thread_can_be_started(monke
     asyncio.run(process())
 
     assert ended == [None]
+
+
+def test_a_typed_task_has_a_limit_of_each_key(app, apoq, context, db):
+    @apoq.task(type="charge", limit=Limit(1, key=lambda account_id: account_id))
+    def charge(account_id: int) -> None: ...
+
+    assert charge.add(account_id=7).key == "7"
+    db.session.commit()
+    assert apoq.worker.work().type == "charge"
+    (limit,) = apoq.worker.queues[0].limits(db.session)
+    assert (limit.type, limit.at_most, limit.is_of_key) == ("charge", 1, True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
 from apoq.core.payload import check_name
@@ -74,6 +74,11 @@ class Limit:
     def is_of_key(self) -> bool:
         """Whether it limits the tasks of each key, and not all tasks of a type or queue together."""
         return self.key is not None
+
+    @property
+    def of_given_keys(self) -> Limit:
+        """The same limit, for a processor: the function for the key is needed only when tasks are added."""
+        return replace(self, key=True) if callable(self.key) else self
 
     def key_of(self, arguments: dict[str, Any]) -> str | None:
         """Return the key of a typed task with these arguments; `InvalidTask` if it can't be one."""

@@ -16,6 +16,7 @@ from apoq.client.queue import Queue
 from apoq.client.session_adapters import AsyncioSession, SyncSession
 from apoq.client.typed_task import UniqueRule
 from apoq.core.failures import OnFailure
+from apoq.core.limits import Limit
 from apoq.core.options import Options
 from apoq.core.registry import ProcessorOptions, Running, make_processor
 from apoq.core.retry import DEFAULT_RETRY_LIMIT, RetryDelay, exponential_backoff
@@ -233,7 +234,7 @@ class Apoq:
             type: The type of the tasks.
             processor: A plain function or a coroutine function that takes the running task.
             **options: The options of `Worker.use`: `retry_limit`, `retry_delay`, `timeout`, `keep_result`,
-                `max_result_size` and `on_failure`.
+                `max_result_size`, `on_failure` and `limit`.
 
         Raises:
             InvalidProcessor: If the type already has a processor, or an argument is invalid.
@@ -254,7 +255,7 @@ class Apoq:
         Args:
             type: The type of the tasks.
             **options: The options of `Worker.use`: `retry_limit`, `retry_delay`, `timeout`, `keep_result`,
-                `max_result_size` and `on_failure`.
+                `max_result_size`, `on_failure` and `limit`.
 
         Returns:
             A decorator that returns the function unchanged. It raises what `use` raises.
@@ -287,6 +288,7 @@ class Apoq:
         unique_until: UniqueUntil | None = ...,
         on_conflict: OnConflict | None = ...,
         on_failure: OnFailure | None = ...,
+        limit: Limit | None = ...,
         **schedule: Unpack[ScheduleOptions],
     ) -> Decorator: ...
     def task(
@@ -305,6 +307,7 @@ class Apoq:
         unique_until: UniqueUntil | None = None,
         on_conflict: OnConflict | None = None,
         on_failure: OnFailure | None = None,
+        limit: Limit | None = None,
         **schedule: Unpack[ScheduleOptions],
     ) -> Any:
         """Make a function a typed task: ``@apoq.task``, or ``@apoq.task(retry_limit=3)``.
@@ -329,6 +332,7 @@ class Apoq:
             unique_until: As for `Queue.add`, if the tasks are unique.
             on_conflict: As for `Queue.add`, if the tasks are unique.
             on_failure: As for `Queue.task`: a typed task of this extension that is added when a task fails.
+            limit: How many of its tasks may run at once, over all workers: a `Limit`.
             **schedule: `cron` or `every`, and the other times and rules of `Queue.schedule`. The
                 application's workers add a task at each of these times. The function must be callable without
                 arguments.
@@ -339,6 +343,7 @@ class Apoq:
         Raises:
             InvalidProcessor: If the type already has a processor, an annotation can't be represented in JSON,
                 or an option is invalid.
+            InvalidLimit: If the limit is invalid.
             InvalidSchedule: If the times or rules of the schedule are invalid.
         """
         options: ProcessorOptions = {
@@ -348,7 +353,11 @@ class Apoq:
             "on_failure": on_failure,
             "keep_result": keep_result,
             "max_result_size": max_result_size,
+            "limit": limit,
         }
+        of_processor = options.copy()
+        if limit is not None:
+            of_processor["limit"] = limit.of_given_keys
 
         def decorate(function: Callable[..., Any]) -> AppTask[..., Any, ...]:
             task: AppTask[..., Any, ...] = AppTask(
@@ -363,7 +372,7 @@ class Apoq:
                 **options,
             )
             for name in (task.type, *task.aliases):
-                self.use(name, task.processor.function, **options)
+                self.use(name, task.processor.function, **of_processor)
             if task.schedule:
                 self._scheduled.append(task)
                 for worker in self._workers:

@@ -37,7 +37,7 @@ def add_apoq_task(
         function: The function, or its dotted name. It takes the running task and a request.
         type: The type of the tasks. By default the function's dotted name.
         **options: The options of `Worker.use`: `retry_limit`, `retry_delay`, `timeout`, `keep_result`,
-                `max_result_size` and `on_failure`.
+                `max_result_size`, `on_failure` and `limit`.
 
     Raises:
         Misconfigured: If the function or an option is invalid.
@@ -112,7 +112,7 @@ class apoq_task:  # noqa: N801 - as view_config is
         Args:
             type: The type of the tasks. By default the function's dotted name.
             **options: The options of `Worker.use`: `retry_limit`, `retry_delay`, `timeout`, `keep_result`,
-                `max_result_size` and `on_failure`.
+                `max_result_size`, `on_failure` and `limit`.
 
         Raises:
             Misconfigured: If it is used without parentheses.
