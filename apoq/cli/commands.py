@@ -26,6 +26,7 @@ COMMANDS: Final = {
     "grants": "Print the GRANT statements for roles that add, run, read or manage tasks.",
     "metrics": "Serve metrics of the queues and workers for Prometheus.",
     "health": "Check that a worker on this machine works; for the health checks of containers.",
+    "dashboard": "See and steer the queue in a browser.",
     "demo": "Watch apoq work on a private PostgreSQL server.",
 }
 """The commands, in the order of the help. The module ``apoq.cli.<name>`` has the `command`."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from importlib.metadata import version
-from typing import Final
+from typing import Final, Protocol
 
 import sqlalchemy as sa
 
@@ -17,7 +17,8 @@ from apoq.migrations.steps import newer
 from apoq.monitor.check import BAD, OK, WARNING, Finding
 from apoq.monitor.formatting import clean, length, size, tasks
 from apoq.monitor.keys import read_keys
-from apoq.monitor.stats import Figures
+from apoq.monitor.pauses import Pause
+from apoq.monitor.stats import Figures, WorkerFigures
 from apoq.schema.citus import placement
 from apoq.schema.preflight import CITUS, ROLE, ids_problem, only_adds, problems
 from apoq.schema.statements.claim import CHANGED
@@ -51,6 +52,46 @@ FEW_DAYS: Final = 7
 
 MAX_NAMED: Final = 3
 """How many similar findings are listed."""
+
+
+class KnownQueue(Protocol):
+    """The statistics of a queue that are checked."""
+
+    @property
+    def name(self) -> str:
+        """The queue's name."""
+
+    @property
+    def lag(self) -> float | None:
+        """For how many seconds the oldest ready task has been due."""
+
+    @property
+    def oldest_type(self) -> str | None:
+        """The type of that task, if it is known."""
+
+
+class Known(Protocol):
+    """The statistics that are checked: `Figures`, or an `Overview`."""
+
+    @property
+    def queues(self) -> Sequence[KnownQueue]:
+        """The queues."""
+
+    @property
+    def workers(self) -> Sequence[WorkerFigures]:
+        """The workers."""
+
+    @property
+    def pauses(self) -> Sequence[Pause]:
+        """The pauses."""
+
+    @property
+    def orphans(self) -> int:
+        """Running tasks whose worker is not alive."""
+
+    @property
+    def unnoted(self) -> int:
+        """Running tasks that no claim has recorded."""
 
 
 def check_role(connection: sa.Connection, schema: str | None) -> Iterator[Finding]:
@@ -175,7 +216,7 @@ def check_horizon(connection: sa.Connection) -> Iterator[Finding]:
         yield Finding(WARNING, "transactions", text, cure)
 
 
-def check_workers(found: Figures) -> Iterator[Finding]:
+def check_workers(found: Known) -> Iterator[Finding]:
     """Check which workers are alive, and which have died."""
     alive = [worker for worker in found.workers if worker.is_alive]
     dead = [worker for worker in found.workers if not worker.is_alive]
@@ -204,9 +245,11 @@ def check_workers(found: Figures) -> Iterator[Finding]:
         yield Finding(WARNING, "running", text, f"wait: {wait}" if alive else f"start a worker: {wait}")
 
 
-def check_schedules(connection: sa.Connection, schema: str | None) -> Iterator[Finding]:
+def check_schedules(
+    connection: sa.Connection, schema: str | None, at_most: int = MAX_SCHEDULES
+) -> Iterator[Finding]:
     """Check for schedules that don't tick, whose tasks don't run, or that the code has lost."""
-    parameters = {"from_queue": None, "named": None, "at_most": MAX_SCHEDULES}
+    parameters = {"from_queue": None, "named": None, "at_most": at_most}
     rows = connection.execute(all_schedules(schema), parameters).mappings().all()
     found = [finding for row in rows if row["paused_at"] is None for finding in _check_schedule(row)]
     if rows and not found:
@@ -258,7 +301,7 @@ def check_disk(found: Figures) -> Iterator[Finding]:
         yield Finding(WARNING, "disk", text, cure)
 
 
-def check_queues(found: Figures) -> Iterator[Finding]:
+def check_queues(found: Known) -> Iterator[Finding]:
     """Check for tasks that have been due for too long, and for queues without a worker."""
     worked = {name for worker in found.workers if worker.is_alive for name in worker.queues}
     paused = {pause.queue for pause in found.pauses}

@@ -1,0 +1,26 @@
+"""A dashboard, to see and steer the queue from a browser: as a part of your application, or by itself.
+
+.. code-block:: python
+
+    app.mount("/apoq", apoq.dashboard.app(engine, authorize=role_of))
+
+Nobody sees it by default except from the same machine, and nobody changes anything. `authorize` decides about
+each request.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Final
+
+MISSING_EXTRA: Final = 'the dashboard needs more packages: pip install "apoq[dashboard]"'
+
+if find_spec("jinja2") is None or find_spec("starlette") is None:
+    raise ModuleNotFoundError(MISSING_EXTRA, name="jinja2")
+
+from apoq.dashboard.access import AuthorizeASGI, AuthorizeWSGI, Role  # noqa: E402
+from apoq.dashboard.asgi import app  # noqa: E402
+from apoq.dashboard.redaction import Redact  # noqa: E402
+from apoq.dashboard.wsgi import wsgi  # noqa: E402
+
+__all__ = ["AuthorizeASGI", "AuthorizeWSGI", "Redact", "Role", "app", "wsgi"]

@@ -1,0 +1,278 @@
+"""The pages. Each is a function of the site and the request, and reads one snapshot of the database."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from datetime import datetime
+from functools import partial
+from typing import Any, Final, NamedTuple
+
+import psycopg
+import sqlalchemy as sa
+import sqlalchemy.exc
+
+from apoq.core.states import CANCELLED, COMPLETED, FAILED, PENDING, RUNNING, WAITING
+from apoq.dashboard.many import AT_MOST
+from apoq.dashboard.messages import Request
+from apoq.dashboard.site import Page, Site
+from apoq.dashboard.views import Task
+from apoq.monitor.browse import (
+    MAX_QUEUES,
+    READY,
+    RETRYING,
+    SCHEDULED,
+    VIEWS,
+    Listing,
+    Wanted,
+    browse,
+    find_matching,
+    first_queues,
+    read_edge,
+    read_one,
+)
+from apoq.monitor.check import BAD, OK, WARNING, Finding
+from apoq.monitor.failures import last_failures
+from apoq.monitor.overview import MAX_RUNNING, Overview, overview, read_workers
+from apoq.monitor.server_checks import check_clock, check_connections, check_server
+from apoq.monitor.table_checks import (
+    check_horizon,
+    check_ids,
+    check_indexes,
+    check_placement,
+    check_queues,
+    check_role,
+    check_schedules,
+    check_vacuum,
+    check_version,
+    check_workers,
+)
+from apoq.schema.preflight import READ_ONLY, ROLE
+from apoq.schema.statements.browse import browse_schedules
+from apoq.schema.statements.schedules import is_orphan
+
+SCHEDULES: Final = 50
+"""How many schedules are on a page."""
+
+DOCTOR_SECONDS: Final = 30.0
+"""Seconds for which the doctor's findings are kept: they need more statements than any other page."""
+
+
+class NotFound(Exception):
+    """There is no such page or task."""
+
+
+class NavigationEntry(NamedTuple):
+    """A page in the navigation."""
+
+    path: str
+    title: str
+
+
+NAVIGATION: Final = (
+    NavigationEntry("", "Overview"),
+    NavigationEntry("tasks", "Tasks"),
+    NavigationEntry("failures", "Failures"),
+    NavigationEntry("schedules", "Schedules"),
+    # Keys and limits have their place here.
+    NavigationEntry("workers", "Workers"),
+    NavigationEntry("doctor", "Doctor"),
+)
+
+
+class TaskList(NamedTuple):
+    """A page of tasks, and the queues to choose from."""
+
+    listing: Listing
+    queues: list[str]
+    now: datetime
+
+
+def show_overview(site: Site, request: Request) -> Page:
+    """Show the queues."""
+    after = request.query.get("after", "")
+    found = site.snapshots.get(("overview", after), lambda c: overview(c, site.schema, after=after))
+    return Page("overview.html", "Overview", {"found": found, "after": after})
+
+
+def show_queue(site: Site, request: Request) -> Page:
+    """Show one queue, with the plot of the last hour."""
+    name = request.query.get("name", "")
+    found = site.snapshots.get(("queue", name), lambda c: overview(c, site.schema, only=name))
+    return Page("queue.html", f"Queue {name}", {"found": found, "queue": found.queues[0]}, section="")
+
+
+def show_tasks(site: Site, request: Request) -> Page:
+    """List tasks."""
+    wanted = read_wanted(request.query)
+    after = request.query.get("after")
+    edge = None if after is None else read_edge(after)
+
+    def read(connection: sa.Connection) -> TaskList:
+        listing = browse(connection, site.schema, wanted, edge)
+        return TaskList(listing, first_queues(connection, site.schema)[0], _now(connection))
+
+    found = site.snapshots.get(("tasks", wanted, edge), read)
+    values = {
+        "tasks": [Task(row, site.redactor, found.now) for row in found.listing.tasks],
+        "found": found,
+        "wanted": wanted,
+        "views": VIEWS,
+        "max_queues": MAX_QUEUES,
+        "max_running": MAX_RUNNING,
+        "is_first": edge is None,
+        "many": many_actions(wanted),
+    }
+    return Page("tasks.html", "Tasks", values, section="tasks", is_live=edge is None)
+
+
+def show_task(site: Site, _request: Request, task_id: int) -> Page:
+    """Show everything about a task."""
+    row = site.snapshots.get(("task", task_id), lambda c: read_one(c, site.schema, task_id))
+    if row is None:
+        raise NotFound(f"There is no task {task_id}: it was never committed, or it was pruned.")
+    task = Task(row, site.redactor, row["now"])
+    title = f"Task {task_id}"
+    return Page("task.html", title, {"task": task}, section="tasks", is_live=not task.is_ended)
+
+
+def show_many(site: Site, request: Request) -> Page:
+    """Show the number of tasks that would be changed, and ask."""
+    wanted, action = read_wanted(request.query), request.query.get("action", "")
+    if action not in many_actions(wanted):
+        raise NotFound("There is nothing to change by this address.")
+    found = site.snapshots.get(
+        ("many", wanted), lambda c: find_matching(c, site.schema, wanted, at_most=AT_MOST)
+    )
+    values = {"wanted": wanted, "action": action, "ids": found.ids, "has_more": found.next is not None}
+    return Page("many.html", f"{action.capitalize()} tasks", values, section="tasks", is_live=False)
+
+
+def show_failures(site: Site, request: Request) -> Page:
+    """Show the failed tasks in groups."""
+    queue = request.query.get("queue") or None
+
+    def read(connection: sa.Connection) -> Any:
+        names, has_more = first_queues(connection, site.schema)
+        chosen = names if queue is None else [queue]
+        return last_failures(connection, site.schema, chosen), names, has_more, _now(connection)
+
+    found, queues, has_more, now = site.snapshots.get(("failures", queue), read)
+    values = {
+        "found": found,
+        "queues": queues,
+        "queue": queue,
+        "now": now,
+        "has_more_queues": has_more and queue is None,
+        "max_queues": MAX_QUEUES,
+    }
+    return Page("failures.html", "Failures", values, section="failures")
+
+
+def show_schedules(site: Site, request: Request) -> Page:
+    """List the schedules."""
+    edge = request.query.get("after_queue", ""), request.query.get("after", "")
+
+    def read(connection: sa.Connection) -> Any:
+        parameters = {
+            "from_queue": None,
+            "named": None,
+            "after_queue": edge[0],
+            "after_name": edge[1],
+            "at_most": SCHEDULES + 1,
+        }
+        return connection.execute(browse_schedules(site.schema), parameters).mappings().all()
+
+    rows = site.snapshots.get(("schedules", edge), read)
+    values = {"schedules": rows[:SCHEDULES], "has_more": len(rows) > SCHEDULES, "is_orphan": is_orphan}
+    return Page("schedules.html", "Schedules", values, section="schedules")
+
+
+def show_workers(site: Site, _request: Request) -> Page:
+    """List the workers."""
+    found = site.snapshots.get("workers", lambda c: read_workers(c, site.schema))
+    return Page("workers.html", "Workers", {"workers": found}, section="workers")
+
+
+def show_doctor(site: Site, _request: Request) -> Page:
+    """Show what `apoq doctor` says of the server, the tables and the workers."""
+    found = site.snapshots.get("doctor", lambda c: list(_examine(c, site.schema)), seconds=DOCTOR_SECONDS)
+    counts = {level: sum(finding.level == level for finding in found) for level in (BAD, WARNING, OK)}
+    order = sorted(found, key=lambda finding: (BAD, WARNING, OK).index(finding.level))
+    values = {"findings": order, "counts": counts, "seconds": DOCTOR_SECONDS}
+    return Page("doctor.html", "Doctor", values, section="doctor")
+
+
+def _examine(connection: sa.Connection, schema: str | None) -> Iterator[Finding]:
+    def figures() -> Iterable[Finding]:
+        found: Overview = overview(connection, schema, is_brief=True)
+        return [*check_workers(found), *check_queues(found)]
+
+    def rights() -> Iterable[Finding]:
+        found = list(check_role(connection, schema))
+        if not found or found[0].subject != ROLE:
+            found.append(Finding(OK, ROLE, "this role has the rights that a worker needs"))
+        # The transaction of this page is read-only by itself.
+        return [each for each in found if each.subject != READ_ONLY or "standby" in each.text]
+
+    checks: Mapping[str, Callable[[], Iterable[Finding]]] = {
+        # Its timeouts are those of this connection.
+        "server": lambda: [each for each in check_server(connection) if each.subject != "timeouts"],
+        "clock": partial(check_clock, connection),
+        "connections": partial(check_connections, connection),
+        "rights": rights,
+        "tables": partial(check_version, connection, schema),
+        "citus": partial(check_placement, connection, schema),
+        "ids": partial(check_ids, connection, schema),
+        "vacuum": partial(check_vacuum, connection, schema),
+        "indexes": partial(check_indexes, connection, schema),
+        "transactions": partial(check_horizon, connection),
+        "workers": figures,
+        "schedules": partial(check_schedules, connection, schema, SCHEDULES),
+    }
+    for subject, check in checks.items():
+        try:
+            with connection.begin_nested():
+                yield from list(check())
+        except sqlalchemy.exc.DBAPIError as error:
+            if not isinstance(error.orig, psycopg.errors.InsufficientPrivilege):
+                raise
+            yield Finding(WARNING, subject, "could not be checked, because this role may not read it")
+
+
+def read_wanted(query: Mapping[str, str]) -> Wanted:
+    """Read the filters of a list; unknown states are ignored."""
+
+    def given(name: str) -> str | None:
+        return query.get(name, "").strip() or None
+
+    state = given("state")
+    return Wanted(
+        state if state in VIEWS else None, given("queue"), given("type"), given("key"), given("error")
+    )
+
+
+def many_actions(wanted: Wanted) -> tuple[str, ...]:
+    """Return what can be done with all tasks of a list."""
+    if wanted.state in {FAILED, CANCELLED, COMPLETED}:
+        return ("retry",)
+    return ("cancel",) if wanted.state in {READY, SCHEDULED, RETRYING, WAITING, RUNNING, PENDING} else ()
+
+
+def _now(connection: sa.Connection) -> datetime:
+    now: datetime = connection.execute(sa.select(sa.func.now())).scalar_one()
+    return now
+
+
+PAGES: Final[Mapping[str, Callable[[Site, Request], Page]]] = {
+    "/": show_overview,
+    "/queue": show_queue,
+    "/tasks": show_tasks,
+    "/many": show_many,
+    "/failures": show_failures,
+    "/schedules": show_schedules,
+    "/workers": show_workers,
+    "/doctor": show_doctor,
+}
+"""The pages by their path; a task's page is ``/tasks/ID``."""
+
+WRITERS_ONLY: Final = {"/many"}

@@ -1,0 +1,72 @@
+"""Results of queries that are shared by all viewers for a moment."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Any, Final, TypeVar, cast
+
+import sqlalchemy as sa
+
+from apoq.monitor.reading import snapshot
+
+T = TypeVar("T")
+
+SECONDS: Final = 2.0
+"""Seconds for which a snapshot is used."""
+
+MAX_SNAPSHOTS: Final = 100
+
+
+class _Snapshot:
+    """A result, or the error that there was instead."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.taken_at = float("-inf")
+        self.value: Any = None
+        self.error: Exception | None = None
+
+
+class Snapshots:
+    """Reads from the database, at most once in a while for each page, no matter how many people see it."""
+
+    def __init__(self, engine: sa.Engine, schema: str | None) -> None:
+        self._engine = engine
+        self._schema = schema
+        self._lock = threading.Lock()
+        self._found: OrderedDict[Hashable, _Snapshot] = OrderedDict()
+
+    def get(self, key: Hashable, read: Callable[[sa.Connection], T], *, seconds: float = SECONDS) -> T:
+        """Return the last result of this key if it is new enough, otherwise that of `read`.
+
+        Viewers who ask at the same time wait for the same result. An error is also shared: if the database is
+        slow or away, it isn't asked again and again.
+        """
+        with self._lock:
+            found = self._found.setdefault(key, _Snapshot())
+            self._found.move_to_end(key)
+            while len(self._found) > MAX_SNAPSHOTS:
+                self._found.popitem(last=False)
+        with found.lock:
+            if time.monotonic() - found.taken_at > seconds:
+                self._take(found, read)
+            if found.error is not None:
+                raise found.error.with_traceback(None)
+            return cast("T", found.value)
+
+    def _take(self, found: _Snapshot, read: Callable[[sa.Connection], Any]) -> None:
+        found.value, found.error = None, None
+        try:
+            with snapshot(self._engine, self._schema) as connection:
+                found.value = read(connection)
+        except Exception as error:  # noqa: BLE001 - it is raised for each viewer
+            found.error = error
+        found.taken_at = time.monotonic()
+
+    def forget(self) -> None:
+        """Read everything again: something was changed."""
+        with self._lock:
+            self._found.clear()

@@ -1,0 +1,193 @@
+"""The statistics of queues and workers for a page, by statements that read a bounded number of blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Final
+
+import sqlalchemy as sa
+
+from apoq.core.states import WAITING
+from apoq.monitor.browse import first_queues
+from apoq.monitor.pauses import Pause, read_pauses
+from apoq.monitor.stats import MINUTE, WorkerFigures
+from apoq.schema.statements.overview import (
+    count_claimed,
+    count_queues,
+    find_reasons,
+    sample_completions,
+)
+from apoq.schema.statements.workers import workers
+
+FEW_QUEUES: Final = 5
+"""Up to how many queues are counted further, and have a plot each."""
+
+COUNTED_OF_FEW: Final = 2_000
+COUNTED_OF_MANY: Final = 500
+"""Up to how many tasks of a queue in a state are counted."""
+
+REASONS: Final = 20
+"""How many waiting tasks of a queue are read for their reasons."""
+
+LOOKED_AT: Final = 50
+"""How many failed and cancelled tasks of a queue are read: the last ones."""
+
+MAX_RUNNING: Final = 1_000
+MAX_WORKERS: Final = 200
+
+STEPS: Final = 12
+"""Into how many parts the last hour is divided."""
+
+SAMPLED_OF_ONE: Final = 5_000
+SAMPLED_OF_FEW: Final = 700
+"""How many completions in such a part are counted, of one queue and of each of several."""
+
+HOUR: Final = 3_600.0
+
+
+@dataclass
+class QueueSummary:
+    """The tasks of a queue by their state. A number of `counted` + 1 means that there may be any number."""
+
+    name: str
+    counted: int
+    ready: int
+    scheduled: int
+    waiting: int
+    reasons: dict[str, int]
+    """Why they wait, and how many of the first `REASONS` of them do so for this reason."""
+    running: int
+    failed: int
+    has_more_failed: bool
+    lag: float | None
+    """For how many seconds the oldest ready task has been due."""
+    oldest_type: str | None
+    """The type of that task."""
+    per_minute: float
+    pauses: list[Pause] = field(default_factory=list)
+    rates: list[float] = field(default_factory=list)
+    """Completions per minute in the last hour, from the oldest part to the newest."""
+
+
+@dataclass
+class Overview:
+    """Everything on the first page, from one snapshot."""
+
+    queues: list[QueueSummary]
+    next_queue: str | None
+    """The queue behind which the next page begins."""
+    workers: list[WorkerFigures]
+    pauses: list[Pause]
+    orphans: int
+    """Running tasks whose worker is not alive."""
+    now: datetime
+    unnoted: int = 0
+
+
+def overview(
+    connection: sa.Connection,
+    schema: str | None,
+    *,
+    after: str = "",
+    only: str | None = None,
+    is_brief: bool = False,
+) -> Overview:
+    """Return the statistics of the queues that follow `after`, or of the queue `only`.
+
+    With `is_brief`, only the workers, the pauses and the lags are right.
+    """
+    names, has_more = ([only], False) if only is not None else first_queues(connection, schema, after=after)
+    is_few = len(names) <= FEW_QUEUES
+    counted = 0 if is_brief else COUNTED_OF_FEW if is_few else COUNTED_OF_MANY
+    looked_at = 1 if is_brief else LOOKED_AT + 1
+
+    def rows(statement: sa.Select[Any], **parameters: Any) -> list[sa.RowMapping]:
+        return list(connection.execute(statement, {"in_queues": names, **parameters}).mappings())
+
+    running = rows(count_claimed(schema), counted=MAX_RUNNING)
+    seen = rows(workers(schema), at_most=MAX_WORKERS)
+    alive = {row["id"] for row in seen if row["is_alive"]}
+    pauses = read_pauses(connection, schema)
+    reasons = rows(find_reasons(schema), looked_at=REASONS)
+    counts = rows(count_queues(schema), counted=counted + 1, looked_at=looked_at)
+    rates: dict[str, list[float]] = {}
+    if is_few and not is_brief:
+        sampled = SAMPLED_OF_ONE if only is not None else SAMPLED_OF_FEW
+        rates = _rates(rows(sample_completions(schema), steps=STEPS, counted=sampled), sampled)
+    found = [
+        _summary(
+            row,
+            counted,
+            sum(each["number"] for each in running if each["queue"] == row["queue"]),
+            {
+                each["waiting_for"] or WAITING: each["number"]
+                for each in reasons
+                if each["queue"] == row["queue"]
+            },
+            [pause for pause in pauses if pause.queue == row["queue"]],
+            rates.get(row["queue"], []),
+        )
+        for row in counts
+    ]
+    return Overview(
+        sorted(found, key=lambda queue: names.index(queue.name)),
+        names[-1] if has_more else None,
+        [_worker(row, running) for row in seen],
+        pauses,
+        sum(row["number"] for row in running if row["worker_id"] not in alive),
+        connection.execute(sa.select(sa.func.now())).scalar_one(),
+    )
+
+
+def read_workers(connection: sa.Connection, schema: str | None) -> list[WorkerFigures]:
+    """Return the workers, those with the latest heartbeat first."""
+    running = list(connection.execute(count_claimed(schema), {"counted": MAX_RUNNING}).mappings())
+    rows = connection.execute(workers(schema), {"at_most": MAX_WORKERS}).mappings()
+    return [_worker(row, running) for row in rows]
+
+
+def _worker(row: sa.RowMapping, running: list[sa.RowMapping]) -> WorkerFigures:
+    shown = ("host", "pid", "version", "queues", "concurrency", "up_for", "unseen_for", "is_alive")
+    its = sum(each["number"] for each in running if each["worker_id"] == row["id"])
+    return WorkerFigures(id=str(row["id"]), running=its, **{name: row[name] for name in shown})
+
+
+def _summary(
+    row: sa.RowMapping,
+    counted: int,
+    running: int,
+    reasons: dict[str, int],
+    pauses: list[Pause],
+    rates: list[float],
+) -> QueueSummary:
+    per_minute = float(row["minute"])
+    if row["minute"] > counted:
+        per_minute = row["minute"] / max(row["minute_began"], 0.001) * MINUTE
+    return QueueSummary(
+        name=row["queue"],
+        counted=counted,
+        # The index has running tasks as well.
+        ready=row["due"] if row["due"] > counted else max(0, row["due"] - running),
+        scheduled=row["later"],
+        waiting=row["waiting"],
+        reasons=reasons,
+        running=running,
+        failed=row["failed"],
+        has_more_failed=row["ended"] > LOOKED_AT,
+        lag=row["lag"],
+        oldest_type=row["oldest_type"],
+        per_minute=per_minute,
+        pauses=pauses,
+        rates=rates,
+    )
+
+
+def _rates(rows: list[sa.RowMapping], sampled: int) -> dict[str, list[float]]:
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        part = HOUR / STEPS
+        span = part if row["number"] < sampled else max(row["span"], 0.001)
+        rates = found.setdefault(row["queue"], [0.0] * STEPS)
+        rates[STEPS - 1 - row["part"]] = row["number"] / span * MINUTE
+    return found

@@ -1,0 +1,208 @@
+"""Counts the tasks of several queues for a page that is looked at every few seconds.
+
+Like `count`, but for all queues at once, and by index entries if possible: the number of blocks that a page
+reads is bounded, however many tasks and queues there are.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, Final
+
+from sqlalchemy import (
+    BigInteger,
+    ColumnElement,
+    Double,
+    FromClause,
+    Integer,
+    ScalarSelect,
+    Select,
+    Text,
+    any_,
+    bindparam,
+    cast,
+    func,
+    literal_column,
+    select,
+    true,
+)
+from sqlalchemy.dialects.postgresql import ARRAY, INTERVAL
+
+from apoq.core.states import CANCELLED, COMPLETED, FAILED, WAITING
+from apoq.schema.models import claims_table, tasks_table
+from apoq.schema.statements.browse import MAX_PRIORITIES
+from apoq.schema.statements.count import queues
+from apoq.schema.statements.literals import seconds_between
+from apoq.schema.statements.states import has_running_state, is_in, is_open, is_pending
+from apoq.schema.statements.survey import pending_priorities
+
+_COUNTED: Final = bindparam("counted", type_=BigInteger)
+_MINUTE: Final = cast(literal_column("'1 minute'", Text), INTERVAL)
+
+
+@cache
+def name_queues(schema: str | None) -> Select[Any]:
+    """Return the names of up to `at_most` queues that follow `after_queue`, in alphabetical order."""
+    found = queues(schema).subquery("queues")
+    return select(found.c.queue).where(found.c.queue > bindparam("after_queue", type_=Text))
+
+
+@cache
+def count_queues(schema: str | None) -> Select[Any]:
+    """Count the tasks of each of `in_queues`, up to `counted` of each kind, and one more if there are more.
+
+    `due` counts pending tasks that are due together with running ones, and `later` those that are due later:
+    the index that has them doesn't contain the state. `lag` is for how many seconds the oldest ready task has
+    been due. Of failed and cancelled tasks, the last `looked_at` are read to count the failed ones.
+    """
+    tasks, names = tasks_table(schema), _queues()
+    name = names.c.queue
+    priorities = pending_priorities(schema, name)
+    some = (
+        select(priorities.c.priority)
+        .where(priorities.c.priority.is_not(None))
+        .limit(MAX_PRIORITIES)
+        .correlate(names)
+        .lateral("some")
+    )
+    of_all = select(name, some.c.priority).select_from(names.join(some, true()))
+    levels = of_all.cte("levels").prefix_with("MATERIALIZED")  # it is used three times
+
+    def of_levels(found: Select[Any], at_most: Any) -> Select[Any]:
+        each = found.where(tasks.c.queue == levels.c.queue, tasks.c.priority == levels.c.priority)
+        its = each.limit(at_most).correlate(levels).lateral("its")
+        return select(*its.c).select_from(levels.join(its, true())).where(levels.c.queue == name)
+
+    open_at = select(tasks.c.process_at).where(is_open(tasks))
+    due = of_levels(open_at.where(tasks.c.process_at <= func.now()), _COUNTED)
+    later = of_levels(open_at.where(tasks.c.process_at > func.now()), _COUNTED)
+    pending = select(tasks.c.process_at, tasks.c.type).where(
+        is_pending(tasks), tasks.c.process_at <= func.now()
+    )
+    firsts = of_levels(pending.order_by(tasks.c.process_at), 1).correlate(names).subquery("firsts")
+    oldest = select(firsts).order_by(firsts.c.process_at).limit(1).correlate(names).lateral("oldest")
+
+    ended_at = func.coalesce(tasks.c.cancelled_at, tasks.c.failed_at, tasks.c.process_at)
+    ended = (
+        select(tasks.c.state)
+        .where(tasks.c.queue == name, is_in(tasks, FAILED, CANCELLED))
+        .order_by(ended_at.desc())
+        .limit(bindparam("looked_at", type_=BigInteger))
+        .correlate(names)
+        .subquery("ended")
+    )
+    failures = (
+        select(func.count().filter(ended.c.state == FAILED).label("failed"), func.count().label("ended"))
+        .select_from(ended)
+        .correlate(names)
+        .lateral("failures")
+    )
+    completed = select(tasks.c.completed_at).where(
+        tasks.c.queue == name, is_in(tasks, COMPLETED), tasks.c.completed_at > func.now() - _MINUTE
+    )
+    last = completed.order_by(tasks.c.completed_at.desc()).limit(_COUNTED).correlate(names).subquery("last")
+    began = seconds_between(func.min(last.c.completed_at), func.now())
+    minute = (
+        select(func.count().label("minute"), began.label("minute_began"))
+        .select_from(last)
+        .correlate(names)
+        .lateral("minute")
+    )
+    waiting = select(tasks.c.id).where(tasks.c.queue == name, is_in(tasks, WAITING))
+    return select(
+        name,
+        _number(due, names).label("due"),
+        _number(later, names).label("later"),
+        _number(waiting, names).label("waiting"),
+        seconds_between(oldest.c.process_at, func.now()).label("lag"),
+        oldest.c.type.label("oldest_type"),
+        *failures.c,
+        *minute.c,
+    ).select_from(names.join(failures, true()).join(minute, true()).outerjoin(oldest, true()))
+
+
+@cache
+def find_reasons(schema: str | None) -> Select[Any]:
+    """Return the reasons for which the first `looked_at` waiting tasks of each of `in_queues` wait."""
+    tasks, names = tasks_table(schema), _queues()
+    found = (
+        select(tasks.c.waiting_for)
+        .where(tasks.c.queue == names.c.queue, is_in(tasks, WAITING))
+        .order_by(tasks.c.id)
+        .limit(bindparam("looked_at", type_=BigInteger))
+        .correlate(names)
+        .lateral("found")
+    )
+    return (
+        select(names.c.queue, found.c.waiting_for, func.count().label("number"))
+        .select_from(names.join(found, true()))
+        .group_by(names.c.queue, found.c.waiting_for)
+    )
+
+
+@cache
+def count_claimed(schema: str | None) -> Select[Any]:
+    """Count the running tasks by queue and worker: those among `counted` ids in the log of claims."""
+    tasks, claims = tasks_table(schema), claims_table(schema)
+    noted = select(func.unnest(claims.c.task_ids)).limit(_COUNTED).subquery()
+    is_noted = tasks.c.id == any_(func.array(select(noted).scalar_subquery()))
+    return (
+        select(tasks.c.queue, tasks.c.worker_id, func.count().label("number"))
+        .where(is_noted, has_running_state(tasks))
+        .group_by(tasks.c.queue, tasks.c.worker_id)
+    )
+
+
+@cache
+def sample_completions(schema: str | None) -> Select[Any]:
+    """Return how many tasks of each of `in_queues` completed in each of `steps` parts of the last hour.
+
+    Part 0 is the newest, and each is an hour divided by `steps` long. Up to `counted` tasks of a part are
+    counted, from its beginning: if there are more, `span` is in how many seconds these completed.
+    """
+    tasks, names = tasks_table(schema), _queues()
+    steps = bindparam("steps", type_=Integer)
+    parts = select(func.generate_series(0, steps - 1, type_=Integer).label("part")).subquery("parts")
+    hour = literal_column("3600.0", Double)
+    length = hour / cast(steps, Double)
+
+    def ago(number: ColumnElement[int]) -> ColumnElement[Any]:
+        seconds = cast(number, Double) * length
+        return func.now() - func.make_interval(0, 0, 0, 0, 0, 0, seconds, type_=INTERVAL)
+
+    began = ago(parts.c.part + 1)
+    found = (
+        select(tasks.c.completed_at)
+        .where(
+            tasks.c.queue == names.c.queue,
+            is_in(tasks, COMPLETED),
+            tasks.c.completed_at > began,
+            tasks.c.completed_at <= ago(parts.c.part),
+        )
+        .order_by(tasks.c.completed_at)
+        .limit(_COUNTED)
+        .correlate(names, parts)
+        .lateral("found")
+    )
+    counted = (
+        select(
+            func.count().label("number"),
+            seconds_between(began, func.max(found.c.completed_at)).label("span"),
+        )
+        .select_from(found)
+        .correlate(names, parts)
+        .lateral("counted")
+    )
+    return select(names.c.queue, parts.c.part, *counted.c).select_from(
+        names.join(parts, true()).join(counted, true())
+    )
+
+
+def _queues() -> FromClause:
+    names = func.unnest(bindparam("in_queues", type_=ARRAY(Text)), type_=Text)
+    return select(names.label("queue")).subquery("names")
+
+
+def _number(found: Select[Any], names: FromClause) -> ScalarSelect[int]:
+    some = found.correlate(names).limit(_COUNTED).subquery()
+    return select(func.count()).select_from(some).scalar_subquery()
