@@ -42,11 +42,6 @@ def checked_role(given: object) -> Role | None:
     return None
 
 
-def log_failure() -> None:
-    """Log the exception of `authorize`."""
-    logger.exception("authorize raised an exception: access is denied")
-
-
 def is_local(request: Request) -> bool:
     """Return whether a request comes from a browser on this machine, and not through a proxy."""
     if any(name in request.headers for name in FORWARDED):

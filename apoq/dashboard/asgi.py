@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Awaitable, Callable, MutableMapping
 from functools import partial
 from typing import Any, Final
@@ -18,13 +19,14 @@ from apoq.dashboard.access import (
     Role,
     checked_role,
     is_local,
-    log_failure,
 )
 from apoq.dashboard.dashboard import Dashboard
 from apoq.dashboard.messages import MAX_BODY, Request, Response, read_fields
 from apoq.dashboard.redaction import Redact
 from apoq.dashboard.site import Site
 from apoq.errors import glimpse
+
+logger = logging.getLogger("apoq.dashboard")
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -90,8 +92,8 @@ class DashboardApp:
             given: object = self._authorize(native)
             if inspect.isawaitable(given):
                 given = await given
-        except Exception:  # noqa: BLE001 - it is logged
-            log_failure()
+        except Exception:
+            logger.exception("authorize raised an exception: access is denied")
             return None
         return checked_role(given)
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from http import HTTPStatus
 from typing import Any
 
 import sqlalchemy as sa
 
-from apoq.dashboard.access import AuthorizeWSGI, Role, checked_role, is_local, log_failure
+from apoq.dashboard.access import AuthorizeWSGI, Role, checked_role, is_local
 from apoq.dashboard.asgi import NOT_LOCAL, check_authorize
 from apoq.dashboard.dashboard import Dashboard
 from apoq.dashboard.messages import MAX_BODY, Request, read_fields
 from apoq.dashboard.redaction import Redact
 from apoq.dashboard.site import Site
+
+logger = logging.getLogger("apoq.dashboard")
 
 Environ = dict[str, Any]
 StartResponse = Callable[..., Any]
@@ -44,8 +47,8 @@ class DashboardWSGI:
             return "read" if is_local(request) else None
         try:
             given = self._authorize(environ)
-        except Exception:  # noqa: BLE001 - it is logged
-            log_failure()
+        except Exception:
+            logger.exception("authorize raised an exception: access is denied")
             return None
         return checked_role(given)
 

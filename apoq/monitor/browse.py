@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from itertools import groupby
 from typing import Any, Final, NamedTuple
 
@@ -274,8 +274,10 @@ def _page(
     horizon = None if view.is_whole else _horizon(rows, view, place, per_level)
     is_stuck = horizon is not None and view.has_ties and horizon.at >= start.at
     if horizon is not None and view.has_ties:
-        # Tasks at the horizon may not all have been examined, unless all examined ones are there.
-        horizon = Edge(horizon.at, _LOWEST_ID if is_stuck else _HIGHEST_ID)
+        # The examined tasks may not be all tasks at the horizon. They are on the next page, unless all of
+        # the examined ones are there: then the list goes on behind that time.
+        before = horizon.at - timedelta(microseconds=1) if is_stuck else horizon.at
+        horizon = Edge(before, _HIGHEST_ID)
     usable = [
         row
         for row in sorted(rows, key=place, reverse=view.is_descending)

@@ -173,7 +173,7 @@ def _summary(
         waiting=row["waiting"],
         reasons=reasons,
         running=running,
-        failed=row["failed"],
+        failed=min(row["failed"], LOOKED_AT),
         has_more_failed=row["ended"] > LOOKED_AT,
         lag=row["lag"],
         oldest_type=row["oldest_type"],

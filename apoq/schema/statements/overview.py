@@ -25,26 +25,43 @@ from sqlalchemy import (
     literal_column,
     select,
     true,
+    union,
 )
 from sqlalchemy.dialects.postgresql import ARRAY, INTERVAL
 
 from apoq.core.states import CANCELLED, COMPLETED, FAILED, WAITING
-from apoq.schema.models import claims_table, tasks_table
+from apoq.schema.models import claims_table, tasks_table, workers_table
 from apoq.schema.statements.browse import MAX_PRIORITIES
-from apoq.schema.statements.count import queues
 from apoq.schema.statements.literals import seconds_between
 from apoq.schema.statements.states import has_running_state, is_in, is_open, is_pending
 from apoq.schema.statements.survey import pending_priorities
 
 _COUNTED: Final = bindparam("counted", type_=BigInteger)
+_AFTER: Final = bindparam("after_queue", type_=Text)
+_AT_MOST: Final = bindparam("at_most", type_=BigInteger)
 _MINUTE: Final = cast(literal_column("'1 minute'", Text), INTERVAL)
 
 
 @cache
 def name_queues(schema: str | None) -> Select[Any]:
-    """Return the names of up to `at_most` queues that follow `after_queue`, in alphabetical order."""
-    found = queues(schema).subquery("queues")
-    return select(found.c.queue).where(found.c.queue > bindparam("after_queue", type_=Text))
+    """Return the names of up to `at_most` queues that follow `after_queue`, in alphabetical order.
+
+    As `queues`, this takes one index lookup for each queue that has tasks, and reads the workers' queues.
+    """
+    tasks, workers = tasks_table(schema), workers_table(schema)
+    states = {
+        "open": is_open(tasks),
+        "waiting": is_in(tasks, WAITING),
+        "completed": is_in(tasks, COMPLETED),
+        "ended": is_in(tasks, FAILED, CANCELLED),
+    }
+    of_workers = select(func.unnest(workers.c.queues, type_=Text).label("queue")).subquery("of_workers")
+    found = union(
+        *(_names(schema, name, condition) for name, condition in states.items()),
+        select(of_workers.c.queue).where(of_workers.c.queue > _AFTER),
+    ).subquery("found")
+    name: ColumnElement[str] = found.c[0]
+    return select(name.label("queue")).where(name.is_not(None)).order_by(name).limit(_AT_MOST)
 
 
 @cache
@@ -196,6 +213,16 @@ def sample_completions(schema: str | None) -> Select[Any]:
     return select(names.c.queue, parts.c.part, *counted.c).select_from(
         names.join(parts, true()).join(counted, true())
     )
+
+
+def _names(schema: str | None, name: str, condition: ColumnElement[bool]) -> Select[Any]:
+    tasks = tasks_table(schema)
+    first = select(tasks.c.queue).where(condition).order_by(tasks.c.queue).limit(1)
+    begin = first.where(tasks.c.queue > _AFTER).scalar_subquery()
+    found = select(begin.label("queue")).cte(f"{name}_queues", recursive=True)
+    following = first.where(tasks.c.queue > found.c.queue).scalar_subquery()
+    found = found.union_all(select(following).where(found.c.queue.is_not(None)))
+    return select(found.c.queue).limit(_AT_MOST).subquery().select()
 
 
 def _queues() -> FromClause:
