@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import re
 from collections.abc import Iterator
 from datetime import timedelta
@@ -36,7 +37,8 @@ HOSTILE = """
            :x, CASE state WHEN 'pending' THEN CAST(:x AS text) END, :x, :x, :x, now(), now(),
            CASE state WHEN 'cancelled' THEN now() END, now()
     FROM unnest(ARRAY['pending', 'waiting', 'running', 'completed', 'failed', 'cancelled']) AS state;
-    INSERT INTO apoq_claims SELECT gen_random_uuid(), 1, array_agg(id) FROM apoq_tasks WHERE state = 'running';
+    INSERT INTO apoq_claims
+    SELECT gen_random_uuid(), 1, array_agg(id) FROM apoq_tasks WHERE state = 'running';
     INSERT INTO apoq_workers (id, host, pid, version, queues, concurrency, expires_at, grace)
     VALUES (gen_random_uuid(), :x, 1, :x, ARRAY[:x], 1, now() + interval '1 day', interval '1 day');
     INSERT INTO apoq_schedules (queue, name, type, cron, timezone, next_at, last_task_id)
@@ -168,20 +170,20 @@ def test_something_else_than_an_engine_is_refused():
         apoq.dashboard.app("postgresql://x")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("path", [*PAGES, "/nothing", "/static/style.css", "/tasks/7", "/actions"])
-@pytest.mark.parametrize("role", [None, "read", "write"])
-def test_every_response_has_strict_headers(site, path, role):
-    response = Viewer(Dashboard(site), role).ask("GET", path)
+def test_every_response_has_strict_headers(site):
+    paths = [*PAGES, "/nothing", "/static/style.css", "/tasks/7", "/actions"]
 
-    headers = dict(response.all_headers())
-    policy = dict(each.strip().split(" ", 1) for each in headers["content-security-policy"].split(";"))
-    assert policy["default-src"] == "'none'"
-    assert policy["frame-ancestors"] == "'none'"
-    assert "unsafe" not in headers["content-security-policy"]
-    assert headers["x-content-type-options"] == "nosniff"
-    assert headers["referrer-policy"] == "same-origin"
-    assert ("no-store" in headers["cache-control"]) == (not path.startswith("/static/"))
-    assert not any(name.startswith("access-control") for name in headers)
+    for path, role in itertools.product(paths, [None, "read", "write"]):
+        headers = dict(Viewer(Dashboard(site), role).ask("GET", path).all_headers())
+
+        policy = dict(each.strip().split(" ", 1) for each in headers["content-security-policy"].split(";"))
+        assert policy["default-src"] == "'none'"
+        assert policy["frame-ancestors"] == "'none'"
+        assert "unsafe" not in headers["content-security-policy"]
+        assert headers["x-content-type-options"] == "nosniff"
+        assert headers["referrer-policy"] == "same-origin"
+        assert ("no-store" in headers["cache-control"]) == (not path.startswith("/static/"))
+        assert not any(name.startswith("access-control") for name in headers)
 
 
 def test_cookies_are_hidden_from_scripts_and_other_sites(writer):
@@ -190,7 +192,8 @@ def test_cookies_are_hidden_from_scripts_and_other_sites(writer):
     assert [sorted(each.split("; ")[1:]) for each in cookies] == [["HttpOnly", "Path=/", "SameSite=Lax"]]
 
 
-def test_no_page_has_inline_code_or_style(engine, writer, task_id):
+def test_no_page_has_inline_code_or_style(engine, site, writer, task_id):
+    site.environment = None
     pages = [writer.ask("GET", f"{path}?state=failed&action=retry").body.decode() for path in PAGES]
     pages.append(writer.get(f"/tasks/{task_id}"))
 
@@ -249,10 +252,7 @@ def test_no_request_of_a_reader_changes_anything(engine, site, writer, task_id):
     reader.cookies = dict(writer.cookies)  # even with the session of a writer
 
     statuses = {
-        reader.post(
-            {"action": action, "token": token, **{**form, **({"id": task_id} if "id" in form else {})}}
-        ).status
-        for action, form in FORMS.items()
+        reader.post({"action": action, "token": token, **form}).status for action, form in FORMS.items()
     }
     for path in [*PAGES, f"/tasks/{task_id}"]:
         for method in ("GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"):
@@ -274,15 +274,16 @@ OUTSIDE = [
 ]
 
 
-@pytest.mark.parametrize("headers", OUTSIDE, ids=str)
-def test_a_form_from_another_site_is_refused(engine, writer, task_id, headers):
+def test_a_form_from_another_site_is_refused(engine, writer, task_id):
     form = {"action": "cancel", "id": task_id, "token": writer.token()}
+    before = state_of_everything(engine)
 
-    response = writer.post(form, {"content-type": FORM, **headers})
+    for headers in OUTSIDE:
+        response = writer.post(form, {"content-type": FORM, **headers})
 
-    assert response.status == 403
-    assert "Nothing was changed" in text_of(response)
-    assert "pending" in writer.get("/tasks") or "ready" in writer.get("/tasks")
+        assert response.status == 403, headers
+        assert "Nothing was changed" in text_of(response)
+    assert state_of_everything(engine) == before
 
 
 @pytest.mark.parametrize(
@@ -294,12 +295,12 @@ def test_a_form_from_here_is_accepted(engine, writer, task_id, headers):
     assert writer.post(form, {"content-type": FORM, **headers}).status == 303
 
 
-@pytest.mark.parametrize("token", ["", "x", "é", "0" * 64, None])
-def test_a_form_without_the_token_of_its_session_is_refused(engine, writer, task_id, token):
+def test_a_form_without_the_token_of_its_session_is_refused(engine, writer, task_id):
     before, _ = state_of_everything(engine), writer.token()
-    form = {"action": "cancel", "id": task_id} | ({} if token is None else {"token": token})
 
-    assert writer.post(form).status == 403
+    for token in ("", "x", "é", "0" * 64, None):
+        form = {"action": "cancel", "id": task_id} | ({} if token is None else {"token": token})
+        assert writer.post(form).status == 403
     assert state_of_everything(engine) == before
 
 
@@ -322,26 +323,25 @@ def test_the_token_is_valid_in_each_process_of_the_application(engine, writer, t
     site.close()
 
 
-@pytest.mark.parametrize(
-    ("form", "status"),
-    [
-        ({"action": "drop"}, 400),
-        ({"action": "cancel"}, 400),
-        ({"action": "cancel", "id": "7; DROP TABLE apoq_tasks"}, 400),
-        ({"action": "cancel", "id": 10**18 * 9 + 10**18}, 400),
-        ({"action": "cancel-many", "ids": ",".join(["1"] * 1_001)}, 400),
-        ({"action": "pause"}, 400),
-        ({"action": "pause", "queue": "q", "length": "5y"}, 400),
-        ({"action": "pause", "queue": "q", "reason": "x" * 100_000}, 413),
-        ({"action": "run-schedule", "queue": "q"}, 400),
-    ],
-)
-def test_an_invalid_form_is_refused_with_a_message(engine, writer, form, status):
-    before = state_of_everything(engine)
+INVALID = [
+    ({"action": "drop"}, 400),
+    ({"action": "cancel"}, 400),
+    ({"action": "cancel", "id": "7; DROP TABLE apoq_tasks"}, 400),
+    ({"action": "cancel", "id": 10**18 * 9 + 10**18}, 400),
+    ({"action": "cancel-many", "ids": ",".join(["1"] * 1_001)}, 400),
+    ({"action": "pause"}, 400),
+    ({"action": "pause", "queue": "q", "length": "5y"}, 400),
+    ({"action": "pause", "queue": "q", "reason": "x" * 100_000}, 413),
+    ({"action": "run-schedule", "queue": "q"}, 400),
+]
 
-    response = writer.post({**form, "token": writer.token()})
 
-    assert response.status == status
+def test_an_invalid_form_is_refused_with_a_message(engine, writer):
+    before, token = state_of_everything(engine), writer.token()
+
+    assert [writer.post({**form, "token": token}).status for form, _ in INVALID] == [
+        status for _, status in INVALID
+    ]
     assert state_of_everything(engine) == before
 
 
