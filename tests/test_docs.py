@@ -22,6 +22,7 @@ from apoq.cli import main
 ELSEWHERE = {
     "coming-from.md": "test_coming_from.py",
     "README.md": "test_readme.py",
+    "dashboard.md": "test_dashboard_mounts.py",
     "django.md": "test_psycopg.py",
     "fastapi.md": "test_fastapi.py",
     "monitoring.md": "test_monitoring.py",
