@@ -64,6 +64,8 @@ def command(
     """  # noqa: D301 - click's sign
     if (user is None) != (password_file is None):
         raise BadUsage("--user and --password-file must be given together")
+    if user is not None and ":" in user:
+        raise BadUsage(f"--user must not contain a colon, got {user!r}")
     if not _is_loopback(host) and user is None and not behind_proxy:
         raise BadUsage(_REFUSED.format(host=host))
     serving = _serving()
