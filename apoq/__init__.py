@@ -1,8 +1,8 @@
 """A PostgreSQL queue for processing background tasks, with a focus on simplicity and reliability.
 
 Public are the names in `__all__` here and the modules `apoq.events`, `apoq.metrics`, `apoq.migrations`,
-`apoq.testing`, `apoq.embedded`, `apoq.flask`, `apoq.pyramid` and `apoq.fastapi`. All other modules are
-private.
+`apoq.testing`, `apoq.embedded`, `apoq.dashboard`, `apoq.flask`, `apoq.pyramid` and `apoq.fastapi`. All other
+modules are private.
 """
 
 from typing import Final

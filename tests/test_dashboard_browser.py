@@ -16,7 +16,7 @@ import uvicorn
 from waiting import patience
 
 from apoq import Queue, Worker
-from apoq.dashboard.asgi import DashboardApp
+from apoq.dashboard.asgi_face import DashboardApp
 from apoq.dashboard.dashboard import Dashboard
 from apoq.dashboard.site import Site
 

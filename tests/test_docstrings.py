@@ -15,6 +15,7 @@ import pages
 import pytest
 
 import apoq
+import apoq.dashboard
 import apoq.embedded
 import apoq.errors
 import apoq.events

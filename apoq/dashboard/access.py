@@ -30,7 +30,7 @@ FORWARDED: Final = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-
 
 
 def checked_role(given: object) -> Role | None:
-    """Return the role that `authorize` has returned; None, which is no access, for an invalid value."""
+    """Return the role that `authorize` has returned; None, which denies access, for an invalid value."""
     if given is None:
         return None
     if isinstance(given, str):

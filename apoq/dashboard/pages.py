@@ -32,7 +32,14 @@ from apoq.monitor.browse import (
 )
 from apoq.monitor.check import BAD, OK, WARNING, Finding
 from apoq.monitor.failures import last_failures
-from apoq.monitor.overview import MAX_RUNNING, Overview, overview, read_workers
+from apoq.monitor.overview import (
+    FEW_QUEUES,
+    MAX_RUNNING,
+    Overview,
+    completion_rates,
+    overview,
+    read_workers,
+)
 from apoq.monitor.server_checks import check_clock, check_connections, check_server
 from apoq.monitor.table_checks import (
     check_horizon,
@@ -52,6 +59,9 @@ from apoq.schema.statements.schedules import is_orphan
 
 SCHEDULES: Final = 50
 """How many schedules are on a page."""
+
+RATES_SECONDS: Final = 30.0
+"""Seconds for which the plots of the last hour are kept."""
 
 DOCTOR_SECONDS: Final = 30.0
 """Seconds for which the doctor's findings are kept: they need more statements than any other page."""
@@ -91,14 +101,23 @@ def show_overview(site: Site, request: Request) -> Page:
     """Show the queues."""
     after = request.query.get("after", "")
     found = site.snapshots.get(("overview", after), lambda c: overview(c, site.schema, after=after))
-    return Page("overview.html", "Overview", {"found": found, "after": after})
+    names = tuple(queue.name for queue in found.queues)
+    rates = _rates(site, names) if 0 < len(names) <= FEW_QUEUES else {}
+    return Page("overview.html", "Overview", {"found": found, "after": after, "rates": rates})
 
 
 def show_queue(site: Site, request: Request) -> Page:
     """Show one queue, with the plot of the last hour."""
     name = request.query.get("name", "")
     found = site.snapshots.get(("queue", name), lambda c: overview(c, site.schema, only=name))
-    return Page("queue.html", f"Queue {name}", {"found": found, "queue": found.queues[0]}, section="")
+    values = {"found": found, "queue": found.queues[0], "rates": _rates(site, (name,))[name]}
+    return Page("queue.html", f"Queue {name}", values)
+
+
+def _rates(site: Site, names: tuple[str, ...]) -> dict[str, list[float]]:
+    return site.snapshots.get(
+        ("rates", names), lambda c: completion_rates(c, site.schema, names), seconds=RATES_SECONDS
+    )
 
 
 def show_tasks(site: Site, request: Request) -> Page:

@@ -7,7 +7,7 @@ from base64 import b64decode
 from binascii import Error
 from typing import Final
 
-from apoq.dashboard.asgi import ASGIApp, Receive, Scope, Send
+from apoq.dashboard.asgi_face import ASGIApp, Receive, Scope, Send
 from apoq.dashboard.messages import Response
 
 REALM: Final = "apoq"

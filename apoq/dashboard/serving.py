@@ -10,7 +10,7 @@ from typing import Any
 import sqlalchemy as sa
 import uvicorn
 
-from apoq.dashboard.asgi import ASGIApp, DashboardApp
+from apoq.dashboard.asgi_face import ASGIApp, DashboardApp
 from apoq.dashboard.dashboard import Dashboard
 from apoq.dashboard.passwords import BasicAuthentication
 from apoq.dashboard.site import Site

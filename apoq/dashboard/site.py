@@ -30,7 +30,7 @@ WRITE_SECONDS: Final = 30.0
 
 @dataclass
 class Page:
-    """What a handler returns: a template, and its values."""
+    """The result of a handler: a template, and its values."""
 
     template: str
     title: str

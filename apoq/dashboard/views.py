@@ -1,4 +1,4 @@
-"""What the pages show of tasks, queues and schedules, in words and times."""
+"""Tasks and schedules as the pages show them, in words and times."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class Task:
 
     @property
     def at_what(self) -> str:
-        """What happened, or will happen, at that time."""
+        """The event at that time."""
         state = self.row["state"]
         names = {PENDING: "due", RUNNING: "claimed", COMPLETED: "completed", FAILED: "failed"}
         return names.get(state, "cancelled" if state == CANCELLED else "added")

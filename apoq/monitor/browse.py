@@ -33,7 +33,7 @@ from apoq.schema.statements.overview import name_queues
 READY: Final = "ready"
 SCHEDULED: Final = "scheduled"
 RETRYING: Final = "retrying"
-"""What people call pending tasks: due, due later, and due later after a failed attempt."""
+"""The names for pending tasks: due, due later, and due later after a failed attempt."""
 
 VIEWS: Final = (READY, SCHEDULED, RETRYING, WAITING, RUNNING, COMPLETED, FAILED, CANCELLED)
 """The states by which tasks are listed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Final
@@ -40,7 +41,7 @@ STEPS: Final = 12
 """Into how many parts the last hour is divided."""
 
 SAMPLED_OF_ONE: Final = 5_000
-SAMPLED_OF_FEW: Final = 700
+SAMPLED_OF_FEW: Final = 500
 """How many completions in such a part are counted, of one queue and of each of several."""
 
 HOUR: Final = 3_600.0
@@ -66,8 +67,6 @@ class QueueSummary:
     """The type of that task."""
     per_minute: float
     pauses: list[Pause] = field(default_factory=list)
-    rates: list[float] = field(default_factory=list)
-    """Completions per minute in the last hour, from the oldest part to the newest."""
 
 
 @dataclass
@@ -111,10 +110,6 @@ def overview(
     pauses = read_pauses(connection, schema)
     reasons = rows(find_reasons(schema), looked_at=REASONS)
     counts = rows(count_queues(schema), counted=counted + 1, looked_at=looked_at)
-    rates: dict[str, list[float]] = {}
-    if is_few and not is_brief:
-        sampled = SAMPLED_OF_ONE if only is not None else SAMPLED_OF_FEW
-        rates = _rates(rows(sample_completions(schema), steps=STEPS, counted=sampled), sampled)
     found = [
         _summary(
             row,
@@ -126,7 +121,6 @@ def overview(
                 if each["queue"] == row["queue"]
             },
             [pause for pause in pauses if pause.queue == row["queue"]],
-            rates.get(row["queue"], []),
         )
         for row in counts
     ]
@@ -159,7 +153,6 @@ def _summary(
     running: int,
     reasons: dict[str, int],
     pauses: list[Pause],
-    rates: list[float],
 ) -> QueueSummary:
     per_minute = float(row["minute"])
     if row["minute"] > counted:
@@ -179,13 +172,20 @@ def _summary(
         oldest_type=row["oldest_type"],
         per_minute=per_minute,
         pauses=pauses,
-        rates=rates,
     )
 
 
-def _rates(rows: list[sa.RowMapping], sampled: int) -> dict[str, list[float]]:
+def completion_rates(
+    connection: sa.Connection, schema: str | None, names: Sequence[str]
+) -> dict[str, list[float]]:
+    """Return the completions per minute of these queues in the last hour, from the oldest part to the newest.
+
+    They are estimates if there were too many to count.
+    """
+    sampled = SAMPLED_OF_ONE if len(names) == 1 else SAMPLED_OF_FEW
+    parameters = {"in_queues": list(names), "steps": STEPS, "counted": sampled}
     found: dict[str, list[float]] = {}
-    for row in rows:
+    for row in connection.execute(sample_completions(schema), parameters).mappings():
         part = HOUR / STEPS
         span = part if row["number"] < sampled else max(row["span"], 0.001)
         rates = found.setdefault(row["queue"], [0.0] * STEPS)

@@ -10,7 +10,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from apoq.dashboard.access import AuthorizeWSGI, Role, checked_role, is_local
-from apoq.dashboard.asgi import NOT_LOCAL, check_authorize
+from apoq.dashboard.asgi_face import NOT_LOCAL, check_authorize
 from apoq.dashboard.dashboard import Dashboard
 from apoq.dashboard.messages import MAX_BODY, Request, read_fields
 from apoq.dashboard.redaction import Redact
