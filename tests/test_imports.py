@@ -18,12 +18,14 @@ STRANGERS = {
     "django",
     "fastapi",
     "flask",
+    "jinja2",
     "msgspec",
     "pydantic",
     "pyramid",
     "pytest",
     "rich",
     "starlette",
+    "uvicorn",
 }
 """What is imported by those who use it, or by the modules of apoq's that need it."""
 

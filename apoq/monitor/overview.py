@@ -24,7 +24,7 @@ from apoq.schema.statements.workers import workers
 FEW_QUEUES: Final = 5
 """Up to how many queues are counted further, and have a plot each."""
 
-COUNTED_OF_FEW: Final = 2_000
+COUNTED_OF_FEW: Final = 1_000
 COUNTED_OF_MANY: Final = 500
 """Up to how many tasks of a queue in a state are counted."""
 
@@ -41,7 +41,7 @@ STEPS: Final = 12
 """Into how many parts the last hour is divided."""
 
 SAMPLED_OF_ONE: Final = 5_000
-SAMPLED_OF_FEW: Final = 500
+SAMPLED_OF_FEW: Final = 400
 """How many completions in such a part are counted, of one queue and of each of several."""
 
 HOUR: Final = 3_600.0
