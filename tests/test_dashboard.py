@@ -15,6 +15,7 @@ from apoq.core.states import STATES
 from apoq.dashboard.dashboard import Dashboard
 from apoq.dashboard.pages import PAGES
 from apoq.dashboard.site import Site
+from apoq.dashboard.snapshots import MAX_SNAPSHOTS
 from apoq.monitor.browse import PAGE, VIEWS
 
 LONG_ERRORS = """
@@ -576,3 +577,18 @@ def test_tables_in_a_schema_are_shown_with_its_name(engine):
     assert "schema jobs" in text_of(page)
     assert 'class="tag production"' in page
     assert said == f"Cancelled task {task.id}."
+
+
+def test_a_change_is_logged_with_the_address_of_the_viewer(writer, caplog):
+    with caplog.at_level("INFO", "apoq.dashboard"):
+        writer.act("pause", queue="emails\nforged line")
+
+    assert "Paused the queue emails forged line." in caplog.text
+    assert "(in the dashboard, from 203.0.113.7)" in caplog.text
+
+
+def test_snapshots_do_not_fill_the_memory(site):
+    for number in range(3 * MAX_SNAPSHOTS):
+        site.snapshots.get(("number", number), lambda _connection, number=number: number)
+
+    assert len(site.snapshots) <= MAX_SNAPSHOTS

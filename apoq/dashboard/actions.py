@@ -44,11 +44,11 @@ class Action(NamedTuple):
     is_allowed: Callable[[Rights], bool]
 
 
-def run(site: Site, action: Action, form: Mapping[str, str]) -> str:
-    """Make a change; return the message about it."""
+def run(site: Site, action: Action, form: Mapping[str, str], client: str | None) -> str:
+    """Make a change for a viewer at this address; return the message about it."""
     message = action.run(site, form)
     site.snapshots.forget()
-    logger.info("in the dashboard: %s", message)
+    logger.info("%s (in the dashboard, from %s)", message, client)
     return message
 
 

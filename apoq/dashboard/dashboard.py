@@ -112,7 +112,7 @@ class Dashboard:
             text = "The database role of this dashboard may not change that."
             return self._problem(request, "Not allowed", text, "Grant the right, or use another role.", 403)
         try:
-            message = run(self.site, action, form)
+            message = run(self.site, action, form, request.client)
         except InvalidForm as error:
             return self._problem(request, "Not possible", f"{error}.", status=400)
         back = form.get("back", "")

@@ -17,7 +17,9 @@ T = TypeVar("T")
 SECONDS: Final = 2.0
 """Seconds for which a snapshot is used."""
 
+KEPT_SECONDS: Final = 60.0
 MAX_SNAPSHOTS: Final = 100
+"""When and above what number old snapshots are removed from memory."""
 
 
 class _Snapshot:
@@ -39,6 +41,10 @@ class Snapshots:
         self._lock = threading.Lock()
         self._found: OrderedDict[Hashable, _Snapshot] = OrderedDict()
 
+    def __len__(self) -> int:
+        """Return how many snapshots are in memory."""
+        return len(self._found)
+
     def get(self, key: Hashable, read: Callable[[sa.Connection], T], *, seconds: float = SECONDS) -> T:
         """Return the last result of this key if it is new enough, otherwise that of `read`.
 
@@ -48,8 +54,7 @@ class Snapshots:
         with self._lock:
             found = self._found.setdefault(key, _Snapshot())
             self._found.move_to_end(key)
-            while len(self._found) > MAX_SNAPSHOTS:
-                self._found.popitem(last=False)
+            self._remove_old()
         with found.lock:
             if time.monotonic() - found.taken_at > seconds:
                 self._take(found, read)
@@ -65,6 +70,15 @@ class Snapshots:
         except Exception as error:  # noqa: BLE001 - it is raised for each viewer
             found.error = error
         found.taken_at = time.monotonic()
+
+    def _remove_old(self) -> None:
+        """Remove those that were not asked for lately; those that are being read have no time yet."""
+        oldest = time.monotonic() - KEPT_SECONDS
+        while len(self._found) > 1:
+            key, first = next(iter(self._found.items()))
+            if len(self._found) <= MAX_SNAPSHOTS and not 0 < first.taken_at < oldest:
+                break
+            del self._found[key]
 
     def forget(self) -> None:
         """Read everything again: something was changed."""
