@@ -592,3 +592,14 @@ def test_snapshots_do_not_fill_the_memory(site):
         site.snapshots.get(("number", number), lambda _connection, number=number: number)
 
     assert len(site.snapshots) <= MAX_SNAPSHOTS
+
+
+def test_few_scheduled_tasks_are_counted_among_many_ready_ones(engine, reader):
+    fill(engine, "pending", 3_300)
+    fill(engine, "pending", 12, later="1 day")
+    fill(engine, "waiting", 3_300)
+
+    assert "emails 1,000+ 8 1,000+ " in text_of(reader.get("/"))
+    fill(engine, "pending", 90, later="1 day")
+    reader.dashboard.site.snapshots.forget()
+    assert "emails 1,000+ 30+ 1,000+ " in text_of(reader.get("/"))

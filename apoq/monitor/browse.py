@@ -50,8 +50,8 @@ EXAMINED_ERRORS: Final = 300
 MAX_QUEUES: Final = 20
 """Of how many queues the tasks are listed together."""
 
-PRIORITIES: Final = 3
-"""In how many priorities of a queue there are tasks, as a guess: each of them is examined."""
+LEVELS: Final = 3
+"""In how many levels of a queue there are tasks, as a guess: each of them is examined."""
 
 EXCERPT: Final = 300
 """Characters of an error in a list."""
@@ -248,9 +248,9 @@ def _holders(
 
 
 def _per_level(view: _View, wanted: Wanted, queues: int, at_most: int) -> int:
-    """Return how many tasks of a queue, or of a priority of a queue, are examined."""
+    """Return how many tasks of a queue, or of a level of a queue, are examined."""
     examined = EXAMINED_ERRORS if wanted.error is not None else EXAMINED
-    levels = max(1, queues) * (PRIORITIES if view.statement is browse_pending else 1)
+    levels = max(1, queues) * (LEVELS if view.statement is browse_pending else 1)
     most = max(PAGE + 1, examined // levels)
     is_examined = wanted.is_filtered or wanted.state == RETRYING or view.has_ties or view.is_whole
     if is_examined or (view.statement is browse_all and wanted.queue is not None):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import sqlalchemy as sa
 
@@ -31,6 +31,9 @@ COUNTED_OF_MANY: Final = 500
 REASONS: Final = 20
 """How many waiting tasks of a queue are read for their reasons."""
 
+PROBED: Final = 30
+"""Up to how many due tasks, and tasks that are due later, are counted if a queue has too many tasks."""
+
 LOOKED_AT: Final = 50
 """How many failed and cancelled tasks of a queue are read: the last ones."""
 
@@ -47,14 +50,22 @@ SAMPLED_OF_FEW: Final = 400
 HOUR: Final = 3_600.0
 
 
+class Bounded(NamedTuple):
+    """A number of tasks that were counted up to a bound."""
+
+    number: int
+    has_more: bool
+    """Whether there are more than that."""
+
+
 @dataclass
 class QueueSummary:
     """The tasks of a queue by their state. A number of `counted` + 1 means that there may be any number."""
 
     name: str
     counted: int
-    ready: int
-    scheduled: int
+    ready: Bounded
+    scheduled: Bounded
     waiting: int
     reasons: dict[str, int]
     """Why they wait, and how many of the first `REASONS` of them do so for this reason."""
@@ -109,7 +120,7 @@ def overview(
     alive = {row["id"] for row in seen if row["is_alive"]}
     pauses = read_pauses(connection, schema)
     reasons = rows(find_reasons(schema), looked_at=REASONS)
-    counts = rows(count_queues(schema), counted=counted + 1, looked_at=looked_at)
+    counts = rows(count_queues(schema), counted=counted + 1, probed=PROBED + 1, looked_at=looked_at)
     found = [
         _summary(
             row,
@@ -157,12 +168,13 @@ def _summary(
     per_minute = float(row["minute"])
     if row["minute"] > counted:
         per_minute = row["minute"] / max(row["minute_began"], 0.001) * MINUTE
+    due = _bounded(row, row["open_due"], "due", counted)
     return QueueSummary(
         name=row["queue"],
         counted=counted,
         # The index has running tasks as well.
-        ready=row["due"] if row["due"] > counted else max(0, row["due"] - running),
-        scheduled=row["later"],
+        ready=due if due.has_more else Bounded(max(0, due.number - running), has_more=False),
+        scheduled=_bounded(row, row["open"] - row["open_due"], "later", counted),
         waiting=row["waiting"],
         reasons=reasons,
         running=running,
@@ -173,6 +185,13 @@ def _summary(
         per_minute=per_minute,
         pauses=pauses,
     )
+
+
+def _bounded(row: sa.RowMapping, number: int, probed: str, counted: int) -> Bounded:
+    """Return a number of open tasks: of all of them, or, if there are too many, of the first ones."""
+    if row["open"] <= counted:
+        return Bounded(number, has_more=False)
+    return Bounded(max(min(number, counted), min(row[probed], PROBED)), has_more=row[probed] > PROBED)
 
 
 def completion_rates(

@@ -128,7 +128,7 @@ def check_version(connection: sa.Connection, schema: str | None) -> Iterator[Fin
     yield Finding(BAD, "tables", text, cure)
 
 
-def check_limits(connection: sa.Connection, schema: str | None, figures: Figures) -> Iterator[Finding]:
+def check_limits(connection: sa.Connection, schema: str | None, figures: Known) -> Iterator[Finding]:
     """Check for keys that are held up by failed tasks, and for running tasks that have no place."""
     names = [queue.name for queue in figures.queues]
     found = [each for each in read_keys(connection, schema, names) if each.held_by is not None]

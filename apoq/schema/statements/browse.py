@@ -1,6 +1,6 @@
 """Finds tasks for a page of a list, in the order of an index, however many tasks there are.
 
-Each statement reads at most `per_level` index entries of each level: of a queue, or of a priority of a queue.
+Each statement reads at most `per_level` index entries of each queue, or of each level of a queue.
 A row has what `apoq.monitor.browse` needs to filter and to order tasks, and `read_briefs` reads the details
 of those that are shown.
 """
@@ -17,7 +17,6 @@ from sqlalchemy import (
     FromClause,
     Integer,
     Select,
-    SmallInteger,
     Text,
     any_,
     bindparam,
@@ -35,15 +34,16 @@ from sqlalchemy.dialects.postgresql import ARRAY, TIMESTAMP
 from apoq.core.states import CANCELLED, COMPLETED, FAILED, WAITING
 from apoq.schema.models import claims_table, schedules_table, tasks_table
 from apoq.schema.statements.arrays import bigints
+from apoq.schema.statements.levels import level
 from apoq.schema.statements.schedules import all_schedules
 from apoq.schema.statements.states import has_running_state, is_in, is_pending
-from apoq.schema.statements.survey import pending_priorities
+from apoq.schema.statements.survey import pending_levels
 
 INLINE: Final = 2_000
 """Bytes of stored data or of an error that PostgreSQL keeps in the row, so that it reads no other block."""
 
-MAX_PRIORITIES: Final = 20
-"""How many priorities of a queue are looked at."""
+MAX_LEVELS: Final = 20
+"""How many levels of a queue are looked at."""
 
 _EDGE_ID: Final = bindparam("edge_id", type_=BigInteger)
 _EDGE_TIME: Final = bindparam("edge_time", type_=TIMESTAMP(timezone=True))
@@ -69,19 +69,18 @@ def browse_failed(schema: str | None) -> Select[Any]:
 def browse_pending(schema: str | None) -> Select[Any]:
     """Return pending tasks of `in_queues` that are due after `edge_time` and `edge_id`, the first ones.
 
-    With `from_now`, only tasks that are not due yet; with `until_now`, only due ones. A priority of a queue
-    is a level.
+    With `from_now`, only tasks that are not due yet; with `until_now`, only due ones.
     """
     tasks, queues = tasks_table(schema), _queues()
-    priorities = pending_priorities(schema, queues.c.queue)
-    some = select(priorities.c.priority).where(priorities.c.priority.is_not(None)).limit(MAX_PRIORITIES)
+    all_levels = pending_levels(schema, queues.c.queue)
+    some = select(all_levels.c.level).where(all_levels.c.level.is_not(None)).limit(MAX_LEVELS)
     levels = some.correlate(queues).lateral("levels")
     place = tuple_(tasks.c.process_at, tasks.c.id)
     found = (
-        select(*_light(tasks, tasks.c.process_at, levels.c.priority))
+        select(*_light(tasks, tasks.c.process_at, levels.c.level))
         .where(
             tasks.c.queue == queues.c.queue,
-            tasks.c.priority == levels.c.priority,
+            level(tasks) == levels.c.level,
             is_pending(tasks),
             place > tuple_(_EDGE_TIME, _EDGE_ID),
             tasks.c.process_at > _bound("from_now", "-infinity"),
@@ -227,13 +226,13 @@ def _ended(tasks: Any, condition: ColumnElement[bool], at: ColumnElement[Any]) -
 
 
 def _light(
-    tasks: Any, at: ColumnElement[Any], level: ColumnElement[Any] | None = None
+    tasks: Any, at: ColumnElement[Any], its_level: ColumnElement[Any] | None = None
 ) -> tuple[ColumnElement[Any], ...]:
     error_class = tasks.c.error["class"].as_string()
     return (
         tasks.c.id,
         at.label("at"),
-        (cast(null(), SmallInteger) if level is None else level).label("level"),
+        (cast(null(), Integer) if its_level is None else its_level).label("level"),
         *(tasks.c[name] for name in ("queue", "state", "type", "unique_key", "key", "fail_count")),
         case((bindparam("with_error", type_=Boolean), error_class)).label("error_class"),
     )

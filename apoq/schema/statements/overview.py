@@ -31,14 +31,16 @@ from sqlalchemy.dialects.postgresql import ARRAY, INTERVAL
 
 from apoq.core.states import CANCELLED, COMPLETED, FAILED, WAITING
 from apoq.schema.models import claims_table, tasks_table, workers_table
-from apoq.schema.statements.browse import MAX_PRIORITIES
+from apoq.schema.statements.browse import MAX_LEVELS
+from apoq.schema.statements.levels import level
 from apoq.schema.statements.literals import seconds_between
 from apoq.schema.statements.states import has_running_state, is_in, is_open, is_pending
-from apoq.schema.statements.survey import pending_priorities
+from apoq.schema.statements.survey import pending_levels
 
 _COUNTED: Final = bindparam("counted", type_=BigInteger)
 _AFTER: Final = bindparam("after_queue", type_=Text)
 _AT_MOST: Final = bindparam("at_most", type_=BigInteger)
+_PROBED: Final = bindparam("probed", type_=BigInteger)
 _MINUTE: Final = cast(literal_column("'1 minute'", Text), INTERVAL)
 
 
@@ -68,34 +70,48 @@ def name_queues(schema: str | None) -> Select[Any]:
 def count_queues(schema: str | None) -> Select[Any]:
     """Count the tasks of each of `in_queues`, up to `counted` of each kind, and one more if there are more.
 
-    `due` counts pending tasks that are due together with running ones, and `later` those that are due later:
-    the index that has them doesn't contain the state. `lag` is for how many seconds the oldest ready task has
-    been due. Of failed and cancelled tasks, the last `looked_at` are read to count the failed ones.
+    `open` counts pending and running tasks, of which `open_due` are due. If there are more than `counted`,
+    these are the first ones in the order of claims; then `due` and `later`, which are counted in each level
+    up to `probed`, say whether there are any, and how many if they are few. `lag` is for how many seconds the
+    oldest ready task has been due. Of failed and cancelled tasks, the last `looked_at` are read to count the
+    failed ones.
     """
     tasks, names = tasks_table(schema), _queues()
     name = names.c.queue
-    priorities = pending_priorities(schema, name)
+    all_levels = pending_levels(schema, name)
     some = (
-        select(priorities.c.priority)
-        .where(priorities.c.priority.is_not(None))
-        .limit(MAX_PRIORITIES)
+        select(all_levels.c.level)
+        .where(all_levels.c.level.is_not(None))
+        .limit(MAX_LEVELS)
         .correlate(names)
         .lateral("some")
     )
-    of_all = select(name, some.c.priority).select_from(names.join(some, true()))
+    of_all = select(name, some.c.level).select_from(names.join(some, true()))
     levels = of_all.cte("levels").prefix_with("MATERIALIZED")  # it is used three times
 
     def of_levels(found: Select[Any], at_most: Any) -> Select[Any]:
-        each = found.where(tasks.c.queue == levels.c.queue, tasks.c.priority == levels.c.priority)
+        each = found.where(tasks.c.queue == levels.c.queue, level(tasks) == levels.c.level)
         its = each.limit(at_most).correlate(levels).lateral("its")
         return select(*its.c).select_from(levels.join(its, true())).where(levels.c.queue == name)
 
-    open_at = select(tasks.c.process_at).where(is_open(tasks))
-    due = of_levels(open_at.where(tasks.c.process_at <= func.now()), _COUNTED)
-    later = of_levels(open_at.where(tasks.c.process_at > func.now()), _COUNTED)
-    pending = select(tasks.c.process_at, tasks.c.type).where(
-        is_pending(tasks), tasks.c.process_at <= func.now()
+    is_due = tasks.c.process_at <= func.now()
+    # Without a condition on the level, which would need the rows: the index alone has what is counted.
+    first = (
+        select(is_due.label("is_due"))
+        .where(tasks.c.queue == name, is_open(tasks))
+        .limit(_COUNTED)
+        .correlate(names)
+        .subquery("first")
     )
+    open_tasks = (
+        select(func.count().label("open"), func.count().filter(first.c.is_due).label("open_due"))
+        .select_from(first)
+        .correlate(names)
+        .lateral("open_tasks")
+    )
+    one = select(tasks.c.process_at).where(is_open(tasks))
+    due, later = (of_levels(one.where(condition), _PROBED) for condition in (is_due, ~is_due))
+    pending = select(tasks.c.process_at, tasks.c.type).where(is_pending(tasks), is_due)
     firsts = of_levels(pending.order_by(tasks.c.process_at), 1).correlate(names).subquery("firsts")
     oldest = select(firsts).order_by(firsts.c.process_at).limit(1).correlate(names).lateral("oldest")
 
@@ -128,14 +144,17 @@ def count_queues(schema: str | None) -> Select[Any]:
     waiting = select(tasks.c.id).where(tasks.c.queue == name, is_in(tasks, WAITING))
     return select(
         name,
-        _number(due, names).label("due"),
-        _number(later, names).label("later"),
-        _number(waiting, names).label("waiting"),
+        _number(due, names, _PROBED).label("due"),
+        _number(later, names, _PROBED).label("later"),
+        _number(waiting, names, _COUNTED).label("waiting"),
         seconds_between(oldest.c.process_at, func.now()).label("lag"),
         oldest.c.type.label("oldest_type"),
         *failures.c,
         *minute.c,
-    ).select_from(names.join(failures, true()).join(minute, true()).outerjoin(oldest, true()))
+        *open_tasks.c,
+    ).select_from(
+        names.join(failures, true()).join(minute, true()).join(open_tasks, true()).outerjoin(oldest, true())
+    )
 
 
 @cache
@@ -230,6 +249,6 @@ def _queues() -> FromClause:
     return select(names.label("queue")).subquery("names")
 
 
-def _number(found: Select[Any], names: FromClause) -> ScalarSelect[int]:
-    some = found.correlate(names).limit(_COUNTED).subquery()
+def _number(found: Select[Any], names: FromClause, at_most: Any) -> ScalarSelect[int]:
+    some = found.correlate(names).limit(at_most).subquery()
     return select(func.count()).select_from(some).scalar_subquery()
