@@ -67,6 +67,10 @@ DOCTOR_SECONDS: Final = 30.0
 """Seconds for which the doctor's findings are kept: they need more statements than any other page."""
 
 
+CHECKED_SCHEDULES: Final = 20
+"""How many schedules the doctor checks here."""
+
+
 class NotFound(Exception):
     """There is no such page or task."""
 
@@ -246,7 +250,7 @@ def _examine(connection: sa.Connection, schema: str | None) -> Iterator[Finding]
         "indexes": partial(check_indexes, connection, schema),
         "transactions": partial(check_horizon, connection),
         "workers": figures,
-        "schedules": partial(check_schedules, connection, schema, SCHEDULES),
+        "schedules": partial(check_schedules, connection, schema, CHECKED_SCHEDULES),
     }
     for subject, check in checks.items():
         try:

@@ -119,7 +119,7 @@ def overview(
     seen = rows(workers(schema), at_most=MAX_WORKERS)
     alive = {row["id"] for row in seen if row["is_alive"]}
     pauses = read_pauses(connection, schema)
-    reasons = rows(find_reasons(schema), looked_at=REASONS)
+    reasons = [] if is_brief else rows(find_reasons(schema), looked_at=REASONS)
     counts = rows(count_queues(schema), counted=counted + 1, probed=PROBED + 1, looked_at=looked_at)
     found = [
         _summary(

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 import sqlalchemy as sa
 
-from apoq.schema.statements.preflight import session, tables
-
-_NEEDED: Final = {
-    "tasks": ("apoq_tasks", {"SELECT", "UPDATE"}),
-    "pauses": ("apoq_pauses", {"SELECT", "INSERT", "UPDATE", "DELETE"}),
-    "schedules": ("apoq_schedules", {"SELECT", "UPDATE"}),
-}
+from apoq.schema.statements.changes import may_change
 
 
 class Rights(NamedTuple):
@@ -26,13 +20,5 @@ class Rights(NamedTuple):
 
 def read_rights(connection: sa.Connection, schema: str | None) -> Rights:
     """Return the rights of this connection's role. On a standby there are none."""
-    if connection.execute(session()).mappings().one()["is_standby"]:
-        return Rights()
-    names = [name for name, _ in _NEEDED.values()]
-    rows = connection.execute(tables(), {"names": names, "schema": schema}).mappings()
-    found = {row["name"]: row for row in rows if row["is_reachable"]}
-    has = {
-        what: name in found and rights <= set(found[name]["rights"])
-        for what, (name, rights) in _NEEDED.items()
-    }
-    return Rights(**has, runs="apoq_tasks" in found and bool(found["apoq_tasks"]["may_insert"]))
+    row = connection.execute(may_change(schema)).one()
+    return Rights(*map(bool, row))

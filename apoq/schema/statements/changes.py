@@ -1,0 +1,32 @@
+"""Reads whether a role may change tasks, pauses and schedules."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from sqlalchemy import Boolean, ColumnElement, Select, Table, and_, func, literal, not_, select
+
+from apoq.schema.models import pauses_table, schedules_table, tasks_table
+from apoq.schema.statements.count import oid
+
+
+@cache
+def may_change(schema: str | None) -> Select[*tuple[Any, ...]]:
+    """Return whether this role may change tasks, pauses and schedules, and add tasks of schedules.
+
+    NULL if there is no such table. False on a standby.
+    """
+    is_primary = not_(func.pg_is_in_recovery(type_=Boolean))
+
+    def may(table: Table, *rights: str) -> ColumnElement[bool]:
+        checks = (func.has_table_privilege(oid(table), literal(right), type_=Boolean) for right in rights)
+        return and_(is_primary, *checks)
+
+    tasks = tasks_table(schema)
+    return select(
+        may(tasks, "SELECT", "UPDATE").label("tasks"),
+        may(pauses_table(schema), "SELECT", "INSERT", "UPDATE", "DELETE").label("pauses"),
+        may(schedules_table(schema), "SELECT", "UPDATE").label("schedules"),
+        may(tasks, "SELECT", "INSERT").label("runs"),
+    )
