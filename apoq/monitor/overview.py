@@ -120,7 +120,9 @@ def overview(
     alive = {row["id"] for row in seen if row["is_alive"]}
     pauses = read_pauses(connection, schema)
     reasons = [] if is_brief else rows(find_reasons(schema), looked_at=REASONS)
-    counts = rows(count_queues(schema), counted=counted + 1, probed=PROBED + 1, looked_at=looked_at)
+    counts = rows(
+        count_queues(schema), counted=counted + 1, probed=1 if is_brief else PROBED + 1, looked_at=looked_at
+    )
     found = [
         _summary(
             row,
