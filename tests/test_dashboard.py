@@ -603,3 +603,19 @@ def test_few_scheduled_tasks_are_counted_among_many_ready_ones(engine, reader):
     fill(engine, "pending", 90, later="1 day")
     reader.dashboard.site.snapshots.forget()
     assert "emails 1,000+ 30+ 1,000+ " in text_of(reader.get("/"))
+
+
+def test_a_task_is_shown_with_its_progress_and_its_result(engine, reader):
+    fill(engine, "completed", 1)
+    (task_id,) = ids_in(engine, "true")
+    with engine.begin() as connection:
+        connection.exec_driver_sql(
+            "INSERT INTO apoq_progress SELECT id, 1, 120, 300, 'the second file', now() FROM apoq_tasks"
+        )
+        connection.exec_driver_sql("""UPDATE apoq_tasks SET result = '{"rows": 7, "token": "s3cret"}'""")
+
+    page = reader.get(f"/tasks/{task_id}")
+
+    assert "Progress 120 of 300, the second file" in text_of(page)
+    assert '"rows": 7, "token": "[hidden]"' in text_of(page)
+    assert "s3cret" not in page

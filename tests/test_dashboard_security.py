@@ -43,6 +43,8 @@ HOSTILE = """
     VALUES (gen_random_uuid(), :x, 1, :x, ARRAY[:x], 1, now() + interval '1 day', interval '1 day');
     INSERT INTO apoq_schedules (queue, name, type, cron, timezone, next_at, last_task_id)
     SELECT :x, :x, :x, :x, :x, now(), min(id) FROM apoq_tasks;
+    INSERT INTO apoq_progress SELECT id, 1, 1, 2, :x, now() FROM apoq_tasks;
+    UPDATE apoq_tasks SET result = to_jsonb(CAST(:x AS text));
     INSERT INTO apoq_pauses VALUES (:x, '', now(), :x, :x, now() + interval '1 day'),
                                    (:x, :x, now(), :x, :x, NULL)
 """

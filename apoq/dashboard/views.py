@@ -124,6 +124,12 @@ class Task:
         return None if size is None else self._redactor.plain(self.row["meta"], size)
 
     @property
+    def shown_result(self) -> Shown | None:
+        """Its result, if it has one."""
+        size = self.row["result_size"]
+        return None if size is None else self._redactor.plain(self.row["result"], size)
+
+    @property
     def attempts(self) -> str:
         """How many attempts there were, of how many."""
         number = max(self.row["attempt"], self.row["fail_count"])

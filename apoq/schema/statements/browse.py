@@ -32,7 +32,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import ARRAY, TIMESTAMP
 
 from apoq.core.states import CANCELLED, COMPLETED, FAILED, WAITING
-from apoq.schema.models import claims_table, schedules_table, tasks_table
+from apoq.schema.models import claims_table, progress_table, schedules_table, tasks_table
 from apoq.schema.statements.arrays import bigints
 from apoq.schema.statements.levels import level
 from apoq.schema.statements.schedules import all_schedules
@@ -177,20 +177,23 @@ def read_errors(schema: str | None) -> Select[Any]:
 @cache
 def read_task(schema: str | None) -> Select[Any]:
     """Return everything about the task `task_id`; its data and result only up to `largest` stored bytes."""
-    tasks = tasks_table(schema)
+    tasks, progress = tasks_table(schema), progress_table(schema)
     largest = bindparam("largest", type_=BigInteger)
 
     def text(column: ColumnElement[Any]) -> ColumnElement[Any]:
         return case((func.pg_column_size(column) <= largest, cast(column, Text)))
 
     long = ("data", "meta", "result")
-    return select(
+    found = select(
         *(column for column in tasks.c if column.name not in (*long, "error")),
         *(text(tasks.c[name]).label(name) for name in long),
         *(func.pg_column_size(tasks.c[name], type_=BigInteger).label(f"{name}_size") for name in long),
         case((func.pg_column_size(tasks.c.error) <= largest, tasks.c.error)).label("error"),
+        *(progress.c[name].label(f"progress_{name}") for name in ("done", "total", "note", "at")),
         func.clock_timestamp().label("now"),
-    ).where(tasks.c.id == bindparam("task_id", type_=BigInteger))
+    )
+    its = tasks.outerjoin(progress, progress.c.task_id == tasks.c.id)
+    return found.select_from(its).where(tasks.c.id == bindparam("task_id", type_=BigInteger))
 
 
 @cache
