@@ -43,7 +43,6 @@ from apoq.monitor.overview import (
 from apoq.monitor.server_checks import check_clock, check_connections, check_server
 from apoq.monitor.table_checks import (
     check_horizon,
-    check_ids,
     check_indexes,
     check_placement,
     check_queues,
@@ -245,7 +244,6 @@ def _examine(connection: sa.Connection, schema: str | None) -> Iterator[Finding]
         "rights": rights,
         "tables": partial(check_version, connection, schema),
         "citus": partial(check_placement, connection, schema),
-        "ids": partial(check_ids, connection, schema),
         "vacuum": partial(check_vacuum, connection, schema),
         "indexes": partial(check_indexes, connection, schema),
         "transactions": partial(check_horizon, connection),

@@ -53,6 +53,9 @@ MAX_QUEUES: Final = 20
 LEVELS: Final = 3
 """In how many levels of a queue there are tasks, as a guess: each of them is examined."""
 
+LEAST: Final = 10
+"""How many tasks of each queue, or of each level of a queue, are examined at least."""
+
 EXCERPT: Final = 300
 """Characters of an error in a list."""
 
@@ -251,7 +254,7 @@ def _per_level(view: _View, wanted: Wanted, queues: int, at_most: int) -> int:
     """Return how many tasks of a queue, or of a level of a queue, are examined."""
     examined = EXAMINED_ERRORS if wanted.error is not None else EXAMINED
     levels = max(1, queues) * (LEVELS if view.statement is browse_pending else 1)
-    most = max(PAGE + 1, examined // levels)
+    most = max(LEAST, examined // levels)
     is_examined = wanted.is_filtered or wanted.state == RETRYING or view.has_ties or view.is_whole
     if is_examined or (view.statement is browse_all and wanted.queue is not None):
         return most

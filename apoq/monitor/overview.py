@@ -24,18 +24,23 @@ from apoq.schema.statements.workers import workers
 FEW_QUEUES: Final = 5
 """Up to how many queues are counted further, and have a plot each."""
 
-COUNTED_OF_FEW: Final = 1_000
-COUNTED_OF_MANY: Final = 500
-"""Up to how many tasks of a queue in a state are counted."""
 
-REASONS: Final = 20
-"""How many waiting tasks of a queue are read for their reasons."""
+class Bounds(NamedTuple):
+    """How many tasks of each queue are read at most, so that a page reads a bounded number of blocks."""
 
-PROBED: Final = 30
-"""Up to how many due tasks, and tasks that are due later, are counted if a queue has too many tasks."""
+    counted: int
+    """Up to how many tasks in a state are counted."""
+    probed: int
+    """Up to how many due tasks, and tasks that are due later, are counted if there are too many in all."""
+    looked_at: int
+    """How many failed and cancelled tasks are read: the last ones."""
+    reasons: int
+    """How many waiting tasks are read for their reasons."""
 
-LOOKED_AT: Final = 50
-"""How many failed and cancelled tasks of a queue are read: the last ones."""
+
+FEW: Final = Bounds(counted=1_000, probed=30, looked_at=50, reasons=20)
+MANY: Final = Bounds(counted=500, probed=10, looked_at=15, reasons=3)
+NONE: Final = Bounds(counted=0, probed=0, looked_at=0, reasons=0)
 
 MAX_RUNNING: Final = 1_000
 MAX_WORKERS: Final = 200
@@ -60,15 +65,18 @@ class Bounded(NamedTuple):
 
 @dataclass
 class QueueSummary:
-    """The tasks of a queue by their state. A number of `counted` + 1 means that there may be any number."""
+    """The tasks of a queue by their state.
+
+    A number of ``bounds.counted + 1`` means that there may be any number.
+    """
 
     name: str
-    counted: int
+    bounds: Bounds
     ready: Bounded
     scheduled: Bounded
     waiting: int
     reasons: dict[str, int]
-    """Why they wait, and how many of the first `REASONS` of them do so for this reason."""
+    """Why they wait, and how many of the first ``bounds.reasons`` of them do so for this reason."""
     running: int
     failed: int
     has_more_failed: bool
@@ -109,8 +117,7 @@ def overview(
     """
     names, has_more = ([only], False) if only is not None else first_queues(connection, schema, after=after)
     is_few = len(names) <= FEW_QUEUES
-    counted = 0 if is_brief else COUNTED_OF_FEW if is_few else COUNTED_OF_MANY
-    looked_at = 1 if is_brief else LOOKED_AT + 1
+    bounds = NONE if is_brief else FEW if is_few else MANY
 
     def rows(statement: sa.Select[Any], **parameters: Any) -> list[sa.RowMapping]:
         return list(connection.execute(statement, {"in_queues": names, **parameters}).mappings())
@@ -119,14 +126,17 @@ def overview(
     seen = rows(workers(schema), at_most=MAX_WORKERS)
     alive = {row["id"] for row in seen if row["is_alive"]}
     pauses = read_pauses(connection, schema)
-    reasons = [] if is_brief else rows(find_reasons(schema), looked_at=REASONS)
+    reasons = [] if is_brief else rows(find_reasons(schema), looked_at=bounds.reasons)
     counts = rows(
-        count_queues(schema), counted=counted + 1, probed=1 if is_brief else PROBED + 1, looked_at=looked_at
+        count_queues(schema),
+        counted=bounds.counted + 1,
+        probed=bounds.probed + 1,
+        looked_at=bounds.looked_at + 1,
     )
     found = [
         _summary(
             row,
-            counted,
+            bounds,
             sum(each["number"] for each in running if each["queue"] == row["queue"]),
             {
                 each["waiting_for"] or WAITING: each["number"]
@@ -162,26 +172,26 @@ def _worker(row: sa.RowMapping, running: list[sa.RowMapping]) -> WorkerFigures:
 
 def _summary(
     row: sa.RowMapping,
-    counted: int,
+    bounds: Bounds,
     running: int,
     reasons: dict[str, int],
     pauses: list[Pause],
 ) -> QueueSummary:
     per_minute = float(row["minute"])
-    if row["minute"] > counted:
+    if row["minute"] > bounds.counted:
         per_minute = row["minute"] / max(row["minute_began"], 0.001) * MINUTE
-    due = _bounded(row, row["open_due"], "due", counted)
+    due = _bounded(row, row["open_due"], "due", bounds)
     return QueueSummary(
         name=row["queue"],
-        counted=counted,
+        bounds=bounds,
         # The index has running tasks as well.
         ready=due if due.has_more else Bounded(max(0, due.number - running), has_more=False),
-        scheduled=_bounded(row, row["open"] - row["open_due"], "later", counted),
+        scheduled=_bounded(row, row["open"] - row["open_due"], "later", bounds),
         waiting=row["waiting"],
         reasons=reasons,
         running=running,
-        failed=min(row["failed"], LOOKED_AT),
-        has_more_failed=row["ended"] > LOOKED_AT,
+        failed=min(row["failed"], bounds.looked_at),
+        has_more_failed=row["ended"] > bounds.looked_at,
         lag=row["lag"],
         oldest_type=row["oldest_type"],
         per_minute=per_minute,
@@ -189,11 +199,12 @@ def _summary(
     )
 
 
-def _bounded(row: sa.RowMapping, number: int, probed: str, counted: int) -> Bounded:
+def _bounded(row: sa.RowMapping, number: int, probed: str, bounds: Bounds) -> Bounded:
     """Return a number of open tasks: of all of them, or, if there are too many, of the first ones."""
-    if row["open"] <= counted:
+    if row["open"] <= bounds.counted:
         return Bounded(number, has_more=False)
-    return Bounded(max(min(number, counted), min(row[probed], PROBED)), has_more=row[probed] > PROBED)
+    least = max(min(number, bounds.counted), min(row[probed], bounds.probed))
+    return Bounded(least, has_more=row[probed] > bounds.probed)
 
 
 def completion_rates(
