@@ -25,6 +25,7 @@ except ImportError as error:
         raise AttributeError(name)
 else:
     HAS_LIBPQ = True
+    from apoq.client.groups import Group
     from apoq.client.progress import Progress
     from apoq.client.queue import Queue
     from apoq.client.queue_bulk import RetriedMany
@@ -65,6 +66,7 @@ __all__ = [
     "Cancel",
     "DuplicateTask",
     "Fail",
+    "Group",
     "InvalidArguments",
     "InvalidData",
     "InvalidLimit",

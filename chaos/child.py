@@ -20,7 +20,7 @@ from typing import Any, Final, SupportsIndex
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
-from apoq import Limit, Queue, RunningTask, Worker
+from apoq import Fail, Limit, Queue, RunningTask, Worker
 from chaos.watcher import MAX_OF_KEY
 
 TICK = 0.05
@@ -30,6 +30,8 @@ KEYS = 40
 """The number of concurrency keys of the tasks."""
 
 LEDGER = sa.text("INSERT INTO ledger (number) VALUES (:number)")
+PARENTS = sa.text("SELECT count(DISTINCT number) FROM ledger WHERE number = ANY (:numbers)")
+EARLY = sa.text("INSERT INTO early (number) VALUES (:number)")
 
 
 def noop(_task: RunningTask) -> None:
@@ -51,6 +53,19 @@ LOAD: Final = (("ledger", None), ("noop", None), ("keyed", key_of))
 def ledger(task: RunningTask) -> None:
     """Write a row that must be written exactly once."""
     task.session.execute(LEDGER, {"number": task.data["number"]})
+
+
+def linked(task: RunningTask) -> None:
+    """Do the same, and record it if the row of a parent isn't there yet."""
+    parents = task.data["parents"]
+    rows = task.session.scalar(PARENTS, {"numbers": parents})
+    if rows != len(parents):
+        task.session.execute(EARLY, {"number": task.data["number"]})
+    ledger(task)
+
+
+def fails(task: RunningTask) -> None:
+    raise Fail(f"as it should: {task.data['number']}")
 
 
 def sleep(seconds: float | SupportsIndex, /) -> None:
@@ -88,7 +103,7 @@ def work(
     options: dict[str, Any] = {} if lease is None else {"lease": timedelta(seconds=lease)}
     worker = Worker(engine, *queues, concurrency=4, listen_url=direct, **options)
     limit: dict[str, Any] = {} if retry_limit is None else {"retry_limit": retry_limit}
-    for processor in (noop, ledger, hold):
+    for processor in (noop, ledger, hold, linked, fails):
         worker.use(processor.__name__, processor, **limit)
     worker.use("keyed", keyed, limit=Limit(MAX_OF_KEY, key=True), **limit)
     threading.Thread(target=_exit_with_input, daemon=True).start()

@@ -48,6 +48,7 @@ from apoq.worker.liveness.heartbeat import Heartbeat
 from apoq.worker.process import PROCESS
 from apoq.worker.runtime import Runtime
 from apoq.worker.settling.settler import Settler, write_settlements
+from apoq.worker.settling.unblocking import Ends, no_ends
 
 new_folder, server_user = _new_folder, _server_user
 flavour = server_checks._flavour
@@ -202,6 +203,21 @@ def prune(worker: Worker) -> None:
 def sweep(worker: Worker) -> None:
     """Look once more for tasks that are running and that no claim has noted."""
     runtime(worker).sweep.turn()
+
+
+def sweep_links(worker: Worker) -> None:
+    """Let a worker that has not started look at all edges, as a pass of its sweep does."""
+    unblocker = runtime(worker).unblocker
+    for schema, sweep in unblocker._sweeps.items():
+        ends = no_ends()
+        is_over = False
+        while not is_over:
+            found = (set(), set(), set())
+            is_over = sweep._walk(found)
+            ends.update(Ends(*found))
+        unblocker._schemas[schema].ends.update(ends)
+    unblocker.turn()
+    own_engine(worker).dispose()
 
 
 def sweep_level(worker: Worker, schema: str | None = None) -> object:
@@ -595,6 +611,22 @@ def settling_statements() -> dict[str, list[sa.Executable]]:
         "completion.write": [
             completion._returning(write(None), None, full=True, is_ours=False)
             for write in (complete_last, remove_last, complete_last_with_result)
+        ],
+        "completion.with_edges": [
+            *(
+                completion.Completion(Events(), keep=keep).statement(
+                    None, full=full, alike=alike, skips_locked=skips_locked, linked=True
+                )
+                for keep in both
+                for full in both
+                for alike in both
+                for skips_locked in both
+            ),
+            *(
+                completion._returning(write(None, linked=True), None, full=full, is_ours=False, linked=True)
+                for write in (complete_last, remove_last)
+                for full in both
+            ),
         ],
         "settler.write_settlements": [
             write_settlements(None, full=full, skips_locked=skips_locked)

@@ -57,7 +57,7 @@ INTERNAL: dict[str, set[str]] = {
 CALLED_BY_OTHERS = {"apoq.TypedTask.__call__", "apoq.migrations.include_object"}
 """Callables whose parameters are those of the user's function, or of Alembic."""
 
-NO_CONSTRUCTOR = {"apoq.Schedule", "apoq.Task", "apoq.TypedTask"}
+NO_CONSTRUCTOR = {"apoq.Group", "apoq.Schedule", "apoq.Task", "apoq.TypedTask"}
 """Classes that a user's code doesn't construct, or that SQLAlchemy gives a constructor."""
 
 DEFINED_ELSEWHERE = {

@@ -51,7 +51,8 @@ def wait_until_idle(worker: Worker, claims: list[list[str]]) -> None:
     changed_at, seen = time.monotonic(), 0
 
     def listens() -> bool:
-        return len(probe.awaited(worker) or ()) == 2 * len(worker.queues)
+        schemas = {queue.schema for queue in worker.queues}
+        return len(probe.awaited(worker) or ()) == 3 * len(worker.queues) + len(schemas)
 
     def is_idle() -> bool:
         nonlocal changed_at, seen

@@ -47,6 +47,7 @@ TABLES = {
     "apoq_throttles",
     "apoq_limits",
     "apoq_progress",
+    "apoq_links",
     "apoq_migrations",
 }
 HEAD = f"{LATEST:04d}"

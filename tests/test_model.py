@@ -361,6 +361,7 @@ class Tasks(RuleBasedStateMachine):
                 claim_log=SimpleNamespace(settled=self._forget_attempts, given_up=lambda _: None),
                 sharded=[None] if keeps else [],  # one of them skips locked tasks
                 on_pending=lambda queue, delay: None,
+                on_followed=lambda schema, completed, failed: None,
             )
             for keeps, completion in self.completions.items()
         }

@@ -27,7 +27,8 @@ SOON = 30.0
 until = patience(SOON)
 SHORT = timedelta(seconds=2.5)
 
-LISTENS = {(b"apoq", b"default"), (b"apoq_paused", b"default")}
+CHANNELS = (b"apoq", b"apoq_paused", b"apoq_limited")
+LISTENS = {*((channel, b"default") for channel in CHANNELS), (b"apoq_linked", b"")}
 """What is awaited on the connection of a worker of the default queue, when notifications arrive."""
 
 WAITING = f"""

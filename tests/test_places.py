@@ -28,6 +28,7 @@ TABLES = {
     "apoq_throttles",
     "apoq_limits",
     "apoq_progress",
+    "apoq_links",
     "apoq_migrations",
 }
 

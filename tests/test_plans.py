@@ -322,9 +322,17 @@ LOOKS = [
     pytest.param(count_running(None), {}, RUNNING, id="count running"),
     pytest.param(table_size(None), {}, set(), id="table size"),
     pytest.param(
-        count_prunable_completed(None), PRUNE, {"apoq_tasks_completed_idx"}, id="count prunable completed"
+        count_prunable_completed(None),
+        PRUNE,
+        {"apoq_tasks_completed_idx", "apoq_tasks_pkey"},
+        id="count prunable completed",
     ),
-    pytest.param(count_prunable_failed(None), PRUNE, {"apoq_tasks_failed_idx"}, id="count prunable failed"),
+    pytest.param(
+        count_prunable_failed(None),
+        PRUNE,
+        {"apoq_tasks_failed_idx", "apoq_tasks_pkey"},
+        id="count prunable failed",
+    ),
     pytest.param(
         lock_ended(None, "failed", frozenset()),
         {"from_queue": "default", "looked_at": 0, "at_most": 1_000},
@@ -394,6 +402,8 @@ def test_each_index_is_needed():
 
     # A plain task never enters the index of waiting ones, with which people look at them.
     needed.add("apoq_tasks_waiting_idx")
+    # Nor the index of the groups, with which people look at them.
+    needed.add("apoq_tasks_group_idx")
     assert needed == {"apoq_tasks_pkey", *(index.name for index in Task.__table__.indexes)}
 
 

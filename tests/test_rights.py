@@ -36,6 +36,7 @@ until = patience(20)
 
 SCRIPTS = [block.code for block in pages.blocks(pages.DOCS / "roles.md", "sql")]
 ADDS, CHANGES, THROTTLES, RESULTS, SCHEDULES, WORKS, READS, WORK_POLICY, ADD_POLICY = SCRIPTS
+(LINKS,) = [block.code for block in pages.blocks(pages.DOCS / "workflows.md", "sql")]
 INSERTED = set(re.search(r"INSERT \((.*?)\)", " ".join(ADDS.split())).group(1).split(", "))
 OTHERS = {column.name for column in tasks_table(None).c} - INSERTED - {"indexed_state"}
 
@@ -328,3 +329,19 @@ def test_those_for_one_that_adds_let_it_add(connect, engine, queue):
 
     with engine.begin() as connection:
         assert connection.scalar(sa.select(sa.func.count()).select_from(Task)) == 3_001
+
+
+def test_one_that_adds_graphs_may_add_cancel_and_retry_them(connect, engine):
+    queue = Queue()
+    with Session(connect(ADDS, CHANGES, LINKS)) as session, session.begin():
+        first = queue.add(session, "t")
+        queue.add(session, "t", after=[first])
+        with queue.group(session) as group:
+            group.add_many("t", [{}] * 3)
+            group.then("t")
+        assert queue.cancel(session, first)
+        assert queue.retry(session, first, with_cancelled=True)
+
+    with engine.begin() as connection:
+        states = connection.scalars(sa.text("SELECT state FROM apoq_tasks ORDER BY id")).all()
+    assert sorted(states) == ["pending"] * 4 + ["waiting"] * 2

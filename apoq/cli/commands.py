@@ -22,6 +22,7 @@ COMMANDS: Final = {
     "limits": "List the limits, or set or remove one.",
     "prune": "Delete tasks that ended some time ago.",
     "schedules": "List the schedules, or pause, resume, run or remove one of them.",
+    "groups": "List groups of tasks, with the states of their tasks, the newest first.",
     "stats": "Show the tasks of each queue by their state, and the workers.",
     "grants": "Print the GRANT statements for roles that add, run, read or manage tasks.",
     "metrics": "Serve metrics of the queues and workers for Prometheus.",

@@ -19,6 +19,7 @@ from apoq.cli.output import json_option, show, show_json
 from apoq.cli.target import Target
 from apoq.monitor.check import BAD, OK, WARNING, Finding
 from apoq.monitor.formatting import clean
+from apoq.monitor.graphs import check_waiting
 from apoq.monitor.role_checks import check_roles
 from apoq.monitor.server_checks import check_clock, check_connections, check_server, check_way
 from apoq.monitor.stats import figures
@@ -125,6 +126,7 @@ def _check_figures(target: Target) -> Iterator[Finding]:
     with looking(target) as connection:
         yield from check_schedules(connection, target.schema)
         yield from check_limits(connection, target.schema, found)
+        yield from check_waiting(connection, target.schema)
 
 
 def _examined(

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from apoq.cli.follow import follow as follow_task
 from apoq.cli.follow import progress_text, read
+from apoq.cli.graph_tree import drawn
 from apoq.cli.list import RETRYING, STYLES, shown_state
 from apoq.cli.looking import looking, task_json
 from apoq.cli.output import console, json_option, show, show_json
@@ -23,6 +24,7 @@ from apoq.cli.values import identifier
 from apoq.core.places import KEY, POOL
 from apoq.core.states import FAILED, RUNNING, WAITING
 from apoq.monitor.formatting import ago, clean, local
+from apoq.monitor.graphs import graph_of
 from apoq.monitor.keys import read_holders, waits_for
 from apoq.monitor.tracebacks import Frame, own_frame
 
@@ -60,14 +62,19 @@ def command(target: Target, *, task_id: int, full: bool, follow: bool, as_json: 
         apoq show 1652 --json | jq .data
     """  # noqa: D301 - click's sign
     row = (follow_task if follow else read)(target, task_id)
-    held_by = None
-    if row["state"] == WAITING and row["waiting_for"] in {KEY, POOL}:
-        with looking(target) as connection:
+    held_by = graph = None
+    with looking(target) as connection:
+        if row["state"] == WAITING and row["waiting_for"] in {KEY, POOL}:
             held_by = read_holders(connection, target.schema, row)
+        if not as_json:
+            graph = graph_of(connection, target.schema, task_id)
     if as_json:
         show_json(task_json(row))
         return
     show(_facts(row, held_by))
+    if graph:
+        show(Text())
+        show(drawn(row, graph))
     show(Text())
     show(_json(row["data"], None if full else _LINES))
     if row["result"] is not None:
@@ -103,6 +110,8 @@ def _facts(row: sa.RowMapping, held_by: Sequence[sa.RowMapping] | None) -> Table
             text = f"{value.total_seconds():g} s" if isinstance(value, timedelta) else str(value)
             made.add_row(name.replace("_", " "), text)
     _add_keys(made, row, held_by)
+    for heading, value in _of_graph(row):
+        made.add_row(heading, value)
     if row["progress_done"] is not None:
         when = f"  ({ago(row['progress_at'], row['now'])})"
         made.add_row("progress", Text(progress_text(row)) + Text(when, "dim"))
@@ -120,6 +129,17 @@ def _add_keys(made: Table, row: sa.RowMapping, held_by: Sequence[sa.RowMapping] 
         made.add_row("waits for", Text(waits_for(row, held_by)))
     if row["unique_key"] is not None:
         made.add_row("unique key", Text(clean(row["unique_key"])) + Text(_held_until(row), "dim"))
+
+
+def _of_graph(row: sa.RowMapping) -> Iterator[tuple[str, str]]:
+    if row["waiting_since"] is not None:
+        yield "waiting since", f"{local(row['waiting_since'])}  ({ago(row['waiting_since'], row['now'])})"
+    if row["blockers"]:
+        yield "waits for", "1 task" if row["blockers"] == 1 else f"{row['blockers']:,} tasks"
+    if row["on_parent_failure"] is not None:
+        yield "on failure", f"{clean(row['on_parent_failure'])}, if a task that it waits for fails"
+    if row["group_id"] is not None:
+        yield "group", str(row["group_id"])
 
 
 def _held_until(row: sa.RowMapping) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from apoq.client.cascades import fail_children, reopen_edges, revive_children
 from apoq.client.session_adapters import Caller, Driver, Row
 from apoq.client.unique_tasks import reserve_key_of
 from apoq.core.options import has_expiry
@@ -25,7 +26,7 @@ from apoq.schema.statements.enqueue import (
     enqueue,
     enqueue_many,
 )
-from apoq.schema.statements.notify import has_tasks, was_cancelled, was_limited, was_paused
+from apoq.schema.statements.notify import has_links, has_tasks, was_cancelled, was_limited, was_paused
 from apoq.schema.statements.portable import read_row
 
 BATCH_COUNT = 5_000
@@ -77,19 +78,37 @@ def cancel(caller: Caller, schema: str | None, parameters: dict[str, Any]) -> bo
     by_key = "task_unique_key" in parameters
     for row in caller.execute(cancelling.cancel(schema, by_key=by_key), parameters):
         caller.refresh(task_class(schema), read_row(row))
+        if row["is_followed"]:
+            cancel_children(caller, schema, [row["id"]])
         if row["claimed_at"] is not None:
             caller.notify(was_cancelled(row["id"]))
         return True
     return False
 
 
-def retry(caller: Caller, schema: str | None, parameters: dict[str, Any]) -> bool:
-    """Make a task that has ended pending again; return whether there was one, and its unique key is free."""
+def cancel_children(caller: Caller, schema: str | None, ids: list[int]) -> None:
+    """Apply the cancellation of tasks to the tasks that wait for them."""
+    if fail_children(caller.execute, schema, ids, waits=True).free:
+        caller.notify(has_links(schema))
+
+
+def retry(
+    caller: Caller, schema: str | None, parameters: dict[str, Any], *, with_cancelled: bool = False
+) -> bool:
+    """Make a task that has ended pending again; return whether there was one, and its unique key is free.
+
+    If parents of the task have not completed, it waits for them instead. `with_cancelled`: the tasks that
+    were cancelled because it had not completed wait again.
+    """
     rows = caller.execute(retrying.retry(schema), parameters)
     if not rows and reserve_key_of(caller, schema, parameters):
         rows = caller.execute(retrying.retry(schema, takes_key=True), parameters)
     for row in rows:
         caller.refresh(task_class(schema), read_row(row))
+        if with_cancelled:
+            revive_children(caller.execute, schema, row["id"])
+        elif row["is_followed"]:
+            reopen_edges(caller.execute, schema, [row["id"]])
         caller.notify(has_tasks(schema, parameters["from_queue"]))
         return True
     return False

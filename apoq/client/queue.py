@@ -10,9 +10,11 @@ from weakref import WeakSet
 
 from typing_extensions import ParamSpec
 
+from apoq.client import dependencies as linked
 from apoq.client import throttled_tasks, unique_tasks
 from apoq.client.operations import add, add_many, cancel, retry
 from apoq.client.queue_bulk import QueueBulk
+from apoq.client.queue_graphs import QueueGraphs
 from apoq.client.queue_limits import QueueLimits
 from apoq.client.queue_pauses import QueuePauses
 from apoq.client.queue_results import QueueResults
@@ -22,6 +24,7 @@ from apoq.client.session_first import session_first
 from apoq.client.shared_tasks import shared_tasks
 from apoq.client.task_ids import task_id
 from apoq.client.typed_task import Anything, Decorator, TypedTask, UniqueRule
+from apoq.core.dependencies import OnParentFailure, checked_dependencies
 from apoq.core.failures import OnFailure
 from apoq.core.limits import ConcurrencyKey, Limit, key_for, whole_limit
 from apoq.core.options import HIGHEST_LIMIT, Options, checked, checked_options, checked_reason, integer
@@ -40,7 +43,7 @@ R = TypeVar("R")
 T = TypeVar("T", bound=Running)
 
 
-class Queue(QueueSchedules, QueuePauses, QueueLimits, QueueBulk, QueueResults):
+class Queue(QueueSchedules, QueuePauses, QueueLimits, QueueGraphs, QueueBulk, QueueResults):
     """A named queue of tasks.
 
     It has a name and a schema, but no connection: each call uses the caller's session or connection.
@@ -142,6 +145,8 @@ class Queue(QueueSchedules, QueuePauses, QueueLimits, QueueBulk, QueueResults):
         max_wait: float | timedelta | None = None,
         throttle: float | timedelta | None = None,
         key: ConcurrencyKey | None = None,
+        after: Iterable[Task | int] = (),
+        on_parent_failure: OnParentFailure | None = None,
     ) -> Task | Coroutine[Any, Any, Task]:
         """Add a task in the transaction of `session`, and return it.
 
@@ -179,6 +184,12 @@ class Queue(QueueSchedules, QueuePauses, QueueLimits, QueueBulk, QueueResults):
             key: The concurrency key: what the task is limited by, such as a tenant. A text of at most 255
                 characters, a whole number, or a function that returns one of these for the data, or None.
                 It has an effect only together with a `Limit`.
+            after: Tasks of this schema, or their ids, at most 1,000. The new task waits until all of them
+                have completed; if it has a later time, it is due then.
+            on_parent_failure: What happens if one of these fails for good, is cancelled or is deleted.
+                ``"cancel"``, the default: the task is cancelled, and the tasks that wait for it, too.
+                ``"run"``: the task doesn't wait for it any more. ``"hold"``: the task waits until you have
+                retried that task, and it has completed.
 
         Returns:
             The new `Task`, with its id. With an asyncio session or connection, an awaitable of it. Added
@@ -217,17 +228,28 @@ class Queue(QueueSchedules, QueuePauses, QueueLimits, QueueBulk, QueueResults):
             debounce=debounce,
             max_wait=max_wait,
             throttle=throttle,
+            after=after,
         )
+        dependencies = checked_dependencies(after, on_parent_failure, self._parent_id) if after else None
         parameters = {"task_queue": self.name, "task_type": check_type(type), **with_trace(options)}
         parameters["task_data"] = encode(data, self.max_data_size)
         parameters["task_key"] = key_for(key, data)
         held_key = unique.key_of(data) if unique else None
         if unique is None or held_key is None:
+            if dependencies is not None:
+                return through(
+                    session, lambda caller: linked.add(caller, self.schema, parameters, dependencies)
+                )
             return through(session, lambda caller: add(caller, self.schema, parameters))
         parameters |= {"task_unique_key": held_key, **unique.parameters}
         if (window := unique.throttle) is not None:
             return through(
                 session, lambda caller: throttled_tasks.add(caller, self.schema, parameters, window)
+            )
+        if dependencies is not None:
+            conflict = unique.on_conflict
+            return through(
+                session, lambda caller: linked.add(caller, self.schema, parameters, dependencies, conflict)
             )
         how = unique.on_conflict, unique.max_wait
         return through(session, lambda caller: unique_tasks.add(caller, self.schema, parameters, *how))
@@ -271,6 +293,8 @@ class Queue(QueueSchedules, QueuePauses, QueueLimits, QueueBulk, QueueResults):
         max_wait: float | timedelta | None = None,
         throttle: float | timedelta | None = None,
         key: ConcurrencyKey | None = None,
+        after: Iterable[Task | int] = (),
+        on_parent_failure: OnParentFailure | None = None,
     ) -> int | Coroutine[Any, Any, int]:
         """Add a task for each of `items` in the transaction of `session`.
 
@@ -302,6 +326,8 @@ class Queue(QueueSchedules, QueuePauses, QueueLimits, QueueBulk, QueueResults):
             throttle: As for `add`.
             key: A function that returns the concurrency key for an item, or one key for all. With a function,
                 all of `items` are read first, and no COPY is used.
+            after: As for `add`; each of the tasks waits for all of these. Not together with a unique key.
+            on_parent_failure: As for `add`.
 
         Returns:
             The number of tasks that were added. With an asyncio session or connection, an awaitable of it.
@@ -337,13 +363,27 @@ class Queue(QueueSchedules, QueuePauses, QueueLimits, QueueBulk, QueueResults):
             debounce=debounce,
             max_wait=max_wait,
             throttle=throttle,
+            after=after,
         )
+        dependencies = checked_dependencies(after, on_parent_failure, self._parent_id) if after else None
         parameters = {"task_queue": self.name, "task_type": check_type(type), **with_trace(options)}
         if isinstance(items, str | bytes | dict) or not isinstance(items, Iterable):
             raise InvalidTask(
                 f"items must be the data of many tasks, such as a list of dicts, got {glimpse(items)}"
             )
         parameters["task_key"] = None if callable(key) else key_for(key, None)
+        if dependencies is not None:
+            if unique is not None or callable(key):
+                raise InvalidTask(
+                    "after must not be given to add_many with a unique key, or a function as `key`: add each "
+                    "task by `add`"
+                )
+            return through(
+                session,
+                lambda caller: linked.add_many(
+                    caller, self.schema, parameters, self._documents(items), dependencies
+                ),
+            )
         if unique is not None or callable(key):
             found = list(self._items(items, unique, key))
             parameters |= unique.parameters if unique else NOT_UNIQUE
@@ -386,7 +426,8 @@ class Queue(QueueSchedules, QueuePauses, QueueLimits, QueueBulk, QueueResults):
     ) -> bool | Coroutine[Any, Any, bool]:
         """Cancel a task of this queue in the transaction of `session`.
 
-        A task that has not started will not run. A running task is stopped when you commit: a coroutine
+        A task that has not started will not run. Tasks that wait for it are cancelled, too, unless they were
+        added with another `on_parent_failure`. A running task is stopped when you commit: a coroutine
         is cancelled, and for a plain function `task.should_stop` becomes True. Its result is discarded, and
         its writes to ``task.session`` are rolled back. Its worker notices the cancellation at once if a
         notification arrives, and otherwise within a few heartbeats.
@@ -420,11 +461,21 @@ class Queue(QueueSchedules, QueuePauses, QueueLimits, QueueBulk, QueueResults):
 
     @overload
     def retry(
-        self, session: SyncSession, task: Task | int, *, delay: float | timedelta | None = ...
+        self,
+        session: SyncSession,
+        task: Task | int,
+        *,
+        delay: float | timedelta | None = ...,
+        with_cancelled: bool = ...,
     ) -> bool: ...
     @overload
     def retry(
-        self, session: AsyncioSession, task: Task | int, *, delay: float | timedelta | None = ...
+        self,
+        session: AsyncioSession,
+        task: Task | int,
+        *,
+        delay: float | timedelta | None = ...,
+        with_cancelled: bool = ...,
     ) -> Coroutine[Any, Any, bool]: ...
     @session_first
     def retry(
@@ -433,17 +484,21 @@ class Queue(QueueSchedules, QueuePauses, QueueLimits, QueueBulk, QueueResults):
         task: Task | int,
         *,
         delay: float | timedelta | None = None,
+        with_cancelled: bool = False,
     ) -> bool | Coroutine[Any, Any, bool]:
         """Run an ended task of this queue again.
 
         When you commit, the task is pending, whether it had failed, was cancelled or was completed. It has
         all its attempts again, and keeps its last error until the next one.
         A task with a unique key holds its key again, and if another task has it by now, nothing is changed.
+        If it was added with `after`, and one of these tasks has not completed, it waits for that instead.
 
         Args:
             session: A session or connection, as for `add`.
             task: The task, or its id.
             delay: Time until the task is due, in seconds or as a timedelta. By default it is due at once.
+            with_cancelled: Also the tasks that were cancelled because this one had not completed, and those
+                that were cancelled with them: they wait for it again.
 
         Returns:
             True if the task will run again; False if it has not ended, has expired, its unique key is held by
@@ -461,7 +516,9 @@ class Queue(QueueSchedules, QueuePauses, QueueLimits, QueueBulk, QueueResults):
             "from_queue": self.name,
             "task_delay": checked(delay)["task_delay"],
         }
-        return through(session, lambda caller: retry(caller, self.schema, parameters))
+        return through(
+            session, lambda caller: retry(caller, self.schema, parameters, with_cancelled=with_cancelled)
+        )
 
     @property
     def tasks(self) -> Mapping[str, TypedTask[..., Any]]:
@@ -632,3 +689,6 @@ class Queue(QueueSchedules, QueuePauses, QueueLimits, QueueBulk, QueueResults):
 
     def _id_of(self, task: Task | int | None) -> int:
         return task_id(self, task)
+
+    def _parent_id(self, task: Any) -> int:
+        return task_id(self, task, "each task in after")

@@ -15,7 +15,7 @@ import psycopg
 from psycopg.pq import PipelineStatus
 from psycopg.rows import dict_row
 from psycopg.sql import Composed
-from sqlalchemy import Connection, Dialect, Engine, Executable, Select, insert, inspect
+from sqlalchemy import CompoundSelect, Connection, Dialect, Engine, Executable, Select, insert, inspect
 from sqlalchemy.engine.interfaces import ExecutionContext
 from sqlalchemy.exc import DBAPIError, InvalidRequestError, PendingRollbackError, UnboundExecutionError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_session
@@ -33,6 +33,7 @@ from apoq.postgres.connections import compiled, is_denied, is_missing
 from apoq.postgres.loaders import read_anything
 from apoq.postgres.urls import check_dialect, check_untranslated
 from apoq.schema.models import Task
+from apoq.schema.statements.links import SCHEMA
 from apoq.schema.statements.notify import Notification
 
 SyncSession = Session | scoped_session[Any] | Connection | psycopg.Connection[Any]
@@ -408,6 +409,10 @@ def _check_dialect(dialect: Dialect) -> None:
 
 
 def _schema(statement: Any) -> str | None:
+    if isinstance(statement, CompoundSelect | Select):
+        options = statement.get_execution_options()
+        if SCHEMA in options:
+            return cast("str | None", options[SCHEMA])
     table = statement.get_final_froms()[0] if isinstance(statement, Select) else statement.table
     schema: str | None = table.schema
     return schema

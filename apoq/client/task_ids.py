@@ -26,12 +26,15 @@ class AnyQueue(Protocol):
         """The schema of the queue's tables."""
 
 
-def task_id(queue: AnyQueue, task: Task | int | None) -> int:
-    """Return the id of a task; `InvalidTask` if it isn't a task in the queue's schema, or an id."""
+def task_id(queue: AnyQueue, task: Task | int | None, what: str = "task") -> int:
+    """Return the id of a task; `InvalidTask` if it isn't a task in the queue's schema, or an id.
+
+    `what` is its name in the message.
+    """
     if not isinstance(task, Task):
         return integer("a task's id", task, _LOWEST_ID, _HIGHEST_ID)
     if inspect(task).mapper.local_table is not task_class(queue.schema).__table__:
-        raise InvalidTask(f"task must be in the schema of {queue!r}, got {task!r}")
+        raise InvalidTask(f"{what} must be in the schema of {queue!r}, got {task!r}")
     if task.id is None:
-        raise InvalidTask(f"task must have an id, got {task!r}: flush the session that it was added to")
+        raise InvalidTask(f"{what} must have an id, got {task!r}: flush the session that it was added to")
     return task.id

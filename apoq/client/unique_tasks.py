@@ -6,9 +6,11 @@ either taken or found at a task: at READ COMMITTED, none of them fails.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from typing import Any, Final, NamedTuple
+
+from sqlalchemy import Insert
 
 from apoq.client.session_adapters import Caller, Row
 from apoq.core.states import FINAL, RUNNING
@@ -18,6 +20,7 @@ from apoq.schema.models import Task, detached, with_outcome
 from apoq.schema.statements import unique as statements
 from apoq.schema.statements.arrays import array_text
 from apoq.schema.statements.enqueue import added_row
+from apoq.schema.statements.links import linked_row
 from apoq.schema.statements.notify import has_tasks
 from apoq.schema.statements.portable import read_row
 
@@ -52,9 +55,15 @@ def add(
     parameters: dict[str, Any],
     on_conflict: OnConflict,
     max_wait: timedelta | None,
+    *,
+    statement: Callable[..., Insert] = statements.enqueue_unique,
 ) -> Task:
-    """Add a task with the key `task_unique_key`, or do what `on_conflict` says if another task holds it."""
-    task = _add(caller, schema, parameters, on_conflict, max_wait)
+    """Add a task with the key `task_unique_key`, or do what `on_conflict` says if another task holds it.
+
+    `statement` returns the INSERT.
+    """
+    insert = statement(schema, mapped=caller.has_orm_listeners)
+    task = _add(caller, schema, parameters, on_conflict, max_wait, insert)
     # Also for a task that was kept: it is locked until the commit, so a claim may have skipped it.
     caller.notify(has_tasks(schema, parameters["task_queue"]))
     return task
@@ -66,11 +75,11 @@ def _add(
     parameters: dict[str, Any],
     on_conflict: OnConflict,
     max_wait: timedelta | None,
+    insert: Insert,
 ) -> Task:
-    statement = statements.enqueue_unique(schema, mapped=caller.has_orm_listeners)
     for _ in range(MAX_TRIES):
-        for row in caller.execute(statement, parameters):
-            task = detached(schema, added_row(parameters, row))
+        for row in caller.execute(insert, parameters):
+            task = detached(schema, {**added_row(parameters, row), **linked_row(parameters, row)})
             caller.attach(task)
             return with_outcome(task, ADDED)
         if on_conflict == REPLACE and (found := _replaced(caller, schema, parameters, max_wait)):

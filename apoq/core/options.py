@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any, TypedDict, Unpack
 
+from apoq.core.dependencies import OnParentFailure, checked_on_failure
 from apoq.core.limits import ConcurrencyKey, checked_key
 from apoq.core.payload import check_time, encode
 from apoq.core.plain import plain_number
 from apoq.core.retry import duration, time_limit
-from apoq.core.unique import OnConflict, Unique, UniqueKey, UniqueUntil, checked_unique
+from apoq.core.unique import REPLACE, OnConflict, Unique, UniqueKey, UniqueUntil, checked_unique
 from apoq.errors import InvalidProcessor, InvalidTask, glimpse
 from apoq.tracing import KEYS as TRACE_KEYS
 
@@ -18,6 +19,9 @@ HIGHEST_LIMIT = 2**31 - 2
 
 MAX_META_SIZE = 4 * 1024
 """Maximum size of a task's `meta`, in bytes of JSON."""
+
+OWN_META = "apoq."
+"""The beginning of the keys of `meta` that apoq writes."""
 
 _LOWEST_PRIORITY, _HIGHEST_PRIORITY = -(2**15), 2**15 - 1
 
@@ -40,6 +44,9 @@ class Options(PlainOptions, total=False):
     """Options of a new task, in addition to its type and data."""
 
     key: ConcurrencyKey | None
+    after: Iterable[Any]
+    on_parent_failure: OnParentFailure | None
+
     unique_key: UniqueKey | None
     unique_until: UniqueUntil | None
     on_conflict: OnConflict | None
@@ -75,6 +82,8 @@ def unique_options(
 def merged_options(before: Options, new: Options) -> Options:
     """Return options to which new ones are added, without those that don't fit the new ones."""
     kept = before.copy()
+    if "after" in new and isinstance(new["after"], Iterator):
+        new["after"] = tuple(new["after"])  # for each call
     if "unique_key" in new and new["unique_key"] is None:
         kept.pop("unique_until", None)
         kept.pop("on_conflict", None)
@@ -104,6 +113,8 @@ def checked_options(
     max_wait: float | timedelta | None = None,
     throttle: float | timedelta | None = None,
     key: ConcurrencyKey | None = None,
+    after: Iterable[Any] = (),
+    on_parent_failure: OnParentFailure | None = None,
     **options: Unpack[PlainOptions],
 ) -> tuple[dict[str, Any], Unique | None]:
     """Return options as parameters of a statement, and how the task is unique.
@@ -114,6 +125,12 @@ def checked_options(
     if not callable(key):
         checked_key(key)
     unique = checked_unique(unique_key, unique_until, on_conflict, debounce, max_wait, throttle)
+    checked_on_failure(on_parent_failure)
+    if unique is not None and after and (unique.on_conflict == REPLACE or unique.throttle is not None):
+        raise InvalidTask(
+            "after must not be given with on_conflict='replace', debounce or throttle: a task that is kept "
+            "or replaced keeps the parents that it was added with"
+        )
     if debounce is not None:
         for name, value in (("delay", options.get("delay")), ("process_at", options.get("process_at"))):
             if value is not None:
@@ -230,6 +247,11 @@ def _meta(value: object) -> str:
     for key in TRACE_KEYS:
         if key in value:
             raise InvalidTask(f"meta must not have the key {key!r}, which is reserved for tracing")
+    for key in value:
+        if isinstance(key, str) and key.startswith(OWN_META):
+            raise InvalidTask(
+                f"meta must not have the key {key!r}: keys that begin with {OWN_META} are apoq's"
+            )
     return encode(dict(value), MAX_META_SIZE, "meta")
 
 

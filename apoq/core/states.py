@@ -15,8 +15,9 @@
     the only way out of a final state. An expired task is cancelled by the worker that has claimed it, or
     while it is pending.
 
-    A `waiting` task has not ended. It can't be claimed, not even by the Node.js original, until something
-    else makes it pending. It can be cancelled.
+    A `waiting` task has not ended. It can't be claimed, not even by the Node.js original, until the tasks
+    that it waits for have completed: then a worker makes it pending. It can be cancelled. A task that waits
+    for others is added as `waiting`, and `Queue.retry` makes it wait again if these have not completed.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ TRANSITIONS: Final = {
     PENDING: {RUNNING, CANCELLED},
     WAITING: {PENDING, CANCELLED},
     RUNNING: {PENDING, COMPLETED, FAILED, CANCELLED},
-    **{state: {PENDING} for state in FINAL},
+    **{state: {PENDING, WAITING} for state in FINAL},
 }
 """The states that a task may enter from each state."""
 

@@ -33,6 +33,7 @@ OWN: Final = (
     "apoq_limits",
     "apoq_throttles",
     "apoq_progress",
+    "apoq_links",
 )
 """Tables that the Node.js original doesn't have."""
 

@@ -49,6 +49,14 @@ CLAIMS_STORAGE = {
     "toast.autovacuum_vacuum_threshold": "1000",
 }
 
+LINKS_STORAGE = {
+    # An edge is updated twice; see STORAGE.
+    "fillfactor": "45",
+    "autovacuum_vacuum_scale_factor": "0.01",
+    "autovacuum_vacuum_threshold": "1000",
+    "autovacuum_analyze_scale_factor": "0.05",
+}
+
 SCHEDULES_STORAGE = {
     # A schedule is updated at each of its ticks, however few rows there are.
     "autovacuum_vacuum_scale_factor": "0.01",
@@ -209,6 +217,14 @@ def upgrade(op: Operations, schema: str | None = None) -> None:
         if_not_exists=True,
     )
     op.create_index(
+        op.f("apoq_tasks_group_idx"),
+        "apoq_tasks",
+        ["group_id"],
+        schema=schema,
+        postgresql_where=sa.text("group_id IS NOT NULL"),
+        if_not_exists=True,
+    )
+    op.create_index(
         op.f("apoq_tasks_completed_idx"),
         "apoq_tasks",
         ["queue", "completed_at"],
@@ -353,10 +369,12 @@ def upgrade(op: Operations, schema: str | None = None) -> None:
         schema=schema,
         if_not_exists=True,
     )
+    _create_links(op, schema)
 
 
 def downgrade(op: Operations, schema: str | None = None) -> None:
     """Drop the tables, with every task in them. A schema that was created for them stays."""
+    op.drop_table("apoq_links", schema=schema)
     op.drop_table("apoq_throttles", schema=schema)
     op.drop_table("apoq_progress", schema=schema)
     op.drop_table("apoq_limits", schema=schema)
@@ -365,6 +383,40 @@ def downgrade(op: Operations, schema: str | None = None) -> None:
     op.drop_table("apoq_claims", schema=schema)
     op.drop_table("apoq_workers", schema=schema)
     op.drop_table("apoq_tasks", schema=schema)
+
+
+def _create_links(op: Operations, schema: str | None) -> None:
+    op.create_table(
+        "apoq_links",
+        sa.Column("parent_id", sa.BigInteger, autoincrement=False, nullable=False),
+        sa.Column("child_id", sa.BigInteger, autoincrement=False, nullable=False),
+        sa.Column("position", sa.Integer, server_default=ZERO, nullable=False),
+        sa.Column("is_done", sa.Boolean, server_default=sa.false(), nullable=False),
+        sa.Column("is_counted", sa.Boolean, server_default=sa.false(), nullable=False),
+        sa.Column("needs_check", sa.Boolean, server_default=sa.false(), nullable=False),
+        sa.Column("added_count", sa.Integer),
+        sa.Column("result", JSONB),
+        sa.Column("error", JSONB),
+        sa.PrimaryKeyConstraint("parent_id", "child_id", name=op.f("apoq_links_pkey")),
+        schema=schema,
+        if_not_exists=True,
+    )
+    op.create_index(
+        op.f("apoq_links_child_idx"),
+        "apoq_links",
+        ["child_id", "position", "parent_id"],
+        schema=schema,
+        if_not_exists=True,
+    )
+    op.create_index(
+        op.f("apoq_links_check_idx"),
+        "apoq_links",
+        ["child_id"],
+        schema=schema,
+        postgresql_where=sa.text("needs_check"),
+        if_not_exists=True,
+    )
+    _alter(op, "apoq_links", schema, _set(LINKS_STORAGE))
 
 
 def _set(settings: dict[str, str]) -> str:

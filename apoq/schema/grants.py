@@ -26,8 +26,9 @@ OPERATOR: Final = "operator"
 
 TASKS, SCHEDULES, PAUSES = "apoq_tasks", "apoq_schedules", "apoq_pauses"
 WORKERS, CLAIMS, LIMITS = "apoq_workers", "apoq_claims", "apoq_limits"
-PROGRESS, THROTTLES, MIGRATIONS = "apoq_progress", "apoq_throttles", "apoq_migrations"
-TABLES: Final = (TASKS, WORKERS, CLAIMS, SCHEDULES, PAUSES, LIMITS, PROGRESS, THROTTLES, MIGRATIONS)
+PROGRESS, THROTTLES = "apoq_progress", "apoq_throttles"
+LINKS, MIGRATIONS = "apoq_links", "apoq_migrations"
+TABLES: Final = (TASKS, WORKERS, CLAIMS, SCHEDULES, PAUSES, LIMITS, PROGRESS, THROTTLES, LINKS, MIGRATIONS)
 
 GIVEN: Final = (
     *("created_at", "process_at", "data", "type", "queue", "priority", "retry_limit", "retry_delay"),
@@ -148,6 +149,7 @@ RIGHTS: Final[Mapping[str, tuple[str, ...]]] = {
     LIMITS: ("SELECT", "INSERT", "UPDATE"),
     THROTTLES: ("SELECT", "UPDATE", "DELETE"),
     PROGRESS: ("SELECT", "INSERT", "UPDATE", "DELETE"),
+    LINKS: ("SELECT", "INSERT", "UPDATE", "DELETE"),
     MIGRATIONS: ("SELECT",),
 }
 """The rights that a worker's role needs on each table. It inserts the tasks of schedules."""

@@ -167,16 +167,18 @@ class Task(Base):
     """The concurrency key while the task is running and has a place of it."""
     held_pool_key: Mapped[str | None] = mapped_column(Computed(HELD_POOL_KEY, persisted=True))
     waiting_since: Mapped[datetime | None]
-    """The time since which the task has been waiting."""
+    """The time since which the task has been waiting; None if it isn't."""
     waiting_for: Mapped[str | None]
-    """The reason to wait: a place of its ``key``, or of its type (``pool``), must become free."""
-
-    # Columns for planned features, which a plain task leaves NULL. Each row is written three times, and each
-    # time a column with a value, or a generated one, costs more than a NULL.
+    """The reason to wait: its ``parents`` have not completed, or a place of its ``key``, or of its type
+    (``pool``), must become free."""
     on_parent_failure: Mapped[str | None]
+    """The rule if one of its parents fails: "cancel" (None), "run" or "hold"."""
     group_id: Mapped[int | None] = mapped_column(BigInteger)
+    """The group of the task: the id of the first task that runs after the group."""
     blockers: Mapped[int | None] = mapped_column(Integer)
+    """The number of parents that the task has to wait for; None if it has never had any."""
     is_followed: Mapped[bool | None] = mapped_column(Boolean)
+    """Whether other tasks wait for this one, so that its end has to be written to their edges."""
 
     __table_args__ = (
         CheckConstraint(f"state IN {alternatives(STATES)}", name=conv("apoq_tasks_state_check")),
@@ -246,6 +248,8 @@ class Task(Base):
         ),
         # The first task of a key, for a strict order.
         Index(conv("apoq_tasks_key_idx"), "queue", "key", "id", postgresql_where=text(IS_OF_KEY)),
+        # A plain task never enters this one either.
+        Index(conv("apoq_tasks_group_idx"), "group_id", postgresql_where=text("group_id IS NOT NULL")),
         # The pruner deletes by this index and the next one, the oldest tasks first.
         Index(
             conv("apoq_tasks_completed_idx"),
@@ -394,6 +398,39 @@ class WorkerRow(Base):
     """When the worker's code was deployed: schedules that older code declares don't replace its own."""
 
 
+class Link(Base):
+    """An edge of a graph: a task that waits for another one.
+
+    There are no foreign keys, because these would make deleting plain tasks slower. The edges to a task's
+    parents are deleted with the task; those to its children stay until the children are deleted.
+    """
+
+    __tablename__ = "apoq_links"
+
+    parent_id: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
+    child_id: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
+    position: Mapped[int] = mapped_column(Integer, server_default=text("0"))
+    """The position of the parent in ``after``."""
+    is_done: Mapped[bool] = mapped_column(Boolean, server_default=false())
+    """Whether the child need no longer wait for the parent; written when the parent completes."""
+    is_counted: Mapped[bool] = mapped_column(Boolean, server_default=false())
+    """Whether the edge is no longer in the child's `blockers`."""
+    needs_check: Mapped[bool] = mapped_column(Boolean, server_default=false())
+    """Whether a worker must look at the edge, because the transaction that wrote it could not do it all."""
+    added_count: Mapped[int | None] = mapped_column(Integer)
+    """The number of edges to the same child that the parent has added: they count with this edge."""
+    result: Mapped[Any | None] = mapped_column(JSONB(none_as_null=True))
+    """The parent's result, from when it completed."""
+    error: Mapped[dict[str, str] | None] = mapped_column(JSONB(none_as_null=True))
+    """The end of the parent, if it did not complete."""
+
+    __table_args__ = (
+        Index(conv("apoq_links_child_idx"), "child_id", "position", "parent_id"),
+        # Nearly always empty. No index contains `is_done` or `is_counted`, which are written for each edge.
+        Index(conv("apoq_links_check_idx"), "child_id", postgresql_where=text("needs_check")),
+    )
+
+
 class ClaimRow(Base):
     """The tasks of one claim, recorded by the claim, so that other workers can find a dead worker's tasks.
 
@@ -461,7 +498,7 @@ _limits: Final = Table(
 
 M = TypeVar("M", bound=Base)
 
-UPCOMING: Final = frozenset((*("blockers", "on_parent_failure", "is_followed", "group_id"),))
+UPCOMING: Final = frozenset({"is_followed"})
 """Columns of planned features, which are not shown yet."""
 
 
@@ -525,6 +562,12 @@ def claims_table(schema: str | None) -> Table:
 def limits_table(schema: str | None) -> Table:
     """Return the table of limits of a schema, for Core statements."""
     return _limits if schema is None else _limits.to_metadata(MetaData(), schema=schema)
+
+
+@cache
+def links_table(schema: str | None) -> Table:
+    """Return the table of edges of a schema, for Core statements."""
+    return _in_schema(Link, schema)
 
 
 @cache

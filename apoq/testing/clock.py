@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
+from functools import lru_cache
 from typing import Any, Final, Self
 
 from sqlalchemy import ColumnElement, Connection, DateTime, TableClause, cast, event, func
@@ -148,14 +149,20 @@ def _read_another(
     connection: Connection, statement: Any, multiparams: Any, params: Any, _options: Any
 ) -> tuple[Any, Any, Any]:
     clock = _of(connection)
-    if clock is not None and _is_about_apoq(statement):
+    return statement if clock is None else _reading(clock, statement), multiparams, params
 
-        def replace(element: Any, **_: Any) -> ColumnElement[datetime] | None:
-            reads = isinstance(element, FunctionElement) and element.name in _READ_THE_CLOCK
-            return clock.now() if reads else None
 
-        statement = replacement_traverse(statement, {}, replace)
-    return statement, multiparams, params
+@lru_cache(maxsize=256)  # to copy a large statement takes a tenth of a second
+def _reading(clock: Clock, statement: Any) -> Any:
+    """Return a statement that reads this clock, if it is one of apoq's."""
+    if not _is_about_apoq(statement):
+        return statement
+
+    def replace(element: Any, **_: Any) -> ColumnElement[datetime] | None:
+        reads = isinstance(element, FunctionElement) and element.name in _READ_THE_CLOCK
+        return clock.now() if reads else None
+
+    return replacement_traverse(statement, {}, replace)
 
 
 def _is_about_apoq(statement: Any) -> bool:

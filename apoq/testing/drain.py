@@ -34,6 +34,7 @@ from apoq.schema.statements.progress import mark_parts, write_progress
 from apoq.schema.statements.queues import at_most_text, queue_text, queues_text, retry_limits_text
 from apoq.schema.statements.survey import survey, surveyed
 from apoq.testing.clock import travel
+from apoq.testing.edges import InLineEdges
 from apoq.testing.inline import Crew, InLineDeadlines, crew_of, held
 from apoq.testing.inside import (
     AsyncTestSession,
@@ -154,6 +155,7 @@ class _Drain:
         self._runner: asyncio.Runner | None = None
         self._last: AnyAttempt | None = None
         self._reports: dict[AnyAttempt, Report] = {}
+        self._edges = InLineEdges(self._execute)
 
     def run(self, limit: int) -> list[Task]:
         """Run up to `limit` attempts."""
@@ -170,7 +172,7 @@ class _Drain:
                 queues = dict.fromkeys(queue for crew in self._crews for queue in crew.queues)
                 tick_schedules(self._execute, queues, time_before_travel(self._connection, clock))
             for _ in range(limit):
-                if (claimed := self._claim()) is None:
+                if (claimed := self._claim() or self._claim_unblocked()) is None:
                     break
                 self._attempt(*claimed)
             else:
@@ -227,6 +229,12 @@ class _Drain:
                 )
                 return crew, self._make((*tuple(row), batch))
         return None
+
+    def _claim_unblocked(self) -> tuple[Crew, AnyAttempt] | None:
+        """Claim a task that has waited for tasks which were added before it, if there is one."""
+        queues = {queue.schema: queue for crew in self._crews for queue in crew.queues}
+        is_unblocked = [self._edges.check(queue) for queue in queues.values()]
+        return self._claim() if any(is_unblocked) else None
 
     def _fetch(self, attempt: AnyAttempt) -> Sequence[Sequence[Any]]:
         queue = attempt.from_queue
@@ -305,11 +313,11 @@ class _Drain:
         row = end.row
         if row is None and not isinstance(end.outcome, TaskLost):
             if end.outcome is None:
-                statement, parameters = crew.completion.completing(attempt, end.result)
+                row = self._complete(crew, attempt, end.result)
             else:
-                statement = write_settlements(queue.schema, full=True)
                 parameters = settlement_arrays([end]) | held(attempt)
-            row = self._execute(queue, statement, parameters).mappings().first()
+                settled = self._execute(queue, write_settlements(queue.schema, full=True), parameters)
+                row = settled.mappings().first()
             if row is not None:
                 take_free_keys(partial(self._execute, queue), queue.schema, pending_without_key([row]))
                 if has_failure_task(end):
@@ -321,6 +329,7 @@ class _Drain:
             found = select(*tasks.c).where(tasks.c.id == attempt.id)
             row, is_kept = self._execute(queue, found, {}).mappings().first(), True
         if row is not None:
+            self._edges.ended(queue, row)
             known = {"data": attempt.known_data(), **row}
             self._ended[queue.schema, attempt.id] = _Row(queue.schema, known, is_kept)
 
@@ -332,6 +341,13 @@ class _Drain:
         self._execute(queue, mark_parts(queue.schema), its)
         values = {"dones": [report.done], "totals": [report.total], "notes": [report.note]}
         self._execute(queue, write_progress(queue.schema), its | values)
+
+    def _complete(self, crew: Crew, attempt: AnyAttempt, result: str | None) -> Mapping[Any, Any] | None:
+        for linked in (False, True):
+            statement, parameters = crew.completion.completing(attempt, result, linked=linked)
+            if row := self._execute(attempt.from_queue, statement, parameters).mappings().first():
+                return row
+        return None
 
     def _task_of(self, row: _Row) -> Task:
         # A task that isn't kept is in no session, because it isn't in the database.

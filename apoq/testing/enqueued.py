@@ -6,12 +6,12 @@ import json
 from collections.abc import Coroutine, Mapping
 from typing import Any, Final, overload
 
-from sqlalchemy import Connection, select
+from sqlalchemy import ColumnElement, Connection, select
 
 from apoq.client.queue import Queue
 from apoq.client.typed_task import TypedTask
 from apoq.core.conversion import NotConvertible, reread
-from apoq.core.states import PENDING
+from apoq.core.states import PENDING, WAITING
 from apoq.errors import glimpse
 from apoq.postgres.urls import check_untranslated
 from apoq.schema.models import DEFAULT_QUEUE, Task, detached, tasks_table
@@ -74,6 +74,8 @@ def enqueued(
     **arguments: Any,
 ) -> list[Task] | Coroutine[Any, Any, list[Task]]:
     """Return the pending tasks of this type, and with this data, that the transaction of `session` sees.
+
+    Also those that wait for other tasks.
 
     Args:
         session: The session or connection of the test.
@@ -198,7 +200,7 @@ class _Wanted:
     def find(self, inner: Inner) -> Enqueued:
         """Return the tasks that match."""
         tasks = tasks_table(self.schema)
-        conditions = [tasks.c.state == PENDING]
+        conditions: list[ColumnElement[bool]] = [tasks.c.state.in_([PENDING, WAITING])]
         if self.type is not None:
             conditions.append(tasks.c.type == self.type)
         if self.queue is not None:

@@ -66,15 +66,21 @@ class InLineCompletion(Completion):
         self, connection: Connection, attempt: AnyAttempt, result: str | None
     ) -> Mapping[Any, Any] | None:
         """Complete a task; return its row, or None if the attempt no longer owns it."""
-        statement, parameters = self.completing(attempt, result)
-        return connection.execute(statement, parameters).mappings().first()
+        for linked in (False, True):
+            statement, parameters = self.completing(attempt, result, linked=linked)
+            if row := connection.execute(statement, parameters).mappings().first():
+                return row
+        return None
 
-    def completing(self, attempt: AnyAttempt, result: str | None) -> tuple[Executable, dict[str, Any]]:
+    def completing(
+        self, attempt: AnyAttempt, result: str | None, *, linked: bool
+    ) -> tuple[Executable, dict[str, Any]]:
         """Return the statement that completes a task, with its result if there is one, and its parameters."""
         schema = attempt.from_queue.schema
         if result is None:
-            return self.statement(schema, full=True, alike=True), held(attempt)
-        return self.statement_with_results(schema, full=True), {**held(attempt), "results": [result]}
+            return self.statement(schema, full=True, alike=True, linked=linked), held(attempt)
+        parameters = {**held(attempt), "results": [result]}
+        return self.statement_with_results(schema, full=True, linked=linked), parameters
 
 
 def held(attempt: AnyAttempt) -> dict[str, Any]:

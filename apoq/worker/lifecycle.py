@@ -114,6 +114,8 @@ class Lifecycle:
                 attempt = runtime.claimer.claim_one()
             if not self._is_started:
                 runtime.settler.turn()
+                if attempt is None and runtime.unblocker.look_now():
+                    attempt = runtime.claimer.claim_one()
             if attempt is None:
                 return None
             try:
@@ -126,6 +128,7 @@ class Lifecycle:
             runtime.settler.flush(SETTLE_ON_STOP_SECONDS)
             runtime.progress.finish()
             if not self._is_started:
+                runtime.unblocker.turn()
                 runtime.claimer.hand_over(room=0)  # other workers may claim the next tasks
             if isinstance(end.outcome, KeyboardInterrupt):
                 raise end.outcome  # meant for the program, not for the task that happened to run

@@ -48,6 +48,7 @@ from apoq.worker.progress import ProgressWriter
 from apoq.worker.service import Service, left_until
 from apoq.worker.settling.counters import Counter
 from apoq.worker.settling.settler import Settler
+from apoq.worker.settling.unblocking import Unblocker
 from apoq.worker.threads import MissingThreads
 
 LOCK_TIMEOUT: Final = "500ms"
@@ -117,7 +118,7 @@ class Runtime:
             concurrency=options.concurrency,
             lease=options.lease,
             release=options.release,
-            on_rescued=self._look_in_schema,
+            on_rescued=self._rescued,
             on_unknown=self._look_for_strays,
             on_lapse=self._lapsed,
         )
@@ -132,6 +133,13 @@ class Runtime:
             poll_interval=options.poll_interval.total_seconds(),
             on_due=self.look_for_tasks,
         )
+        self.unblocker = Unblocker(
+            self.engine,
+            leases,
+            outage,
+            poll_interval=options.poll_interval.total_seconds(),
+            on_unblocked=self._unblocked,
+        )
         completion = Completion(events, keep=options.keeps_completed)
         self.settler = Settler(
             self.engine,
@@ -143,6 +151,7 @@ class Runtime:
             self.claim_log,
             sharded,
             on_pending=self.scanner.look_into,
+            on_followed=self._followed,
         )
         self.event_loop = EventLoopThread()
         self.sessions = TaskSessions(engine, self.event_loop)
@@ -205,6 +214,7 @@ class Runtime:
             on_cancelled=self.lost_task_monitor.look_for,
             on_paused=self._release_queue,
             on_limited=self._limit_changed,
+            on_linked=self.unblocker.check,
         )
         self._pruner = Pruner(
             self.engine,
@@ -245,6 +255,7 @@ class Runtime:
         # The claimer is last: if another one can't be started, nothing has been claimed.
         self._working = (
             self.settler,
+            self.unblocker,
             self.listener,
             self.scanner,
             self._pruner,
@@ -303,6 +314,7 @@ class Runtime:
             self.settler.after_last_turn()  # its thread has died, or could not be started
         elif not self.end(self.settler, by):
             logs.results_late()
+        self.end(self.unblocker, by)
         self.progress.close()
         if self.progress.is_alive:
             self.end(self.progress, by)
@@ -356,9 +368,25 @@ class Runtime:
             self.listener.renew()
             self.sessions.renew()
 
+    def _rescued(self, schema: str | None) -> None:
+        self._look_in_schema(schema)
+        self.unblocker.hurry(schema)
+
     def _look_in_schema(self, schema: str | None) -> None:
         self.place_sweep.look_into(schema)  # the places of tasks that were rescued are free
         self.claimer.look_for_tasks([queue for queue in self._queues if queue.schema == schema])
+
+    def _followed(self, schema: str | None, completed: list[int], failed: list[int]) -> None:
+        self.unblocker.put(schema, completed=completed, failed=failed)
+
+    def _unblocked(self, schema: str | None, due_in: dict[str, float]) -> None:
+        """Look for tasks that have just become pending in these queues."""
+        for queue in self._queues:
+            seconds = due_in.get(queue.name) if queue.schema == schema else None
+            if seconds is not None and seconds <= 0:
+                self.claimer.look_for_tasks([queue])
+            elif seconds is not None:
+                self.scanner.look_into(queue, seconds)
 
     def _release_queue(self, queue: Queue) -> None:
         """Release the tasks of a queue that was paused, as far as they have not begun."""

@@ -30,7 +30,7 @@ _CANCELLABLE: Final[ColumnElement[bool]] = literal_column(f"state IN {alternativ
 
 _RETURNED: Final = (
     *("id", "state", "cancelled_at", "error", "claimed_at", "held_unique_key"),
-    *("waiting_since", "waiting_for"),
+    *("waiting_since", "waiting_for", "is_followed"),
 )
 
 

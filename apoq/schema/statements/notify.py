@@ -13,6 +13,7 @@ CHANNEL: Final = "apoq"
 CANCELLED: Final = "apoq_cancelled"
 PAUSED: Final = "apoq_paused"
 LIMITED: Final = "apoq_limited"
+LINKED: Final = "apoq_linked"
 
 
 class Notification(NamedTuple):
@@ -35,6 +36,11 @@ def was_paused(schema: str | None, queue: str) -> Notification:
 def was_limited(schema: str | None, queue: str) -> Notification:
     """Return the notification that a limit of a queue was changed."""
     return Notification(LIMITED, payload(schema, queue))
+
+
+def has_links(schema: str | None) -> Notification:
+    """Return the notification that a schema has edges that a worker must look at."""
+    return Notification(LINKED, schema or "")
 
 
 def was_cancelled(task_id: int) -> Notification:

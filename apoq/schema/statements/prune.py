@@ -20,13 +20,15 @@ from sqlalchemy import (
     exists,
     func,
     literal_column,
+    or_,
     select,
+    true,
 )
 from sqlalchemy.dialects.postgresql import INTERVAL
 from sqlalchemy.types import Integer
 
-from apoq.core.states import CANCELLED, COMPLETED, FAILED
-from apoq.schema.models import limits_table, progress_table, tasks_table
+from apoq.core.states import CANCELLED, COMPLETED, FAILED, WAITING
+from apoq.schema.models import limits_table, links_table, progress_table, tasks_table
 from apoq.schema.statements.states import is_in
 
 
@@ -127,7 +129,12 @@ def _holds_key(schema: str | None) -> ColumnElement[bool]:
 def _old(ended: _Ended, before: ColumnElement[Any]) -> Select[*tuple[Any, ...]]:
     return (
         select(ended.tasks.c.id)
-        .where(ended.are, ended.tasks.c.queue == _QUEUE, ended.at < before)
+        .where(
+            ended.are,
+            ended.tasks.c.queue == _QUEUE,
+            ended.at < before,
+            or_(ended.tasks.c.is_followed.is_not(true()), ~_is_waited_for(ended.tasks.schema)),
+        )
         .order_by(ended.at)
         .limit(bindparam("at_most", type_=Integer))
     )
@@ -147,9 +154,10 @@ def _prune(schema: str | None, old: Select[*tuple[Any, ...]]) -> Delete:
     tasks = tasks_table(schema)
     # Several workers prune at the same time, and another session may be retrying one of these tasks.
     passed_over = bindparam("passed_over", 0, type_=Integer)
-    its = old.add_columns(tasks.c.has_parts)
-    taken = its.offset(passed_over).with_for_update(skip_locked=True).cte("old")
-    return delete(tasks).where(tasks.c.id == taken.c.id).add_cte(_delete_parts(schema, taken))
+    its = old.add_columns(tasks.c.has_parts, tasks.c.is_followed)
+    taken = its.offset(passed_over).with_for_update(of=tasks, skip_locked=True).cte("old")
+    statement = delete(tasks).where(tasks.c.id == taken.c.id)
+    return statement.add_cte(_delete_parts(schema, taken), *_delete_links(schema, taken))
 
 
 def _delete_parts(schema: str | None, taken: CTE) -> CTE:
@@ -157,6 +165,37 @@ def _delete_parts(schema: str | None, taken: CTE) -> CTE:
     table = progress_table(schema)
     with_parts = select(taken.c.id).where(taken.c.has_parts)
     return delete(table).where(table.c.task_id == any_(func.array(with_parts.scalar_subquery()))).cte("parts")
+
+
+def _delete_links(schema: str | None, taken: CTE) -> tuple[CTE, CTE]:
+    """Delete the edges of these tasks to their parents, and to children that other programs have deleted.
+
+    The other edges to their children stay, with their results, until these are deleted.
+    """
+    links, child = links_table(schema), tasks_table(schema).alias("child")
+    with_parts = select(taken.c.id).where(taken.c.has_parts).scalar_subquery()
+    gone = delete(links).where(links.c.child_id == any_(func.array(with_parts))).cte("gone")
+    followed = select(taken.c.id).where(taken.c.is_followed).scalar_subquery()
+    is_lost = select(child.c.id).where(child.c.id == links.c.child_id).scalar_subquery().is_(None)
+    lost = delete(links).where(links.c.parent_id == any_(func.array(followed)), is_lost).cte("lost")
+    return gone, lost
+
+
+def _is_waited_for(schema: str | None) -> ColumnElement[bool]:
+    tasks, links, child = tasks_table(schema), links_table(schema), tasks_table(schema).alias("child")
+    # Not EXISTS, for which the planner may read all edges.
+    found = (
+        select(true())
+        .where(
+            links.c.parent_id == tasks.c.id,
+            ~links.c.is_counted,
+            child.c.id == links.c.child_id,
+            child.c.state == literal_column(f"'{WAITING}'", Text),
+        )
+        .correlate(tasks)
+        .limit(1)
+    )
+    return found.scalar_subquery().is_not(None)
 
 
 def _count(old: Select[*tuple[Any, ...]]) -> Select[*tuple[Any, ...]]:

@@ -10,28 +10,37 @@ from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.types import BigInteger
 
 from apoq.schema.models import tasks_table
-from apoq.schema.statements.settle import AS_COMPLETED, held, is_held_last, is_picked, rows_of
+from apoq.schema.statements.settle import (
+    AS_COMPLETED,
+    held,
+    is_held_last,
+    is_picked,
+    rows_of,
+    unless_followed,
+)
 
 
 @cache
-def complete_with_results(schema: str | None, *, skips_locked: bool = False) -> Update:
+def complete_with_results(schema: str | None, *, skips_locked: bool = False, linked: bool = False) -> Update:
     """Mark the tasks of `ids`, claimed with `tokens`, as completed with these `results`; see `complete`."""
     tasks = tasks_table(schema)
     rows = rows_of("completed", id=BigInteger, token=BigInteger, result=Text)
     condition = held(tasks, rows.c.id, rows.c.token)
     if skips_locked:
         condition = and_(condition, is_picked(schema, alike=False))
-    return update(tasks).where(condition).values({**AS_COMPLETED, "result": cast(rows.c.result, JSONB)})
+    completion = unless_followed(update(tasks).where(condition), schema, linked)
+    return completion.values({**AS_COMPLETED, "result": cast(rows.c.result, JSONB)})
 
 
 @cache
-def complete_last_with_result(schema: str | None) -> Update:
+def complete_last_with_result(schema: str | None, *, linked: bool = False) -> Update:
     """Mark the task `task_id`, claimed with the token `held_under`, as completed with this `result`.
 
     The last statement of its transaction; see `complete_last`.
     """
     result = cast(bindparam("result", type_=Text), JSONB)
-    return update(tasks_table(schema)).where(is_held_last(schema)).values({**AS_COMPLETED, "result": result})
+    completion = unless_followed(update(tasks_table(schema)).where(is_held_last(schema)), schema, linked)
+    return completion.values({**AS_COMPLETED, "result": result})
 
 
 @cache

@@ -13,6 +13,7 @@ from sqlalchemy import (
     FromClause,
     Text,
     bindparam,
+    case,
     func,
     literal_column,
     null,
@@ -23,11 +24,13 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import ARRAY, INTERVAL
 from sqlalchemy.sql.dml import ReturningUpdate
 
-from apoq.core.states import FINAL, PENDING, alternatives
+from apoq.core.states import FINAL, PENDING, WAITING, alternatives
 from apoq.schema.models import task_class, tasks_table
 from apoq.schema.statements.arrays import bigints
-from apoq.schema.statements.clock import epoch_now
+from apoq.schema.statements.clock import epoch_now, now
 from apoq.schema.statements.expire import is_expired
+from apoq.schema.statements.links import PARENTS
+from apoq.schema.statements.literals import ZERO
 from apoq.schema.statements.portable import portable
 
 _RESET: Final[dict[str, Any]] = {
@@ -49,9 +52,9 @@ _ENDED: Final[ColumnElement[bool]] = literal_column(f"state IN {alternatives(FIN
 def retry(schema: str | None, *, takes_key: bool = False) -> ReturningUpdate[Any]:
     """Make the task `task_id` of `from_queue`, if it has ended, pending again with all of its attempts.
 
-    An expired task is left as it is. A task keeps its token, which never decreases, and its last error until
-    the next one. A task with a unique key is left as it is, unless `takes_key`: then its key must have been
-    reserved.
+    If it has `blockers`, it waits for these parents instead. An expired task is left as it is. A task keeps
+    its token, which never decreases, and its last error until the next one. A task with a unique key is left
+    as it is, unless `takes_key`: then its key must have been reserved.
     """
     tasks = tasks_table(schema)
     # Not now(), the start of the caller's transaction, which may be long ago: a delay counts from the call.
@@ -59,6 +62,7 @@ def retry(schema: str | None, *, takes_key: bool = False) -> ReturningUpdate[Any
     process_at = func.coalesce(func.statement_timestamp() + delay, func.now())
     new = {
         **_RESET,
+        **_blocked(tasks),
         "process_at": select(process_at).scalar_subquery(),
         "held_unique_key": tasks.c.unique_key if takes_key else null(),
     }
@@ -72,7 +76,7 @@ def retry(schema: str | None, *, takes_key: bool = False) -> ReturningUpdate[Any
             tasks.c.unique_key.is_not(None) if takes_key else tasks.c.unique_key.is_(None),
         )
         .values(new)
-        .returning(*(portable(name, tasks.c[name]) for name in ("id", *new)))
+        .returning(*(portable(name, tasks.c[name]) for name in ("id", "is_followed", *new)))
         .execution_options(synchronize_session="fetch")
     )
 
@@ -91,6 +95,7 @@ def retry_many(schema: str | None) -> ReturningUpdate[Any]:
     )
     new = {
         **_RESET,
+        **_blocked(tasks),
         "process_at": func.to_timestamp(epoch_now() + rows.c.delay),
         "held_unique_key": tasks.c.unique_key,
     }
@@ -106,3 +111,17 @@ def retry_many(schema: str | None) -> ReturningUpdate[Any]:
 def _may_run_again(tasks: FromClause) -> tuple[ColumnElement[bool], ...]:
     """Return the conditions that a task has ended, and has not expired, so that it would not start."""
     return _ENDED, or_(tasks.c.expires_at.is_(None), ~is_expired(tasks))
+
+
+def _blocked(tasks: FromClause) -> dict[str, ColumnElement[Any]]:
+    """Return the state of a task that runs again, or waits for its parents again."""
+    is_blocked = func.coalesce(tasks.c.blockers, ZERO) > ZERO
+    return {
+        "state": case((is_blocked, _text(WAITING)), else_=_text(PENDING)),
+        "waiting_since": case((is_blocked, now())),
+        "waiting_for": case((is_blocked, _text(PARENTS))),
+    }
+
+
+def _text(state: str) -> ColumnElement[str]:
+    return literal_column(f"'{state}'", Text)

@@ -22,6 +22,7 @@ from sqlalchemy import (
     null,
     or_,
     select,
+    true,
     update,
 )
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
@@ -124,31 +125,53 @@ AS_COMPLETED: Final[dict[str, ColumnElement[Any]]] = {
 
 
 @cache
-def complete(schema: str | None, *, alike: bool = False, skips_locked: bool = False) -> Update:
+def complete(
+    schema: str | None, *, alike: bool = False, skips_locked: bool = False, linked: bool = False
+) -> Update:
     """Mark the tasks of `ids`, claimed with `tokens` (`alike`: all with `held_under`), as completed.
 
-    `skips_locked`: leave out those that another session has locked, instead of waiting for it.
+    `skips_locked`: leave out those that another session has locked, instead of waiting for it. Without
+    `linked`, those that other tasks wait for are left out: their edges must be written as well.
     """
     condition = _held_batch(schema, alike=alike, skips_locked=skips_locked)
-    return update(tasks_table(schema)).where(condition).values(AS_COMPLETED)
+    return unless_followed(update(tasks_table(schema)).where(condition), schema, linked).values(AS_COMPLETED)
 
 
 @cache
-def complete_last(schema: str | None) -> Update:
+def complete_last(schema: str | None, *, linked: bool = False) -> Update:
     """Mark the task `task_id`, claimed with the token `held_under`, as completed, last in its transaction."""
-    return update(tasks_table(schema)).where(is_held_last(schema)).values(AS_COMPLETED)
+    statement = update(tasks_table(schema)).where(is_held_last(schema))
+    return unless_followed(statement, schema, linked).values(AS_COMPLETED)
 
 
 @cache
-def remove(schema: str | None, *, alike: bool = False, skips_locked: bool = False) -> Delete:
-    """Delete completed tasks instead of marking them, if completed tasks aren't kept; see `complete`."""
-    return delete(tasks_table(schema)).where(_held_batch(schema, alike=alike, skips_locked=skips_locked))
+def remove(
+    schema: str | None, *, alike: bool = False, skips_locked: bool = False, linked: bool = False
+) -> Delete:
+    """Delete completed tasks instead of marking them, if completed tasks aren't kept; see `complete`.
+
+    Without `linked`, those that have edges are left out.
+    """
+    condition = _held_batch(schema, alike=alike, skips_locked=skips_locked)
+    return _unless_linked(delete(tasks_table(schema)).where(condition), schema, linked)
 
 
 @cache
-def remove_last(schema: str | None) -> Delete:
+def remove_last(schema: str | None, *, linked: bool = False) -> Delete:
     """Delete the task `task_id`, claimed with the token `held_under`, last in its transaction."""
-    return delete(tasks_table(schema)).where(is_held_last(schema))
+    return _unless_linked(delete(tasks_table(schema)).where(is_held_last(schema)), schema, linked)
+
+
+def unless_followed(statement: Update, schema: str | None, linked: bool) -> Update:
+    """Return a completion that leaves out tasks that other tasks wait for, unless `linked`."""
+    return statement if linked else statement.where(tasks_table(schema).c.is_followed.is_not(true()))
+
+
+def _unless_linked(statement: Delete, schema: str | None, linked: bool) -> Delete:
+    tasks = tasks_table(schema)
+    if linked:
+        return statement
+    return statement.where(tasks.c.is_followed.is_not(true()), tasks.c.has_parts.is_not(true()))
 
 
 @cache

@@ -25,9 +25,11 @@ from apoq.schema.statements.notify import (
     CANCELLED,
     CHANNEL,
     LIMITED,
+    LINKED,
     PAUSED,
     Notification,
     arrays,
+    has_links,
     has_tasks,
     notify,
     was_limited,
@@ -119,6 +121,7 @@ class Listener(Service):
         on_cancelled: Callable[[set[int] | None], None],
         on_paused: Callable[[Queue], None],
         on_limited: Callable[[Queue], None],
+        on_linked: Callable[[str | None], None],
     ) -> None:
         """`on_cancelled` is called with the ids of tasks that may have been cancelled; None: any may have."""
         super().__init__("apoq-listener", outage)
@@ -131,6 +134,8 @@ class Listener(Service):
         self._on_cancelled = on_cancelled
         self._on_paused = on_paused
         self._on_limited = on_limited
+        self._linked = {has_links(queue.schema): queue.schema for queue in queues}
+        self._on_linked = on_linked
         self._has_warned = False
         self._is_flooded = False
         self._connection: ListeningConnection | None = None
@@ -207,8 +212,8 @@ class Listener(Service):
         return has_arrived
 
     def _listen(self, connection: ListeningConnection) -> None:
-        awaited = {**self._with_tasks, **self._paused, **self._limited}
-        connection.listen([CANCELLED, PAUSED, LIMITED, CHANNEL], awaited)
+        awaited = {**self._with_tasks, **self._paused, **self._limited, **self._linked}
+        connection.listen([CANCELLED, PAUSED, LIMITED, LINKED, CHANNEL], awaited)
         self.recovered()
         self._on_cancelled(None)  # until now, cancellations did not notify this connection
         # With listen_url, the role of this connection may not be allowed to claim.
@@ -241,11 +246,13 @@ class Listener(Service):
             time.sleep(min(MAX_INTERVAL_SECONDS, REST_FACTOR * (read_at - connection.woke_at)))
 
     def _tell(self, received: set[Notification]) -> None:
-        """Call who wants to know of pauses and limits."""
+        """Call who wants to know of pauses, limits and edges."""
         for paused in received & self._paused.keys():
             self._on_paused(self._paused[paused])
         for limited in received & self._limited.keys():
             self._on_limited(self._limited[limited])
+        for linked in received & self._linked.keys():
+            self._on_linked(self._linked[linked])
 
     def _give_up(self) -> None:
         logs.too_many_notifications(PROBE_RETRY_SECONDS, is_news=not self._is_flooded)

@@ -12,6 +12,7 @@ from apoq.core.outcomes import Release
 from apoq.events import COMPLETED, Events
 from apoq.postgres.connections import compiled
 from apoq.schema.models import tasks_table
+from apoq.schema.statements.mark import with_edges
 from apoq.schema.statements.portable import portable, read_row
 from apoq.schema.statements.results import complete_last_with_result, complete_with_results
 from apoq.schema.statements.settle import AS_COMPLETED, complete, complete_last, remove, remove_last
@@ -32,28 +33,38 @@ class Completion:
         return self._events.has_listeners(COMPLETED)
 
     def statement(
-        self, schema: str | None, *, full: bool, alike: bool, skips_locked: bool = False
+        self,
+        schema: str | None,
+        *,
+        full: bool,
+        alike: bool,
+        skips_locked: bool = False,
+        linked: bool = False,
     ) -> Executable:
         """Return the statement that completes tasks and returns their ids, or their rows if `full`.
 
         `alike`: they have the same claim token. `skips_locked`: except those that another session has locked.
+        Without `linked`, those that other tasks wait for are left out; with it, `is_followed` is returned.
         """
         write = complete if self.keep else remove
-        return _returning(write(schema, alike=alike, skips_locked=skips_locked), schema, full=full)
+        statement = write(schema, alike=alike, skips_locked=skips_locked, linked=linked)
+        return _returning(statement, schema, full=full, linked=linked)
 
     def statement_with_results(
-        self, schema: str | None, *, full: bool, skips_locked: bool = False
+        self, schema: str | None, *, full: bool, skips_locked: bool = False, linked: bool = False
     ) -> Executable:
         """Return the statement that completes tasks with `results`; see `statement`."""
-        return _returning(complete_with_results(schema, skips_locked=skips_locked), schema, full=full)
+        statement = complete_with_results(schema, skips_locked=skips_locked, linked=linked)
+        return _returning(statement, schema, full=full, linked=linked)
 
     def write(
         self, connection: Connection, attempt: AnyAttempt, result: str | None
     ) -> Mapping[Any, Any] | None:
         """Complete a task, with its result if there is one, in a transaction that is about to be committed.
 
-        Returns its id, or its row if there are listeners, and None if the worker no longer owns it. Raises
-        `Release` if the worker's lease has ended, because another worker may have begun the task.
+        Returns its id, or its row if there are listeners, and None if the worker no longer owns it. If other
+        tasks wait for it, `is_followed` is true. Raises `Release` if the worker's lease has ended, because
+        another worker may have begun the task.
         """
         if not attempt.lease.is_held:
             raise Release
@@ -71,12 +82,27 @@ class Completion:
                     _returning(statement, schema, full=True, is_ours=False), parameters
                 )
             row = found.mappings().first()
-            return None if row is None else read_row(row)
+            return self._write_linked(connection, schema, parameters) if row is None else read_row(row)
         # Each task needs one of these. As text, it takes half of the time that SQLAlchemy needs.
         text, _ = compiled(statement)
         with untraced():
             written = connection.exec_driver_sql(text, parameters)
-        return {"id": attempt.id} if written.rowcount else None
+        return {"id": attempt.id} if written.rowcount else self._write_linked(connection, schema, parameters)
+
+    def _write_linked(
+        self, connection: Connection, schema: str | None, parameters: dict[str, Any]
+    ) -> Mapping[Any, Any] | None:
+        """Complete a task that other tasks wait for."""
+        if "result" in parameters:
+            statement: Update | Delete = complete_last_with_result(schema, linked=True)
+        else:
+            statement = (complete_last if self.keep else remove_last)(schema, linked=True)
+        returning = _returning(statement, schema, full=self.has_listeners, is_ours=False, linked=True)
+        with untraced():
+            # At SERIALIZABLE, a scan of the whole table would conflict with each other task of a group.
+            connection.exec_driver_sql("SET LOCAL enable_seqscan = off")
+            row = connection.execute(returning, parameters).mappings().first()
+        return None if row is None else read_row(row)
 
 
 def reported_columns(schema: str | None) -> list[ColumnElement[Any]]:
@@ -86,17 +112,30 @@ def reported_columns(schema: str | None) -> list[ColumnElement[Any]]:
 
 @cache
 def _returning(
-    statement: Update | Delete, schema: str | None, *, full: bool, is_ours: bool = True
+    statement: Update | Delete,
+    schema: str | None,
+    *,
+    full: bool,
+    is_ours: bool = True,
+    linked: bool = False,
 ) -> Executable:
-    columns = reported_columns(schema) if full else [tasks_table(schema).c.id]
+    tasks = tasks_table(schema)
     write = portable if not is_ours else _as_it_is
-    if not isinstance(statement, Delete) or not full:
+    is_removed = isinstance(statement, Delete) and full
+    if not linked and not is_removed:
+        columns = reported_columns(schema) if full else [tasks.c.id]
         return statement.returning(*(write(str(column.key), column) for column in columns))
+    columns = reported_columns(schema) if full else [tasks.c.id, tasks.c.is_followed]
+    if linked:
+        found, ended = with_edges(statement, schema, columns)
+    else:
+        ended = statement.returning(*columns).cte("removed")
+        found = select().select_from(ended)
     # A task that is deleted is reported as if it were marked as completed. Not by RETURNING, in which Citus
     # accepts no function that reads the clock.
-    removed = statement.returning(*columns).cte("removed")
-    values = {**removed.c, **AS_COMPLETED}
-    return select(*(write(str(column.key), values[str(column.key)]) for column in columns))
+    values = {**ended.c, **(AS_COMPLETED if is_removed else {})}
+    names = [str(column.key) for column in columns]
+    return found.add_columns(*(write(name, values[name]) for name in names))
 
 
 def _as_it_is(name: str, value: ColumnElement[Any]) -> ColumnElement[Any]:

@@ -10,8 +10,9 @@ import traceback
 from collections.abc import Mapping
 from contextvars import copy_context
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from apoq.core.outcomes import Release, Settlement, Unreachable, settle
@@ -29,6 +30,12 @@ from apoq.worker.execution.task_sessions import TaskSession, could_not_connect
 
 class TaskLost(Exception):
     """The worker no longer owns the task; nothing is written to it."""
+
+
+SERIALIZATION_FAILURE: Final = "40001"
+
+MAX_CONFLICTS: Final = 100
+"""Claims without an attempt after which a conflict uses up an attempt: it may happen each time."""
 
 
 @dataclass(slots=True, eq=False)
@@ -149,9 +156,23 @@ def _outcome(attempt: AnyAttempt, error: BaseException) -> BaseException:
     # If the worker has cut off the session, that caused the error.
     if isinstance(error, TaskLost):
         return error
-    if attempt.is_cut_off:
+    if attempt.is_cut_off or _is_conflict(attempt, error):
         return Release()
     return Unreachable(brief(error)) if could_not_connect(error) else error
+
+
+def _is_conflict(attempt: AnyAttempt, error: BaseException) -> bool:
+    """Return whether `task.session` could not be serialized, which running the task again solves.
+
+    At SERIALIZABLE that happens even to tasks that have nothing to do with each other, because the rows that
+    their completions write lie on the same pages of an index.
+    """
+    return (
+        attempt.opened is not None
+        and isinstance(error, DBAPIError)
+        and getattr(error.orig, "sqlstate", None) == SERIALIZATION_FAILURE
+        and attempt.claim_token - attempt.number < MAX_CONFLICTS
+    )
 
 
 def overdue(limit: float, thread_id: int = 0) -> TimeoutError:

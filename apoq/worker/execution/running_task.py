@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator, Iterator
 from datetime import datetime
 from typing import Any, Generic, TypeVar, cast
 
+from apoq.client.groups import TaskGroup
+from apoq.client.parents import ParentCounts, count_parents, read_results, read_results_async
 from apoq.client.queue import Queue
 from apoq.core.progress import report
 from apoq.core.registry import Running
@@ -124,6 +127,15 @@ class _Running(Running, Generic[S]):
         """
         return cast("S", self._attempt.session())
 
+    @property
+    def group(self) -> TaskGroup:
+        """The group of the task, to which it can add tasks by ``task.group.add`` and ``add_many``.
+
+        They are added in the transaction of ``task.session``, and so take effect if the task completes. The
+        tasks that run after the group wait for them, too.
+        """
+        return TaskGroup(self._attempt.from_queue, self.session, self._attempt.id)
+
     def set_progress(self, done: float, total: float | None = None, note: str = "") -> None:
         """Report how far the task has come, for people to look at.
 
@@ -166,6 +178,19 @@ class RunningTask(_Running[TaskSession]):
 
     is_async = False
 
+    @property
+    def parent_results(self) -> Iterator[Any]:
+        """The results of the tasks in `after`, in this order, read in pages by ``task.session``.
+
+        Each is None if the task keeps no result, or has not completed.
+        """
+        return read_results(self.session, self._attempt.from_queue.schema, self._attempt.id)
+
+    def count_parents(self) -> ParentCounts:
+        """Return how many of the tasks that this one has waited for have completed, and how many have not."""
+        counts: ParentCounts = count_parents(self.session, self._attempt.from_queue.schema, self._attempt.id)
+        return counts
+
 
 class AsyncRunningTask(_Running[AsyncTaskSession]):
     """The running task that a coroutine function takes. Its ``session`` is a SQLAlchemy `AsyncSession`."""
@@ -173,6 +198,18 @@ class AsyncRunningTask(_Running[AsyncTaskSession]):
     __slots__ = ()
 
     is_async = True
+
+    @property
+    def parent_results(self) -> AsyncIterator[Any]:
+        """The results of the tasks in `after`, for ``async for``; as `RunningTask.parent_results`."""
+        return read_results_async(self.session, self._attempt.from_queue.schema, self._attempt.id)
+
+    async def count_parents(self) -> ParentCounts:
+        """Return how many of the tasks that this one has waited for have completed, and how many have not."""
+        counts: ParentCounts = await count_parents(
+            self.session, self._attempt.from_queue.schema, self._attempt.id
+        )
+        return counts
 
 
 KNOWN = (

@@ -31,6 +31,8 @@ class Unsettled(NamedTuple):
     """When those that were left out are tried again."""
     has_results: bool = False
     """Whether the processors of these completed tasks have returned a value that is stored."""
+    is_linked: bool = False
+    """Whether other tasks may wait for these, so that their edges are written as well."""
 
 
 class Closed(NamedTuple):

@@ -6,7 +6,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache, partial
@@ -87,8 +87,12 @@ class Settler(Service):
         sharded: Collection[str | None],
         *,
         on_pending: Callable[[Queue, float], None],
+        on_followed: Callable[[str | None, list[int], list[int]], None],
     ) -> None:
         """`on_pending` is called with the queue of a settled task, and the seconds until it is due again.
+
+        `on_followed` is called with a schema and the ids of ended tasks for which others wait: those that
+        have completed, and the others.
 
         In the schemas that Citus has `sharded`, no statement waits for a locked task, because no timeout
         would end that.
@@ -100,6 +104,9 @@ class Settler(Service):
         self._events = events
         self._claim_log = claim_log
         self._on_pending = on_pending
+        self._on_followed = on_followed
+        self._linking: set[str | None] = set()
+        """The schemas in which other tasks waited for the last tasks that have completed."""
         # Most attempts complete, and only their claimed rows are needed.
         self._completed: deque[Claimed] = deque()
         self._with_results: deque[Claimed] = deque()
@@ -122,6 +129,8 @@ class Settler(Service):
         is_written = end.outcome is None and end.row is not None
         if is_written and end.seconds is None and not self._completion.has_listeners:
             # Its transaction has completed the task, and there are no listeners.
+            if end.row is not None and end.row.get("is_followed"):
+                self._on_followed(end.attempt.from_queue.schema, [end.attempt.id], [])
             self._counter.count(None, [end.attempt.row])
             self._claim_log.settled([end.attempt.row])
             return
@@ -179,11 +188,15 @@ class Settler(Service):
 
     def _taken_ended(self) -> Iterator[Unsettled]:
         for schema, rows in by_schema(taken(self._completed), schema_of).items():
-            yield Unsettled(self._complete, schema, rows, schema in self._sharded)
+            yield self._unsettled_of(schema, rows)
         for schema, rows in by_schema(taken(self._with_results), schema_of).items():
-            yield Unsettled(self._complete, schema, rows, schema in self._sharded, has_results=True)
+            yield self._unsettled_of(schema, rows)._replace(has_results=True)
         for schema, ends in by_schema(taken(self._ended), lambda end: schema_of(end.attempt.row)).items():
             yield Unsettled(self._settle, schema, ends, schema in self._sharded)
+
+    def _unsettled_of(self, schema: str | None, rows: list[Claimed]) -> Unsettled:
+        is_linked = schema in self._linking
+        return Unsettled(self._complete, schema, rows, schema in self._sharded, is_linked=is_linked)
 
     def _looks_at(self, unsettled: Unsettled) -> float:
         closed = self._closed.get(unsettled.schema)
@@ -235,6 +248,10 @@ class Settler(Service):
     def _complete(self, unsettled: Unsettled) -> list[Claimed]:
         schema, tasks = unsettled.schema, sorted(unsettled.ended, key=itemgetter(ID))
         rows = self._execute_completion(unsettled, tasks)
+        if len(rows) < len(tasks) and not unsettled.is_linked:
+            left = [task for task in tasks if task[ID] not in rows]
+            self._unsettled.append(unsettled._replace(ended=left, is_linked=True))
+            tasks = [task for task in tasks if task[ID] in rows]
         locked = self._left_out(unsettled, [task for task in tasks if task[ID] not in rows])
         settled = [task for task in tasks if claim_of(task) not in locked] if locked else tasks
         self._counter.count(
@@ -254,8 +271,11 @@ class Settler(Service):
         return [task for task in tasks if claim_of(task) in locked]
 
     def _settle(self, unsettled: Unsettled) -> list[AttemptResult]:
+        schema = unsettled.schema
         ends: list[AttemptResult] = sorted(unsettled.ended, key=lambda end: end.attempt.id)
         rows: Rows = {end.attempt.id: end.row for end in ends if end.row is not None}
+        if followed := [id_ for id_, row in rows.items() if row is not None and row.get("is_followed")]:
+            self._on_followed(schema, followed, [])
         unwritten = [end for end in ends if end.row is None and not isinstance(end.outcome, TaskLost)]
         if unwritten:
             rows |= self._execute_settlement(unsettled, unwritten)
@@ -312,18 +332,41 @@ class Settler(Service):
         is_full, token = self._completion.has_listeners, tasks[0][CLAIM_TOKEN]
         alike = len({task[CLAIM_TOKEN] for task in tasks}) == 1
         statement = self._completion.statement(
-            unsettled.schema, full=is_full, alike=alike, skips_locked=unsettled.skips_locked
+            unsettled.schema,
+            full=is_full,
+            alike=alike,
+            skips_locked=unsettled.skips_locked,
+            linked=unsettled.is_linked,
         )
         held = {"held_under": token} if alike else token_arrays(tasks)
-        return self._execute(statement, tasks, held, is_full=is_full)
+        return self._written(unsettled, statement, tasks, held)
 
     def _execute_with_results(self, unsettled: Unsettled, tasks: list[Claimed]) -> Rows:
         is_full = self._completion.has_listeners
         statement = self._completion.statement_with_results(
-            unsettled.schema, full=is_full, skips_locked=unsettled.skips_locked
+            unsettled.schema,
+            full=is_full,
+            skips_locked=unsettled.skips_locked,
+            linked=unsettled.is_linked,
         )
         results = [self._kept[id(task)].result for task in tasks]
-        return self._execute(statement, tasks, {"results": results, **token_arrays(tasks)}, is_full=is_full)
+        return self._written(unsettled, statement, tasks, {"results": results, **token_arrays(tasks)})
+
+    def _written(
+        self, unsettled: Unsettled, statement: Executable, tasks: list[Claimed], arrays: dict[str, Any]
+    ) -> Rows:
+        """Execute a completion; return the tasks that were written."""
+        is_full = self._completion.has_listeners
+        if not unsettled.is_linked:
+            return self._execute(statement, tasks, arrays, is_full=is_full)
+        parameters = {"ids": array_text([task[ID] for task in tasks]), **arrays}
+        written = execute(self._engine, statement, parameters).mappings()
+        followed = [row["id"] for row in written if row["is_followed"]]
+        # Most tasks of a graph are followed: the next are written with their edges at once.
+        (self._linking.add if followed else self._linking.discard)(unsettled.schema)
+        if followed:
+            self._on_followed(unsettled.schema, followed, [])
+        return {row["id"]: row if is_full else None for row in written}
 
     def _execute_settlement(self, unsettled: Unsettled, ends: list[AttemptResult]) -> Rows:
         is_full = self._events.has_listeners(FAILED) or self._events.has_listeners(RETRIED)
@@ -339,6 +382,7 @@ class Settler(Service):
             written = self._write_with_failure_tasks(unsettled.schema, statement, parameters, followed)
         else:
             written = execute(self._engine, statement, parameters).mappings()
+        self._report_followed(unsettled.schema, written)
         if unsettled.schema not in self._sharded:
             take_free_keys(partial(execute, self._engine), unsettled.schema, pending_without_key(written))
         return {row["id"]: row if is_full else None for row in written}
@@ -367,6 +411,13 @@ class Settler(Service):
             with suppress(Exception):  # workers find the tasks at their next poll
                 execute(self._engine, notify(), arrays(has_tasks(schema, queue) for queue in queues))
         return written
+
+    def _report_followed(self, schema: str | None, rows: Iterable[Mapping[Any, Any]]) -> None:
+        ended = [row for row in rows if row["is_followed"] and row["state"] in states.FINAL]
+        if ended:
+            completed = [row["id"] for row in ended if row["state"] == states.COMPLETED]
+            failed = [row["id"] for row in ended if row["state"] != states.COMPLETED]
+            self._on_followed(schema, completed, failed)
 
     def _execute(
         self, statement: Executable, tasks: list[Claimed], arrays: dict[str, Any], *, is_full: bool
@@ -424,7 +475,7 @@ _PASSES: Final = ("40", "53", "55", "57")
 def write_settlements(schema: str | None, *, full: bool, skips_locked: bool = False) -> Executable:
     """Write the settlements of `settlement_arrays` to the tasks of `ids`; return their rows, or a part."""
     tasks = tasks_table(schema)
-    part = (tasks.c.id, tasks.c.state, tasks.c.unique_key, tasks.c.held_unique_key)
+    part = (tasks.c.id, tasks.c.state, tasks.c.unique_key, tasks.c.held_unique_key, tasks.c.is_followed)
     return settle(schema, skips_locked=skips_locked).returning(*(reported_columns(schema) if full else part))
 
 

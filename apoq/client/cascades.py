@@ -1,0 +1,91 @@
+"""Goes through the levels of a graph when a task of it has not completed, or is retried."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any, NamedTuple
+
+from sqlalchemy import Executable
+
+from apoq.schema.statements.arrays import array_text
+from apoq.schema.statements.cascade import (
+    CASCADE_SIZE,
+    EDGE,
+    FREE,
+    LEFT,
+    NEXT,
+    apply_failures,
+    reopen,
+    revive,
+)
+
+Execute = Callable[[Executable, dict[str, Any]], Iterable[Mapping[Any, Any]]]
+"""Executes a statement, and returns its rows."""
+
+
+class Cascade(NamedTuple):
+    """The work that is left after a cascade."""
+
+    free: set[int]
+    """Parents whose edges to some children are done, but not counted."""
+    left: set[int]
+    """Parents of which a child was locked."""
+
+
+def fail_children(
+    execute: Execute, schema: str | None, ids: Iterable[int], *, waits: bool = False
+) -> Cascade:
+    """Apply the ends of tasks that have not completed to the tasks that wait for them, level by level.
+
+    `waits`: as for `apply_failures`.
+    """
+    cascade = Cascade(set(), set())
+    statement = apply_failures(schema, waits=waits)
+    level = set(ids)
+    while level:
+        below: set[int] = set()
+        for batch in batches(level):
+            looked_at = written = CASCADE_SIZE
+            while written and looked_at >= CASCADE_SIZE:
+                looked_at = written = 0
+                parameters = {"ids": array_text(batch), "at_most": CASCADE_SIZE}
+                for row in execute(statement, parameters):
+                    kind, id_ = row["kind"], row["id"]
+                    written += kind == EDGE
+                    looked_at += kind in {EDGE, LEFT}
+                    if kind == NEXT:
+                        below.add(id_)
+                    elif kind == FREE:
+                        cascade.free.add(id_)
+                    elif kind == LEFT:
+                        cascade.left.add(id_)
+        level = below
+    return cascade
+
+
+def revive_children(execute: Execute, schema: str | None, id_: int) -> None:
+    """Let the tasks wait again that were cancelled because this one had not completed, level by level."""
+    level = {id_}
+    while level:
+        below: set[int] = set()
+        for batch in batches(level):
+            parameters = {"ids": array_text(batch), "at_most": CASCADE_SIZE}
+            rows = [*execute(revive(schema), parameters)]
+            while rows:
+                below.update(row["id"] for row in rows if row["is_followed"])
+                rows = [*execute(revive(schema), parameters)] if len(rows) >= CASCADE_SIZE else []
+            reopen_edges(execute, schema, batch)
+        level = below
+
+
+def reopen_edges(execute: Execute, schema: str | None, ids: Sequence[int]) -> None:
+    """Let the next end of tasks that were retried be applied to the tasks that wait for them."""
+    execute(reopen(schema), {"ids": array_text(ids)})
+
+
+def batches(ids: Iterable[int]) -> Iterator[list[int]]:
+    """Yield ids in order, in batches of at most `CASCADE_SIZE`."""
+    left = iter(sorted(ids))
+    while batch := list(islice(left, CASCADE_SIZE)):
+        yield batch

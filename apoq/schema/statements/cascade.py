@@ -1,0 +1,212 @@
+"""Applies the end of a task that has not completed to the tasks that wait for it.
+
+One level of a graph at a time, and a bounded number of tasks with each statement, locked in the order of
+their ids.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, Final
+
+from sqlalchemy import (
+    CompoundSelect,
+    Integer,
+    Text,
+    Update,
+    any_,
+    bindparam,
+    cast,
+    exists,
+    func,
+    literal_column,
+    null,
+    or_,
+    select,
+    union_all,
+    update,
+)
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB, aggregate_order_by
+
+from apoq.core.dependencies import CANCEL, ERROR_CLASS, RUN
+from apoq.core.states import CANCELLED, FAILED, WAITING
+from apoq.schema.models import links_table, tasks_table
+from apoq.schema.statements.arrays import bigints
+from apoq.schema.statements.clock import now
+from apoq.schema.statements.links import SCHEMA
+
+CASCADE_SIZE: Final = 1_000
+"""Edges that one statement looks at, at most."""
+
+EDGE, NEXT, LEFT, FREE = "edge", "next", "left", "free"
+"""Kinds of the rows of `apply_failures`."""
+
+
+@cache
+def apply_failures(schema: str | None, *, waits: bool = False) -> CompoundSelect[Any]:
+    """Apply the end of the tasks `ids` that failed, were cancelled or don't exist to their children.
+
+    Up to `at_most` edges. Each gets the error, so that it is not applied again. A child that is cancelled
+    with its parents is cancelled, and one that runs in any case need not wait for the parent any more.
+
+    `waits`: wait for children that another session has locked, instead of leaving them for later; and let a
+    worker count the edges off after the commit.
+
+    Returns rows of a kind and an id: "edge" with a parent, for each edge that was written; "next" with each
+    child that was cancelled, and that other tasks wait for; "free" with the parent of an edge that is done;
+    "left" with the parent of an edge that was left.
+    """
+    tasks, links = tasks_table(schema), links_table(schema)
+    given = func.unnest(bigints("ids")).table_valued("id").render_derived("given")
+    ended = (
+        select(
+            given.c.id,
+            func.jsonb_build_object(
+                _text("class"),
+                _text(ERROR_CLASS),
+                _text("message"),
+                func.concat(
+                    _text("parent "),
+                    given.c.id,
+                    _text(" ("),
+                    func.coalesce(tasks.c.type, _text("?")),
+                    _text(") "),
+                    func.coalesce(tasks.c.state, _text("was deleted")),
+                ),
+                _text("parent"),
+                cast(given.c.id, Text),
+                _text("traceback"),
+                _text(""),
+            ).label("error"),
+        )
+        .select_from(given.outerjoin(tasks, tasks.c.id == given.c.id))
+        .where(or_(tasks.c.id.is_(None), _is(tasks.c.state, FAILED, CANCELLED)))
+        .cte("ended")
+    )
+    edges = (
+        select(links.c.parent_id, links.c.child_id, ended.c.error)
+        .select_from(ended.join(links, links.c.parent_id == ended.c.id))
+        .where(~links.c.is_done, links.c.error.is_(None))
+        .order_by(links.c.child_id)
+        .limit(bindparam("at_most", type_=Integer))
+        .cte("edges")
+    )
+    child = tasks.alias("child")
+    mine = (
+        select(
+            edges.c.parent_id,
+            edges.c.child_id,
+            edges.c.error,
+            func.coalesce(child.c.on_parent_failure, _text(CANCEL)).label("policy"),
+        )
+        .join(child, child.c.id == edges.c.child_id)
+        .order_by(child.c.id)
+        .with_for_update(of=child, skip_locked=not waits)
+        .cte("mine")
+    )
+    is_free = mine.c.policy == _text(RUN)
+    written = (
+        update(links)
+        .where(
+            links.c.parent_id == mine.c.parent_id,
+            links.c.child_id == mine.c.child_id,
+            ~links.c.is_done,
+            links.c.error.is_(None),
+        )
+        .values(
+            error=mine.c.error,
+            is_done=is_free,
+            needs_check=or_(links.c.needs_check, is_free) if waits else links.c.needs_check,
+        )
+        .returning(links.c.parent_id, links.c.is_done)
+        .cte("written")
+    )
+    errors: Any = func.array_agg(aggregate_order_by(mine.c.error, mine.c.parent_id), type_=ARRAY(JSONB))
+    first = (
+        select(mine.c.child_id, errors[1].label("error"))
+        .where(mine.c.policy == _text(CANCEL))
+        .group_by(mine.c.child_id)
+        .cte("first")
+    )
+    cancelled = (
+        update(tasks)
+        .where(tasks.c.id == first.c.child_id, tasks.c.state == _text(WAITING))
+        .values(
+            state=_text(CANCELLED),
+            cancelled_at=now(),
+            error=first.c.error,
+            held_unique_key=null(),
+            waiting_since=null(),
+            waiting_for=null(),
+        )
+        .returning(tasks.c.id, tasks.c.is_followed)
+        .cte("cancelled")
+    )
+    return union_all(
+        select(_text(EDGE).label("kind"), written.c.parent_id.label("id")),
+        select(_text(FREE), written.c.parent_id).where(written.c.is_done),
+        select(_text(NEXT), cancelled.c.id).where(cancelled.c.is_followed),
+        select(_text(LEFT), edges.c.parent_id).where(
+            edges.c.child_id.not_in(select(mine.c.child_id)),
+            exists().where(tasks.c.id == edges.c.child_id),
+        ),
+    ).execution_options(**{SCHEMA: schema})
+
+
+@cache
+def reopen(schema: str | None) -> Update:
+    """Let the next end of the tasks `ids`, which were retried, be applied to their children again."""
+    links = links_table(schema)
+    return (
+        update(links)
+        .where(links.c.parent_id == any_(bigints("ids")), ~links.c.is_done, links.c.error.is_not(None))
+        .values(error=null())
+    )
+
+
+@cache
+def revive(schema: str | None) -> Update:
+    """Let up to `at_most` tasks wait again that were cancelled with the tasks `ids`, and return them.
+
+    They have all of their attempts again.
+    """
+    tasks, links = tasks_table(schema), links_table(schema)
+    child = tasks.alias("child")
+    of_parents = select(links.c.child_id).where(
+        links.c.parent_id == any_(bigints("ids")), ~links.c.is_done, links.c.error.is_not(None)
+    )
+    children = (
+        select(child.c.id)
+        .where(
+            child.c.id.in_(of_parents),
+            child.c.state == _text(CANCELLED),
+            child.c.error["class"].as_string() == _text(ERROR_CLASS),
+            child.c.blockers > literal_column("0"),
+        )
+        .order_by(child.c.id)
+        .limit(bindparam("at_most", type_=Integer))
+        .with_for_update(of=child)
+        .cte("children")
+    )
+    return (
+        update(tasks)
+        .where(tasks.c.id == children.c.id)
+        .values(
+            state=_text(WAITING),
+            waiting_since=now(),
+            waiting_for=_text("parents"),
+            attempt=0,
+            fail_count=0,
+            rescue_count=0,
+            cancelled_at=null(),
+        )
+        .returning(tasks.c.id, tasks.c.is_followed, tasks.c.queue)
+    )
+
+
+def _text(value: str) -> Any:
+    return literal_column("'" + value.replace("'", "''") + "'", Text)
+
+
+def _is(state: Any, *states: str) -> Any:
+    return or_(*(state == _text(each) for each in states))
