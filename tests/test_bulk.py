@@ -391,3 +391,17 @@ def test_the_command_line_says_why_a_task_was_not_changed(engine):
         "task 3 is pending: only completed, failed and cancelled tasks can be retried",
     ]
     assert "task 3 is locked by another session" in cancelled.output
+
+
+def test_tasks_that_wait_for_cancelled_ones_are_cancelled_too_and_wait_again_after_a_retry(session, queue):
+    parent = queue.add(session, "parent")
+    child = queue.add(session, "child", after=[parent])
+
+    assert queue.cancel_many(session, type="parent") == 1
+    session.refresh(child)
+    assert child.state == "cancelled"
+
+    assert queue.retry_many(session, type="parent", state="cancelled").retried == 1
+    assert queue.retry(session, child)
+    session.refresh(child)
+    assert (child.state, child.waiting_for) == ("waiting", "parents")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, NamedTuple
 
-from apoq.client.session_adapters import Caller
+from apoq.client.cascades import reopen_edges
+from apoq.client.operations import cancel_children
+from apoq.client.session_adapters import Caller, Row
 from apoq.client.unique_tasks import reserve
 from apoq.core.states import RUNNING
 from apoq.schema.models import task_class
@@ -71,8 +73,11 @@ def retry_many(
     ids = [id_ for id_, key in keys.items() if key is None or key in free]
     if ids:
         delays = [(delay + number * every).total_seconds() for number in range(len(ids))]
-        for row in caller.execute(retry_statement(schema), {"ids": array_text(ids), "delays": delays}):
+        retried = caller.execute(retry_statement(schema), {"ids": array_text(ids), "delays": delays})
+        for row in retried:
             caller.refresh(task_class(schema), read_row(row))
+        if followed := _followed(retried):
+            reopen_edges(caller.execute, schema, followed)
         caller.notify(has_tasks(schema, selection.queue))
     return Retried(ids, skipped + len(keys) - len(ids))
 
@@ -93,4 +98,11 @@ def cancel_many(caller: Caller, schema: str | None, selection: Selection, reason
         caller.refresh(task_class(schema), read_row(row))
         if states[row["id"]] == RUNNING:
             caller.notify(was_cancelled(row["id"]))
+    if followed := _followed(cancelled):
+        cancel_children(caller, schema, followed)
     return [row["id"] for row in cancelled]
+
+
+def _followed(rows: Iterable[Row]) -> list[int]:
+    """Return the ids of the tasks that others wait for."""
+    return [row["id"] for row in rows if row["is_followed"]]

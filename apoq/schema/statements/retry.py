@@ -103,7 +103,7 @@ def retry_many(schema: str | None) -> ReturningUpdate[Any]:
         update(task_class(schema))
         .where(tasks.c.id == rows.c.id, *_may_run_again(tasks))
         .values(new)
-        .returning(*(portable(name, tasks.c[name]) for name in ("id", *new)))
+        .returning(*(portable(name, tasks.c[name]) for name in ("id", "is_followed", *new)))
         .execution_options(synchronize_session="fetch")
     )
 
