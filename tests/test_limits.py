@@ -373,6 +373,7 @@ class TestChanges:
         for number in range(8):
             add(number)
         until(lambda: sorted(states().values()) == [RUNNING] * 4 + [WAITING] * 4)
+        until(lambda: len(running.begun) == 4)
         limit(1, key="a")
         first = running.begun[:4]
         running.end(*first[:3])

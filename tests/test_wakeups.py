@@ -155,7 +155,7 @@ def test_the_claim_is_made_where_the_notification_was_heard(engine, queue, make_
             queue.add(session, "t")
         assert ran.acquire(timeout=SOON)
         with engine.connect() as connection:
-            return "picked" in connection.scalar(last, {"pid": listening})
+            return "json_to_recordset" in connection.scalar(last, {"pid": listening})
 
     # On a busy machine, the claimer may be about to look by itself.
     until(is_claimed_there)
