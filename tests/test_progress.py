@@ -166,8 +166,12 @@ class TestTheProgress:
     def test_is_not_written_any_more_after_the_timeout(self, engine, queue, worker):
         def run(task: RunningTask) -> None:
             task.set_progress(1)
-            until(lambda: task.should_stop)
+            until(has_failed)
             task.set_progress(2)
+
+        def has_failed() -> bool:
+            with engine.connect() as connection:
+                return connection.scalar(sa.select(Task.state)) == "failed"
 
         worker.use("t", run, timeout=0.05, retry_limit=0)
         (task_id,) = add(engine, queue)
