@@ -111,8 +111,8 @@ def test_it_is_added_to_the_queue_of_the_typed_task(session, queue, worker):
         ("", "on_failure: a task's type must not be empty"),
         ("charge", "another task than the one that fails, got 'charge'"),
         (Queue("wrong").task(type="a")(lambda: None), "one argument, annotated with TaskFailure"),
-        (Queue().task(type="b")(lambda failure: None), "one argument, annotated with TaskFailure"),
-        (Queue().task(type="c", unique=True)(notify), "must be a task without a unique key"),
+        (Queue("wrong").task(type="b")(lambda failure: None), "one argument, annotated with TaskFailure"),
+        (Queue("wrong").task(type="c", unique=True)(notify), "must be a task without a unique key"),
         (Queue(schema="jobs").task(type="d")(notify), "in the same schema as 'charge'"),
     ],
 )
