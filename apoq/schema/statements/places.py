@@ -159,13 +159,20 @@ def awaited_shares(schema: str | None) -> Select[Any]:
     """Return which of the `kinds` and `names` of `from_queue` tasks are waiting for."""
     tasks = tasks_table(schema)
     given = _shares()
-    waits = exists().where(
-        tasks.c.queue == _QUEUE,
-        waits_for_place(tasks),
-        tasks.c.waiting_for == given.c.kind,
-        share_name(tasks) == given.c.name,
+    # A lookup for each, because EXISTS may become a join that reads all waiting tasks.
+    first = (
+        select(tasks.c.id)
+        .where(
+            tasks.c.queue == _QUEUE,
+            waits_for_place(tasks),
+            tasks.c.waiting_for == given.c.kind,
+            share_name(tasks) == given.c.name,
+        )
+        .limit(1)
+        .correlate(given)
+        .lateral("first")
     )
-    return select(given.c.kind, given.c.name).where(waits)
+    return select(given.c.kind, given.c.name).select_from(given.join(first, true()))
 
 
 @cache

@@ -47,11 +47,14 @@ from apoq.worker.claiming.claim_statement import ClaimStatement, Row
 from apoq.worker.claiming.claimable_queue import ClaimableQueue
 from apoq.worker.places import Freed, Places
 
-MAX_KEYS: Final = 64
-"""Keys to which one claim gives places, at most."""
+MAX_KEYS: Final = 256
+"""Keys to which one claim gives places, at most, and due tasks that it looks at."""
 
-MAX_PICKED: Final = 1_000
-"""Due tasks that one claim looks at, at most."""
+MAX_PICKED: Final = 250
+"""Due tasks that a claim looks at if most of the last ones had to be blocked.
+
+More at once would be blocked sooner, but hold up the tasks of other keys for longer.
+"""
 
 MAX_REMEMBERED: Final = 10_000
 """Keys that are remembered to have a single place, at most."""
@@ -93,7 +96,7 @@ class PlacedClaims:
 
     def claim(self, queue: ClaimableQueue, limit: int, free: int) -> PlacedTasks:
         """Claim up to `limit` due tasks of a queue for `free` slots, and block those without a free place."""
-        at_most = max(limit, self._looks_at.get(queue, 0))
+        at_most = max(min(limit, MAX_KEYS), self._looks_at.get(queue, 0))
         while True:
             try:
                 return self._claim_due(queue, at_most, limit, free)
