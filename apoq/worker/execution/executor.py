@@ -244,10 +244,14 @@ class Executor:
     def _pop(self) -> AnyAttempt | None:
         if self._is_closed:
             return None
-        for line in (self._first, self._line):
-            with suppress(IndexError):
-                return self.attempt_of(line.popleft())
-        return None
+        if self._first:
+            with suppress(IndexError):  # another slot has just taken the last one
+                return self.attempt_of(self._first.popleft())
+        try:
+            row = self._line.popleft()
+        except IndexError:
+            return None
+        return self.attempt_of(row)
 
     def _begin(self, attempt: AnyAttempt) -> bool:
         """Hand an attempt to its thread or to the loop; return False if that could not be started."""
