@@ -26,6 +26,8 @@ class Places:
         self._held: dict[tuple[int, int], tuple[Queue, tuple[Share, ...]]] = {}
         """By the number of the claim and the id of the task."""
         self._freed: dict[Queue, dict[Share, int]] = {}
+        self.met: set[Queue] = set()
+        """The queues of which tasks hold places, or wait for some."""
         self.on_free: Callable[[], object] = lambda: None
         """Called when places have become free."""
 
@@ -73,6 +75,7 @@ class Places:
         return taken
 
     def _add(self, queue: Queue, shares: Freed) -> None:
+        self.met.add(queue)
         of_queue = self._freed.setdefault(queue, {})
         for share, count in shares.items():
             of_queue[share] = of_queue.get(share, 0) + count

@@ -247,7 +247,6 @@ class Runtime:
             leases,
             outage,
             places,
-            cursors=cursors,
         )
         self.registration = Registration(
             self.engine, schemas, self.heartbeat, self.scanner, self.strays, outage, self.missing, sharded

@@ -14,7 +14,6 @@ from apoq.client.queue import Queue
 from apoq.core.places import Share
 from apoq.postgres.connections import execute
 from apoq.schema.statements.places import awaited
-from apoq.worker.claiming.cursor import ClaimCursor
 from apoq.worker.failures import Outage
 from apoq.worker.isolation import Isolation
 from apoq.worker.lease import Lease
@@ -22,10 +21,10 @@ from apoq.worker.places import MAX_HANDED_OVER, Places
 from apoq.worker.service import Service
 
 SWEEP_SECONDS: Final = 5.0
-"""Seconds between two looks into a schema with keys or limits."""
+"""Seconds between two looks into a schema in which the worker has met tasks that need places."""
 
 IDLE_SWEEP_SECONDS: Final = 60.0
-"""Seconds between two looks into a schema in which no claim has met a key or a limit."""
+"""Seconds between two looks into any other schema."""
 
 MAX_LOOKED_FOR: Final = 100
 """Tasks of each key or pool that are looked for at once, at most."""
@@ -47,8 +46,6 @@ class PlaceSweep(Service):
         leases: Mapping[str | None, Lease],
         outage: Outage,
         places: Places,
-        *,
-        cursors: Mapping[Queue, ClaimCursor],
     ) -> None:
         super().__init__("apoq-place-sweep", outage)
         self._engine = engine
@@ -57,12 +54,10 @@ class PlaceSweep(Service):
         }
         self._leases = leases
         self._places = places
-        self._cursors = cursors
         self._isolation: Isolation[str | None] = Isolation(_describe, outage)
         self._behind = dict.fromkeys(leases, START)
         """For each schema, the last key or pool that was looked at."""
         self._looks_at = dict.fromkeys(leases, 0.0)
-        self._has_waiting = dict.fromkeys(leases, False)
 
     def look_into(self, schema: str | None) -> None:
         """Look into a schema now, from the beginning."""
@@ -90,9 +85,8 @@ class PlaceSweep(Service):
         return max(0.01, min(looks) - time.monotonic()) if looks else SWEEP_SECONDS
 
     def _pause(self, schema: str | None) -> float:
-        cursors = (self._cursors[queue] for queue in self._queues[schema].values())
-        is_used = any(cursor.has_keyed or cursor.is_limited for cursor in cursors)
-        return SWEEP_SECONDS if is_used or self._has_waiting[schema] else IDLE_SWEEP_SECONDS
+        is_used = not self._places.met.isdisjoint(self._queues[schema].values())
+        return SWEEP_SECONDS if is_used else IDLE_SWEEP_SECONDS
 
     def _look(self, schema: str | None) -> bool:
         """Look at the next keys and pools of a schema; return whether there are more."""
@@ -105,7 +99,6 @@ class PlaceSweep(Service):
             by_queue.setdefault(name, {})[Share(kind, share)] = MAX_LOOKED_FOR
         for name, shares in by_queue.items():
             self._places.expect(queues[name], shares)
-        self._has_waiting[schema] = bool(found)
         has_more = len(found) == MAX_HANDED_OVER
         self._behind[schema] = tuple(found[-1]) if has_more else START
         return has_more
