@@ -5,7 +5,8 @@ Public are the names in `__all__` here and the modules `apoq.events`, `apoq.metr
 modules are private.
 """
 
-from typing import Final
+from importlib import import_module
+from typing import TYPE_CHECKING, Final
 
 NO_LIBPQ: Final = (
     "psycopg can't be imported, because PostgreSQL's client library (libpq) is missing: "
@@ -58,7 +59,18 @@ else:
     from apoq.migrations import prepare
     from apoq.postgres.urls import database_url
     from apoq.schema.models import Schedule, Task
-    from apoq.worker import AsyncRunningTask, RunningTask, Worker
+
+    if TYPE_CHECKING:
+        from apoq.worker import AsyncRunningTask, RunningTask, Worker
+
+    def __getattr__(name: str) -> object:
+        """Import the worker when it is first used: a program that only adds tasks doesn't need it."""
+        if name not in {"AsyncRunningTask", "RunningTask", "Worker"}:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        found: object = getattr(import_module("apoq.worker"), name)
+        globals()[name] = found
+        return found
+
 
 __all__ = [
     "ApoqError",

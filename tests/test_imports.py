@@ -29,7 +29,7 @@ STRANGERS = {
 }
 """What is imported by those who use it, or by the modules of apoq's that need it."""
 
-LIMIT = 1.5
+LIMIT = 1.4
 RUNS, MOST_RUNS = 3, 12
 """More than the first few only where the machine is too busy for these to tell."""
 
