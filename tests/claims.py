@@ -12,7 +12,6 @@ import probe
 import sqlalchemy as sa
 
 from apoq import Worker
-from apoq.schema.models import claims_table
 from apoq.schema.statements.levels import level_of
 from apoq.schema.statements.queues import (
     at_most_text,
@@ -23,6 +22,7 @@ from apoq.schema.statements.queues import (
     retry_limits_text,
 )
 from apoq.schema.statements.survey import surveyed as read_survey
+from apoq.schema.tables import claims_table
 from apoq.worker.claiming.cursor import MAX_LEVELS, ClaimCursor
 from apoq.worker.lease import Lease
 

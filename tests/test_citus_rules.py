@@ -83,7 +83,6 @@ WRITES: Final = {
     "heartbeat.forget": 1,
     "heartbeat.leave": 2,
     "limits.declare": 1,
-    "limits.forget_declared": 1,
     "limits.remove_unused": 1,
     "limits.set_limit": 1,
     "links.enqueue_linked": 1,

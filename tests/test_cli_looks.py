@@ -30,9 +30,9 @@ from apoq.cli.target import Target
 from apoq.embedded import PostgreSQL
 from apoq.monitor import server_checks, table_checks
 from apoq.monitor.check import BAD, OK, WARNING
-from apoq.schema.models import ClaimRow, WorkerRow
 from apoq.schema.statements import count
 from apoq.schema.statements.running import LOOKED_AT
+from apoq.schema.tables import ClaimRow, WorkerRow
 
 SECRET = "s3cr3t"
 TABLES = "ON ALL TABLES IN SCHEMA public TO {role}; GRANT USAGE ON ALL SEQUENCES IN SCHEMA public TO {role}"

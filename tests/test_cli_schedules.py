@@ -15,7 +15,7 @@ from ticking import tick_at
 
 from apoq import Queue, Schedule, Task, prepare
 from apoq.cli import main
-from apoq.schema.models import WorkerRow
+from apoq.schema.tables import WorkerRow
 
 DEPLOYED = datetime(2026, 5, 4, tzinfo=UTC)
 

@@ -21,8 +21,8 @@ from sqlalchemy.orm import Session
 from apoq import Queue, Task, prepare
 from apoq.cli import list as listing
 from apoq.cli import main, prune, selection
-from apoq.schema.models import ClaimRow, WorkerRow
 from apoq.schema.statements import find
+from apoq.schema.tables import ClaimRow, WorkerRow
 from apoq.worker.maintenance import pruner
 
 SECRET = "s3cr3t"

@@ -26,7 +26,7 @@ from apoq.cli import burst, logs, main
 from apoq.cli.exits import Failure
 from apoq.cli.status import line
 from apoq.cli.supervisor import REPORT_INTERVAL_SECONDS
-from apoq.schema.models import WorkerRow
+from apoq.schema.tables import WorkerRow
 from apoq.worker.settling.counters import WorkerStats
 
 APP = """

@@ -27,7 +27,7 @@ import apoq.pyramid
 import apoq.testing
 from apoq.events import Event
 from apoq.pyramid.requests import RequestTasks
-from apoq.schema.models import UPCOMING, Task
+from apoq.schema.models import INTERNAL, Task
 from apoq.worker.settling.counters import WorkerStats
 
 REFERENCE = (pages.DOCS / "reference.md").read_text(encoding="utf-8")
@@ -37,7 +37,7 @@ INTERNAL: dict[str, set[str]] = {
     "apoq.TypedTask": {"concurrency_key_of", "follow_up", "scheduled_data"},
     "apoq.Worker": {"processors"},
     "apoq.RunningTask": {"from_queue", "is_async"},
-    "apoq.Task": {"indexed_state", "metadata", "registry", "type_annotation_map", "has_parts", *UPCOMING},
+    "apoq.Task": {"indexed_state", "metadata", "registry", "type_annotation_map", *INTERNAL},
     "apoq.Schedule": {"metadata", "registry", "type_annotation_map"},
     "apoq.flask.Apoq": {"current", "equip"},
     "apoq.events.Events": {"has_listeners", "emit", "report"},

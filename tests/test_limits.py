@@ -474,6 +474,16 @@ class TestAdding:
 
         assert [task.state for task in drain(session, queue)] == [COMPLETED] * 3
 
+    def test_drain_runs_tasks_of_types_and_queues_with_limits(self, session, queue):
+        @queue.task(type="t")
+        def process() -> None: ...
+
+        queue.limit(session, 2, type="t")
+        queue.limit(session, 2)
+        process.add(session)
+
+        assert [task.state for task in drain(session, queue)] == [COMPLETED]
+
 
 class TestBadInput:
     @pytest.mark.parametrize(

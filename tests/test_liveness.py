@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session
 from waiting import patience
 
 from apoq import AsyncRunningTask, Queue, RunningTask, Task, Worker
-from apoq.schema.models import WorkerRow
+from apoq.schema.tables import WorkerRow
 
 SOON = 15.0
 

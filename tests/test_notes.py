@@ -14,8 +14,8 @@ from sqlalchemy.orm import Session
 from waiting import patience
 
 from apoq import Queue, Task, Worker
-from apoq.schema.models import ClaimRow, WorkerRow
 from apoq.schema.statements.claim import ID
+from apoq.schema.tables import ClaimRow, WorkerRow
 from apoq.worker.claim_log import MIN_FORGOTTEN
 
 SOON = 20.0

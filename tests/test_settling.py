@@ -19,9 +19,9 @@ from sqlalchemy.orm import Session
 from waiting import patience
 
 from apoq import Retry, Task, Worker
-from apoq.schema.models import ClaimRow
 from apoq.schema.statements.claim import CLAIM_TOKEN, ID
 from apoq.schema.statements.recover import rescue
+from apoq.schema.tables import ClaimRow
 from apoq.worker.execution.runner import ended
 
 SOON = 30.0

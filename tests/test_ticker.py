@@ -15,7 +15,7 @@ from ticking import start_at
 from waiting import patience
 
 from apoq import Queue, RunningTask, Schedule, Task, Worker, prepare
-from apoq.schema.models import WorkerRow
+from apoq.schema.tables import WorkerRow
 
 until = patience(20.0)
 

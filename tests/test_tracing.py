@@ -84,6 +84,21 @@ class TestAdding:
         found = session.scalars(sa.select(Task.meta["traceparent"].astext)).all()
         assert found == [expected] * 3
 
+    def test_so_do_chains_and_groups(self, session, queue):
+        @queue.task(type="t")
+        def process() -> None: ...
+
+        with tracer.start_as_current_span("request"):
+            queue.chain(session, process.call(), process.call())
+            with queue.group(session, name="import 7") as group:
+                group.add(process.call())
+                group.add_many([process.call()])
+                group.then(process.call())
+        found = session.scalars(sa.select(Task.meta["traceparent"].astext)).all()
+        assert len(found) == 5
+        assert None not in found
+        assert len(set(found)) == 1
+
     def test_without_a_valid_span_it_stores_nothing(self, session, queue):
         assert queue.add(session, "t").meta is None
         with trace.use_span(trace.INVALID_SPAN):

@@ -17,7 +17,7 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from apoq import Task
-from apoq.schema.models import WorkerRow
+from apoq.schema.tables import WorkerRow
 
 PAGE = pages.DOCS / "troubleshooting.md"
 TEXT = PAGE.read_text(encoding="utf-8")

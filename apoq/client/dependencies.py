@@ -12,7 +12,8 @@ from apoq.core.dependencies import Dependencies, OnParentFailure
 from apoq.core.states import CANCELLED, COMPLETED, FAILED
 from apoq.core.unique import ADDED, OnConflict
 from apoq.errors import InvalidTask
-from apoq.schema.models import Task, detached, with_outcome
+from apoq.schema.models import Task
+from apoq.schema.objects import detached, with_outcome
 from apoq.schema.statements import links as statements
 from apoq.schema.statements.arrays import array_text
 from apoq.schema.statements.enqueue import added_row

@@ -13,7 +13,8 @@ from apoq.client.session_adapters import Caller, Driver, Row
 from apoq.client.unique_tasks import reserve_key_of
 from apoq.core.options import has_expiry
 from apoq.core.unique import ADDED
-from apoq.schema.models import Task, detached, task_class, with_outcome
+from apoq.schema.models import Task, task_class
+from apoq.schema.objects import detached, with_outcome
 from apoq.schema.statements import cancel as cancelling
 from apoq.schema.statements import limits as limiting
 from apoq.schema.statements import pauses

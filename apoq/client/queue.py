@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from datetime import datetime, timedelta
-from types import MappingProxyType
 from typing import Any, Concatenate, TypeVar, Unpack, overload
-from weakref import WeakSet
 
 from typing_extensions import ParamSpec
 
@@ -21,21 +19,19 @@ from apoq.client.queue_results import QueueResults
 from apoq.client.queue_schedules import QueueSchedules
 from apoq.client.session_adapters import AsyncioSession, SyncSession, through
 from apoq.client.session_first import session_first
-from apoq.client.shared_tasks import shared_tasks
-from apoq.client.task_ids import task_id
 from apoq.client.typed_task import Anything, Decorator, TypedTask, UniqueRule
 from apoq.core.dependencies import OnParentFailure, checked_dependencies
 from apoq.core.failures import OnFailure
-from apoq.core.limits import ConcurrencyKey, Limit, key_for, whole_limit
-from apoq.core.options import HIGHEST_LIMIT, Options, checked, checked_options, checked_reason, integer
+from apoq.core.limits import ConcurrencyKey, Limit, key_for
+from apoq.core.options import Options, checked, checked_options, checked_reason
 from apoq.core.outcomes import Cancel, report
-from apoq.core.payload import MAX_DATA_SIZE, check_name, check_schema, check_type, encode
-from apoq.core.registry import Registry, Running
+from apoq.core.payload import check_name, check_type, encode
+from apoq.core.registry import Running
 from apoq.core.retry import DEFAULT_RETRY_LIMIT, RetryDelay, exponential_backoff
 from apoq.core.schedules import ScheduleOptions
 from apoq.core.unique import NOT_UNIQUE, SKIP, OnConflict, Unique, UniqueKey, UniqueUntil
-from apoq.errors import InvalidProcessor, InvalidTask, glimpse
-from apoq.schema.models import DEFAULT_QUEUE, Task, task_class
+from apoq.errors import InvalidTask, glimpse
+from apoq.schema.models import Task
 from apoq.tracing import with_trace
 
 P = ParamSpec("P")
@@ -56,55 +52,6 @@ class Queue(QueueSchedules, QueuePauses, QueueLimits, QueueGraphs, QueueBulk, Qu
         schema (str | None): The schema of apoq's tables, or None for the connection's own (its search_path).
         max_data_size (int): The limit of a task's data, in bytes of JSON.
     """
-
-    def __init__(
-        self,
-        name: str = DEFAULT_QUEUE,
-        *,
-        schema: str | None = None,
-        max_data_size: int = MAX_DATA_SIZE,
-        limit: Limit | None = None,
-    ) -> None:
-        """Create a queue. Nothing is written to the database.
-
-        Args:
-            name: The queue's name, of at most 255 characters.
-            schema: The schema of apoq's tables. By default the connection's search_path chooses it.
-            max_data_size: The limit of a task's data, in bytes of JSON: 1 MiB by default.
-            limit: How many tasks of the queue may run at once, over all workers: a `Limit` without a key.
-
-        Raises:
-            InvalidTask: If an argument is invalid.
-            InvalidLimit: If the limit has a key, or another `Queue` of this name has a different one.
-        """
-        super().__init__()
-        self.name = check_name(name, "a queue's name")
-        self.schema = check_schema(schema)
-        self.max_data_size = integer("max_data_size", max_data_size, 1, HIGHEST_LIMIT)
-        self._tasks: dict[str, TypedTask[..., Any]] = {}
-        self._registries: WeakSet[Registry] = WeakSet()
-        self._shared = shared_tasks(self.name, self.schema)
-        self._shared.set_limit(whole_limit(limit), repr(self))
-
-    def __repr__(self) -> str:
-        schema = "" if self.schema is None else f", schema={self.schema!r}"
-        return f"Queue({self.name!r}{schema})"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Queue) and (self.name, self.schema) == (other.name, other.schema)
-
-    def __hash__(self) -> int:
-        return hash((self.name, self.schema))
-
-    @property
-    def limited_to(self) -> Limit | None:
-        """How many tasks of the queue may run at once, as the code declares it."""
-        return self._shared.limit
-
-    @property
-    def task_class(self) -> type[Task]:
-        """The mapped class of this queue's tasks: `apoq.Task`, or a subclass if the queue has a schema."""
-        return task_class(self.schema)
 
     @overload
     def add(
@@ -520,11 +467,6 @@ class Queue(QueueSchedules, QueuePauses, QueueLimits, QueueGraphs, QueueBulk, Qu
             session, lambda caller: retry(caller, self.schema, parameters, with_cancelled=with_cancelled)
         )
 
-    @property
-    def tasks(self) -> Mapping[str, TypedTask[..., Any]]:
-        """The typed tasks of this queue, and of the queues that are equal to it, by type and alias."""
-        return MappingProxyType({**self._shared.by_type, **self._tasks})
-
     @overload
     def task(self, function: Callable[Concatenate[Anything, ...], R], /) -> TypedTask[..., R, ...]: ...
     @overload
@@ -632,41 +574,6 @@ class Queue(QueueSchedules, QueuePauses, QueueLimits, QueueGraphs, QueueBulk, Qu
 
         return decorate if function is None else decorate(function)
 
-    def register_in(self, registry: Registry) -> None:
-        """Add the typed tasks of this queue to a worker's registry, and those that are defined later."""
-        for type_, task in self.tasks.items():
-            registry.put(self, type_, task.processor)
-        self._registries.add(registry)
-        self._shared.registries.add(registry)
-
-    def adopt(self, task: TypedTask[..., Any]) -> None:
-        """Let workers of this queue run a task that was defined on another one; see `TypedTask.to`."""
-        found = self.tasks.get(task.type)
-        if found is None or found.function is not task.function:
-            self._register(task)
-
-    def _register(self, task: TypedTask[..., Any]) -> None:
-        types, registries = dict.fromkeys((task.type, *task.aliases)), tuple(self._shared.registries)
-        for type_ in types:
-            if found := self._tasks.get(type_) or self._shared.conflict(type_, task):
-                raise InvalidProcessor(
-                    f"the type {type_!r} already has a processor, {found.function!r}: choose another type by "
-                    f"{self!r}.task(type=…)"
-                )
-        again = {type_ for type_ in types if type_ in self._shared.by_type}
-        for registry in registries:
-            registry.check_results(task.type, task.processor)
-            for type_ in types.keys() - again:
-                registry.check_free(self, type_)
-        for type_ in types:
-            self._tasks[type_] = self._shared.by_type[type_] = task
-            for registry in registries:
-                if type_ not in again:
-                    registry.put(self, type_, task.processor)
-                elif registry in self._registries:
-                    # Of a function that was defined again, a worker of this very queue runs this queue's.
-                    registry.put(self, type_, task.processor, replaces=True)
-
     def _documents(self, items: Iterable[Any]) -> Iterator[str]:
         for index, data in enumerate(items):
             yield encode(data, self.max_data_size, f"items[{index}]")
@@ -686,9 +593,3 @@ class Queue(QueueSchedules, QueuePauses, QueueLimits, QueueGraphs, QueueBulk, Qu
         if task is not None:
             raise InvalidTask("task and unique_key can't both be given: pass one of them")
         return {"task_unique_key": check_name(unique_key, "a unique key")}
-
-    def _id_of(self, task: Task | int | None) -> int:
-        return task_id(self, task)
-
-    def _parent_id(self, task: Any) -> int:
-        return task_id(self, task, "each task in after")

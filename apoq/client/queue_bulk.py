@@ -7,6 +7,7 @@ from datetime import datetime, timedelta
 from typing import Any, Final, Literal, NamedTuple, TypedDict, Unpack, overload
 
 from apoq.client.bulk import Selection, cancel_many, retry_many
+from apoq.client.queue_base import QueueBase
 from apoq.client.session_adapters import AsyncioSession, SyncSession, through
 from apoq.client.session_first import session_first
 from apoq.core.limits import checked_key
@@ -60,11 +61,8 @@ class CancelOptions(Filters, total=False):
     reason: str
 
 
-class QueueBulk:
-    """Changes of many tasks of a queue. Base of `Queue`, whose name and schema it uses."""
-
-    name: str
-    schema: str | None
+class QueueBulk(QueueBase):
+    """Changes of many tasks of a queue."""
 
     @overload
     def retry_many(self, session: SyncSession, **options: Unpack[RetryOptions]) -> RetriedMany: ...

@@ -7,6 +7,7 @@ from typing import Any, Unpack, overload
 
 from apoq.client.dependencies import Part, chain
 from apoq.client.groups import Group
+from apoq.client.queue_base import QueueBase
 from apoq.client.session_adapters import AsyncioSession, SyncSession, through
 from apoq.client.session_first import session_first
 from apoq.client.typed_task import Call
@@ -17,14 +18,11 @@ from apoq.core.payload import check_name, check_type, encode
 from apoq.errors import InvalidTask, glimpse
 from apoq.schema.models import Task
 from apoq.schema.statements.graph import GROUP_NAME
+from apoq.tracing import with_trace
 
 
-class QueueGraphs:
-    """The chains and groups of a queue. Base of `Queue`, whose name, schema and `max_data_size` it uses."""
-
-    name: str
-    schema: str | None
-    max_data_size: int
+class QueueGraphs(QueueBase):
+    """The chains and groups of a queue."""
 
     @overload
     def chain(self, session: SyncSession, /, *calls: Call[...], **options: Unpack[Options]) -> list[Task]: ...
@@ -127,7 +125,8 @@ class QueueGraphs:
         if dependencies is not None:
             raise InvalidTask("after must not be given to `then` or `always`, which wait for the group")
         meta = {**(options.get("meta") or {}), GROUP_NAME: name}
-        return {**parameters, **self._written(task, data, key).parameters, "task_meta": encode(meta)}
+        parameters |= self._written(task, data, key).parameters
+        return with_trace({**parameters, "task_meta": encode(meta)})
 
     def _part(
         self, options: Mapping[str, Any]
@@ -138,11 +137,11 @@ class QueueGraphs:
         plain = dict(options)
         after, on_failure = plain.pop("after", ()), plain.pop("on_parent_failure", None)
         key = plain.pop("key", None)
-        for name in ("unique_key", "unique_until", "on_conflict", "debounce", "max_wait"):
+        for name in ("unique_key", "unique_until", "on_conflict", "debounce", "max_wait", "throttle"):
             if plain.pop(name, None) is not None:
                 raise InvalidTask(f"{name} can't be given in a chain or a group: add such a task by `add`")
         dependencies = checked_dependencies(after, on_failure, self._parent_id)
-        return {"task_queue": self.name, **checked(**plain)}, dependencies, key
+        return {"task_queue": self.name, **with_trace(checked(**plain))}, dependencies, key
 
     def _written(self, task: Call[...] | str, data: Any, key: ConcurrencyKey | None) -> Part:
         """Return the type, the document and the concurrency key of a call, or of a type and its data."""
@@ -155,12 +154,6 @@ class QueueGraphs:
             )
         own = self._key_of(task, None) if key is None else key_for(key, task.data)
         return Part(task.type, encode(task.data, self.max_data_size), own)
-
-    def _key_of(self, call: Call[Any] | str, key: str | int | None) -> str | None:
-        raise NotImplementedError
-
-    def _parent_id(self, task: Any) -> int:
-        raise NotImplementedError
 
 
 def _checked_call(call: object) -> Call[...]:

@@ -6,6 +6,7 @@ from collections.abc import Coroutine
 from typing import Any, NamedTuple, overload
 
 from apoq.client.operations import limits, set_limit
+from apoq.client.queue_base import QueueBase
 from apoq.client.session_adapters import AsyncioSession, SyncSession, through
 from apoq.client.session_first import session_first
 from apoq.core.limits import check_at_most, checked_key
@@ -35,11 +36,8 @@ class LimitInForce(NamedTuple):
     holds: bool
 
 
-class QueueLimits:
-    """The limits of a queue. Base of `Queue`, whose name and schema it uses."""
-
-    name: str
-    schema: str | None
+class QueueLimits(QueueBase):
+    """The limits of a queue."""
 
     @overload
     def limit(

@@ -7,6 +7,7 @@ from datetime import datetime, timedelta
 from typing import Any, overload
 
 from apoq.client.operations import pause, resume
+from apoq.client.queue_base import QueueBase
 from apoq.client.session_adapters import AsyncioSession, SyncSession, through
 from apoq.client.session_first import session_first
 from apoq.core.options import checked_reason, pause_end
@@ -14,11 +15,8 @@ from apoq.core.payload import check_type
 from apoq.schema.statements.pauses import ALL_TYPES
 
 
-class QueuePauses:
-    """The pauses of a queue. Base of `Queue`, whose name and schema it uses."""
-
-    name: str
-    schema: str | None
+class QueuePauses(QueueBase):
+    """The pauses of a queue."""
 
     @overload
     def pause(

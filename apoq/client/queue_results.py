@@ -10,6 +10,7 @@ from sqlalchemy import Engine
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from apoq.client.progress import Progress, progress
+from apoq.client.queue_base import QueueBase
 from apoq.client.results import Result, result
 from apoq.client.session_adapters import AsyncioSession, SyncSession, through
 from apoq.client.session_first import session_first
@@ -18,11 +19,8 @@ from apoq.client.waiting import wait
 from apoq.schema.models import Task
 
 
-class QueueResults:
-    """The results and the progress of a queue's tasks. Base of `Queue`, whose name and schema it uses."""
-
-    name: str
-    schema: str | None
+class QueueResults(QueueBase):
+    """The results and the progress of a queue's tasks."""
 
     @overload
     def result(self, session: SyncSession, task: Task | int) -> Result[Any] | None: ...

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Coroutine, Iterator, Mapping
+from collections.abc import Coroutine, Mapping
 from datetime import timedelta, tzinfo
 from typing import Any, Final, Unpack, overload
 
+from apoq.client.queue_base import QueueBase
 from apoq.client.schedules import read_schedules, schedule, unschedule
 from apoq.client.session_adapters import AsyncioSession, SyncSession, through
 from apoq.client.session_first import session_first
 from apoq.client.typed_task import Call, TypedTask
-from apoq.core.limits import checked_key
 from apoq.core.payload import check_type, encode
 from apoq.core.schedules import (
     DEFAULT_CATCH_UP_LIMIT,
@@ -37,31 +37,8 @@ class AllOptions(ScheduleOptions, TaskOptions, total=False):
     key: str | int | None
 
 
-class QueueSchedules:
-    """The schedules of a queue. Base of `Queue`, whose name and schema it uses."""
-
-    name: str
-    schema: str | None
-    max_data_size: int
-
-    def __init__(self) -> None:
-        self._declared: list[TypedTask[..., Any]] = []
-
-    @property
-    def tasks(self) -> Mapping[str, TypedTask[..., Any]]:
-        """The typed tasks, by type and alias."""
-        raise NotImplementedError
-
-    def scheduled_tasks(self) -> Iterator[TypedTask[..., Any]]:
-        """Yield the typed tasks that have a schedule, for the workers of this queue."""
-        for type_, task in self.tasks.items():
-            if task.schedule and type_ == task.type:  # and not one of its aliases
-                yield task
-        yield from self._declared
-
-    def declare(self, task: TypedTask[..., Any]) -> None:
-        """Let workers of this queue declare the schedule of a task whose processor they have already."""
-        self._declared.append(task)
+class QueueSchedules(QueueBase):
+    """The schedules of a queue."""
 
     @overload
     def schedule(
@@ -176,11 +153,6 @@ class QueueSchedules:
         }
         timing = Timing(values["cron"], values["timezone"], values["every"])
         return through(session, lambda caller: schedule(caller, self.schema, parameters, timing))
-
-    def _key_of(self, call: Call[Any] | str, key: str | int | None) -> str | None:
-        if key is None and isinstance(call, Call) and (task := self.tasks.get(call.type)):
-            return task.concurrency_key_of(call.data)
-        return checked_key(key)
 
     @overload
     def unschedule(self, session: SyncSession, name: str) -> bool: ...

@@ -9,7 +9,8 @@ from apoq.client.session_adapters import Caller
 from apoq.core.schedules import Timing
 from apoq.errors import InvalidSchedule, command
 from apoq.postgres.loaders import read_time
-from apoq.schema.models import Schedule, detached_schedule
+from apoq.schema.models import Schedule
+from apoq.schema.objects import detached_schedule
 from apoq.schema.statements.notify import has_tasks
 from apoq.schema.statements.portable import read_row
 from apoq.schema.statements.schedules import (

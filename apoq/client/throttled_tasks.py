@@ -15,7 +15,8 @@ from apoq.client.session_adapters import Caller
 from apoq.client.unique_tasks import Item
 from apoq.core.unique import ADDED, SKIP, THROTTLED
 from apoq.postgres.loaders import read_json
-from apoq.schema.models import Task, unsaved, with_outcome
+from apoq.schema.models import Task
+from apoq.schema.objects import unsaved, with_outcome
 from apoq.schema.statements.throttles import begin_windows, end_windows, open_windows
 
 

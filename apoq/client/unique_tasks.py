@@ -16,7 +16,8 @@ from apoq.client.session_adapters import Caller, Row
 from apoq.core.states import FINAL, RUNNING
 from apoq.core.unique import ADDED, KEPT, RAISE, REPLACE, REPLACED, SKIP, OnConflict
 from apoq.errors import ApoqError, DuplicateTask
-from apoq.schema.models import Task, detached, with_outcome
+from apoq.schema.models import Task
+from apoq.schema.objects import detached, with_outcome
 from apoq.schema.statements import unique as statements
 from apoq.schema.statements.arrays import array_text
 from apoq.schema.statements.enqueue import added_row

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
 from datetime import datetime, timedelta
 from functools import cache
 from typing import Any, Final, Literal, TypeVar, cast
@@ -12,7 +11,6 @@ from uuid import UUID
 from sqlalchemy import (
     BigInteger,
     CheckConstraint,
-    Column,
     Computed,
     Index,
     MetaData,
@@ -22,17 +20,16 @@ from sqlalchemy import (
     func,
     text,
 )
-from sqlalchemy.dialects.postgresql import ARRAY, INTERVAL, JSONB, TIMESTAMP
+from sqlalchemy.dialects.postgresql import INTERVAL, JSONB, TIMESTAMP
 from sqlalchemy.orm import (
     DeclarativeBase,
     InstanceState,
     Mapped,
-    make_transient_to_detached,
     mapped_column,
     validates,
 )
 from sqlalchemy.schema import conv
-from sqlalchemy.types import Boolean, Double, Integer, SmallInteger, Text, Uuid
+from sqlalchemy.types import Boolean, Integer, SmallInteger, Text, Uuid
 
 from apoq.core.payload import check_time, check_type, encode
 from apoq.core.states import CANCELLED, COMPLETED, FAILED, PENDING, RUNNING, STATES, WAITING, alternatives
@@ -62,7 +59,8 @@ HOLDS_KEY: Final = "held_unique_key IS NOT NULL"
 
 AddOutcome = Literal["added", "kept", "replaced", "throttled"]
 
-_ADD_OUTCOME: Final = "_add_outcome"
+ADD_OUTCOME: Final = "_add_outcome"
+"""The attribute of a `Task` object that has it."""
 
 
 class Base(DeclarativeBase):
@@ -285,7 +283,7 @@ class Task(Base):
         "added", "kept", "replaced" or "throttled". "kept" and "replaced" are about the task that had the
         unique key. None if no such call returned it.
         """
-        outcome: AddOutcome | None = self.__dict__.get(_ADD_OUTCOME)
+        outcome: AddOutcome | None = self.__dict__.get(ADD_OUTCOME)
         return outcome
 
     @property
@@ -372,134 +370,10 @@ class Schedule(Base):
         return f"<Schedule {' '.join(shown)}>"
 
 
-class WorkerRow(Base):
-    """A started worker: for people to look at, and for other workers to check that it is alive."""
-
-    __tablename__ = "apoq_workers"
-
-    id: Mapped[UUID] = mapped_column(primary_key=True)
-    """A new id for each start of a worker."""
-    host: Mapped[str]
-    pid: Mapped[int] = mapped_column(Integer)
-    version: Mapped[str]
-    queues: Mapped[list[str]] = mapped_column(ARRAY(Text))
-    concurrency: Mapped[int] = mapped_column(Integer)
-    started_at: Mapped[datetime] = mapped_column(server_default=func.clock_timestamp())
-    last_heartbeat_at: Mapped[datetime] = mapped_column(server_default=func.clock_timestamp())
-    """The time of its last heartbeat, by the database's clock."""
-    expires_at: Mapped[datetime]
-    """The end of its lease: until then it counts as alive if its connection exists."""
-    grace: Mapped[timedelta]
-    """The time after its last heartbeat for which it counts as alive if its connection is gone."""
-    backend_pid: Mapped[int | None] = mapped_column(Integer)
-    backend_start: Mapped[datetime | None]
-    """Identifies, with `backend_pid`, the server process of its heartbeat; both are None behind a pooler."""
-    release: Mapped[datetime | None]
-    """When the worker's code was deployed: schedules that older code declares don't replace its own."""
-
-
-class Link(Base):
-    """An edge of a graph: a task that waits for another one.
-
-    There are no foreign keys, because these would make deleting plain tasks slower. The edges to a task's
-    parents are deleted with the task; those to its children stay until the children are deleted.
-    """
-
-    __tablename__ = "apoq_links"
-
-    parent_id: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
-    child_id: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
-    position: Mapped[int] = mapped_column(Integer, server_default=text("0"))
-    """The position of the parent in ``after``."""
-    is_done: Mapped[bool] = mapped_column(Boolean, server_default=false())
-    """Whether the child need no longer wait for the parent; written when the parent completes."""
-    is_counted: Mapped[bool] = mapped_column(Boolean, server_default=false())
-    """Whether the edge is no longer in the child's `blockers`."""
-    needs_check: Mapped[bool] = mapped_column(Boolean, server_default=false())
-    """Whether a worker must look at the edge, because the transaction that wrote it could not do it all."""
-    added_count: Mapped[int | None] = mapped_column(Integer)
-    """The number of edges to the same child that the parent has added: they count with this edge."""
-    result: Mapped[Any | None] = mapped_column(JSONB(none_as_null=True))
-    """The parent's result, from when it completed."""
-    error: Mapped[dict[str, str] | None] = mapped_column(JSONB(none_as_null=True))
-    """The end of the parent, if it did not complete."""
-
-    __table_args__ = (
-        Index(conv("apoq_links_child_idx"), "child_id", "position", "parent_id"),
-        # Nearly always empty. No index contains `is_done` or `is_counted`, which are written for each edge.
-        Index(conv("apoq_links_check_idx"), "child_id", postgresql_where=text("needs_check")),
-    )
-
-
-class ClaimRow(Base):
-    """The tasks of one claim, recorded by the claim, so that other workers can find a dead worker's tasks.
-
-    A later claim of the worker deletes the row when all of its tasks are settled. With an index of running
-    tasks instead, each claim and each completion would write to all indexes of the task table.
-    """
-
-    __tablename__ = "apoq_claims"
-
-    worker_id: Mapped[UUID] = mapped_column(primary_key=True)
-    number: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
-    """The number of the claim, counted by the worker."""
-    task_ids: Mapped[list[int]] = mapped_column(ARRAY(BigInteger))
-
-
-_pauses: Final = Table(
-    "apoq_pauses",
-    Base.metadata,
-    Column("queue", Text, primary_key=True),
-    Column("type", Text, primary_key=True),  # an empty text for all tasks of the queue
-    Column("paused_at", TIMESTAMP(timezone=True), nullable=False),
-    Column("paused_by", Text, nullable=False),
-    Column("reason", Text, nullable=False),
-    Column("resume_at", TIMESTAMP(timezone=True)),  # NULL: the pause doesn't end by itself
-)
-"""The pauses of queues, and of types of their tasks: each from `Queue.pause` to `Queue.resume`."""
-
-_throttles: Final = Table(
-    "apoq_throttles",
-    Base.metadata,
-    Column("queue", Text, primary_key=True),
-    Column("key", Text, primary_key=True),
-    Column("until", TIMESTAMP(timezone=True), nullable=False),
-    Index(conv("apoq_throttles_until_idx"), "until"),  # for the pruner
-)
-"""The windows of throttled tasks: until then, no other task is added with this unique key."""
-_progress: Final = Table(
-    "apoq_progress",
-    Base.metadata,
-    # Without a foreign key to the task, which would make the deletion of every task slower.
-    Column("task_id", BigInteger, primary_key=True, autoincrement=False),
-    Column("token", BigInteger, nullable=False),  # of the claim by which the task ran
-    Column("done", Double, nullable=False),
-    Column("total", Double),
-    Column("note", Text, nullable=False),
-    Column("at", TIMESTAMP(timezone=True), nullable=False),
-)
-"""The progress of tasks that have reported one: the last report of each."""
-_limits: Final = Table(
-    "apoq_limits",
-    Base.metadata,
-    Column("queue", Text, primary_key=True),
-    Column("type", Text, primary_key=True),  # an empty text for the whole queue, or for a single key
-    Column("key", Text, primary_key=True),  # an empty text for a limit that isn't of a single key
-    Column("at_most", Integer),  # set by `Queue.limit`; NULL: what the code declares
-    Column("declared", Integer),  # NULL: no code has declared it
-    Column("is_of_key", Boolean, nullable=False, server_default=false()),
-    Column("is_strict", Boolean, nullable=False, server_default=false()),
-    Column("holds", Boolean, nullable=False, server_default=false()),
-    Column("release", TIMESTAMP(timezone=True)),
-    Column("changed_at", TIMESTAMP(timezone=True), nullable=False),
-    Column("changed_by", Text, nullable=False),
-)
-"""The limits of queues, of types, and of single keys."""
-
 M = TypeVar("M", bound=Base)
 
-UPCOMING: Final = frozenset({"is_followed"})
-"""Columns of planned features, which are not shown yet."""
+INTERNAL: Final = frozenset({"has_parts", "is_followed"})
+"""Columns that only say where a worker has to look."""
 
 
 @cache
@@ -529,7 +403,7 @@ def _make_class(mapped: type[Base], schema: str) -> type[Base]:
         f"{name}_in_{schema}",
         (mapped,),
         {
-            "__table__": _in_schema(mapped, schema),
+            "__table__": in_schema(mapped, schema),
             "__mapper_args__": {"concrete": True},
             "__doc__": f"`{name}`, in {schema}.",
         },
@@ -546,81 +420,7 @@ def tasks_table(schema: str | None) -> Table:
     return cast("Table", task_class(schema).__table__)
 
 
-@cache
-def workers_table(schema: str | None) -> Table:
-    """Return the worker table of a schema, for Core statements."""
-    return _in_schema(WorkerRow, schema)
-
-
-@cache
-def claims_table(schema: str | None) -> Table:
-    """Return the table of claims of a schema, for Core statements."""
-    return _in_schema(ClaimRow, schema)
-
-
-@cache
-def limits_table(schema: str | None) -> Table:
-    """Return the table of limits of a schema, for Core statements."""
-    return _limits if schema is None else _limits.to_metadata(MetaData(), schema=schema)
-
-
-@cache
-def links_table(schema: str | None) -> Table:
-    """Return the table of edges of a schema, for Core statements."""
-    return _in_schema(Link, schema)
-
-
-@cache
-def pauses_table(schema: str | None) -> Table:
-    """Return the table of pauses of a schema, for Core statements."""
-    return _pauses if schema is None else _pauses.to_metadata(MetaData(), schema=schema)
-
-
-@cache
-def throttles_table(schema: str | None) -> Table:
-    """Return the table of the windows of throttled tasks of a schema, for Core statements."""
-    return _throttles if schema is None else _throttles.to_metadata(MetaData(), schema=schema)
-
-
-@cache
-def progress_table(schema: str | None) -> Table:
-    """Return the table of progress of a schema, for Core statements."""
-    return _progress if schema is None else _progress.to_metadata(MetaData(), schema=schema)
-
-
-def _in_schema(mapped: type[Base], schema: str | None) -> Table:
+def in_schema(mapped: type[Base], schema: str | None) -> Table:
+    """Return the table of a mapped class, in a schema."""
     table = cast("Table", mapped.__table__)
     return table if schema is None else table.to_metadata(MetaData(), schema=schema)
-
-
-def with_outcome(task: Task, outcome: AddOutcome) -> Task:
-    """Return a task that `add` returns, with what the call did."""
-    task.__dict__[_ADD_OUTCOME] = outcome
-    return task
-
-
-def unsaved(schema: str | None, values: Mapping[str, Any]) -> Task:
-    """Return a `Task` with these values that is not in the database."""
-    made = task_class(schema).__new__(task_class(schema))
-    task_class(schema).__init__(made)
-    made.__dict__.update(values)
-    return made
-
-
-def detached(schema: str | None, row: Mapping[Any, Any]) -> Task:
-    """Return a `Task` with the values of a row, as if it were loaded and detached from its session."""
-    return _detached(task_class(schema), row)
-
-
-def detached_schedule(schema: str | None, row: Mapping[Any, Any]) -> Schedule:
-    """Return a `Schedule` in the same way."""
-    return _detached(schedule_class(schema), row)
-
-
-def _detached(mapped: type[M], row: Mapping[Any, Any]) -> M:
-    made = mapped.__new__(mapped)
-    # Without the validators, which check new values, not those from the database.
-    mapped.__init__(made)
-    made.__dict__.update(row)
-    make_transient_to_detached(made)
-    return made

@@ -27,7 +27,8 @@ from apoq.core.progress import Report
 from apoq.core.states import FAILED, PENDING
 from apoq.errors import InvalidProcessor, glimpse
 from apoq.postgres.urls import check_untranslated
-from apoq.schema.models import Task, detached, tasks_table
+from apoq.schema.models import Task, tasks_table
+from apoq.schema.objects import detached
 from apoq.schema.statements.claim import CLAIM, TYPE, claim
 from apoq.schema.statements.data import read_data
 from apoq.schema.statements.progress import mark_parts, write_progress
@@ -213,7 +214,11 @@ class _Drain:
                 "by_worker": self._worker_id,
             }
             statement = claim(
-                queue.schema, overflows=cursor.lower_than is not None, keyed=is_keyed, noted=False
+                queue.schema,
+                overflows=cursor.lower_than is not None,
+                keyed=is_keyed,
+                noted=False,
+                with_limited=True,
             )
             sent_at = time.monotonic()
             for row in self._execute(queue, statement, parameters):

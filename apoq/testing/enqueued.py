@@ -14,7 +14,8 @@ from apoq.core.conversion import NotConvertible, reread
 from apoq.core.states import PENDING, WAITING
 from apoq.errors import glimpse
 from apoq.postgres.urls import check_untranslated
-from apoq.schema.models import DEFAULT_QUEUE, Task, detached, tasks_table
+from apoq.schema.models import DEFAULT_QUEUE, Task, tasks_table
+from apoq.schema.objects import detached
 from apoq.testing.inside import (
     AsyncTestSession,
     Inner,

@@ -18,7 +18,8 @@ from apoq.errors import SchemaMismatch, UnsupportedSession
 from apoq.migrations.prepare import missing
 from apoq.postgres.connections import is_missing
 from apoq.postgres.urls import check_dialect
-from apoq.schema.models import Task, detached
+from apoq.schema.models import Task
+from apoq.schema.objects import detached
 
 TestSession = Session | scoped_session[Session] | Connection
 AsyncTestSession = AsyncSession | async_scoped_session[AsyncSession] | AsyncConnection

@@ -19,7 +19,8 @@ from apoq.core.registry import Registry
 from apoq.core.states import COMPLETED
 from apoq.events import Events, WorkerStarted, WorkerStopped, WorkerStopping
 from apoq.postgres.connections import is_away
-from apoq.schema.models import Task, detached
+from apoq.schema.models import Task
+from apoq.schema.objects import detached
 from apoq.tracing import Tracer, untraced
 from apoq.worker.execution.executor import released
 from apoq.worker.execution.runner import AttemptResult

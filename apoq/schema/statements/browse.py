@@ -32,12 +32,13 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import ARRAY, TIMESTAMP
 
 from apoq.core.states import CANCELLED, COMPLETED, FAILED, WAITING
-from apoq.schema.models import claims_table, progress_table, schedules_table, tasks_table
+from apoq.schema.models import schedules_table, tasks_table
 from apoq.schema.statements.arrays import bigints
 from apoq.schema.statements.levels import level
 from apoq.schema.statements.schedules import all_schedules
 from apoq.schema.statements.states import has_running_state, is_in, is_pending
 from apoq.schema.statements.survey import pending_levels
+from apoq.schema.tables import claims_table, progress_table
 
 INLINE: Final = 2_000
 """Bytes of stored data or of an error that PostgreSQL keeps in the row, so that it reads no other block."""

@@ -30,10 +30,11 @@ from sqlalchemy.dialects.postgresql import ARRAY, JSONB, aggregate_order_by
 
 from apoq.core.dependencies import CANCEL, ERROR_CLASS, RUN
 from apoq.core.states import CANCELLED, FAILED, WAITING
-from apoq.schema.models import links_table, tasks_table
+from apoq.schema.models import tasks_table
 from apoq.schema.statements.arrays import bigints
 from apoq.schema.statements.clock import now
 from apoq.schema.statements.links import SCHEMA
+from apoq.schema.tables import links_table
 
 CASCADE_SIZE: Final = 1_000
 """Edges that one statement looks at, at most."""

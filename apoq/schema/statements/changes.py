@@ -7,8 +7,9 @@ from typing import Any
 
 from sqlalchemy import Boolean, ColumnElement, Select, Table, and_, func, literal, not_, select
 
-from apoq.schema.models import pauses_table, schedules_table, tasks_table
+from apoq.schema.models import schedules_table, tasks_table
 from apoq.schema.statements.count import oid
+from apoq.schema.tables import pauses_table
 
 
 @cache

@@ -26,10 +26,11 @@ from sqlalchemy import (
 )
 
 from apoq.core.states import PENDING, RUNNING, WAITING
-from apoq.schema.models import links_table, tasks_table
+from apoq.schema.models import tasks_table
 from apoq.schema.statements.arrays import bigints
 from apoq.schema.statements.links import PARENTS
 from apoq.schema.statements.states import is_in
+from apoq.schema.tables import links_table
 
 
 @cache

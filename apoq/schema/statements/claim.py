@@ -122,6 +122,7 @@ def claim(
     keyed: bool = False,
     bare: bool = False,
     noted: bool = True,
+    with_limited: bool = False,
 ) -> ReturningUpdate[Any]:
     """Mark up to `at_most` due tasks of the given `queues` as running, and return them unordered.
 
@@ -141,6 +142,7 @@ def claim(
     - `bare`: return NULL for all data and metadata, as for large values.
     - `noted`: record the claim in the table of claims, as claim `number` of the worker `by_worker`. Otherwise
       the caller does so in the same transaction: Citus accepts no statement that writes to two tables.
+    - `with_limited`: also take tasks of types and queues that have limits, although they get no places.
 
     `retry_limits` is a JSON object with the limits of each queue, by type. A task with more failures than its
     own limit, or else its type's, is claimed only to be ended: it doesn't start.
@@ -152,7 +154,7 @@ def claim(
     that wait for a slot take little memory.
     """
     tasks = tasks_table(schema)
-    queues = given_queues(schema, with_limited=False)
+    queues = given_queues(schema, with_limited=with_limited)
     found = picked(schema, queues, ahead=ahead, passes_over=passes_over, overflows=overflows, keyed=keyed)
     free = bindparam("free", type_=BigInteger)
     is_ahead = select(func.count() > free).select_from(found).scalar_subquery() if ahead else None

@@ -34,12 +34,13 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import ARRAY, INTERVAL
 
 from apoq.core.states import CANCELLED, COMPLETED, FAILED, WAITING
-from apoq.schema.models import tasks_table, workers_table
+from apoq.schema.models import tasks_table
 from apoq.schema.statements.levels import level
 from apoq.schema.statements.literals import seconds_between
 from apoq.schema.statements.running import is_noted, is_running, open_queues
 from apoq.schema.statements.states import is_in, is_pending
 from apoq.schema.statements.survey import pending_levels
+from apoq.schema.tables import workers_table
 
 COUNTED: Final = 10_000
 """Counts are exact up to this number; a count of one more means that there may be any number."""

@@ -25,9 +25,10 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import TIMESTAMP
 
 from apoq.core.states import CANCELLED, COMPLETED, FAILED, RUNNING
-from apoq.schema.models import UPCOMING, progress_table, tasks_table, workers_table
+from apoq.schema.models import INTERNAL, tasks_table
 from apoq.schema.statements.arrays import bigints
 from apoq.schema.statements.running import in_state
+from apoq.schema.tables import progress_table, workers_table
 
 LOOKED_AT: Final = 100_000
 """How many tasks `find` examines, because no index has the types, the errors, or all the times of tasks."""
@@ -151,7 +152,7 @@ def happened_at(columns: Any) -> ColumnElement[Any]:
 
 
 def _columns(tasks: Table) -> list[ColumnElement[Any]]:
-    return [column for column in tasks.c if column.name not in {*UPCOMING, "has_parts"}]
+    return [column for column in tasks.c if column.name not in INTERNAL]
 
 
 def _recent(schema: str | None, state: str | None) -> Subquery:

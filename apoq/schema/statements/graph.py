@@ -23,11 +23,12 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import INTERVAL
 
 from apoq.core.states import CANCELLED, FAILED, PENDING, STATES, WAITING
-from apoq.schema.models import links_table, tasks_table, workers_table
+from apoq.schema.models import tasks_table
 from apoq.schema.statements.arrays import bigints
 from apoq.schema.statements.heartbeat import is_alive
 from apoq.schema.statements.links import PARENTS
 from apoq.schema.statements.states import is_in
+from apoq.schema.tables import links_table, workers_table
 
 GROUP_NAME: Final = "apoq.group"
 """The key in the `meta` of the tasks that run after a group: the group's name."""

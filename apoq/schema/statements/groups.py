@@ -7,9 +7,10 @@ from typing import Any, Final
 
 from sqlalchemy import BigInteger, Integer, Select, Update, any_, bindparam, func, select, true, update
 
-from apoq.schema.models import links_table, tasks_table
+from apoq.schema.models import tasks_table
 from apoq.schema.statements.arrays import bigints
 from apoq.schema.statements.literals import ZERO
+from apoq.schema.tables import links_table
 
 GROUP_POSITION: Final = -1
 """The position of the edges from the tasks of a group to those that run after it."""

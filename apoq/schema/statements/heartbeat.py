@@ -32,11 +32,11 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import ARRAY, INTERVAL, TIMESTAMP, Insert, insert
 from sqlalchemy.types import Boolean, DateTime, Integer
 
-from apoq.schema.models import claims_table, workers_table
 from apoq.schema.statements.arrays import bigints
 from apoq.schema.statements.clock import before_now, epoch_now
 from apoq.schema.statements.literals import EPOCH
 from apoq.schema.statements.notes import forget_claims
+from apoq.schema.tables import claims_table, workers_table
 
 WATCHED: Final = 100
 """Number of other workers that a heartbeat reads: those that will count as dead first."""

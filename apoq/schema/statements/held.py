@@ -6,8 +6,9 @@ from functools import cache
 
 from sqlalchemy import Select, Uuid, any_, bindparam, exists, func, select
 
-from apoq.schema.models import claims_table, tasks_table
+from apoq.schema.models import tasks_table
 from apoq.schema.statements.states import has_running_state
+from apoq.schema.tables import claims_table
 
 
 @cache

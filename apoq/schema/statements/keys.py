@@ -21,8 +21,9 @@ from sqlalchemy import true as always
 from sqlalchemy.dialects.postgresql import ARRAY
 
 from apoq.core.states import FAILED
-from apoq.schema.models import tasks_table, workers_table
+from apoq.schema.models import tasks_table
 from apoq.schema.statements.places import share_name, waits_for_place
+from apoq.schema.tables import workers_table
 
 COUNTED: Final = 1_000
 """Waiting tasks of a key are counted up to this number; one more means that there may be any number."""

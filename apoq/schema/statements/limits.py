@@ -25,7 +25,7 @@ from sqlalchemy.dialects.postgresql import ARRAY, TIMESTAMP, Insert, insert
 from sqlalchemy.sql.dml import ReturningInsert
 from sqlalchemy.types import Boolean
 
-from apoq.schema.models import limits_table
+from apoq.schema.tables import limits_table
 
 NONE: Final[ColumnElement[str]] = literal_column("''", Text)
 """Instead of a type or a key."""
@@ -78,17 +78,6 @@ def remove_unused(schema: str | None) -> Delete:
         limits.c.queue == bindparam("from_queue", type_=Text),
         limits.c.at_most.is_(None),
         limits.c.declared.is_(None),
-    )
-
-
-@cache
-def forget_declared(schema: str | None) -> Insert:
-    """Remove the limit of `limited_type` of `from_queue`, whether it was declared or set."""
-    limits = limits_table(schema)
-    new = _insert(limits)
-    return new.on_conflict_do_update(
-        index_elements=[*limits.primary_key],
-        set_={name: new.excluded[name] for name in ("at_most", "declared", "release", "changed_at")},
     )
 
 

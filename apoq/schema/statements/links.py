@@ -31,10 +31,11 @@ from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 
 from apoq.core.states import PENDING, WAITING
 from apoq.postgres.loaders import read_microseconds
-from apoq.schema.models import links_table, task_class, tasks_table
+from apoq.schema.models import task_class, tasks_table
 from apoq.schema.statements.arrays import bigints
 from apoq.schema.statements.enqueue import enqueue, given_values, microseconds
 from apoq.schema.statements.unique import enqueue_unique
+from apoq.schema.tables import links_table
 
 SCHEMA: Final = "apoq_schema"
 """Option of a statement that has no table of its own: the schema of the tables in its parts."""

@@ -11,7 +11,8 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Delete, Select, Update, delete, select, true, update
 
-from apoq.schema.models import links_table, tasks_table
+from apoq.schema.models import tasks_table
+from apoq.schema.tables import links_table
 
 
 def with_edges(

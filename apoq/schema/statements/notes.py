@@ -20,9 +20,10 @@ from sqlalchemy import (
     select,
 )
 
-from apoq.schema.models import claims_table, tasks_table
+from apoq.schema.models import tasks_table
 from apoq.schema.statements.arrays import bigints
 from apoq.schema.statements.states import has_running_state
+from apoq.schema.tables import claims_table
 
 
 def note(schema: str | None, taken: FromClause) -> Insert:

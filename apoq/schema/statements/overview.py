@@ -30,12 +30,13 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import ARRAY, INTERVAL
 
 from apoq.core.states import CANCELLED, COMPLETED, FAILED, WAITING
-from apoq.schema.models import claims_table, tasks_table, workers_table
+from apoq.schema.models import tasks_table
 from apoq.schema.statements.browse import MAX_LEVELS
 from apoq.schema.statements.levels import level
 from apoq.schema.statements.literals import seconds_between
 from apoq.schema.statements.states import has_running_state, is_in, is_open, is_pending
 from apoq.schema.statements.survey import pending_levels
+from apoq.schema.tables import claims_table, workers_table
 
 _COUNTED: Final = bindparam("counted", type_=BigInteger)
 _AFTER: Final = bindparam("after_queue", type_=Text)

@@ -7,7 +7,7 @@ from typing import Any
 
 from sqlalchemy import BigInteger, Integer, Select, Text, bindparam, cast, func, select, tuple_
 
-from apoq.schema.models import links_table
+from apoq.schema.tables import links_table
 
 
 @cache

@@ -25,9 +25,9 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import INTERVAL, TIMESTAMP, Insert, insert
 from sqlalchemy.sql.dml import ReturningDelete
 
-from apoq.schema.models import pauses_table
 from apoq.schema.statements.limits import limited
 from apoq.schema.statements.literals import EPOCH
+from apoq.schema.tables import pauses_table
 
 ALL_TYPES: Final = ""
 """Instead of a type: the whole queue is paused."""

@@ -12,8 +12,9 @@ from sqlalchemy import ColumnElement, Numeric, cast, extract
 from sqlalchemy.dialects.postgresql import INTERVAL, TIMESTAMP
 
 from apoq.postgres.loaders import read_length, read_time
-from apoq.schema.models import progress_table, schedules_table, tasks_table
+from apoq.schema.models import schedules_table, tasks_table
 from apoq.schema.statements.clock import in_utc
+from apoq.schema.tables import progress_table
 
 _READERS: Final = {TIMESTAMP: read_time, INTERVAL: read_length}
 _COLUMNS: Final = {

@@ -23,11 +23,12 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.sql.dml import ReturningInsert
 from sqlalchemy.types import BigInteger, Double, Integer
 
-from apoq.schema.models import progress_table, tasks_table
+from apoq.schema.models import tasks_table
 from apoq.schema.statements.arrays import bigints
 from apoq.schema.statements.clock import now
 from apoq.schema.statements.portable import portable
 from apoq.schema.statements.settle import rows_of
+from apoq.schema.tables import progress_table
 
 
 @cache

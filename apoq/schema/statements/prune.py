@@ -28,8 +28,9 @@ from sqlalchemy.dialects.postgresql import INTERVAL
 from sqlalchemy.types import Integer
 
 from apoq.core.states import CANCELLED, COMPLETED, FAILED, WAITING
-from apoq.schema.models import limits_table, links_table, progress_table, tasks_table
+from apoq.schema.models import tasks_table
 from apoq.schema.statements.states import is_in
+from apoq.schema.tables import limits_table, links_table, progress_table
 
 
 @cache

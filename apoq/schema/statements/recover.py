@@ -26,7 +26,7 @@ from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.sql.dml import ReturningUpdate
 from sqlalchemy.types import Integer
 
-from apoq.schema.models import claims_table, tasks_table
+from apoq.schema.models import tasks_table
 from apoq.schema.statements.arrays import bigints
 from apoq.schema.statements.clock import now
 from apoq.schema.statements.heartbeat import is_alive
@@ -34,6 +34,7 @@ from apoq.schema.statements.literals import MAX_INTEGER_MINUS_ONE, MIN_INTEGER_P
 from apoq.schema.statements.notes import forget_claims, is_noted, noted
 from apoq.schema.statements.states import has_running_state
 from apoq.schema.statements.take_keys import lacks_key
+from apoq.schema.tables import claims_table
 
 
 @cache

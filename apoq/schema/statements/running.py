@@ -27,10 +27,11 @@ from sqlalchemy import (
 )
 
 from apoq.core import states
-from apoq.schema.models import claims_table, tasks_table
+from apoq.schema.models import tasks_table
 from apoq.schema.statements.levels import level
 from apoq.schema.statements.literals import RUNNING
 from apoq.schema.statements.states import has_running_state, is_in, is_open, is_pending
+from apoq.schema.tables import claims_table
 
 NOTED: Final = 100_000
 """Maximum number of ids in claims that are looked up."""

@@ -31,11 +31,12 @@ from sqlalchemy.dialects.postgresql import INTERVAL, JSONB, TIMESTAMP, insert
 from sqlalchemy.sql.dml import ReturningDelete, ReturningInsert, ReturningUpdate
 from sqlalchemy.types import BigInteger, Integer
 
-from apoq.schema.models import schedule_class, schedules_table, tasks_table, workers_table
+from apoq.schema.models import schedule_class, schedules_table, tasks_table
 from apoq.schema.statements.clock import now
 from apoq.schema.statements.heartbeat import is_alive
 from apoq.schema.statements.literals import EPOCH
 from apoq.schema.statements.portable import portable
+from apoq.schema.tables import workers_table
 
 ADDED: Final = "added"
 CODE: Final = "code"

@@ -23,9 +23,9 @@ from sqlalchemy.dialects.postgresql import ARRAY, INTERVAL, insert
 from sqlalchemy.sql.dml import ReturningInsert
 from sqlalchemy.types import Integer
 
-from apoq.schema.models import throttles_table
 from apoq.schema.statements.clock import in_utc, now
 from apoq.schema.statements.literals import EPOCH
+from apoq.schema.tables import throttles_table
 
 _KEYS: Final = bindparam("task_unique_keys", type_=ARRAY(Text))
 

@@ -30,11 +30,12 @@ from sqlalchemy import (
 )
 
 from apoq.core.states import WAITING
-from apoq.schema.models import links_table, tasks_table
+from apoq.schema.models import tasks_table
 from apoq.schema.statements.arrays import bigints
 from apoq.schema.statements.clock import now
 from apoq.schema.statements.links import PARENTS
 from apoq.schema.statements.literals import EPOCH, PENDING, ZERO
+from apoq.schema.tables import links_table
 
 
 def _text(text: str) -> ColumnElement[str]:

@@ -179,13 +179,6 @@ def release_ended(schema: str | None) -> Update:
 
 
 @cache
-def holder_id(schema: str | None) -> Select[tuple[int]]:
-    """Return the id of the task that holds `task_unique_key`."""
-    held = tasks_table(schema)
-    return select(held.c.id).where(*_holds(held, bindparam("task_unique_key", type_=Text)))
-
-
-@cache
 def key_of_ended(schema: str | None) -> Select[tuple[str | None]]:
     """Return the unique key of the task `task_id` of `from_queue` if it has one and has ended."""
     tasks = tasks_table(schema)

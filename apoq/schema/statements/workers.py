@@ -7,9 +7,9 @@ from typing import Any
 
 from sqlalchemy import BigInteger, Select, Text, bindparam, func, select
 
-from apoq.schema.models import workers_table
 from apoq.schema.statements.heartbeat import is_alive
 from apoq.schema.statements.literals import seconds_between
+from apoq.schema.tables import workers_table
 
 
 @cache

@@ -7,7 +7,7 @@ from typing import Final
 from psycopg import DatabaseError
 
 from apoq.postgres.connections import is_caused_by_a_row
-from apoq.schema.models import ClaimRow
+from apoq.schema.tables import ClaimRow
 from apoq.worker import logs
 from apoq.worker.claiming.claim_statement import ClaimStatement, On, Row, has_no_response
 from apoq.worker.claiming.claimable_queue import ClaimableQueue

@@ -25,7 +25,8 @@ from apoq.errors import InvalidData
 from apoq.events import COMPLETED, FAILED, RETRIED, Events, TaskCompleted, TaskFailed, TaskRetried
 from apoq.postgres.connections import Send, execute, is_away, is_caused_by_a_row, transaction
 from apoq.postgres.messages import brief
-from apoq.schema.models import detached, tasks_table
+from apoq.schema.models import tasks_table
+from apoq.schema.objects import detached
 from apoq.schema.statements.arrays import array_text
 from apoq.schema.statements.claim import CLAIM_TOKEN, ID
 from apoq.schema.statements.lost import lost
