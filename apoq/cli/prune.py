@@ -74,7 +74,7 @@ def command(
             for keep, count, prune in kinds:
                 parameters = {"from_queue": name, "keep": keep, "at_most": COUNTED + 1}
                 if found := connection.scalar(count, parameters):
-                    rules.append(retention(prune, name, keep))
+                    rules.append(retention(f"the pruning of the queue {name!r}", prune, name, keep))
                     counts.append(found)
     is_known = max(counts, default=0) <= COUNTED
     total = sum(min(count, COUNTED) for count in counts)

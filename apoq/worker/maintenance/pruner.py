@@ -16,6 +16,7 @@ from apoq.client.queue import Queue
 from apoq.core.outcomes import EXPIRED
 from apoq.core.payload import encode
 from apoq.core.retention import Keep, keep
+from apoq.core.states import COMPLETED, FAILED
 from apoq.postgres.connections import execute, is_caused_by_a_row
 from apoq.schema.statements.expire import expire
 from apoq.schema.statements.prune import (
@@ -91,9 +92,11 @@ class Rule:
 class Excess(Rule):
     """Which of a queue's tasks are deleted because there are more than should be kept."""
 
-    def __init__(self, statement: Delete, boundary: Select[Any], from_queue: str, at_most: int) -> None:
+    def __init__(
+        self, name: str, statement: Delete, boundary: Select[Any], from_queue: str, at_most: int
+    ) -> None:
         """`boundary` returns when the oldest task ended that is kept."""
-        super().__init__(f"the pruning of the queue {from_queue!r}", statement, {"from_queue": from_queue})
+        super().__init__(name, statement, {"from_queue": from_queue})
         self._boundary = boundary
         self._at_most = at_most
         self._has_more = False
@@ -112,9 +115,9 @@ class Excess(Rule):
         return self._has_more
 
 
-def retention(prune: Delete, queue: str, keep: timedelta) -> Rule:
+def retention(name: str, prune: Delete, from_queue: str, keep: timedelta) -> Rule:
     """Return the rule that deletes a queue's tasks a time after they have ended."""
-    return Rule(f"the pruning of the queue {queue!r}", prune, {"from_queue": queue, "keep": keep})
+    return Rule(name, prune, {"from_queue": from_queue, "keep": keep})
 
 
 def expiry(schema: str | None, queues: Iterable[Queue]) -> Rule:
@@ -188,21 +191,24 @@ class Pruner(Service):
 
 
 class _Statements(NamedTuple):
+    state: str
     old: Callable[[str | None], Delete]
     before: Callable[[str | None], Delete]
     boundary: Callable[[str | None], Select[Any]]
 
 
-_OF_COMPLETED: Final = _Statements(prune_completed, prune_completed_before, oldest_kept_completed)
-_OF_FAILED: Final = _Statements(prune_failed, prune_failed_before, oldest_kept_failed)
+_OF_COMPLETED: Final = _Statements(COMPLETED, prune_completed, prune_completed_before, oldest_kept_completed)
+_OF_FAILED: Final = _Statements(FAILED, prune_failed, prune_failed_before, oldest_kept_failed)
 
 
 def _rules(queue: Queue, keep: Keep, statements: _Statements) -> Iterator[Rule]:
     schema = queue.schema
+    name = f"the pruning of {statements.state} tasks from {queue!r}"
     if keep.length is not None:
-        yield retention(statements.old(schema), queue.name, keep.length)
+        yield retention(name, statements.old(schema), queue.name, keep.length)
     if keep.at_most is not None:
-        yield Excess(statements.before(schema), statements.boundary(schema), queue.name, keep.at_most)
+        before, boundary = statements.before(schema), statements.boundary(schema)
+        yield Excess(f"{name}, of which too many are kept,", before, boundary, queue.name, keep.at_most)
 
 
 def _describe(schema: str | None) -> str:
