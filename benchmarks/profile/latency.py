@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 
 from apoq import Queue, Worker, database_url, prepare
 from apoq.embedded import PostgreSQL
-from apoq.worker.claiming import listener, queue_claims
+from apoq.worker.claiming import claim_statement, listener
 
 TASKS = 300
 PAUSE = 0.02
@@ -43,7 +43,7 @@ def _work(url: str, parent: Connection) -> None:
         setattr(owner, name, recorded)
 
     record(listener.ListeningConnection, "wait", None, "notified")
-    record(queue_claims, "execute", "claiming", "claimed")
+    record(claim_statement, "execute", "claiming", "claimed")
     engine = sa.create_engine(database_url(url))
     worker = Worker(engine)
     worker.use("bench", lambda _task: events.append(("started", time.monotonic())))
