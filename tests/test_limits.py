@@ -418,6 +418,17 @@ class TestChanges:
             assert [each.at_most for each in queue.limits(session)] == [5]
         assert "was declared by a later release" in caplog.text
 
+    def test_an_older_worker_that_declares_the_same_limit_logs_nothing(
+        self, engine, queue, make_worker, caplog
+    ):
+        now = datetime.now(UTC)
+        for release in (now, now - timedelta(seconds=1)):
+            worker = make_worker(concurrency=1, release=release)
+            worker.use("t", print, limit=Limit(5))
+            worker.work()
+
+        assert "later release" not in caplog.text
+
     def test_a_set_limit_survives_the_next_start(self, engine, queue, make_worker, limit):
         limit(7, type="t")
         worker = make_worker(concurrency=1)

@@ -365,8 +365,8 @@ def ticks_missed(count: int, names: Iterable[str]) -> None:
     """Log that schedules have ticks that became no tasks."""
     logger.warning(
         "ticks were missed, while no worker was running or while their schedules were paused, and become no "
-        "tasks because of catch_up or not_before: %d schedules, such as %s",
-        *(count, ", ".join(map(repr, names))),
+        "tasks because of catch_up or not_before: %s, such as %s",
+        *("1 schedule" if count == 1 else f"{count:,} schedules", ", ".join(map(repr, names))),
     )
 
 

@@ -47,12 +47,14 @@ def declare(schema: str | None) -> ReturningInsert[Any]:
         holds=bindparam("holds", type_=Boolean),
         release=bindparam("limit_release", type_=TIMESTAMP(timezone=True)),
     )
-    names = "declared", "is_of_key", "is_strict", "holds", "release", "changed_at", "changed_by"
+    values = "declared", "is_of_key", "is_strict", "holds"
+    changed = {name: new.excluded[name] for name in (*values, "changed_at", "changed_by")}
     is_later = or_(limits.c.release.is_(None), limits.c.release <= new.excluded.release)
+    is_same = and_(*(limits.c[name].is_not_distinct_from(new.excluded[name]) for name in values))
     return new.on_conflict_do_update(
         index_elements=[*limits.primary_key],
-        set_={name: new.excluded[name] for name in names},
-        where=is_later,
+        set_=changed | {"release": func.greatest(limits.c.release, new.excluded.release)},
+        where=or_(is_later, is_same),
     ).returning(limits.c.queue)
 
 

@@ -125,6 +125,10 @@ class _Schedules:
         """Schedules that could not be ticked, and until when they are left out, by time.monotonic()."""
         self._reported: set[Key] = set()
         """Those that were logged."""
+        self._missed = 0
+        """How many schedules have missed ticks that were not logged yet."""
+        self._named: list[str] = []
+        """The names of the first of these."""
 
     def look(self) -> tuple[float, float]:
         """Return the seconds until the next tick, and until the next one that isn't due yet."""
@@ -135,6 +139,8 @@ class _Schedules:
             return 0.0, 0.0
         self.looks += 1
         due_in, later_in = (math.inf if at is None else max(0.0, at - now) for at in (earliest, later))
+        if due_in > 0:
+            self._log_missed()
         return due_in, later_in
 
     def tick(self) -> Ticked:
@@ -159,9 +165,16 @@ class _Schedules:
         self._at_most = min(BATCH_SIZE, self._at_most * 2)
         for key, problem in ticked.unreadable.items():
             self._pass_over(key, problem)
-        if ticked.missed:
-            logs.ticks_missed(len(ticked.missed), [key.name for key in ticked.missed[:MAX_NAMED]])
+        self._missed += len(ticked.missed)
+        self._named += [key.name for key in ticked.missed[: MAX_NAMED - len(self._named)]]
         return ticked
+
+    def _log_missed(self) -> None:
+        """Log the ticks that were missed: once after an outage, however many schedules there are."""
+        if self._missed:
+            logs.ticks_missed(self._missed, self._named)
+            self._missed = 0
+            self._named = []
 
     def _refused(self, ticked: Ticked, error: DatabaseError) -> None:
         """Go on with single schedules, until the bad one is found and passed over."""
