@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.progress import Progress
-from chaos import graphs  # noqa: F401 - it registers a scenario
+from chaos import graphs, places  # noqa: F401 - they register scenarios
 from chaos.scenarios import SCENARIOS, Options
 from chaos.server import Place, Server, Skipped
 from chaos.stage import LIMITS, SLOTS

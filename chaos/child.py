@@ -6,7 +6,9 @@ import faulthandler
 import json
 import logging
 import os
+import random
 import signal
+import struct
 import sys
 import threading
 import time
@@ -20,7 +22,7 @@ from typing import Any, Final, SupportsIndex
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
-from apoq import Fail, Limit, Queue, RunningTask, Worker
+from apoq import Fail, Limit, Queue, Retry, RunningTask, Snooze, Worker
 from chaos.watcher import MAX_OF_KEY
 
 TICK = 0.05
@@ -64,6 +66,39 @@ def linked(task: RunningTask) -> None:
     ledger(task)
 
 
+PLACED_EVENT: Final = "<qqd?"
+"""The format of an event in the files of `placed`: key, task, time, and whether the attempt has ended."""
+
+
+ENDS: Final[list[Callable[[], Exception] | None]] = [
+    lambda: Snooze(0.02),
+    lambda: Retry("again", delay=0.01),
+    ValueError,
+    *[None] * 47,
+]
+"""How the attempts of `placed` end: most of them complete."""
+
+
+def placed_into(folder: str) -> Callable[[RunningTask], None]:
+    """Return a processor that notes in a file when its attempts begin and end, and often fails."""
+    # Written at once, without a buffer, because the process may be killed.
+    file = Path(folder, f"placed-{os.getpid()}").open("ab", buffering=0)  # noqa: SIM115 - open to the end
+
+    def note(task: RunningTask, *, is_end: bool) -> None:
+        file.write(struct.pack(PLACED_EVENT, task.data["key"], task.id, time.monotonic(), is_end))
+
+    def placed(task: RunningTask) -> None:
+        note(task, is_end=False)
+        try:
+            time.sleep(random.choice((0.0, 0.0, 0.0, 0.0, 0.01)))  # noqa: S311 - no secret
+            if error := random.choice(ENDS):  # noqa: S311 - no secret
+                raise error()
+        finally:
+            note(task, is_end=True)
+
+    return placed
+
+
 def fails(task: RunningTask) -> None:
     raise Fail(f"as it should: {task.data['number']}")
 
@@ -105,7 +140,9 @@ def work(
     limit: dict[str, Any] = {} if retry_limit is None else {"retry_limit": retry_limit}
     for processor in (noop, ledger, hold, linked, fails):
         worker.use(processor.__name__, processor, **limit)
-    worker.use("keyed", keyed, limit=Limit(MAX_OF_KEY, key=True), **limit)
+    of_key = Limit(MAX_OF_KEY, key=True)
+    worker.use("keyed", keyed, limit=of_key, **limit)
+    worker.use("placed", placed_into(folder), limit=of_key, retry_limit=1_000, retry_delay=0.01)
     threading.Thread(target=_exit_with_input, daemon=True).start()
     worker.run()
     logging.getLogger(__name__).info("the worker has stopped")

@@ -24,12 +24,11 @@ from apoq.embedded import _gets_ready, _last_lines, _new_folder, _server_user, _
 
 PATIENCE = 60.0
 NOTHING: Mapping[str, str] = MappingProxyType({})
-SETTINGS = {
-    "listen_addresses": "127.0.0.1",
-    "unix_socket_directories": "",
-    "max_connections": "60",
-}
-"""Few connections, so that a scenario can exhaust them; otherwise, PostgreSQL's defaults."""
+SETTINGS = {"listen_addresses": "127.0.0.1", "unix_socket_directories": ""}
+"""Otherwise, PostgreSQL's defaults."""
+
+FEW_CONNECTIONS = 60
+"""So few that a scenario can exhaust them."""
 
 
 class Skipped(Exception):
@@ -103,7 +102,15 @@ class Place:
 class Server:
     """One PostgreSQL server on a port of the loopback interface."""
 
-    def __init__(self, place: Place, folder: Path, environment: Mapping[str, str] = NOTHING) -> None:
+    def __init__(
+        self,
+        place: Place,
+        folder: Path,
+        environment: Mapping[str, str] = NOTHING,
+        *,
+        max_connections: int = FEW_CONNECTIONS,
+    ) -> None:
+        self._settings = {**SETTINGS, "max_connections": str(max_connections)}
         self._place = place
         self._data = folder
         self._environment = environment
@@ -140,7 +147,7 @@ class Server:
         """Start the server, and wait until it accepts connections."""
         status = self._data / "postmaster.pid"
         status.unlink(missing_ok=True)  # the file of a dead server may say that it is ready
-        words = [word for name, value in SETTINGS.items() for word in ("-c", f"{name}={value}")]
+        words = [word for name, value in self._settings.items() for word in ("-c", f"{name}={value}")]
         program = self._place.programs / "postgres"
         command: list[str | Path] = [program, "-D", self._data, "-p", str(self.port), *words]
         self._process = self._place.start(

@@ -174,7 +174,7 @@ class Stage:
             proxy = self._proxy(speed) if proxies else None
             own = {"schemas": [None, *self._schemas], **settings}
             self.workers.append(Worker(self._new_worker(proxy, own), proxy, own))
-        until(lambda: self.ask("SELECT count(*) FROM apoq_workers")[0][0] == WORKERS)
+        until(lambda: self.ask("SELECT count(*) FROM apoq_workers")[0][0] == len(self.workers))
         for number in range(1, OFFERERS + 1):
             offerer = self._start(
                 "offer",

@@ -64,5 +64,5 @@ def pairs(laboratory: Laboratory) -> list[Figure]:
     return [
         Figure("plain tasks", plain, "tasks/s"),
         Figure("parents with a child each", paired, "tasks/s"),
-        Figure("parents and children / plain", paired / plain, "×"),
+        Figure("parents and children / plain", paired / plain, "times"),
     ]

@@ -24,5 +24,5 @@ def metrics(laboratory: Laboratory) -> list[Figure]:
     return [
         Figure("without metrics", without, "tasks/s"),
         Figure("with metrics", with_metrics, "tasks/s"),
-        Figure("with / without", with_metrics / without, "×", "at least 0.98"),
+        Figure("with / without", with_metrics / without, "times", "at least 0.98"),
     ]
