@@ -413,8 +413,9 @@ class Claimer(Service):
         for attempt in self._executor.take_back_placed():
             self._on_ended(released(attempt))
             self._released.add(attempt.from_queue)
-        # The average is of shorter tasks than those that run now.
-        self._executor.run_time = max(self._executor.run_time or 0.0, PLACED_SECONDS)
+        # The average is of shorter tasks than those that run now. With so long ones, no place is taken ahead.
+        long = (self._executor.concurrency + 1) * PLACED_SECONDS
+        self._executor.run_time = max(self._executor.run_time or 0.0, long)
         return None
 
 
