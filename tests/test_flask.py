@@ -981,3 +981,24 @@ def test_a_typed_task_has_a_limit_of_each_key(app, apoq, context, db):
     assert apoq.worker.work().type == "charge"
     (limit,) = apoq.worker.queues[0].limits(db.session)
     assert (limit.type, limit.at_most, limit.is_of_key) == ("charge", 1, True)
+
+
+def test_a_call_in_a_group_has_the_key_of_its_limit(app, apoq, context, db):
+    @apoq.task(type="charge", limit=Limit(1, key=lambda account_id: account_id))
+    def charge(account_id: int) -> None: ...
+
+    with apoq.queue.group(db.session) as group:
+        group.add(charge.call(7))
+        group.add_many([charge.call(8)])
+        group.then(charge.call(9))
+
+    assert db.session.scalars(sa.select(Task.key).order_by(Task.id)).all() == ["9", "7", "8"]
+
+
+def test_a_call_in_a_chain_has_the_key_of_its_limit(app, apoq, context, db):
+    @apoq.task(type="charge", limit=Limit(1, key=lambda account_id: account_id))
+    def charge(account_id: int) -> None: ...
+
+    charged = apoq.queue.chain(db.session, charge.call(7), charge.using(key="mine").call(8))
+
+    assert [task.key for task in charged] == ["7", "mine"]

@@ -397,6 +397,44 @@ def test_a_chain_waits_for_its_parents_and_its_time(session, queue, crew, ran):
     assert ran == [1, 2, 3]
 
 
+def test_a_call_in_a_group_keeps_its_options_unless_others_are_given(session, queue):
+    @queue.task
+    def step(n: int) -> None: ...
+
+    urgent = step.using(priority=5, retry_limit=1)
+    with queue.group(session) as group:
+        group.add(urgent.call(1))
+        group.add(urgent.call(2), priority=6)
+        group.then(urgent.call(3), priority=7)
+        group.always(urgent.call(4))
+
+    rows = session.execute(sa.select(Task.data["n"].as_integer(), Task.priority, Task.retry_limit)).all()
+    assert sorted(rows) == [(1, 5, 1), (2, 6, 1), (3, 7, 1), (4, 5, 1)]
+
+
+def test_many_calls_must_have_no_options_of_their_own(session, queue):
+    @queue.task
+    def step(n: int) -> None: ...
+
+    urgent = step.using(priority=5)
+    with pytest.raises(InvalidTask, match=r"no options of their own, got priority of '.*step'"):
+        queue.chain(session, step.call(1), urgent.call(2))
+    with queue.group(session) as group:
+        group.then("t")
+        with pytest.raises(InvalidTask, match="no options of their own, got priority of"):
+            group.add_many([urgent.call(1)])
+
+
+def test_a_task_with_a_unique_key_can_not_be_in_a_group(session, queue):
+    @queue.task(unique=True)
+    def step(n: int) -> None: ...
+
+    with queue.group(session) as group:
+        group.then(step.using(unique_key=None).call(1))
+        with pytest.raises(InvalidTask, match="unique_key can't be given in a chain or a group"):
+            group.add(step.call(2))
+
+
 def test_a_group_closes_when_all_of_it_has_completed(session, queue, crew, ran):
     with queue.group(session, name="import 7") as group:
         first = group.add("t", {"n": 1})

@@ -10,7 +10,7 @@ from weakref import WeakSet
 from apoq.client.shared_tasks import shared_tasks
 from apoq.client.task_ids import task_id
 from apoq.client.typed_task import Call, TypedTask
-from apoq.core.limits import Limit, checked_key, whole_limit
+from apoq.core.limits import Limit, checked_key, key_for, whole_limit
 from apoq.core.options import HIGHEST_LIMIT, integer
 from apoq.core.payload import MAX_DATA_SIZE, check_name, check_schema
 from apoq.core.registry import Registry
@@ -123,8 +123,9 @@ class QueueBase:
                     registry.put(self, type_, task.processor, replaces=True)
 
     def _key_of(self, call: Call[Any] | str, key: str | int | None) -> str | None:
-        if key is None and isinstance(call, Call) and (task := self.tasks.get(call.type)):
-            return task.concurrency_key_of(call.data)
+        # By the call and not by its type, because a Flask application's queue doesn't have its typed tasks.
+        if key is None and isinstance(call, Call):
+            return key_for(call.options.get("key"), call.data)
         return checked_key(key)
 
     def _id_of(self, task: Task | int | None) -> int:

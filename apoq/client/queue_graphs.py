@@ -13,7 +13,7 @@ from apoq.client.session_first import session_first
 from apoq.client.typed_task import Call
 from apoq.core.dependencies import Dependencies, checked_dependencies, checked_on_failure
 from apoq.core.limits import ConcurrencyKey, key_for
-from apoq.core.options import Options, checked
+from apoq.core.options import Options, checked, merged_options
 from apoq.core.payload import check_name, check_type, encode
 from apoq.errors import InvalidTask, glimpse
 from apoq.schema.models import Task
@@ -88,6 +88,7 @@ class QueueGraphs(QueueBase):
     def _member(
         self, task: Call[...] | str, data: Any, options: Mapping[str, Any]
     ) -> tuple[dict[str, Any], Dependencies]:
+        options = _with_own_options(task, options)
         parameters, dependencies, key = self._part(options)
         on_failure = checked_on_failure(options.get("on_parent_failure"))
         part = self._written(task, data, key)
@@ -121,6 +122,7 @@ class QueueGraphs(QueueBase):
         name: str,
     ) -> dict[str, Any]:
         checked_on_failure(on_failure)
+        options = _with_own_options(task, options)
         parameters, dependencies, key = self._part(options)
         if dependencies is not None:
             raise InvalidTask("after must not be given to `then` or `always`, which wait for the group")
@@ -161,4 +163,16 @@ def _checked_call(call: object) -> Call[...]:
         raise InvalidTask(
             f"a call of a typed task must be given, such as a_task.call(1), got {glimpse(call)}"
         )
+    own = sorted(name for name, value in call.options.items() if value is not None and name != "key")
+    if own:
+        raise InvalidTask(
+            "the calls of a chain, and of add_many of a group, must have no options of their own, got "
+            f"{', '.join(own)} of {call.type!r}: give an option for all of them, or add the task by `add`"
+        )
     return call
+
+
+def _with_own_options(task: object, options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the options that are given with a task, and those of its call that they don't override."""
+    given: Any = dict(options)
+    return merged_options(task.options, given) if isinstance(task, Call) else given

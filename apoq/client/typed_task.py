@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from contextlib import suppress
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import cached_property, update_wrapper
 from pathlib import Path
@@ -89,15 +89,17 @@ class AdoptingQueue(TaskQueue, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Call(Generic[P]):
-    """A call of a typed task, made by `TypedTask.call`, for `TypedTask.add_many` and `Queue.schedule`.
+    """A call of a typed task, made by `TypedTask.call`, for `add_many`, chains, groups and schedules.
 
     Attributes:
         type: The task's type.
         data: The arguments as JSON.
+        options: The options of the typed task: those of `TypedTask.using`, and its keys.
     """
 
     type: str
     data: dict[str, Any]
+    options: Options = field(default_factory=Options, repr=False)
 
 
 Calls = Iterable[Call[P] | Mapping[str, Any]]
@@ -262,7 +264,7 @@ class TypedTask(TypedResults[R_co], Generic[P, R_co, C]):
         return self._add_many(session, calls)
 
     def call(self, *args: P.args, **kwargs: P.kwargs) -> Call[P]:
-        """Return a call with these arguments, for `add_many` and `Queue.schedule`.
+        """Return a call with these arguments, for `add_many`, chains, groups and schedules.
 
         Args:
             *args: The function's positional arguments, without the running task.
@@ -273,7 +275,7 @@ class TypedTask(TypedResults[R_co], Generic[P, R_co, C]):
             InvalidData: If an argument doesn't fit its annotation, can't be converted to JSON, or would be
                 changed by the conversion.
         """
-        return Call(self.type, self._arguments.write(args, kwargs))
+        return Call(self.type, self._arguments.write(args, kwargs), self._options)
 
     def scheduled_data(self) -> dict[str, Any]:
         """Return the data of the tasks that the function's own schedule adds: a call without arguments."""

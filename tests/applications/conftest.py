@@ -29,7 +29,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-pytest.register_assert_rewrite("applications.harness")
+pytest.register_assert_rewrite("applications.harness", "applications.imports")
 
 from applications.harness import (  # noqa: E402
     ROOT,
@@ -43,6 +43,7 @@ from applications.harness import (  # noqa: E402
     succeed,
     until,
 )
+from applications.imports import Calls, Importing, ImportSite  # noqa: E402
 
 INSTALLED = pytest.StashKey[Application]()
 
@@ -128,6 +129,20 @@ def count_tasks(url) -> Iterator[Callable[[], int]]:
             return connection.exec_driver_sql("SELECT count(*) FROM apoq_tasks").scalar_one()
 
     yield count
+    engine.dispose()
+
+
+@pytest.fixture(scope="module")
+def calls(application) -> Calls:
+    """The calls of the import example's tasks."""
+    return Calls(application)
+
+
+@pytest.fixture(scope="module")
+def importing(calls, site, url, mailbox) -> Iterator[Importing]:
+    """The import example, ready for uploads."""
+    engine = sa.create_engine(url)
+    yield Importing(ImportSite(site), engine, mailbox, calls)
     engine.dispose()
 
 

@@ -153,14 +153,17 @@ class Application:
     example: Example
     folder: Path
     """A copy, apart from this project."""
-    venv: Path
+    programs: Path
+    """The folder of the environment's commands."""
+    home: Path
+    """Where its processes write."""
     processes: list[Process] = field(default_factory=list)
 
     def environment(self, **variables: object) -> dict[str, str]:
         kept = {name: os.environ[name] for name in ("TMPDIR", "APOQ_PG_BINDIR") if name in os.environ}
         return {
-            "PATH": f"{self.venv / 'bin'}:/usr/local/bin:/usr/bin:/bin",
-            "HOME": str(self.venv),
+            "PATH": f"{self.programs}:/usr/local/bin:/usr/bin:/bin",
+            "HOME": str(self.home),
             "PYTHONUNBUFFERED": "1",
             "PYTHONIOENCODING": "utf-8",
             **kept,
@@ -169,8 +172,8 @@ class Application:
         }
 
     def start(self, command: Sequence[str], *, cwd: Path | None = None, **variables: object) -> Process:
-        program = self.venv / "bin" / command[0]
-        log = self.venv / f"output-{len(self.processes)}.log"
+        program = self.programs / command[0]
+        log = self.home / f"output-{len(self.processes)}.log"
         process = Process(
             [program, *command[1:]], cwd=cwd or self.folder, env=self.environment(**variables), log=log
         )
@@ -193,10 +196,7 @@ def succeed(*command: object) -> None:
 def install(example: Example, wheel: Path, folder: Path) -> Application:
     """Install the example's requirements and the wheel into a fresh environment."""
     venv = folder / "venv"
-    copy = folder / "examples" / example.folder
-    shutil.copytree(
-        ROOT / "examples" / example.folder, copy, ignore=shutil.ignore_patterns("__pycache__", ".*")
-    )
+    copy = copied(example, folder)
     succeed(sys.executable, "-m", "venv", "--without-pip", venv)
     python = venv / "bin" / "python"
     wanted = [f"{wheel}[{example.extras}]", "-r", copy / "requirements.txt"]
@@ -204,26 +204,39 @@ def install(example: Example, wheel: Path, folder: Path) -> Application:
         succeed(UV, "pip", "install", "--quiet", "--python", python, *wanted)
     else:
         succeed(sys.executable, "-m", "pip", "--python", python, "install", "--quiet", *wanted)
-    return Application(example, copy, venv)
+    return Application(example, copy, venv / "bin", venv)
+
+
+def installed_here(example: Example, folder: Path) -> Application:
+    """Return the example in the environment of the tests: it starts sooner, and proves less."""
+    return Application(example, copied(example, folder), Path(sys.executable).parent, folder)
+
+
+def copied(example: Example, folder: Path) -> Path:
+    copy = folder / "examples" / example.folder
+    shutil.copytree(
+        ROOT / "examples" / example.folder, copy, ignore=shutil.ignore_patterns("__pycache__", ".*")
+    )
+    return copy
 
 
 class Site:
     """A running web server, as a browser sees it."""
 
     def __init__(self, port: int, stack: ExitStack) -> None:
-        self._client = stack.enter_context(
+        self.client = stack.enter_context(
             # No proxy: it is on this machine.
             httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=SOON, trust_env=False)
         )
 
     def answers(self) -> bool:
         try:
-            return self._client.get("/").status_code == httpx.codes.OK
+            return self.client.get("/").status_code == httpx.codes.OK
         except httpx.TransportError:
             return False
 
     def page(self) -> str:
-        response = self._client.get("/")
+        response = self.client.get("/")
         assert response.status_code == httpx.codes.OK, response.text
         return response.text
 
@@ -231,7 +244,7 @@ class Site:
         """Fill in the page's form and send it; answer the status."""
         hidden = re.findall(r'<input[^>]*type="hidden"[^>]*name="([^"]+)"[^>]*value="([^"]*)"', self.page())
         data = {**dict(hidden), "name": "Ada", "email": email, **fields}
-        return self._client.post("/sign-up", data=data).status_code
+        return self.client.post("/sign-up", data=data).status_code
 
 
 class Scenario:
