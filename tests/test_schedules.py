@@ -173,6 +173,24 @@ def test_a_call_of_a_typed_task_is_scheduled(session, queue):
     assert (added.type, added.data, added.timezone) == ("digest", {"user_id": 7}, "UTC")
 
 
+def test_a_schedule_keeps_the_options_of_its_call_unless_they_are_given(session, queue):
+    @queue.task
+    def send_digest() -> None: ...
+
+    call = send_digest.using(priority=5, retry_limit=7, timeout=9).call()
+    schedule = queue.schedule(session, "digest", call, every=60, retry_limit=0)
+
+    assert (schedule.priority, schedule.retry_limit, schedule.timeout) == (5, 0, timedelta(seconds=9))
+
+
+def test_a_call_with_a_time_of_its_own_is_refused(session, queue):
+    @queue.task
+    def send_digest() -> None: ...
+
+    with pytest.raises(InvalidTask, match="must not have delay, because the ticks decide"):
+        queue.schedule(session, "digest", send_digest.using(delay=5).call(), every=60)
+
+
 def test_schedules_belong_to_a_queue_and_a_schema(engine):
     prepare(engine, schema="other")
     mine, others, elsewhere = Queue(), Queue("others"), Queue(schema="other")

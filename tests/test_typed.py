@@ -188,6 +188,12 @@ class TestAddingMany:
         with pytest.raises(InvalidTask, match=r"calls\[0\] must be a dict of arguments of .*send'"):
             task.add_many(session, [other.call(1)])
 
+    def test_a_call_with_other_options_is_refused(self, session, task):
+        with pytest.raises(InvalidTask, match=r"calls\[0\] must have no options of its own, got priority"):
+            task.add_many(session, [task.using(priority=5).call(1)])
+
+        assert task.using(priority=5).add_many(session, [task.using(priority=5).call(1)]) == 1
+
     def test_one_dict_is_not_many(self, session, task):
         with pytest.raises(InvalidTask, match="calls must be an iterable of calls"):
             task.add_many(session, {"user_id": 1})

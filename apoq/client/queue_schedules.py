@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Coroutine, Mapping
 from datetime import timedelta, tzinfo
-from typing import Any, Final, Unpack, overload
+from typing import Any, Final, Unpack, cast, overload
 
 from apoq.client.queue_base import QueueBase
 from apoq.client.schedules import read_schedules, schedule, unschedule
@@ -24,7 +24,7 @@ from apoq.core.schedules import (
     checked_schedule,
     checked_task,
 )
-from apoq.errors import InvalidSchedule, glimpse
+from apoq.errors import InvalidSchedule, InvalidTask, glimpse
 from apoq.schema.models import Schedule
 from apoq.schema.statements.schedules import ADDED
 
@@ -91,6 +91,8 @@ class QueueSchedules(QueueBase):
             session: A session or connection, as for `add`.
             name: The name of the schedule, unique in the queue.
             call: The call of a typed task, as by ``send_digest.call(user_id=7)``, or the type of the tasks.
+                Options of the call, such as ``send_digest.using(priority=5)``, are used unless they are
+                given here. A unique key is not: `overlap` decides whether a tick becomes a task.
             data: The data of the tasks, if `call` is a type; an empty dict by default.
             cron: A cron expression with five fields, such as ``"0 9 * * MON-FRI"``, or ``"@daily"`` and the
                 like.
@@ -133,16 +135,15 @@ class QueueSchedules(QueueBase):
             cron, timezone, every, catch_up, catch_up_limit, not_before, jitter, overlap
         )
         its_type, its_data = _split(call, data)
-        tasks = checked_task(
-            {
-                "priority": priority,
-                "retry_limit": retry_limit,
-                "retry_delay": retry_delay,
-                "timeout": timeout,
-                "meta": meta,
-                "expires_in": expires_in,
-            }
-        )
+        options: TaskOptions = {
+            "priority": priority,
+            "retry_limit": retry_limit,
+            "retry_delay": retry_delay,
+            "timeout": timeout,
+            "meta": meta,
+            "expires_in": expires_in,
+        }
+        tasks = checked_task(_with_own_options(call, options))
         parameters = schedule_parameters(
             self.name, check_schedule_name(name), check_type(its_type), values | tasks
         )
@@ -212,6 +213,26 @@ def schedule_parameters(queue: str, name: str, type_: str, values: Mapping[str, 
     """Return the parameters of `write_schedule`, except for the data, the origin and the next tick."""
     given = {"queue": queue, "name": name, "type": type_, "release": None, **values}
     return {f"schedule_{key}": value for key, value in given.items()}
+
+
+def _with_own_options(call: Call[Any] | str, given: TaskOptions) -> TaskOptions:
+    """Return the options that are given with a call, and those of its own that they don't override."""
+    own: Mapping[str, Any] = call.options if isinstance(call, Call) else {}
+    if refused := sorted(name for name in _TIMES if own.get(name) is not None):
+        raise InvalidTask(
+            f"a call for a schedule must not have {' and '.join(refused)}, because the ticks decide when its "
+            "tasks are due: call the task without it"
+        )
+    options: dict[str, Any] = {**given}
+    defaults = {"priority": 0}
+    for name in options.keys() & own.keys():
+        if options[name] == defaults.get(name):
+            options[name] = own[name]
+    return cast("TaskOptions", options)
+
+
+_TIMES: Final = frozenset({"delay", "process_at", "expires_at", "after"})
+"""Options of a task that mean nothing for the tasks of a schedule."""
 
 
 def _split(call: Call[Any] | str, data: Any) -> tuple[str, Any]:

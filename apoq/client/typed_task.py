@@ -400,12 +400,23 @@ class TypedTask(TypedResults[R_co], Generic[P, R_co, C]):
             if isinstance(call, Mapping):
                 yield self._written(index, call)
             elif isinstance(call, Call) and call.type == self.type:
+                self._check_options(index, call)
                 yield call.data
             else:
                 raise InvalidTask(
                     f"calls[{index}] must be a dict of arguments of {self.type!r}, or a call of it, got "
                     f"{glimpse(call)}: make a call with the task's `call`"
                 )
+
+    def _check_options(self, index: int, call: Call[Any]) -> None:
+        """Fail if a call has an option that would be ignored."""
+        options: Mapping[str, Any] = self._options
+        own = {name for name, its in call.options.items() if not callable(its) and its != options.get(name)}
+        if own:
+            raise InvalidTask(
+                f"calls[{index}] must have no options of its own, got {', '.join(sorted(own))}: call "
+                "task.using(…).add_many(session, …), with options for all calls"
+            )
 
     def _written(self, index: int, arguments: Mapping[str, Any]) -> dict[str, Any]:
         try:
