@@ -16,8 +16,10 @@ from sqlalchemy.orm import Session
 from apoq import Queue, Task
 from apoq.core.dependencies import OnParentFailure
 from chaos.scenarios import SCENARIOS, Options, Scenario
-from chaos.server import Place, Server
+from chaos.server import DEFAULT_CONNECTIONS, NOTHING, Place, Server
 from chaos.stage import Stage
+
+WORKERS: Final = 6
 
 GRAPHS: Final = 10
 SIZE: Final = 2_000
@@ -47,14 +49,15 @@ Expected = dict[int, str]
 """The state in which each task must be at the end, by its number."""
 
 
-def graphs(_place: Place, server: Server, folder: Path, options: Options) -> dict[str, Any]:
+def graphs(place: Place, _server: Server, folder: Path, options: Options) -> dict[str, Any]:
     """Run the graphs one after the other, while a worker is killed again and again."""
+    server = Server(place, place.folder / "graphs", max_connections=DEFAULT_CONNECTIONS).create()
     with Stage(server, "graphs", folder, 20) as stage:
         with server.admin(stage.name) as admin:
             admin.execute("CREATE TABLE early (number bigint NOT NULL)")
             admin.execute("GRANT INSERT ON early TO app; GRANT SELECT ON ledger TO app")
             admin.execute("CREATE INDEX ON ledger (number)")
-        stage.begin()
+        stage.begin(workers=[NOTHING] * WORKERS)
         wrong: Counter[str] = Counter()
         for number in range(GRAPHS):
             rng = random.Random(f"{options.seed} {number}")  # noqa: S311 - no secret

@@ -18,11 +18,9 @@ from apoq import Queue, Task
 from apoq.core.states import FINAL
 from chaos.child import PLACED_EVENT
 from chaos.scenarios import SCENARIOS, Options, Scenario
-from chaos.server import Place, Server
+from chaos.server import DEFAULT_CONNECTIONS, Place, Server
 from chaos.stage import Stage
 from chaos.watcher import MAX_OF_KEY
-
-DEFAULT_CONNECTIONS: Final = 100
 
 WORKERS: Final = 6
 LEASE_SECONDS: Final = 2.0

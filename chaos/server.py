@@ -30,6 +30,9 @@ SETTINGS = {"listen_addresses": "127.0.0.1", "unix_socket_directories": ""}
 FEW_CONNECTIONS = 60
 """So few that a scenario can exhaust them."""
 
+DEFAULT_CONNECTIONS = 100
+"""PostgreSQL's default, for scenarios with more workers."""
+
 
 class Skipped(Exception):
     """A scenario can't run on this machine; the message gives the reason."""
