@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from datetime import timedelta
 
@@ -39,7 +40,11 @@ TRACE = """Traceback (most recent call last):
 ValueError: nobody
 """
 
+DASH = "\N{EN DASH}"
 EMAILS, REPORTS = Queue("emails"), Queue("reports")
+
+QUERY = "state=failed&action=retry&name=emails&queue=emails&of=queue"
+"""For a page of any path."""
 
 FILL = """
     INSERT INTO apoq_tasks (queue, type, state, priority, created_at, process_at, completed_at, failed_at,
@@ -106,7 +111,7 @@ def walk(viewer: Viewer, address: str, most: int = 100) -> list[int]:
 
 def test_a_page_of_an_empty_database_says_that_there_is_nothing(writer):
     for path in PAGES:
-        response = writer.ask("GET", f"{path}?state=failed&action=retry&name=emails")
+        response = writer.ask("GET", f"{path}?{QUERY}")
 
         assert response.status == 200
         assert "apoq" in text_of(response)
@@ -116,7 +121,7 @@ def test_every_page_shows_tasks_in_each_state(engine, writer):
     for state in STATES:
         fill(engine, state, 3)
 
-    pages = {path: writer.ask("GET", f"{path}?name=emails&state=failed&action=retry") for path in PAGES}
+    pages = {path: writer.ask("GET", f"{path}?{QUERY}") for path in PAGES}
     tasks = [writer.get(f"/tasks/{task_id}") for task_id in ids_in(engine, "true")]
 
     assert {path: page.status for path, page in pages.items()} == dict.fromkeys(PAGES, 200)
@@ -352,15 +357,29 @@ def test_the_overview_counts_the_tasks_of_each_queue(engine, reader):
 
     page = reader.get("/")
 
-    assert "emails 20 20 20 for other tasks or a limit 0 50+ 120 min 60" in text_of(page)
+    assert "emails 20 20 20 for other tasks or a limit 0 60 120 min 60" in text_of(page)
     assert "the disk is full" in page
     assert "<svg" in page
 
 
 def test_counts_stop_at_a_bound(engine, reader):
     fill(engine, "pending", 3_300)
+    fill(engine, "failed", 3_300)
 
-    assert "emails 1,000+ " in text_of(reader.get("/"))
+    assert "emails 1,000+ 0 0 0 1,000+ " in text_of(reader.get("/"))
+
+
+def test_failed_tasks_are_counted_apart_from_cancelled_ones(engine, reader):
+    fill(engine, "cancelled", 300)
+    fill(engine, "failed", 90)
+
+    page = reader.get("/")
+
+    assert f"emails 0 0 0 0 60 {DASH} 0" in text_of(page)
+    assert '<a class="late" href="./failures?queue=emails">60</a>' in page
+    fill(engine, "cancelled", 3_300)
+    reader.dashboard.site.snapshots.forget()
+    assert re.search(rf"emails 0 0 0 0 \d+\+ {DASH} 0", text_of(reader.get("/")))
 
 
 def test_many_queues_are_shown_page_by_page(engine, reader):
@@ -445,39 +464,6 @@ def test_a_schedule_is_run_paused_and_resumed(engine, writer):
         "Resumed the schedule nightly.",
         "The schedule nightly is not paused.",
     ]
-
-
-def test_many_tasks_are_retried_after_their_number_was_shown(engine, writer):
-    fill(engine, "failed", 230)
-    fill(engine, "cancelled", 10)
-
-    page = writer.get("/many?action=retry&state=failed&type=a")
-    assert "Retry 115 tasks?" in text_of(page)
-    ids = page.split('name="ids" value="')[1].split('"')[0]
-    said = writer.act("retry-many", ids=ids)
-
-    assert said == "Retried 115 tasks."
-    assert ids_in(engine, "state = 'pending'") == ids_in(engine, "type = 'a' AND cancelled_at IS NULL")
-
-
-def test_only_tasks_that_were_counted_are_changed(engine, writer):
-    fill(engine, "failed", 3)
-    ids = ",".join(map(str, ids_in(engine, "true")))
-    fill(engine, "failed", 2)
-    with engine.begin() as connection:
-        EMAILS.retry(connection, min(ids_in(engine, "queue = 'emails'")))
-
-    assert writer.act("retry-many", ids=ids) == "Retried 2 tasks. 1 task had changed in the meantime."
-    assert len(ids_in(engine, "state = 'failed'")) == 2
-
-
-def test_a_million_failed_tasks_would_be_retried_a_thousand_at_a_time(engine, writer):
-    fill(engine, "failed", 2_500)
-
-    page = writer.get("/many?action=retry&state=failed&queue=emails")
-
-    assert "Retry 999 tasks?" in text_of(page) or "Retry 1,000 tasks?" in text_of(page)
-    assert "there may be more" in page
 
 
 def test_a_role_that_may_only_read_has_no_buttons(engine, url, admin):
