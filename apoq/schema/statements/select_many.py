@@ -26,6 +26,7 @@ from apoq.core.states import CANCELLABLE, COMPLETED, FINAL, PENDING, RUNNING
 from apoq.schema.models import tasks_table
 from apoq.schema.statements.arrays import bigints
 from apoq.schema.statements.expire import is_expired
+from apoq.schema.statements.levels import level
 from apoq.schema.statements.running import in_state
 from apoq.schema.statements.states import has_running_state, is_in
 
@@ -76,7 +77,8 @@ def lock_open(schema: str | None, state: str, filters: Filters) -> Select[Any]:
     is_its = in_state(schema, tasks, state)
     if state == RUNNING and "ids" in filters:
         is_its = has_running_state(tasks)
-    order = (tasks.c.priority.desc(), tasks.c.process_at) if state == PENDING else ()
+    # By the order of the index, so that its first entries are enough.
+    order = (level(tasks).desc(), tasks.c.process_at) if state == PENDING else ()
     return _lock(tasks, state, filters, is_its, order)
 
 
