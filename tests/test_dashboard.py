@@ -9,9 +9,11 @@ from datetime import timedelta
 
 import pytest
 import sqlalchemy as sa
+from click.testing import CliRunner
 from viewers import Viewer, listed, next_page, text_of
 
 from apoq import Queue, Worker
+from apoq.cli import main
 from apoq.core.states import STATES
 from apoq.dashboard.dashboard import Dashboard
 from apoq.dashboard.pages import PAGES
@@ -477,6 +479,7 @@ def test_a_role_that_may_only_read_has_no_buttons(engine, url, admin):
     viewer = Viewer(Dashboard(site), "write")
 
     pages = viewer.get("/") + viewer.get("/tasks") + viewer.get(f"/tasks/{min(ids_in(engine, 'true'))}")
+    pages += viewer.get("/keys") + viewer.get("/many?action=cancel&state=ready")
     refused = viewer.post({"action": "pause", "queue": "emails", "token": viewer.token()})
 
     site.close()
@@ -487,6 +490,47 @@ def test_a_role_that_may_only_read_has_no_buttons(engine, url, admin):
     assert 'method="post"' not in pages
     assert refused.status == 403
     assert "may not change that" in text_of(refused)
+
+
+def test_a_role_with_the_grants_of_an_operator_may_make_each_change(engine, url):
+    role = f"{url.database}_operator"
+    address = url.render_as_string(hide_password=False)
+    with engine.begin() as connection:
+        connection.exec_driver_sql(f"CREATE ROLE {role} LOGIN PASSWORD 'o'")
+        EMAILS.schedule(connection, "nightly", "digest", every=timedelta(days=1))
+    fill(engine, "failed", 4)
+    failed = min(ids_in(engine, "true"))
+    done = CliRunner().invoke(main, ["grants", "--operator", role, "--apply", "--database-url", address])
+    operator = sa.create_engine(url, connect_args={"options": f"-c role={role}"})
+    site = Site(operator, schema=None, redact=None, environment=None, secret=None)
+    viewer = Viewer(Dashboard(site), "write")
+    its = {"queue": "emails", "schedule": "nightly"}
+    limit = {"queue": "emails", "of": "queue", "confirmed": "yes"}
+    many = {"until": "2100-01-01T00:00:00+00:00", "at_most": 10}
+
+    rights = site.rights()
+    said = [
+        viewer.act("retry", id=failed),
+        viewer.act("cancel", id=failed),
+        viewer.act("retry-many", state="failed", **many),
+        viewer.act("cancel-many", state="ready", **many),
+        viewer.act("pause", queue="emails"),
+        viewer.act("resume", queue="emails"),
+        viewer.act("limit", at_most=0, **limit),
+        viewer.act("remove-limit", **limit),
+        *(viewer.act(f"{action}-schedule", **its) for action in ("run", "pause", "resume")),
+    ]
+
+    site.close()
+    operator.dispose()
+    with engine.begin() as connection:
+        connection.exec_driver_sql(f"DROP OWNED BY {role}; DROP ROLE {role}")
+    assert done.exit_code == 0, done.output
+    assert all(rights)
+    assert [each.split()[0] for each in said] == [
+        *("Retried", "Cancelled", "Retried", "Cancelled", "Paused", "Resumed"),
+        *("Limited", "Removed", "Added", "Paused", "Resumed"),
+    ]
 
 
 def test_a_database_that_is_away_is_a_page(engine):
