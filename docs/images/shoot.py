@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
+from PIL import Image
 from playwright.sync_api import sync_playwright
 from sqlalchemy import Engine, create_engine, make_url
 from sqlalchemy.orm import Session
@@ -55,7 +56,7 @@ PAGES = {
 }
 """The pages by the name of their picture."""
 
-PUBLISHED = {"dashboard-overview": "overview", "dashboard-task": "task"}
+PUBLISHED = {"dashboard-overview": "overview", "dashboard-task": "task", "dashboard-keys": "keys"}
 """The pictures of the documentation."""
 
 
@@ -194,6 +195,8 @@ def publish(address: str, ids: dict[str, int], folder: Path) -> None:
         for name, of in PUBLISHED.items():
             page.goto(address + PAGES[of].format(**ids))
             page.screenshot(path=folder / f"{name}.png")
+            with Image.open(folder / f"{name}.png") as picture:
+                picture.quantize(128).save(folder / f"{name}.png", optimize=True)
         browser.close()
 
 
