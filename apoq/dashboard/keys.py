@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from apoq.core.places import KEY, POOL, WHOLE_QUEUE
 from apoq.dashboard.messages import Request
 from apoq.dashboard.site import NotFound, Page, Site
-from apoq.monitor.browse import first_queues
+from apoq.monitor.browse import MAX_QUEUES, first_queues
 from apoq.monitor.formatting import clean
 from apoq.monitor.keys import (
     Bounds,
@@ -103,6 +103,7 @@ class Keys(NamedTuple):
     limits: Sequence[sa.RowMapping]
     next_limit: tuple[str, str, str] | None
     queues: list[str]
+    has_more_queues: bool
 
 
 def show_keys(site: Site, request: Request) -> Page:
@@ -116,7 +117,7 @@ def show_keys(site: Site, request: Request) -> Page:
     shows_limits = after is None and name is None and not only_waiting
 
     def read(connection: sa.Connection) -> Keys:
-        names, _ = first_queues(connection, site.schema)
+        names, has_more = first_queues(connection, site.schema)
         shares: list[Share] = []
         if name is not None:
             its = names if queue is None else [queue]
@@ -138,6 +139,7 @@ def show_keys(site: Site, request: Request) -> Page:
             limits[:LIMITS],
             of_row(limits[LIMITS - 1]).place if len(limits) > LIMITS else None,
             names,
+            has_more,
         )
 
     found = site.snapshots.get(("keys", queue, name, only_waiting, after, after_limit), read)
@@ -149,6 +151,7 @@ def show_keys(site: Site, request: Request) -> Page:
         "queue": queue,
         "name": name,
         "only_waiting": only_waiting,
+        "max_queues": MAX_QUEUES,
         "is_first": is_first,
         "of_figures": of_figures,
         "of_row": of_row,

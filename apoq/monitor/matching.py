@@ -24,9 +24,8 @@ class Matching(NamedTuple):
     number: int
     is_all: bool
     """Whether there are no others."""
-    queues: list[str]
-    """The queues that were examined."""
     has_more_queues: bool
+    """Whether only tasks of the first queues were counted."""
     now: datetime
     """The time of the count."""
 
@@ -44,4 +43,4 @@ def count_matching(connection: sa.Connection, schema: str | None, wanted: Wanted
         if wanted.state == RUNNING:
             is_all = is_all and found.examined < EXAMINED
     now: datetime = connection.execute(sa.select(sa.func.clock_timestamp())).scalar_one()
-    return Matching(number, is_all and not has_more, queues, has_more, now)
+    return Matching(number, is_all and not has_more, has_more, now)
