@@ -64,7 +64,8 @@ TASKS: Final = """
         CASE WHEN n % 100 = 0 AND state = 'pending' THEN 'key-' || n END,
         CASE state WHEN 'waiting' THEN (ARRAY['key', 'parents'])[1 + n % 2] END,
         CASE state WHEN 'waiting' THEN happened_at END,
-        CASE WHEN state = 'waiting' AND n % 2 = 0 THEN 'tenant-' || n * 7 % 1000 END
+        CASE WHEN state = 'waiting' AND n % 2 = 0
+             THEN CASE WHEN n % 4 = 0 THEN 'busy-' || n / 4 % 10 ELSE 'tenant-' || n / 4 % 1000 END END
     FROM (
         SELECT n,
             (ARRAY['emails', 'emails', 'emails', 'reports', 'imports', 'default', 'webhooks'])[1 + n % 7]
@@ -173,6 +174,7 @@ def addresses(rows: int) -> list[str]:
         "/keys?after_queue=emails&after_kind=key&after_name=tenant-15",
         "/keys?after_queue=imports&after_kind=pool&after_name=send_mail",
         "/keys?name=tenant-14",
+        "/keys?name=busy-1",
         "/keys?name=none",
         "/keys?after_limit_queue=emails&after_limit_type=&after_limit_key=tenant-2000",
         "/limit?queue=emails&of=key&name=tenant-14&at_most=0",
