@@ -47,7 +47,7 @@ INDEXES: Final = """
 TASKS: Final = """
     INSERT INTO apoq_tasks
         (queue, type, state, priority, created_at, process_at, completed_at, failed_at, cancelled_at, error,
-         attempt, fail_count, unique_key, held_unique_key, waiting_for)
+         attempt, fail_count, unique_key, held_unique_key, waiting_for, waiting_since, key)
     SELECT
         queue, type, state, CASE state WHEN 'pending' THEN n % 3 ELSE 0 END, happened_at,
         CASE WHEN state = 'pending' AND n % 2 = 0 THEN now() + random() * interval '3 days'
@@ -62,7 +62,10 @@ TASKS: Final = """
         1, CASE WHEN state = 'failed' OR n % 7 = 0 THEN 6 ELSE 0 END,
         CASE WHEN n % 100 = 0 THEN 'key-' || n END,
         CASE WHEN n % 100 = 0 AND state = 'pending' THEN 'key-' || n END,
-        CASE state WHEN 'waiting' THEN (ARRAY['key', 'parents'])[1 + n % 2] END
+        CASE state WHEN 'waiting' THEN (ARRAY['key', 'parents'])[1 + n % 2] END,
+        CASE state WHEN 'waiting' THEN happened_at END,
+        CASE WHEN state = 'waiting' AND n % 2 = 0
+             THEN CASE WHEN n % 4 = 0 THEN 'busy-' || n / 4 % 10 ELSE 'tenant-' || n / 4 % 1000 END END
     FROM (
         SELECT n,
             (ARRAY['emails', 'emails', 'emails', 'reports', 'imports', 'default', 'webhooks'])[1 + n % 7]
@@ -78,7 +81,10 @@ TASKS: Final = """
 
 OTHERS: Final = """
     WITH taken AS (
-        UPDATE apoq_tasks SET state = 'running', claimed_at = now(), worker_id = md5('w')::uuid
+        UPDATE apoq_tasks
+        SET state = 'running', claimed_at = now(), worker_id = md5('w')::uuid, slot = id,
+            key = CASE WHEN mod(id, 2) = 0 THEN 'tenant-' || mod(id, 20) END, pool_slot = id,
+            pool_key = CASE WHEN mod(id, 2) = 1 THEN type END
         WHERE id IN (SELECT id FROM apoq_tasks WHERE state = 'pending' AND process_at <= now()
                      ORDER BY id LIMIT 300)
         RETURNING id
@@ -90,7 +96,19 @@ OTHERS: Final = """
     FROM generate_series(1, 50) AS n;
     INSERT INTO apoq_schedules (queue, name, type, cron, next_at, last_task_id)
     SELECT 'emails', 'schedule-' || n, 'send_mail', '* * * * *', now() + interval '1 hour', n * 1000
-    FROM generate_series(1, 300) AS n
+    FROM generate_series(1, 300) AS n;
+    INSERT INTO apoq_limits (queue, type, key, at_most, declared, is_of_key, changed_at, changed_by)
+    SELECT 'emails', CASE WHEN n > 5000 THEN 'type-' || n ELSE '' END,
+           CASE WHEN n > 5000 THEN '' ELSE 'tenant-' || n END, mod(n, 50), mod(n, 40),
+           mod(n, 2) = 0 AND n > 5000, now(), 'ops'
+    FROM generate_series(1, 5200) AS n;
+    INSERT INTO apoq_links (parent_id, child_id, position)
+    SELECT n * 7, 1000, -1 FROM generate_series(1, 10000) AS n
+    UNION ALL
+    SELECT 2000, 2000 + n * 7, 0 FROM generate_series(1, 10000) AS n
+    UNION ALL
+    SELECT 2000 + n * 7, 2000 + n * 7 + m, 0 FROM generate_series(1, 30) AS n, generate_series(1, 30) AS m;
+    UPDATE apoq_tasks SET is_followed = true WHERE id BETWEEN 1 AND 3000
 """
 
 
@@ -142,7 +160,24 @@ def addresses(rows: int) -> list[str]:
         f"/tasks/{rows // 2}",
         "/many?action=retry&state=failed",
         "/many?action=retry&state=completed&type=none",
+        "/many?action=retry&state=failed&queue=emails",
+        "/many?action=retry&state=failed&queue=emails&type=send_mail",
+        "/many?action=retry&state=failed&error=ValueError",
+        "/many?action=retry&state=completed",
         "/many?action=cancel&state=scheduled",
+        "/many?action=cancel&state=waiting",
+        "/tasks/1000",
+        "/tasks/2000",
+        "/keys",
+        "/keys?waiting=1",
+        "/keys?queue=emails",
+        "/keys?after_queue=emails&after_kind=key&after_name=tenant-15",
+        "/keys?after_queue=imports&after_kind=pool&after_name=send_mail",
+        "/keys?name=tenant-14",
+        "/keys?name=busy-1",
+        "/keys?name=none",
+        "/keys?after_limit_queue=emails&after_limit_type=&after_limit_key=tenant-2000",
+        "/limit?queue=emails&of=key&name=tenant-14&at_most=0",
         "/failures",
         "/failures?queue=emails",
         "/schedules",

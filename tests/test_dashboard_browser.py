@@ -21,6 +21,10 @@ from apoq.dashboard.dashboard import Dashboard
 from apoq.dashboard.site import Site
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+ARGUMENTS = [
+    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+]
 HAS_PLAYWRIGHT = find_spec("playwright") is not None
 
 pytestmark = [
@@ -35,8 +39,24 @@ EMAILS = Queue("emails")
 PATHS = (
     *("", "queue?name=emails", "tasks", "tasks?state=failed", "tasks?type=none", "tasks/{failed}"),
     *("tasks/{pending}", "many?action=retry&state=failed", "failures", "schedules", "workers", "doctor"),
+    *("keys", "keys?waiting=1", "keys?name=none", "limit?queue=emails&of=key&name=tenant-7&at_most=0"),
+    *("limit?queue=emails&of=key&name=tenant-7", "tasks/{closing}", "tasks/{member}"),
     "tasks/999999",
 )
+
+
+KEYED = """
+    INSERT INTO apoq_workers (id, host, pid, version, queues, concurrency, expires_at, grace)
+    VALUES (md5('w')::uuid, 'web-1', 7, '0.1.0', '{emails}', 8, now() + interval '1 day', interval '1 day');
+    INSERT INTO apoq_tasks (queue, type, state, key, slot, claimed_at, worker_id)
+    VALUES ('emails', 'charge', 'running', 'tenant-7', 0, now(), md5('w')::uuid),
+           ('emails', 'charge', 'running', 'tenant-7', 1, now(), md5('w')::uuid),
+           ('emails', 'charge', 'running', 'tenant-8', 0, now(), md5('w')::uuid);
+    INSERT INTO apoq_tasks (queue, type, state, key, waiting_for, waiting_since)
+    SELECT 'emails', 'charge', 'waiting', 'tenant-7', 'key', now() - interval '1 hour'
+    FROM generate_series(1, 120)
+"""
+"""Two keys, of which one is full."""
 
 
 class Served:
@@ -83,6 +103,17 @@ def served(engine) -> Iterator[Served]:
     with engine.begin() as connection:
         served.ids["pending"] = EMAILS.add(connection, "welcome", {"user": "Ada"}).id
         Queue("imports").add(connection, "load", delay=60)
+        EMAILS.limit(connection, 2, key="tenant-7")
+        EMAILS.limit(connection, 0, type="digest")
+        with EMAILS.group(connection) as group:
+            served.ids["member"] = group.add(
+                "import a row with a name that is longer than a phone is wide"
+            ).id
+            group.add_many("row", [{}] * 30)
+            group.then("report")
+        served.ids["closing"] = connection.scalar(sa.text("SELECT id FROM apoq_tasks WHERE type = 'report'"))
+        for statement in KEYED.split(";"):
+            connection.exec_driver_sql(statement)
     yield served
     served.close()
 
@@ -92,7 +123,7 @@ def browser() -> Iterator[Any]:
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
         yield browser
         browser.close()
 
@@ -203,8 +234,79 @@ def test_all_failed_tasks_are_retried_after_a_question(served, open_page):
     assert page.locator(".big").inner_text() == "Retry 4 tasks?"
     page.get_by_role("button", name="Retry 4 tasks").click()
 
-    assert notice(page) == "Retried 4 tasks."
+    assert notice(page) == "Retried 4 tasks (failed, type invoice, error ConnectionError)."
     assert state_of(served.engine, served.ids["failed"]) == "pending"
+
+
+def limits(engine: sa.Engine) -> dict[str | None, int | None]:
+    with engine.connect() as connection:
+        return {each.key or each.type: each.at_most for each in EMAILS.limits(connection)}
+
+
+def test_a_limit_is_changed_where_its_key_is_full(served, open_page):
+    page = open_page()
+    page.goto("keys")
+    row = page.locator("table.keys tr", has_text="tenant-7")
+    assert "full" in row.inner_text()
+
+    row.get_by_label("Limit the key tenant-7").click()
+    form = page.locator("details[open]")
+    form.get_by_label("At most").fill("9")
+    form.get_by_role("button", name="Set the limit").click()
+
+    assert notice(page) == "Limited the key tenant-7 of the queue emails to 9."
+    assert limits(served.engine) == {"tenant-7": 9, "digest": 0}
+    assert "free" in page.locator("table.keys tr", has_text="tenant-7").inner_text()
+
+
+def test_a_limit_of_zero_and_a_removal_are_asked_about(served, open_page):
+    page = open_page()
+    page.goto("keys?queue=emails")
+    page.locator("table.keys").get_by_label("Limit the key tenant-7").click()
+    page.locator("details[open]").get_by_label("At most").fill("0")
+    page.keyboard.press("Enter")
+    assert "Let no task of the key tenant-7" in page.locator(".big").inner_text()
+    assert limits(served.engine) == {"tenant-7": 2, "digest": 0}
+    page.get_by_role("button", name="Let no task begin").click()
+    assert notice(page) == "Limited the key tenant-7 of the queue emails to 0."
+    assert page.url.endswith("/keys?queue=emails")
+
+    page.get_by_label("Remove the limit that was set for the type digest").click()
+    page.get_by_role("button", name="Remove the limit").click()
+
+    assert notice(page) == "Removed the limit that was set for the type digest of the queue emails."
+    assert limits(served.engine) == {"tenant-7": 0}
+
+
+def test_a_limit_is_set_by_keyboard_and_without_javascript(served, open_page):
+    page = open_page(java_script_enabled=False)
+    page.goto("keys")
+
+    page.get_by_role("textbox", name="Queue").focus()
+    page.keyboard.type("emails")
+    page.keyboard.press("Tab")
+    page.keyboard.type("a type")
+    page.keyboard.press("Tab")
+    page.keyboard.type("invoice")
+    page.keyboard.press("Tab")
+    page.keyboard.type("3")
+    page.keyboard.press("Enter")
+
+    assert notice(page) == "Limited the type invoice of the queue emails to 3."
+
+
+def test_the_graph_leads_from_task_to_task_by_keyboard(served, open_page):
+    page = open_page("read", viewport={"width": 400, "height": 800})
+    page.goto(f"tasks/{served.ids['closing']}")
+    assert "11 more" in page.locator("svg.graph").text_content()
+
+    page.locator("svg.graph a").first.focus()
+    page.keyboard.press("Enter")
+    page.wait_for_url(f"**/tasks/{served.ids['member']}")
+    page.get_by_text("As a list").click()
+    page.locator("details[open]").get_by_role("link", name="report").click()
+
+    page.wait_for_url(f"**/tasks/{served.ids['closing']}")
 
 
 def test_tasks_are_filtered(served, open_page):

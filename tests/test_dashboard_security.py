@@ -46,10 +46,23 @@ HOSTILE = """
     INSERT INTO apoq_progress SELECT id, 1, 1, 2, :x, now() FROM apoq_tasks;
     UPDATE apoq_tasks SET result = to_jsonb(CAST(:x AS text));
     INSERT INTO apoq_pauses VALUES (:x, '', now(), :x, :x, now() + interval '1 day'),
-                                   (:x, :x, now(), :x, :x, NULL)
+                                   (:x, :x, now(), :x, :x, NULL);
+    UPDATE apoq_tasks SET slot = 1, pool_key = :x, pool_slot = 1, worker_id = (SELECT id FROM apoq_workers)
+    WHERE state = 'running';
+    INSERT INTO apoq_tasks (queue, type, state, pool_key, key, waiting_for, waiting_since)
+    SELECT :x, :x, 'waiting', CASE kind WHEN 'pool' THEN CAST(:x AS text) END, :x, kind, now()
+    FROM unnest(ARRAY['key', 'pool']) AS kind;
+    INSERT INTO apoq_limits (queue, type, key, at_most, declared, is_of_key, is_strict, holds, changed_at,
+                             changed_by)
+    SELECT :x, type, key, 0, 2, true, true, true, now(), :x
+    FROM (VALUES ('', ''), (:x, ''), ('', :x), (:x || '2', '')) AS its (type, key);
+    INSERT INTO apoq_links (parent_id, child_id, error)
+    SELECT parent.id, child.id, jsonb_build_object('message', CAST(:x AS text))
+    FROM apoq_tasks AS parent, apoq_tasks AS child WHERE parent.id < child.id;
+    UPDATE apoq_tasks SET is_followed = true
 """
 
-TABLES = ("apoq_tasks", "apoq_workers", "apoq_claims", "apoq_schedules", "apoq_pauses")
+TABLES = ("apoq_tasks", "apoq_workers", "apoq_claims", "apoq_schedules", "apoq_pauses", "apoq_limits")
 
 
 @pytest.fixture
@@ -214,6 +227,10 @@ def test_what_producers_write_is_never_html(engine, writer):
     addresses += [f"/tasks?state={state}" for state in ("ready", "waiting", "running", "failed", "cancelled")]
     addresses += [f"/tasks/{task_id}" for task_id in ids]
     addresses += [f"/many?action=retry&state=failed&type={x}&queue={x}&error={x}&key={x}", f"/{x}"]
+    addresses += ["/keys", "/keys?waiting=1", f"/keys?name={x}", f"/keys?queue={x}"]
+    addresses += [f"/keys?after_{name}={x}" for name in ("queue", "kind", "name", "limit_queue", "limit_key")]
+    addresses += [f"/limit?queue={x}&name={x}&of={of}&back={x}" for of in ("key", "type", "queue")]
+    addresses += [f"/limit?queue={x}&name={x}&of={of}&at_most=0" for of in ("key", "type", "queue")]
 
     pages = {address: writer.ask("GET", address).body.decode() for address in addresses}
 
@@ -234,10 +251,12 @@ def test_messages_about_hostile_names_are_escaped(engine, writer):
 FORMS = {
     "retry": {"id": 1},
     "cancel": {"id": 1},
-    "retry-many": {"ids": "1,2"},
-    "cancel-many": {"ids": "1,2"},
+    "retry-many": {"state": "failed", "until": "2100-01-01T00:00:00+00:00", "at_most": 10},
+    "cancel-many": {"state": "ready", "until": "2100-01-01T00:00:00+00:00", "at_most": 10},
     "pause": {"queue": "default"},
     "resume": {"queue": "default"},
+    "limit": {"queue": "default", "of": "queue", "at_most": 5},
+    "remove-limit": {"queue": "default", "of": "queue", "confirmed": "yes"},
     "run-schedule": {"queue": "default", "schedule": "s"},
     "pause-schedule": {"queue": "default", "schedule": "s"},
     "resume-schedule": {"queue": "default", "schedule": "s"},
@@ -325,12 +344,20 @@ def test_the_token_is_valid_in_each_process_of_the_application(engine, writer, t
     site.close()
 
 
+MANY = FORMS["cancel-many"]
 INVALID = [
     ({"action": "drop"}, 400),
     ({"action": "cancel"}, 400),
     ({"action": "cancel", "id": "7; DROP TABLE apoq_tasks"}, 400),
     ({"action": "cancel", "id": 10**18 * 9 + 10**18}, 400),
-    ({"action": "cancel-many", "ids": ",".join(["1"] * 1_001)}, 400),
+    ({"action": "cancel-many"}, 400),
+    ({"action": "cancel-many", **MANY, "at_most": 10_001}, 400),
+    ({"action": "cancel-many", **MANY, "at_most": "-1"}, 400),
+    ({"action": "cancel-many", **MANY, "until": "soon"}, 400),
+    ({"action": "cancel-many", **MANY, "until": "9999-12-31T23:59:59-23:00"}, 400),
+    ({"action": "cancel-many", **MANY, "state": ""}, 400),
+    ({"action": "cancel-many", **MANY, "state": "completed"}, 400),
+    ({"action": "retry-many", **MANY}, 400),
     ({"action": "pause"}, 400),
     ({"action": "pause", "queue": "q", "length": "5y"}, 400),
     ({"action": "pause", "queue": "q", "reason": "x" * 100_000}, 413),

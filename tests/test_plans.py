@@ -20,12 +20,14 @@ from apoq.cli.looking import SETTINGS
 from apoq.core.options import checked
 from apoq.postgres.connections import SESSION
 from apoq.schema.statements.arrays import array_text
+from apoq.schema.statements.browse import count_in_state
 from apoq.schema.statements.cancel import cancel
 from apoq.schema.statements.claim import CHANGED, CHANGED_IF_SET, DATA, claim
 from apoq.schema.statements.count import COUNTED, count, count_running, count_types, queues, table_size
 from apoq.schema.statements.expire import expire
 from apoq.schema.statements.find import details, find, find_ids, find_queues, horizon
 from apoq.schema.statements.heartbeat import leave
+from apoq.schema.statements.keys import count_shares, find_shares
 from apoq.schema.statements.lost import lost
 from apoq.schema.statements.places import (
     awaited,
@@ -127,6 +129,7 @@ NEW = {
     "unique_until_end": None,
     "max_wait": None,
 }
+SHARES = {"after_queue": "a", "after_kind": "key", "after_name": "k", "at_most": 11, "with_running": True}
 PLACES = {"from_queue": "default", "kinds": ["key", "pool"], "names": ["k", "ours"]}
 TAKEN = {
     **CLAIM,
@@ -338,6 +341,36 @@ LOOKS = [
         {"from_queue": "default", "looked_at": 0, "at_most": 1_000},
         {"apoq_tasks_failed_idx", "apoq_tasks_unique_key_idx"},
         id="lock ended",
+    ),
+    pytest.param(
+        lock_ended(None, "failed", frozenset({"until"})),
+        {"from_queue": "default", "looked_at": 0, "at_most": 1_000, "until": BEFORE["before"]},
+        {"apoq_tasks_failed_idx", "apoq_tasks_unique_key_idx"},
+        id="lock ended until",
+    ),
+    pytest.param(
+        find_shares(None, after_keys=False),
+        SHARES,
+        {"apoq_tasks_places_idx", "apoq_tasks_pools_idx", "apoq_tasks_blocked_idx"},
+        id="find shares",
+    ),
+    pytest.param(
+        find_shares(None, after_keys=True),
+        SHARES,
+        {"apoq_tasks_places_idx", "apoq_tasks_pools_idx", "apoq_tasks_blocked_idx"},
+        id="find shares after keys",
+    ),
+    pytest.param(
+        count_shares(None),
+        {"queue_names": ["default"], "kinds": ["key"], "names": ["k"], "running": 20, "waiting": 100},
+        {"apoq_tasks_places_idx", "apoq_tasks_pools_idx", "apoq_tasks_blocked_idx"},
+        id="count shares",
+    ),
+    pytest.param(
+        count_in_state(None, "failed"),
+        {"in_queues": ["default"], "counted": 10_001},
+        {"apoq_tasks_failed_idx"},
+        id="count in state",
     ),
     pytest.param(
         lock_open(None, "pending", frozenset({"of_type"})),
@@ -595,6 +628,20 @@ def test_counting_reads_few_pages_however_many_rows_there_are(large_table, state
 
     assert max(rows) <= COUNTED + 1
     assert pages(plan) < 6 * COUNTED
+
+
+@pytest.mark.parametrize("state", ["failed", "completed", "waiting"])
+def test_counting_the_tasks_of_a_list_needs_the_index_only(large_table, state):
+    plan = look(large_table, count_in_state(None, state), {"in_queues": ["default"], "counted": 1_001})
+
+    assert [node["Node Type"] for node in nodes(plan) if "Index Name" in node] == ["Index Only Scan"]
+
+
+def test_pending_tasks_are_locked_in_the_order_of_their_index(large_table):
+    parameters = {"from_queue": "default", "at_most": 100}
+    plan = look(large_table, lock_open(None, "pending", frozenset()), parameters)
+
+    assert [node for node in nodes(plan) if node["Node Type"] == "Sort"] == []
 
 
 def test_counting_running_tasks_reads_few_pages(session):

@@ -125,7 +125,7 @@ def _check_figures(target: Target) -> Iterator[Finding]:
     yield from check_disk(found)
     with looking(target) as connection:
         yield from check_schedules(connection, target.schema)
-        yield from check_limits(connection, target.schema, found)
+        yield from check_limits(connection, target.schema)
         yield from check_waiting(connection, target.schema)
 
 

@@ -7,8 +7,8 @@ from rich.text import Text
 from rich.tree import Tree
 
 from apoq.cli.list import STYLES, shown_state
-from apoq.monitor.formatting import clean
-from apoq.monitor.graphs import Graph, Node
+from apoq.monitor.formatting import clean, number
+from apoq.monitor.graphs import MAX_COUNTED, Graph, Node
 
 
 def drawn(row: sa.RowMapping, graph: Graph) -> Tree:
@@ -17,8 +17,8 @@ def drawn(row: sa.RowMapping, graph: Graph) -> Tree:
     tree = Tree(title, guide_style="dim")
     for parent in graph.parents:
         tree.add(Text("after ", "dim") + _line(parent))
-    if graph.has_more_parents:
-        tree.add(Text("after … and more", "dim"))
+    if graph.more_parents:
+        tree.add(Text(f"after … and {number(graph.more_parents, MAX_COUNTED)} more", "dim"))
     own = tree.add(
         Text(f"{row['id']} ", "bold")
         + _described(row["type"], shown_state(row))
@@ -26,8 +26,8 @@ def drawn(row: sa.RowMapping, graph: Graph) -> Tree:
     )
     for child in graph.children:
         _add(own, child)
-    if graph.has_more_children:
-        own.add(Text("… and more", "dim"))
+    if graph.more_children:
+        own.add(Text(f"… and {number(graph.more_children, MAX_COUNTED)} more", "dim"))
     return tree
 
 

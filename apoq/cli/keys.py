@@ -13,11 +13,8 @@ from apoq.cli.looking import looking
 from apoq.cli.output import json_option, show, show_json_lines, table, widest
 from apoq.cli.target import Target
 from apoq.monitor.formatting import clean, length, number
-from apoq.monitor.keys import KeyFigures, read_keys
-from apoq.monitor.stats import MAX_QUEUES
+from apoq.monitor.keys import COUNTED, KeyFigures, read_keys
 from apoq.schema.models import DEFAULT_QUEUE
-from apoq.schema.statements.count import queues
-from apoq.schema.statements.keys import COUNTED
 
 
 @click.command("keys")
@@ -39,8 +36,7 @@ def command(target: Target, /, *, queue: str | None, full: bool, limit: int, as_
         apoq keys --queue charges --json
     """  # noqa: D301 - click's sign
     with looking(target) as connection:
-        names = connection.scalars(queues(target.schema), {"at_most": MAX_QUEUES}).all()
-        found = read_keys(connection, target.schema, names, queue)
+        found = read_keys(connection, target.schema, queue)
     found = [each for each in found if each.is_full or not full]
     if as_json:
         show_json_lines({**asdict(each), "is_full": each.is_full} for each in found[:limit])
@@ -65,11 +61,11 @@ def _listed(found: list[KeyFigures]) -> Table:
         made.add_row(
             *([Text(clean(each.queue))] if shows_queue else []),
             _name(each),
-            f"{each.running:,}",
+            number(each.running, COUNTED.running),
             "" if each.at_most is None else Text(f"{each.at_most:,}", "yellow" if each.is_full else ""),
             "" if each.running_for is None else length(each.running_for),
             Text(clean(each.worker or "")),
-            number(each.waiting, COUNTED),
+            number(each.waiting, COUNTED.waiting),
             "" if each.waiting_for is None else length(each.waiting_for),
             "" if each.held_by is None else Text(f"failed task {each.held_by}", "red"),
         )

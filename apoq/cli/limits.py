@@ -16,6 +16,7 @@ from apoq.cli.target import Target
 from apoq.client.queue import Queue
 from apoq.core.limits import MAX_OF_POOL
 from apoq.monitor.formatting import clean
+from apoq.monitor.keys import limited
 from apoq.schema.models import DEFAULT_QUEUE
 from apoq.schema.statements.limits import all_limits
 
@@ -85,7 +86,7 @@ def _listed(rows: Sequence[sa.RowMapping]) -> Table:
     for row in rows:
         made.add_row(
             Text(clean(row["queue"])),
-            Text(_of(row)),
+            Text(limited(row)),
             Text("none" if row["in_force"] is None else f"{row['in_force']:,}", "bold"),
             "" if row["declared"] is None else f"{row['declared']:,}",
             "strict" if row["is_strict"] else "",
@@ -93,11 +94,3 @@ def _listed(rows: Sequence[sa.RowMapping]) -> Table:
             Text(clean(row["changed_by"])),
         )
     return made
-
-
-def _of(row: sa.RowMapping) -> str:
-    if row["key"]:
-        return f"key {clean(row['key'])}"
-    if not row["type"]:
-        return "whole queue"
-    return f"each key of {clean(row['type'])}" if row["is_of_key"] else f"type {clean(row['type'])}"

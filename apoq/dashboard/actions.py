@@ -5,13 +5,18 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
 from typing import Any, Final, NamedTuple
+from urllib.parse import urlencode
 
 from apoq.client import schedules
 from apoq.client.operations import pause, resume
+from apoq.client.queue import Queue
 from apoq.client.session_adapters import Caller, through
+from apoq.core.limits import MAX_OF_POOL
 from apoq.core.options import checked_reason, pause_end
-from apoq.dashboard.many import AT_MOST, CHANGES, StoredQueue, change_many
+from apoq.dashboard.keys import OF_KEY, OF_TYPE, Limited, limit_of
+from apoq.dashboard.many import CANCELLED_HERE, MOST, change_many, described, many_actions, read_wanted
 from apoq.dashboard.site import Site
 from apoq.monitor.formatting import clean, tasks
 from apoq.monitor.rights import Rights
@@ -22,11 +27,12 @@ from apoq.schema.statements.pauses import ALL_TYPES
 logger = logging.getLogger("apoq.dashboard")
 
 BACK: Final = re.compile(
-    r"(?:queue|tasks(?:/-?\d{1,19})?|failures|schedules|workers|doctor)?(?:\?[\w.~%&=+-]*)?", re.ASCII
+    r"(?:queue|tasks(?:/-?\d{1,19})?|failures|keys|schedules|workers|doctor)?(?:\?[\w.~%&=+-]*)?", re.ASCII
 )
 """The pages to which an action may return: never a place outside of the dashboard."""
 
-_IDS: Final = re.compile(r"-?\d{1,19}(?:,-?\d{1,19})*", re.ASCII)
+_ID: Final = re.compile(r"-?\d{1,19}", re.ASCII)
+_NUMBER: Final = re.compile(r"\d{1,9}", re.ASCII)
 
 LENGTHS: Final = {"": None, "1h": 3_600, "4h": 4 * 3_600, "1d": 86_400}
 """How long a pause may last."""
@@ -34,6 +40,21 @@ LENGTHS: Final = {"": None, "1h": 3_600, "4h": 4 * 3_600, "1d": 86_400}
 
 class InvalidForm(ValueError):
     """A form without a field that it must have. Our own pages don't send it."""
+
+
+class AskFirst(Exception):
+    """A change that may hurt, which has to be confirmed on the page at this address."""
+
+    def __init__(self, address: str) -> None:
+        super().__init__(address)
+        self.address = address
+
+
+class StoredQueue(Queue):
+    """A queue with the name in a row, even if `Queue` would refuse that name."""
+
+    def __init__(self, name: str, schema: str | None) -> None:
+        self.name, self.schema = name, schema
 
 
 class Action(NamedTuple):
@@ -53,16 +74,16 @@ def run(site: Site, action: Action, form: Mapping[str, str], client: str | None)
 
 
 def _change_task(site: Site, form: Mapping[str, str], action: str, done: str, not_done: str) -> str:
-    task_id = _ids(form, "id")[0]
+    task_id = _id(form)
     with site.writing() as connection:
         found = connection.execute(find_queues(site.schema), {"ids": array_text([task_id])}).all()
         if not found:
             return f"There is no task {task_id} any more."
         queue = StoredQueue(found[0][1], site.schema)
-        if action == "cancel" and form.get("reason"):
-            is_done = queue.cancel(connection, task_id, reason=form["reason"])
+        if action == "cancel":
+            is_done = queue.cancel(connection, task_id, reason=form.get("reason") or CANCELLED_HERE)
         else:
-            is_done = CHANGES[action](queue, connection, task_id)
+            is_done = queue.retry(connection, task_id)
     return f"{done} task {task_id}." if is_done else f"Task {task_id} was not changed: {not_done}."
 
 
@@ -76,13 +97,57 @@ def _cancel(site: Site, form: Mapping[str, str]) -> str:
 
 
 def _many(site: Site, form: Mapping[str, str], action: str, done: str) -> str:
-    ids = _ids(form, "ids")
-    if len(ids) > AT_MOST:
-        raise InvalidForm(f"at most {AT_MOST:,} tasks are changed at once, got {len(ids):,}")
-    changed = change_many(site, action, ids)
-    left = len(ids) - changed
-    rest = f" {tasks(left)} had changed in the meantime." if left else ""
-    return f"{done} {tasks(changed)}.{rest}"
+    wanted, at_most = read_wanted(form), _number(form, "at_most", MOST)
+    if action not in many_actions(wanted):
+        raise InvalidForm(f"the form must have a state whose tasks can be changed by {action!r}")
+    try:
+        until = datetime.fromisoformat(_field(form, "until")).astimezone(UTC)
+    except (ValueError, OverflowError) as error:
+        raise InvalidForm("the field 'until' must be a time") from error
+    changed = change_many(site, action, wanted, until, at_most)
+    said = f"{done} {tasks(changed.number)} ({described(wanted)})."
+    left = at_most - changed.number
+    if changed.problem:
+        return f"{said} {changed.problem}"
+    if left and at_most < MOST:
+        return f"{said} {tasks(left)} had changed in the meantime, or can't be changed now."
+    return said
+
+
+def _limit(site: Site, form: Mapping[str, str]) -> str:
+    its, at_most = _limited(form), _number(form, "at_most", MAX_OF_POOL)
+    if at_most == 0:
+        _ask_first(its, form, at_most)
+    _set_limit(site, its, at_most)
+    return f"Limited {its} to {at_most:,}."
+
+
+def _remove_limit(site: Site, form: Mapping[str, str]) -> str:
+    its = _limited(form)
+    _ask_first(its, form)
+    _set_limit(site, its, None)
+    return f"Removed the limit that was set for {its}."
+
+
+def _limited(form: Mapping[str, str]) -> Limited:
+    its = limit_of(form)
+    if its is None:
+        raise InvalidForm("choose what the limit is for: a queue, a type or a key of it, with its name")
+    return its
+
+
+def _ask_first(its: Limited, form: Mapping[str, str], at_most: int | None = None) -> None:
+    """Raise `AskFirst` unless the change was confirmed."""
+    if form.get("confirmed") != "yes":
+        given = {} if at_most is None else {"at_most": at_most}
+        raise AskFirst(f"limit?{urlencode({**its._asdict(), **given, 'back': form.get('back', '')})}")
+
+
+def _set_limit(site: Site, its: Limited, at_most: int | None) -> None:
+    queue = StoredQueue(its.queue, site.schema)
+    given = {OF_TYPE: {"type": its.name}, OF_KEY: {"key": its.name}}.get(its.of, {})
+    with site.writing() as connection:
+        queue.limit(connection, at_most, **given)
 
 
 def _pause(site: Site, form: Mapping[str, str]) -> str:
@@ -149,12 +214,18 @@ def _field(form: Mapping[str, str], name: str) -> str:
     return form[name]
 
 
-def _ids(form: Mapping[str, str], name: str) -> list[int]:
+def _id(form: Mapping[str, str]) -> int:
+    text = _field(form, "id")
+    if not _ID.fullmatch(text) or not -(2**63) <= int(text) < 2**63:
+        raise InvalidForm("the field 'id' must be the id of a task")
+    return int(text)
+
+
+def _number(form: Mapping[str, str], name: str, most: int) -> int:
     text = _field(form, name)
-    ids = [int(each) for each in text.split(",")] if _IDS.fullmatch(text) else []
-    if not ids or not all(-(2**63) <= each < 2**63 for each in ids):
-        raise InvalidForm(f"the field {name!r} must have ids of tasks")
-    return ids
+    if not _NUMBER.fullmatch(text) or int(text) > most:
+        raise InvalidForm(f"the number must be from 0 to {most:,}, got {clean(text[:20])!r}")
+    return int(text)
 
 
 def _may_tasks(rights: Rights) -> bool:
@@ -169,6 +240,10 @@ def _may_schedules(rights: Rights) -> bool:
     return rights.schedules
 
 
+def _may_limits(rights: Rights) -> bool:
+    return rights.limits
+
+
 ACTIONS: Final[Mapping[str, Action]] = {
     "retry": Action(_retry, _may_tasks),
     "cancel": Action(_cancel, _may_tasks),
@@ -176,6 +251,8 @@ ACTIONS: Final[Mapping[str, Action]] = {
     "cancel-many": Action(lambda site, form: _many(site, form, "cancel", "Cancelled"), _may_tasks),
     "pause": Action(_pause, _may_pauses),
     "resume": Action(_resume, _may_pauses),
+    "limit": Action(_limit, _may_limits),
+    "remove-limit": Action(_remove_limit, _may_limits),
     "run-schedule": Action(_run_schedule, lambda rights: rights.runs),
     "pause-schedule": Action(_pause_schedule, _may_schedules),
     "resume-schedule": Action(_resume_schedule, _may_schedules),

@@ -9,12 +9,12 @@ from urllib.parse import urlencode
 
 from apoq.dashboard import pages
 from apoq.dashboard.access import WRITE, Role, is_from_here
-from apoq.dashboard.actions import ACTIONS, BACK, InvalidForm, run
+from apoq.dashboard.actions import ACTIONS, BACK, Action, AskFirst, InvalidForm, run
 from apoq.dashboard.messages import FORM, MAX_BODY, Request, Response, redirect
-from apoq.dashboard.pages import NAVIGATION, PAGES, WRITERS_ONLY, NotFound
+from apoq.dashboard.pages import NAVIGATION, PAGES, WRITERS_ONLY
 from apoq.dashboard.problems import problem_of
 from apoq.dashboard.rendering import CONTENT_TYPES, render, static_file
-from apoq.dashboard.site import Page, Site
+from apoq.dashboard.site import NotFound, Page, Site
 from apoq.dashboard.tokens import NOTICE_COOKIE, SESSION_COOKIE
 from apoq.monitor.rights import Rights
 
@@ -111,8 +111,14 @@ class Dashboard:
         if not action.is_allowed(self.site.rights()):
             text = "The database role of this dashboard may not change that."
             return self._problem(request, "Not allowed", text, "Grant the right, or use another role.", 403)
+        return self._changed(request, action)
+
+    def _changed(self, request: Request, action: Action) -> Response:
+        form = request.form
         try:
             message = run(self.site, action, form, request.client)
+        except AskFirst as question:
+            return redirect(question.address)
         except InvalidForm as error:
             return self._problem(request, "Not possible", f"{error}.", status=400)
         back = form.get("back", "")

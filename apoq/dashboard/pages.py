@@ -11,27 +11,18 @@ import psycopg
 import sqlalchemy as sa
 import sqlalchemy.exc
 
-from apoq.core.states import CANCELLED, COMPLETED, FAILED, PENDING, RUNNING, WAITING
-from apoq.dashboard.many import AT_MOST
+from apoq.core.states import WAITING
+from apoq.dashboard.graph import drawing, more, note_of
+from apoq.dashboard.keys import show_keys, show_limit
+from apoq.dashboard.many import many_actions, read_wanted, show_many
 from apoq.dashboard.messages import Request
-from apoq.dashboard.site import Page, Site
+from apoq.dashboard.site import NotFound, Page, Site
 from apoq.dashboard.views import Task
-from apoq.monitor.browse import (
-    MAX_QUEUES,
-    READY,
-    RETRYING,
-    SCHEDULED,
-    VIEWS,
-    Listing,
-    Wanted,
-    browse,
-    find_matching,
-    first_queues,
-    read_edge,
-    read_one,
-)
+from apoq.monitor.browse import MAX_QUEUES, VIEWS, Listing, browse, first_queues, read_edge, read_one
 from apoq.monitor.check import BAD, OK, WARNING, Finding
 from apoq.monitor.failures import last_failures
+from apoq.monitor.graphs import graph_of
+from apoq.monitor.keys import read_holders
 from apoq.monitor.overview import (
     FEW_QUEUES,
     MAX_RUNNING,
@@ -70,10 +61,6 @@ CHECKED_SCHEDULES: Final = 20
 """How many schedules the doctor checks here."""
 
 
-class NotFound(Exception):
-    """There is no such page or task."""
-
-
 class NavigationEntry(NamedTuple):
     """A page in the navigation."""
 
@@ -86,7 +73,7 @@ NAVIGATION: Final = (
     NavigationEntry("tasks", "Tasks"),
     NavigationEntry("failures", "Failures"),
     NavigationEntry("schedules", "Schedules"),
-    # Keys and limits have their place here.
+    NavigationEntry("keys", "Limits"),
     NavigationEntry("workers", "Workers"),
     NavigationEntry("doctor", "Doctor"),
 )
@@ -149,24 +136,27 @@ def show_tasks(site: Site, request: Request) -> Page:
 
 def show_task(site: Site, _request: Request, task_id: int) -> Page:
     """Show everything about a task."""
-    row = site.snapshots.get(("task", task_id), lambda c: read_one(c, site.schema, task_id))
-    if row is None:
+
+    def read(connection: sa.Connection) -> Any:
+        if (row := read_one(connection, site.schema, task_id)) is None:
+            return None
+        held_by = read_holders(connection, site.schema, row) if row["state"] == WAITING else ()
+        return row, held_by, graph_of(connection, site.schema, task_id)
+
+    found = site.snapshots.get(("task", task_id), read)
+    if found is None:
         raise NotFound(f"There is no task {task_id}: it was never committed, or it was pruned.")
+    row, held_by, graph = found
     task = Task(row, site.redactor, row["now"])
-    title = f"Task {task_id}"
-    return Page("task.html", title, {"task": task}, section="tasks", is_live=not task.is_ended)
-
-
-def show_many(site: Site, request: Request) -> Page:
-    """Show the number of tasks that would be changed, and ask."""
-    wanted, action = read_wanted(request.query), request.query.get("action", "")
-    if action not in many_actions(wanted):
-        raise NotFound("There is nothing to change by this address.")
-    found = site.snapshots.get(
-        ("many", wanted), lambda c: find_matching(c, site.schema, wanted, at_most=AT_MOST)
-    )
-    values = {"wanted": wanted, "action": action, "ids": found.ids, "has_more": found.next is not None}
-    return Page("many.html", f"{action.capitalize()} tasks", values, section="tasks", is_live=False)
+    values = {
+        "task": task,
+        "held_by": held_by,
+        "graph": graph,
+        "drawing": drawing(task, graph) if graph else None,
+        "more": more,
+        "note_of": note_of,
+    }
+    return Page("task.html", f"Task {task_id}", values, section="tasks", is_live=not task.is_ended)
 
 
 def show_failures(site: Site, request: Request) -> Page:
@@ -260,25 +250,6 @@ def _examine(connection: sa.Connection, schema: str | None) -> Iterator[Finding]
             yield Finding(WARNING, subject, "could not be checked, because this role may not read it")
 
 
-def read_wanted(query: Mapping[str, str]) -> Wanted:
-    """Read the filters of a list; unknown states are ignored."""
-
-    def given(name: str) -> str | None:
-        return query.get(name, "").strip() or None
-
-    state = given("state")
-    return Wanted(
-        state if state in VIEWS else None, given("queue"), given("type"), given("key"), given("error")
-    )
-
-
-def many_actions(wanted: Wanted) -> tuple[str, ...]:
-    """Return what can be done with all tasks of a list."""
-    if wanted.state in {FAILED, CANCELLED, COMPLETED}:
-        return ("retry",)
-    return ("cancel",) if wanted.state in {READY, SCHEDULED, RETRYING, WAITING, RUNNING, PENDING} else ()
-
-
 def _now(connection: sa.Connection) -> datetime:
     now: datetime = connection.execute(sa.select(sa.func.now())).scalar_one()
     return now
@@ -290,10 +261,12 @@ PAGES: Final[Mapping[str, Callable[[Site, Request], Page]]] = {
     "/tasks": show_tasks,
     "/many": show_many,
     "/failures": show_failures,
+    "/keys": show_keys,
+    "/limit": show_limit,
     "/schedules": show_schedules,
     "/workers": show_workers,
     "/doctor": show_doctor,
 }
 """The pages by their path; a task's page is ``/tasks/ID``."""
 
-WRITERS_ONLY: Final = {"/many"}
+WRITERS_ONLY: Final = {"/many", "/limit"}

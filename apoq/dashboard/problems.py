@@ -8,7 +8,6 @@ import psycopg
 import sqlalchemy.exc
 
 from apoq.errors import ApoqError, SchemaMismatch, UnsupportedDatabase
-from apoq.monitor.reading import STATEMENT_TIMEOUT_SECONDS
 from apoq.postgres.connections import is_away
 
 _LOCK_TIMEOUT = "55P03"
@@ -43,7 +42,7 @@ def problem_of(error: Exception) -> Problem | None:
 def _of_database(cause: BaseException) -> Problem | None:
     state = getattr(cause, "sqlstate", None) or ""
     if isinstance(cause, psycopg.errors.QueryCanceled):
-        text = f"A query took longer than {STATEMENT_TIMEOUT_SECONDS:g} s and was cancelled."
+        text = "A statement took too long and was cancelled."
         return Problem("The database is slow", text, "Choose a queue or a state, or try again later.")
     if state == _LOCK_TIMEOUT:
         text = "Another transaction has locked a row or a table that is needed here."

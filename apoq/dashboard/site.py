@@ -28,6 +28,10 @@ WRITE_SECONDS: Final = 30.0
 """Seconds after which a change is given up."""
 
 
+class NotFound(Exception):
+    """There is no such page or task."""
+
+
 @dataclass
 class Page:
     """The result of a handler: a template, and its values."""

@@ -141,6 +141,8 @@ class Task:
     @property
     def waits_for(self) -> str:
         """Why it waits."""
+        if self.row["waiting_for"] == "parents" and (count := self.row.get("blockers")):
+            return "another task" if count == 1 else f"{count:,} other tasks"
         return WAITS_FOR.get(self.row["waiting_for"] or WAITING, str(self.row["waiting_for"]))
 
     @property

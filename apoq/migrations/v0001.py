@@ -237,6 +237,7 @@ def upgrade(op: Operations, schema: str | None = None) -> None:
         "apoq_tasks",
         ["queue", sa.text("coalesce(cancelled_at, failed_at, process_at)")],
         schema=schema,
+        postgresql_include=["indexed_state"],
         postgresql_where=sa.text("indexed_state IN ('failed', 'cancelled')"),
         if_not_exists=True,
     )

@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from apoq.monitor.check import OK, WARNING, Finding
 from apoq.monitor.formatting import clean
 from apoq.schema.statements.arrays import array_text
-from apoq.schema.statements.graph import children_of, parents_of, stuck
+from apoq.schema.statements.graph import children_of, count_edges, parents_of, stuck
 
 MAX_DEPTH: Final = 6
 """Levels below a task that are shown."""
@@ -22,6 +22,12 @@ MAX_CHILDREN: Final = 20
 
 MAX_NODES: Final = 60
 """Tasks that are shown in all."""
+
+DELETED: Final = "deleted"
+"""The state of a task that doesn't exist any more."""
+
+MAX_COUNTED: Final = 10_000
+"""How many of the others are counted."""
 
 LATE_AFTER: Final = timedelta(minutes=1)
 
@@ -50,9 +56,11 @@ class Graph:
     """The parents of a task, and the tasks that wait for it."""
 
     parents: list[Node]
-    has_more_parents: bool
+    more_parents: int
+    """How many parents aren't shown; more than `MAX_COUNTED`: there may be any number."""
     children: list[Node]
-    has_more_children: bool
+    more_children: int
+    """The same for its children."""
 
     def __bool__(self) -> bool:
         return bool(self.parents or self.children)
@@ -67,27 +75,33 @@ def graph_of(connection: sa.Connection, schema: str | None, task_id: int) -> Gra
     for _ in range(MAX_DEPTH):
         level = _next_level(connection, schema, level, seen)
     for node in level:
-        node.has_more = node.has_more or not node.is_repeated
-    return Graph(
-        [_node(row, row["parent_id"]) for row in above[:MAX_CHILDREN]],
-        len(above) > MAX_CHILDREN,
-        root.children,
-        root.has_more,
-    )
+        node.has_more = True
+    parents = [_node(row, row["parent_id"]) for row in above[:MAX_CHILDREN]]
+    more_parents = more_children = 0
+    if len(above) > MAX_CHILDREN or root.has_more:
+        bounds = {"task_id": task_id, "at_most": MAX_COUNTED + MAX_CHILDREN + 1}
+        counted = connection.execute(count_edges(schema), bounds).one()
+        more_parents, more_children = counted.parents - len(parents), counted.children - len(root.children)
+    return Graph(parents, more_parents, root.children, more_children)
 
 
 def _next_level(
     connection: sa.Connection, schema: str | None, level: list[Node], seen: dict[int, Node]
 ) -> list[Node]:
-    """Add the children of the nodes of a level; return those that may have children themselves."""
+    """Add the children of the nodes of a level; return those that have children themselves.
+
+    If there are many nodes, each gets only some of its children, so that a bounded number of rows is read.
+    """
     by_id = {node.id: node for node in level}
-    if not by_id:
-        return []
-    parameters = {"ids": array_text(sorted(by_id)), "at_most": MAX_CHILDREN + 1}
+    room = MAX_NODES - (len(seen) - 1)
+    if not by_id or room <= 0:
+        return level
+    most = min(MAX_CHILDREN, max(1, room // len(level)))
+    parameters = {"ids": array_text(sorted(by_id)), "at_most": most + 1}
     below: list[Node] = []
     for row in connection.execute(children_of(schema), parameters).mappings():
         parent = by_id[row["parent_id"]]
-        if len(parent.children) >= MAX_CHILDREN or len(seen) > MAX_NODES:
+        if len(parent.children) >= most or len(seen) > MAX_NODES:
             parent.has_more = True
             continue
         node = _node(row, row["child_id"])
@@ -102,7 +116,7 @@ def _next_level(
 
 
 def _node(row: sa.RowMapping, id_: int) -> Node:
-    return Node(id_, row["type"], row["state"] or "deleted", row["message"])
+    return Node(id_, row["type"], row["state"] or DELETED, row["message"])
 
 
 def check_waiting(connection: sa.Connection, schema: str | None) -> Iterator[Finding]:

@@ -4,18 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import sqlalchemy as sa
 
-from apoq.core.places import KEY, POOL
+from apoq.core.places import KEY, POOL, WHOLE_QUEUE
 from apoq.monitor.formatting import clean, length
-from apoq.schema.statements.keys import count_blocked, failed_of, held_shares, holders
-from apoq.schema.statements.limits import all_limits
-from apoq.schema.statements.places import awaited, first_of_keys
+from apoq.schema.statements.keys import count_shares, failed_of, find_shares, holders, limits_of_shares
+from apoq.schema.statements.limits import browse_limits, find_limit
+from apoq.schema.statements.places import first_of_keys
 
 MAX_KEYS: Final = 1_000
 """Keys and pools that are read at most."""
+
+MAX_LIMITS: Final = 1_000
+"""Limits of types, and of single keys, that are read for these at most."""
+
+
+class Share(NamedTuple):
+    """A key, or a type or queue with a limit (a pool), of a queue."""
+
+    queue: str
+    kind: str
+    """`KEY` or `POOL`."""
+    name: str
+
+
+class Bounds(NamedTuple):
+    """Up to how many running and waiting tasks of each key or pool are counted."""
+
+    running: int
+    waiting: int
+
+
+COUNTED: Final = Bounds(running=10_000, waiting=1_000)
 
 
 @dataclass
@@ -29,14 +51,17 @@ class KeyFigures:
     """The type; None for the limit of a key or a queue."""
     at_most: int | None
     """How many may run at once; None if that differs by type, or there is no limit any more."""
-    running: int = 0
-    running_for: float | None = None
+    running: int
+    """How many tasks run; one more than were counted means that there may be any number."""
+    running_for: float | None
     """Seconds since the first of the running tasks was claimed."""
-    worker: str | None = None
-    """The host and process of the worker that runs that task."""
-    waiting: int = 0
-    """How many tasks wait; at most `COUNTED` + 1."""
-    waiting_for: float | None = None
+    task_id: int | None
+    """That task."""
+    worker: str | None
+    """The host and process of the worker that runs it."""
+    waiting: int
+    """How many tasks wait; one more than were counted means that there may be any number."""
+    waiting_for: float | None
     """Seconds since the first of them waits."""
     held_by: int | None = None
     """The failed task that holds up the key, if its order is strict and it holds after a failure."""
@@ -46,46 +71,71 @@ class KeyFigures:
         """Whether no more tasks may begin."""
         return self.held_by is not None or (self.at_most is not None and self.running >= self.at_most)
 
+    @property
+    def is_in_use(self) -> bool:
+        """Whether tasks run or wait."""
+        return bool(self.running or self.waiting)
 
-def read_keys(
-    connection: sa.Connection, schema: str | None, queues: Sequence[str], queue: str | None = None
+
+def read_keys(connection: sa.Connection, schema: str | None, queue: str | None = None) -> list[KeyFigures]:
+    """Return the keys and pools of which tasks run or wait, of one `queue` or of all."""
+    return count_tasks(connection, schema, find_keys(connection, schema, MAX_KEYS, queue=queue), COUNTED)
+
+
+def find_keys(
+    connection: sa.Connection,
+    schema: str | None,
+    at_most: int,
+    *,
+    after: Share | None = None,
+    queue: str | None = None,
+    with_running: bool = True,
+) -> list[Share]:
+    """Return the first keys and pools behind `after` of which tasks wait, or also run, in their order."""
+    start = after or Share(queue or "", "", "")
+    parameters = {
+        **{f"after_{name}": value for name, value in start._asdict().items()},
+        "at_most": at_most,
+        "with_running": with_running,
+    }
+    rows = connection.execute(find_shares(schema, after_keys=start.kind == POOL), parameters)
+    return [Share(*row) for row in rows if queue in {None, row.queue}]
+
+
+def count_tasks(
+    connection: sa.Connection, schema: str | None, shares: Sequence[Share], bounds: Bounds
 ) -> list[KeyFigures]:
-    """Return the keys and pools of `queues`, or of one `queue`, of which tasks run or wait."""
-    limits = connection.execute(all_limits(schema), {"from_queue": queue}).mappings().all()
-    found: dict[tuple[str, str, str], KeyFigures] = {}
+    """Return how many tasks of these keys and pools run and wait."""
+    if not shares:
+        return []
+    queues, kinds, names = map(list, zip(*shares, strict=True))
+    given = {"queue_names": queues, "names": names}
+    limited = {**given, "at_most": MAX_LIMITS}
+    limits = connection.execute(limits_of_shares(schema), limited).mappings().all()
+    counted = {"kinds": kinds, **{name: bound + 1 for name, bound in bounds._asdict().items()}}
+    rows = connection.execute(count_shares(schema), {**given, **counted}).mappings()
+    by_share = {Share(row["queue"], row["kind"], row["name"]): row for row in rows}
+    found = [_figures(share, by_share[share], limits) for share in shares]
+    _find_held_up(connection, schema, found, {row["queue"] for row in limits if row["holds"]})
+    return found
 
-    def figures(name: str, kind: str, share: str) -> KeyFigures:
-        if (its := found.get((name, kind, share))) is None:
-            its = found[name, kind, share] = KeyFigures(
-                name,
-                share if kind == KEY else None,
-                share or None if kind == POOL else None,
-                _at_most(limits, name, kind, share),
-            )
-        return its
 
-    for row in connection.execute(held_shares(schema), {"in_queue": queue, "at_most": MAX_KEYS}).mappings():
-        its = figures(row["queue"], row["kind"], row["name"])
-        its.running = row["running"]
-        its.running_for = (row["now"] - row["since"]).total_seconds() if row["since"] else None
-        its.worker = None if row["host"] is None else f"{row['host']} {row['pid']}"
-    waiting = connection.execute(
-        awaited(schema),
-        {
-            "queue_names": list(queues) if queue is None else [queue],
-            "at_most": MAX_KEYS,
-            **dict.fromkeys(("after_queue", "after_kind", "after_name"), ""),
-        },
-    ).all()
-    names = dict(zip(("queue_names", "kinds", "names"), map(list, zip(*waiting, strict=True)), strict=False))
-    for row in connection.execute(count_blocked(schema), names).mappings() if waiting else ():
-        its = figures(row["queue"], row["kind"], row["name"])
-        its.waiting = row["waiting"]
-        its.waiting_for = (
-            (row["now"] - row["waiting_since"]).total_seconds() if row["waiting_since"] else None
-        )
-    _find_held_up(connection, schema, found.values(), {row["queue"] for row in limits if row["holds"]})
-    return [found[place] for place in sorted(found)]
+def _figures(share: Share, row: sa.RowMapping, limits: Iterable[sa.RowMapping]) -> KeyFigures:
+    def since(name: str) -> float | None:
+        return None if row[name] is None else (row["now"] - row[name]).total_seconds()
+
+    return KeyFigures(
+        share.queue,
+        share.name if share.kind == KEY else None,
+        share.name if share.kind == POOL and share.name != WHOLE_QUEUE else None,
+        _at_most(limits, share, {*(row["running_types"] or ()), *(row["waiting_types"] or ())}),
+        row["running"],
+        since("running_since"),
+        row["task_id"],
+        None if row["host"] is None else f"{row['host']} {row['pid']}",
+        row["waiting"],
+        since("waiting_since"),
+    )
 
 
 def _find_held_up(
@@ -103,14 +153,46 @@ def _find_held_up(
                 its.held_by = first
 
 
-def _at_most(limits: Iterable[sa.RowMapping], queue: str, kind: str, name: str) -> int | None:
-    mine = [row for row in limits if row["queue"] == queue and row["in_force"] is not None]
-    if kind == POOL:
-        numbers = [row["in_force"] for row in mine if row["type"] == name and not row["key"]]
+def _at_most(limits: Iterable[sa.RowMapping], share: Share, types: set[str]) -> int | None:
+    mine = [row for row in limits if row["queue"] == share.queue and row["in_force"] is not None]
+    if share.kind == POOL:
+        numbers = [row["in_force"] for row in mine if row["type"] == share.name and not row["key"]]
     else:
-        numbers = [row["in_force"] for row in mine if row["key"] == name]
-        numbers = numbers or list({row["in_force"] for row in mine if row["is_of_key"]})
+        numbers = [row["in_force"] for row in mine if row["key"] == share.name]
+        of_types = {row["in_force"] for row in mine if row["is_of_key"] and row["type"] in types}
+        numbers = numbers or list(of_types)
     return numbers[0] if len(numbers) == 1 else None
+
+
+def read_limits(
+    connection: sa.Connection,
+    schema: str | None,
+    at_most: int,
+    *,
+    after: tuple[str, str, str] = ("", "", ""),
+    queue: str | None = None,
+) -> Sequence[sa.RowMapping]:
+    """Return the first limits behind the queue, the type and the key of `after`."""
+    edge = dict(zip(("after_queue", "after_type", "after_key"), after, strict=True))
+    parameters = {**edge, "from_queue": queue, "at_most": at_most}
+    return connection.execute(browse_limits(schema), parameters).mappings().all()
+
+
+def read_limit(
+    connection: sa.Connection, schema: str | None, place: tuple[str, str, str]
+) -> sa.RowMapping | None:
+    """Return the limit with this queue, type and key, if it exists."""
+    parameters = dict(zip(("from_queue", "limited_type", "limited_key"), place, strict=True))
+    return connection.execute(find_limit(schema), parameters).mappings().one_or_none()
+
+
+def limited(row: sa.RowMapping) -> str:
+    """Return what a limit is for, in words."""
+    if row["key"]:
+        return f"key {clean(row['key'])}"
+    if not row["type"]:
+        return "whole queue"
+    return f"each key of {clean(row['type'])}" if row["is_of_key"] else f"type {clean(row['type'])}"
 
 
 def waits_for(row: sa.RowMapping, held_by: Sequence[sa.RowMapping]) -> str:

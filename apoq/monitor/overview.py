@@ -32,15 +32,13 @@ class Bounds(NamedTuple):
     """Up to how many tasks in a state are counted."""
     probed: int
     """Up to how many due tasks, and tasks that are due later, are counted if there are too many in all."""
-    looked_at: int
-    """How many failed and cancelled tasks are read: the last ones."""
     reasons: int
     """How many waiting tasks are read for their reasons."""
 
 
-FEW: Final = Bounds(counted=1_000, probed=30, looked_at=50, reasons=20)
-MANY: Final = Bounds(counted=500, probed=10, looked_at=15, reasons=3)
-NONE: Final = Bounds(counted=0, probed=0, looked_at=0, reasons=0)
+FEW: Final = Bounds(counted=1_000, probed=30, reasons=20)
+MANY: Final = Bounds(counted=500, probed=10, reasons=3)
+NONE: Final = Bounds(counted=0, probed=0, reasons=0)
 
 MAX_RUNNING: Final = 1_000
 MAX_WORKERS: Final = 200
@@ -78,8 +76,8 @@ class QueueSummary:
     reasons: dict[str, int]
     """Why they wait, and how many of the first ``bounds.reasons`` of them do so for this reason."""
     running: int
-    failed: int
-    has_more_failed: bool
+    failed: Bounded
+    """Counted among `counted` failed and cancelled tasks."""
     lag: float | None
     """For how many seconds the oldest ready task has been due."""
     oldest_type: str | None
@@ -127,12 +125,7 @@ def overview(
     alive = {row["id"] for row in seen if row["is_alive"]}
     pauses = read_pauses(connection, schema)
     reasons = [] if is_brief else rows(find_reasons(schema), looked_at=bounds.reasons)
-    counts = rows(
-        count_queues(schema),
-        counted=bounds.counted + 1,
-        probed=bounds.probed + 1,
-        looked_at=bounds.looked_at + 1,
-    )
+    counts = rows(count_queues(schema), counted=bounds.counted + 1, probed=bounds.probed + 1)
     found = [
         _summary(
             row,
@@ -190,8 +183,7 @@ def _summary(
         waiting=row["waiting"],
         reasons=reasons,
         running=running,
-        failed=min(row["failed"], bounds.looked_at),
-        has_more_failed=row["ended"] > bounds.looked_at,
+        failed=Bounded(min(row["failed"], bounds.counted), has_more=row["ended"] > bounds.counted),
         lag=row["lag"],
         oldest_type=row["oldest_type"],
         per_minute=per_minute,

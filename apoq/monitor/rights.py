@@ -1,4 +1,4 @@
-"""The rights of a connection's role to change tasks, pauses and schedules."""
+"""The rights of a connection's role to change tasks, pauses, schedules and limits."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from apoq.schema.statements.changes import may_change
 
 
 class Rights(NamedTuple):
-    """Whether tasks can be retried and cancelled, queues paused, and schedules changed and run."""
+    """Whether tasks, pauses, schedules and limits can be changed, and schedules run."""
 
     tasks: bool = False
     pauses: bool = False
     schedules: bool = False
     runs: bool = False
+    limits: bool = False
 
 
 def read_rights(connection: sa.Connection, schema: str | None) -> Rights:

@@ -16,6 +16,7 @@ from apoq.migrations.places import ambiguous, where_looked, why_missing
 from apoq.migrations.steps import newer
 from apoq.monitor.check import BAD, OK, WARNING, Finding
 from apoq.monitor.formatting import clean, length, size, tasks
+from apoq.monitor.keys import COUNTED as OF_KEYS
 from apoq.monitor.keys import read_keys
 from apoq.monitor.pauses import Pause
 from apoq.monitor.stats import Figures, WorkerFigures
@@ -23,7 +24,6 @@ from apoq.schema.citus import placement
 from apoq.schema.preflight import CITUS, ROLE, ids_problem, only_adds, problems
 from apoq.schema.statements.claim import CHANGED
 from apoq.schema.statements.count import COUNTED
-from apoq.schema.statements.keys import COUNTED as WAITING_COUNTED
 from apoq.schema.statements.schedules import all_schedules, is_orphan
 from apoq.schema.statements.server import holders, indexes_naming, server, vacuuming
 
@@ -128,16 +128,15 @@ def check_version(connection: sa.Connection, schema: str | None) -> Iterator[Fin
     yield Finding(BAD, "tables", text, cure)
 
 
-def check_limits(connection: sa.Connection, schema: str | None, figures: Known) -> Iterator[Finding]:
-    """Check for keys that are held up by failed tasks, and for running tasks that have no place."""
-    names = [queue.name for queue in figures.queues]
-    found = [each for each in read_keys(connection, schema, names) if each.held_by is not None]
+def check_limits(connection: sa.Connection, schema: str | None) -> Iterator[Finding]:
+    """Check for keys that are held up by failed tasks."""
+    found = [each for each in read_keys(connection, schema) if each.held_by is not None]
     for each in found[:MAX_NAMED]:
         yield Finding(
             WARNING,
             "limits",
             f"the key {clean(each.key or '')!r} of the queue {clean(each.queue)!r} is held up by the failed "
-            f"task {each.held_by}; {tasks(each.waiting, WAITING_COUNTED)} waiting",
+            f"task {each.held_by}; {tasks(each.waiting, OF_KEYS.waiting)} waiting",
             f"apoq retry {each.held_by}, or delete it",
         )
     if len(found) > MAX_NAMED:

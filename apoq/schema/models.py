@@ -259,6 +259,8 @@ class Task(Base):
             conv("apoq_tasks_failed_idx"),
             "queue",
             text("coalesce(cancelled_at, failed_at, process_at)"),
+            # So that failed tasks are counted without reading them.
+            postgresql_include=["indexed_state"],
             postgresql_where=text(f"indexed_state IN ('{FAILED}', '{CANCELLED}')"),
         ),
     )

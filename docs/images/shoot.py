@@ -22,14 +22,19 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
+from PIL import Image
 from playwright.sync_api import sync_playwright
 from sqlalchemy import Engine, create_engine, make_url
 from sqlalchemy.orm import Session
 
-from apoq import Queue, RunningTask, Worker, prepare
+from apoq import Limit, Queue, RunningTask, Worker, prepare
 from apoq.dashboard import app
 from apoq.embedded import PostgreSQL
 
+ARGUMENTS = [
+    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+]
 HOST = "web-1"
 WIDE, NARROW = 1280, 400
 PAGES = {
@@ -39,7 +44,10 @@ PAGES = {
     "task": "tasks/{failed}",
     "running": "tasks/{running}",
     "waiting": "tasks?state=waiting",
+    "graph": "tasks/{graph}",
     "failures": "failures",
+    "keys": "keys",
+    "limit": "limit?queue=emails&of=key&name=tenant-7&at_most=0",
     "schedules": "schedules",
     "workers": "workers",
     "doctor": "doctor",
@@ -48,7 +56,7 @@ PAGES = {
 }
 """The pages by the name of their picture."""
 
-PUBLISHED = {"dashboard-overview": "overview", "dashboard-task": "task"}
+PUBLISHED = {"dashboard-overview": "overview", "dashboard-task": "task", "dashboard-keys": "keys"}
 """The pictures of the documentation."""
 
 
@@ -82,6 +90,14 @@ def report(task: RunningTask) -> None:
         time.sleep(0.05)
 
 
+MAILS = ("send_welcome", "send_invoice")
+
+
+def book(task: RunningTask) -> None:
+    """Fail, so that the other tasks of the key are held up."""
+    raise MailboxFull(f"the entry {task.data['entry']} has no account")
+
+
 def fill(engine: Engine) -> dict[str, int]:
     """Have queues with something in each state."""
     emails, reports, imports = Queue("emails"), Queue("reports"), Queue("imports")
@@ -101,13 +117,27 @@ def fill(engine: Engine) -> dict[str, int]:
             meta={"request_id": "4f1c9a", "tenant": "acme"},
         )
         emails.add_many(session, "send_invoice", [{"invoice": n} for n in range(1_653, 1_659)])
-    return {"failed": failed.id}
+        emails.add_many(session, "charge", [{"amount": n} for n in range(9)], key="tenant-7")
+        emails.add_many(session, "charge", [{"amount": n} for n in range(2)], key="tenant-8")
+        emails.add_many(session, "book", [{"entry": n} for n in range(4)], key="account-12")
+        emails.limit(session, 0, type="send_campaign")
+        emails.limit(session, 5, key="tenant-9")
+        order = emails.add(session, "send_welcome", {"user_id": 7})
+        mails = [emails.add(session, name, {"user_id": 7, "invoice": 7}, after=[order]) for name in MAILS]
+        done = emails.add(session, "close_order", after=mails, on_parent_failure="hold")
+        followed = emails.add(session, "send_survey", after=[done])
+        emails.add_many(session, "send_reminder", [{}] * 30, after=[followed])
+    return {"failed": failed.id, "graph": done.id}
 
 
 @contextmanager
 def working(engine: Engine) -> Iterator[None]:
     """Have workers."""
-    workers = [Worker(engine, Queue("emails")), Worker(engine, Queue("reports"), concurrency=2)]
+    emails = Worker(engine, Queue("emails"), concurrency=12)
+    workers = [emails, Worker(engine, Queue("reports"), concurrency=2)]
+    emails.use("charge", report, limit=Limit(2, key=True))
+    strict = Limit(1, key=True, order="strict", after_failure="hold")
+    emails.use("book", book, retry_limit=0, limit=strict)
     for worker in workers:
         worker.use("send_welcome", send, retry_limit=0)
         worker.use("send_invoice", invoice, retry_limit=1, retry_delay=0.2)
@@ -139,7 +169,7 @@ def shoot(address: str, ids: dict[str, int], folder: Path) -> None:
     """Take all pictures: narrow and wide, light and dark."""
     with sync_playwright() as playwright:
         chromium = os.environ.get("CHROMIUM", "/usr/bin/chromium")
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=chromium, args=ARGUMENTS)
         for width in (WIDE, NARROW):
             for scheme in ("light", "dark"):
                 page = browser.new_page(
@@ -160,11 +190,13 @@ def publish(address: str, ids: dict[str, int], folder: Path) -> None:
     """Take the pictures of the documentation."""
     with sync_playwright() as playwright:
         chromium = os.environ.get("CHROMIUM", "/usr/bin/chromium")
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=chromium, args=ARGUMENTS)
         page = browser.new_page(viewport={"width": 1100, "height": 620})
         for name, of in PUBLISHED.items():
             page.goto(address + PAGES[of].format(**ids))
             page.screenshot(path=folder / f"{name}.png")
+            with Image.open(folder / f"{name}.png") as picture:
+                picture.quantize(128).save(folder / f"{name}.png", optimize=True)
         browser.close()
 
 

@@ -132,6 +132,26 @@ def browse_all(schema: str | None) -> Select[Any]:
 
 
 @cache
+def count_in_state(schema: str | None, state: str) -> Select[Any]:
+    """Count the tasks of `in_queues` in a state that an index has, among `counted` entries of the index."""
+    tasks, queues = tasks_table(schema), _queues()
+    is_shared = state in {FAILED, CANCELLED}
+    its_index = is_in(tasks, FAILED, CANCELLED) if is_shared else is_in(tasks, state)
+    counted = bindparam("counted", type_=BigInteger)
+    # Nothing that the index doesn't have: it isn't sorted, because sorting would read the rows.
+    entry = (
+        select((tasks.c.indexed_state == state if is_shared else true()).label("is_its"))
+        .where(tasks.c.queue == queues.c.queue, its_index)
+        .limit(counted)
+        .correlate(queues)
+        .lateral("entry")
+    )
+    found = select(entry.c.is_its).select_from(queues.join(entry, true())).limit(counted).subquery("found")
+    number: Select[Any] = select(func.count().filter(found.c.is_its).label("number"))
+    return number.add_columns(func.count().label("examined")).select_from(found)
+
+
+@cache
 def find_holders(schema: str | None) -> Select[Any]:
     """Return the tasks of `in_queues` that hold the unique key `held_key`, one for each queue at most."""
     tasks = tasks_table(schema)

@@ -1,4 +1,4 @@
-"""Reads whether a role may change tasks, pauses and schedules."""
+"""Reads whether a role may change tasks, pauses, schedules and limits."""
 
 from __future__ import annotations
 
@@ -9,20 +9,24 @@ from sqlalchemy import Boolean, ColumnElement, Select, Table, and_, func, litera
 
 from apoq.schema.models import schedules_table, tasks_table
 from apoq.schema.statements.count import oid
-from apoq.schema.tables import pauses_table
+from apoq.schema.tables import limits_table, pauses_table
 
 
 @cache
 def may_change(schema: str | None) -> Select[*tuple[Any, ...]]:
-    """Return whether this role may change tasks, pauses and schedules, and add tasks of schedules.
+    """Return whether this role may change tasks, pauses, schedules and limits, and add tasks of schedules.
 
     NULL if there is no such table. False on a standby.
     """
     is_primary = not_(func.pg_is_in_recovery(type_=Boolean))
 
+    def has(table: Table, right: str) -> ColumnElement[bool]:
+        # Operators may write some columns only; see `apoq.schema.grants`.
+        check = func.has_table_privilege if right == "DELETE" else func.has_any_column_privilege
+        return check(oid(table), literal(right), type_=Boolean)
+
     def may(table: Table, *rights: str) -> ColumnElement[bool]:
-        checks = (func.has_table_privilege(oid(table), literal(right), type_=Boolean) for right in rights)
-        return and_(is_primary, *checks)
+        return and_(is_primary, *(has(table, right) for right in rights))
 
     tasks = tasks_table(schema)
     return select(
@@ -30,4 +34,5 @@ def may_change(schema: str | None) -> Select[*tuple[Any, ...]]:
         may(pauses_table(schema), "SELECT", "INSERT", "UPDATE", "DELETE").label("pauses"),
         may(schedules_table(schema), "SELECT", "UPDATE").label("schedules"),
         may(tasks, "SELECT", "INSERT").label("runs"),
+        may(limits_table(schema), "SELECT", "INSERT", "UPDATE", "DELETE").label("limits"),
     )

@@ -67,6 +67,21 @@ def parents_of(schema: str | None) -> Select[*tuple[Any, ...]]:
 
 
 @cache
+def count_edges(schema: str | None) -> Select[*tuple[Any, ...]]:
+    """Count the parents and the children of the task `task_id`, up to `at_most` of each."""
+    links, task_id = links_table(schema), bindparam("task_id", type_=BigInteger)
+
+    def number(edges: Select[*tuple[Any, ...]]) -> Any:
+        found = edges.limit(bindparam("at_most", type_=Integer)).subquery()
+        return select(func.count()).select_from(found).scalar_subquery()
+
+    # By what the indexes have.
+    parents = select(links.c.parent_id).where(links.c.child_id == task_id)
+    children = select(links.c.child_id).where(links.c.parent_id == task_id)
+    return select(number(parents).label("parents"), number(children).label("children"))
+
+
+@cache
 def groups(schema: str | None) -> Select[*tuple[Any, ...]]:
     """Return the last `at_most` groups, with how many of their tasks are in each state."""
     tasks, member, closing = (tasks_table(schema).alias(name) for name in ("tasks", "member", "closing"))

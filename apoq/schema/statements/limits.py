@@ -20,6 +20,7 @@ from sqlalchemy import (
     literal_column,
     or_,
     select,
+    tuple_,
 )
 from sqlalchemy.dialects.postgresql import ARRAY, TIMESTAMP, Insert, insert
 from sqlalchemy.sql.dml import ReturningInsert
@@ -92,6 +93,29 @@ def all_limits(schema: str | None) -> Select[Any]:
         select(*limits.c, in_force(limits).label("in_force"))
         .where(or_(queue.is_(None), limits.c.queue == queue))
         .order_by(*limits.primary_key)
+    )
+
+
+@cache
+def find_limit(schema: str | None) -> Select[Any]:
+    """Return the limit of `limited_type` or `limited_key` of `from_queue`."""
+    limits = limits_table(schema)
+    return all_limits(schema).where(
+        limits.c.type == bindparam("limited_type", type_=Text),
+        limits.c.key == bindparam("limited_key", type_=Text),
+    )
+
+
+@cache
+def browse_limits(schema: str | None) -> Select[Any]:
+    """Return up to `at_most` limits that follow `after_key` of `after_type` of `after_queue`."""
+    limits = limits_table(schema)
+    edge = tuple_(*(bindparam(f"after_{name}", type_=Text) for name in ("queue", "type", "key")))
+    return (
+        all_limits(schema)
+        .add_columns(func.clock_timestamp().label("now"))
+        .where(tuple_(*limits.primary_key) > edge)
+        .limit(bindparam("at_most", type_=Integer))
     )
 
 

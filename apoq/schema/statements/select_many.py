@@ -8,6 +8,7 @@ from typing import Any, Final
 from sqlalchemy import (
     BigInteger,
     ColumnElement,
+    Integer,
     Select,
     Table,
     Text,
@@ -25,13 +26,17 @@ from apoq.core.states import CANCELLABLE, COMPLETED, FINAL, PENDING, RUNNING
 from apoq.schema.models import tasks_table
 from apoq.schema.statements.arrays import bigints
 from apoq.schema.statements.expire import is_expired
+from apoq.schema.statements.levels import level
 from apoq.schema.statements.running import in_state
 from apoq.schema.statements.states import has_running_state, is_in
 
 Filters = frozenset[str]
 """The filters that are given; the names of their parameters."""
 
-FILTERS: Final = ("ids", "of_type", "of_key", "of_unique_key", "error_class", "since")
+FILTERS: Final = (
+    *("ids", "of_type", "of_key", "of_unique_key", "of_either_key", "error_class", "since", "until"),
+    *("due_until", "due_after", "fails_from"),
+)
 
 
 @cache
@@ -72,7 +77,8 @@ def lock_open(schema: str | None, state: str, filters: Filters) -> Select[Any]:
     is_its = in_state(schema, tasks, state)
     if state == RUNNING and "ids" in filters:
         is_its = has_running_state(tasks)
-    order = (tasks.c.priority.desc(), tasks.c.process_at) if state == PENDING else ()
+    # By the order of the index, so that its first entries are enough.
+    order = (level(tasks).desc(), tasks.c.process_at) if state == PENDING else ()
     return _lock(tasks, state, filters, is_its, order)
 
 
@@ -84,13 +90,20 @@ def _lock(
     order: tuple[ColumnElement[Any], ...],
     returned: tuple[ColumnElement[Any], ...] = (),
 ) -> Select[Any]:
+    either = bindparam("of_either_key", type_=Text)
+    happened_at = _happened_at(tasks, state)
     conditions = {
         "ids": tasks.c.id == any_(bigints("ids")),
         "of_type": tasks.c.type == bindparam("of_type", type_=Text),
         "of_key": tasks.c.key == bindparam("of_key", type_=Text),
         "of_unique_key": tasks.c.unique_key == bindparam("of_unique_key", type_=Text),
         "error_class": tasks.c.error["class"].as_string() == bindparam("error_class", type_=Text),
-        "since": _happened_at(tasks, state) >= bindparam("since", type_=TIMESTAMP(timezone=True)),
+        "of_either_key": or_(tasks.c.key == either, tasks.c.unique_key == either),
+        "since": happened_at >= bindparam("since", type_=TIMESTAMP(timezone=True)),
+        "until": happened_at <= bindparam("until", type_=TIMESTAMP(timezone=True)),
+        "due_until": tasks.c.process_at <= bindparam("due_until", type_=TIMESTAMP(timezone=True)),
+        "due_after": tasks.c.process_at > bindparam("due_after", type_=TIMESTAMP(timezone=True)),
+        "fails_from": tasks.c.fail_count >= bindparam("fails_from", type_=Integer),
     }
     return (
         select(tasks.c.id, *returned)
