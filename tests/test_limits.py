@@ -291,7 +291,7 @@ class TestOfATypeAndAQueue:
 
         assert worker.work() is None
         limit(None, type="t")
-        assert worker.work() is not None
+        until(lambda: worker.work() is not None)
 
 
 class TestStrictOrder:
