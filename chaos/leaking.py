@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
+from mmap import MAP_ANONYMOUS, MAP_PRIVATE, PAGESIZE, mmap
 from typing import Final
 
 from apoq import Queue
 
 SECONDS: Final = 0.1
-MEGABYTES: Final = 5
+SIZE: Final = 5 * 2**20
 
 queue = Queue()
-leaked: list[bytes] = []
+leaked: list[mmap] = []
 
 
 @queue.task(type="leaks")
@@ -22,10 +23,12 @@ def leaks() -> None:
 
 @queue.task(type="frees")
 def frees() -> None:
-    _memory()
-    time.sleep(SECONDS)
+    with _memory():
+        time.sleep(SECONDS)
 
 
-def _memory() -> bytes:
-    """Return memory that is written to, so that it is resident."""
-    return b"x" * (MEGABYTES * 2**20)
+def _memory() -> mmap:
+    """Return new memory that is resident, because each page of it has been written to."""
+    memory = mmap(-1, SIZE, flags=MAP_PRIVATE | MAP_ANONYMOUS)
+    memory[::PAGESIZE] = bytes(SIZE // PAGESIZE)
+    return memory

@@ -183,7 +183,7 @@ class TestRun:
     @measures_memory
     def test_it_ends_when_the_process_uses_too_much_memory(self, make_worker, engine):
         leaked = []
-        worker = make_worker(max_memory=int(find_gauge()() * 1.3), concurrency=1)
+        worker = make_worker(max_memory=int(find_gauge()() * 1.25) + 60 * MB, concurrency=1)
         worker.use("t", lambda task: leaked.append(b"x" * (20 * MB)))
         add(engine, "t", 100)
 

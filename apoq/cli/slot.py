@@ -173,7 +173,7 @@ class Slot:
             self._unlimited = child
             logger.error(
                 "worker process %d has reached its max_memory after %.1f s and %d attempts, and the %d "
-                "processes before it were no better; it goes on without that limit: raise max_memory",
+                "processes before it were as short-lived; it goes on without that limit: raise max_memory",
                 *(self.number, child.reached_after, child.attempts_then, MAX_USELESS),
             )
         return True

@@ -181,7 +181,7 @@ class Lifecycle:
             if self._is_started:
                 self._is_draining = True
                 self.runtime.drain()
-                logs.draining(self._name, len(self.runtime.claim_log.held()))
+                logs.draining(self._name, len(self.runtime.executor.running()))
 
     def has_drained(self) -> bool:
         """Return whether the worker holds no more tasks: each has ended, and its result is written."""
