@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import selectors
 import signal
 import socket
 import subprocess
@@ -26,8 +27,10 @@ from worker_programs import PATIENCE, Program
 
 from apoq import Queue, Task
 from apoq.cli import main
+from apoq.cli.child import Child
 from apoq.cli.slot import Slot
 from apoq.schema.tables import WorkerRow
+from apoq.worker.settling.counters import WorkerStats
 
 until = patience(PATIENCE)
 
@@ -501,6 +504,32 @@ class TestTheSupervisor:
         assert re.search(
             r"1 ended with code 3; it has crashed 5 times within \d+ s, so the program ends", said
         )
+
+    def test_the_numbers_of_a_process_and_its_successor_are_added(self):
+        selector = selectors.DefaultSelector()
+        command = [sys.executable, "-S", "-c", STAND_IN, "1 100 0 0 0 1 max_tasks", "0"]
+        slot = Slot(
+            1, lambda number, is_successor: Child(command, number, selector, is_successor=is_successor)
+        )
+
+        def turn() -> None:
+            for key, _ in selector.select(0.1):
+                key.data.read()
+            list(slot.reap())
+
+        slot.start()
+        until(lambda: turn() or slot.child.is_ready)
+        slot.start_successor()
+        until(lambda: turn() or slot.successor.is_ready)
+        assert slot.stats == WorkerStats(running=2, completed=200)
+
+        slot.hand_over()
+
+        until(lambda: turn() or not slot.predecessors)
+        assert slot.stats == WorkerStats(running=1, completed=200)
+        slot.child.stop()
+        until(lambda: turn() or slot.child is None)
+        assert slot.stats == WorkerStats(completed=200)
 
     def test_the_pauses_between_starts_double_up_to_half_a_minute(self, caplog):
         def fail(number: int, is_successor: bool) -> None:
