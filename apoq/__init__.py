@@ -35,6 +35,7 @@ else:
     from apoq.core.failures import TaskFailure
     from apoq.core.limits import Limit
     from apoq.core.outcomes import Cancel, Fail, Retry, Snooze
+    from apoq.core.recycling import StopReason
     from apoq.core.retention import Keep
     from apoq.core.retry import exponential_backoff
     from apoq.errors import (
@@ -100,6 +101,7 @@ __all__ = [
     "SchemaMismatch",
     "SessionMisused",
     "Snooze",
+    "StopReason",
     "Task",
     "TaskFailure",
     "TaskGone",

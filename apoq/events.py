@@ -159,6 +159,22 @@ class WorkerStopped(WorkerEvent):
 
 
 @dataclass(frozen=True)
+class LimitReached(WorkerEvent):
+    """The worker has reached one of its limits, so its process should be replaced. Emitted once for each.
+
+    `Worker.run` and ``apoq worker`` stop the worker then. A worker that `Worker.start` has started goes on,
+    because only the application can replace the process.
+    """
+
+    limit: str
+    """The limit: "max_tasks", "max_memory" or "max_age"."""
+    used: float
+    """The number of attempts, bytes or seconds."""
+    at_most: float
+    """The limit of this process, which is up to 20 % lower or higher than the one that was given."""
+
+
+@dataclass(frozen=True)
 class ThreadDied(Event):
     """One of the worker's threads has died unexpectedly. The worker must be restarted."""
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.progress import Progress
-from chaos import graphs, places  # noqa: F401 - they register scenarios
+from chaos import graphs, places, recycling  # noqa: F401 - they register scenarios
 from chaos.scenarios import SCENARIOS, Options
 from chaos.server import Place, Server, Skipped
 from chaos.stage import LIMITS, SLOTS
@@ -114,7 +114,7 @@ def show(name: str, found: dict[str, Any]) -> None:
         print(f"{name:>{COLUMNS['scenario']}} {found}", flush=True)
         return
     print(
-        " ".join(f"{_text({'scenario': name, **found}[key]):>{width}}" for key, width in COLUMNS.items()),
+        " ".join(f"{_text({'scenario': name, **found}.get(key)):>{width}}" for key, width in COLUMNS.items()),
         flush=True,
     )
     for what, most in found["limits"].items():
@@ -133,7 +133,7 @@ def missed(found: dict[str, Any]) -> list[str]:
         for what, most in found["limits"].items()
         if found[what] is not None and found[what] > most
     ]
-    if found["slots"] < SLOTS:
+    if found.get("slots", SLOTS) < SLOTS:
         misses.append(f"only {found['slots']} of {SLOTS} slots still work")
     return misses
 

@@ -21,7 +21,7 @@ from apoq import Worker
 from apoq.cli import http_server, main
 from apoq.cli.exits import Failure
 from apoq.cli.http_server import Response, Server
-from apoq.cli.serving import serve
+from apoq.cli.serving import Serving
 from apoq.errors import MissingExtra
 from apoq.events import ThreadDied
 
@@ -140,9 +140,11 @@ class TestHealth:
     def ask(self, make_worker) -> Iterator[tuple[Worker, Callable[[str], int]]]:
         worker = make_worker(concurrency=1)
         worker.use("t", lambda task: None)
-        (server,) = serve(worker, metrics_port=None, health_port=0, bind="127.0.0.1", number=1)
+        serving = Serving()
+        serving.begin(worker, metrics_port=None, health_port=0, bind="127.0.0.1")
+        (server,) = serving.servers
         yield worker, lambda path: get(f"{server.url}{path}")[0]
-        server.close()
+        serving.close()
 
     def test_a_worker_is_ready_while_it_works(self, ask):
         worker, status = ask
@@ -163,13 +165,15 @@ class TestHealth:
 
     def test_the_command_asks_the_process(self, make_worker, run):
         worker = make_worker()
-        (server,) = serve(worker, metrics_port=None, health_port=0, bind="127.0.0.1", number=1)
+        serving = Serving()
+        serving.begin(worker, metrics_port=None, health_port=0, bind="127.0.0.1")
+        (server,) = serving.servers
         port = server.url.rpartition(":")[2]
 
         code, said = run("health", "--port", port)
         assert (code, "Error: not ready: the worker has not started" in said) == (1, True)
         assert run("health", "--port", port, "--live") == (0, "alive\n")
-        server.close()
+        serving.close()
 
         code, said = run("health", "--port", port)
         assert (code, f"start the worker with --health-port {port}" in said) == (3, True)

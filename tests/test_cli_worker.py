@@ -24,8 +24,8 @@ from worker_programs import PATIENCE, Program
 from apoq import Queue, Task
 from apoq.cli import burst, logs, main
 from apoq.cli.exits import Failure
+from apoq.cli.lifeline import REPORT_INTERVAL_SECONDS
 from apoq.cli.status import line
-from apoq.cli.supervisor import REPORT_INTERVAL_SECONDS
 from apoq.schema.tables import WorkerRow
 from apoq.worker.settling.counters import WorkerStats
 

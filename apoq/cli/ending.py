@@ -12,6 +12,8 @@ from contextlib import contextmanager, suppress
 from queue import SimpleQueue
 from typing import Final
 
+from apoq.worker.signals import DRAIN, STOP
+
 logger = logging.getLogger(__name__)
 
 EXIT_MARGIN_SECONDS: Final = 2.25
@@ -61,7 +63,12 @@ class Ending:
         """Stop the worker; if there is none yet, end the process at once. From any thread."""
         if self._orders is None:
             os._exit(0)
-        self._orders.put(0)
+        self._orders.put(STOP)
+
+    def drain(self) -> None:
+        """Let the worker stop when its running tasks have ended. From any thread."""
+        if self._orders is not None:
+            self._orders.put(DRAIN)
 
     def begin(self) -> None:
         """Start the countdown, because the worker stops now."""

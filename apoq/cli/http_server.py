@@ -25,6 +25,10 @@ CLIENT_TIMEOUT_SECONDS: Final = 5.0
 TEXT: Final = "text/plain; charset=utf-8"
 
 
+class PortInUse(Failure):
+    """Another process has the port."""
+
+
 class Response(NamedTuple):
     """The response of a page."""
 
@@ -45,7 +49,8 @@ class Server:
         try:
             self._server = _Server(host, port, pages)
         except (OSError, OverflowError) as error:
-            raise Failure(_reason(host, port, option, error)) from error
+            kind = PortInUse if getattr(error, "errno", None) == errno.EADDRINUSE else Failure
+            raise kind(_reason(host, port, option, error)) from error
         self.threads = [
             threading.Thread(target=self._serve, name=f"apoq-http-{number}", daemon=True)
             for number in range(1, THREADS + 1)

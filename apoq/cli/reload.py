@@ -11,9 +11,10 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
 
+from apoq.cli.child import ended_how
 from apoq.cli.exits import BadUsage
 from apoq.cli.stopping import StopNotice
-from apoq.cli.supervisor import KILL_MARGIN_SECONDS, Supervisor, ended_how
+from apoq.cli.supervisor import KILL_MARGIN_SECONDS, Supervisor
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ class Reloader(Supervisor):
         super().__init__(command, 1, timeout=timeout)
         self._folder = folder
         self._changes: SimpleQueue[set[str]] = SimpleQueue()
-        self._starts_again = False
+        self._starts_again = True
         self._kill_at: float | None = None
 
     def watch(self) -> None:
@@ -52,22 +53,23 @@ class Reloader(Supervisor):
 
     def _turn(self) -> int | None:
         self._obey()
-        (child,) = self._children
-        code = child.reap(self._selector)
+        (slot,) = self._slots
+        codes = [code for _, code in slot.reap()]
+        child = slot.child
         if self._stops_at is not None:
             return self._stopping(self._stops_at)
         if changed := self._take_changes():
             self._announce(changed)
-            if child.process is not None and not self._starts_again:
+            if child is not None and not self._starts_again:
                 child.stop()
                 self._kill_at = time.monotonic() + self._timeout + KILL_MARGIN_SECONDS
             self._starts_again = True
-        if code is not None and not self._starts_again:
-            logger.error("the worker %s; it starts again when a Python file changes", ended_how(code))
-        if child.process is None and self._starts_again:
-            self._starts_again, self._kill_at = False, None
-            child.start(self._command, self._selector)
-        elif child.process is not None and self._kill_at is not None and time.monotonic() > self._kill_at:
+        if codes and not self._starts_again:
+            logger.error("the worker %s; it starts again when a Python file changes", ended_how(codes[0]))
+        if child is None and self._starts_again:
+            slot.start()
+            self._starts_again, self._kill_at = slot.child is None, None
+        elif child is not None and self._kill_at is not None and time.monotonic() > self._kill_at:
             logger.error("the worker didn't stop in time, and is killed")
             child.process.kill()
         self._report()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from datetime import timedelta
 from functools import reduce
 from pathlib import Path
 from typing import Any, Final
@@ -16,12 +17,13 @@ from apoq.cli import logs
 from apoq.cli.burst import Burst
 from apoq.cli.ending import Ending
 from apoq.cli.exits import BadUsage, explained
+from apoq.cli.lifeline import Lifeline
 from apoq.cli.reload import Reloader
-from apoq.cli.serving import HEALTH_PORT, LOOPBACK, METRICS_PORT, port, serve
+from apoq.cli.serving import HEALTH_PORT, LOOPBACK, METRICS_PORT, Serving, port
 from apoq.cli.status import STATUS_INTERVAL_SECONDS, Status, every, is_wanted
 from apoq.cli.stopping import StopNotice, again_by
-from apoq.cli.supervisor import Supervisor, again, check_platform, obey, report, take_lifeline, take_number
-from apoq.cli.values import patience
+from apoq.cli.supervisor import Supervisor, again, check_platform
+from apoq.cli.values import lifetime, memory, patience
 from apoq.events import WorkerStopping
 from apoq.tracing import CHILD, LINK, Relation
 from apoq.worker import Worker
@@ -46,6 +48,25 @@ _OPTIONS = (
         type=click.IntRange(min=1),
         metavar="N",
         help="Run N processes, and replace those that die.",
+    ),
+    click.option(
+        "--max-tasks",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="Replace a process when so many attempts have ended in it. This limit and the next two are "
+        "varied by up to 20 % for each process, and start a supervisor, as --processes does.",
+    ),
+    click.option(
+        "--max-memory",
+        type=memory,
+        metavar="SIZE",
+        help="Replace a process that uses so much memory, such as 512M or 2G.",
+    ),
+    click.option(
+        "--max-age",
+        type=lifetime,
+        metavar="DURATION",
+        help="Replace a process that has run for so long, such as 6h.",
     ),
     click.option(
         "--burst", is_flag=True, help="Run the tasks that are due, and exit when there are none left."
@@ -114,6 +135,9 @@ def run_worker(
     timeout: float,
     log_format: str | None,
     log_level: str | None,
+    max_tasks: int | None = None,
+    max_memory: int | None = None,
+    max_age: timedelta | None = None,
     metrics_port: int | None = None,
     health_port: int | None = None,
     bind: str = LOOPBACK,
@@ -121,26 +145,39 @@ def run_worker(
 ) -> None:
     """Run the worker that `make` returns until SIGINT or SIGTERM; a second signal ends the program at once.
 
-    With `processes` or `reload`, this process starts its own command line again as child processes, and only
-    they call `make`.
+    With `processes`, `reload` or a limit, this process starts its own command line again as child processes,
+    and only they call `make`.
     """
-    _check(processes, burst=burst, reload=reload)
+    limits = {"max_tasks": max_tasks, "max_memory": max_memory, "max_age": max_age}
+    supervising = _supervising(processes, limits, burst=burst, reload=reload)
     end_as_pid_1()
-    lifeline, number = take_lifeline(), take_number()
-    if lifeline is None and (processes is not None or reload):
-        check_platform("--reload" if reload else "--processes")
+    lifeline = Lifeline.take()
+    if lifeline is None and supervising is not None:
+        check_platform(supervising)
         logs.set_up(log_format, log_level)
-        sys.exit(_supervise(processes, timeout))
+        sys.exit(_supervise(processes, timeout, reload=reload))
     ending = Ending(timeout)
+    serving = Serving() if lifeline is None else Serving(lifeline.number, waits=lifeline.is_successor)
     if lifeline is not None:
-        obey(lifeline, ending.stop)
+
+        def drain() -> None:
+            serving.close()  # the successor takes over the ports
+            ending.drain()
+
+        lifeline.obey(drain=drain, stop=ending.stop)
     worker = make()
     logs.set_up(log_format, log_level)
-    _adjust(worker, queues, concurrency, has_metrics=metrics_port is not None, tracing=tracing)
+    _adjust(
+        worker,
+        queues,
+        concurrency,
+        has_metrics=metrics_port is not None,
+        tracing=tracing,
+        # A burst ends when no more tasks are due, and not before.
+        limits={name: limit for name, limit in limits.items() if burst or limit is not None},
+    )
     _say_what_runs(worker)
-    servers = serve(worker, metrics_port=metrics_port, health_port=health_port, bind=bind, number=number)
-    for server in servers:
-        logger.info("%s at %s", " and ".join(server.names), server.url)
+    serving.begin(worker, metrics_port=metrics_port, health_port=health_port, bind=bind)
     # For a second Ctrl-C, because the first one is caught.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     status = Status()
@@ -148,7 +185,7 @@ def run_worker(
 
     def begin(stop: Callable[[], None]) -> None:
         if lifeline is not None:
-            report(lifeline, worker)
+            lifeline.report(worker)
             return
         _say_what_a_stop_waits_for(worker, timeout)
         if is_wanted():
@@ -157,30 +194,35 @@ def run_worker(
             until_done.watch(stop)
 
     with caught() as signals, ending.watch(signals):
-        worker._run_until(signals, timeout, on_start=begin, on_stop=ending.begin)  # noqa: SLF001 - our own
+        worker._run_until(  # noqa: SLF001 - our own
+            signals,
+            timeout,
+            on_start=begin,
+            on_stop=ending.begin,
+            on_limit=None if lifeline is None else lambda event: lifeline.ask_for_successor(event.limit),
+        )
     if lifeline is None and is_wanted():
         status.say(worker.stats())
     if until_done is not None:
         until_done.finish()
 
 
-def _check(processes: int | None, *, burst: bool, reload: bool) -> None:
-    given = [
-        option
-        for option, is_given in (
-            ("--processes", processes is not None),
-            ("--burst", burst),
-            ("--reload", reload),
-        )
-        if is_given
-    ]
-    if len(given) > 1:
-        raise BadUsage(f"{' and '.join(given)} can't be combined: leave out one of them")
+def _supervising(
+    processes: int | None, limits: Mapping[str, object], *, burst: bool, reload: bool
+) -> str | None:
+    """Return the option that needs a supervisor; None without one. Fail if options can't be combined."""
+    limited = next((f"--{name.replace('_', '-')}" for name, its in limits.items() if its is not None), None)
+    several = limited if processes is None else "--processes"
+    given = [several, "--burst" if burst else None, "--reload" if reload else None]
+    options = [option for option in given if option is not None]
+    if len(options) > 1:
+        raise BadUsage(f"{' and '.join(options)} can't be combined: leave out one of them")
+    return "--reload" if reload else several
 
 
-def _supervise(processes: int | None, timeout: float) -> int:
-    if processes is not None:
-        return Supervisor(again(), processes, timeout=timeout).run()
+def _supervise(processes: int | None, timeout: float, *, reload: bool) -> int:
+    if not reload:
+        return Supervisor(again(), processes or 1, timeout=timeout).run()
     reloader = Reloader(again(), Path.cwd(), timeout=timeout)
     reloader.watch()
     return reloader.run()
@@ -193,6 +235,7 @@ def _adjust(
     *,
     has_metrics: bool,
     tracing: Relation | None,
+    limits: Mapping[str, object],
 ) -> None:
     try:
         with explained():
@@ -201,6 +244,7 @@ def _adjust(
                 concurrency=concurrency,
                 has_metrics=has_metrics,
                 tracing=tracing,
+                limits=limits,
             )
     except ValueError as error:
         raise BadUsage(str(error)) from error

@@ -12,6 +12,7 @@ from typing import Any, Final
 from click import BadParameter
 
 from apoq.core.durations import read_duration
+from apoq.core.recycling import read_max_memory
 from apoq.core.retry import seconds
 
 _DURATIONS: Final = "90s, 30 min, 2h, 1d, 1w or 1h30m"
@@ -52,6 +53,22 @@ def patience(value: Any) -> float:
         return seconds(length, "it")
     except ValueError:
         raise BadParameter(f"must be between zero and a century, got {value!r}.") from None
+
+
+def lifetime(value: Any) -> timedelta:
+    """Read a length of time that is longer than zero."""
+    length = duration(value)
+    if not length:
+        raise BadParameter(f"must be longer than zero, got {value!r}: leave it out for no limit.")
+    return length
+
+
+def memory(value: Any) -> int:
+    """Read how much memory a process may use, such as 512M, and return the bytes."""
+    try:
+        return read_max_memory(value) or 0
+    except ValueError as error:
+        raise BadParameter(f"{error}.") from None
 
 
 def time(value: Any) -> datetime:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Self
 
 from apoq.client.queue import Queue
+from apoq.core.recycling import read_max_age, read_max_memory, read_max_tasks
 from apoq.core.retention import retention
 from apoq.core.retry import duration
 from apoq.schema.models import DEFAULT_QUEUE
@@ -15,6 +16,7 @@ PREFIX: Final = "APOQ_"
 
 _DURATIONS: Final = ("poll_interval", "lease")
 _RETENTIONS: Final = ("keep_completed", "keep_failed")
+_LIMITS: Final = {"max_tasks": read_max_tasks, "max_memory": read_max_memory, "max_age": read_max_age}
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ class Settings:
         """Read and check the settings. Durations may be in seconds or timedeltas, and retentions a `Keep`."""
         own = _given(config, ("queue", "schema", "bind", "in_process_worker"))
         worker = _given(config, ("concurrency", "listen_url"))
+        for name, value in _given(config, _LIMITS).items():
+            worker[name] = _LIMITS[name](value, PREFIX + name.upper())
         for name, value in _given(config, _DURATIONS).items():
             worker[name] = None if value is None else duration(value, PREFIX + name.upper())
         for name, value in _given(config, _RETENTIONS).items():

@@ -14,6 +14,7 @@ from pyramid.settings import aslist, truthy
 
 from apoq.client.queue import Queue
 from apoq.core.durations import read_duration
+from apoq.core.recycling import read_max_memory
 from apoq.core.retention import Keep
 from apoq.errors import ApoqError
 from apoq.postgres.urls import database_url
@@ -124,8 +125,8 @@ def _boolean(value: Any) -> bool:
     return text in truthy
 
 
-def _concurrency(value: Any) -> int:
-    if isinstance(value, bool) or not re.fullmatch(r"\s*[1-9]\d{0,5}\s*", str(value)):
+def _number(value: Any) -> int:
+    if isinstance(value, bool) or not re.fullmatch(r"\s*[1-9]\d{0,8}\s*", str(value)):
         raise ValueError(f"must be a number of tasks, 1 or more, got {value!r}")
     return int(value)
 
@@ -159,6 +160,13 @@ def _retention(value: Any) -> timedelta | Keep | None:
     return Keep(length, int(number.replace("_", ""))) if comma else length
 
 
+def _memory(value: Any) -> int | None:
+    try:
+        return read_max_memory(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(str(error).removeprefix("max_memory ")) from None
+
+
 def _base_url(value: Any) -> str:
     if not re.fullmatch(r"https?://[^/?#\s]+(/[^?#\s]*)?", _text(value)):
         raise ValueError(f"must be the start of your site's URLs, such as https://example.com, got {value!r}")
@@ -176,11 +184,14 @@ READERS: Final[dict[str, Callable[[Any], Any]]] = {
     "schema": _schema,
     "base_url": _base_url,
     "in_process_worker": _boolean,
-    "concurrency": _concurrency,
+    "concurrency": _number,
     "poll_interval": _interval,
     "lease": _interval,
     "keep_completed": _retention,
     "keep_failed": _retention,
     "listen_url": _database_url,
+    "max_tasks": _number,
+    "max_memory": _memory,
+    "max_age": _interval,
 }
 """The functions that read the settings, by name."""

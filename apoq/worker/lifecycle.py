@@ -22,6 +22,7 @@ from apoq.postgres.connections import is_away
 from apoq.schema.models import Task
 from apoq.schema.objects import detached
 from apoq.tracing import Tracer, untraced
+from apoq.worker import logs
 from apoq.worker.execution.executor import released
 from apoq.worker.execution.runner import AttemptResult
 from apoq.worker.execution.running_task import KNOWN, RunningTask
@@ -54,7 +55,7 @@ class Lifecycle:
         self._name = name
         self._counter = Counter(observer)
         self._make_runtime = partial(
-            Runtime, engine, queues, registry, events, options, self._counter, observer, tracer
+            Runtime, engine, queues, registry, events, options, name, self._counter, observer, tracer
         )
         self.runtime = self._make_runtime()
         self._lock = threading.RLock()
@@ -62,6 +63,7 @@ class Lifecycle:
         """How many calls of `start` and `work` need the worker to be registered."""
         self._is_started = False
         self._is_registering = False
+        self._is_draining = False
         self.stops = 0
         """How often `stop` was called: a start that was asked for before that does nothing."""
         self._is_spent = False
@@ -82,6 +84,7 @@ class Lifecycle:
         runtime = self.runtime
         return (
             self._is_started
+            and not self._is_draining
             and any(lease.is_held for lease in runtime.heartbeat.leases.values())
             and all(service.is_alive for service in runtime.services)
             and not runtime.missing
@@ -169,6 +172,21 @@ class Lifecycle:
         self._events.report(WorkerStarted(self._name))
         return True
 
+    def drain(self) -> None:
+        """Claim no more tasks, and release those that have not begun; return without waiting for the others.
+
+        Running tasks go on, without a limit of time and without a signal to stop, until `stop` is called.
+        """
+        with self._lock:
+            if self._is_started:
+                self._is_draining = True
+                self.runtime.drain()
+                logs.draining(self._name, len(self.runtime.executor.running()))
+
+    def has_drained(self) -> bool:
+        """Return whether the worker holds no more tasks: each has ended, and its result is written."""
+        return not self.runtime.claim_log.held()
+
     def stop(self, patience: float | None) -> bool:
         """Stop the services; return whether they had started, and have been stopped."""
         if self._is_started:
@@ -243,7 +261,7 @@ class Lifecycle:
     def _end(self, patience: float | None) -> None:
         self.runtime.registration.forget_start()
         by = self.runtime.stop(patience)
-        self._is_started = False
+        self._is_started = self._is_draining = False
         # Last: until here, running tasks belong to this worker.
         self.release(by)
 

@@ -12,6 +12,7 @@ from apoq.events import (
     Events,
     Failing,
     LeaseLost,
+    LimitReached,
     OutageBegan,
     OutageEnded,
     OutageLasts,
@@ -32,6 +33,7 @@ from apoq.events import (
     WorkerStopped,
     WorkerStopping,
 )
+from apoq.monitor.formatting import length, size
 from apoq.postgres.messages import brief
 
 logger = logging.getLogger("apoq.worker")
@@ -40,7 +42,7 @@ logger = logging.getLogger("apoq.worker")
 LOGGED: Final[tuple[type[Event], ...]] = (
     *(TaskRetried, TaskFailed, TaskLost, TasksRescued),
     *(LeaseLost, OutageBegan, OutageLasts, OutageEnded, Failing, Recovered),
-    *(WorkerStarted, WorkerStopping, WorkerStopped, ThreadDied),
+    *(WorkerStarted, LimitReached, WorkerStopping, WorkerStopped, ThreadDied),
 )
 DEBUGGED: Final[tuple[type[Event], ...]] = (
     *(TaskClaimed, TaskStarted, TaskCompleted),
@@ -179,6 +181,23 @@ def loop_taken() -> None:
         "another event loop runs there already. Run only one worker with coroutine functions in this "
         "process, or run the worker in a process without gevent"
     )
+
+
+# The limits of its process:
+
+
+def starts_above_limit(used: float, given: float, most: float) -> None:
+    """Log that a process has the memory at its start that it may have at most."""
+    logger.error(
+        "max_memory must be much more than this process starts with, which is %s, got %s (drawn for this "
+        "process: %s). It goes on without that limit: raise max_memory",
+        *(size(used), size(given), size(most)),
+    )
+
+
+def draining(worker: str, running: int) -> None:
+    """Log that a worker that has reached a limit waits for its tasks."""
+    logger.info("%s claims no more tasks, and stops when its %d running tasks have ended", worker, running)
 
 
 # The end of a worker:
@@ -339,6 +358,12 @@ def _write_life(event: Event) -> None:
     match event:
         case WorkerStarted(worker=worker):
             logger.info("%s has started", worker)
+        case LimitReached(limit="max_tasks", worker=worker, used=used):
+            logger.info("%s has reached its max_tasks: %d attempts have ended", worker, used)
+        case LimitReached(limit="max_memory", worker=worker, used=used, at_most=most):
+            logger.info("%s has reached its max_memory: %s of %s", worker, size(used), size(most))
+        case LimitReached(worker=worker, limit=limit, used=used):
+            logger.info("%s has reached its %s: it has run for %s", worker, limit, length(used))
         case WorkerStopping(worker=worker):
             logger.info("%s is stopping", worker)
         case WorkerStopped(worker=worker):

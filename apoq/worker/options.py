@@ -7,6 +7,7 @@ from datetime import datetime, timedelta
 
 from sqlalchemy import URL
 
+from apoq.core.recycling import StopReason, read_max_age, read_max_memory, read_max_tasks
 from apoq.core.retention import Keep, keep, retention
 from apoq.core.retry import duration
 from apoq.errors import glimpse
@@ -33,6 +34,12 @@ class WorkerOptions:
     """When the worker's code was deployed."""
     listen_url: str | URL | None = field(repr=False)
     """URL of the connection for notifications. Not in the repr, because it may contain a password."""
+    max_tasks: int | None = None
+    """Number of attempts after which the process should be replaced; None: no limit."""
+    max_memory: int | None = None
+    """Bytes of memory at which it should be replaced; a text such as "512M" is read."""
+    max_age: timedelta | None = None
+    """Time after which it should be replaced."""
 
     def __post_init__(self) -> None:
         number = self.concurrency
@@ -50,6 +57,22 @@ class WorkerOptions:
             )
         for name in ("keep_completed", "keep_failed"):
             object.__setattr__(self, name, retention(getattr(self, name), name))
+        for name, read in (
+            ("max_tasks", read_max_tasks),
+            ("max_memory", read_max_memory),
+            ("max_age", read_max_age),
+        ):
+            object.__setattr__(self, name, read(getattr(self, name)))
+
+    @property
+    def limits(self) -> dict[StopReason, float]:
+        """The limits of the process that were given."""
+        given = {
+            StopReason.MAX_TASKS: self.max_tasks,
+            StopReason.MAX_MEMORY: self.max_memory,
+            StopReason.MAX_AGE: None if self.max_age is None else self.max_age.total_seconds(),
+        }
+        return {limit: most for limit, most in given.items() if most is not None}
 
     @property
     def keeps_completed(self) -> bool:

@@ -45,6 +45,7 @@ from apoq.worker.observer import Observer
 from apoq.worker.options import WorkerOptions
 from apoq.worker.places import Places
 from apoq.worker.progress import ProgressWriter
+from apoq.worker.recycling import LimitWatch
 from apoq.worker.service import Service, left_until
 from apoq.worker.settling.counters import Counter
 from apoq.worker.settling.settler import Settler
@@ -90,10 +91,12 @@ class Runtime:
         registry: Registry,
         events: Events,
         options: WorkerOptions,
+        name: str,
         counter: Counter,
         observer: Observer | None = None,
         tracer: Tracer | None = None,
     ) -> None:
+        """`name` is what people call the worker."""
         self._queues = queues
         self._events = events
         self.outage = outage = Outage(on_away=self._release_line, report=events.report)
@@ -251,8 +254,11 @@ class Runtime:
         self.registration = Registration(
             self.engine, schemas, self.heartbeat, self.scanner, self.strays, outage, self.missing, sharded
         )
+        limits = options.limits
+        self._limit_watch = (LimitWatch(limits, counter, outage, name),) if limits else ()
         # The claimer is last: if another one can't be started, nothing has been claimed.
         self._working = (
+            *self._limit_watch,
             self.settler,
             self.unblocker,
             self.listener,
@@ -287,6 +293,13 @@ class Runtime:
         self.claimer.hand_over(room=0)
         return has_any
 
+    def drain(self) -> None:
+        """Claim no more tasks, and release those that have not begun; running ones go on, and are settled."""
+        self.claimer.drain()
+        self.executor.close()
+        self.scanner.end()
+        self._release_line()
+
     def stop(self, patience: float | None) -> float:
         """Stop claiming, release tasks that have not begun, and wait `patience` seconds for running ones.
 
@@ -297,7 +310,10 @@ class Runtime:
         for signal in self._signals.values():
             signal.is_given = True
         self.executor.close()
-        looking = (self.scanner, self.claimer, self._pruner, self.sweep, self.place_sweep, self.ticker)
+        looking = (
+            *(self.scanner, self.claimer, self._pruner, self.sweep, self.place_sweep, self.ticker),
+            *self._limit_watch,
+        )
         for service in looking:
             service.end()
         self._release_line()
@@ -405,7 +421,8 @@ class Runtime:
 
     def _release_running(self) -> None:
         left = self.deadlines.withdraw(self.executor.abandon())
-        logs.tasks_released_at_stop(len(left))
+        if left:
+            logs.tasks_released_at_stop(len(left))
         self._release(left)
         self.event_loop.cancel(CANCEL_ON_STOP_SECONDS)
         if self.event_loop.is_closed:

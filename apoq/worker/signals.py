@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from queue import Empty, SimpleQueue
 from typing import Final
 
-STARTED: Final = -1
-"""In the queue of signals: the worker has started. Zero is a stop without a signal."""
+STARTED, STOP, DRAIN = -1, 0, -2
+"""In the queue of signals: the worker has started, must stop, or must drain and then stop."""
 
 SIGNAL_POLL_SECONDS: Final = 1.0
 """Seconds between two looks for a signal that has not woken the main thread."""
+
+DRAIN_POLL_SECONDS: Final = 0.05
+"""Seconds between two looks whether the tasks of a worker that drains have ended."""
 
 
 @contextmanager
@@ -64,3 +67,24 @@ def wait(signals: SimpleQueue[int]) -> int:
             # Python calls a handler between two steps of the main thread. A signal that comes when it has
             # begun to wait, and isn't asleep yet, doesn't wake it: a few of a hundred that come at the start.
             continue
+
+
+def wait_for_start(signals: SimpleQueue[int]) -> int:
+    """Wait for one of them other than `DRAIN`, which stays in the queue: the worker must start before."""
+    order = wait(signals)
+    if order == DRAIN:
+        order = wait_for_start(signals)
+        signals.put(DRAIN)
+    return order
+
+
+def wait_unless(is_over: Callable[[], bool], signals: SimpleQueue[int]) -> int:
+    """Wait for one of them other than `DRAIN`, on the main thread; return `DRAIN` if it is over before."""
+    while not is_over():
+        try:
+            order = signals.get(timeout=DRAIN_POLL_SECONDS)
+        except Empty:
+            continue
+        if order != DRAIN:
+            return order
+    return DRAIN

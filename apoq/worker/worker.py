@@ -19,12 +19,13 @@ from apoq.client.queue import Queue
 from apoq.client.typed_task import TypedTask
 from apoq.core.failures import OnFailure
 from apoq.core.limits import Limit
+from apoq.core.recycling import StopReason
 from apoq.core.registry import Middleware, Processor, Registry, make_processor
 from apoq.core.retention import Retention
 from apoq.core.retry import DEFAULT_RETRY_LIMIT, RetryDelay, exponential_backoff, seconds
 from apoq.core.worker_state import WorkerState
 from apoq.errors import InvalidLimit, InvalidProcessor, glimpse
-from apoq.events import Events, ThreadDied
+from apoq.events import Events, LimitReached, ThreadDied
 from apoq.postgres.urls import check_engine, check_untranslated, sync_side
 from apoq.schema.models import Task
 from apoq.tracing import CHILD, LINK, Relation, Tracer
@@ -34,7 +35,7 @@ from apoq.worker.observer import MetricsRegistry, Observer
 from apoq.worker.options import WorkerOptions
 from apoq.worker.process import PROCESS
 from apoq.worker.settling.counters import WorkerStats
-from apoq.worker.signals import STARTED, caught, wait
+from apoq.worker.signals import DRAIN, STARTED, STOP, caught, wait, wait_for_start, wait_unless
 
 STOP_TIMEOUT: Final = timedelta(seconds=25)
 """The time that `run` waits for running tasks after a signal: less than the 30 s of Kubernetes."""
@@ -78,6 +79,9 @@ class Worker:
         release: datetime | None = None,
         metrics: bool | MetricsRegistry = False,
         tracing: bool | Relation = False,
+        max_tasks: int | None = None,
+        max_memory: int | str | None = None,
+        max_age: float | timedelta | None = None,
     ) -> None:
         """Create a worker. It does nothing until `work`, `start` or `run`.
 
@@ -109,11 +113,18 @@ class Worker:
             tracing: Whether to run each attempt in a span of OpenTelemetry. "link", or True: the span begins
                 a new trace, with a link to the span in which the task was added. "child": the first attempt,
                 if it begins within a minute, is a child of that span; later ones have a link.
+            max_tasks: Number of attempts, failed ones included, after which the process should be replaced by
+                a new one. `run` and ``apoq worker`` then stop the worker, without a limit of time for its
+                running tasks; `start` only emits `LimitReached`. None: no limit. Each process varies this
+                limit and the next two by up to 20 %, so that not all end at the same time.
+            max_memory: Memory of the process (its resident set) at which it should be replaced, in bytes or
+                as a text such as "512M".
+            max_age: Time after which it should be replaced, in seconds or as a timedelta.
 
         Raises:
             TypeError: If an argument has the wrong type.
-            ValueError: If `concurrency` or a duration is out of range, or if the registry has the metrics of
-                another worker.
+            ValueError: If `concurrency`, a duration or a limit is out of range, if the registry has the
+                metrics of another worker, or if the memory can't be measured on this system.
             MissingExtra: If `metrics` or `tracing` is given, and prometheus-client or opentelemetry-api is
                 not installed.
             UnsupportedDatabase: If the engine is not on PostgreSQL through psycopg 3, or translates apoq's
@@ -138,11 +149,16 @@ class Worker:
             keep_failed=keep_failed,  # type: ignore[arg-type]
             release=datetime.now(UTC) if release is None else release,
             listen_url=listen_url,
+            max_tasks=max_tasks,
+            max_memory=max_memory,  # type: ignore[arg-type]
+            max_age=max_age,  # type: ignore[arg-type]
         )
         self.events = Events()
         logs.listen(self.events)
         self._on_thread_died: Callable[[ThreadDied], object] = lambda _: None
         self.events.on(ThreadDied, self._thread_died)
+        self._on_limit_reached: Callable[[LimitReached], object] = lambda _: None
+        self.events.on(LimitReached, self._limit_reached)
         self._has_died = False
         self.metrics: MetricsRegistry | None = None
         self._observer: Observer | None = None
@@ -188,6 +204,7 @@ class Worker:
         concurrency: int | None = None,
         has_metrics: bool = False,
         tracing: Relation | None = None,
+        limits: Mapping[str, Any] | None = None,
     ) -> None:
         """Override the queues, by their names, or other options, before the worker starts.
 
@@ -205,6 +222,8 @@ class Worker:
             self._queues = tuple(queue for queue in self._queues if queue.name in names)
         if concurrency is not None:
             self._options = replace(self._options, concurrency=concurrency)
+        if limits:
+            self._options = replace(self._options, **limits)
         if has_metrics and self.metrics is None:
             self._count_into(metrics=True)
         if tracing is not None:
@@ -338,15 +357,20 @@ class Worker:
         *,
         timeout: float | timedelta = STOP_TIMEOUT,
         on_start: Callable[[Callable[[], None]], object] | None = None,
-    ) -> None:
+    ) -> StopReason:
         """Start, wait for SIGINT or SIGTERM, and stop. For a program whose only purpose is the worker.
 
-        A second signal ends the program at once.
+        A second signal ends the program at once. When the worker has reached `max_tasks`, `max_memory` or
+        `max_age`, it claims no more tasks, releases those that have not begun, and stops when the running
+        ones have ended, however long that takes. A signal then limits the time as usual.
 
         Args:
             timeout: Longest time to wait for running tasks, in seconds or as a timedelta; see `stop`.
             on_start: A function that is called when the worker has started. Its argument is a function that
                 stops the worker, which may be called from any thread.
+
+        Returns:
+            Why the worker has stopped. If `StopReason.is_limit`, start the program again.
 
         Raises:
             RuntimeError: If it is not called from the main thread, if one of the worker's threads died, or if
@@ -363,7 +387,7 @@ class Worker:
             )
         timeout = seconds(timeout, "timeout")
         with caught() as signals:
-            self._run_until(signals, timeout, on_start=on_start)
+            return self._run_until(signals, timeout, on_start=on_start)
 
     def is_alive(self) -> bool:
         """Return whether the worker can go on: False if one of its threads has died, so that it must restart.
@@ -397,15 +421,24 @@ class Worker:
         *,
         on_start: Callable[[Callable[[], None]], object] | None,
         on_stop: Callable[[], object] = lambda: None,
-    ) -> None:
-        """Start, and stop when something is put into `orders`; call `on_stop` before stopping."""
+        on_limit: Callable[[LimitReached], object] | None = None,
+    ) -> StopReason:
+        """Start, and stop when something is put into `orders`; call `on_stop` before stopping.
+
+        When a limit is reached, call `on_limit`, which may order to `DRAIN` later; by default, drain.
+        """
         errors: list[BaseException] = []
+        limits: list[StopReason] = []
 
         def die(event: ThreadDied) -> None:
             errors.append(
                 RuntimeError(f"the worker stopped because its thread {event.thread} died; see the log")
             )
-            orders.put(0)
+            orders.put(STOP)
+
+        def reach(event: LimitReached) -> None:
+            limits.append(StopReason(event.limit))
+            on_limit(event) if on_limit is not None else orders.put(DRAIN)
 
         def begin() -> None:
             try:
@@ -414,17 +447,20 @@ class Worker:
                 errors.append(error)
             orders.put(STARTED)
 
-        self._on_thread_died = die
+        self._on_thread_died, self._on_limit_reached = die, reach
         # On a thread, because it may wait for the database, while this thread must react to signals.
         start = partial(self._start, None, self._lifecycle.stops)
         starting = threading.Thread(target=begin, name="apoq-starter", daemon=True)
         try:
             starting.start()
-            order = wait(orders)
+            order = wait_for_start(orders)
             if order == STARTED and not errors:
                 if on_start is not None:
-                    on_start(lambda: orders.put(0))
-                wait(orders)
+                    on_start(lambda: orders.put(STOP))
+                order = wait(orders)
+                if order == DRAIN:
+                    self._lifecycle.drain()
+                    order = wait_unless(self._lifecycle.has_drained, orders)
             elif not errors:
                 logs.stopped_before_start(self)
         finally:
@@ -432,10 +468,14 @@ class Worker:
             self.stop(timeout)
         if errors:
             raise errors[0]
+        return limits[0] if order == DRAIN else _reason(order)
 
     def _thread_died(self, event: ThreadDied) -> None:
         self._has_died = True
         self._on_thread_died(event)
+
+    def _limit_reached(self, event: LimitReached) -> None:
+        self._on_limit_reached(event)
 
     def _start(self, loop: asyncio.AbstractEventLoop | None, stops: int) -> None:
         PROCESS.get_ready()
@@ -483,6 +523,10 @@ class Worker:
         if self._observer is not None:
             self._observer.reset()
         self._lifecycle = self._new_lifecycle()
+
+
+def _reason(order: int) -> StopReason:
+    return StopReason.STOP if order == STOP else StopReason.SIGNAL
 
 
 def _tracer(tracing: object) -> Tracer | None:

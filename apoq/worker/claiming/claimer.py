@@ -145,6 +145,7 @@ class Claimer(Service):
         self._moves: list[Callable[[], None]] = []
         self._waits_for_room = True
         """Whether a slot that becomes free is a reason to take a turn."""
+        self._is_draining = False
         self._lock = threading.Lock()
         self._pace = Pace()
         self._rested_at = 0.0
@@ -153,7 +154,12 @@ class Claimer(Service):
         """Start claiming, and declare the limits of the code again."""
         if not self.is_alive:
             self._declared_limits.forget()
+            self._is_draining = False
         super().start()
+
+    def drain(self) -> None:
+        """Claim no more tasks; but still give free places to others, and release strays."""
+        self._is_draining = True
 
     def look_for_tasks(self, queues: Iterable[Queue] | None = None) -> None:
         """Claim now from these queues, or from all, even if the last claim found nothing there."""
@@ -294,6 +300,8 @@ class Claimer(Service):
     def _room(self) -> tuple[int, int]:
         """Return how many tasks to claim now, zero for none, and how many slots are free."""
         executor = self._executor
+        if self._is_draining:
+            return 0, executor.free
         is_careful = any(queue.cursor.is_careful for queue in self._queues.values())
         prefetched = 0 if is_careful else prefetch_limit(executor.concurrency, executor.run_time)
         executor.low_water = prefetched // 2
@@ -304,7 +312,7 @@ class Claimer(Service):
         return room, free
 
     def _room_for_places(self) -> int:
-        return self._executor.room_for_places(PLACED_SECONDS)
+        return 0 if self._is_draining else self._executor.room_for_places(PLACED_SECONDS)
 
     def _begin(self, tasks: list[Claimed]) -> None:
         placed = [row for row in tasks if row[CLAIM].is_placed] if self._has_placed else []

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from apoq.core import states
@@ -37,6 +38,15 @@ class Counter:
         self._lock = threading.Lock()
         self._observer = observer
         self._counts = dict.fromkeys(WorkerStats._fields, 0)
+        self.ended = 0
+        """How many attempts have ended."""
+        self._calls_at = math.inf
+        self._call: Callable[[], object] = lambda: None
+
+    def call_at(self, ended: int, call: Callable[[], object]) -> None:
+        """Call this once, when so many attempts have ended."""
+        with self._lock:
+            self._calls_at, self._call = ended, call
 
     def count(self, settlement: Settlement | None, rows: Sequence[Claimed]) -> None:
         """Count the attempts of these rows, which have this result; None is a completion."""
@@ -53,6 +63,12 @@ class Counter:
                 return
         with self._lock:
             self._counts[name] += len(rows)
+            self.ended += len(rows)
+            is_called = self.ended >= self._calls_at
+            if is_called:
+                self._calls_at = math.inf
+        if is_called:
+            self._call()
         if self._observer is not None and rows:
             self._observer.settled(name, rows)
 
