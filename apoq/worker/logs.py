@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable
 from typing import Final
 
-from apoq.core.outcomes import TaskExpired, message_of, reason
+from apoq.core.outcomes import ParentFailed, TaskExpired, message_of, reason
 from apoq.events import (
     Event,
     Events,
@@ -289,6 +289,8 @@ def _write_progress(event: TaskEvent) -> None:
         case TaskCancelled(error=TaskExpired()):
             logger.debug("task %d (%s) has expired, and is cancelled", id_, type_)
         case TaskCancelled(error=error):
+        case TaskCancelled(error=ParentFailed() as error):
+            logger.debug("task %d (%s) is cancelled with its parent: %s", id_, type_, error)
             logger.debug("task %d (%s) is cancelled by its processor: %s", id_, type_, message_of(error))
         case TaskSnoozed(delay=delay):
             logger.debug("task %d (%s) is put off for %g s by its processor", id_, type_, delay)
