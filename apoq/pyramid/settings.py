@@ -15,8 +15,10 @@ from pyramid.settings import aslist, truthy
 from apoq.client.queue import Queue
 from apoq.core.durations import read_duration
 from apoq.core.retention import Keep
-from apoq.errors import ApoqError
+from apoq.errors import ApoqError, glimpse
 from apoq.postgres.urls import database_url
+from apoq.tracing import CHILD, LINK
+from apoq.worker.options import check_metrics, make_tracer
 
 PREFIX: Final = "apoq."
 
@@ -165,6 +167,28 @@ def _base_url(value: Any) -> str:
     return _text(value).rstrip("/")
 
 
+def _metrics(value: Any) -> Any:
+    """Read whether the worker has metrics; a program may also pass the registry that they are added to."""
+    found = _boolean(value) if isinstance(value, str | bool) else value
+    try:
+        check_metrics(found)
+    except TypeError:
+        raise ValueError(
+            f"must be true or false, or a CollectorRegistry in the Configurator's settings, got "
+            f"{glimpse(value)}"
+        ) from None
+    return found
+
+
+def _tracing(value: Any) -> bool | str:
+    text = str(value).strip().lower()
+    if text not in {LINK, CHILD, *truthy, *_FALSY}:
+        raise ValueError(f"must be link, child, true or false, got {value!r}")
+    found = text if text in {LINK, CHILD} else text in truthy
+    make_tracer(found)
+    return found
+
+
 def _database_url(value: Any) -> str:
     return database_url(_text(value)).render_as_string(hide_password=False)
 
@@ -182,5 +206,7 @@ READERS: Final[dict[str, Callable[[Any], Any]]] = {
     "keep_completed": _retention,
     "keep_failed": _retention,
     "listen_url": _database_url,
+    "metrics": _metrics,
+    "tracing": _tracing,
 }
 """The functions that read the settings, by name."""
