@@ -480,6 +480,7 @@ def test_a_million_failed_tasks_would_be_retried_a_thousand_at_a_time(engine, wr
     assert "there may be more" in page
 
 
+@pytest.mark.as_owner("the role is the test's own")
 def test_a_role_that_may_only_read_has_no_buttons(engine, url, admin):
     with engine.begin() as connection:
         EMAILS.add(connection, "a")
