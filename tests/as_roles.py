@@ -82,6 +82,8 @@ class Roles:
         with admin.connect() as connection:
             for name in self._names.values():
                 connection.exec_driver_sql(f"CREATE ROLE {name}")
+            # Workers that log in as their role see the sessions of each other. These log in as the owner.
+            connection.exec_driver_sql(f"GRANT pg_read_all_stats TO {self._names[WORKER]}")
 
     def drop(self, admin: sa.Engine) -> None:
         """Drop them, as far as no database is left in which they have rights."""

@@ -18,6 +18,7 @@ from waiting import patience
 
 from apoq import Queue, Worker
 from apoq.cli import main
+from apoq.monitor.rights import Rights, read_rights
 from apoq.schema import grants
 from apoq.schema.grants import OPERATOR, PRODUCER, READER, TABLES, WORKER, Options
 
@@ -214,6 +215,16 @@ def test_a_command_names_the_grant_that_is_missing(become, engine, queue, revoke
     named = re.compile(rf"as the owner of the tables, GRANT .* ON public.{table} TO {role}\n")
 
     assert any(named.search(run(command)) for command in COMMANDS[kind, options])
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [(OPERATOR, Rights(tasks=True, pauses=True, schedules=True, runs=True)), (READER, Rights())],
+    ids=[OPERATOR, READER],
+)
+def test_the_dashboard_knows_what_a_role_may_change(connect, kind, expected):
+    with connect(kind, Options(with_data=True)).connect() as connection:
+        assert read_rights(connection, None) == expected
 
 
 @pytest.mark.parametrize("table", ["apoq_claims", "apoq_links", "apoq_tasks"])
