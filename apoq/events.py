@@ -39,7 +39,7 @@ class TaskEvent(Event):
     schema: str | None
     """The schema of the task's queue, or None for the connection's own."""
     attempt: int
-    """The number of this attempt: 1 is the first."""
+    """The number of this attempt: 1 is the first, and 0 stands for a task that never began."""
 
 
 @dataclass(frozen=True)
@@ -93,10 +93,14 @@ class TaskFailed(TaskEnded):
 
 @dataclass(frozen=True)
 class TaskCancelled(TaskEnded):
-    """The task's processor has cancelled it by raising `Cancel`."""
+    """The task is cancelled by its processor, or by the worker, because it must not run any more.
+
+    Not if a caller cancels it, which no worker knows. Then the tasks that wait for it are cancelled by the
+    caller as well.
+    """
 
     error: BaseException
-    """The `Cancel` that the processor raised."""
+    """The `Cancel` that the processor raised; or `TaskExpired` or `ParentFailed` of `apoq.core.outcomes`."""
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,13 @@ import sys
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import as_roles
 import pages
 import probe
 import pytest
@@ -34,6 +36,9 @@ FAST = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
 
 CORES = os.cpu_count() or 1
 
+
+AS_ROLES = os.environ.get("APOQ_TEST_AS_ROLES") == "1"
+"""Whether apoq's statements run as roles with the grants of `apoq grants`: see `as_roles`."""
 
 MEMORY = Path("/dev/shm")
 ROOM = 4_000_000_000
@@ -60,6 +65,13 @@ def pytest_configure(config: pytest.Config) -> None:
     if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):
         folder = os.environ["PYTHONPYCACHEPREFIX"] = tempfile.mkdtemp(prefix="apoq-bytecode-")
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip the tests that need the rights of the owner, if apoq runs as roles."""
+    for item in items:
+        if AS_ROLES and (marker := item.get_closest_marker("as_owner")):
+            item.add_marker(pytest.mark.skip(reason=f"as the owner only: {marker.args[0]}"))
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -139,7 +151,14 @@ def admin(server: sa.URL) -> Iterator[sa.Engine]:
 
 
 @pytest.fixture(scope="session")
-def create_database(admin: sa.Engine, server: sa.URL) -> Callable[..., sa.URL]:
+def _roles(admin: sa.Engine) -> Iterator[None]:
+    """The roles of apoq's statements, if they don't run as the owner."""
+    with as_roles.running_as_roles(admin) if AS_ROLES else nullcontext():
+        yield
+
+
+@pytest.fixture(scope="session")
+def create_database(admin: sa.Engine, server: sa.URL, _roles: None) -> Callable[..., sa.URL]:
     with admin.connect() as connection:
         # It takes a third of the time, unless the server has to wait for its disk.
         is_fast = connection.exec_driver_sql("SHOW fsync").scalar_one() == "off"

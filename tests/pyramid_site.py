@@ -14,6 +14,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, configure_mappers, mapped_co
 from transaction.interfaces import TransientError
 
 from apoq import Snooze, Task
+from apoq.metrics import exposition
 from apoq.pyramid import apoq_task
 
 
@@ -80,6 +81,11 @@ def health(request):
     return Response("healthy" if worker is not None and worker.is_healthy() else "no worker")
 
 
+def metrics(request):
+    content_type, body = exposition(request.apoq.worker.metrics, request.headers.get("Accept", ""))
+    return Response(body, headerlist=[("Content-Type", content_type)])
+
+
 def process_id(_request):
     return Response(str(os.getpid()))
 
@@ -94,6 +100,7 @@ VIEWS = [
     cancel,
     retry,
     health,
+    metrics,
     process_id,
 ]
 

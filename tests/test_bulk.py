@@ -25,6 +25,8 @@ NOON = datetime(2031, 5, 4, 12, tzinfo=UTC)
 PAST = datetime(2020, 1, 1, tzinfo=UTC)
 MANY = ["retry_many", "cancel_many"]
 
+RETRIES_KEYS = pytest.mark.as_owner("only an operator retries tasks with unique keys")
+
 
 def put(session: Session, state: str, count: int = 1, **values) -> list[int]:
     """Add tasks in a state, and return their ids."""
@@ -72,7 +74,7 @@ def test_other_ended_tasks_are_retried_if_their_state_is_given(session, queue, s
     [
         ({"type": "a"}, {"type": "a"}, {"type": "b"}),
         ({"error_class": "KeyError"}, {"error": {"class": "KeyError"}}, {"error": {"class": "ValueError"}}),
-        ({"unique_key": "k"}, {"unique_key": "k"}, {"unique_key": "other"}),
+        pytest.param({"unique_key": "k"}, {"unique_key": "k"}, {"unique_key": "other"}, marks=RETRIES_KEYS),
         ({"key": 7}, {"key": "7"}, {"key": "8"}),
         (
             {"since": NOON},
@@ -181,6 +183,7 @@ def test_a_forgotten_session_is_named(queue):
 # Unique keys, and expired tasks
 
 
+@RETRIES_KEYS
 def test_tasks_whose_keys_are_taken_stay_in_place_and_hold_up_no_others(session, queue):
     kept = put(session, "failed", 3, unique_key="taken") + put(session, "failed", expires_at=PAST)
     put(session, "pending", unique_key="taken", held_unique_key="taken")
@@ -193,6 +196,7 @@ def test_tasks_whose_keys_are_taken_stay_in_place_and_hold_up_no_others(session,
     assert queue.retry_many(session, everything=True) == RetriedMany(retried=0, skipped=5)
 
 
+@RETRIES_KEYS
 def test_a_key_that_an_ended_task_still_holds_is_free(session, queue):
     """Such as after the Node.js original, which doesn't know of keys."""
     put(session, "completed", unique_key="k", held_unique_key="k")
@@ -202,6 +206,7 @@ def test_a_key_that_an_ended_task_still_holds_is_free(session, queue):
     assert queue.retry_many(session, everything=True) == RetriedMany(2, 0)
 
 
+@RETRIES_KEYS
 def test_callers_that_want_the_same_keys_do_not_deadlock(engine):
     queue, count = Queue(), 40
     with Session(engine) as session, session.begin():

@@ -465,6 +465,7 @@ class TestDoctor:
 
         assert "\x1b" not in run("doctor").output
 
+    @pytest.mark.as_owner("it looks at the sessions of other roles")
     def test_a_transaction_that_holds_up_vacuum_is_named(self, run, engine, monkeypatch):
         monkeypatch.setattr(table_checks, "LONG_TRANSACTION", timedelta())
         holder = sa.create_engine(
@@ -607,6 +608,7 @@ class TestDoctor:
         with engine.begin() as connection:
             connection.exec_driver_sql(f"DROP OWNED BY {role}; DROP ROLE {role}")
 
+    @pytest.mark.as_owner("the role is the test's own")
     def test_what_this_role_may_not_see_stops_nothing_else(self, run, as_role):
         told = self.findings(run, "--database-url", as_role[1])
 
@@ -641,6 +643,7 @@ class TestDoctor:
         ],
         ids=["no right at all", "SELECT alone", "no schema", "read-only", "row security", "inherited"],
     )
+    @pytest.mark.as_owner("the role is the test's own")
     def test_what_keeps_a_role_from_working_is_to_be_mended(
         self, run, engine, as_role, script, subject, cure
     ):
@@ -656,6 +659,7 @@ class TestDoctor:
         assert [each for each in cures if each.startswith(cure.format(role=role))]
         assert [each["subject"] for each in found if each["level"] == BAD] == [subject] * len(cures)
 
+    @pytest.mark.as_owner("the role is the test's own")
     def test_a_role_that_only_adds_tasks_is_worth_a_look(self, run, engine, as_role):
         role, url = as_role
         with engine.begin() as connection:

@@ -519,6 +519,7 @@ class TestPrune:
         )
         assert [bool(task(engine, each)) for each in ids] == [False, True, False, False, False]
 
+    @pytest.mark.as_owner("the role is the test's own")
     def test_a_role_that_may_not_delete_is_told_so(self, run, engine, ended):
         with engine.begin() as connection:
             connection.exec_driver_sql("CREATE ROLE apoq_reader LOGIN")

@@ -468,6 +468,7 @@ def test_a_schedule_is_run_paused_and_resumed(engine, writer):
     ]
 
 
+@pytest.mark.as_owner("the role is the test's own")
 def test_a_role_that_may_only_read_has_no_buttons(engine, url, admin):
     with engine.begin() as connection:
         EMAILS.add(connection, "a")

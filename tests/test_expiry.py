@@ -282,6 +282,7 @@ def test_tasks_that_are_not_claimed_are_ended_by_the_maintenance(engine, make_wo
 # Afterwards
 
 
+@pytest.mark.as_owner("only an operator retries tasks with unique keys")
 def test_an_expired_task_is_not_retried(session, queue, worker):
     worker.use("t", lambda _task: None)
     with freeze(session, NOON):

@@ -13,6 +13,7 @@ from test_graphs import check_blockers, set_up, states
 from waiting import patience
 
 from apoq import Queue, RunningTask, Task, Worker
+from apoq.worker.maintenance.links_sweep import LinksSweep
 
 until = patience(20)
 
@@ -306,3 +307,15 @@ def test_two_workers_count_each_edge_once(engine, make_worker):
     assert sorted(n for n in ran if n >= 0) == list(range(20))
     with Session(engine) as session:
         check_blockers(session)
+
+
+def test_a_look_at_edges_that_failed_is_repeated_at_the_next_turn():
+    def refuse(_statement, _parameters):
+        raise RuntimeError
+
+    sweep = LinksSweep(None, refuse, 2.0)
+
+    with pytest.raises(RuntimeError):
+        sweep.look()
+
+    assert sweep.looks_at <= time.monotonic()

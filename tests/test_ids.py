@@ -114,6 +114,7 @@ def connect_as_reader(engine, sql):
     sql(f"DROP OWNED BY {name}; DROP ROLE {name}")
 
 
+@pytest.mark.as_owner("the owner reads the sequence")
 def test_doctor_and_check_say_it(engine, sql):
     sql(RESTORED.format("apoq_tasks"))
     statement = "SELECT setval('public.apoq_tasks_id_seq', (SELECT max(id) FROM public.apoq_tasks))"

@@ -222,6 +222,7 @@ class TestARightThatIsGone:
         role = f"worker_{uuid4().hex[:8]}"
         with engine.begin() as connection:
             connection.exec_driver_sql(f"CREATE ROLE {role} LOGIN")
+            connection.exec_driver_sql(f"GRANT USAGE ON SCHEMA public TO {role}")
             connection.exec_driver_sql(f"GRANT ALL ON ALL TABLES IN SCHEMA public TO {role}")
             connection.exec_driver_sql(f"GRANT ALL ON ALL SEQUENCES IN SCHEMA public TO {role}")
         its_engine = sa.create_engine(url.set(username=role))

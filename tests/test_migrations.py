@@ -484,6 +484,7 @@ class TestPrepare:
             with pytest.raises(SchemaMismatch, match=r"waited 0\.001 s"):
                 prepare(hasty)
 
+    @pytest.mark.as_owner("the role is the test's own")
     def test_with_nothing_to_do_the_right_to_look_is_enough(self, role):
         prepare(role("SELECT ON apoq_migrations"))
 

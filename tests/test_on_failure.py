@@ -208,6 +208,7 @@ def test_both_are_written_or_neither(engine, worker):
         connection.exec_driver_sql(
             """
             CREATE SEQUENCE tries;
+            GRANT USAGE ON SEQUENCE tries TO PUBLIC;
             CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
                 IF NEW.type = 'notify' AND nextval('tries') < 3 THEN
                     RAISE EXCEPTION 'not now' USING ERRCODE = 'serialization_failure';

@@ -26,6 +26,8 @@ from apoq.schema.preflight import (
     problems,
 )
 
+pytestmark = pytest.mark.as_owner("the roles of these tests are their own")
+
 until = patience(20)
 
 

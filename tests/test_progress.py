@@ -30,6 +30,7 @@ SOON = 30.0
 
 COUNT_WRITES = """
     CREATE TABLE writes (at timestamptz DEFAULT clock_timestamp());
+    GRANT INSERT ON writes TO PUBLIC;
     CREATE FUNCTION count_write() RETURNS trigger LANGUAGE plpgsql AS
         $$ BEGIN INSERT INTO writes DEFAULT VALUES; RETURN NULL; END $$;
     CREATE TRIGGER count_write AFTER INSERT ON apoq_progress EXECUTE FUNCTION count_write()

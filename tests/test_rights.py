@@ -32,11 +32,12 @@ from apoq.schema.grants import (
 from apoq.schema.models import tasks_table
 from apoq.schema.preflight import only_adds, problems
 
+pytestmark = pytest.mark.as_owner("the roles of these tests are their own")
+
 until = patience(20)
 
 SCRIPTS = [block.code for block in pages.blocks(pages.DOCS / "roles.md", "sql")]
-ADDS, CHANGES, THROTTLES, RESULTS, SCHEDULES, WORKS, READS, WORK_POLICY, ADD_POLICY = SCRIPTS
-(LINKS,) = [block.code for block in pages.blocks(pages.DOCS / "workflows.md", "sql")]
+ADDS, CHANGES, THROTTLES, LINKS, RESULTS, SCHEDULES, WORKS, READS, WORK_POLICY, ADD_POLICY = SCRIPTS
 INSERTED = set(re.search(r"INSERT \((.*?)\)", " ".join(ADDS.split())).group(1).split(", "))
 OTHERS = {column.name for column in tasks_table(None).c} - INSERTED - {"indexed_state"}
 
@@ -240,11 +241,12 @@ def test_the_page_grants_to_a_worker_what_the_preflight_wants(connect):
     [
         (PRODUCER, Options(), [ADDS]),
         (PRODUCER, Options(may_wait=True), [ADDS, RESULTS]),
+        (PRODUCER, Options(may_link=True), [ADDS, LINKS]),
         (PRODUCER, Options(may_cancel=True, may_schedule=True), [ADDS, CHANGES, THROTTLES, SCHEDULES]),
         (WORKER, Options(), [WORKS]),
         (READER, Options(with_data=True), [READS]),
     ],
-    ids=["producer", "producer that waits", "producer with more", "worker", "reader"],
+    ids=["producer", "producer that waits", "of graphs", "producer with more", "worker", "reader"],
 )
 def test_the_page_has_what_the_command_grants(engine, grant, kind, options, scripts):
     role = grant(*scripts).username
@@ -329,6 +331,27 @@ def test_those_for_one_that_adds_let_it_add(connect, engine, queue):
 
     with engine.begin() as connection:
         assert connection.scalar(sa.select(sa.func.count()).select_from(Task)) == 3_001
+
+
+def test_one_that_adds_graphs_may_add_them(connect, engine):
+    queue = Queue()
+
+    @queue.task
+    def step() -> None: ...
+
+    with engine.begin() as connection:
+        older = queue.add(connection, "t")
+    with Session(connect(ADDS, LINKS)) as session, session.begin():
+        first = queue.add(session, "t")
+        queue.add(session, "t", after=[first, older])
+        queue.chain(session, step.call(), step.call(), step.call())
+        with queue.group(session) as group:
+            group.add_many([step.call()] * 3)
+            group.then(step.call())
+
+    with engine.begin() as connection:
+        states = connection.scalars(sa.text("SELECT state FROM apoq_tasks")).all()
+    assert sorted(states) == ["pending"] * 6 + ["waiting"] * 4
 
 
 def test_one_that_adds_graphs_may_add_cancel_and_retry_them(connect, engine):

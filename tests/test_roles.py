@@ -15,7 +15,9 @@ from waiting import patience
 
 from apoq import Cancel, DuplicateTask, Queue, Retry, Snooze, Worker
 from apoq.cli import main
-from apoq.schema.grants import KINDS, OPERATOR, PRODUCER, READER, WORKER
+from apoq.schema.grants import KINDS, OPERATOR, PRODUCER, READER, TABLES, WORKER
+
+pytestmark = pytest.mark.as_owner("the roles of these tests are their own")
 
 until = patience(20)
 
@@ -42,7 +44,7 @@ def become(engine, run) -> Iterator[Callable[..., sa.URL]]:
         connection.exec_driver_sql("REVOKE ALL ON SCHEMA public FROM PUBLIC")
 
     def become(kind: str | None, *options: str) -> sa.URL:
-        role = f"{engine.url.database}_{kind}"
+        role = f"{engine.url.database}_{kind or 'nobody'}"
         if role not in made:
             with engine.begin() as connection:
                 connection.exec_driver_sql(f"CREATE ROLE {role} LOGIN PASSWORD 'app'")
@@ -132,13 +134,14 @@ class TestWorkers:
 
 
 class TestProducers:
-    def test_one_adds_and_no_more(self, connect, engine, queue):
+    def test_one_adds_and_no_more(self, connect, queue, run):
         as_web = connect(PRODUCER)
         with Session(as_web) as session, session.begin():
             task_id = queue.add(session, "t", {"secret": 1}, meta={"a": 1}, delay=1, priority=2).id
             queue.add_many(session, "t", [{}] * 3)
             queue.add_many(session, "t", ({} for _ in range(3)))
 
+        assert run("add", "t", url=as_web.url)[0] == 0
         for statement in (
             "SELECT data FROM apoq_tasks",
             "UPDATE apoq_tasks SET state = 'cancelled'",
@@ -193,7 +196,7 @@ class TestReaders:
             assert refused(connect(READER), f"SELECT {column} FROM apoq_tasks")
         code, said = run("show", str(task_id), url=url)
         assert code == 1
-        assert "apoq grants --reader ROLE --with-data" in said
+        assert f"as the owner of the tables, GRANT SELECT ON public.apoq_tasks TO {url.username}\n" in said
 
     def test_with_the_data_it_sees_everything_and_changes_nothing(self, become, connect, engine, queue, run):
         with engine.begin() as connection:
@@ -296,21 +299,6 @@ class TestTheCommand:
 
         assert f"→ GRANT INSERT (meta) ON public.apoq_tasks TO {role}\n" in said
 
-    def test_with_row_level_security_each_kind_has_its_policy(self, become, engine, queue):
-        with engine.begin() as connection:
-            connection.exec_driver_sql("ALTER TABLE apoq_tasks ENABLE ROW LEVEL SECURITY")
-            queue.add(connection, "t")
-        worker = Worker(sa.create_engine(become(WORKER), poolclass=NullPool), queue)
-        worker.use("t", lambda task: None)
-        with sa.create_engine(become(PRODUCER), poolclass=NullPool).begin() as connection:
-            queue.add(connection, "t")
-        become(WORKER)  # once more: the policy is there
-
-        assert worker.work()
-        assert worker.work()
-        with sa.create_engine(become(READER), poolclass=NullPool).begin() as connection:
-            assert connection.scalar(sa.text("SELECT count(*) FROM apoq_tasks")) == 2
-
     def test_names_are_quoted(self, engine, run):
         _, said = run("grants", "--reader", 'The "Readers"')
 
@@ -336,6 +324,156 @@ class TestTheCommand:
             1,
             True,
         ), said
+
+
+class TestRowSecurity:
+    @pytest.fixture
+    def sql(self, engine) -> Callable[..., None]:
+        """Execute statements as the owner; {role} is the role's name."""
+
+        def execute(*statements: str) -> None:
+            with engine.begin() as connection:
+                for statement in statements:
+                    connection.exec_driver_sql(statement)
+
+        return execute
+
+    @pytest.fixture
+    def guarded(self, sql) -> None:
+        sql(*(f"ALTER TABLE {table} ENABLE ROW LEVEL SECURITY" for table in TABLES))
+
+    def test_each_kind_has_its_policies_on_each_table(self, guarded, connect, queue):
+        with connect(PRODUCER, "--may-cancel", "--may-link").begin() as connection:
+            first = queue.add(connection, "t")
+            queue.add(connection, "t", after=[first])
+            assert queue.cancel(connection, first)
+            assert queue.retry(connection, first, with_cancelled=True)
+        worker = Worker(connect(WORKER), queue)
+        worker.use("t", lambda task: None)
+
+        assert worker.work()
+        assert worker.work()
+
+        with connect(READER).begin() as connection:
+            assert connection.scalar(sa.text("SELECT count(*) FROM apoq_tasks")) == 2
+        connect(WORKER)  # once more: the policies are there
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_the_doctor_is_content_with_what_was_granted(self, guarded, become, run, kind):
+        role = become(kind).username
+
+        code, said = run("doctor", f"--{kind}", role)
+
+        assert (code, f"'{role}' has the rights of a {kind}\n" in said) == (0, True), said
+
+    def test_policies_of_any_name_count(self, guarded, become, run, sql):
+        role = become(WORKER).username
+        for table in TABLES:
+            sql(
+                f"DROP POLICY apoq_worker_all_{role} ON {table}",
+                f"CREATE POLICY mine ON {table} TO {role} USING (true)",
+            )
+
+        assert run("doctor", "--worker", role)[0] == 0
+        assert "CREATE POLICY" not in run("grants", "--worker", role)[1]
+
+    def test_one_that_lets_only_some_rows_through_is_not_enough_for_a_worker(self, guarded, become, run, sql):
+        role = become(WORKER).username
+        sql(f"ALTER POLICY apoq_worker_all_{role} ON apoq_tasks USING (type = 'a')")
+
+        code, said = run("doctor", "--worker", role)
+
+        assert code == 1
+        assert f"row-level security hides rows of public.apoq_tasks from '{role}'" in said
+        (cure,) = re.findall(r"→ (DROP POLICY .*)", said)
+        sql(cure)
+        assert run("doctor", "--worker", role)[0] == 0
+
+    def test_for_a_producer_it_is_left_as_it_is(self, become, run, sql, queue):
+        url = become(PRODUCER)
+        role = url.username
+        sql(
+            "ALTER TABLE apoq_tasks ENABLE ROW LEVEL SECURITY",
+            f"CREATE POLICY tenant ON apoq_tasks TO {role} USING (meta ->> 'tenant' = '7')",
+        )
+
+        code, said = run("grants", "--producer", role, "--apply")
+
+        assert (code, "CREATE POLICY" in said) == (0, False)
+        code, said = run("doctor", "--producer", role)
+        assert code == 0
+        assert (
+            "has the rights of a producer; by row-level security, it sees only some rows of public.apoq_tasks"
+            in said
+        )
+
+    def test_a_producer_gets_only_the_policies_that_are_missing(self, become, run, sql):
+        role = become(PRODUCER).username
+        sql(
+            "ALTER TABLE apoq_tasks ENABLE ROW LEVEL SECURITY",
+            f"CREATE POLICY tenant ON apoq_tasks FOR INSERT TO {role} WITH CHECK (meta ->> 'tenant' = '7')",
+        )
+
+        _, said = run("grants", "--producer", role)
+
+        (policy,) = re.findall(r"CREATE POLICY .*;", said)
+        assert f" ON public.apoq_tasks FOR SELECT TO {role} USING (true);" in policy
+
+    def test_a_role_that_does_not_exist_yet_gets_its_policies(self, guarded, run):
+        assert run("grants", "--worker", "nobody")[1].count("CREATE POLICY") == len(TABLES)
+
+    def test_a_restrictive_policy_is_named(self, guarded, become, run, sql):
+        role = become(WORKER).username
+        sql(f"CREATE POLICY less ON apoq_tasks AS RESTRICTIVE TO {role} USING (type = 'a')")
+
+        for command in ("doctor", "grants"):
+            code, said = run(command, "--worker", role, *(["--apply"] if command == "grants" else []))
+            assert code == 1
+            cure = (
+                f"change the restrictive policies less of public.apoq_tasks, or ALTER ROLE {role} BYPASSRLS"
+            )
+            assert cure in said
+
+        sql(f"ALTER ROLE {role} BYPASSRLS")
+        assert run("doctor", "--worker", role)[0] == 0
+
+    def test_the_names_of_policies_are_not_truncated(self, guarded, run, sql, engine):
+        roles = [f"{engine.url.database}_{'x' * 40}_{number}" for number in range(2)]
+        sql(*(f"CREATE ROLE {role}" for role in roles))
+        try:
+            for _ in range(2):
+                code, said = run("grants", *(f"--worker={role}" for role in roles), "--apply")
+                assert code == 0, said
+            assert run("doctor", *(f"--worker={role}" for role in roles))[0] == 0
+        finally:
+            sql(*(f"DROP OWNED BY {role}; DROP ROLE {role}" for role in roles))
+
+    def test_it_does_not_apply_to_the_owner_unless_it_is_forced(self, guarded, run, sql, engine):
+        owner = f"{engine.url.database}_owner"
+        sql(f"CREATE ROLE {owner}", *(f"ALTER TABLE {table} OWNER TO {owner}" for table in TABLES))
+        try:
+            assert "CREATE POLICY" not in run("grants", "--worker", owner)[1]
+            sql("ALTER TABLE apoq_tasks FORCE ROW LEVEL SECURITY")
+            assert run("grants", "--worker", owner)[1].count("CREATE POLICY") == 1
+        finally:
+            sql(f"REASSIGN OWNED BY {owner} TO CURRENT_USER", f"DROP OWNED BY {owner}", f"DROP ROLE {owner}")
+
+
+class TestConnecting:
+    def test_the_right_to_connect_is_granted_if_not_everybody_has_it(
+        self, become, connect, run, engine, queue
+    ):
+        database = engine.url.database
+        with engine.begin() as connection:
+            connection.exec_driver_sql(f"REVOKE ALL ON DATABASE {database} FROM PUBLIC")
+        role = become(None).username
+        assert f"GRANT CONNECT ON DATABASE {database} TO {role}" in run("doctor", "--producer", role)[1]
+
+        with connect(PRODUCER).begin() as connection:
+            queue.add(connection, "t")
+
+    def test_otherwise_it_is_not_mentioned(self, become, run):
+        assert "CONNECT" not in run("grants", "--worker", become(WORKER).username)[1]
 
 
 def _count(engine: sa.Engine, condition: str) -> int:

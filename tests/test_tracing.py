@@ -12,10 +12,9 @@ import sqlalchemy as sa
 from opentelemetry import trace
 from opentelemetry.instrumentation.psycopg import PsycopgInstrumentor
 from opentelemetry.instrumentation.sqlalchemy import SQLAlchemyInstrumentor
-from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
-from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.trace import SpanKind, StatusCode
+from spans import EXPORTER, ended, ids, linked, provide
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
@@ -26,24 +25,19 @@ from apoq.errors import MissingExtra
 
 until = patience(20)
 
-EXPORTER = InMemorySpanExporter()
 tracer = trace.get_tracer("the application")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _provider() -> None:
-    provider = TracerProvider()
-    provider.add_span_processor(SimpleSpanProcessor(EXPORTER))
-    trace.set_tracer_provider(provider)
+    provide()
 
 
 @pytest.fixture(autouse=True)
 def spans() -> Iterator[Callable[..., list[ReadableSpan]]]:
     """Return the spans that have ended, of this name or all."""
     EXPORTER.clear()
-    yield lambda name=None: [
-        span for span in EXPORTER.get_finished_spans() if name is None or span.name == name
-    ]
+    yield ended
     EXPORTER.clear()
 
 
@@ -61,14 +55,6 @@ def add(engine, queue) -> Callable[..., trace.SpanContext]:
         return span.get_span_context()
 
     return add
-
-
-def linked(span: ReadableSpan) -> list[tuple[int, int]]:
-    return [(link.context.trace_id, link.context.span_id) for link in span.links]
-
-
-def ids(context: trace.SpanContext) -> tuple[int, int]:
-    return context.trace_id, context.span_id
 
 
 class TestAdding:

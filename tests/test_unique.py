@@ -488,6 +488,7 @@ def test_a_rescued_task_takes_its_key_only_if_it_is_free(engine, queue, make_wor
     until(lambda: holding(engine) == [holder.id])
 
 
+@pytest.mark.as_owner("only an operator retries tasks with unique keys")
 def test_retry_takes_the_key_again(engine, queue, worker):
     worker.use("t", lambda task: None)
     first = add(engine, queue)

@@ -270,6 +270,7 @@ def own(engine):
     own.dispose()
 
 
+@pytest.mark.as_owner("only an operator retries tasks with unique keys")
 def test_whatever_happens_a_key_is_held_by_one_task_that_has_not_ended(engine, own):
     run_state_machine_as_test(
         partial(UniqueTasks, engine, own),

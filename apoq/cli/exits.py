@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import IO, Any, Final
 
@@ -15,10 +15,12 @@ import sqlalchemy.exc
 from sqlalchemy import URL
 
 from apoq.cli.commands import COMMANDS
+from apoq.cli.roles import as_options, needed
 from apoq.cli.streams import NARROWEST, is_terminal
 from apoq.errors import ApoqError, SchemaMismatch
 from apoq.migrations.prepare import NO_ENCODING
 from apoq.monitor.formatting import clean
+from apoq.postgres.connections import is_denied
 from apoq.postgres.urls import without_password
 
 
@@ -95,10 +97,7 @@ SENTENCES: Final[dict[str, tuple[type[Failure], str]]] = {
         "{message}: give a schema with --schema, or set this role's search_path to one that exists",
     ),
     "40": (Failure, "another transaction interfered: {message}: try again"),
-    "42501": (
-        Failure,
-        "{message}: use another role, or grant what `apoq grants {roles}` prints",
-    ),
+    "42501": (Failure, "{message}: use another role, or as the owner of the tables, {grants}"),
     "42703": (NotReady, f"{{message}}: {_MIGRATE}"),
     "42P01": (NotReady, f"{{message}}: {_MIGRATE}"),
     "53": (Failure, "the server has run out of a resource: {message}: free some there, and try again"),
@@ -127,8 +126,12 @@ _OTHER: Final = (
 )
 
 
+Lacking = Callable[[str], list[str]]
+"""Returns the statements that grant what the role lacks, for a message of the server."""
+
+
 @contextmanager
-def explained(url: URL | None = None) -> Iterator[None]:
+def explained(url: URL | None = None, lacking: Lacking | None = None) -> Iterator[None]:
     """Turn errors of the database and of apoq into a `Failure`; any other error is a bug, and passes."""
     try:
         yield
@@ -137,7 +140,7 @@ def explained(url: URL | None = None) -> Iterator[None]:
     except ApoqError as error:
         raise Failure(_in_one_line(error)) from error
     except (sqlalchemy.exc.DBAPIError, psycopg.Error) as error:
-        raise explanation(getattr(error, "orig", None) or error, url) from error
+        raise explanation(getattr(error, "orig", None) or error, url, lacking) from error
     except sqlalchemy.exc.TimeoutError as error:
         raise Failure(f"no connection was free: {error.args[0]}: raise the engine's pool_size") from error
     except (AssertionError, TypeError) as error:
@@ -147,32 +150,22 @@ def explained(url: URL | None = None) -> Iterator[None]:
         raise failure from error
 
 
-def explanation(error: BaseException, url: URL | None = None) -> Failure:
+def explanation(error: BaseException, url: URL | None = None, lacking: Lacking | None = None) -> Failure:
     """Return what to say about an error of psycopg or of the server."""
     state = getattr(error, "sqlstate", None) or ""
     kind, sentence = SENTENCES.get(state) or SENTENCES.get(state[:2]) or _OTHER
     if not state:
         kind, sentence = _without_a_state(error)
     at = "" if url is None else f" at {shown(url)}"
-    return kind(sentence.format(message=_message(error), at=at, state=state, roles=_roles()))
+    message = _message(error)
+    grants = _grants(message, lacking) if is_denied(error) else ""
+    return kind(sentence.format(message=message, at=at, state=state, grants=grants))
 
 
-def _roles() -> str:
-    """Return the options of `apoq grants` for a role that may call the current command."""
-    context = click.get_current_context(silent=True)
-    while context is not None and context.info_name not in _ROLES:
-        context = context.parent
-    return _ROLES["worker"] if context is None else _ROLES[str(context.info_name)]
-
-
-_ROLES: Final = {
-    "worker": "--worker ROLE",
-    "add": "--producer ROLE",
-    **dict.fromkeys(("list", "show", "failures", "schedules"), "--reader ROLE --with-data"),
-    **dict.fromkeys(("stats", "check", "health", "metrics"), "--reader ROLE"),
-    **dict.fromkeys(("cancel", "retry", "pause", "resume", "prune"), "--operator ROLE"),
-}
-"""The options of `apoq grants`, by command."""
+def _grants(message: str, lacking: Lacking | None) -> str:
+    """Return the grants that are missing, or else the command that prints them."""
+    found = [] if lacking is None else lacking(message)
+    return "; ".join(found) if found else f"grant what `apoq grants {as_options(*needed())}` prints"
 
 
 def _without_a_state(error: BaseException) -> tuple[type[Failure], str]:

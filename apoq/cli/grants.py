@@ -11,7 +11,7 @@ import sqlalchemy as sa
 
 from apoq.cli.exits import BadUsage, Failure, NotReady
 from apoq.cli.target import Target
-from apoq.schema import grants
+from apoq.schema import grants, row_security
 from apoq.schema.grants import KINDS, OPERATOR, PRODUCER, READER, WORKER, Options, Place
 
 _ROLES: Final = (
@@ -25,6 +25,9 @@ _ROLES: Final = (
         help="A role that reads everything, and cancels, retries, pauses and deletes.",
     ),
     click.option("--may-cancel", is_flag=True, help="Producers also cancel and retry, and use unique keys."),
+    click.option(
+        "--may-link", is_flag=True, help="Producers also add tasks that wait for others, chains and groups."
+    ),
     click.option("--may-wait", is_flag=True, help="Producers also read the results and progress of tasks."),
     click.option(
         "--may-schedule", is_flag=True, help="Producers also schedule tasks, and pause and limit queues."
@@ -90,7 +93,7 @@ def _statements(
     names = grants.quoted(connection, [role for _, role in given])
     for (kind, role), name in zip(given, names, strict=True):
         yield from grants.statements(place, kind, name, options)
-        yield from grants.policies(connection, place, kind, role)
+        yield from row_security.policies(connection, place, kind, role, options)
 
 
 def _refuse_ineffective(
@@ -98,6 +101,10 @@ def _refuse_ineffective(
 ) -> None:
     """Fail if a role still lacks something: PostgreSQL only warns if this role may not grant it."""
     for kind, role in given:
+        (name,) = grants.quoted(connection, [role])
+        for its in row_security.hidden_rows(connection, place, kind, role, options):
+            if cure := row_security.restrictions(its, name):
+                raise Failure(f"row-level security hides rows of {its.table} from {role!r}: {cure}")
         if lacked := grants.missing(connection, place, kind, role, options):
             raise Failure(
                 f"this role may not grant all of it; as the owner of the tables: {'; '.join(lacked)}"

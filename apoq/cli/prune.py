@@ -7,7 +7,7 @@ from typing import Final
 
 import click
 
-from apoq.cli.exits import Failure, explained, warn
+from apoq.cli.exits import Failure, warn
 from apoq.cli.looking import looking
 from apoq.cli.output import confirm, json_option, show_json, yes_option
 from apoq.cli.selection import progress
@@ -95,7 +95,7 @@ def command(
 def _delete(target: Target, rules: list[Rule], total: int | None) -> None:
     engine = own_engine(target.engine)
     try:
-        with explained(target.url), progress("delete", total) as advance:
+        with target.explained(), progress("delete", total) as advance:
             for rule in rules:
                 more = True
                 while more:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Final
 
 import sqlalchemy as sa
@@ -11,6 +11,7 @@ import sqlalchemy.exc
 from sqlalchemy import URL, event
 
 from apoq.cli.exits import BadUsage, explained
+from apoq.cli.roles import lacking
 from apoq.errors import ApoqError
 from apoq.migrations import check
 from apoq.postgres.connections import prepare_where_kept
@@ -82,13 +83,17 @@ class Target:
         if self._is_own and self._engine is not None:
             self._engine.dispose()
 
+    def explained(self) -> AbstractContextManager[None]:
+        """Turn errors into one line; see `exits.explained`. It names the grants that the role lacks."""
+        return explained(self.url, lambda message: lacking(self.engine, self.schema, message))
+
     @contextmanager
     def begin(self, *, prepared: bool = True) -> Iterator[sa.Connection]:
         """Open a transaction that commits at the end; an error ends the command with one line.
 
         So do tables that don't have this library's version, unless `prepared` is False.
         """
-        with explained(self.url), self.engine.begin() as connection:
+        with self.explained(), self.engine.begin() as connection:
             if prepared:
                 check(connection, self.schema)
             yield connection

@@ -15,6 +15,7 @@ from apoq.schema.statements.cascade import (
     FREE,
     LEFT,
     NEXT,
+    REPORT,
     apply_failures,
     reopen,
     revive,
@@ -22,6 +23,9 @@ from apoq.schema.statements.cascade import (
 
 Execute = Callable[[Executable, dict[str, Any]], Iterable[Mapping[Any, Any]]]
 """Executes a statement, and returns its rows."""
+
+Report = Callable[[Mapping[Any, Any]], None]
+"""Takes a task that was cancelled: its id, type, queue, attempt, and the reason."""
 
 
 class Cascade(NamedTuple):
@@ -34,14 +38,19 @@ class Cascade(NamedTuple):
 
 
 def fail_children(
-    execute: Execute, schema: str | None, ids: Iterable[int], *, waits: bool = False
+    execute: Execute,
+    schema: str | None,
+    ids: Iterable[int],
+    *,
+    waits: bool = False,
+    report: Report | None = None,
 ) -> Cascade:
     """Apply the ends of tasks that have not completed to the tasks that wait for them, level by level.
 
-    `waits`: as for `apply_failures`.
+    `waits`: as for `apply_failures`. `report` is called for each task that is cancelled.
     """
     cascade = Cascade(set(), set())
-    statement = apply_failures(schema, waits=waits)
+    statement = apply_failures(schema, waits=waits, reports=report is not None)
     level = set(ids)
     while level:
         below: set[int] = set()
@@ -54,7 +63,9 @@ def fail_children(
                     kind, id_ = row["kind"], row["id"]
                     written += kind == EDGE
                     looked_at += kind in {EDGE, LEFT}
-                    if kind == NEXT:
+                    if kind == REPORT and report is not None:
+                        report(row)
+                    elif kind == NEXT:
                         below.add(id_)
                     elif kind == FREE:
                         cascade.free.add(id_)

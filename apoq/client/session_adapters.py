@@ -27,6 +27,7 @@ from sqlalchemy.util import await_only, greenlet_spawn
 from sqlalchemy.util.concurrency import in_greenlet
 
 from apoq.client.after_commit import notify_after_connection_commit, notify_after_session_commit
+from apoq.client.missing_rights import what_to_grant
 from apoq.client.unsupported_sessions import is_mock, kind_of, refusal
 from apoq.errors import SchemaMismatch, UnsupportedSession, command, preparing
 from apoq.postgres.connections import compiled, is_denied, is_missing
@@ -425,11 +426,7 @@ def _clear_errors(statement: Any) -> Iterator[None]:
     except (DBAPIError, psycopg.Error) as error:
         cause: Any = getattr(error, "orig", error)
         if is_denied(error):
-            error.add_note(
-                f"The role needs what `{command('grants')} --producer ROLE` prints; to cancel and retry, or "
-                "for unique keys, with --may-cancel; to read results, with --may-wait; to schedule or pause, "
-                "with --may-schedule."
-            )
+            error.add_note(what_to_grant(cause))
         if is_missing(error):
             raise SchemaMismatch(
                 f"{cause.diag.message_primary}: apoq's tables seem to be missing, or at another version: "

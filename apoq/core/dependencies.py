@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, Final, Literal, NamedTuple
 
+from apoq.core.outcomes import ParentFailed
 from apoq.errors import InvalidTask, glimpse
 
 OnParentFailure = Literal["cancel", "run", "hold"]
@@ -19,7 +20,7 @@ MAX_PARENTS: Final = 1_000
 MAX_MEMBERS: Final = 100_000
 """Tasks of a group, at most."""
 
-ERROR_CLASS: Final = "ParentFailed"
+ERROR_CLASS: Final = ParentFailed.__name__
 """The class in the error of a task that was cancelled because one of its parents has not completed."""
 
 

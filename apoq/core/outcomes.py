@@ -104,6 +104,10 @@ class TaskExpired(Outcome):
     """The task had not started at its time to expire (expires_at), and doesn't start any more."""
 
 
+class ParentFailed(Outcome):
+    """A task that this one waited for has failed, was cancelled or was deleted, so this one is cancelled."""
+
+
 class Settlement(NamedTuple):
     """The values that are written to a task when an attempt ends without completing it."""
 

@@ -49,7 +49,8 @@ def _of_database(cause: BaseException) -> Problem | None:
         return Problem("A row is locked", text, "Try again when that transaction has ended.")
     if state == _NO_RIGHT:
         message = getattr(getattr(cause, "diag", None), "message_primary", None) or "a right is missing"
-        return Problem("A right is missing", f"{message}.", "Use a role that may do this, or grant it.", 403)
+        advice = "Use a role that may do this, or grant what `apoq grants --operator ROLE` prints."
+        return Problem("A right is missing", f"{message}.", advice, 403)
     if is_away(cause):
         text = "The database can't be reached, or doesn't respond."
         return Problem("The database is away", text, "This page will work again when it responds.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Self
 
@@ -11,12 +11,19 @@ from apoq.core.recycling import read_max_age, read_max_memory, read_max_tasks
 from apoq.core.retention import retention
 from apoq.core.retry import duration
 from apoq.schema.models import DEFAULT_QUEUE
+from apoq.worker.options import check_metrics, make_tracer
 
 PREFIX: Final = "APOQ_"
 
 _DURATIONS: Final = ("poll_interval", "lease")
 _RETENTIONS: Final = ("keep_completed", "keep_failed")
 _LIMITS: Final = {"max_tasks": read_max_tasks, "max_memory": read_max_memory, "max_age": read_max_age}
+
+_CHECKS: Final[Mapping[str, Callable[[Any, str], object]]] = {
+    "metrics": check_metrics,
+    "tracing": make_tracer,
+}
+"""Checks of settings that the worker makes, too: but the in-process worker is made on a thread."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +43,10 @@ class Settings:
 
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> Self:
-        """Read and check the settings. Durations may be in seconds or timedeltas, and retentions a `Keep`."""
+        """Read and check the settings. Durations may be in seconds or timedeltas, and retentions a `Keep`.
+
+        Raises `MissingExtra` for metrics or traces whose library is not installed.
+        """
         own = _given(config, ("queue", "schema", "bind", "in_process_worker"))
         worker = _given(config, ("concurrency", "listen_url"))
         for name, value in _given(config, _LIMITS).items():
@@ -45,6 +55,9 @@ class Settings:
             worker[name] = None if value is None else duration(value, PREFIX + name.upper())
         for name, value in _given(config, _RETENTIONS).items():
             worker[name] = retention(value, PREFIX + name.upper())
+        for name, value in _given(config, _CHECKS).items():
+            _CHECKS[name](value, PREFIX + name.upper())
+            worker[name] = value
         settings = cls(**own, worker=worker)
         if not isinstance(settings.in_process_worker, bool):
             raise TypeError(

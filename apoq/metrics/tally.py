@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from operator import itemgetter
 from typing import Any, Final
 
-from apoq.events import Events, TaskLost, TaskSnoozed, TasksRescued
+from apoq.core.outcomes import ParentFailed
+from apoq.events import Events, TaskCancelled, TaskLost, TaskSnoozed, TasksRescued
 from apoq.metrics.histogram import Histogram
 from apoq.schema.statements.claim import PROCESS_AT, QUEUE, TYPE
 
@@ -63,6 +64,7 @@ class Tally:
         """Count the outcomes that are rare enough for events."""
         events.on(TaskSnoozed, lambda event: self._add(SNOOZED, (event.queue, event.type)))
         events.on(TaskLost, lambda event: self._add(LOST, (event.queue, event.type)))
+        events.on(TaskCancelled, self._cancelled)
         events.on(TasksRescued, lambda event: self._add(RESCUED, (OTHER, OTHER), event.count))
 
     def ran(self, row: Sequence[Any], seconds: float, number: int) -> None:
@@ -102,6 +104,11 @@ class Tally:
             threads = list(self._runs)
         for runs in threads:
             yield from list(runs.items())
+
+    def _cancelled(self, event: TaskCancelled) -> None:
+        """Count a task that was cancelled with its parent; those that a worker has claimed are `settled`."""
+        if isinstance(event.error, ParentFailed):
+            self._add(CANCELLED, (event.queue, event.type))
 
     def _add(self, outcome: str, series: Series, count: int = 1) -> None:
         with self._lock:

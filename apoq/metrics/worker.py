@@ -93,6 +93,12 @@ class WorkerMetrics(Collector):
         )
 
 
+def check(metrics: object, name: str) -> None:
+    """Raise `TypeError` if this is neither True nor a registry; `name` is the option or setting."""
+    if metrics is not True and not isinstance(metrics, CollectorRegistry):
+        raise TypeError(f"{name} must be True, False or a CollectorRegistry, got {glimpse(metrics)}")
+
+
 def observe(
     metrics: Any, events: Events, state: Callable[[], WorkerState], *, has_one_queue: bool
 ) -> tuple[Tally, CollectorRegistry]:
@@ -100,8 +106,6 @@ def observe(
 
     `metrics` is that registry, or True for a new one.
     """
-    if metrics is not True and not isinstance(metrics, CollectorRegistry):
-        raise TypeError(f"metrics must be True, False or a CollectorRegistry, got {glimpse(metrics)}")
     registry = CollectorRegistry() if metrics is True else metrics
     tally = Tally(has_one_queue=has_one_queue)
     try:

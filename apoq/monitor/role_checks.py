@@ -8,7 +8,7 @@ import sqlalchemy as sa
 
 from apoq.monitor.check import BAD, OK, Finding
 from apoq.monitor.formatting import clean
-from apoq.schema import grants
+from apoq.schema import grants, row_security
 from apoq.schema.grants import Options, Place
 
 
@@ -30,10 +30,20 @@ def check_roles(
 
 
 def _check(connection: sa.Connection, place: Place, kind: str, role: str, options: Options) -> Finding:
-    lacked = grants.missing(connection, place, kind, role, options)
-    hidden = grants.policies(connection, place, kind, role)
     name = clean(role)
-    if not lacked and not hidden:
-        return Finding(OK, "roles", f"{name!r} has the rights of a {kind}")
-    text = f"{name!r} lacks rights of a {kind}" if lacked else f"row-level security hides tasks from {name!r}"
-    return Finding(BAD, "roles", text, "; ".join([*lacked, *hidden]))
+    lacked = grants.missing(connection, place, kind, role, options)
+    hidden = row_security.hidden_rows(connection, place, kind, role, options)
+    tables = ", ".join(its.table for its in hidden)
+    if lacked or not all(its.is_allowed for its in hidden):
+        text = (
+            f"{name!r} lacks rights of a {kind}"
+            if lacked
+            else f"row-level security hides rows of {tables} from {name!r}"
+        )
+        (quoted,) = grants.quoted(connection, [role])
+        restrictions = (row_security.restrictions(its, quoted) for its in hidden)
+        policies = row_security.policies(connection, place, kind, role, options)
+        cure = [*lacked, *policies, *filter(None, restrictions)]
+        return Finding(BAD, "roles", text, "; ".join(cure))
+    limited = f"; by row-level security, it sees only some rows of {tables}" if hidden else ""
+    return Finding(OK, "roles", f"{name!r} has the rights of a {kind}{limited}")

@@ -16,8 +16,10 @@ from apoq.client.queue import Queue
 from apoq.core.durations import read_duration
 from apoq.core.recycling import read_max_memory
 from apoq.core.retention import Keep
-from apoq.errors import ApoqError
+from apoq.errors import ApoqError, glimpse
 from apoq.postgres.urls import database_url
+from apoq.tracing import CHILD, LINK
+from apoq.worker.options import check_metrics, make_tracer
 
 PREFIX: Final = "apoq."
 
@@ -173,6 +175,28 @@ def _base_url(value: Any) -> str:
     return _text(value).rstrip("/")
 
 
+def _metrics(value: Any) -> Any:
+    """Read whether the worker has metrics; a program may also pass the registry that they are added to."""
+    found = _boolean(value) if isinstance(value, str | bool) else value
+    try:
+        check_metrics(found)
+    except TypeError:
+        raise ValueError(
+            f"must be true or false, or a CollectorRegistry in the Configurator's settings, got "
+            f"{glimpse(value)}"
+        ) from None
+    return found
+
+
+def _tracing(value: Any) -> bool | str:
+    text = str(value).strip().lower()
+    if text not in {LINK, CHILD, *truthy, *_FALSY}:
+        raise ValueError(f"must be link, child, true or false, got {value!r}")
+    found = text if text in {LINK, CHILD} else text in truthy
+    make_tracer(found)
+    return found
+
+
 def _database_url(value: Any) -> str:
     return database_url(_text(value)).render_as_string(hide_password=False)
 
@@ -193,5 +217,7 @@ READERS: Final[dict[str, Callable[[Any], Any]]] = {
     "max_tasks": _number,
     "max_memory": _memory,
     "max_age": _interval,
+    "metrics": _metrics,
+    "tracing": _tracing,
 }
 """The functions that read the settings, by name."""

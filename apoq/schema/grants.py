@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final, NamedTuple
 
-from sqlalchemy import Connection
+from sqlalchemy import Connection, Table
 
 from apoq.schema.models import schedules_table, tasks_table
 from apoq.schema.statements.preflight import (
-    existing_policies,
+    closed_database,
     guarded,
     id_sequence,
     lacked_privileges,
     missing_roles,
     quoted_names,
-    sees_all,
     tables,
 )
+from apoq.schema.tables import links_table
 
 PRODUCER: Final = "producer"
 WORKER: Final = "worker"
@@ -39,8 +39,17 @@ GIVEN: Final = (
 UNIQUE: Final = ("unique_key", "held_unique_key", "unique_until_end")
 """The columns that it also writes with a unique key."""
 
+LINKED: Final = (
+    *("id", "state", "blockers", "waiting_since", "waiting_for", "on_parent_failure"),
+    *("group_id", "is_followed", "has_parts"),
+)
+"""The columns that it also writes for a task of a graph."""
+
 RETURNED: Final = ("id", "created_at", "process_at", "expires_at")
 """The columns that `add` returns."""
+
+LOOKED_AT: Final = ("id", "created_at", "state", "result", "is_followed")
+"""The columns of its parents that `add` reads."""
 
 AWAITED: Final = ("id", "queue", "type", "state", "result", "error")
 """The columns that `result` and `wait` read."""
@@ -50,6 +59,9 @@ CHANGED: Final = (
     *("error", "held_unique_key", "waiting_since", "waiting_for", "pool_key", "result"),
 )
 """The columns that `cancel` and `retry` write; they also write `process_at`."""
+
+CASCADED: Final = ("error", "is_done", "needs_check")
+"""The columns of edges that `cancel` and `retry` write."""
 
 PRIVATE: Final = ("data", "meta", "error", "result")
 """The columns that a reader sees only with `--with-data`."""
@@ -68,6 +80,8 @@ class Options(NamedTuple):
 
     may_cancel: bool = False
     """Whether producers cancel and retry tasks, or use unique keys."""
+    may_link: bool = False
+    """Whether producers add tasks that wait for others, chains and groups."""
     may_wait: bool = False
     """Whether producers read results and progress of tasks."""
     may_schedule: bool = False
@@ -87,16 +101,26 @@ def needs_sequence(kind: str) -> bool:
 
 
 def _producer(options: Options) -> Iterator[Grant]:
-    yield Grant("INSERT", TASKS, (*GIVEN, *(UNIQUE if options.may_cancel else ())))
-    if options.may_cancel:
+    cancels, links, waits = options.may_cancel, options.may_link, options.may_wait
+    yield Grant("SELECT", MIGRATIONS)
+    yield Grant("INSERT", TASKS, (*GIVEN, *(UNIQUE if cancels else ()), *(LINKED if links else ())))
+    if cancels:
         yield Grant("SELECT", TASKS)
-        yield Grant("UPDATE", TASKS, _all_changed())
+    else:
+        read = (*RETURNED, *(LOOKED_AT if links else ()), *(AWAITED if waits else ()))
+        yield Grant("SELECT", TASKS, tuple(dict.fromkeys(read)))
+    if changed := (*(_all_changed() if cancels else ()), *(("is_followed",) if links else ())):
+        yield Grant("UPDATE", TASKS, changed)
+    if cancels:
         for privilege in ("SELECT", "INSERT", "UPDATE", "DELETE"):
             yield Grant(privilege, THROTTLES)
-    else:
-        awaited = (*RETURNED, *(name for name in AWAITED if name not in RETURNED))
-        yield Grant("SELECT", TASKS, awaited if options.may_wait else RETURNED)
-    if options.may_wait:
+        # `cancel_many` and `retry_many` find running tasks by their claims.
+        yield Grant("SELECT", CLAIMS)
+        yield Grant("SELECT", LINKS)
+        yield Grant("UPDATE", LINKS, CASCADED)
+    if links:
+        yield Grant("INSERT", LINKS)
+    if waits:
         yield Grant("SELECT", PROGRESS)
     if options.may_schedule:
         for privilege in ("SELECT", "INSERT", "UPDATE", "DELETE"):
@@ -113,21 +137,30 @@ def _worker(_options: Options) -> Iterator[Grant]:
 
 def _reader(options: Options) -> Iterator[Grant]:
     for table in TABLES:
-        if options.with_data or table not in {TASKS, SCHEDULES, PROGRESS}:
+        if table in _WITH_DATA and not options.with_data:
+            columns = (column.name for column in _WITH_DATA[table](None).c)
+            yield Grant("SELECT", table, tuple(name for name in columns if name not in PRIVATE))
+        elif table != THROTTLES and (options.with_data or table != PROGRESS):
             yield Grant("SELECT", table)
-    if not options.with_data:
-        for name, its in ((TASKS, tasks_table(None)), (SCHEDULES, schedules_table(None))):
-            yield Grant("SELECT", name, tuple(column.name for column in its.c if column.name not in PRIVATE))
+
+
+_WITH_DATA: Final[Mapping[str, Callable[[str | None], Table]]] = {
+    TASKS: tasks_table,
+    SCHEDULES: schedules_table,
+    LINKS: links_table,
+}
+"""The tables that have private columns."""
 
 
 def _operator(_options: Options) -> Iterator[Grant]:
-    for table in TABLES:
-        yield Grant("SELECT", table)
+    yield from _reader(Options(with_data=True))
     # `retry` reserves a unique key by a row that it deletes, and `prune` deletes tasks.
     yield Grant("INSERT", TASKS, (*GIVEN, *UNIQUE, "state", "schedule", "tick_at"))
     yield Grant("UPDATE", TASKS, _all_changed())
     yield Grant("DELETE", TASKS)
     yield Grant("DELETE", PROGRESS)
+    yield Grant("UPDATE", LINKS, CASCADED)
+    yield Grant("DELETE", LINKS)
     for privilege in ("UPDATE", "DELETE"):
         yield Grant(privilege, SCHEDULES)
     for privilege in ("INSERT", "UPDATE", "DELETE"):
@@ -147,12 +180,12 @@ RIGHTS: Final[Mapping[str, tuple[str, ...]]] = {
     SCHEDULES: ("SELECT", "INSERT", "UPDATE"),
     PAUSES: ("SELECT",),
     LIMITS: ("SELECT", "INSERT", "UPDATE"),
-    THROTTLES: ("SELECT", "UPDATE", "DELETE"),
+    THROTTLES: ("SELECT", "INSERT", "UPDATE", "DELETE"),
     PROGRESS: ("SELECT", "INSERT", "UPDATE", "DELETE"),
     LINKS: ("SELECT", "INSERT", "UPDATE", "DELETE"),
     MIGRATIONS: ("SELECT",),
 }
-"""The rights that a worker's role needs on each table. It inserts the tasks of schedules."""
+"""The rights that a worker's role needs on each table. Its processors may add tasks of any kind."""
 
 _KINDS: Final = {PRODUCER: _producer, WORKER: _worker, READER: _reader, OPERATOR: _operator}
 KINDS: Final = tuple(_KINDS)
@@ -164,8 +197,10 @@ class Place(NamedTuple):
     schema: str
     tables: Mapping[str, str]
     sequence: str | None
-    guarded: str | None
-    """The task table, if it has row-level security."""
+    guarded: frozenset[str]
+    """The names of the tables that have row-level security."""
+    database: str | None
+    """The database, if not every role may connect to it."""
 
 
 def find(connection: Connection, schema: str | None) -> Place | None:
@@ -175,11 +210,14 @@ def find(connection: Connection, schema: str | None) -> Place | None:
     if TASKS not in found:
         return None
     its = found[TASKS]
+    sequence = connection.execute(id_sequence(), {"oid": its["oid"]}).mappings().first()
+    oids = [row["oid"] for row in found.values()]
     return Place(
         its["schema"],
         {name: row["qualified"] for name, row in found.items()},
-        connection.execute(id_sequence(), {"oid": its["oid"]}).scalar_one(),
-        its["qualified"] if connection.execute(guarded(), {"oid": its["oid"]}).scalar_one() else None,
+        None if sequence is None else sequence["quoted"],
+        frozenset(connection.execute(guarded(), {"oids": oids}).scalars()),
+        connection.execute(closed_database()).scalar(),
     )
 
 
@@ -196,6 +234,7 @@ def unknown(connection: Connection, roles: list[str]) -> list[str]:
 def statements(place: Place, kind: str, role: str, options: Options) -> list[str]:
     """Return the statements that give a role, as an identifier in SQL, what its kind needs."""
     return [
+        *([] if place.database is None else [f"GRANT CONNECT ON DATABASE {place.database} TO {role}"]),
         f"GRANT USAGE ON SCHEMA {place.schema} TO {role}",
         *_merged(grants(kind, options), place, role),
         *([f"GRANT USAGE ON SEQUENCE {place.sequence} TO {role}"] if _uses_sequence(place, kind) else []),
@@ -205,6 +244,8 @@ def statements(place: Place, kind: str, role: str, options: Options) -> list[str
 def missing(connection: Connection, place: Place, kind: str, role: str, options: Options) -> list[str]:
     """Return the statements that give a role what it lacks."""
     wanted: list[tuple[str, str, str | None]] = [("USAGE", place.schema, None)]
+    if place.database is not None:
+        wanted.append(("CONNECT", place.database, None))
     if _uses_sequence(place, kind):
         wanted.append(("SEQUENCE", str(place.sequence), None))
     given = grants(kind, options)
@@ -221,6 +262,8 @@ def missing(connection: Connection, place: Place, kind: str, role: str, options:
     lacked = {tuple(row) for row in connection.execute(lacked_privileges(), parameters)}
     (name,) = quoted(connection, [role])
     found = []
+    if ("CONNECT", place.database, None) in lacked:
+        found.append(f"GRANT CONNECT ON DATABASE {place.database} TO {name}")
     if ("USAGE", place.schema, None) in lacked:
         found.append(f"GRANT USAGE ON SCHEMA {place.schema} TO {name}")
     narrowed = (
@@ -232,29 +275,6 @@ def missing(connection: Connection, place: Place, kind: str, role: str, options:
     if ("SEQUENCE", place.sequence, None) in lacked:
         found.append(f"GRANT USAGE ON SEQUENCE {place.sequence} TO {name}")
     return found
-
-
-def policies(connection: Connection, place: Place, kind: str, role: str) -> list[str]:
-    """Return the statements for the policies that a role lacks, if the tasks have row-level security."""
-    if (
-        place.guarded is None
-        or connection.execute(sees_all(), {"role": role, "name": place.guarded}).scalar_one_or_none()
-    ):
-        return []
-    (name,) = quoted(connection, [role])
-    wanted = {
-        PRODUCER: {"add": "FOR INSERT TO {} WITH CHECK (true)", "added": "FOR SELECT TO {} USING (true)"},
-        READER: {READER: "FOR SELECT TO {} USING (true)"},
-    }.get(kind, {kind: "TO {} USING (true)"})
-    titles = {f"apoq_{title}_{role}": definition for title, definition in wanted.items()}
-    present = connection.execute(
-        existing_policies(), {"name": place.guarded, "names": list(titles)}
-    ).scalar_one()
-    missing_titles = [title for title in titles if title not in present]
-    return [
-        f"CREATE POLICY {title} ON {place.guarded} {titles[found].format(name)}"
-        for found, title in zip(missing_titles, quoted(connection, missing_titles), strict=True)
-    ]
 
 
 def _uses_sequence(place: Place, kind: str) -> bool:

@@ -15,11 +15,11 @@ from apoq.errors import UnsupportedDatabase
 from apoq.schema.citus import placement
 from apoq.schema.grants import RIGHTS
 from apoq.schema.statements.preflight import (
+    id_sequence,
     id_source,
     last_ids,
     session,
     tables,
-    unusable_sequence,
 )
 
 logger = logging.getLogger(__name__)
@@ -200,7 +200,9 @@ def _sequence(connection: Connection, row: Any, role: str) -> Iterator[Problem]:
     """Report that new tasks would get no ids."""
     if row["name"] != "apoq_tasks":
         return
-    if name := connection.execute(unusable_sequence(), {"oid": row["oid"]}).scalar():
+    sequence = connection.execute(id_sequence(), {"oid": row["oid"]}).mappings().first()
+    if sequence is not None and not sequence["is_usable"]:
+        name = sequence["quoted"]
         text = (
             f"the role {role} lacks USAGE on the sequence {name}, which a worker needs to add the tasks of "
             "schedules and of on_failure"

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable
 from typing import Final
 
-from apoq.core.outcomes import TaskExpired, message_of, reason
+from apoq.core.outcomes import ParentFailed, TaskExpired, message_of, reason
 from apoq.events import (
     Event,
     Events,
@@ -34,6 +34,7 @@ from apoq.events import (
     WorkerStopping,
 )
 from apoq.monitor.formatting import length, size
+from apoq.postgres.connections import is_denied
 from apoq.postgres.messages import brief
 
 logger = logging.getLogger("apoq.worker")
@@ -73,7 +74,7 @@ def task_passed_over(task_id: int, seconds: float, error: BaseException) -> None
     """Log that the server refuses to claim a task."""
     logger.error(
         "task %d can't be claimed: %s. Other tasks are claimed, and this one is tried again in %.0f s",
-        *(task_id, brief(error), seconds),
+        *(task_id, _said(error), seconds),
     )
 
 
@@ -139,7 +140,7 @@ def rescue_refused(error: BaseException) -> None:
     logger.warning(
         "a task of a dead worker can't be made pending again: %s. It stays running; other tasks are rescued, "
         "and this one is tried again at each heartbeat",
-        brief(error),
+        _said(error),
     )
 
 
@@ -155,13 +156,13 @@ def failure_task_not_added(ids: Iterable[int], error: BaseException) -> None:
     logger.error(
         "the tasks of on_failure could not be added for these failed tasks: %s: %s",
         ", ".join(map(str, sorted(ids))),
-        brief(error),
+        _said(error),
     )
 
 
 def pruning_refused(error: BaseException) -> None:
     """Log that an ended task can't be deleted."""
-    logger.warning("a task that ended long ago can't be deleted, and is kept: %s", brief(error))
+    logger.warning("a task that ended long ago can't be deleted, and is kept: %s", _said(error))
 
 
 def schema_left_out(error: BaseException) -> None:
@@ -171,7 +172,7 @@ def schema_left_out(error: BaseException) -> None:
 
 def row_left_behind(error: BaseException) -> None:
     """Log that the row of this worker is still there."""
-    logger.warning("this worker's row could not be deleted; another worker will delete it: %s", brief(error))
+    logger.warning("this worker's row could not be deleted; another worker will delete it: %s", _said(error))
 
 
 def loop_taken() -> None:
@@ -229,12 +230,12 @@ def results_late() -> None:
 
 def settling_failed(error: BaseException) -> None:
     """Log that results could not be written at the end."""
-    logger.warning("some tasks could not be settled, and other workers will run them again: %s", brief(error))
+    logger.warning("some tasks could not be settled, and other workers will run them again: %s", _said(error))
 
 
 def progress_failed(error: BaseException) -> None:
     """Log that the last progress of tasks could not be written at the end."""
-    logger.warning("the last progress of some tasks could not be written: %s", brief(error))
+    logger.warning("the last progress of some tasks could not be written: %s", _said(error))
 
 
 # To debug the worker:
@@ -307,6 +308,8 @@ def _write_progress(event: TaskEvent) -> None:
             logger.debug("task %d (%s) is completed, after %.3f s", id_, type_, seconds)
         case TaskCancelled(error=TaskExpired()):
             logger.debug("task %d (%s) has expired, and is cancelled", id_, type_)
+        case TaskCancelled(error=ParentFailed() as error):
+            logger.debug("task %d (%s) is cancelled with its parent: %s", id_, type_, error)
         case TaskCancelled(error=error):
             logger.debug("task %d (%s) is cancelled by its processor: %s", id_, type_, message_of(error))
         case TaskSnoozed(delay=delay):
@@ -342,11 +345,13 @@ def _write_outage(event: Event) -> None:
         case OutageEnded(seconds=seconds):
             logger.warning("the database is back, after %.1f s", seconds)
         case Failing(what=what, error=error, seconds=0.0):
-            logger.warning("%s failed, and is tried again until it succeeds: %s", what, error)
+            logger.warning(
+                "%s failed, and is tried again until it succeeds: %s%s", what, error, _grant(error)
+            )
         case Failing(what=what, error=error, failures=failures, seconds=seconds):
             logger.warning(
                 "%s has failed for %.0f s, %d times, and is tried again: %s",
-                *(what, seconds, failures, brief(error)),
+                *(what, seconds, failures, _said(error)),
             )
         case Recovered(what=what, failures=failures):
             logger.warning("%s works again, after %d failures", what, failures)
@@ -382,7 +387,7 @@ def schedule_passed_over(queue: str, name: str, seconds: float, error: BaseExcep
     logger.error(
         "the schedule %r of the queue %r can't be ticked: %s. Other schedules are ticked, and this one is "
         "tried again every %.0f s: correct it by queue.schedule, or remove it",
-        *(name, queue, brief(error), seconds),
+        *(name, queue, _said(error), seconds),
     )
 
 
@@ -420,3 +425,13 @@ def schedule_not_declared(queue: str, name: str, problem: object) -> None:
 def _describe(error: BaseException) -> str:
     error = reason(error)
     return f"{type(error).__qualname__}: {message_of(error)}"
+
+
+def _said(error: BaseException) -> str:
+    return f"{brief(error)}{_grant(error)}"
+
+
+def _grant(error: BaseException) -> str:
+    """Return what to do about a missing right on an object of apoq's; nothing for another error."""
+    is_ours = is_denied(error) and " apoq_" in brief(error)
+    return ": grant what `apoq grants --worker ROLE` prints" if is_ours else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from importlib import import_module
 
 from sqlalchemy import URL
 
@@ -11,6 +12,7 @@ from apoq.core.recycling import StopReason, read_max_age, read_max_memory, read_
 from apoq.core.retention import Keep, keep, retention
 from apoq.core.retry import duration
 from apoq.errors import glimpse
+from apoq.tracing import CHILD, LINK, Tracer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,3 +80,29 @@ class WorkerOptions:
     def keeps_completed(self) -> bool:
         """Whether a completed task is kept for some time, instead of being deleted at once."""
         return keep(self.keep_completed).length != timedelta()
+
+
+def check_metrics(metrics: object, name: str = "metrics") -> None:
+    """Raise `TypeError` if metrics can't go there, and `MissingExtra` without prometheus-client.
+
+    `name` is the option or the setting, for the message.
+    """
+    if metrics is not False:
+        # Imported here, because prometheus-client is an extra.
+        import_module("apoq.metrics.worker").check(metrics, name)
+
+
+def make_tracer(tracing: object, name: str = "tracing") -> Tracer | None:
+    """Return what begins the spans of attempts, or None if `tracing` is False.
+
+    Raises `ValueError` for any other value than True, "link" or "child", and `MissingExtra` without
+    opentelemetry-api. `name` is the option or the setting, for the message.
+    """
+    match tracing:
+        case False:
+            return None
+        case True | "link":
+            return Tracer(LINK)
+        case "child":
+            return Tracer(CHILD)
+    raise ValueError(f'{name} must be True, False, "link" or "child", got {glimpse(tracing)}')

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from apoq.core import states
-from apoq.core.outcomes import Settlement, Snooze, Unreachable
+from apoq.core.outcomes import ParentFailed, Settlement, Snooze, Unreachable
 from apoq.events import (
     TaskCancelled,
     TaskClaimed,
@@ -62,6 +63,12 @@ def ended(end: AttemptResult) -> TaskEnded:
             return TaskReleased(**known, error=outcome if isinstance(outcome, Unreachable) else None)
         case _:
             return TaskCompleted(**known)
+
+
+def cancelled_with_parent(schema: str | None, row: Mapping[Any, Any]) -> TaskCancelled:
+    """Report that a task was cancelled because one that it waited for has not completed."""
+    known = {name: row[name] for name in ("id", "type", "queue", "attempt")}
+    return TaskCancelled(**known, schema=schema, seconds=None, error=ParentFailed(row["reason"]))
 
 
 def _of(row: Claimed) -> dict[str, Any]:

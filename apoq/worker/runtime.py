@@ -138,6 +138,7 @@ class Runtime:
         )
         self.unblocker = Unblocker(
             self.engine,
+            events,
             leases,
             outage,
             poll_interval=options.poll_interval.total_seconds(),
@@ -280,7 +281,8 @@ class Runtime:
 
     def is_current(self) -> bool:
         """Return whether the caller is a processor or a listener that this worker called."""
-        return self.executor.is_current() or self.settler.is_current()
+        callers = (self.executor, self.settler, self.unblocker)
+        return any(service.is_current() for service in callers)
 
     def look_for_tasks(self, queues: Iterable[Queue] | None = None) -> None:
         """Look for due tasks in these queues now, or in all."""

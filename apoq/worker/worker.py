@@ -24,15 +24,15 @@ from apoq.core.registry import Middleware, Processor, Registry, make_processor
 from apoq.core.retention import Retention
 from apoq.core.retry import DEFAULT_RETRY_LIMIT, RetryDelay, exponential_backoff, seconds
 from apoq.core.worker_state import WorkerState
-from apoq.errors import InvalidLimit, InvalidProcessor, glimpse
+from apoq.errors import InvalidLimit, InvalidProcessor
 from apoq.events import Events, LimitReached, ThreadDied
 from apoq.postgres.urls import check_engine, check_untranslated, sync_side
 from apoq.schema.models import Task
-from apoq.tracing import CHILD, LINK, Relation, Tracer
+from apoq.tracing import Relation, Tracer
 from apoq.worker import logs
 from apoq.worker.lifecycle import Lifecycle
 from apoq.worker.observer import MetricsRegistry, Observer
-from apoq.worker.options import WorkerOptions
+from apoq.worker.options import WorkerOptions, check_metrics, make_tracer
 from apoq.worker.process import PROCESS
 from apoq.worker.settling.counters import WorkerStats
 from apoq.worker.signals import DRAIN, STARTED, STOP, caught, wait, wait_for_start, wait_unless
@@ -166,7 +166,7 @@ class Worker:
         self._registry = Registry(middleware, keeps_completed=self._options.keeps_completed)
         for queue in self._queues:
             queue.register_in(self._registry)
-        self._tracer = _tracer(tracing)
+        self._tracer = make_tracer(tracing)
         if metrics is not False:
             self._count_into(metrics)
         self._lifecycle = self._new_lifecycle()
@@ -491,6 +491,7 @@ class Worker:
 
     def _count_into(self, metrics: bool | MetricsRegistry) -> None:
         """Count for metrics, in this registry, or in one of the worker's own if True."""
+        check_metrics(metrics)
         # Imported here, because prometheus-client is an extra.
         library = import_module("apoq.metrics.worker")
         self._observer, self.metrics = library.observe(
@@ -527,13 +528,3 @@ class Worker:
 
 def _reason(order: int) -> StopReason:
     return StopReason.STOP if order == STOP else StopReason.SIGNAL
-
-
-def _tracer(tracing: object) -> Tracer | None:
-    if tracing is False:
-        return None
-    if tracing is True or tracing == LINK:
-        return Tracer("link")
-    if tracing == CHILD:
-        return Tracer("child")
-    raise ValueError(f'tracing must be True, False, "link" or "child", got {glimpse(tracing)}')

@@ -39,12 +39,12 @@ from apoq.schema.tables import links_table
 CASCADE_SIZE: Final = 1_000
 """Edges that one statement looks at, at most."""
 
-EDGE, NEXT, LEFT, FREE = "edge", "next", "left", "free"
+EDGE, NEXT, LEFT, FREE, REPORT = "edge", "next", "left", "free", "report"
 """Kinds of the rows of `apply_failures`."""
 
 
 @cache
-def apply_failures(schema: str | None, *, waits: bool = False) -> CompoundSelect[Any]:
+def apply_failures(schema: str | None, *, waits: bool = False, reports: bool = False) -> CompoundSelect[Any]:
     """Apply the end of the tasks `ids` that failed, were cancelled or don't exist to their children.
 
     Up to `at_most` edges. Each gets the error, so that it is not applied again. A child that is cancelled
@@ -55,7 +55,8 @@ def apply_failures(schema: str | None, *, waits: bool = False) -> CompoundSelect
 
     Returns rows of a kind and an id: "edge" with a parent, for each edge that was written; "next" with each
     child that was cancelled, and that other tasks wait for; "free" with the parent of an edge that is done;
-    "left" with the parent of an edge that was left.
+    "left" with the parent of an edge that was left. With `reports`, also "report" for each child that was
+    cancelled, with its type, queue, attempt and reason.
     """
     tasks, links = tasks_table(schema), links_table(schema)
     given = func.unnest(bigints("ids")).table_valued("id").render_derived("given")
@@ -140,10 +141,10 @@ def apply_failures(schema: str | None, *, waits: bool = False) -> CompoundSelect
             waiting_since=null(),
             waiting_for=null(),
         )
-        .returning(tasks.c.id, tasks.c.is_followed)
+        .returning(tasks.c.id, tasks.c.is_followed, *(_reported(tasks) if reports else ()))
         .cte("cancelled")
     )
-    return union_all(
+    rows = [
         select(_text(EDGE).label("kind"), written.c.parent_id.label("id")),
         select(_text(FREE), written.c.parent_id).where(written.c.is_done),
         select(_text(NEXT), cancelled.c.id).where(cancelled.c.is_followed),
@@ -151,7 +152,18 @@ def apply_failures(schema: str | None, *, waits: bool = False) -> CompoundSelect
             edges.c.child_id.not_in(select(mine.c.child_id)),
             exists().where(tasks.c.id == edges.c.child_id),
         ),
-    ).execution_options(**{SCHEMA: schema})
+    ]
+    if reports:
+        columns = [cancelled.c[column.key] for column in _reported(tasks)]
+        nothing = [cast(null(), column.type).label(column.key) for column in columns]
+        rows = [row.add_columns(*nothing) for row in rows]
+        rows.append(select(_text(REPORT), cancelled.c.id, *columns))
+    return union_all(*rows).execution_options(**{SCHEMA: schema})
+
+
+def _reported(tasks: Any) -> tuple[Any, ...]:
+    reason = tasks.c.error["message"].as_string().label("reason")
+    return tasks.c.type, tasks.c.queue, tasks.c.attempt, reason
 
 
 @cache

@@ -20,19 +20,20 @@ def may_change(schema: str | None) -> Select[*tuple[Any, ...]]:
     """
     is_primary = not_(func.pg_is_in_recovery(type_=Boolean))
 
-    def has(table: Table, right: str) -> ColumnElement[bool]:
-        # Operators may write some columns only; see `apoq.schema.grants`.
-        check = func.has_table_privilege if right == "DELETE" else func.has_any_column_privilege
-        return check(oid(table), literal(right), type_=Boolean)
-
-    def may(table: Table, *rights: str) -> ColumnElement[bool]:
-        return and_(is_primary, *(has(table, right) for right in rights))
+    def may(table: Table, *rights: str, of_column: str | None = None) -> ColumnElement[bool]:
+        its = oid(table)
+        checks = [func.has_table_privilege(its, literal(right), type_=Boolean) for right in rights]
+        if of_column is not None:
+            name, _, right = of_column.partition(" ")
+            checks.append(func.has_column_privilege(its, literal(name), literal(right), type_=Boolean))
+        return and_(is_primary, *checks)
 
     tasks = tasks_table(schema)
+    # `apoq grants` lists the columns of tasks that an operator writes.
     return select(
-        may(tasks, "SELECT", "UPDATE").label("tasks"),
+        may(tasks, "SELECT", of_column="state UPDATE").label("tasks"),
         may(pauses_table(schema), "SELECT", "INSERT", "UPDATE", "DELETE").label("pauses"),
         may(schedules_table(schema), "SELECT", "UPDATE").label("schedules"),
-        may(tasks, "SELECT", "INSERT").label("runs"),
+        may(tasks, "SELECT", of_column="schedule INSERT").label("runs"),
         may(limits_table(schema), "SELECT", "INSERT", "UPDATE", "DELETE").label("limits"),
     )

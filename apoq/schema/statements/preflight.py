@@ -128,24 +128,86 @@ def tables() -> TextClause:
 
 @cache
 def id_sequence() -> TextClause:
-    """Return the sequence of the ids of the table `oid`, as an identifier in SQL; NULL if there is none."""
+    """Return the sequence that gives the ids of the table `oid`, and whether this role may use it.
+
+    `quoted` is an identifier in SQL. No row if the ids are an identity, whose sequence needs no right.
+    """
     return text("""
-        SELECT quote_ident(nspname) || '.' || quote_ident(relname)
-        FROM (VALUES (true)) AS always
-        LEFT JOIN (
-            pg_catalog.pg_depend
-            JOIN pg_catalog.pg_class AS owned ON owned.oid = objid AND owned.relkind = 'S'
-            JOIN pg_catalog.pg_namespace AS schemas ON schemas.oid = owned.relnamespace
-        ) ON classid = CAST('pg_catalog.pg_class' AS regclass) AND refclassid = classid
-            AND refobjid = CAST(:oid AS oid)
-        LIMIT 1
+        SELECT quote_ident(nspname) || '.' || quote_ident(relname) AS quoted,
+               has_sequence_privilege(sequences.oid, 'USAGE, UPDATE') AS is_usable
+        FROM pg_catalog.pg_attribute
+        JOIN pg_catalog.pg_attrdef AS defaults ON adrelid = attrelid AND adnum = attnum
+        JOIN pg_catalog.pg_depend
+            ON classid = CAST('pg_catalog.pg_attrdef' AS regclass) AND objid = defaults.oid
+        JOIN pg_catalog.pg_sequence ON seqrelid = refobjid
+        JOIN pg_catalog.pg_class AS sequences ON sequences.oid = seqrelid
+        JOIN pg_catalog.pg_namespace AS schemas ON schemas.oid = relnamespace
+        WHERE attrelid = CAST(:oid AS oid) AND attname = 'id'
+    """)
+
+
+@cache
+def closed_database() -> TextClause:
+    """Return this database, as an identifier in SQL, if not every role may connect to it; or else no row."""
+    return text("""
+        SELECT quote_ident(current_database())
+        WHERE NOT has_database_privilege('public', current_database(), 'CONNECT')
     """)
 
 
 @cache
 def guarded() -> TextClause:
-    """Return whether the table `oid` has row-level security."""
-    return text("SELECT relrowsecurity FROM pg_catalog.pg_class WHERE oid = CAST(:oid AS oid)")
+    """Return the names of those of the tables `oids` that have row-level security."""
+    return text("""
+        SELECT CAST(relname AS text) FROM pg_catalog.pg_class
+        WHERE CAST(oid AS bigint) = ANY (CAST(:oids AS bigint[])) AND relrowsecurity
+    """)
+
+
+@cache
+def row_security() -> TextClause:
+    """Return what row-level security lets `role` do by each of the `commands` on the tables `names`.
+
+    The tables are identifiers in SQL. `is_open`: a policy lets every row through. `is_partial`: one lets some
+    through. `restrictive`: the policies that hide rows in spite of that, as identifiers in SQL. No row for a
+    role to which the policies don't apply, such as the owner. A role that doesn't exist yet has those of
+    PUBLIC.
+    """
+    return text("""
+        SELECT wanted.name, command,
+               coalesce(bool_or(polpermissive AND passes), false) AS is_open,
+               coalesce(bool_or(polpermissive), false) AS is_partial,
+               coalesce(array_agg(quote_ident(polname)) FILTER (WHERE NOT polpermissive AND NOT passes), '{}')
+                   AS restrictive
+        FROM unnest(CAST(:names AS text[]), CAST(:commands AS text[])) AS wanted (name, command)
+        JOIN pg_catalog.pg_class AS tables ON tables.oid = CAST(wanted.name AS regclass)
+        LEFT JOIN pg_catalog.pg_roles ON rolname = :role
+        LEFT JOIN LATERAL (
+            SELECT polname, polpermissive,
+                   CASE command
+                       WHEN 'INSERT' THEN written = 'true'
+                       WHEN 'UPDATE' THEN seen = 'true' AND written = 'true'
+                       ELSE seen = 'true'
+                   END AS passes
+            FROM (
+                SELECT *, pg_get_expr(polqual, polrelid) AS seen,
+                       pg_get_expr(coalesce(polwithcheck, polqual), polrelid) AS written
+                FROM pg_catalog.pg_policy
+            ) AS policies
+            WHERE polrelid = tables.oid
+              AND polcmd IN ('*', CASE command WHEN 'SELECT' THEN 'r' WHEN 'INSERT' THEN 'a'
+                                               WHEN 'UPDATE' THEN 'w' ELSE 'd' END)
+              AND EXISTS (SELECT FROM unnest(polroles) AS of_role
+                          WHERE CASE of_role WHEN 0 THEN true
+                                ELSE pg_has_role(pg_roles.oid, of_role, 'USAGE') END)
+        ) AS its ON true
+        WHERE relrowsecurity AND NOT coalesce(
+            rolsuper OR rolbypassrls
+                OR (NOT relforcerowsecurity AND pg_has_role(pg_roles.oid, relowner, 'USAGE')),
+            false
+        )
+        GROUP BY wanted.name, command
+    """)
 
 
 @cache
@@ -170,15 +232,18 @@ def missing_roles() -> TextClause:
 def lacked_privileges() -> TextClause:
     """Return those of the `privileges`, each on one of the `objects` or its column, that `role` lacks.
 
-    The privilege USAGE is on a schema, SEQUENCE is the usage of a sequence, and all others are on tables.
+    The privilege CONNECT is on a database, and USAGE on a schema; SEQUENCE is the usage of a sequence. All
+    others are on tables.
     """
     return text("""
         SELECT privilege, object, column_name
         FROM unnest(CAST(:privileges AS text[]), CAST(:objects AS text[]), CAST(:columns AS text[]))
             AS wanted (privilege, object, column_name)
         WHERE NOT CASE
+            WHEN privilege = 'CONNECT' THEN has_database_privilege(:role, current_database(), privilege)
             WHEN privilege = 'USAGE' THEN has_schema_privilege(:role, CAST(object AS regnamespace), 'USAGE')
-            WHEN privilege = 'SEQUENCE' THEN has_sequence_privilege(:role, CAST(object AS regclass), 'USAGE')
+            WHEN privilege = 'SEQUENCE'
+                THEN has_sequence_privilege(:role, CAST(object AS regclass), 'USAGE, UPDATE')
             WHEN column_name IS NULL
                 THEN has_table_privilege(:role, CAST(object AS regclass), privilege)
             ELSE has_column_privilege(:role, CAST(object AS regclass), column_name, privilege)
@@ -192,17 +257,6 @@ def existing_policies() -> TextClause:
     return text("""
         SELECT coalesce(array_agg(CAST(polname AS text)), '{}') FROM pg_catalog.pg_policy
         WHERE polrelid = CAST(CAST(:name AS text) AS regclass) AND polname = ANY (CAST(:names AS text[]))
-    """)
-
-
-@cache
-def sees_all() -> TextClause:
-    """Return whether row-level security of the table `name` lets the role through without a policy."""
-    return text("""
-        SELECT rolsuper OR rolbypassrls
-            OR (NOT relforcerowsecurity AND pg_has_role(pg_roles.oid, relowner, 'USAGE'))
-        FROM pg_catalog.pg_roles, pg_catalog.pg_class
-        WHERE rolname = :role AND pg_class.oid = CAST(CAST(:name AS text) AS regclass)
     """)
 
 
@@ -267,24 +321,6 @@ def id_source() -> TextClause:
             JOIN pg_catalog.pg_sequence ON seqrelid = sequences.oid AND seqincrement > 0
         ) ON sequences.oid = sequence AND is_readable
             AND CASE relkind WHEN 'S' THEN has_sequence_privilege(sequences.oid, 'SELECT') END
-    """)
-
-
-def unusable_sequence() -> TextClause:
-    """Return the sequence of the ids of the table `oid`, as an identifier in SQL, if this role can't use it.
-
-    No row if it can, or if the ids are an identity, whose sequence needs no right.
-    """
-    return text("""
-        SELECT quote_ident(nspname) || '.' || quote_ident(relname) AS quoted
-        FROM pg_catalog.pg_attribute
-        JOIN pg_catalog.pg_attrdef AS defaults ON adrelid = attrelid AND adnum = attnum
-        JOIN pg_catalog.pg_depend
-            ON classid = CAST('pg_catalog.pg_attrdef' AS regclass) AND objid = defaults.oid
-        JOIN pg_catalog.pg_class AS sequences ON sequences.oid = refobjid
-        JOIN pg_catalog.pg_namespace AS sequence_schemas ON sequence_schemas.oid = relnamespace
-        WHERE attrelid = CAST(:oid AS oid) AND attname = 'id'
-            AND CASE relkind WHEN 'S' THEN NOT has_sequence_privilege(sequences.oid, 'USAGE, UPDATE') END
     """)
 
 

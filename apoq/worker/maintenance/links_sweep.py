@@ -79,7 +79,11 @@ class LinksSweep:
         began = time.monotonic()
         found: Found = (set(), set(), set())
         if began >= self._checks_at:
-            found = self.check()
+            try:
+                found = self.check()
+            except BaseException:
+                self.check_soon()  # the next turn must not seem to succeed because it does nothing
+                raise
         if time.monotonic() >= self._walks_at:
             is_over = self._walk(found)
             took = time.monotonic() - began

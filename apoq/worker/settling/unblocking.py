@@ -10,11 +10,13 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import Engine, Executable
 
-from apoq.client.cascades import Execute, batches, fail_children
+from apoq.client.cascades import Execute, Report, batches, fail_children
+from apoq.events import Events, TaskCancelled
 from apoq.postgres.connections import execute
 from apoq.schema.statements.arrays import array_text
 from apoq.schema.statements.notify import arrays, has_tasks, notify
 from apoq.schema.statements.unblock import count_off
+from apoq.worker import reports
 from apoq.worker.failures import Outage
 from apoq.worker.isolation import Isolation
 from apoq.worker.lease import Lease
@@ -52,15 +54,17 @@ def no_ends() -> Ends:
     return Ends(set(), set(), set())
 
 
-def unblock(run: Execute, schema: str | None, ends: Ends) -> tuple[dict[str, float], Ends]:
+def unblock(
+    run: Execute, schema: str | None, ends: Ends, report: Report | None = None
+) -> tuple[dict[str, float], Ends]:
     """Write the ends of tasks to their children, as far as these aren't locked.
 
-    Returns the queues in which tasks are pending now, with the seconds until the first is due, and those
-    whose children were locked.
+    `report` is called for each child that is cancelled. Returns the queues in which tasks are pending now,
+    with the seconds until the first is due, and those whose children were locked.
     """
     left = no_ends()
     free: dict[str, float] = {}
-    cascade = fail_children(run, schema, ends.failed) if ends.failed else None
+    cascade = fail_children(run, schema, ends.failed, report=report) if ends.failed else None
     if cascade is not None:
         left.failed.update(cascade.left)
     done = ends.done | (cascade.free if cascade is not None else set())
@@ -96,6 +100,7 @@ class Unblocker(Service):
     def __init__(
         self,
         engine: Engine,
+        events: Events,
         leases: Mapping[str | None, Lease],
         outage: Outage,
         *,
@@ -105,6 +110,7 @@ class Unblocker(Service):
         """`on_unblocked` is called with a schema, and the seconds until a task is due in its queues."""
         super().__init__("apoq-unblocker", outage)
         self._engine = engine
+        self._events = events
         self._leases = leases
         self._schemas = {schema: _Schema() for schema in leases}
         self._sweeps = {
@@ -179,7 +185,7 @@ class Unblocker(Service):
         if not taken:
             return
         try:
-            free, left = unblock(self._execute, schema, taken)
+            free, left = unblock(self._execute, schema, taken, self._reporter(schema))
         except BaseException:
             with self._lock:
                 its.ends.update(taken)
@@ -193,6 +199,12 @@ class Unblocker(Service):
             self._on_unblocked(schema, free)
             if due := [has_tasks(schema, queue) for queue, due_in in free.items() if due_in <= 0]:
                 execute(self._engine, notify(), arrays(due))
+
+    def _reporter(self, schema: str | None) -> Report | None:
+        """Return what reports cancelled tasks; None without a listener, and then they aren't read."""
+        if not self._events.has_listeners(TaskCancelled):
+            return None
+        return lambda row: self._events.report(reports.cancelled_with_parent(schema, row))
 
     def _execute(self, statement: Executable, parameters: dict[str, Any]) -> Iterable[Mapping[Any, Any]]:
         result = execute(self._engine, statement, parameters)
