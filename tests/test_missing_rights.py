@@ -219,7 +219,7 @@ def test_a_command_names_the_grant_that_is_missing(become, engine, queue, revoke
 
 @pytest.mark.parametrize(
     ("kind", "expected"),
-    [(OPERATOR, Rights(tasks=True, pauses=True, schedules=True, runs=True)), (READER, Rights())],
+    [(OPERATOR, Rights(tasks=True, pauses=True, schedules=True, runs=True, limits=True)), (READER, Rights())],
     ids=[OPERATOR, READER],
 )
 def test_the_dashboard_knows_what_a_role_may_change(connect, kind, expected):

@@ -183,8 +183,13 @@ class TestRun:
     @measures_memory
     def test_it_ends_when_the_process_uses_too_much_memory(self, make_worker, engine):
         leaked = []
+
+        def leak(task: RunningTask) -> None:
+            leaked.append(b"x" * (20 * MB))
+            time.sleep(0.1)  # the memory is looked at once a second
+
         worker = make_worker(max_memory=int(find_gauge()() * 1.25) + 60 * MB, concurrency=1)
-        worker.use("t", lambda task: leaked.append(b"x" * (20 * MB)))
+        worker.use("t", leak)
         add(engine, "t", 100)
 
         assert worker.run() is StopReason.MAX_MEMORY
