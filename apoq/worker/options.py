@@ -7,6 +7,7 @@ from datetime import datetime, timedelta
 
 from sqlalchemy import URL
 
+from apoq.core.imported import Importable
 from apoq.core.retention import Keep, keep, retention
 from apoq.core.retry import duration
 from apoq.errors import glimpse
@@ -33,6 +34,8 @@ class WorkerOptions:
     """When the worker's code was deployed."""
     listen_url: str | URL | None = field(repr=False)
     """URL of the connection for notifications. Not in the repr, because it may contain a password."""
+    isolated_engine: Importable | None = None
+    """The function that makes the engine in a process of isolated tasks."""
 
     def __post_init__(self) -> None:
         number = self.concurrency

@@ -18,6 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from apoq.client.queue import Queue
 from apoq.client.typed_task import TypedTask
 from apoq.core.failures import OnFailure
+from apoq.core.imported import importable
 from apoq.core.limits import Limit
 from apoq.core.registry import Middleware, Processor, Registry, make_processor
 from apoq.core.retention import Retention
@@ -78,6 +79,7 @@ class Worker:
         release: datetime | None = None,
         metrics: bool | MetricsRegistry = False,
         tracing: bool | Relation = False,
+        isolated_engine: Callable[[], Engine] | None = None,
     ) -> None:
         """Create a worker. It does nothing until `work`, `start` or `run`.
 
@@ -109,6 +111,9 @@ class Worker:
             tracing: Whether to run each attempt in a span of OpenTelemetry. "link", or True: the span begins
                 a new trace, with a link to the span in which the task was added. "child": the first attempt,
                 if it begins within a minute, is a child of that span; later ones have a link.
+            isolated_engine: A function at the top level of a module that returns the engine for
+                ``task.session`` in the processes of isolated tasks. By default they make one with the
+                arguments of `engine`, which is not possible if it has a `creator` or listeners.
 
         Raises:
             TypeError: If an argument has the wrong type.
@@ -119,6 +124,7 @@ class Worker:
             UnsupportedDatabase: If the engine is not on PostgreSQL through psycopg 3, or translates apoq's
                 schema.
             InvalidURL: If the engine's URL or `listen_url` is invalid.
+            InvalidProcessor: If `isolated_engine` is not a function that another process can import.
         """
         if not isinstance(engine, Engine | AsyncEngine):
             # Only its type, because a URL contains a password.
@@ -138,6 +144,9 @@ class Worker:
             keep_failed=keep_failed,  # type: ignore[arg-type]
             release=datetime.now(UTC) if release is None else release,
             listen_url=listen_url,
+            isolated_engine=None
+            if isolated_engine is None
+            else importable(isolated_engine, "isolated_engine"),
         )
         self.events = Events()
         logs.listen(self.events)
@@ -223,6 +232,7 @@ class Worker:
         keep_result: bool = False,
         max_result_size: int | None = None,
         limit: Limit | None = None,
+        isolated: bool = False,
     ) -> None:
         """Run tasks of this type, in all queues of this worker, with `processor`.
 
@@ -249,6 +259,9 @@ class Worker:
                 larger one fails the attempt.
             limit: How many tasks of this type may run at once, over all workers: a `Limit`. For a limit of
                 each key, `Limit(2, key=True)`, because callers give the key with ``add(…, key=…)``.
+            isolated: Whether each attempt runs in a process of its own, which the worker kills at the
+                timeout, and which may crash without harm to other tasks. The processor must be a plain
+                function at the top level of a module.
 
         Raises:
             InvalidProcessor: If the type already has a processor, such as a typed task, or an argument is
@@ -276,6 +289,7 @@ class Worker:
             keep_result=keep_result,
             max_result_size=max_result_size,
             limit=limit,
+            isolated=isolated,
         )
         if made.limit is not None and callable(made.limit.key):
             raise InvalidLimit(
