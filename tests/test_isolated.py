@@ -17,6 +17,7 @@ from waiting import patience
 
 from apoq import InvalidProcessor, Queue, Task, Worker
 from apoq.events import TaskCompleted, TaskEnded, TaskRetried
+from apoq.flask import Apoq
 from apoq.testing import drain
 
 SOON = 60.0
@@ -139,10 +140,17 @@ class TestTheDeclaration:
 
     def test_a_middleware_must_be_importable_as_well(self, make_worker):
         worker = make_worker(middleware=partial(tasks.entered))
-        worker.use("t", tasks.nothing, isolated=True)
 
         with pytest.raises(InvalidProcessor, match="the middleware of a worker with isolated tasks"):
-            worker.work()
+            worker.use("t", tasks.nothing, isolated=True)
+
+    def test_a_flask_application_cannot_have_isolated_tasks(self):
+        apoq = Apoq()
+
+        with pytest.raises(InvalidProcessor, match="define the task on a Queue of its own"):
+            apoq.task(isolated=True)
+        with pytest.raises(InvalidProcessor, match="define the task on a Queue of its own"):
+            apoq.use("t", tasks.nothing, isolated=True)
 
     def test_a_worker_without_isolated_tasks_may_have_any_middleware(self, make_worker):
         worker = make_worker(middleware=partial(tasks.entered))

@@ -9,6 +9,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable
+from multiprocessing.spawn import get_executable, set_executable
 from typing import Any
 
 import isolated_tasks as tasks
@@ -193,6 +194,16 @@ class TestItsProcess:
         worker.stop()
 
         assert not is_running(pid)
+
+    def test_a_task_for_which_none_can_be_started_loses_no_attempt(self, run, caplog):
+        executable = get_executable()
+        set_executable("/nowhere")
+
+        task = run(tasks.pid)
+
+        set_executable(executable)
+        assert (task.state, task.attempt, task.error) == ("pending", 0, None)
+        assert "no process can be started for an isolated task" in caplog.text
 
     def test_it_ends_when_it_has_nothing_to_do_for_long(self, engine, worker, isolate, monkeypatch):
         monkeypatch.setattr("apoq.worker.isolation.pool.IDLE_SECONDS", 0.1)

@@ -209,6 +209,8 @@ class Registry:
             )
 
     def _within_middleware(self, processor: Processor) -> Processor:
+        if processor.importable is not None:
+            self.importable_middleware()
         function = processor.function
         for middleware in reversed(self._middleware):
             function = _within(middleware, function, is_coroutine=processor.is_coroutine)

@@ -269,7 +269,8 @@ class Worker:
             InvalidLimit: If the limit is invalid, or has a function for the key.
 
         Note:
-            At its timeout a coroutine is cancelled. A plain function can't be stopped: `task.should_stop`
+            At its timeout a coroutine is cancelled, and an isolated function is interrupted, and killed two
+            seconds later. Another plain function can't be stopped: `task.should_stop`
             becomes True, the attempt has failed, and a retry may start. The function's result is discarded
             and its writes to ``task.session`` are rolled back, but it occupies its slot until it returns. So
             check `task.should_stop` in long functions, and set timeouts on what they wait for.

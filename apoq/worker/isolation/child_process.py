@@ -87,13 +87,13 @@ class ChildProcess:
         """Wait for its end, and kill it if that takes too long; return how it has ended."""
         self.hang_up()
         try:
-            code = self._process.wait(EXIT_SECONDS)
+            return ProcessDied(_ended_how(self._process.wait(EXIT_SECONDS)))
         except subprocess.TimeoutExpired:
             self._process.kill()
-            code = self._process.wait()
+            self._process.wait()
+            return ProcessDied("the process of the task has closed its connection to the worker")
         finally:
             os.close(self._lifeline)
-        return ProcessDied(_ended_how(code))
 
 
 def _command() -> list[str]:

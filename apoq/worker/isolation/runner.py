@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from apoq.client.queue import Queue
 from apoq.core.imported import Importable
-from apoq.core.outcomes import Release
+from apoq.core.outcomes import ProcessDied, Release, Snooze
 from apoq.core.registry import Registry
 from apoq.core.states import COMPLETED
 from apoq.errors import InvalidProcessor, UnsupportedDatabase
@@ -24,6 +24,7 @@ from apoq.postgres.engine_copies import settings_of
 from apoq.schema.statements.claim import CLAIM, DATA, TIMEOUT
 from apoq.schema.statements.ended import ended as ended_task
 from apoq.tracing import untraced, with_trace
+from apoq.worker import logs
 from apoq.worker.execution.attempt import LOST, IsolatedAttempt
 from apoq.worker.execution.completion import Completion
 from apoq.worker.execution.deadlines import Deadlines
@@ -35,6 +36,9 @@ from apoq.worker.isolation.child_process import ChildProcess
 from apoq.worker.isolation.messages import Ended, Run, Setup
 from apoq.worker.isolation.outcomes import outcome_of
 from apoq.worker.isolation.pool import ChildPool
+
+CHILD_RETRY_SECONDS: Final = 5.0
+"""Seconds after which a task is tried again for which no child could be started."""
 
 LOCKED_TRIES: Final = 10
 """How often the end of a task is read that another transaction has locked; each waits for a lock_timeout."""
@@ -94,6 +98,8 @@ class IsolatedRunner:
             outcome, result = outcome_of(end), end.result
             if end.is_committed:
                 row = {"id": attempt.id, "is_followed": end.is_followed}
+        except (ProcessDied, TimeoutError) as error:
+            outcome = error.with_traceback(None)  # the lines of this module say nothing about the task
         except BaseException as error:  # noqa: BLE001 - as in a processor on a thread
             outcome = error
         if attempt.is_completing:
@@ -106,7 +112,7 @@ class IsolatedRunner:
 
     def _run(self, attempt: IsolatedAttempt, request: Run) -> Ended:
         while True:
-            child = self.pool.take()
+            child = self._child()
             is_new, child.has_run = not child.has_run, True
             call = Call(attempt, child)
             try:
@@ -118,8 +124,6 @@ class IsolatedRunner:
             if end is not None and call.has_begun and call.interrupted_by is None:
                 self.pool.give_back(child)
                 return end
-            if end is None or call.interrupted_by:
-                child.kill()
             died = child.close()
             if attempt.is_cut_off:
                 raise Release
@@ -132,6 +136,13 @@ class IsolatedRunner:
             if call.has_begun or is_new:
                 raise died
             # An idle child has died, before it read the request: another one runs it.
+
+    def _child(self) -> ChildProcess:
+        try:
+            return self.pool.take()
+        except OSError as error:
+            logs.no_child(error, CHILD_RETRY_SECONDS)
+            raise Snooze(CHILD_RETRY_SECONDS) from error
 
     def _request(self, attempt: IsolatedAttempt, completion: Completion) -> Run:
         processor, queue = attempt.processor, attempt.from_queue
