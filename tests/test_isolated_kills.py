@@ -10,6 +10,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import isolated_tasks as tasks
@@ -20,7 +21,7 @@ from sqlalchemy.orm import Session
 from test_isolated_processes import add, has_ended, ledger, load
 from waiting import patience
 
-from apoq import Queue, Task
+from apoq import Queue, Task, Worker
 from apoq.events import TaskCompleted, TaskLost, TaskRetried
 
 pytestmark = pytest.mark.slow
@@ -47,6 +48,10 @@ def command_of(pid: str) -> str:
 def count(engine, *conditions) -> int:
     with engine.connect() as connection:
         return connection.scalar(sa.select(sa.func.count()).select_from(Task).where(*conditions))
+
+
+def has_completed(worker: Worker, tasks: int) -> bool:
+    return worker.stats().completed >= tasks
 
 
 class TestABoundary:
@@ -135,7 +140,7 @@ def test_writes_take_effect_once_though_children_are_killed_at_random(engine, ma
     kills = 0
     while (completed := worker.stats().completed) < 100:
         # Not earlier, because most of the time is that in which children start.
-        until(lambda n=min(completed + 5, 100): worker.stats().completed >= n)
+        until(partial(has_completed, worker, min(completed + 5, 100)))
         time.sleep(random.uniform(0, 0.04))
         for pid in random.sample(there := children(), min(2, len(there))):
             os.kill(pid, signal.SIGKILL)

@@ -89,7 +89,8 @@ class Child:
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self._sending = threading.Lock()
+        # Reentrant, because the garbage collector may run code that logs something.
+        self._sending = threading.RLock()
         self._parent = os.getppid()
         self._runs: SimpleQueue[Run | None] = SimpleQueue()
         self._replies: SimpleQueue[bool] = SimpleQueue()
@@ -113,7 +114,7 @@ class Child:
         threading.Thread(target=self._listen, name="apoq-parent", daemon=True).start()
         while not self._is_ending and (request := self._runs.get()) is not None:
             self._is_busy = True
-            with suppress(Interrupted):
+            with suppress(Interrupted, OSError):  # the worker has died
                 self._run(request)
             with suppress(Exception):
                 sys.stdout.flush()
@@ -132,7 +133,6 @@ class Child:
         return self._replies.get()
 
     def _run(self, request: Run) -> None:
-        self._signal = StopSignal()
         type_ = request.row[TYPE]
         try:
             processor = self._processor(type_, request)
@@ -210,6 +210,7 @@ class Child:
                 self._setup = message
                 forward(self.send, message.log_level)
             case Run():
+                self._signal = StopSignal()  # here, because the order to stop may be the next message
                 self._runs.put(message)
             case MayComplete(is_allowed=is_allowed):
                 self._replies.put(is_allowed)
