@@ -54,14 +54,11 @@ def with_trace(parameters: dict[str, Any]) -> dict[str, Any]:
 @contextmanager
 def in_trace(meta: str | None) -> Iterator[None]:
     """Make the span current in this block that `with_trace` has written, in another process."""
-    try:
-        propagator = import_module("opentelemetry.trace.propagation.tracecontext")
-        context = import_module("opentelemetry.context")
-    except ImportError:
-        meta = None
     if meta is None:
         yield
         return
+    propagator = import_module("opentelemetry.trace.propagation.tracecontext")
+    context = import_module("opentelemetry.context")
     token = context.attach(propagator.TraceContextTextMapPropagator().extract(json.loads(meta)))
     try:
         yield
