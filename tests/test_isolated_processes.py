@@ -119,13 +119,13 @@ class TestItsEnd:
         assert (task.state, task.attempt, task.fail_count) == ("pending", 1, 1)
         assert (task.error["class"], task.error["message"]) == ("ProcessDied", message)
 
-    def test_a_process_that_it_has_forked_does_not_hide_its_death(self, run, tmp_path):
+    def test_a_process_that_it_has_forked_does_not_hide_its_death_and_ends_with_it(self, run, tmp_path):
         path = tmp_path / "pid"
         began = time.monotonic()
 
         task = run(tasks.touch_and_fork, str(path))
 
-        os.kill(int(path.read_text()), signal.SIGKILL)
+        until(lambda: not is_running(int(path.read_text())))
         assert task.error["class"] == "ProcessDied"
         assert time.monotonic() - began < 10
 

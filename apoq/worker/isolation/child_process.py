@@ -76,8 +76,9 @@ class ChildProcess:
         return found
 
     def kill(self) -> None:
-        """Kill it, from any thread; `close` must be called as well."""
-        self._process.kill()
+        """Kill it and what it has started, from any thread; `close` must be called as well."""
+        with suppress(ProcessLookupError, PermissionError):  # it has ended
+            os.killpg(self._process.pid, signal.SIGKILL)
 
     def hang_up(self) -> None:
         """Let it exit by itself; `close` must be called as well."""
@@ -87,13 +88,16 @@ class ChildProcess:
         """Wait for its end, and kill it if that takes too long; return how it has ended."""
         self.hang_up()
         try:
-            return ProcessDied(_ended_how(self._process.wait(EXIT_SECONDS)))
+            code = self._process.wait(EXIT_SECONDS)
         except subprocess.TimeoutExpired:
-            self._process.kill()
+            self.kill()
             self._process.wait()
             return ProcessDied("the process of the task has closed its connection to the worker")
         finally:
             os.close(self._lifeline)
+        if code != 0:
+            self.kill()  # processes that it has started, because the task may run again now
+        return ProcessDied(_ended_how(code))
 
 
 def _command() -> list[str]:

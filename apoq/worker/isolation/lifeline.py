@@ -12,7 +12,7 @@ if sys.platform == "linux":
 
 
 def end_with(lifeline: int) -> None:
-    """Let the kernel kill this process when the other end of the pipe is closed: the worker has died.
+    """Let the kernel kill this process group when the other end of the pipe is closed: the worker has died.
 
     The thread that reads the connection does so, too, but it can't while a C function holds the interpreter's
     lock. Not by PR_SET_PDEATHSIG, which sends the signal at the end of the thread that started this process.
@@ -20,6 +20,6 @@ def end_with(lifeline: int) -> None:
     """
     if sys.platform == "linux":
         with suppress(OSError):  # not all that look like Linux can do it
-            fcntl.fcntl(lifeline, fcntl.F_SETOWN, os.getpid())
+            fcntl.fcntl(lifeline, fcntl.F_SETOWN, -os.getpgid(0))
             fcntl.fcntl(lifeline, fcntl.F_SETSIG, signal.SIGKILL)
             fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC)

@@ -197,4 +197,5 @@ class IsolatedRunner:
 def _known(attempt: IsolatedAttempt) -> dict[str, Any]:
     """Return the row of a task that was deleted when it completed, as far as it is known here."""
     task = RunningTask(attempt)
-    return {name: getattr(task, name) for name in KNOWN} | {"state": COMPLETED}
+    # Other tasks may have waited for it: then they are looked for.
+    return {name: getattr(task, name) for name in KNOWN} | {"state": COMPLETED, "is_followed": True}
