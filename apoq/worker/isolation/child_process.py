@@ -76,7 +76,7 @@ class ChildProcess:
         return found
 
     def kill(self) -> None:
-        """Kill it and what it has started, from any thread; `close` must be called as well."""
+        """Kill it and the processes that it has started, from any thread; `close` must be called as well."""
         with suppress(ProcessLookupError, PermissionError):  # it has ended
             os.killpg(self._process.pid, signal.SIGKILL)
 
