@@ -52,6 +52,21 @@ def with_trace(parameters: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
+def in_trace(meta: str | None) -> Iterator[None]:
+    """Make the span current in this block that `with_trace` has written, in another process."""
+    if meta is None:
+        yield
+        return
+    propagator = import_module("opentelemetry.trace.propagation.tracecontext")
+    context = import_module("opentelemetry.context")
+    token = context.attach(propagator.TraceContextTextMapPropagator().extract(json.loads(meta)))
+    try:
+        yield
+    finally:
+        context.detach(token)
+
+
+@contextmanager
 def untraced() -> Iterator[None]:
     """Let no instrumentation trace what is done in this block: it is apoq's own work."""
     context = sys.modules.get("opentelemetry.context")

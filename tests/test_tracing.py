@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import sqlalchemy as sa
+from isolated_tasks import current_span
 from opentelemetry import trace
 from opentelemetry.instrumentation.psycopg import PsycopgInstrumentor
 from opentelemetry.instrumentation.sqlalchemy import SQLAlchemyInstrumentor
@@ -201,6 +202,20 @@ class TestAttempts:
         assert len(attempts) == 6
         assert {span.parent.span_id for span in spans("own")} == set(attempts)
         assert all(span.parent is None and not span.links for span in attempts.values())
+
+    @pytest.mark.slow
+    def test_the_span_is_current_in_the_process_of_an_isolated_task(self, make_worker, engine, add, spans):
+        worker = make_worker(tracing=True)
+        worker.use("t", current_span, isolated=True, keep_result=True)
+        add()
+
+        task = worker.work()
+
+        (span,) = spans("process t")
+        with Session(engine) as session:
+            found = Queue().result(session, task).value
+        context = span.get_span_context()
+        assert found == [f"{context.trace_id:032x}", f"{context.span_id:016x}"]
 
     def test_a_worker_that_starts_in_a_request_does_not_extend_its_trace(self, worker, add, spans):
         worker.use("t", lambda task: None)

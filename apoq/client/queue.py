@@ -491,6 +491,7 @@ class Queue(QueueSchedules, QueuePauses, QueueLimits, QueueGraphs, QueueBulk, Qu
         on_conflict: OnConflict | None = ...,
         on_failure: OnFailure | None = ...,
         limit: Limit | None = ...,
+        isolated: bool = ...,
         **schedule: Unpack[ScheduleOptions],
     ) -> Decorator: ...
     def task(
@@ -510,6 +511,7 @@ class Queue(QueueSchedules, QueuePauses, QueueLimits, QueueGraphs, QueueBulk, Qu
         on_conflict: OnConflict | None = None,
         on_failure: OnFailure | None = None,
         limit: Limit | None = None,
+        isolated: bool = False,
         **schedule: Unpack[ScheduleOptions],
     ) -> Any:
         """Make a function a typed task: ``@queue.task``, or ``@queue.task(retry_limit=3)``.
@@ -537,6 +539,7 @@ class Queue(QueueSchedules, QueuePauses, QueueLimits, QueueGraphs, QueueBulk, Qu
             on_failure: A typed task whose only argument is a `TaskFailure`. It is added in the transaction
                 that marks a task as failed, after its last attempt. Or its type, as for `Worker.use`.
             limit: How many of its tasks may run at once, over all workers: a `Limit`.
+            isolated: Whether each attempt runs in a process of its own; see `Worker.use`.
             **schedule: `cron` or `every`, and the other times and rules of `schedule`. Workers of this queue
                 declare a schedule with the task's type as its name, and from then on add a task at each of
                 its times. The function must be callable without arguments.
@@ -567,6 +570,7 @@ class Queue(QueueSchedules, QueuePauses, QueueLimits, QueueGraphs, QueueBulk, Qu
                 on_conflict=on_conflict,
                 on_failure=on_failure,
                 limit=limit,
+                isolated=isolated,
                 schedule=schedule,
             )
             self._register(task)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import cached_property, update_wrapper
-from pathlib import Path
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -31,6 +29,7 @@ from apoq.client.task_ids import AnyQueue
 from apoq.client.typed_results import TypedResults
 from apoq.core.arguments import Arguments, UnknownAnnotation
 from apoq.core.failures import FollowUp, OnFailure, TaskFailure
+from apoq.core.imported import importable_name
 from apoq.core.limits import Limit
 from apoq.core.options import Options, checked_options, merged_options, unique_options
 from apoq.core.payload import canonical, check_name
@@ -138,6 +137,7 @@ class TypedTask(TypedResults[R_co], Generic[P, R_co, C]):
         on_conflict: OnConflict | None = None,
         on_failure: OnFailure | None = None,
         limit: Limit | None = None,
+        isolated: bool = False,
         schedule: ScheduleOptions | None = None,
     ) -> None:
         """Use `Queue.task` instead, which also registers the task."""
@@ -168,6 +168,7 @@ class TypedTask(TypedResults[R_co], Generic[P, R_co, C]):
             keep_result=keep_result,
             max_result_size=max_result_size,
             limit=limit,
+            isolated=isolated,
         )
         process = self._process_async if processor.is_coroutine else self._process
         self._on_failure = on_failure
@@ -477,10 +478,4 @@ def name_of(function: Callable[..., Any]) -> str:
         raise InvalidProcessor(
             f"a task's function must have a name, got {function!r}: give its type, `queue.task(type=…)`"
         )
-    if module == "__main__":
-        # The name by which other programs import this one.
-        main = sys.modules["__main__"]
-        file = getattr(main, "__file__", None)
-        spec = getattr(main, "__spec__", None)
-        module = spec.name if spec else Path(file).stem if file else module
-    return f"{module}.{name}" if module else name
+    return f"{importable_name(module)}.{name}" if module else name

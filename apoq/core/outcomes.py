@@ -18,6 +18,10 @@ MAX_INTEGER = 2**31 - 1
 """The largest number that the integer columns of a task can hold."""
 
 
+REPORT: Final = "_apoq_report"
+"""The attribute with the report of an error that was raised in another process."""
+
+
 class Outcome(Exception):
     """Base of the exceptions by which a processor chooses the outcome of its task.
 
@@ -100,6 +104,10 @@ class WorkerDied(Exception):
     """The worker that ran the task died, and how much of the task it finished is unknown."""
 
 
+class ProcessDied(Exception):
+    """The process in which an isolated task ran has died, and how much of the task it finished is unknown."""
+
+
 class TaskExpired(Outcome):
     """The task had not started at its time to expire (expires_at), and doesn't start any more."""
 
@@ -146,6 +154,9 @@ def settle(outcome: BaseException, *, attempt: int, fail_count: int, policy: Ret
 
 def report(error: BaseException) -> dict[str, str]:
     """Describe an error in bounded text that jsonb can hold."""
+    known: dict[str, str] | None = getattr(error, REPORT, None)
+    if known is not None:
+        return known
     error = reason(error)
     try:
         trace = "".join(traceback.format_exception(error))

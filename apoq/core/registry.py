@@ -5,17 +5,18 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial, wraps
 from typing import Any, ClassVar, TypedDict
 
 from apoq.core.failures import FollowUp, OnFailure, follow_up
+from apoq.core.imported import Importable, importable
 from apoq.core.limits import Limit, checked_limit
 from apoq.core.payload import check_type
 from apoq.core.results import ResultEncoder, result_encoder
 from apoq.core.retry import DEFAULT_RETRY_LIMIT, RetryDelay, RetryPolicy, exponential_backoff, time_limit
-from apoq.errors import InvalidProcessor, InvalidTask
+from apoq.errors import InvalidProcessor, InvalidTask, glimpse
 
 Middleware = Callable[[Any], AbstractContextManager[object]]
 """Callable that takes a running task and returns a context manager, in which the processor is called."""
@@ -31,6 +32,7 @@ class ProcessorOptions(TypedDict, total=False):
     keep_result: bool
     max_result_size: int | None
     limit: Limit | None
+    isolated: bool
 
 
 class Running:
@@ -58,6 +60,13 @@ class Processor:
     """None: what the function returns is ignored."""
     on_failure: FollowUp | None = None
     """The task that is added when a task fails for good."""
+    importable: Importable | None = None
+    """The function that a process of its own imports and calls, if its tasks are isolated."""
+    is_plain: bool = field(init=False)
+    """Whether it is a plain function that is called in the worker's process."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "is_plain", not self.is_coroutine and self.importable is None)
 
     def policy_for(self, retry_limit: int | None, retry_delay: timedelta | None) -> RetryPolicy:
         """Return the policy for a task, which may have a limit or a delay of its own."""
@@ -81,6 +90,7 @@ def make_processor(
     keep_result: bool = False,
     max_result_size: int | None = None,
     limit: Limit | None = None,
+    isolated: bool = False,
 ) -> Processor:
     """Make the processor for a type; `InvalidProcessor` or `InvalidLimit` if an argument is invalid."""
     check_processed(type_)
@@ -101,8 +111,28 @@ def make_processor(
     encoder = result_encoder(keep_result, max_result_size)
     its = follow_up(on_failure, type_)
     return Processor(
-        function, policy, is_coroutine_function(function), seconds, checked_limit(limit), encoder, its
+        function,
+        policy,
+        is_coroutine_function(function),
+        seconds,
+        checked_limit(limit),
+        encoder,
+        its,
+        _isolated(type_, function, isolated),
     )
+
+
+def _isolated(type_: str, function: Callable[..., Any], isolated: object) -> Importable | None:
+    if not isinstance(isolated, bool):
+        raise InvalidProcessor(f"isolated must be True or False, got {glimpse(isolated)}")
+    if not isolated:
+        return None
+    if is_coroutine_function(function):
+        raise InvalidProcessor(
+            f"the isolated processor for {type_!r} must be a plain function, got the coroutine function "
+            f"{glimpse(function)}: call `asyncio.run` in a plain function, or remove isolated=True"
+        )
+    return importable(function, f"the isolated processor for {type_!r}")
 
 
 def check_processed(type_: str) -> None:
@@ -130,6 +160,12 @@ class Registry:
                 )
         self._everywhere: dict[str, Processor] = {}
         self._by_queue: dict[Hashable, dict[str, Processor]] = {}
+
+    def importable_middleware(self) -> list[Importable]:
+        """Return the middleware as functions to import; `InvalidProcessor` if one can't be imported."""
+        return [
+            importable(each, "the middleware of a worker with isolated tasks") for each in self._middleware
+        ]
 
     def of(self, queue: Hashable) -> Mapping[str, Processor]:
         """Return the processors for a queue, by type."""
@@ -173,6 +209,8 @@ class Registry:
             )
 
     def _within_middleware(self, processor: Processor) -> Processor:
+        if processor.importable is not None:
+            self.importable_middleware()
         function = processor.function
         for middleware in reversed(self._middleware):
             function = _within(middleware, function, is_coroutine=processor.is_coroutine)

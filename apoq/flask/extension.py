@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Iterable
 from datetime import timedelta
-from typing import Any, Concatenate, TypeVar, Unpack, overload
+from typing import Any, Concatenate, Final, TypeVar, Unpack, overload
 from weakref import WeakSet
 
 from flask import Flask, current_app, request_started
@@ -35,6 +35,12 @@ F = TypeVar("F", bound=Callable[..., Any])
 P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T", bound=Running)
+
+
+NOT_ISOLATED: Final = (
+    "the tasks of Apoq must not be isolated, because their application context belongs to an object of this "
+    "process: define the task on a Queue of its own, @queue.task(isolated=True), and run it by a Worker"
+)
 
 
 class Apoq:
@@ -239,6 +245,8 @@ class Apoq:
         Raises:
             InvalidProcessor: If the type already has a processor, or an argument is invalid.
         """
+        if options.get("isolated"):
+            raise InvalidProcessor(NOT_ISOLATED)
         make_processor(type, processor, **options)  # raises if it is invalid
         if type in self._processors:
             raise InvalidProcessor(
@@ -355,6 +363,8 @@ class Apoq:
             "max_result_size": max_result_size,
             "limit": limit,
         }
+        if "isolated" in schedule:
+            raise InvalidProcessor(NOT_ISOLATED)
         of_processor = options.copy()
         if limit is not None:
             of_processor["limit"] = limit.of_given_keys

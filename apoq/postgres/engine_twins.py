@@ -32,7 +32,7 @@ def sync_twin(engine: Engine | AsyncEngine) -> Engine:
     `UnsupportedDatabase` when it connects if the source can only make connections of the other kind.
     """
     source = sync_side(engine)
-    twin = create_engine(on_psycopg(source.url), **_options(source, is_async=False))
+    twin = create_engine(on_psycopg(source.url), **options_of(source, is_async=False))
     _forward_events(source, twin.dialect, twin.pool)
     return twin
 
@@ -40,7 +40,7 @@ def sync_twin(engine: Engine | AsyncEngine) -> Engine:
 def async_twin(engine: Engine | AsyncEngine) -> AsyncEngine:
     """Return an `AsyncEngine` for the same database, which connects in the same way; see `sync_twin`."""
     source = sync_side(engine)
-    twin = create_async_engine(on_psycopg(source.url), **_options(source, is_async=True))
+    twin = create_async_engine(on_psycopg(source.url), **options_of(source, is_async=True))
     _forward_events(source, twin.dialect, twin.pool)
     return twin
 
@@ -56,7 +56,7 @@ def bare_pool(engine: Engine) -> Pool:
     return pool
 
 
-def _options(source: Engine, *, is_async: bool) -> dict[str, Any]:
+def options_of(source: Engine, *, is_async: bool) -> dict[str, Any]:
     """Return the arguments of `create_engine` that have an effect on connections."""
     dialect: Any = source.dialect
     return _connecting(source, is_async=is_async) | {
@@ -98,14 +98,19 @@ def _refuse_async() -> NoReturn:
     )
 
 
-def _forward_events(source: Engine, dialect: Dialect, pool: Pool) -> None:
-    """Call the caller's connection listeners on the source for the connections of its twin as well."""
-    theirs = source.dialect
-    callers = [
+def callers_listeners(source: Engine) -> list[Callable[..., Any]]:
+    """Return the caller's "connect" listeners of an engine."""
+    return [
         listener
         for listener in source.pool.dispatch.connect.listeners
         if not str(getattr(listener, "__module__", "")).startswith(_NOT_THE_CALLERS)
     ]
+
+
+def _forward_events(source: Engine, dialect: Dialect, pool: Pool) -> None:
+    """Call the caller's connection listeners on the source for the connections of its twin as well."""
+    theirs = source.dialect
+    callers = callers_listeners(source)
 
     @event.listens_for(dialect, "do_connect")
     def connect(dialect: Dialect, record: object, arguments: object, options: object) -> Any:

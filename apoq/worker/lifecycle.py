@@ -28,6 +28,7 @@ from apoq.worker.execution.runner import AttemptResult
 from apoq.worker.execution.running_task import KNOWN, RunningTask
 from apoq.worker.observer import Observer
 from apoq.worker.options import WorkerOptions
+from apoq.worker.process import PROCESS
 from apoq.worker.runtime import SETTLE_ON_STOP_SECONDS, STOP_OVERTIME_SECONDS, Runtime
 from apoq.worker.service import left_until
 from apoq.worker.settling.counters import Counter, WorkerStats
@@ -216,12 +217,15 @@ class Lifecycle:
 
         If the database is away, raise that error, or else, without `wait`, register when it is back.
         """
+        PROCESS.refuse_workers()
         with self._lock:
             self._replace_spent()
             runtime = self.runtime
+            runtime.isolated.check()
             self._users += 1
             if self._users > 1:
                 return
+            runtime.isolated.pool.open()
             registration = runtime.registration
             registration.begin()
             try:

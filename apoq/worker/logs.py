@@ -132,6 +132,15 @@ def session_unreachable(error: BaseException) -> None:
     )
 
 
+def no_child(error: BaseException, seconds: float) -> None:
+    """Log that no process can be started for an isolated task."""
+    logger.error(
+        "no process can be started for an isolated task: %s. The task loses no attempt, and is tried again "
+        "in %g s: raise the limit of processes or the memory",
+        *(error, seconds),
+    )
+
+
 # Of the other parts:
 
 

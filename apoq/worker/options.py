@@ -8,6 +8,7 @@ from importlib import import_module
 
 from sqlalchemy import URL
 
+from apoq.core.imported import Importable
 from apoq.core.recycling import StopReason, read_max_age, read_max_memory, read_max_tasks
 from apoq.core.retention import Keep, keep, retention
 from apoq.core.retry import duration
@@ -42,6 +43,8 @@ class WorkerOptions:
     """Bytes of memory at which it should be replaced; a text such as "512M" is read."""
     max_age: timedelta | None = None
     """Time after which it should be replaced."""
+    isolated_engine: Importable | None = None
+    """The function that makes the engine in a process of isolated tasks."""
 
     def __post_init__(self) -> None:
         number = self.concurrency

@@ -30,6 +30,16 @@ class _Process:
         self._ending = threading.Event()
         self._stopper: threading.Thread | None = None
         self._inherited: list[object] = []
+        self.is_child = False
+        """Whether this is a child process of a worker, which runs isolated tasks."""
+
+    def refuse_workers(self) -> None:
+        """Raise RuntimeError if no worker may start in this process."""
+        if self.is_child:
+            raise RuntimeError(
+                "a worker must not start in the process of an isolated task, which has imported this module "
+                'to find a function: start the worker under `if __name__ == "__main__":`, or in a function'
+            )
 
     def enter(self, worker: _Stoppable, restart: Callable[[Any], None]) -> None:
         """Call `restart` with this worker in each forked child, if the worker still exists then."""

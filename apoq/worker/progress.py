@@ -16,10 +16,10 @@ from apoq.postgres.connections import execute
 from apoq.schema.statements.arrays import array_text
 from apoq.schema.statements.progress import delete_orphans, mark_parts, write_progress
 from apoq.worker import logs
+from apoq.worker.circuit_breaker import CircuitBreaker
 from apoq.worker.claim_log import ClaimLog
 from apoq.worker.execution.attempt import AnyAttempt
 from apoq.worker.failures import Outage
-from apoq.worker.isolation import Isolation
 from apoq.worker.lease import Lease
 from apoq.worker.service import Service
 from apoq.worker.threads import MissingThreads
@@ -66,7 +66,7 @@ class ProgressWriter(Service):
         self._missing = missing
         self._claim_log = claim_log
         self._keeps_completed = keeps_completed
-        self._isolation: Isolation[str | None] = Isolation(_describe, outage)
+        self._breaker: CircuitBreaker[str | None] = CircuitBreaker(_describe, outage)
         self._lock = threading.Lock()
         self._reports: Reports = {}
         self._is_open = False
@@ -129,7 +129,7 @@ class ProgressWriter(Service):
             has_reports, schemas = bool(reports), {attempt.from_queue.schema for attempt in reports}
             try:
                 for schema in schemas:
-                    self._isolation.call(schema, schemas, partial(self._write, schema, reports), None)
+                    self._breaker.call(schema, schemas, partial(self._write, schema, reports), None)
                 self._delete_rows()
             finally:
                 with self._lock:

@@ -26,7 +26,7 @@ from apoq.worker.claiming.declared_limits import DeclaredLimits
 from apoq.worker.claiming.listener import Listener, listen_engine
 from apoq.worker.claiming.scanner import QueueScanner
 from apoq.worker.claiming.strays import Strays
-from apoq.worker.execution.attempt import AnyAttempt, AsyncAttempt, StopSignal
+from apoq.worker.execution.attempt import AnyAttempt, AsyncAttempt, IsolatedAttempt, StopSignal
 from apoq.worker.execution.completion import Completion
 from apoq.worker.execution.deadlines import Deadlines
 from apoq.worker.execution.event_loop import EventLoopThread
@@ -34,6 +34,7 @@ from apoq.worker.execution.executor import Executor, released
 from apoq.worker.execution.runners import make_runner
 from apoq.worker.execution.task_sessions import TaskSessions
 from apoq.worker.failures import Outage
+from apoq.worker.isolation.runner import IsolatedRunner
 from apoq.worker.liveness.heartbeat import GRACE_HEARTBEATS, HEARTBEATS_PER_LEASE, Heartbeat
 from apoq.worker.liveness.lost_tasks import LostTaskMonitor
 from apoq.worker.liveness.registration import Registration
@@ -160,11 +161,12 @@ class Runtime:
         self.event_loop = EventLoopThread()
         self.sessions = TaskSessions(engine, self.event_loop)
         self.deadlines = Deadlines(self.settler.put_overdue, outage, self.missing)
+        self.isolated = IsolatedRunner(engine, self.engine, queues, registry, options.isolated_engine, outage)
         self.executor = Executor(
             options.concurrency,
             self.event_loop,
             self.sessions,
-            make_runner(tracer),
+            make_runner(tracer, self.isolated.run),
             completion,
             self.deadlines,
             self.missing,
@@ -364,6 +366,7 @@ class Runtime:
         """Close the worker's own connections and event loop, by then."""
         if self.event_loop.is_blocked:
             by = 0.0  # waiting for it would not help
+        self.isolated.pool.close()
         self.sessions.dispose(left_until(by))
         self.event_loop.stop(left_until(by))
         self.heartbeat.dispose()
@@ -425,6 +428,9 @@ class Runtime:
         left = self.deadlines.withdraw(self.executor.abandon())
         if left:
             logs.tasks_released_at_stop(len(left))
+        for attempt in left:
+            if isinstance(attempt, IsolatedAttempt):
+                attempt.cut_off()  # first, because other workers begin them as soon as they are released
         self._release(left)
         self.event_loop.cancel(CANCEL_ON_STOP_SECONDS)
         if self.event_loop.is_closed:

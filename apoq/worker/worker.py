@@ -18,6 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from apoq.client.queue import Queue
 from apoq.client.typed_task import TypedTask
 from apoq.core.failures import OnFailure
+from apoq.core.imported import importable
 from apoq.core.limits import Limit
 from apoq.core.recycling import StopReason
 from apoq.core.registry import Middleware, Processor, Registry, make_processor
@@ -82,6 +83,7 @@ class Worker:
         max_tasks: int | None = None,
         max_memory: int | str | None = None,
         max_age: float | timedelta | None = None,
+        isolated_engine: Callable[[], Engine] | None = None,
     ) -> None:
         """Create a worker. It does nothing until `work`, `start` or `run`.
 
@@ -120,6 +122,9 @@ class Worker:
             max_memory: Memory of the process (its resident set) at which it should be replaced, in bytes or
                 as a text such as "512M".
             max_age: Time after which it should be replaced, in seconds or as a timedelta.
+            isolated_engine: A function at the top level of a module that returns the engine for
+                ``task.session`` in the processes of isolated tasks. By default they make one with the
+                arguments of `engine`, which is not possible if it has a `creator` or listeners.
 
         Raises:
             TypeError: If an argument has the wrong type.
@@ -130,6 +135,7 @@ class Worker:
             UnsupportedDatabase: If the engine is not on PostgreSQL through psycopg 3, or translates apoq's
                 schema.
             InvalidURL: If the engine's URL or `listen_url` is invalid.
+            InvalidProcessor: If `isolated_engine` is not a function that another process can import.
         """
         if not isinstance(engine, Engine | AsyncEngine):
             # Only its type, because a URL contains a password.
@@ -152,6 +158,9 @@ class Worker:
             max_tasks=max_tasks,
             max_memory=max_memory,  # type: ignore[arg-type]
             max_age=max_age,  # type: ignore[arg-type]
+            isolated_engine=None
+            if isolated_engine is None
+            else importable(isolated_engine, "isolated_engine"),
         )
         self.events = Events()
         logs.listen(self.events)
@@ -242,6 +251,7 @@ class Worker:
         keep_result: bool = False,
         max_result_size: int | None = None,
         limit: Limit | None = None,
+        isolated: bool = False,
     ) -> None:
         """Run tasks of this type, in all queues of this worker, with `processor`.
 
@@ -268,6 +278,9 @@ class Worker:
                 larger one fails the attempt.
             limit: How many tasks of this type may run at once, over all workers: a `Limit`. For a limit of
                 each key, `Limit(2, key=True)`, because callers give the key with ``add(…, key=…)``.
+            isolated: Whether each attempt runs in a process of its own, which the worker kills at the
+                timeout, and which may crash without harm to other tasks. The processor must be a plain
+                function at the top level of a module.
 
         Raises:
             InvalidProcessor: If the type already has a processor, such as a typed task, or an argument is
@@ -275,7 +288,8 @@ class Worker:
             InvalidLimit: If the limit is invalid, or has a function for the key.
 
         Note:
-            At its timeout a coroutine is cancelled. A plain function can't be stopped: `task.should_stop`
+            At its timeout a coroutine is cancelled, and an isolated function is interrupted, and killed two
+            seconds later. Another plain function can't be stopped: `task.should_stop`
             becomes True, the attempt has failed, and a retry may start. The function's result is discarded
             and its writes to ``task.session`` are rolled back, but it occupies its slot until it returns. So
             check `task.should_stop` in long functions, and set timeouts on what they wait for.
@@ -295,6 +309,7 @@ class Worker:
             keep_result=keep_result,
             max_result_size=max_result_size,
             limit=limit,
+            isolated=isolated,
         )
         if made.limit is not None and callable(made.limit.key):
             raise InvalidLimit(

@@ -22,6 +22,7 @@ from apoq.postgres.connections import execute
 from apoq.schema.statements.claim import CLAIM, FAIL_COUNT
 from apoq.schema.statements.notify import arrays, has_tasks, notify
 from apoq.worker import reports
+from apoq.worker.circuit_breaker import CircuitBreaker
 from apoq.worker.claim_log import ClaimLog
 from apoq.worker.claiming.claim_statement import Portions
 from apoq.worker.claiming.claimable_queue import ClaimableQueue
@@ -36,7 +37,6 @@ from apoq.worker.execution.attempt import AnyAttempt, Claim, Claimed, StopSignal
 from apoq.worker.execution.executor import Executor, released
 from apoq.worker.execution.runner import AttemptResult, ended
 from apoq.worker.failures import Outage
-from apoq.worker.isolation import Isolation
 from apoq.worker.lease import Lease
 from apoq.worker.observer import Observer
 from apoq.worker.places import Places
@@ -110,7 +110,9 @@ class Claimer(Service):
             queue: ClaimableQueue(queue, cursors[queue], leases[queue.schema], registry, is_keyed=True)
             for queue in queues
         }
-        isolation: Isolation[ClaimableQueue] = Isolation(lambda queue: f"the claim from {queue!r}", outage)
+        breaker: CircuitBreaker[ClaimableQueue] = CircuitBreaker(
+            lambda queue: f"the claim from {queue!r}", outage
+        )
         self._schemas = {
             schema: SchemaClaims(
                 engine,
@@ -120,7 +122,7 @@ class Claimer(Service):
                 strays,
                 sharded,
                 places,
-                isolation,
+                breaker,
             )
             for schema in leases
         }

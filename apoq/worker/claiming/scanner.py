@@ -19,10 +19,10 @@ from apoq.postgres.connections import execute, is_away
 from apoq.schema.statements.arrays import array_text
 from apoq.schema.statements.queues import queue_text, queues_text
 from apoq.schema.statements.survey import First, survey, surveyed
+from apoq.worker.circuit_breaker import CircuitBreaker
 from apoq.worker.claiming.cursor import MAX_LEVELS, ClaimCursor
 from apoq.worker.claiming.look_times import LookTimes
 from apoq.worker.failures import Outage
-from apoq.worker.isolation import Isolation
 from apoq.worker.lease import Lease
 from apoq.worker.service import Service
 
@@ -67,7 +67,9 @@ class QueueScanner(Service):
         self._leases = leases
         self._poll_interval = poll_interval
         self._on_due = on_due
-        self._isolation: Isolation[Queue] = Isolation(lambda queue: f"the survey of {queue!r}", outage)
+        self._breaker: CircuitBreaker[Queue] = CircuitBreaker(
+            lambda queue: f"the survey of {queue!r}", outage
+        )
         self._looks = LookTimes(cursors, poll_interval)
         self._reported: dict[Queue, tuple[tuple[First, ...], float]] = {}
         """The first due tasks of each queue, and when these were reported to the claimer."""
@@ -137,7 +139,7 @@ class QueueScanner(Service):
         for queue in queues:
             survey_one = partial(self._execute, schema, [queue], known=known)
             others = (each for each in self._cursors if self._leases[each.schema].is_held)
-            due_in |= self._isolation.call(queue, others, survey_one, none)
+            due_in |= self._breaker.call(queue, others, survey_one, none)
         return due_in
 
     def _execute(self, schema: str | None, queues: list[Queue], *, known: bool) -> dict[Queue, float]:

@@ -12,6 +12,7 @@ from sqlalchemy import Engine
 from apoq.postgres.connections import execute
 from apoq.schema.statements.claim import ID, PRIORITY, PROCESS_AT, QUEUE
 from apoq.schema.statements.data import read_data
+from apoq.worker.circuit_breaker import CircuitBreaker
 from apoq.worker.claim_log import ClaimLog
 from apoq.worker.claiming.claim_statement import ClaimStatement, On, Portions, Row, has_no_response
 from apoq.worker.claiming.claimable_queue import ClaimableQueue
@@ -19,7 +20,6 @@ from apoq.worker.claiming.placed_claims import PlacedClaims, PlacedTasks
 from apoq.worker.claiming.queue_claims import QueueClaims
 from apoq.worker.claiming.strays import Strays
 from apoq.worker.execution.attempt import AnyAttempt, longest_data
-from apoq.worker.isolation import Isolation
 from apoq.worker.places import Freed, Places
 
 Others = Callable[[], Iterable[ClaimableQueue]]
@@ -56,13 +56,13 @@ class SchemaClaims:
         strays: Strays,
         sharded: set[str | None],
         places: Places,
-        isolation: Isolation[ClaimableQueue],
+        breaker: CircuitBreaker[ClaimableQueue],
     ) -> None:
         self._engine = engine
         self._statement = ClaimStatement(engine, schema, claim_log, strays, sharded)
         self._alone = {queue: QueueClaims(queue, self._statement, strays) for queue in queues}
         self._placed = PlacedClaims(engine, schema, self._statement, places)
-        self._isolation = isolation
+        self._breaker = breaker
 
     def claim(
         self, portions: Portions, limit: int, free: int, room: int, on: On, others: Others
@@ -85,7 +85,7 @@ class SchemaClaims:
             if queue not in reached and count < limit:
                 at_most = min(portion, limit - count)
                 claim = partial(self._claim_alone, queue, at_most, free - count, on)
-                its = self._isolation.call(queue, others(), claim, _nothing(queue))
+                its = self._breaker.call(queue, others(), claim, _nothing(queue))
                 count += len(its.rows)
                 yield its
 
@@ -99,7 +99,7 @@ class SchemaClaims:
             if limit <= 0:
                 return
             claim = partial(self._placed.claim, queue, min(portion, limit), free)
-            placed = self._isolation.call(queue, others(), claim, None)
+            placed = self._breaker.call(queue, others(), claim, None)
             if placed is None:
                 yield _nothing(queue)
                 continue

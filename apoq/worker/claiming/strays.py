@@ -16,9 +16,9 @@ from apoq.schema.statements.arrays import array_text
 from apoq.schema.statements.claim import CLAIM, ID
 from apoq.schema.statements.notes import forget_settled
 from apoq.schema.statements.recover import forget_unknown, give_back
+from apoq.worker.circuit_breaker import CircuitBreaker
 from apoq.worker.claim_log import ClaimLog
 from apoq.worker.failures import Outage
-from apoq.worker.isolation import Isolation
 from apoq.worker.lease import Lease
 from apoq.worker.unique_keys import take_free_keys
 
@@ -44,7 +44,7 @@ class Strays:
         self._claim_log = claim_log
         self._leases = leases
         self._sharded = sharded
-        self._isolation: Isolation[str | None] = Isolation(_describe, outage)
+        self._breaker: CircuitBreaker[str | None] = CircuitBreaker(_describe, outage)
         self.worker_id = UUID(int=0)
         self.looked_at = 0.0
         """When it has looked for the last time, by time.monotonic()."""
@@ -67,7 +67,7 @@ class Strays:
         schemas = self._schemas()
         is_over = bool(schemas) and self.looked_at >= self._expected_until
         for schema in schemas:
-            is_over &= self._isolation.call(schema, schemas, partial(self._release_in, schema), True)
+            is_over &= self._breaker.call(schema, schemas, partial(self._release_in, schema), True)
         if is_over:
             self._expected_until = None
 
@@ -76,7 +76,7 @@ class Strays:
         for schema in self._schemas():
             if done := self._claim_log.done(schema):
                 forget = partial(self._forget, schema, done, connection or self._engine)
-                self._isolation.call(schema, self._schemas(), forget, None)
+                self._breaker.call(schema, self._schemas(), forget, None)
 
     def _schemas(self) -> list[str | None]:
         return [schema for schema, lease in self._leases.items() if lease.is_held]

@@ -277,6 +277,42 @@ class Attempt(_Attempt[TaskSession]):
     __slots__ = ()
 
 
+def _nothing() -> None:
+    pass
+
+
+class IsolatedAttempt(Attempt):
+    """An attempt of a plain function in a child process, which also has its session."""
+
+    __slots__ = ("_is_completing", "_is_cut_off", "kill")
+
+    def __init__(self, row: Claimed, processor: Processor, open_session: Callable[[], TaskSession]) -> None:
+        super().__init__(row, processor, open_session)
+        self.kill: Callable[[], object] = _nothing
+        """Kills the child while it runs the attempt, and otherwise does nothing."""
+        self._is_completing = self._is_cut_off = False
+
+    def let_complete(self) -> bool:
+        """Let the child complete the task if it is still owned; return whether it may."""
+        self._is_completing = self.lease.is_held and self.signal is not LOST and not self._is_cut_off
+        return self._is_completing
+
+    def cut_off(self) -> None:
+        """Kill the child, from another thread, because other workers may begin the task."""
+        self._is_cut_off = True
+        self.kill()
+
+    @property
+    def is_completing(self) -> bool:
+        """Whether the child commits the task's completion, or has committed it."""
+        return self._is_completing
+
+    @property
+    def is_cut_off(self) -> bool:
+        """Whether the child was killed by `cut_off`."""
+        return self._is_cut_off
+
+
 _LOST_MESSAGE: Final = "the worker no longer owns the task"
 
 
@@ -319,6 +355,8 @@ AnyAttempt = Attempt | AsyncAttempt
 def attempt_of(row: Claimed, sessions: TaskSessions) -> AnyAttempt:
     """Return an attempt of a claimed task, of the kind that its processor needs."""
     processor = row[CLAIM].processors[row[TYPE]]
+    if processor.is_plain:
+        return Attempt(row, processor, sessions.open)
     if processor.is_coroutine:
         return AsyncAttempt(row, processor, sessions.open_async)
-    return Attempt(row, processor, sessions.open)
+    return IsolatedAttempt(row, processor, sessions.open)

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Container, Iterable
 from contextlib import suppress
 from queue import SimpleQueue
-from typing import Final
+from typing import Any, Final
 
 from apoq.client.queue import Queue
 from apoq.core.outcomes import Release
@@ -63,7 +63,7 @@ class Executor:
         """Seconds that a task takes: an average of about the last few dozen."""
         self._event_loop = event_loop
         self._sessions = sessions
-        self._run, self._run_coroutine = runner
+        self._runs, self._run_coroutine = runner
         self._completion = completion
         self._deadlines = deadlines
         self._missing = missing
@@ -130,7 +130,7 @@ class Executor:
                         self._run_coroutine(attempt, self._completion, self._deadlines)
                     )
                     return end
-                return self._run(attempt, self._completion, self._deadlines)
+                return self._runs[type(attempt)](attempt, self._completion, self._deadlines)
         finally:
             self._in_no_slot.discard(attempt)
 
@@ -304,16 +304,16 @@ class Executor:
                 self._idle.notify_all()
 
     def _thread_slots(self, attempts: SimpleQueue[Attempt | None]) -> None:
-        observer = self._observer
+        observer, runs = self._observer, self._runs
         run_processors()
         while (begun := attempts.get()) is not None:
-            attempt: AnyAttempt | None = begun
+            attempt: Any = begun
             row, took, unobserved = begun.row, 0.0, 0
-            while isinstance(attempt, Attempt):
+            while run := runs.get(type(attempt)):  # not if it is a coroutine's, or if there is none
                 started = time.monotonic()
                 row = attempt.row
                 is_held = row[CLAIM].lease.ends_at > started
-                end = self._run(attempt, self._completion, self._deadlines) if is_held else released(attempt)
+                end = run(attempt, self._completion, self._deadlines) if is_held else released(attempt)
                 took = self._ended(end, started)
                 if observer is not None:
                     unobserved += 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import copy_context
 from typing import Any, Final, NamedTuple
@@ -11,7 +11,7 @@ from typing import Any, Final, NamedTuple
 from apoq.core.states import CANCELLED
 from apoq.schema.statements.claim import CREATED_AT
 from apoq.tracing import Tracer
-from apoq.worker.execution.attempt import AnyAttempt, AsyncAttempt, Attempt
+from apoq.worker.execution.attempt import AnyAttempt, AsyncAttempt, Attempt, IsolatedAttempt
 from apoq.worker.execution.completion import Completion
 from apoq.worker.execution.deadlines import Deadlines
 from apoq.worker.execution.isolated_context import IsolatedContext
@@ -29,10 +29,15 @@ CHILD_WITHIN_SECONDS: Final = 60.0
 """Seconds after it was added in which a first attempt may be in the same trace, so that traces end soon."""
 
 
-class Runner(NamedTuple):
-    """The functions that run an attempt of a plain processor, and of a coroutine."""
+RunOnThread = Callable[[Any, Completion, Deadlines], AttemptResult]
+"""Runs an attempt of one class on the caller's thread."""
 
-    run: Callable[[Attempt, Completion, Deadlines], AttemptResult]
+
+class Runner(NamedTuple):
+    """The functions that run attempts."""
+
+    on_threads: Mapping[type, RunOnThread]
+    """Those that run an attempt on the caller's thread, by its class."""
     run_coroutine: Callable[[AsyncAttempt, Completion, Deadlines], Coroutine[Any, Any, AttemptResult]]
 
 
@@ -46,9 +51,13 @@ class _TracingRunner:
     def __init__(self, tracer: Tracer) -> None:
         self._tracer = tracer
 
-    def run(self, attempt: Attempt, completion: Completion, deadlines: Deadlines) -> AttemptResult:
-        """Run a plain processor on this thread, in a span."""
-        return copy_context().run(self._run, attempt, completion, deadlines)
+    def on_thread(self, run: RunOnThread) -> RunOnThread:
+        """Return a function that runs an attempt on this thread as `run` does, in a span."""
+
+        def run_in_span(attempt: Attempt, completion: Completion, deadlines: Deadlines) -> AttemptResult:
+            return copy_context().run(self._run, run, attempt, completion, deadlines)
+
+        return run_in_span
 
     async def run_coroutine(
         self, attempt: AsyncAttempt, completion: Completion, deadlines: Deadlines
@@ -56,9 +65,11 @@ class _TracingRunner:
         """Run a coroutine processor on this event loop, in a span."""
         return await IsolatedContext(self._run_coroutine(attempt, completion, deadlines))
 
-    def _run(self, attempt: Attempt, completion: Completion, deadlines: Deadlines) -> AttemptResult:
+    def _run(
+        self, run: RunOnThread, attempt: Attempt, completion: Completion, deadlines: Deadlines
+    ) -> AttemptResult:
         with self._span(attempt) as span:
-            end = run_here(attempt, completion, deadlines)
+            end = run(attempt, completion, deadlines)
             self._describe(span, end)
         return end
 
@@ -98,9 +109,13 @@ class _TracingRunner:
             self._tracer.fail(span, outcome)
 
 
-def make_runner(tracer: Tracer | None) -> Runner:
+def make_runner(tracer: Tracer | None, run_isolated: RunOnThread) -> Runner:
     """Return the functions that run attempts, in spans if there is a tracer."""
     if tracer is None:
-        return Runner(run, run_coroutine)
+        return Runner({Attempt: run, IsolatedAttempt: run_isolated}, run_coroutine)
     tracing = _TracingRunner(tracer)
-    return Runner(tracing.run, tracing.run_coroutine)
+    on_threads: dict[type, RunOnThread] = {
+        Attempt: tracing.on_thread(run_here),
+        IsolatedAttempt: tracing.on_thread(run_isolated),
+    }
+    return Runner(on_threads, tracing.run_coroutine)

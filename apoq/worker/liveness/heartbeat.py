@@ -29,9 +29,9 @@ from apoq.schema.statements.heartbeat import beat_and_look, forget, leave
 from apoq.schema.statements.notes import forget_settled
 from apoq.schema.statements.recover import forget_dead, held_by_dead, rescue
 from apoq.worker import logs
+from apoq.worker.circuit_breaker import CircuitBreaker
 from apoq.worker.claim_log import ClaimLog
 from apoq.worker.failures import Outage
-from apoq.worker.isolation import Isolation
 from apoq.worker.lease import Lease
 from apoq.worker.liveness.peers import Peer
 from apoq.worker.liveness.presence import Presence
@@ -96,7 +96,7 @@ class Heartbeat:
             Presence(schema, queues, outage, lease=seconds, interval=self._interval, grace=self._grace)
             for schema in sorted({queue.schema for queue in queues}, key=lambda schema: schema or "")
         ]
-        self._isolation: Isolation[Presence] = Isolation(repr, outage)
+        self._breaker: CircuitBreaker[Presence] = CircuitBreaker(repr, outage)
         self.engine = own_engine(
             engine, lock_timeout=f"{self._interval * LOCK_TIMEOUT_HEARTBEATS * 1_000:.0f}ms"
         )
@@ -174,7 +174,7 @@ class Heartbeat:
         for presence in presences:
             presence.next_beat = time.monotonic() + presence.interval
             beat_here = partial(self._beat_in, presence, parameters, is_first=is_first)
-            self._isolation.call(presence, self._presences, beat_here, None)
+            self._breaker.call(presence, self._presences, beat_here, None)
 
     def _beat_in(self, presence: Presence, parameters: dict[str, Any], *, is_first: bool) -> None:
         schema, began = presence.schema, time.monotonic()
@@ -269,7 +269,7 @@ class Heartbeat:
         self._forgets_at = time.monotonic() + FORGOTTEN_AFTER.total_seconds() / 10
         for presence in self._presences:
             its_schema = partial(self._execute, forget(presence.schema), {"keep": FORGOTTEN_AFTER})
-            self._isolation.call(presence, self._presences, its_schema, None)
+            self._breaker.call(presence, self._presences, its_schema, None)
 
     def dispose(self) -> None:
         """Close its connection."""
@@ -278,5 +278,5 @@ class Heartbeat:
     def leave(self) -> None:
         """Delete the worker's row: it holds no more tasks."""
         for presence in self._presences:
-            if not self._isolation.is_failing(presence):
+            if not self._breaker.is_failing(presence):
                 self._execute(leave(presence.schema), {"worker_id": self.worker_id})

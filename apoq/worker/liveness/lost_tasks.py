@@ -16,11 +16,11 @@ from apoq.schema.statements.begin import begin
 from apoq.schema.statements.claim import CLAIM, CLAIM_TOKEN, ID
 from apoq.schema.statements.lost import lost
 from apoq.worker import logs
+from apoq.worker.circuit_breaker import CircuitBreaker
 from apoq.worker.claim_log import ClaimLog
 from apoq.worker.execution.attempt import Claimed
 from apoq.worker.execution.executor import Executor
 from apoq.worker.failures import Outage
-from apoq.worker.isolation import Isolation
 from apoq.worker.places import Places
 from apoq.worker.service import Service
 
@@ -52,7 +52,7 @@ class LostTaskMonitor(Service):
     ) -> None:
         super().__init__("apoq-lost-tasks", outage)
         self._engine = engine
-        self._isolation: Isolation[str | None] = Isolation(_describe, outage)
+        self._breaker: CircuitBreaker[str | None] = CircuitBreaker(_describe, outage)
         self._schemas = schemas
         self._claim_log = claim_log
         self._executor = executor
@@ -113,7 +113,7 @@ class LostTaskMonitor(Service):
 
     def _for_each(self, parts: dict[str | None, T], function: Callable[[str | None, T], None]) -> None:
         for schema, part in parts.items():
-            self._isolation.call(schema, self._schemas, partial(function, schema, part), None)
+            self._breaker.call(schema, self._schemas, partial(function, schema, part), None)
 
     def _note(self, schema: str | None, tasks: list[tuple[int, int]]) -> None:
         ids, tokens = zip(*tasks, strict=True)

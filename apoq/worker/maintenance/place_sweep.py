@@ -14,8 +14,8 @@ from apoq.client.queue import Queue
 from apoq.core.places import Share
 from apoq.postgres.connections import execute
 from apoq.schema.statements.places import awaited
+from apoq.worker.circuit_breaker import CircuitBreaker
 from apoq.worker.failures import Outage
-from apoq.worker.isolation import Isolation
 from apoq.worker.lease import Lease
 from apoq.worker.places import MAX_HANDED_OVER, Places
 from apoq.worker.service import Service
@@ -54,7 +54,7 @@ class PlaceSweep(Service):
         }
         self._leases = leases
         self._places = places
-        self._isolation: Isolation[str | None] = Isolation(_describe, outage)
+        self._breaker: CircuitBreaker[str | None] = CircuitBreaker(_describe, outage)
         self._behind = dict.fromkeys(leases, START)
         """For each schema, the last key or pool that was looked at."""
         self._looks_at = dict.fromkeys(leases, 0.0)
@@ -79,7 +79,7 @@ class PlaceSweep(Service):
             if self._looks_at[schema] <= now:
                 pause = self._pause(schema) * random.uniform(0.8, 1.0)  # noqa: S311
                 self._looks_at[schema] = now + pause
-                if self._isolation.call(schema, schemas, partial(self._look, schema), False):
+                if self._breaker.call(schema, schemas, partial(self._look, schema), False):
                     self._looks_at[schema] = 0.0
         looks = [self._looks_at[schema] for schema in schemas]
         return max(0.01, min(looks) - time.monotonic()) if looks else SWEEP_SECONDS

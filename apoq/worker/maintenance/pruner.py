@@ -29,8 +29,8 @@ from apoq.schema.statements.prune import (
 )
 from apoq.schema.statements.throttles import prune_windows
 from apoq.worker import logs
+from apoq.worker.circuit_breaker import CircuitBreaker
 from apoq.worker.failures import Outage
-from apoq.worker.isolation import Isolation
 from apoq.worker.lease import Lease
 from apoq.worker.maintenance.orphans import Orphans
 from apoq.worker.narrowing import Narrowing
@@ -153,9 +153,9 @@ class Pruner(Service):
         super().__init__("apoq-pruner", outage)
         self._engine = engine
         self._leases = leases
-        self._isolation: Isolation[Rule] = Isolation(str, outage)
+        self._breaker: CircuitBreaker[Rule] = CircuitBreaker(str, outage)
         self._orphans = Orphans(engine)
-        self._orphans_isolation: Isolation[str | None] = Isolation(_describe, outage)
+        self._orphans_breaker: CircuitBreaker[str | None] = CircuitBreaker(_describe, outage)
         self._rules = [
             (leases[queue.schema], rule)
             for queue in queues
@@ -179,14 +179,14 @@ class Pruner(Service):
         schemas = [schema for schema, lease in self._leases.items() if lease.is_held]
         for schema in schemas:
             delete = partial(self._orphans.delete, schema)
-            self._orphans_isolation.call(schema, schemas, delete, None)
+            self._orphans_breaker.call(schema, schemas, delete, None)
 
     def prune(self) -> bool:
         """Delete a batch of each kind; return whether there may be more."""
         more = False
         rules = [rule for lease, rule in self._rules if lease.is_held]
         for rule in rules:
-            more |= self._isolation.call(rule, rules, partial(rule.prune, self._engine), False)
+            more |= self._breaker.call(rule, rules, partial(rule.prune, self._engine), False)
         return more
 
 

@@ -16,8 +16,8 @@ from apoq.postgres.connections import execute
 from apoq.schema.statements.arrays import array_text
 from apoq.schema.statements.recover import rescue_unnoted
 from apoq.schema.statements.unnoted import next_level, unnoted
+from apoq.worker.circuit_breaker import CircuitBreaker
 from apoq.worker.failures import Outage
-from apoq.worker.isolation import Isolation
 from apoq.worker.lease import Lease
 from apoq.worker.liveness.heartbeat import REASON
 from apoq.worker.service import Service
@@ -79,7 +79,7 @@ class Sweep(Service):
         self._leases = leases
         self._sharded = sharded
         self._passes = {schema: _Pass() for schema in leases}
-        self._isolation: Isolation[str | None] = Isolation(_describe, outage)
+        self._breaker: CircuitBreaker[str | None] = CircuitBreaker(_describe, outage)
         self._grace = grace
         self._report = outage.report
         self._on_rescued = on_rescued
@@ -96,7 +96,7 @@ class Sweep(Service):
         schemas = [schema for schema, lease in self._leases.items() if lease.is_held]
         is_over = True
         for schema in schemas:
-            is_over &= self._isolation.call(schema, schemas, partial(self._walk, schema), True)
+            is_over &= self._breaker.call(schema, schemas, partial(self._walk, schema), True)
         took = time.monotonic() - began
         if not is_over:
             return max(1.0, took * (1 / DATABASE_SHARE - 1))

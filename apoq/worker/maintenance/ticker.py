@@ -19,9 +19,9 @@ from apoq.postgres.loaders import read_time
 from apoq.schema.statements.notify import arrays, has_tasks, notify
 from apoq.schema.statements.ticks import next_ticks
 from apoq.worker import logs
+from apoq.worker.circuit_breaker import CircuitBreaker
 from apoq.worker.claiming.look_times import JITTER, POLLS_PER_SECOND
 from apoq.worker.failures import Outage
-from apoq.worker.isolation import Isolation
 from apoq.worker.lease import Lease
 from apoq.worker.maintenance.declarations import Declarations
 from apoq.worker.maintenance.ticks import Key, Ticked, passed_over, tick
@@ -70,7 +70,7 @@ class Ticker(Service):
         }
         self._interval = max(poll_interval, len(self._schemas) / POLLS_PER_SECOND)
         """Seconds between two looks into a schema in which nothing is due."""
-        self._isolation: Isolation[str | None] = Isolation(_describe, outage)
+        self._breaker: CircuitBreaker[str | None] = CircuitBreaker(_describe, outage)
 
     def start(self) -> None:
         """Start ticking, and declare the schedules of the code again."""
@@ -87,7 +87,7 @@ class Ticker(Service):
             its = self._schemas[schema]
             if its.looks_at <= began:
                 pause = self._interval * random.uniform(1 - JITTER, 1.0)  # noqa: S311
-                pause = min(pause, self._isolation.call(schema, schemas, partial(self._turn_in, its), pause))
+                pause = min(pause, self._breaker.call(schema, schemas, partial(self._turn_in, its), pause))
                 its.looks_at = time.monotonic() + pause
         looks = [self._schemas[schema].looks_at for schema in schemas]
         return max(0.0, min(looks) - time.monotonic()) if looks else self._interval

@@ -33,12 +33,12 @@ from apoq.schema.statements.lost import lost
 from apoq.schema.statements.notify import arrays, has_tasks, notify
 from apoq.schema.statements.settle import settle
 from apoq.worker import logs, reports
+from apoq.worker.circuit_breaker import CircuitBreaker
 from apoq.worker.claim_log import ClaimLog
 from apoq.worker.execution.attempt import AnyAttempt, Claimed, short_data
 from apoq.worker.execution.completion import Completion, reported_columns
 from apoq.worker.execution.runner import AttemptResult, TaskLost, ended, is_late, overdue
 from apoq.worker.failures import Outage
-from apoq.worker.isolation import Isolation
 from apoq.worker.service import Service, left_until
 from apoq.worker.settling.batches import (
     Closed,
@@ -119,7 +119,7 @@ class Settler(Service):
         self._closed: dict[str | None, Closed] = {}
         self._schemas = schemas
         self._sharded = sharded
-        self._isolation: Isolation[str | None] = Isolation(_describe, outage)
+        self._breaker: CircuitBreaker[str | None] = CircuitBreaker(_describe, outage)
         self._unreachable_at = -math.inf
         self.ends_at = math.inf
         """Until when results are written after the last turn, by time.monotonic()."""
@@ -206,7 +206,7 @@ class Settler(Service):
     def _write_first(self) -> None:
         """Write the first of the unsettled parts, or replace it by smaller ones."""
         schema = self._unsettled[0].schema
-        if not self._isolation.call(schema, self._schemas, self._try_first, otherwise=False):
+        if not self._breaker.call(schema, self._schemas, self._try_first, otherwise=False):
             unsettled = self._unsettled.popleft()
             self._put_off.append(unsettled._replace(looks_at=time.monotonic() + LOCKED_POLL_SECONDS))
 

@@ -17,8 +17,8 @@ from apoq.schema.statements.arrays import array_text
 from apoq.schema.statements.notify import arrays, has_tasks, notify
 from apoq.schema.statements.unblock import count_off
 from apoq.worker import reports
+from apoq.worker.circuit_breaker import CircuitBreaker
 from apoq.worker.failures import Outage
-from apoq.worker.isolation import Isolation
 from apoq.worker.lease import Lease
 from apoq.worker.maintenance.links_sweep import LinksSweep
 from apoq.worker.service import Service
@@ -116,7 +116,7 @@ class Unblocker(Service):
         self._sweeps = {
             schema: LinksSweep(schema, self._execute, poll_interval, len(leases)) for schema in leases
         }
-        self._isolation: Isolation[str | None] = Isolation(_describe, outage)
+        self._breaker: CircuitBreaker[str | None] = CircuitBreaker(_describe, outage)
         self._on_unblocked = on_unblocked
         self._lock = threading.Lock()
         self._count = 0
@@ -160,7 +160,7 @@ class Unblocker(Service):
     def _isolate(self, schema: str | None) -> float:
         its = self._schemas[schema]
         later = time.monotonic() + LONGEST_PAUSE_SECONDS
-        return self._isolation.call(schema, self._schemas, partial(self._look, schema, its), later)
+        return self._breaker.call(schema, self._schemas, partial(self._look, schema, its), later)
 
     def _look(self, schema: str | None, its: _Schema) -> float:
         self._unblock(schema, its)

@@ -13,7 +13,7 @@ K = TypeVar("K")
 T = TypeVar("T")
 
 
-class Isolation(Generic[K]):
+class CircuitBreaker(Generic[K]):
     """Calls functions for each of several keys; a key for which one fails is left out for a while.
 
     The pause grows with each failure. If all keys fail, or the database is away, the error is raised: then

@@ -18,8 +18,8 @@ from waiting import patience
 
 from apoq import Queue, Task, Worker, prepare
 from apoq.errors import SchemaMismatch
+from apoq.worker.circuit_breaker import CircuitBreaker
 from apoq.worker.failures import Outage
-from apoq.worker.isolation import Isolation
 
 SOON = 20.0
 
@@ -27,57 +27,57 @@ until = patience(SOON)
 
 
 @pytest.fixture
-def isolation() -> Isolation[str]:
-    return Isolation("the work for {}".format, Outage())
+def breaker() -> CircuitBreaker[str]:
+    return CircuitBreaker("the work for {}".format, Outage())
 
 
 def fail() -> str:
     raise LookupError("no such thing")
 
 
-class TestIsolation:
-    def test_the_result_is_passed_on(self, isolation):
-        assert isolation.call("a", "ab", lambda: "result", "otherwise") == "result"
+class TestTheBreaker:
+    def test_the_result_is_passed_on(self, breaker):
+        assert breaker.call("a", "ab", lambda: "result", "otherwise") == "result"
 
-    def test_a_key_that_fails_is_left_out_for_a_while_and_logged_once(self, isolation, caplog):
+    def test_a_key_that_fails_is_left_out_for_a_while_and_logged_once(self, breaker, caplog):
         calls = []
 
-        assert isolation.call("a", "ab", fail, "otherwise") == "otherwise"
-        assert isolation.call("a", "ab", lambda: calls.append(1) or "result", "otherwise") == "otherwise"
+        assert breaker.call("a", "ab", fail, "otherwise") == "otherwise"
+        assert breaker.call("a", "ab", lambda: calls.append(1) or "result", "otherwise") == "otherwise"
 
         assert calls == []
-        assert isolation.is_failing("a")
-        assert not isolation.is_failing("b")
+        assert breaker.is_failing("a")
+        assert not breaker.is_failing("b")
         assert caplog.messages == [
             "the work for a failed, and is tried again until it succeeds: no such thing"
         ]
 
-    def test_it_is_tried_again(self, isolation, caplog):
-        isolation.call("a", "ab", fail, "otherwise")
+    def test_it_is_tried_again(self, breaker, caplog):
+        breaker.call("a", "ab", fail, "otherwise")
 
-        until(lambda: isolation.call("a", "ab", lambda: "result", "otherwise") == "result")
+        until(lambda: breaker.call("a", "ab", lambda: "result", "otherwise") == "result")
 
-        assert not isolation.is_failing("a")
+        assert not breaker.is_failing("a")
         assert "the work for a works again" in caplog.text
 
-    def test_if_all_fail_the_caller_is_told(self, isolation):
-        isolation.call("a", "ab", fail, "otherwise")
+    def test_if_all_fail_the_caller_is_told(self, breaker):
+        breaker.call("a", "ab", fail, "otherwise")
 
         with pytest.raises(LookupError):
-            isolation.call("b", "ab", fail, "otherwise")
+            breaker.call("b", "ab", fail, "otherwise")
 
-    def test_a_single_key_is_never_left_out(self, isolation):
+    def test_a_single_key_is_never_left_out(self, breaker):
         for _ in range(2):
             with pytest.raises(LookupError):
-                isolation.call("a", "a", fail, "otherwise")
+                breaker.call("a", "a", fail, "otherwise")
 
-    def test_if_the_database_is_away_it_is_for_all(self, isolation):
+    def test_if_the_database_is_away_it_is_for_all(self, breaker):
         def away() -> str:
             raise OperationalError("no route")
 
         with pytest.raises(OperationalError):
-            isolation.call("a", "ab", away, "otherwise")
-        assert not isolation.is_failing("a")
+            breaker.call("a", "ab", away, "otherwise")
+        assert not breaker.is_failing("a")
 
 
 class TestASchemaThatIsGone:

@@ -1,0 +1,1 @@
+"""Runs isolated tasks in child processes."""
