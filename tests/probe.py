@@ -267,6 +267,11 @@ def is_claiming(worker: Worker) -> bool:
     return claimer(worker)._turning.locked()
 
 
+def knows_of_pause(worker: Worker) -> bool:
+    """Return whether the worker was notified that one of its queues is paused."""
+    return bool(claimer(worker)._paused_at)
+
+
 def event_loop_thread(worker: Worker) -> threading.Thread | None:
     return event_loop(worker)._thread
 

@@ -11,6 +11,7 @@ from datetime import UTC, datetime, timedelta
 import probe
 import pytest
 import sqlalchemy as sa
+from claims import WAITS
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import Session
 from waiting import patience
@@ -277,3 +278,37 @@ def test_drain_obeys_a_pause(engine):
         own.resume(session)
         drain(session, own)
         assert ran == [1]
+
+
+def test_tasks_that_a_claim_is_just_taking_are_released(engine, make_worker):
+    ran: list[int] = []
+
+    def process(task) -> None:
+        ran.append(task.id)
+        time.sleep(0.02)
+
+    worker = make_worker(concurrency=1, poll_interval=0.05)
+    worker.use("t", process)
+    worker.start()
+    add(engine)
+    until(lambda: states(engine) == {"completed": 1})  # so that it claims more than it has slots
+    waits = sa.text(f"SELECT count(*) FROM pg_stat_activity WHERE {WAITS}")
+    # The claim waits with its tasks, because another transaction has the primary key of its record.
+    records = sa.text(
+        "INSERT INTO apoq_claims (worker_id, number, task_ids) "
+        "SELECT worker_id, number + n, '{}' FROM apoq_claims, generate_series(1, 10000) n"
+    )
+    with engine.connect() as looking, engine.connect() as holding:
+        looking.execution_options(isolation_level="AUTOCOMMIT")
+        holding.execute(records)
+        with engine.begin() as connection:  # without a notification, so that the listener's thread is free
+            connection.exec_driver_sql("INSERT INTO apoq_tasks (type) SELECT 't' FROM generate_series(1, 9)")
+        until(lambda: looking.scalar(waits))
+
+        pause(engine)
+        until(lambda: probe.knows_of_pause(worker))
+
+    until(lambda: states(engine)["completed"] + states(engine)["pending"] == 10)
+    until(lambda: not probe.is_claiming(worker))
+    assert 1 <= len(ran) <= 2  # one more may have found the free slot
+    assert states(engine) == {"completed": len(ran), "pending": 10 - len(ran)}

@@ -218,7 +218,7 @@ class Runtime:
             outage,
             self.claimer,
             on_cancelled=self.lost_task_monitor.look_for,
-            on_paused=self._release_queue,
+            on_paused=self.claimer.release,
             on_limited=self._limit_changed,
             on_linked=self.unblocker.check,
         )
@@ -407,10 +407,6 @@ class Runtime:
                 self.claimer.look_for_tasks([queue])
             elif seconds is not None:
                 self.scanner.look_into(queue, seconds)
-
-    def _release_queue(self, queue: Queue) -> None:
-        """Release the tasks of a queue that was paused, as far as they have not begun."""
-        self._release(self.executor.take_back([queue]))
 
     def _limit_changed(self, queue: Queue) -> None:
         """Look at the tasks of a queue that may begin, or must not begin, because of another limit."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Final
 
@@ -148,6 +148,8 @@ class Claimer(Service):
         self._waits_for_room = True
         """Whether a slot that becomes free is a reason to take a turn."""
         self._is_draining = False
+        self._paused_at: dict[Queue, float] = {}
+        """When a queue was found to be paused, by time.monotonic()."""
         self._lock = threading.Lock()
         self._pace = Pace()
         self._rested_at = 0.0
@@ -162,6 +164,14 @@ class Claimer(Service):
     def drain(self) -> None:
         """Claim no more tasks; but still give free places to others, and release strays."""
         self._is_draining = True
+
+    def release(self, queue: Queue) -> None:
+        """Release the tasks of a queue that was paused, as far as they have not begun; from any thread.
+
+        Also those that a claim is just taking, which began before the pause.
+        """
+        self._paused_at[queue] = time.monotonic()
+        self._release_line([queue])
 
     def look_for_tasks(self, queues: Iterable[Queue] | None = None) -> None:
         """Claim now from these queues, or from all, even if the last claim found nothing there."""
@@ -215,6 +225,7 @@ class Claimer(Service):
                 self._places.expect(queue, freed)
                 raise
             self._executor.put(self._startable(tasks), placed=True)
+            self._release_paused(tasks)
             is_unblocked = taken.placed is not None and taken.placed.is_unblocked
             if is_unblocked or queue in self._released or Share(POOL, WHOLE_QUEUE) in freed:
                 self._released.discard(queue)
@@ -257,6 +268,7 @@ class Claimer(Service):
             # Then there will be more tasks for the next claim.
             self._rested_at = began + self._pace.interval(time.monotonic() - began)
         self._begin(claimed)
+        self._release_paused(claimed)
         self._move_cursors()
         self._strays.forget_settled(connection)
         return 0.0
@@ -323,6 +335,18 @@ class Claimer(Service):
             self._executor.put(self._startable(placed), placed=True)
             tasks = [row for row in tasks if not row[CLAIM].is_placed]
         self._executor.put(self._startable(tasks))
+
+    def _release_paused(self, tasks: list[Claimed]) -> None:
+        """Release the tasks of claims that were sent before their queue was found to be paused."""
+        if self._paused_at:
+            claims = {id(row[CLAIM]): row[CLAIM] for row in tasks}.values()
+            sent_at = {claim.from_queue: claim.sent_at for claim in claims}
+            if paused := {queue for queue, at in sent_at.items() if at <= self._paused_at.get(queue, 0.0)}:
+                self._release_line(paused)
+
+    def _release_line(self, queues: Container[Queue] | None = None) -> None:
+        for attempt in self._executor.take_back(queues):
+            self._on_ended(released(attempt))
 
     def _startable(self, tasks: list[Claimed]) -> Iterator[Claimed]:
         for row in tasks:
@@ -406,8 +430,7 @@ class Claimer(Service):
             return pause
         if time.monotonic() - since < RELEASE_AFTER_SECONDS:
             return RELEASE_AFTER_SECONDS if pause is None else pause
-        for attempt in self._executor.take_back():
-            self._on_ended(released(attempt))
+        self._release_line()
         # The average is of shorter tasks than those that run now.
         self._executor.run_time = max(self._executor.run_time or 0.0, RELEASE_AFTER_SECONDS)
         return None

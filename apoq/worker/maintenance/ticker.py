@@ -27,10 +27,10 @@ from apoq.worker.maintenance.declarations import Declarations
 from apoq.worker.maintenance.ticks import Key, Ticked, passed_over, tick
 from apoq.worker.service import Service
 
-BATCH_SIZE: Final = 100
-"""Schedules that one transaction ticks, at most."""
+BATCH_SIZE: Final = 25
+"""Schedules that one transaction ticks, at most: so few that tasks begin meanwhile."""
 
-REST_FACTOR: Final = 0.5
+REST_FACTOR: Final = 3
 """After a batch, the ticker rests this many times as long as it took, so that claims don't wait for it."""
 
 PASSED_OVER_SECONDS: Final = 60.0
