@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
+from typing import Final
 
 from sqlalchemy.orm import Session
 
@@ -11,39 +12,51 @@ from benchmarks.features.laboratory import Crew, Figure, Laboratory, percentiles
 
 WORKERS = 4
 PAUSE_SECONDS = 0.4
-"""Seconds for which the queue is paused, and for which the workers are busy before the next pause."""
+SILENT_SECONDS = 3.0
+"""Seconds for which the queue is paused, with a notification and without."""
+
+BUSY_SECONDS = 0.4
+"""Seconds for which the workers are busy before the next pause."""
 
 TASK_SECONDS = 0.001
 
 
+SILENT: Final = "INSERT INTO apoq_pauses (queue, type, paused_at) VALUES ('default', '', now())"
+"""A pause of which no worker is notified."""
+
+
 def pauses(laboratory: Laboratory) -> list[Figure]:
-    """Pause the queue of four busy workers a hundred times; measure when the last processor begins."""
+    """Pause the queue of four busy workers; measure when the last processor begins, by the workers."""
+    notified = _lasts(laboratory, laboratory.size(100, 5), PAUSE_SECONDS, is_silent=False)
+    silent = _lasts(laboratory, laboratory.size(20, 2), SILENT_SECONDS, is_silent=True)
+    return [
+        *percentiles("the last start after the pause's commit", notified),
+        Figure(f"the latest of {len(notified)}", max(notified) * 1e3, "ms", "100"),
+        Figure(f"the latest of {len(silent)} without a notification", max(silent) * 1e3, "ms", "2000"),
+    ]
+
+
+def _lasts(laboratory: Laboratory, count: int, seconds: float, *, is_silent: bool) -> list[float]:
+    """Return the seconds from each pause's commit to the last start of a task."""
     laboratory.clear()
-    count = laboratory.size(100, 5)
     crew = Crew({"plain": TASK_SECONDS})
-    busy_seconds = count * PAUSE_SECONDS + 2
+    busy_seconds = count * BUSY_SECONDS + 2
     laboratory.add("plain", range(round(WORKERS * crew.concurrency * busy_seconds / TASK_SECONDS)))
     laboratory.settle()
     spans = []
     with laboratory.workers(*[crew] * WORKERS) as workers:
         time.sleep(1)
         for _ in range(count):
-            with Session(laboratory.engine) as session, session.begin():
-                laboratory.queue.pause(session)
+            if is_silent:
+                laboratory.execute(SILENT)
+            else:
+                with Session(laboratory.engine) as session, session.begin():
+                    laboratory.queue.pause(session)
             paused = time.monotonic()
-            time.sleep(PAUSE_SECONDS)
+            time.sleep(seconds)
             spans.append((paused, time.monotonic()))
             with Session(laboratory.engine) as session, session.begin():
                 laboratory.queue.resume(session)
-            time.sleep(PAUSE_SECONDS)
-        runs = [run for worker in workers for run in worker.stop()]
-    starts = sorted(run.started for run in runs)
-    lasts = []
-    for paused, resumed in spans:
-        last = starts[bisect_left(starts, resumed) - 1]
-        lasts.append(max(0.0, last - paused))
-    return [
-        *percentiles("the last start after the pause's commit", lasts),
-        Figure("the latest of all", max(lasts) * 1e3, "ms", "100"),
-        Figure("pauses", count, ""),
-    ]
+            time.sleep(BUSY_SECONDS)
+        starts = sorted(run.started for worker in workers for run in worker.stop())
+    return [max(0.0, starts[bisect_left(starts, resumed) - 1] - paused) for paused, resumed in spans]
