@@ -178,6 +178,7 @@ class TypedTask(TypedResults[R_co], Generic[P, R_co, C]):
         self._unique = unique
         if limit is not None and callable(limit.key):
             self._options["key"] = self.concurrency_key_of
+        self._declared_options = self._options
         # Now if possible. Annotations may name what the module defines below: these are read at the first
         # use.
         with suppress(UnknownAnnotation):
@@ -411,9 +412,10 @@ class TypedTask(TypedResults[R_co], Generic[P, R_co, C]):
 
     def _check_options(self, index: int, call: Call[Any]) -> None:
         """Fail if a call has an option that would be ignored."""
+        if call.options in (self._options, self._declared_options):
+            return
         options: Mapping[str, Any] = self._options
-        own = {name for name, its in call.options.items() if not callable(its) and its != options.get(name)}
-        if own:
+        if own := {name for name, its in call.options.items() if its != options.get(name)}:
             raise InvalidTask(
                 f"calls[{index}] must have no options of its own, got {', '.join(sorted(own))}: call "
                 "task.using(…).add_many(session, …), with options for all calls"

@@ -13,12 +13,13 @@ from benchmarks.features.graphs import chain, group, pairs
 from benchmarks.features.keys import full_key, hand_over, held_places, rates
 from benchmarks.features.laboratory import Figure, Laboratory
 from benchmarks.features.metrics import metrics
-from benchmarks.features.pauses import pauses
+from benchmarks.features.pauses import paused_workers, pauses
 from benchmarks.features.schedules import ticks
 
 MEASUREMENTS: Final[dict[str, Callable[[Laboratory], list[Figure]]]] = {
     "ticks": ticks,
     "pauses": pauses,
+    "paused_workers": paused_workers,
     "hand_over": hand_over,
     "held_places": held_places,
     "keyed": rates,

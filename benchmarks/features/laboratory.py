@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -11,6 +13,7 @@ from multiprocessing.connection import Connection
 from typing import Any, Final, NamedTuple, Self
 
 import sqlalchemy as sa
+from prometheus_client import start_http_server
 from sqlalchemy.orm import Session
 
 from apoq import Limit, Queue, RunningTask, Worker, database_url, prepare
@@ -20,6 +23,9 @@ from benchmarks.bench import percentile
 START_SECONDS: Final = 60.0
 RUN_SECONDS: Final = 900.0
 """Longest time that a measurement waits for its tasks."""
+
+SCRAPE_SECONDS: Final = 0.5
+"""Seconds between two scrapes of a worker's metrics."""
 
 
 class Run(NamedTuple):
@@ -93,11 +99,22 @@ def _work(url: str, crew: Crew, parent: Connection) -> None:
     for type_, seconds in crew.types.items():
         worker.use(type_, _processor(runs[type_], seconds), limit=crew.limits.get(type_))
     worker.start()
+    if worker.metrics is not None:
+        server, _ = start_http_server(0, "127.0.0.1", worker.metrics)
+        address = f"http://127.0.0.1:{server.server_port}/metrics"
+        threading.Thread(target=_scrape, args=(address,), daemon=True).start()
     parent.send("ready")
     while (type_ := parent.recv()) is not None:
         parent.send(len(runs[type_]))
     worker.stop()
     parent.send([run for its in runs.values() for run in its])
+
+
+def _scrape(address: str) -> None:
+    while True:
+        with urllib.request.urlopen(address) as response:  # noqa: S310 - our own
+            response.read()
+        time.sleep(SCRAPE_SECONDS)
 
 
 def _processor(runs: list[Run], seconds: float) -> Callable[[RunningTask], None]:

@@ -10,7 +10,7 @@ ROUNDS = 6
 
 
 def metrics(laboratory: Laboratory) -> list[Figure]:
-    """Run tasks with metrics and without, in turn."""
+    """Run tasks with metrics, which are scraped twice a second, and without, in turn."""
     laboratory.clear()
     count = laboratory.size(100_000, 2_000)
     found: dict[bool, list[float]] = {False: [], True: []}

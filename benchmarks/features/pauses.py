@@ -9,6 +9,7 @@ from typing import Final
 from sqlalchemy.orm import Session
 
 from benchmarks.features.laboratory import Crew, Figure, Laboratory, percentiles
+from benchmarks.scenarios.cost import REPORTING
 
 WORKERS = 4
 PAUSE_SECONDS = 0.4
@@ -19,6 +20,12 @@ BUSY_SECONDS = 0.4
 """Seconds for which the workers are busy before the next pause."""
 
 TASK_SECONDS = 0.001
+
+COUNTED_SECONDS = 20.0
+
+TRANSACTIONS: Final = """
+    SELECT xact_commit + xact_rollback FROM pg_stat_database WHERE datname = current_database()
+"""
 
 
 SILENT: Final = "INSERT INTO apoq_pauses (queue, type, paused_at) VALUES ('default', '', now())"
@@ -34,6 +41,33 @@ def pauses(laboratory: Laboratory) -> list[Figure]:
         Figure(f"the latest of {len(notified)}", max(notified) * 1e3, "ms", "100"),
         Figure(f"the latest of {len(silent)} without a notification", max(silent) * 1e3, "ms", "2000"),
     ]
+
+
+def paused_workers(laboratory: Laboratory) -> list[Figure]:
+    """Count the transactions of ten workers: idle ones, and those of a paused queue with many due tasks."""
+    idle = _transactions(laboratory, due=0)
+    paused = _transactions(laboratory, due=laboratory.size(100_000, 1_000))
+    return [
+        Figure("ten idle workers", idle, "transactions/s"),
+        Figure("ten workers of a paused queue with due tasks", paused, "transactions/s"),
+        Figure("paused / idle", paused / idle, "times", "about 1"),
+    ]
+
+
+def _transactions(laboratory: Laboratory, *, due: int) -> float:
+    laboratory.clear()
+    if due:
+        with Session(laboratory.engine) as session, session.begin():
+            laboratory.queue.pause(session)
+        laboratory.add("plain", range(due))
+    with laboratory.workers(*[Crew({"plain": 0.0})] * 10) as workers:
+        time.sleep(REPORTING)
+        before, began = laboratory.value(TRANSACTIONS), time.monotonic()
+        time.sleep(COUNTED_SECONDS)
+        count, took = laboratory.value(TRANSACTIONS) - before, time.monotonic() - began
+        for worker in workers:
+            worker.stop()
+    return float(count) / took
 
 
 def _lasts(laboratory: Laboratory, count: int, seconds: float, *, is_silent: bool) -> list[float]:
