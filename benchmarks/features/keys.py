@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -33,7 +34,8 @@ def hand_over(laboratory: Laboratory) -> list[Figure]:
     figures = []
     for title, workers, plain in (
         ("idle", 1, 0),
-        ("beside due plain tasks", 1, laboratory.size(100_000, 1_000)),
+        # So many that they are not all run before the keyed ones.
+        ("beside due plain tasks", 1, laboratory.size(500_000, 5_000)),
         ("three workers", 3, 0),
     ):
         laboratory.clear()
@@ -42,7 +44,8 @@ def hand_over(laboratory: Laboratory) -> list[Figure]:
         laboratory.add("keyed", range(count), key="k")
         laboratory.settle()
         runs = laboratory.run(*[KEYED] * workers, wait_for={"keyed": count})
-        figures += percentiles(f"hand-over, {title}", _gaps(runs), *bounds)
+        until = max((run.started for run in runs if run.type == "plain"), default=math.inf)
+        figures += percentiles(f"hand-over, {title}", _gaps(runs, until), *bounds)
     return figures + _with_a_held_snapshot(laboratory)
 
 
@@ -62,8 +65,9 @@ def _with_a_held_snapshot(laboratory: Laboratory) -> list[Figure]:
     ]
 
 
-def _gaps(runs: list[Run]) -> list[float]:
-    keyed = sorted((run for run in runs if run.type == "keyed"), key=lambda run: run.started)
+def _gaps(runs: list[Run], until: float = math.inf) -> list[float]:
+    keyed = [run for run in runs if run.type == "keyed" and run.started <= until]
+    keyed.sort(key=lambda run: run.started)
     return [later.started - earlier.ended for earlier, later in pairwise(keyed)]
 
 

@@ -28,7 +28,9 @@ TRANSACTIONS: Final = """
 """
 
 
-SILENT: Final = "INSERT INTO apoq_pauses (queue, type, paused_at) VALUES ('default', '', now())"
+SILENT: Final = """
+    INSERT INTO apoq_pauses (queue, type, paused_at, paused_by) VALUES ('default', '', now(), 'nobody')
+"""
 """A pause of which no worker is notified."""
 
 
@@ -44,30 +46,40 @@ def pauses(laboratory: Laboratory) -> list[Figure]:
 
 
 def paused_workers(laboratory: Laboratory) -> list[Figure]:
-    """Count the transactions of ten workers: idle ones, and those of a paused queue with many due tasks."""
-    idle = _transactions(laboratory, due=0)
-    paused = _transactions(laboratory, due=laboratory.size(100_000, 1_000))
+    """Count the transactions of ten workers: without tasks, with future ones, and of a paused queue.
+
+    Workers look through all open tasks from time to time, whatever they are; see `apoq.worker.maintenance`.
+    """
+    count = laboratory.size(100_000, 1_000)
+    without = _transactions(laboratory, 0)
+    future = _transactions(laboratory, count, delay=86_400)
+    paused = _transactions(laboratory, count, is_paused=True)
     return [
-        Figure("ten idle workers", idle, "transactions/s"),
-        Figure("ten workers of a paused queue with due tasks", paused, "transactions/s"),
-        Figure("paused / idle", paused / idle, "times", "about 1"),
+        Figure("ten workers without tasks", without, "transactions/s"),
+        Figure(f"ten workers with {count:,} tasks for tomorrow", future, "transactions/s"),
+        Figure(f"ten workers of a paused queue with {count:,} due tasks", paused, "transactions/s"),
+        Figure("paused / for tomorrow", paused / future, "times", "1"),
     ]
 
 
-def _transactions(laboratory: Laboratory, *, due: int) -> float:
+def _transactions(
+    laboratory: Laboratory, count: int, *, delay: float = 0.0, is_paused: bool = False
+) -> float:
     laboratory.clear()
-    if due:
+    if is_paused:
         with Session(laboratory.engine) as session, session.begin():
             laboratory.queue.pause(session)
-        laboratory.add("plain", range(due))
+    if count:
+        laboratory.add("plain", range(count), delay=delay)
+        laboratory.settle()
     with laboratory.workers(*[Crew({"plain": 0.0})] * 10) as workers:
         time.sleep(REPORTING)
         before, began = laboratory.value(TRANSACTIONS), time.monotonic()
         time.sleep(COUNTED_SECONDS)
-        count, took = laboratory.value(TRANSACTIONS) - before, time.monotonic() - began
+        number, took = laboratory.value(TRANSACTIONS) - before, time.monotonic() - began
         for worker in workers:
             worker.stop()
-    return float(count) / took
+    return float(number) / took
 
 
 def _lasts(laboratory: Laboratory, count: int, seconds: float, *, is_silent: bool) -> list[float]:
