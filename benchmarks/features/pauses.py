@@ -29,7 +29,8 @@ TRANSACTIONS: Final = """
 
 
 SILENT: Final = """
-    INSERT INTO apoq_pauses (queue, type, paused_at, paused_by) VALUES ('default', '', now(), 'nobody')
+    INSERT INTO apoq_pauses (queue, type, paused_at, paused_by, reason)
+    VALUES ('default', '', now(), 'nobody', '')
 """
 """A pause of which no worker is notified."""
 
