@@ -148,6 +148,7 @@ class TestOfAKey:
         for number in range(6):
             add(number)
         until(lambda: sorted(states().values()) == [RUNNING] * 2 + [WAITING] * 4)
+        until(lambda: len(running.begun) == 2)
         running.holds = False
         until(lambda: set(states().values()) == {COMPLETED})
         assert running.most == {"a": 2}
@@ -262,6 +263,7 @@ class TestOfATypeAndAQueue:
         for number in range(4):
             add(number, key=None)
         until(lambda: sorted(states().values()) == [RUNNING] * 2 + [WAITING] * 2)
+        until(lambda: len(running.begun) == 2)
         running.holds = False
         until(lambda: set(states().values()) == {COMPLETED})
 
