@@ -285,3 +285,29 @@ def make_worker(engine) -> Iterator[Callable[..., Worker]]:
 @pytest.fixture
 def worker(make_worker) -> Worker:
     return make_worker()
+
+
+@pytest.fixture
+def site(engine: sa.Engine) -> Iterator[Any]:
+    """The dashboard's site of this test's database."""
+    from apoq.dashboard.site import Site  # here, because few tests need what it imports
+
+    site = Site(engine, schema=None, redact=None, environment="test", secret="of the tests")
+    yield site
+    site.close()
+
+
+@pytest.fixture
+def writer(site) -> Any:
+    """A viewer of the dashboard who may change something."""
+    from viewers import Dashboard, Viewer
+
+    return Viewer(Dashboard(site), "write")
+
+
+@pytest.fixture
+def reader(site) -> Any:
+    """A viewer of the dashboard who may only read."""
+    from viewers import Dashboard, Viewer
+
+    return Viewer(Dashboard(site), "read")

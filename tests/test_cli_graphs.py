@@ -9,7 +9,7 @@ import pytest
 import sqlalchemy as sa
 from click.testing import CliRunner
 from sqlalchemy.orm import Session
-from test_graphs import set_up
+from test_graphs import run_failing_graph, set_up
 
 from apoq import Queue, Task
 from apoq.cli import main
@@ -30,17 +30,7 @@ def apoq(url):
 
 @pytest.fixture
 def graph(engine, worker) -> list[int]:
-    """A task that has failed, one that is held by it, and three below."""
-    set_up(worker, [])
-    with Session(engine) as session, session.begin():
-        bad = QUEUE.add(session, "fail", {"n": 1})
-        held = QUEUE.add(session, "t", {"n": 2}, after=[bad], on_parent_failure="hold")
-        left = QUEUE.add(session, "t", {"n": 3}, after=[held])
-        right = QUEUE.add(session, "t", {"n": 4}, after=[held, left])
-        ids = [task.id for task in (bad, held, left, right)]
-    while worker.work():
-        pass
-    return ids
+    return run_failing_graph(engine, worker, QUEUE)
 
 
 def test_show_draws_the_tasks_around_a_task(apoq, graph):

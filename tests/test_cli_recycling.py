@@ -6,7 +6,6 @@ import os
 import re
 import selectors
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -23,12 +22,12 @@ import sqlalchemy as sa
 from click.testing import CliRunner
 from sqlalchemy.orm import Session
 from waiting import patience
-from worker_programs import PATIENCE, Program
+from worker_programs import PATIENCE, Program, free_ports
 
 from apoq import Queue, Task
 from apoq.cli import main
 from apoq.cli.child import Child
-from apoq.cli.slot import Slot
+from apoq.cli.worker_process import WorkerProcess
 from apoq.schema.tables import WorkerRow
 from apoq.worker.settling.counters import WorkerStats
 
@@ -132,19 +131,6 @@ def children(pid: int) -> dict[int, str]:
         with suppress(FileNotFoundError):
             found[int(child)] = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0]
     return found
-
-
-def free_ports(number: int) -> int:
-    """Return the first of this many ports in a row that were free a moment ago."""
-    while True:
-        with socket.create_server(("127.0.0.1", 0)) as first:
-            port = first.getsockname()[1]
-            try:
-                for more in range(1, number):
-                    socket.create_server(("127.0.0.1", port + more)).close()
-            except OSError:
-                continue
-        return port
 
 
 def status(port: int, path: str) -> int | None:
@@ -437,10 +423,10 @@ sys.exit(int(sys.argv[2]) if order else 0)
 
 SUPERVISE = """
 import logging, sys
-from apoq.cli import slot
+from apoq.cli import worker_process
 from apoq.cli.supervisor import Supervisor
 logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-slot.FIRST_BACKOFF_SECONDS = 0.01
+worker_process.FIRST_BACKOFF_SECONDS = 0.01
 command = [sys.executable, "-S", "-c", sys.argv[1], *sys.argv[3:]]
 sys.exit(Supervisor(command, int(sys.argv[2]), timeout=1).run())
 """
@@ -509,37 +495,37 @@ class TestTheSupervisor:
     def test_the_numbers_of_a_process_and_its_successor_are_added(self):
         selector = selectors.DefaultSelector()
         command = [sys.executable, "-S", "-c", STAND_IN, "1 100 0 0 0 1 max_tasks", "0"]
-        slot = Slot(
+        worker = WorkerProcess(
             1, lambda number, is_successor: Child(command, number, selector, is_successor=is_successor)
         )
 
         def turn() -> None:
             for key, _ in selector.select(0.1):
                 key.data.read()
-            list(slot.reap())
+            list(worker.reap())
 
-        slot.start()
-        until(lambda: turn() or slot.child.is_ready)
-        slot.start_successor()
-        until(lambda: turn() or slot.successor.is_ready)
-        assert slot.stats == WorkerStats(running=2, completed=200)
+        worker.start()
+        until(lambda: turn() or worker.child.is_ready)
+        worker.start_successor()
+        until(lambda: turn() or worker.successor.is_ready)
+        assert worker.stats == WorkerStats(running=2, completed=200)
 
-        slot.hand_over()
+        worker.hand_over()
 
-        until(lambda: turn() or not slot.predecessors)
-        assert slot.stats == WorkerStats(running=1, completed=200)
-        slot.child.stop()
-        until(lambda: turn() or slot.child is None)
-        assert slot.stats == WorkerStats(completed=200)
+        until(lambda: turn() or not worker.predecessors)
+        assert worker.stats == WorkerStats(running=1, completed=200)
+        worker.child.stop()
+        until(lambda: turn() or worker.child is None)
+        assert worker.stats == WorkerStats(completed=200)
 
     def test_the_pauses_between_starts_double_up_to_half_a_minute(self, caplog):
         def fail(number: int, is_successor: bool) -> None:
             raise OSError("no more processes")
 
-        slot = Slot(1, fail)
+        worker = WorkerProcess(1, fail)
         for _ in range(7):
-            slot.starts_at = 0.0
-            slot.start()
+            worker.starts_at = 0.0
+            worker.start()
 
         said = re.findall(r"can't be started: no more processes; it is tried again in (\d+) s", caplog.text)
         assert said == ["1", "2", "4", "8", "16", "30", "30"]

@@ -15,7 +15,7 @@ from urllib.request import urlopen
 import pytest
 from click.testing import CliRunner
 from waiting import patience
-from worker_programs import Program
+from worker_programs import Program, free_ports
 
 from apoq import Worker
 from apoq.cli import http_server, main
@@ -241,16 +241,3 @@ def responds(url: str) -> bool:
         return get(url)[0] == 200
     except OSError:
         return False
-
-
-def free_ports(number: int) -> int:
-    """Return the first of this many ports in a row that were free a moment ago."""
-    while True:
-        with socket.create_server(("127.0.0.1", 0)) as first:
-            port = first.getsockname()[1]
-            try:
-                for more in range(1, number):
-                    socket.create_server(("127.0.0.1", port + more)).close()
-            except OSError:
-                continue
-        return port

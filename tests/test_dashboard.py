@@ -61,23 +61,6 @@ FILL = """
 """
 
 
-@pytest.fixture
-def site(engine) -> Iterator[Site]:
-    site = Site(engine, schema=None, redact=None, environment="test", secret="of the tests")
-    yield site
-    site.close()
-
-
-@pytest.fixture
-def writer(site) -> Viewer:
-    return Viewer(Dashboard(site), "write")
-
-
-@pytest.fixture
-def reader(site) -> Viewer:
-    return Viewer(Dashboard(site), "read")
-
-
 def fill(
     engine: sa.Engine, state: str, count: int, *, ties: int = 1, later: str = "0", fail_count: int = 0
 ) -> None:

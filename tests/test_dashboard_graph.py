@@ -9,7 +9,7 @@ from xml.etree import ElementTree as ET
 import pytest
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
-from test_graphs import set_up
+from test_graphs import run_failing_graph
 from viewers import Viewer, text_of
 
 from apoq import Queue
@@ -29,17 +29,7 @@ def reader(engine) -> Iterator[Viewer]:
 
 @pytest.fixture
 def graph(engine, worker) -> list[int]:
-    """A task that has failed, one that is held by it, and two below, of which the last waits for both."""
-    set_up(worker, [])
-    with Session(engine) as session, session.begin():
-        bad = QUEUE.add(session, "fail", {"n": 1})
-        held = QUEUE.add(session, "t", {"n": 2}, after=[bad], on_parent_failure="hold")
-        left = QUEUE.add(session, "t", {"n": 3}, after=[held])
-        right = QUEUE.add(session, "t", {"n": 4}, after=[held, left])
-        ids = [task.id for task in (bad, held, left, right)]
-    while worker.work():
-        pass
-    return ids
+    return run_failing_graph(engine, worker, QUEUE)
 
 
 def drawing(page: str) -> ET.Element:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 import re
 import threading
-from collections.abc import Iterator
 from urllib.parse import urljoin
 
 import pytest
@@ -14,9 +13,7 @@ from viewers import Viewer, next_page, text_of
 from waiting import patience
 
 from apoq import Limit, Queue
-from apoq.dashboard.dashboard import Dashboard
 from apoq.dashboard.keys import KEYS, LIMITS
-from apoq.dashboard.site import Site
 
 until = patience(20.0)
 
@@ -35,23 +32,6 @@ USED = """
     WHERE state = 'running' OR n % 3 = 0
 """
 """Keys and pools of which a task runs; of each third, a task waits as well."""
-
-
-@pytest.fixture
-def site(engine) -> Iterator[Site]:
-    site = Site(engine, schema=None, redact=None, environment="test", secret="of the tests")
-    yield site
-    site.close()
-
-
-@pytest.fixture
-def writer(site) -> Viewer:
-    return Viewer(Dashboard(site), "write")
-
-
-@pytest.fixture
-def reader(site) -> Viewer:
-    return Viewer(Dashboard(site), "read")
 
 
 def names(page: str) -> list[str]:

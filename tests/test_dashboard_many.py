@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Iterator
 
 import pytest
 import sqlalchemy as sa
 from test_dashboard import fill, ids_in, walk
-from viewers import Viewer, text_of
+from viewers import text_of
 
 from apoq import Queue
 from apoq.dashboard import many
-from apoq.dashboard.dashboard import Dashboard
-from apoq.dashboard.site import Site
 from apoq.monitor.browse import VIEWS
 
 EMAILS = Queue("emails")
@@ -24,18 +21,6 @@ RUNNING = """
         SELECT id FROM apoq_tasks WHERE state = 'pending' AND process_at <= now() ORDER BY id LIMIT 20
     ) RETURNING id) INSERT INTO apoq_claims SELECT gen_random_uuid(), 1, array_agg(id) FROM taken
 """
-
-
-@pytest.fixture
-def site(engine) -> Iterator[Site]:
-    site = Site(engine, schema=None, redact=None, environment="test", secret="of the tests")
-    yield site
-    site.close()
-
-
-@pytest.fixture
-def writer(site) -> Viewer:
-    return Viewer(Dashboard(site), "write")
 
 
 def confirmed(page: str) -> dict[str, str]:

@@ -68,6 +68,20 @@ def set_up(worker: Worker, ran: list[int]) -> None:
         worker.use(name, processor)
 
 
+def run_failing_graph(engine: sa.Engine, worker: Worker, queue: Queue) -> list[int]:
+    """Run a task that fails, with one that is held by it, and two below, of which the last waits for both."""
+    set_up(worker, [])
+    with Session(engine) as session, session.begin():
+        bad = queue.add(session, "fail", {"n": 1})
+        held = queue.add(session, "t", {"n": 2}, after=[bad], on_parent_failure="hold")
+        left = queue.add(session, "t", {"n": 3}, after=[held])
+        right = queue.add(session, "t", {"n": 4}, after=[held, left])
+        ids = [task.id for task in (bad, held, left, right)]
+    while worker.work():
+        pass
+    return ids
+
+
 # Waiting and running.
 
 

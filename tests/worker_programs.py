@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -72,3 +73,16 @@ class Program:
         self._process.wait()
         self._reader.join(PATIENCE)  # its children have the same output, and end by themselves
         self._process.stdout.close()
+
+
+def free_ports(number: int) -> int:
+    """Return the first of this many ports in a row that were free a moment ago."""
+    while True:
+        with socket.create_server(("127.0.0.1", 0)) as first:
+            port = first.getsockname()[1]
+            try:
+                for more in range(1, number):
+                    socket.create_server(("127.0.0.1", port + more)).close()
+            except OSError:
+                continue
+        return port

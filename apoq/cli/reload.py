@@ -53,9 +53,9 @@ class Reloader(Supervisor):
 
     def _turn(self) -> int | None:
         self._obey()
-        (slot,) = self._slots
-        codes = [code for _, code in slot.reap()]
-        child = slot.child
+        (worker,) = self._workers
+        codes = [code for _, code in worker.reap()]
+        child = worker.child
         if self._stops_at is not None:
             return self._stopping(self._stops_at)
         if changed := self._take_changes():
@@ -67,8 +67,8 @@ class Reloader(Supervisor):
         if codes and not self._starts_again:
             logger.error("the worker %s; it starts again when a Python file changes", ended_how(codes[0]))
         if child is None and self._starts_again:
-            slot.start()
-            self._starts_again, self._kill_at = slot.child is None, None
+            worker.start()
+            self._starts_again, self._kill_at = worker.child is None, None
         elif child is not None and self._kill_at is not None and time.monotonic() > self._kill_at:
             logger.error("the worker didn't stop in time, and is killed")
             child.process.kill()

@@ -19,9 +19,9 @@ from typing import Final
 
 from apoq.cli.child import Child
 from apoq.cli.exits import BadUsage
-from apoq.cli.slot import Slot
 from apoq.cli.status import STATUS_INTERVAL_SECONDS, Status, is_wanted
 from apoq.cli.stopping import StopNotice, again_by
+from apoq.cli.worker_process import WorkerProcess
 from apoq.worker.settling.counters import WorkerStats
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ class Supervisor:
 
     def __init__(self, command: list[str], count: int, *, timeout: float) -> None:
         self._command = command
-        self._slots = [Slot(number, self._spawn) for number in range(1, count + 1)]
+        self._workers = [WorkerProcess(number, self._spawn) for number in range(1, count + 1)]
         self._timeout = timeout
         self._selector = selectors.DefaultSelector()
         self._signals: list[int] = []
@@ -91,39 +91,41 @@ class Supervisor:
         """Do what has to be done now; return an exit code if the program is to end."""
         self._obey()
         self._has_started |= any(child.has_started for child in self._children())
-        for slot in self._slots:
-            for child, code in slot.reap():
+        for worker in self._workers:
+            for child, code in worker.reap():
                 self._has_started |= child.has_started
                 if self._stops_at is not None:
                     continue
                 if not self._has_started:
                     return code if code >= 0 else 128 - code
-                self._has_given_up |= not slot.replace(child, code)
+                self._has_given_up |= not worker.replace(child, code)
         if self._has_given_up and self._stops_at is None:
             self._stop()
         if self._stops_at is not None:
             return self._stopping(self._stops_at)
         # A single one at first, so that a wrong command line causes only one error message.
-        for slot in self._slots if self._has_started else self._slots[:1]:
-            slot.start()
-            slot.hand_over()
+        for worker in self._workers if self._has_started else self._workers[:1]:
+            worker.start()
+            worker.hand_over()
         self._start_successor()
         self._report()
         return None
 
     def _start_successor(self) -> None:
         """Start one successor at a time, so that they need the memory and the time of one process."""
-        if not any(slot.successor for slot in self._slots):
-            waiting = [(since, slot) for slot in self._slots if (since := slot.wants_successor_since())]
+        if not any(worker.successor for worker in self._workers):
+            waiting = [
+                (since, worker) for worker in self._workers if (since := worker.wants_successor_since())
+            ]
             if waiting:
                 min(waiting, key=itemgetter(0))[1].start_successor()
 
     def _children(self) -> Iterator[Child]:
-        for slot in self._slots:
-            yield from slot.children
+        for worker in self._workers:
+            yield from worker.children
 
     def _running(self) -> int:
-        return sum(slot.stats.running for slot in self._slots)
+        return sum(worker.stats.running for worker in self._workers)
 
     def _report(self) -> None:
         if self._notice is not None:
@@ -134,7 +136,7 @@ class Supervisor:
     def _say(self) -> None:
         self._said_at = time.monotonic()
         if is_wanted():
-            stats = [slot.stats for slot in self._slots]
+            stats = [worker.stats for worker in self._workers]
             self._status.say(WorkerStats(*map(sum, zip(*stats, strict=True))))
 
     def _stopping(self, stops_at: float) -> int | None:

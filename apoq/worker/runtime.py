@@ -218,7 +218,7 @@ class Runtime:
             outage,
             self.claimer,
             on_cancelled=self.lost_task_monitor.look_for,
-            on_paused=self.claimer.release,
+            on_paused=self.claimer.queue_is_paused,
             on_limited=self._limit_changed,
             on_linked=self.unblocker.check,
         )
@@ -441,7 +441,7 @@ class Runtime:
         Also when the database goes away: otherwise each would fail as soon as it used its session. Tasks that
         are claimed after that may begin, because a claim that succeeds shows that the database is back.
         """
-        self._release(self.executor.take_back())
+        self.claimer.release_line()
 
     def _release(self, attempts: list[AnyAttempt]) -> None:
         for attempt in attempts:

@@ -116,7 +116,7 @@ def site(application, variables, worker) -> Iterator[Site]:
         web = application.start(command, **variables, PORT=port)
         stack.callback(web.end)
         site = Site(port, stack)
-        until(site.answers, what="the site answers", alive=web)
+        until(site.responds, what="the site responds", alive=web)
         yield site
 
 

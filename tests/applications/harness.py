@@ -229,7 +229,7 @@ class Site:
             httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=SOON, trust_env=False)
         )
 
-    def answers(self) -> bool:
+    def responds(self) -> bool:
         try:
             return self.client.get("/").status_code == httpx.codes.OK
         except httpx.TransportError:
@@ -290,7 +290,7 @@ class Scenario:
         with ExitStack() as stack:
             stack.callback(program.end)
             site = Site(port, stack)
-            until(site.answers, what="the site answers", alive=program)
+            until(site.responds, what="the site responds", alive=program)
             assert site.sign_up("one@example.org") in {200, 303}
             until(lambda: "one@example.org" in program.output(), what="the mail is printed", alive=program)
             until(lambda: "one@example.org" in site.page(), what="the page shows it", alive=program)

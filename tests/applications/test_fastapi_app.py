@@ -32,7 +32,7 @@ class TestTheFastAPIApplication(Scenario):
         with ExitStack() as stack:
             stack.callback(web.end)
             site = Site(port, stack)
-            until(site.answers, what="the site answers", alive=web)
+            until(site.responds, what="the site responds", alive=web)
             addresses = [f"embedded{n}@example.org" for n in range(5)]
             for address in addresses:
                 site.sign_up(address)

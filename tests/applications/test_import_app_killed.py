@@ -84,7 +84,7 @@ class TestTheImport(ImportScenario):
         with ExitStack() as stack:
             stack.callback(program.end)
             site = Site(port, stack)
-            until(site.answers, what="the site answers", alive=program)
+            until(site.responds, what="the site responds", alive=program)
             imports = ImportSite(site)
             import_id = imports.upload(make_broken_orders(100))
             until(lambda: imports.look(import_id).state == "failed", what="the import fails", alive=program)

@@ -165,13 +165,18 @@ class Claimer(Service):
         """Claim no more tasks; but still give free places to others, and release strays."""
         self._is_draining = True
 
-    def release(self, queue: Queue) -> None:
+    def queue_is_paused(self, queue: Queue) -> None:
         """Release the tasks of a queue that was paused, as far as they have not begun; from any thread.
 
         Also those that a claim is just taking, which began before the pause.
         """
         self._paused_at[queue] = time.monotonic()
-        self._release_line([queue])
+        self.release_line([queue])
+
+    def release_line(self, queues: Container[Queue] | None = None) -> None:
+        """Release the tasks that have not begun: all of them, or those of these queues. From any thread."""
+        for attempt in self._executor.take_back(queues):
+            self._on_ended(released(attempt))
 
     def look_for_tasks(self, queues: Iterable[Queue] | None = None) -> None:
         """Claim now from these queues, or from all, even if the last claim found nothing there."""
@@ -342,11 +347,7 @@ class Claimer(Service):
             claims = {id(row[CLAIM]): row[CLAIM] for row in tasks}.values()
             sent_at = {claim.from_queue: claim.sent_at for claim in claims}
             if paused := {queue for queue, at in sent_at.items() if at <= self._paused_at.get(queue, 0.0)}:
-                self._release_line(paused)
-
-    def _release_line(self, queues: Container[Queue] | None = None) -> None:
-        for attempt in self._executor.take_back(queues):
-            self._on_ended(released(attempt))
+                self.release_line(paused)
 
     def _startable(self, tasks: list[Claimed]) -> Iterator[Claimed]:
         for row in tasks:
@@ -430,7 +431,7 @@ class Claimer(Service):
             return pause
         if time.monotonic() - since < RELEASE_AFTER_SECONDS:
             return RELEASE_AFTER_SECONDS if pause is None else pause
-        self._release_line()
+        self.release_line()
         # The average is of shorter tasks than those that run now.
         self._executor.run_time = max(self._executor.run_time or 0.0, RELEASE_AFTER_SECONDS)
         return None

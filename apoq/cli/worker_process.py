@@ -1,4 +1,4 @@
-"""One of the processes that a supervisor keeps running: its child, and the children before and after it."""
+"""A worker process of a supervisor, by its number: its child, and the children before and after that one."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ Spawn = Callable[[int, bool], Child]
 """Starts a child with this number, which is or isn't a successor."""
 
 
-class Slot:
+class WorkerProcess:
     """Keeps one child running, and replaces it if it crashes or has reached a limit.
 
     A child that has reached a limit works on until its successor is ready. If the successor can't start, such
