@@ -7,7 +7,8 @@ import threading
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, repeat
+from operator import itemgetter
 from typing import Final
 
 from apoq.schema.statements.claim import CLAIM
@@ -88,7 +89,7 @@ class ClaimLog:
 
     def hold(self, tasks: list[Claimed]) -> None:
         """Remember tasks that were claimed, until they are settled."""
-        self._held.update({id(row): row for row in tasks})
+        self._held.update(zip(map(id, tasks), tasks, strict=True))
 
     def held(self) -> list[Claimed]:
         """Return the tasks that were claimed and aren't settled yet."""
@@ -101,9 +102,12 @@ class ClaimLog:
     def settled(self, tasks: list[Claimed]) -> None:
         """Forget tasks whose results have been written."""
         self._places.settled(tasks)
-        numbers = Counter([row[CLAIM].number for row in tasks if self._held.pop(id(row), None) is not None])
+        # Without a loop in Python, which would be a part of each task's time.
+        known = filter(None, map(self._held.pop, map(id, tasks), repeat(None)))
+        claims = Counter(map(itemgetter(CLAIM), known))
         with self._lock:
-            for number, size in numbers.items():
+            for claim, size in claims.items():
+                number = claim.number
                 left = self._left[number]
                 left.size -= size
                 if left.size == 0:

@@ -81,8 +81,9 @@ def unnoted(schema: str | None) -> Select[Any]:
         .limit(bindparam("at_most", type_=Integer))
         .cte("walk")
     )
+    # In this order: most running tasks belong to a living worker, and to look for a task reads all claims.
     is_unnoted = (
-        walk.c.is_running & ~is_noted(schema, walk.c.id) & ~is_alive(schema, walk.c.worker_id)
+        walk.c.is_running & ~is_alive(schema, walk.c.worker_id) & ~is_noted(schema, walk.c.id)
     ).label("is_unnoted")
     last = select(func.max(walk.c.number)).scalar_subquery()
     return (

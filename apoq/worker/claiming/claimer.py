@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from functools import partial
-from typing import Final
+from itertools import repeat
+from operator import concat, itemgetter
+from typing import Final, cast
 
 from sqlalchemy import Engine
 from sqlalchemy.pool import PoolProxiedConnection
@@ -349,14 +351,18 @@ class Claimer(Service):
             if paused := {queue for queue, at in sent_at.items() if at <= self._paused_at.get(queue, 0.0)}:
                 self.release_line(paused)
 
-    def _startable(self, tasks: list[Claimed]) -> Iterator[Claimed]:
+    def _startable(self, tasks: list[Claimed]) -> list[Claimed]:
+        """Return the tasks that have attempts left; end the others."""
+        if not any(map(itemgetter(FAIL_COUNT), tasks)):
+            return tasks
+        startable = []
         for row in tasks:
-            if row[FAIL_COUNT]:
-                attempt = self._executor.attempt_of(row)
-                if not may_begin(attempt):
-                    self._on_ended(ended(attempt, WorkerDied(WorkerDied.__doc__)))
-                    continue
-            yield row
+            attempt = self._executor.attempt_of(row)
+            if may_begin(attempt):
+                startable.append(row)
+            else:
+                self._on_ended(ended(attempt, WorkerDied(WorkerDied.__doc__)))
+        return startable
 
     def _looked_into(self, taken: Taken) -> None:
         """Remember how far a claim has looked into a queue."""
@@ -390,7 +396,7 @@ class Claimer(Service):
             on_progress=self._on_progress,
             is_placed=placed is not None,
         )
-        tasks: list[Claimed] = [(*row, batch) for row in rows]
+        tasks = cast("list[Claimed]", list(map(concat, rows, repeat((batch,)))))
         self._claim_log.hold(tasks)
         if self._events.has_listeners(TaskClaimed):
             for task in tasks:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from operator import itemgetter
 from typing import Any, Final
 
 from apoq.schema.statements.claim import ID, PRIORITY, PROCESS_AT
@@ -89,9 +90,13 @@ class ClaimCursor:
             self._passed_over[task_id] = time.monotonic() + seconds, seconds
         return seconds
 
-    def claimed(self, tasks: Iterable[Sequence[Any]], *, is_all: bool) -> None:
+    def claimed(self, tasks: Sequence[Sequence[Any]], *, is_all: bool) -> None:
         """Move behind the tasks of a claim, which are in order; `is_all`: there were no others."""
-        ends = {level_of(task[PRIORITY], is_keyed=False): (task[PROCESS_AT], task[ID]) for task in tasks}
+        last = dict(zip(map(itemgetter(PRIORITY), tasks), tasks, strict=True))
+        ends = {
+            level_of(priority, is_keyed=False): (task[PROCESS_AT], task[ID])
+            for priority, task in last.items()
+        }
         self.move_to(ends, is_all=is_all)
 
     def move_to(self, ends: Levels, *, is_all: bool) -> None:

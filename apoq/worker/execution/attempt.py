@@ -121,6 +121,7 @@ class _Attempt(Generic[S]):
         "processor",
         "row",
         "signal",
+        "was_fetched",
     )
 
     def __init__(self, row: Claimed, processor: Processor, open_session: Callable[[], S]) -> None:
@@ -132,6 +133,7 @@ class _Attempt(Generic[S]):
         self.opened: S | None = None
         self.has_parts = False  # whether it is known that the task is marked so
         self.data: Any = None
+        self.was_fetched = False  # whether the data was read by a statement of its own, because it is large
 
     @property
     def id(self) -> int:
@@ -210,9 +212,10 @@ class _Attempt(Generic[S]):
         If the task is no longer owned, the attempt is recalled. Raises `Unreachable` if the database is away,
         and `TaskExpired` if the task must not start any more.
         """
-        if self.row[EXPIRES_IN] is not None:
+        row = self.row
+        if row[EXPIRES_IN] is not None:
             self._check_expiry()
-        text = self.row[DATA]
+        text = row[DATA]
         if text is not None and len(text) <= LONGEST:
             self.data = read_json(text)
         else:
@@ -240,7 +243,7 @@ class _Attempt(Generic[S]):
                 f"the data is larger than the queue's max_data_size, {self.from_queue.max_data_size:,} "
                 "bytes: another program has added this task. Or give the worker a queue with a higher limit"
             )
-        self.data = read_json(text)
+        self.data, self.was_fetched = read_json(text), True
 
     def session(self) -> S:
         """Return the session in whose transaction the task is completed; open it the first time."""

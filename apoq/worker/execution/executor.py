@@ -246,12 +246,12 @@ class Executor:
             return None
         if self._first:
             with suppress(IndexError):  # another slot has just taken the last one
-                return self.attempt_of(self._first.popleft())
+                return attempt_of(self._first.popleft(), self._sessions)
         try:
             row = self._line.popleft()
         except IndexError:
             return None
-        return self.attempt_of(row)
+        return attempt_of(row, self._sessions)
 
     def _begin(self, attempt: AnyAttempt) -> bool:
         """Hand an attempt to its thread or to the loop; return False if that could not be started."""

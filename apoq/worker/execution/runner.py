@@ -9,8 +9,7 @@ import time
 import traceback
 from collections.abc import Mapping
 from contextvars import copy_context
-from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
@@ -38,8 +37,7 @@ MAX_CONFLICTS: Final = 100
 """Claims without an attempt after which a conflict uses up an attempt: it may happen each time."""
 
 
-@dataclass(slots=True, eq=False)
-class AttemptResult:
+class AttemptResult(NamedTuple):
     """The result of an attempt, as the settler writes it."""
 
     attempt: AnyAttempt

@@ -8,7 +8,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from functools import cache, partial
 from operator import itemgetter
 from typing import Any, Final
@@ -45,8 +44,8 @@ from apoq.worker.settling.batches import (
     Unsettled,
     by_schema,
     claim_of,
+    id_and_token,
     row_of,
-    schema_of,
     settlement_arrays,
     taken,
     token_arrays,
@@ -127,15 +126,19 @@ class Settler(Service):
 
     def put(self, end: AttemptResult) -> None:
         """Settle this attempt soon."""
-        is_written = end.outcome is None and end.row is not None
-        if is_written and end.seconds is None and not self._completion.has_listeners:
+        if end.outcome is not None:
+            self._ended.append(end)
+        elif end.row is None:
+            self._collect(end)
+        elif end.seconds is None and not self._completion.has_listeners:
             # Its transaction has completed the task, and there are no listeners.
-            if end.row is not None and end.row.get("is_followed"):
+            if end.row.get("is_followed"):
                 self._on_followed(end.attempt.from_queue.schema, [end.attempt.id], [])
             self._counter.count(None, [end.attempt.row])
             self._claim_log.settled([end.attempt.row])
             return
-        self._collect(end)
+        else:
+            self._ended.append(end)
         self.wake()
 
     def put_overdue(self, attempt: AnyAttempt, thread_id: int) -> None:
@@ -145,15 +148,15 @@ class Settler(Service):
             self.turn()  # the worker hasn't started: it runs one task, in `work`
 
     def _collect(self, end: AttemptResult) -> None:
-        if end.outcome is None and end.row is None:
-            row = end.attempt.row
-            has_result = end.result is not None
-            is_reported = self._completion.has_listeners and not end.attempt.has_data
-            if has_result or end.seconds is not None or is_reported:
-                self._kept[id(row)] = end
-            (self._with_results if has_result else self._completed).append(row)
-        else:
-            self._ended.append(end)
+        """Complete a task soon, of which more than the claimed row is kept only if that is needed."""
+        row = end.attempt.row
+        if end.result is not None:
+            self._kept[id(row)] = end
+            self._with_results.append(row)
+            return
+        if end.seconds is not None or (end.attempt.was_fetched and self._completion.has_listeners):
+            self._kept[id(row)] = end
+        self._completed.append(row)
 
     def turn(self) -> float | None:
         """Write all results that have come until now."""
@@ -188,11 +191,11 @@ class Settler(Service):
         return taken
 
     def _taken_ended(self) -> Iterator[Unsettled]:
-        for schema, rows in by_schema(taken(self._completed), schema_of).items():
+        for schema, rows in by_schema(taken(self._completed), claim_of).items():
             yield self._unsettled_of(schema, rows)
-        for schema, rows in by_schema(taken(self._with_results), schema_of).items():
+        for schema, rows in by_schema(taken(self._with_results), claim_of).items():
             yield self._unsettled_of(schema, rows)._replace(has_results=True)
-        for schema, ends in by_schema(taken(self._ended), lambda end: schema_of(end.attempt.row)).items():
+        for schema, ends in by_schema(taken(self._ended), lambda end: claim_of(end.attempt.row)).items():
             yield Unsettled(self._settle, schema, ends, schema in self._sharded)
 
     def _unsettled_of(self, schema: str | None, rows: list[Claimed]) -> Unsettled:
@@ -249,16 +252,26 @@ class Settler(Service):
     def _complete(self, unsettled: Unsettled) -> list[Claimed]:
         schema, tasks = unsettled.schema, sorted(unsettled.ended, key=itemgetter(ID))
         rows = self._execute_completion(unsettled, tasks)
-        if len(rows) < len(tasks) and not unsettled.is_linked:
-            left = [task for task in tasks if task[ID] not in rows]
-            self._unsettled.append(unsettled._replace(ended=left, is_linked=True))
-            tasks = [task for task in tasks if task[ID] in rows]
-        locked = self._left_out(unsettled, [task for task in tasks if task[ID] not in rows])
-        settled = [task for task in tasks if claim_of(task) not in locked] if locked else tasks
-        self._counter.count(
-            None, tasks if len(rows) == len(tasks) else [task for task in tasks if task[ID] in rows]
-        )
-        for task in settled:
+        missing: list[Claimed] = []
+        written = tasks
+        if len(rows) < len(tasks):
+            missing = [task for task in tasks if task[ID] not in rows]
+            written = [task for task in tasks if task[ID] in rows]
+        if missing and not unsettled.is_linked:
+            # Other tasks may wait for these.
+            self._unsettled.append(unsettled._replace(ended=missing, is_linked=True))
+            missing, tasks = [], written
+        locked = self._left_out(unsettled, missing)
+        settled = [task for task in tasks if id_and_token(task) not in locked] if locked else tasks
+        self._counter.count(None, written)
+        if missing or self._kept or self._completion.has_listeners:
+            self._report_completed(schema, settled, rows)
+        self._claim_log.settled(settled)
+        return [task for task in missing if id_and_token(task) in locked]
+
+    def _report_completed(self, schema: str | None, tasks: list[Claimed], rows: Rows) -> None:
+        """Report the tasks that have `rows` as completed, and the others as lost."""
+        for task in tasks:
             kept = self._kept.pop(id(task), None) if self._kept else None
             if task[ID] not in rows:
                 self._events.report(reports.lost(task))
@@ -268,8 +281,6 @@ class Settler(Service):
             if row := rows[task[ID]]:
                 known = {"data": short_data(task) if kept is None else kept.attempt.known_data()}
                 self._events.emit(COMPLETED, detached(schema, {**row, **known}))
-        self._claim_log.settled(settled)
-        return [task for task in tasks if claim_of(task) in locked]
 
     def _settle(self, unsettled: Unsettled) -> list[AttemptResult]:
         schema = unsettled.schema
@@ -282,7 +293,7 @@ class Settler(Service):
             rows |= self._execute_settlement(unsettled, unwritten)
         missing = [end.attempt.row for end in unwritten if end.attempt.id not in rows]
         locked = self._left_out(unsettled, missing)
-        settled = [end for end in ends if claim_of(end.attempt.row) not in locked]
+        settled = [end for end in ends if id_and_token(end.attempt.row) not in locked]
         for end in settled:
             if is_late(end) or isinstance(end.outcome, TaskLost) or end.attempt.id not in rows:
                 self._events.report(reports.lost(end.attempt.row, is_late=is_late(end)))
@@ -294,13 +305,13 @@ class Settler(Service):
         for end in settled:
             if end.settlement is not None and end.settlement.state == states.PENDING:
                 self._on_pending(end.attempt.from_queue, end.settlement.delay or 0.0)
-        return [end for end in ends if claim_of(end.attempt.row) in locked]
+        return [end for end in ends if id_and_token(end.attempt.row) in locked]
 
     def _left_out(self, unsettled: Unsettled, missing: list[Claimed]) -> set[tuple[int, int]]:
         """Return the ids and tokens of those that the worker owns, and that were not written: locked ones."""
         if not missing or not unsettled.skips_locked:
             return set()
-        claims = set(map(claim_of, missing))
+        claims = set(map(id_and_token, missing))
         parameters = {"ids": array_text(task[ID] for task in missing), **token_arrays(missing)}
         try:
             found = execute(self._engine, lost(unsettled.schema), parameters)
@@ -321,7 +332,7 @@ class Settler(Service):
         if isinstance(one, AttemptResult) and one.settlement is not None:
             without = {"class": type(one.outcome).__name__, "message": "", "traceback": ""}
             if one.settlement.error != without:
-                bare = replace(one, settlement=one.settlement._replace(error=without))
+                bare = one._replace(settlement=one.settlement._replace(error=without))
                 return [unsettled._replace(ended=[bare])]
         logs.task_given_up(row_of(one)[ID])
         self._claim_log.given_up(row_of(one))
@@ -331,7 +342,7 @@ class Settler(Service):
         if unsettled.has_results:
             return self._execute_with_results(unsettled, tasks)
         is_full, token = self._completion.has_listeners, tasks[0][CLAIM_TOKEN]
-        alike = len({task[CLAIM_TOKEN] for task in tasks}) == 1
+        alike = len(set(map(itemgetter(CLAIM_TOKEN), tasks))) == 1
         statement = self._completion.statement(
             unsettled.schema,
             full=is_full,
@@ -423,7 +434,7 @@ class Settler(Service):
     def _execute(
         self, statement: Executable, tasks: list[Claimed], arrays: dict[str, Any], *, is_full: bool
     ) -> Rows:
-        ids = [task[ID] for task in tasks]
+        ids = list(map(itemgetter(ID), tasks))
         parameters = {"ids": array_text(ids), **arrays}
         if is_full:
             found = execute(self._engine, statement, parameters)
