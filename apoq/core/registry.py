@@ -160,6 +160,8 @@ class Registry:
                 )
         self._everywhere: dict[str, Processor] = {}
         self._by_queue: dict[Hashable, dict[str, Processor]] = {}
+        self.version = 0
+        """Increased when a processor is registered."""
 
     def importable_middleware(self) -> list[Importable]:
         """Return the middleware as functions to import; `InvalidProcessor` if one can't be imported."""
@@ -182,6 +184,7 @@ class Registry:
         self._by_queue = {
             queue: {**processors, type_: processor} for queue, processors in self._by_queue.items()
         }
+        self.version += 1
 
     def put(self, queue: Hashable, type_: str, processor: Processor, *, replaces: bool = False) -> None:
         """Register a processor for one queue; `InvalidProcessor` if it has one, unless that is replaced."""
@@ -190,6 +193,7 @@ class Registry:
             self.check_free(queue, type_)
         processors = {**self.of(queue), type_: self._within_middleware(processor)}
         self._by_queue = {**self._by_queue, queue: processors}
+        self.version += 1
 
     def check_free(self, queue: Hashable, type_: str) -> None:
         """Raise `InvalidProcessor` if the type has a processor in this queue."""

@@ -29,6 +29,7 @@ class ClaimableQueue:
         self.cursor = cursor
         self.lease = lease
         self._registry = registry
+        self._version: int | None = None
         self._processors: Mapping[str, Processor] = {}
         self._text = self._limits_text = ""
 
@@ -58,12 +59,13 @@ class ClaimableQueue:
         return self._limits_text
 
     def _look(self) -> None:
-        processors = self._registry.of(self.queue)
-        # The registry returns another mapping as soon as there is one more processor.
-        if self._processors is not processors:
+        version = self._registry.version
+        if self._version != version:
+            processors = self._registry.of(self.queue)
             self._text = queue_text(self.queue.name, processors)
             self._limits_text = retry_limits(self.queue, processors)
             self._processors = processors
+            self._version = version
 
 
 def retry_limits(queue: Queue, processors: Mapping[str, Processor]) -> str:

@@ -146,7 +146,8 @@ class Claimer(Service):
         self._released: set[Queue] = set()
         """The queues of which tasks with places were released, which others may claim."""
         places.on_free = self.wake
-        self._moves: list[Callable[[], None]] = []
+        self._deferred: list[Callable[[], None]] = []
+        """What is left to do after a claim when the claimed tasks have begun."""
         self._waits_for_room = True
         """Whether a slot that becomes free is a reason to take a turn."""
         self._is_draining = False
@@ -268,7 +269,11 @@ class Claimer(Service):
             self._waits_for_room = False
             return self._rested_at - began
         wanted = min(room, MAX_CLAIM_SIZE)
-        claimed = self.claim(wanted, free, connection)
+        try:
+            claimed = self.claim(wanted, free, connection)
+        except BaseException:
+            self._do_deferred()
+            raise
         if self._observer is not None:
             self._observer.claimed(time.monotonic() - began)
         if len(claimed) < wanted:
@@ -276,7 +281,7 @@ class Claimer(Service):
             self._rested_at = began + self._pace.interval(time.monotonic() - began)
         self._begin(claimed)
         self._release_paused(claimed)
-        self._move_cursors()
+        self._do_deferred()
         self._strays.forget_settled(connection)
         return 0.0
 
@@ -285,11 +290,13 @@ class Claimer(Service):
         self._declared_limits.write()
         self._strays.forget_settled()
         self._expect(None)
-        while claimed := self.claim(1, 1):
-            self._move_cursors()
+        while True:
+            claimed = self.claim(1, 1)
+            self._do_deferred()
+            if not claimed:
+                return None
             for task in self._startable(claimed):
                 return self._executor.attempt_of(task)
-        return None
 
     def claim(self, limit: int, free: int, connection: PoolProxiedConnection | None = None) -> list[Claimed]:
         """Claim up to `limit` tasks, of which `free` find a slot at once, from the queues that may have any.
@@ -368,11 +375,13 @@ class Claimer(Service):
         """Remember how far a claim has looked into a queue."""
         queue, rows, placed = taken.queue, taken.rows, taken.placed
         self._rotation.looked_into(queue, has_more=taken.has_more)
-        self._scanner.claimed(queue.queue, len(rows), has_more=taken.has_more)
+        # It wakes another thread, which would take time from the tasks that begin.
+        look = partial(self._scanner.claimed, queue.queue, len(rows), has_more=taken.has_more)
+        self._deferred.append(look)
         if placed is not None:
-            self._moves.append(partial(queue.cursor.move_to, placed.ends, is_all=False))
+            self._deferred.append(partial(queue.cursor.move_to, placed.ends, is_all=False))
         elif rows:
-            self._moves.append(partial(queue.cursor.claimed, rows, is_all=not taken.has_more))
+            self._deferred.append(partial(queue.cursor.claimed, rows, is_all=not taken.has_more))
 
     def _hold(self, taken: Taken) -> list[Claimed]:
         """Remember what was taken from a queue; return its tasks."""
@@ -419,12 +428,12 @@ class Claimer(Service):
         if self._events.has_listeners(TaskStarted):
             self._events.report(reports.started(row))
 
-    def _move_cursors(self) -> None:
-        """Move the cursors behind the claimed tasks, after these have begun."""
+    def _do_deferred(self) -> None:
+        """Move the cursors behind the claimed tasks, and let the scanner look; these have begun."""
         with self._lock:
-            moves, self._moves = self._moves, []
-        for move in moves:
-            move()
+            deferred, self._deferred = self._deferred, []
+        for each in deferred:
+            each()
 
     def _others(self) -> Iterable[ClaimableQueue]:
         return (queue for queue in self._queues.values() if queue.lease.is_held)

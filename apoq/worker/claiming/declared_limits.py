@@ -32,26 +32,26 @@ class DeclaredLimits:
         self._queues = tuple(queues)
         self._registry = registry
         self._release = release
-        self._known: dict[Queue, Mapping[str, Processor]] = {}
-        """The processors at the last look."""
+        self._version: int | None = None
+        """Of the registry, at the last look."""
         self._written: set[tuple[Queue, str, Limit]] = set()
 
     def forget(self) -> None:
         """Write all of them again."""
-        self._known.clear()
+        self._version = None
         self._written.clear()
 
     def write(self) -> None:
         """Write those that are new."""
+        version = self._registry.version
+        if self._version == version:
+            return
         for queue in self._queues:
-            processors = self._registry.of(queue)
-            # The registry returns another mapping as soon as there is one more processor.
-            if self._known.get(queue) is not processors:
-                for type_, limit in _limits_of(queue, processors):
-                    if (queue, type_, limit) not in self._written:
-                        self._write(queue, type_, limit)
-                        self._written.add((queue, type_, limit))
-                self._known[queue] = processors
+            for type_, limit in _limits_of(queue, self._registry.of(queue)):
+                if (queue, type_, limit) not in self._written:
+                    self._write(queue, type_, limit)
+                    self._written.add((queue, type_, limit))
+        self._version = version
 
     def _write(self, queue: Queue, type_: str, limit: Limit) -> None:
         parameters = {

@@ -74,13 +74,17 @@ class SchemaClaims:
         claim fails is left out for a while, unless there are no `others` whose claims succeed.
         """
         placed = {queue: its for queue, its in portions.items() if queue.needs_places}
-        yield from self._claim_placed(placed, min(limit, room), free, others)
-        portions = {queue: its for queue, its in portions.items() if queue not in placed}
-        together = {queue: its for queue, its in portions.items() if not self._alone[queue].is_doubtful}
-        taken = self._claim_together(together, limit, free, on) if len(together) > 1 else []
-        yield from taken
-        reached = {each.queue for each in taken}
-        count = sum(len(each.rows) for each in taken)
+        if placed:
+            yield from self._claim_placed(placed, min(limit, room), free, others)
+            portions = {queue: its for queue, its in portions.items() if queue not in placed}
+        reached: set[ClaimableQueue] = set()
+        count = 0
+        if len(portions) > 1:
+            together = {queue: its for queue, its in portions.items() if not self._alone[queue].is_doubtful}
+            for taken in self._claim_together(together, limit, free, on):
+                reached.add(taken.queue)
+                count += len(taken.rows)
+                yield taken
         for queue, portion in portions.items():
             if queue not in reached and count < limit:
                 at_most = min(portion, limit - count)
