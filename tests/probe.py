@@ -342,9 +342,9 @@ def move(cursor: ClaimCursor, levels: Mapping[int, tuple[float, int]]) -> None:
     cursor._be_at({level_of(priority, is_keyed=False): position for priority, position in levels.items()})
 
 
-def moves(worker: Worker) -> list[Any]:
-    """Return the claims that the cursors have yet to follow."""
-    return claimer(worker)._moves
+def deferred(worker: Worker) -> list[Any]:
+    """Return what the claimer has yet to do after its claims."""
+    return claimer(worker)._deferred
 
 
 def declare_limits(worker: Worker) -> None:

@@ -297,6 +297,11 @@ VALUES: Final[dict[str, tuple[Any, ...]]] = {
     "sequence: str": ("apoq_tasks_id_seq",),
     "sequence_schema: str": ("public",),
     "bool": (False, True),
+    "given: frozenset[str] | None": (
+        None,
+        frozenset({"task_queue", "task_type", "task_priority"}),
+        frozenset({"task_queue", "task_type", "task_priority", "task_delay", "task_expires_in"}),
+    ),
 }
 """The arguments of the functions, by a parameter or its type."""
 

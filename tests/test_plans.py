@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 import uuid
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -58,6 +59,7 @@ from apoq.schema.statements.settle import complete, remove, settle
 from apoq.schema.statements.survey import survey
 from apoq.schema.statements.take_keys import take_keys
 from apoq.schema.statements.unique import holder, holders, release_ended, replace, replace_many
+from apoq.schema.statements.unnoted import unnoted
 from apoq.worker.claiming.cursor import ClaimCursor
 
 MANY_ROWS = """
@@ -291,6 +293,8 @@ FIND = {
 ENDED = {"apoq_tasks_completed_idx", "apoq_tasks_failed_idx"}
 
 RUNNING = {"apoq_tasks_pkey", "apoq_tasks_open_idx"}
+SOON = 20.0
+
 LOOKS = [
     pytest.param(find(None, None), FIND, {"apoq_tasks_pkey"}, id="find any"),
     pytest.param(find(None, "running"), FIND | {"at_most": 1_000}, RUNNING, id="find a rare state"),
@@ -618,6 +622,30 @@ def look(engine: sa.Engine, statement: sa.Select, parameters: dict, options: str
         connection.exec_driver_sql(SETTINGS)
         explained = connection.exec_driver_sql(f"EXPLAIN (FORMAT JSON{options}) {sql}", values)
         return explained.scalar()[0]["Plan"]
+
+
+def test_the_sweep_reads_no_claims_for_tasks_of_a_living_worker(engine, make_worker):
+    """It compared each running task with the ids of all claims, and took a second in a busy queue."""
+    begun, may_end = threading.Semaphore(0), threading.Event()
+
+    def wait(_: object) -> None:
+        begun.release()
+        may_end.wait(SOON)
+
+    worker = make_worker(concurrency=4)
+    worker.use("ours", wait)
+    with Session(engine) as session, session.begin():
+        Queue().add_many(session, "ours", [{}] * 4)
+    worker.start()
+    for _ in range(4):
+        assert begun.acquire(timeout=SOON)
+    behind = {"time": "-infinity", "id": 0, "queue": "default", "level": 0, "at_most": 100}
+    plan = look(engine, unnoted(None), behind, ", ANALYZE")
+    may_end.set()
+
+    looks = [node["Actual Loops"] for node in nodes(plan) if node.get("Relation Name") == "apoq_claims"]
+    assert plan["Actual Rows"] == 1  # the last of the walk, which is not unnoted
+    assert sum(looks) == 0
 
 
 @pytest.mark.parametrize("queue", ["default", "other"])

@@ -297,7 +297,7 @@ def test_looking_in_vain_leaves_nothing_behind(worker):
     for _ in range(3):
         assert worker.work() is None
 
-    assert probe.moves(worker) == []
+    assert probe.deferred(worker) == []
 
 
 def test_every_queue_has_a_position_of_its_own(engine, make_worker):

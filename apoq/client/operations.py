@@ -40,8 +40,9 @@ FIRST_COUNT = 1_000
 
 def add(caller: Caller, schema: str | None, parameters: dict[str, Any]) -> Task:
     """Add a task, and return it."""
-    expires = has_expiry(parameters)
-    (row,) = caller.execute(enqueue(schema, mapped=caller.has_orm_listeners, expires=expires), parameters)
+    given = {name: value for name, value in parameters.items() if value is not None}
+    statement = enqueue(schema, mapped=caller.has_orm_listeners, given=frozenset(given))
+    (row,) = caller.execute(statement, given)
     task = with_outcome(detached(schema, added_row(parameters, row)), ADDED)
     caller.attach(task)
     caller.notify(has_tasks(schema, parameters["task_queue"]))

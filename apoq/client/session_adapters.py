@@ -21,7 +21,7 @@ from sqlalchemy.exc import DBAPIError, InvalidRequestError, PendingRollbackError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_session
 from sqlalchemy.ext.horizontal_shard import ShardedSession
 from sqlalchemy.orm import Session, scoped_session
-from sqlalchemy.orm.attributes import set_committed_value
+from sqlalchemy.orm.attributes import instance_state, set_committed_value
 from sqlalchemy.orm.util import identity_key
 from sqlalchemy.util import await_only, greenlet_spawn
 from sqlalchemy.util.concurrency import in_greenlet
@@ -209,27 +209,30 @@ class _OrmSession:
 
     def execute(self, statement: Executable, parameters: dict[str, Any]) -> Sequence[Row]:
         # Without a flush of the session's other objects, which is the caller's decision.
-        with _clear_errors(statement), self._session.no_autoflush, self._clear_state():
-            connection = connection_of(self._session, self._bind)
-            check_untranslated(connection.get_execution_options(), _schema(statement))
-            # Since SQLAlchemy 2.1, a session may have such options, too.
-            check_untranslated(getattr(self._session, "execution_options", {}), _schema(statement))
-            with _writing(self._session):
-                result: Any = self._session.execute(statement, parameters, bind_arguments={"mapper": _MAPPER})
-            # A listener may have added options. An UPDATE's result has a context since SQLAlchemy 2.1.
-            if self.has_orm_listeners and hasattr(result, "context"):
-                check_untranslated(result.context.execution_options, _schema(statement))
-            self._result = result
-            return _rows(result)
-
-    @contextmanager
-    def _clear_state(self) -> Iterator[None]:
-        try:
-            yield
-        except InvalidRequestError as error:
-            transaction = self._session.get_transaction()
-            if isinstance(error, PendingRollbackError) or transaction is None or transaction.is_active:
+        with _clear_errors(statement), self._session.no_autoflush:
+            try:
+                return self._executed(statement, parameters)
+            except InvalidRequestError as error:
+                self._check_state(error)
                 raise
+
+    def _executed(self, statement: Executable, parameters: dict[str, Any]) -> Sequence[Row]:
+        connection = connection_of(self._session, self._bind)
+        check_untranslated(connection.get_execution_options(), _schema(statement))
+        # Since SQLAlchemy 2.1, a session may have such options, too.
+        check_untranslated(getattr(self._session, "execution_options", {}), _schema(statement))
+        with _writing(self._session):
+            result: Any = self._session.execute(statement, parameters, bind_arguments={"mapper": _MAPPER})
+        # A listener may have added options. An UPDATE's result has a context since SQLAlchemy 2.1.
+        if self.has_orm_listeners and hasattr(result, "context"):
+            check_untranslated(result.context.execution_options, _schema(statement))
+        self._result = result
+        return _rows(result)
+
+    def _check_state(self, error: InvalidRequestError) -> None:
+        """Raise a clear error if the session was in no state to execute a statement."""
+        transaction = self._session.get_transaction()
+        if not (isinstance(error, PendingRollbackError) or transaction is None or transaction.is_active):
             raise UnsupportedSession(
                 "a task can't be added while the session's transaction is beginning or ending, as in the "
                 "events after_begin, after_commit and after_rollback: add it in before_commit or earlier, or "
@@ -247,7 +250,7 @@ class _OrmSession:
         transaction = self._session.get_nested_transaction() or self._session.get_transaction()
         if transaction is not None:
             # So that a rollback removes it from the session, like an object that was flushed.
-            transaction._new[inspect(task)] = True  # noqa: SLF001 - no public API does it without a flush
+            transaction._new[instance_state(task)] = True  # noqa: SLF001 - no public API does it without a flush
 
     def refresh(self, mapped: type[Task], row: Row) -> None:
         known = self._session.identity_map.get(identity_key(mapped, row["id"]))

@@ -27,6 +27,7 @@ from sqlalchemy.dialects.postgresql import INTERVAL, JSONB, TIMESTAMP
 from sqlalchemy.sql.elements import ColumnElement
 from sqlalchemy.types import Integer
 
+from apoq.core.options import has_expiry
 from apoq.core.states import PENDING
 from apoq.postgres.loaders import read_json, read_microseconds
 from apoq.schema.models import Task, task_class, tasks_table
@@ -42,8 +43,8 @@ def _given() -> dict[str, ColumnElement[Any]]:
         # Not now(), the start of the caller's transaction, which may be long ago: a delay counts from the
         # call.
         "process_at": func.coalesce(
-            bindparam("task_process_at", type_=TIMESTAMP(timezone=True)),
-            func.clock_timestamp() + bindparam("task_delay", type_=INTERVAL),
+            bindparam("task_process_at", None, type_=TIMESTAMP(timezone=True)),
+            func.clock_timestamp() + bindparam("task_delay", None, type_=INTERVAL),
         ),
         "retry_limit": bindparam("task_retry_limit", type_=Integer),
         "retry_delay": bindparam("task_retry_delay", type_=INTERVAL),
@@ -72,19 +73,31 @@ def given_values(*, expires: bool = True) -> dict[str, ColumnElement[Any]]:
 
 
 @cache
-def enqueue(schema: str | None, *, mapped: bool = True, expires: bool = False) -> Insert:
+def enqueue(schema: str | None, *, mapped: bool = True, given: frozenset[str] | None = None) -> Insert:
     """Add one task and return the values that only the server knows; as an ORM statement if `mapped`.
 
-    `expires`: with `task_expires_at` or `task_expires_in`, which would take time for the other tasks as well.
+    `given`: the parameters that it has; by default, all but those of a task that expires. Each parameter
+    takes time to convert, and most tasks have few.
     """
     data = cast(bindparam("task_data", type_=Text), JSONB)
     table = tasks_table(schema)
+    values = given_values(expires=given is not None)
+    if given is not None:
+        values = {name: value for name, value in values.items() if not _PARAMETERS[name].isdisjoint(given)}
     statement = (
         insert(task_class(schema) if mapped else table)
-        .values(**given_values(expires=expires), created_at=func.now(), data=data)
-        .returning(*returned_values(table, expires=expires))
+        .values(**values, created_at=func.now(), data=data)
+        .returning(*returned_values(table, expires="expires_at" in values))
     )
     return statement.execution_options(dml_strategy="raw") if mapped else statement
+
+
+_PARAMETERS: Final[dict[str, frozenset[str]]] = {
+    **{name: frozenset({f"task_{name}"}) for name in _given()},
+    "process_at": frozenset({"task_process_at", "task_delay"}),
+    "expires_at": frozenset({"task_expires_at", "task_expires_in"}),
+}
+"""The parameters of which a column's value is made, by column."""
 
 
 def returned_values(table: Table, *, expires: bool) -> list[ColumnElement[Any]]:
@@ -113,7 +126,7 @@ def added_row(parameters: Mapping[str, Any], returned: Mapping[Any, Any]) -> dic
         "id": returned["id"],
         "created_at": read_microseconds(returned["created_at"]),
         "process_at": read_microseconds(returned["process_at"]),
-        "expires_at": None if (expiry := returned.get("expires_at")) is None else read_microseconds(expiry),
+        "expires_at": read_microseconds(returned["expires_at"]) if has_expiry(parameters) else None,
     }
 
 
