@@ -84,6 +84,7 @@ def enqueue(schema: str | None, *, mapped: bool = True, given: frozenset[str] | 
     values = given_values(expires=given is not None)
     if given is not None:
         values = {name: value for name, value in values.items() if not _PARAMETERS[name].isdisjoint(given)}
+        values.setdefault("process_at", func.now())  # not the column's default, which no frozen clock reaches
     statement = (
         insert(task_class(schema) if mapped else table)
         .values(**values, created_at=func.now(), data=data)

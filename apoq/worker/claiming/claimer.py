@@ -147,7 +147,7 @@ class Claimer(Service):
         """The queues of which tasks with places were released, which others may claim."""
         places.on_free = self.wake
         self._deferred: list[Callable[[], None]] = []
-        """What is left to do after a claim when the claimed tasks have begun."""
+        """The steps of a claim that follow when its tasks have begun."""
         self._waits_for_room = True
         """Whether a slot that becomes free is a reason to take a turn."""
         self._is_draining = False
