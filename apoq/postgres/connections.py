@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, Final, cast
@@ -199,28 +199,55 @@ def execute(
     return result
 
 
-Send = Callable[[Executable, Mapping[str, Any]], Result]
-"""Executes a statement of a transaction."""
+class Transaction:
+    """A transaction on a connection of one of apoq's own engines; it begins with the first statement."""
+
+    def __init__(self, pooled: PoolProxiedConnection) -> None:
+        self._connection: Any = pooled.dbapi_connection
+        self._prepared = pooled.info.setdefault(_PREPARED, set()) if is_direct(pooled) else None
+        self._begin = pooled.info[_BEGIN]
+        self._has_begun = False
+
+    def __call__(self, statement: Executable, parameters: Mapping[str, Any]) -> Result:
+        """Execute a statement."""
+        [result] = self.together((statement, parameters))
+        return result
+
+    def together(
+        self, *statements: tuple[Executable, Mapping[str, Any]], commits: bool = False
+    ) -> list[Result]:
+        """Execute statements, and then commit if `commits`: in one round trip, unless there is a pooler."""
+        begins, self._has_begun = not self._has_begun, not commits
+        if self._prepared is not None:
+            return fast_path.execute_together(
+                self._connection, statements, prepared=self._prepared, begins=begins, commits=commits
+            )
+        if begins:
+            self._connection.execute(self._begin)
+        results = [fast_path.execute(self._connection, *each, prepared=None) for each in statements]
+        if commits:
+            self._connection.commit()
+        return results
+
+    def commit(self) -> None:
+        """Commit what has not been committed yet."""
+        if self._has_begun:
+            self._connection.commit()
+            self._has_begun = False
 
 
 @contextmanager
-def transaction(engine: Engine, *, timeout: float = ANSWER_TIMEOUT_SECONDS) -> Iterator[Send]:
-    """Yield a function that executes statements in one transaction, on one of apoq's own engines.
+def transaction(engine: Engine, *, timeout: float = ANSWER_TIMEOUT_SECONDS) -> Iterator[Transaction]:
+    """Yield a transaction on one of apoq's own engines, and commit it at the end of the block.
 
-    It commits at the end of the block. It fails as `execute` does if it takes longer than `timeout` seconds.
+    It fails as `execute` does if it takes longer than `timeout` seconds.
     """
     pooled = engine.raw_connection()
-    connection: Any = pooled.dbapi_connection
-    prepared = pooled.info.setdefault(_PREPARED, set()) if is_direct(pooled) else None
-
-    def send(statement: Executable, parameters: Mapping[str, Any]) -> Result:
-        return fast_path.execute(connection, statement, parameters, prepared=prepared)
-
     try:
-        with watch.awaiting(connection, timeout, pooled.info[_OWNER]):
-            connection.execute(pooled.info[_BEGIN])
-            yield send
-            connection.commit()
+        with watch.awaiting(pooled.dbapi_connection, timeout, pooled.info[_OWNER]):
+            current = Transaction(pooled)
+            yield current
+            current.commit()
     except BaseException as error:
         pooled.invalidate(error)
         _learn_from(engine, error)

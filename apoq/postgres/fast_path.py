@@ -11,7 +11,7 @@ import codecs
 import hashlib
 import selectors
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import timedelta
 from functools import cache
 from typing import Any, Final, cast
@@ -82,6 +82,44 @@ def execute(
     name = None if prepared is None else prepare(connection, statement, prepared)
     send(connection, statement, parameters, name)
     return Result(connection, _fetch(connection))
+
+
+def execute_together(
+    connection: psycopg.Connection[Any],
+    statements: Iterable[tuple[Executable, Mapping[str, Any]]],
+    *,
+    prepared: set[bytes],
+    begins: bool = False,
+    commits: bool = False,
+) -> list[Result]:
+    """Execute statements with their parameters in one round trip, and return the server's responses.
+
+    `begins`, `commits`: before or after them, the transaction begins or is committed. If a statement fails,
+    those after it are not executed. Raises psycopg's errors.
+    """
+    named = [
+        (statement, parameters, prepare(connection, statement, prepared))
+        for statement, parameters in statements
+    ]
+    pgconn = connection.pgconn
+    pgconn.enter_pipeline_mode()
+    # All at once: each time that this thread waits, it may have to wait for the interpreter's lock as well.
+    if begins:
+        pgconn.send_query_params(b"BEGIN", None)
+    for each in named:
+        send(connection, *each)
+    if commits:
+        pgconn.send_query_params(b"COMMIT", None)
+    pgconn.pipeline_sync()
+    connection.wait(generators.send(pgconn))
+    # Each response, and one to the synchronization. After it, the connection is out of the pipeline mode even
+    # if a statement has failed.
+    count = begins + len(named) + commits
+    results = [connection.wait(_receive_one(connection))[-1] for _ in range(count + 1)]
+    pgconn.exit_pipeline_mode()
+    for result in results[:count]:
+        check(connection, result)
+    return [Result(connection, result) for result in results[begins : begins + len(named)]]
 
 
 def prepare(connection: psycopg.Connection[Any], statement: Executable, prepared: set[bytes]) -> bytes:
@@ -192,8 +230,19 @@ def _fetch(connection: psycopg.Connection[Any]) -> PGresult:
 
 
 def _receive(connection: psycopg.Connection[Any]) -> PQGen[list[PGresult]]:
+    """Receive the response to a statement that is being sent."""
+    return _noting_progress(connection, generators.execute(connection.pgconn))
+
+
+def _receive_one(connection: psycopg.Connection[Any]) -> PQGen[list[PGresult]]:
+    """Receive the next response of several."""
+    return _noting_progress(connection, generators.fetch_many(connection.pgconn))
+
+
+def _noting_progress(
+    connection: psycopg.Connection[Any], receiving: PQGen[list[PGresult]]
+) -> PQGen[list[PGresult]]:
     """Receive a response and note its progress, because a long response isn't overdue."""
-    receiving = generators.execute(connection.pgconn)
     next_note = time.monotonic() + PROGRESS_INTERVAL_SECONDS
     try:
         ready = yield next(receiving)

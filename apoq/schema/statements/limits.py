@@ -121,9 +121,8 @@ def browse_limits(schema: str | None) -> Select[Any]:
 
 @cache
 def limits_of(schema: str | None) -> Select[Any]:
-    """Return the limits in force of `from_queue` that concern the types `types` and the keys `keys`."""
+    """Return the limits in force of `from_queue`: its own, and those of its types and of the keys `keys`."""
     limits = limits_table(schema)
-    types, keys = (bindparam(name, type_=ARRAY(Text)) for name in ("types", "keys"))
     return select(
         limits.c.type,
         limits.c.key,
@@ -135,8 +134,8 @@ def limits_of(schema: str | None) -> Select[Any]:
         limits.c.queue == bindparam("from_queue", type_=Text),
         in_force(limits).is_not(None),
         or_(
-            and_(limits.c.key == NONE, or_(limits.c.type == NONE, limits.c.type == any_(types))),
-            and_(limits.c.type == NONE, limits.c.key == any_(keys)),
+            limits.c.key == NONE,
+            and_(limits.c.type == NONE, limits.c.key == any_(bindparam("keys", type_=ARRAY(Text)))),
         ),
     )
 

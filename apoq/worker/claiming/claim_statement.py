@@ -11,7 +11,7 @@ from psycopg.errors import FeatureNotSupported
 from sqlalchemy import Engine, Executable
 from sqlalchemy.pool import PoolProxiedConnection
 
-from apoq.postgres.connections import STATEMENT_TIMEOUT_SECONDS, Send, execute, is_away, transaction
+from apoq.postgres.connections import STATEMENT_TIMEOUT_SECONDS, Transaction, execute, is_away, transaction
 from apoq.schema.statements.arrays import array_text
 from apoq.schema.statements.claim import DATA, ID, META, claim, next_due
 from apoq.schema.statements.data import read_short_data
@@ -93,16 +93,24 @@ class ClaimStatement:
         self._sharded.add(self._schema)
         return rows
 
-    def take_in(self, send: Send, take: Callable[..., Executable], parameters: dict[str, Any]) -> list[Row]:
-        """Execute a statement that claims tasks in a transaction, and record them."""
+    def end_with(
+        self,
+        send: Transaction,
+        take: Callable[..., Executable],
+        parameters: dict[str, Any],
+        *others: tuple[Executable, Mapping[str, Any]],
+    ) -> list[Row]:
+        """Execute a statement that claims tasks, and others, and commit; return the tasks."""
         if self._schema in self._sharded:
-            return self._send_in_parts(
-                send, take(self._schema, bare=True, noted=False), parameters, bare=False
-            )
-        return send(take(self._schema), parameters).fetchall()
+            first = take(self._schema, bare=True, noted=False)
+            rows = self._send_in_parts(send, first, parameters, bare=False)
+            send.together(*others, commits=True)
+            return rows
+        taken, *_ = send.together((take(self._schema), parameters), *others, commits=True)
+        return taken.fetchall()
 
     def _send_in_parts(
-        self, send: Send, first: Executable, parameters: dict[str, Any], *, bare: bool
+        self, send: Transaction, first: Executable, parameters: dict[str, Any], *, bare: bool
     ) -> list[Row]:
         """Claim in several statements of a transaction, each of which writes to one table.
 

@@ -9,7 +9,7 @@ from zlib import crc32
 
 from psycopg import DatabaseError
 from psycopg.errors import UniqueViolation
-from sqlalchemy import Engine
+from sqlalchemy import Engine, Executable
 
 from apoq.core.places import (
     KEY,
@@ -25,7 +25,7 @@ from apoq.core.places import (
     State,
     decide,
 )
-from apoq.postgres.connections import STATEMENT_TIMEOUT_SECONDS, Send, is_caused_by_a_row, transaction
+from apoq.postgres.connections import STATEMENT_TIMEOUT_SECONDS, Transaction, is_caused_by_a_row, transaction
 from apoq.schema.statements.arrays import array_text
 from apoq.schema.statements.claim import ID, PRIORITY, PROCESS_AT
 from apoq.schema.statements.levels import level_of
@@ -58,6 +58,11 @@ More at once would be blocked sooner, but hold up the tasks of other keys for lo
 
 MAX_REMEMBERED: Final = 10_000
 """Keys that are remembered to have a single place, at most."""
+
+Sent = tuple[Executable, Mapping[str, Any]]
+"""A statement with its parameters."""
+
+NOTHING: Final = Decision([], [], [], set())
 
 _PLACE_INDEXES: Final = ("apoq_tasks_places_idx", "apoq_tasks_pools_idx")
 
@@ -114,7 +119,7 @@ class PlacedClaims:
     def _claim_due(self, queue: ClaimableQueue, at_most: int, limit: int, free: int) -> PlacedTasks:
         found: list[Candidate] = []
 
-        def pick(send: Send) -> tuple[list[Candidate], Decision]:
+        def pick(send: Transaction) -> tuple[list[Candidate], Decision]:
             form, parameters = self._statement.form_and_parameters({queue: at_most}, at_most, free)
             form |= {"keyed": queue.is_keyed}
             found[:] = _in_order(send(pick_due(self._schema, **form), parameters))
@@ -140,59 +145,75 @@ class PlacedClaims:
         later: dict[Share, int] = {}
         unblocked: list[int] = []
 
-        def pick(send: Send) -> tuple[list[Candidate], Decision]:
-            nothing = Decision([], [], [], set())
+        def pick(send: Transaction) -> tuple[list[Candidate], Decision]:
             shares = [share for share in freed if share != Share(POOL, WHOLE_QUEUE)]
-            locked = self._lock(send, queue, shares)
-            later.update({share: freed[share] for share in shares if share not in locked})
-            if not locked:
-                return [], nothing
+            if not shares:
+                return [], NOTHING
             # One more than have become free, because more places may be free than that.
-            wanted = {share: freed[share] + (share not in self._serial) for share in locked}
+            wanted = {share: freed[share] + (share not in self._serial) for share in shares}
             parameters = self._wanted(queue, wanted)
-            found = _in_order(send(pick_blocked(self._schema), parameters))
-            rules = self._rules(send, queue, found)
-            first_ids, found = self._with_first(send, queue, rules, found, parameters)
-            shares = sorted({share for task in found for share, _ in rules.shares_of(task)})
-            locked |= self._lock(send, queue, [share for share in shares if share not in locked])
+            numbers = self._numbers(queue, shares)
+            # The rest after the locks, so that no other transaction changes it.
+            taken, picked, limits, places = send.together(
+                _lock(numbers),
+                (pick_blocked(self._schema), parameters),
+                self._limits(queue, {share.name for share in shares if share.kind == KEY}),
+                self._held(queue, shares),
+            )
+            locked, held = _locked(numbers, taken), _by_share(places)
+            later.update({share: freed[share] for share in shares if share not in locked})
+            for share in later:
+                del wanted[share]
+            rules = _rules(limits)
+            first_ids, found = self._with_first(send, queue, rules, _in_order(picked), parameters)
+            needed = {share for task in found for share, _ in rules.shares_of(task)}
+            if others := sorted(needed.difference(shares)):
+                numbers = self._numbers(queue, others)
+                taken, places = send.together(_lock(numbers), self._held(queue, others))
+                locked |= _locked(numbers, taken)
+                held |= _by_share(places)
             self._remember_serial(rules, found)
-            state = State(self._held(send, queue, shares), frozenset(locked), frozenset(), first_ids)
+            state = State(held, frozenset(locked), frozenset(), first_ids)
             decision = decide([task._replace(may_run=True) for task in found], rules, state, len(found))
             runnable = {task.id for task in found if task.may_run}
             mine = [each for each in decision.placed if each.task.id in runnable][:room]
             ids = {each.task.id for each in mine}
             unblocked[:] = [each.task.id for each in decision.placed if each.task.id not in ids]
-            if unblocked:
-                send(unblock(self._schema), {"ids": array_text(unblocked)})
             later.update(_more(wanted, decision))
             # Its own place is free, but that of its type isn't, or the other way around.
             moved = [each for each in decision.blocked if each.share.kind != each.task.waits_for]
             later.update({each.share: 1 for each in moved})
             return found, Decision(mine, moved, decision.left, decision.full)
 
-        number, rows, _ = self._transact(queue, pick, free)
+        number, rows, _ = self._transact(queue, pick, free, unblocked)
         return PlacedTasks(number, rows, {}, has_more=False, later=later, is_unblocked=bool(unblocked))
 
     def _transact(
         self,
         queue: ClaimableQueue,
-        pick: Callable[[Send], tuple[list[Candidate], Decision]],
+        pick: Callable[[Transaction], tuple[list[Candidate], Decision]],
         free: int,
+        unblocked: Sequence[int] = (),
     ) -> tuple[int, list[Row], Decision | None]:
+        """Decide about tasks by `pick`, which also sets those to be `unblocked`, and write the decision."""
         decision: Decision | None = None
 
         def claim(parameters: dict[str, Any]) -> list[Row]:
             nonlocal decision
-            rows: list[Row] = []
             with transaction(self._engine, timeout=STATEMENT_TIMEOUT_SECONDS) as send:
                 candidates, decision = pick(send)
                 if not candidates:
-                    return rows
-                if decision.placed:
-                    rows = self._take(send, queue, decision.placed, parameters, free)
+                    return []
+                others: list[Sent] = []
                 if decision.blocked:
-                    send(block(self._schema), _blocked(decision.blocked))
-            return rows
+                    others.append((block(self._schema), _blocked(decision.blocked)))
+                if unblocked:
+                    others.append((unblock(self._schema), {"ids": array_text(unblocked)}))
+                if not decision.placed:
+                    send.together(*others, commits=True)
+                    return []
+                taken = parameters | self._taken(queue, decision.placed, free)
+                return self._statement.end_with(send, take, taken, *others)
 
         number, rows = self._statement.record(claim)
         if decision is not None and rows:
@@ -200,16 +221,9 @@ class PlacedClaims:
         rows.sort(key=lambda row: (-row[PRIORITY], row[PROCESS_AT], row[ID]))
         return number, rows, decision
 
-    def _take(
-        self,
-        send: Send,
-        queue: ClaimableQueue,
-        placed: Sequence[Placed],
-        parameters: dict[str, Any],
-        free: int,
-    ) -> list[Row]:
-        parameters = {
-            **parameters,
+    def _taken(self, queue: ClaimableQueue, placed: Sequence[Placed], free: int) -> dict[str, Any]:
+        """Return tasks with their places as parameters of `take`."""
+        return {
             "ids": array_text(each.task.id for each in placed),
             "slots": [each.slot for each in placed],
             "pools": [each.pool for each in placed],
@@ -217,77 +231,51 @@ class PlacedClaims:
             "is_ahead": len(placed) > free,
             "retry_limits": self._statement.retry_limits([queue]),
         }
-        return self._statement.take_in(send, take, parameters)
 
-    def _decide(self, send: Send, queue: ClaimableQueue, found: list[Candidate], room: int) -> Decision:
+    def _decide(
+        self, send: Transaction, queue: ClaimableQueue, found: list[Candidate], room: int
+    ) -> Decision:
         if not found:
-            return Decision([], [], [], set())
-        keys = list(dict.fromkeys(task.key for task in found if task.key is not None))[:MAX_KEYS]
+            return NOTHING
+        keys = list(dict.fromkeys(task.key for task in found if task.key is not None))
         pools = [WHOLE_QUEUE, *dict.fromkeys(task.type for task in found)]
-        locked = self._lock(
-            send, queue, [Share(KEY, key) for key in keys] + [Share(POOL, name) for name in pools]
+        shares = [Share(KEY, key) for key in keys[:MAX_KEYS]] + [Share(POOL, name) for name in pools]
+        numbers = self._numbers(queue, shares)
+        # The rest after the locks, so that no other transaction changes it.
+        taken, limits, places, awaited = send.together(
+            _lock(numbers), self._limits(queue, keys), self._held(queue, shares), self._awaited(queue, shares)
         )
-        # After the locks, so that the limits and the places are those that no other transaction changes.
-        rules = self._rules(send, queue, found)
-        shares = sorted({share for task in found for share, _ in rules.shares_of(task)})
-        if not shares:
-            return decide(found, rules, State({}, frozenset()), room)
-        held = self._held(send, queue, shares)
-        kinds = {"kinds": [share.kind for share in shares], "names": [share.name for share in shares]}
-        awaited = send(awaited_shares(self._schema), kinds | {"from_queue": queue.queue.name})
+        rules = _rules(limits)
         state = State(
-            held,
-            frozenset(locked),
+            _by_share(places),
+            frozenset(_locked(numbers, taken)),
             frozenset(Share(*each) for each in awaited),
             self._first_ids(send, queue, rules, found),
         )
         return decide(found, rules, state, room)
 
-    def _lock(self, send: Send, queue: ClaimableQueue, shares: Iterable[Share]) -> set[Share]:
-        """Take the locks of keys and pools, as far as they are free; return those that are locked now."""
-        numbers = {share: self._number(queue, share) for share in shares}
-        if not numbers:
-            return set()
-        taken = {number for (number,) in send(lock_shares(), {"numbers": sorted(set(numbers.values()))})}
-        return {share for share, number in numbers.items() if number in taken}
+    def _numbers(self, queue: ClaimableQueue, shares: Iterable[Share]) -> dict[Share, int]:
+        """Return the locks of keys and pools."""
+        names = {share: "\0".join((self._schema or "", queue.queue.name, *share)) for share in shares}
+        return {share: crc32(name.encode(errors="surrogatepass")) % LOCKS for share, name in names.items()}
 
-    def _number(self, queue: ClaimableQueue, share: Share) -> int:
-        name = "\0".join((self._schema or "", queue.queue.name, *share))
-        return crc32(name.encode(errors="surrogatepass")) % LOCKS
+    def _limits(self, queue: ClaimableQueue, keys: Iterable[str]) -> Sent:
+        return limits_of(self._schema), {"from_queue": queue.queue.name, "keys": list(keys)}
 
-    def _rules(self, send: Send, queue: ClaimableQueue, found: Iterable[Candidate]) -> Rules:
-        parameters = {
-            "from_queue": queue.queue.name,
-            "types": list({task.type for task in found}),
-            "keys": list({task.key for task in found if task.key is not None}),
-        }
-        types: dict[str, Rule] = {}
-        keyed_types: dict[str, Rule] = {}
-        keys: dict[str, Rule] = {}
-        whole: Rule | None = None
-        for type_, key, at_most, is_of_key, *order in send(limits_of(self._schema), parameters):
-            rule = Rule(at_most, *order)
-            if key:
-                keys[key] = rule
-            elif not type_:
-                whole = rule
-            else:
-                (keyed_types if is_of_key else types)[type_] = rule
-        return Rules(types, keyed_types, keys, whole)
-
-    def _held(self, send: Send, queue: ClaimableQueue, shares: Iterable[Share]) -> dict[Share, list[int]]:
+    def _held(self, queue: ClaimableQueue, shares: Iterable[Share]) -> Sent:
         parameters = {
             "from_queue": queue.queue.name,
             "keys": [share.name for share in shares if share.kind == KEY],
             "pools": [share.name for share in shares if share.kind == POOL],
         }
-        held: dict[Share, list[int]] = {}
-        for kind, name, slot in send(held_places(self._schema), parameters):
-            held.setdefault(Share(kind, name), []).append(slot)
-        return held
+        return held_places(self._schema), parameters
+
+    def _awaited(self, queue: ClaimableQueue, shares: Iterable[Share]) -> Sent:
+        kinds = {"kinds": [share.kind for share in shares], "names": [share.name for share in shares]}
+        return awaited_shares(self._schema), kinds | {"from_queue": queue.queue.name}
 
     def _first_ids(
-        self, send: Send, queue: ClaimableQueue, rules: Rules, found: Iterable[Candidate]
+        self, send: Transaction, queue: ClaimableQueue, rules: Rules, found: Iterable[Candidate]
     ) -> dict[str, int]:
         strict = {
             task.key: rule.holds
@@ -305,7 +293,7 @@ class PlacedClaims:
 
     def _with_first(
         self,
-        send: Send,
+        send: Transaction,
         queue: ClaimableQueue,
         rules: Rules,
         found: list[Candidate],
@@ -334,6 +322,41 @@ class PlacedClaims:
             "names": [share.name for share in freed],
             "most": list(freed.values()),
         }
+
+
+def _lock(numbers: Mapping[Share, int]) -> Sent:
+    """Take the locks of keys and pools, as far as they are free."""
+    return lock_shares(), {"numbers": sorted(set(numbers.values()))}
+
+
+def _locked(numbers: Mapping[Share, int], taken: Iterable[Sequence[int]]) -> set[Share]:
+    """Return which keys and pools have their locks among those that were taken."""
+    locks = {number for (number,) in taken}
+    return {share for share, number in numbers.items() if number in locks}
+
+
+def _rules(limits: Iterable[Sequence[Any]]) -> Rules:
+    types: dict[str, Rule] = {}
+    keyed_types: dict[str, Rule] = {}
+    keys: dict[str, Rule] = {}
+    whole: Rule | None = None
+    for type_, key, at_most, is_of_key, *order in limits:
+        rule = Rule(at_most, *order)
+        if key:
+            keys[key] = rule
+        elif not type_:
+            whole = rule
+        else:
+            (keyed_types if is_of_key else types)[type_] = rule
+    return Rules(types, keyed_types, keys, whole)
+
+
+def _by_share(places: Iterable[Sequence[Any]]) -> dict[Share, list[int]]:
+    """Return the places that are held."""
+    held: dict[Share, list[int]] = {}
+    for kind, name, slot in places:
+        held.setdefault(Share(kind, name), []).append(slot)
+    return held
 
 
 def _in_order(rows: Iterable[Sequence[Any]]) -> list[Candidate]:

@@ -22,7 +22,7 @@ from apoq.core.outcomes import Unreachable
 from apoq.core.results import NAME as RESULT
 from apoq.errors import InvalidData
 from apoq.events import COMPLETED, FAILED, RETRIED, Events, TaskCompleted, TaskFailed, TaskRetried
-from apoq.postgres.connections import Send, execute, is_away, is_caused_by_a_row, transaction
+from apoq.postgres.connections import Transaction, execute, is_away, is_caused_by_a_row, transaction
 from apoq.postgres.messages import brief
 from apoq.schema.models import tasks_table
 from apoq.schema.objects import detached
@@ -470,7 +470,7 @@ class _NotAdded(Exception):
         self.cause = cause
 
 
-def _add(send: Send, statement: Executable, parameters: Mapping[str, Any]) -> None:
+def _add(send: Transaction, statement: Executable, parameters: Mapping[str, Any]) -> None:
     try:
         send(statement, parameters)
     except DatabaseError as error:
