@@ -279,7 +279,7 @@ class Claimer(Service):
         if len(claimed) < wanted:
             # Then there will be more tasks for the next claim.
             self._rested_at = began + self._pace.interval(time.monotonic() - began)
-        self._begin(claimed)
+        self._begin(claimed, more_follow=len(claimed) == wanted)
         self._release_paused(claimed)
         self._do_deferred()
         self._strays.forget_settled(connection)
@@ -342,13 +342,13 @@ class Claimer(Service):
     def _room_for_places(self) -> int:
         return 0 if self._is_draining else self._executor.room_for_places(PLACED_SECONDS)
 
-    def _begin(self, tasks: list[Claimed]) -> None:
+    def _begin(self, tasks: list[Claimed], *, more_follow: bool) -> None:
         placed = [row for row in tasks if row[CLAIM].is_placed] if self._has_placed else []
         if placed:
             self._has_placed = False
             self._executor.put(self._startable(placed), placed=True)
             tasks = [row for row in tasks if not row[CLAIM].is_placed]
-        self._executor.put(self._startable(tasks))
+        self._executor.put(self._startable(tasks), more_follow=more_follow)
 
     def _release_paused(self, tasks: list[Claimed]) -> None:
         """Release the tasks of claims that were sent before their queue was found to be paused."""
