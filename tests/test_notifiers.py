@@ -71,6 +71,20 @@ def test_engines_that_share_a_pool_share_a_thread_and_a_connection(url, queue, c
     until(lambda: connections() == 1)
 
 
+def test_a_burst_of_commits_is_notified_on_one_connection(engine, queue):
+    """Each second one took another connection from the pool and prepared its statement there."""
+    taken: list[object] = []
+    add_by_session(engine, queue)
+    line = probe.line(engine)
+    until(lambda: probe.line_connection(line) is not None)
+    sa.event.listen(probe.line_engine(line), "checkout", lambda *_: taken.append(None))
+    for _ in range(200):
+        add_by_session(engine, queue)
+    until(lambda: not probe.pending(engine))
+
+    assert len(taken) < 10  # if the server was late with a response
+
+
 async def async_session(engine, queue) -> None:
     async with AsyncSession(engine) as session, session.begin():
         await queue.add(session, "t")

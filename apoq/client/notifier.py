@@ -207,8 +207,9 @@ class Notifier:
         with self._lock:
             notifications = dict(self._pending)
         try:
-            self._connection.close()
-            self._send(notifications)
+            if not self._send_without_waiting(notifications):
+                self._connection.close()
+                self._send(notifications)
         except Exception as error:  # noqa: BLE001 - workers find the tasks at their next poll
             logger.debug("a notification could not be sent: %s", error)
         with self._lock:
@@ -216,6 +217,13 @@ class Notifier:
                 if self._pending.get(notification) is transaction:
                     del self._pending[notification]
             self._sent_at = time.monotonic()
+
+    def _send_without_waiting(self, notifications: dict[Notification, RootTransaction | None]) -> bool:
+        """Send the only notification, as most often, if that is possible without waiting."""
+        if len(notifications) > 1:
+            return False
+        [(notification, transaction)] = notifications.items()
+        return transaction is None and self._connection.send(notification)
 
     def _send(self, notifications: dict[Notification, RootTransaction | None]) -> None:
         deadline = time.monotonic() + COMMIT_WAIT_SECONDS
@@ -247,7 +255,9 @@ class NotifyConnection:
         """Time of the last notification, by time.monotonic()."""
 
     def open(self) -> None:
-        """Take a connection from the pool. Do nothing if it goes through a pooler such as PgBouncer."""
+        """Take a connection from the pool, unless there is one, or a pooler such as PgBouncer."""
+        if self._pooled is not None:
+            return
         pooled = self._engine.raw_connection()
         if not is_direct(pooled):
             pooled.close()
