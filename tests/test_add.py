@@ -398,6 +398,7 @@ class TestAddMany:
 def small_batches(monkeypatch):
     """Let a COPY begin after the second task."""
     monkeypatch.setattr("apoq.client.operations.FIRST_COUNT", 2)
+    monkeypatch.setattr("apoq.client.operations.BEFORE_COPY", 2)
     monkeypatch.setattr("apoq.client.operations.BATCH_COUNT", 2)
 
 

@@ -260,6 +260,7 @@ def small_batches() -> Iterator[None]:
     """Let a COPY begin after the second task."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("apoq.client.operations.FIRST_COUNT", 2)
+        patch.setattr("apoq.client.operations.BEFORE_COPY", 2)
         patch.setattr("apoq.client.operations.BATCH_COUNT", 2)
         yield
 

@@ -35,7 +35,10 @@ BATCH_SIZE = 4 * 1024 * 1024
 """Most tasks, and most characters of data, that `add_many` sends in one statement."""
 
 FIRST_COUNT = 1_000
-"""Most tasks in the first statement: a COPY that begins early lets the server work while Python encodes."""
+"""Most tasks in the first statement, if a COPY can't follow or would not be worth it."""
+
+BEFORE_COPY = 100
+"""Tasks in the statement before a COPY: an early one lets the server work while Python encodes."""
 
 
 def add(caller: Caller, schema: str | None, parameters: dict[str, Any]) -> Task:
@@ -63,7 +66,8 @@ def add_many(
     """
     statement = enqueue_many(schema, expires=has_expiry(parameters))
     count = 0
-    for batch in _batches(documents):
+    first = FIRST_COUNT if total is None or total <= FIRST_COUNT else BEFORE_COPY
+    for batch in _batches(documents, first):
         caller.execute(statement, {**parameters, "task_data": "\n".join(batch)})
         count += len(batch)
         if total is not None and count < total:
@@ -152,9 +156,9 @@ def _copy(driver: Driver, schema: str | None, parameters: dict[str, Any], docume
     return False
 
 
-def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
+def _batches(documents: Iterable[str], first: int) -> Iterator[list[str]]:
     batch: list[str] = []
-    size, most = 0, FIRST_COUNT
+    size, most = 0, first
     for document in documents:
         batch.append(document)
         size += len(document)
