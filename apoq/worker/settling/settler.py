@@ -42,9 +42,9 @@ from apoq.worker.service import Service, left_until
 from apoq.worker.settling.batches import (
     Closed,
     Unsettled,
-    by_schema,
     claim_of,
     id_and_token,
+    in_parts,
     row_of,
     settlement_arrays,
     taken,
@@ -191,11 +191,11 @@ class Settler(Service):
         return taken
 
     def _taken_ended(self) -> Iterator[Unsettled]:
-        for schema, rows in by_schema(taken(self._completed), claim_of).items():
+        for schema, rows in in_parts(taken(self._completed), claim_of):
             yield self._unsettled_of(schema, rows)
-        for schema, rows in by_schema(taken(self._with_results), claim_of).items():
+        for schema, rows in in_parts(taken(self._with_results), claim_of):
             yield self._unsettled_of(schema, rows)._replace(has_results=True)
-        for schema, ends in by_schema(taken(self._ended), lambda end: claim_of(end.attempt.row)).items():
+        for schema, ends in in_parts(taken(self._ended), lambda end: claim_of(end.attempt.row)):
             yield Unsettled(self._settle, schema, ends, schema in self._sharded)
 
     def _unsettled_of(self, schema: str | None, rows: list[Claimed]) -> Unsettled:
