@@ -16,6 +16,7 @@ from waiting import patience
 from apoq import InvalidLimit, InvalidTask, Limit, Queue, Snooze, Task
 from apoq.core.states import CANCELLED, COMPLETED, FAILED, PENDING, RUNNING, WAITING
 from apoq.testing import drain, travel
+from apoq.worker.claim_log import MIN_FORGOTTEN
 
 until = patience(20)
 
@@ -247,6 +248,23 @@ class TestTheWaysOut:
 
 
 class TestWork:
+    def test_a_worker_that_only_hands_over_leaves_no_notes_of_its_claims(self, engine, make_worker, add):
+        """Their number grew with each task, and each heartbeat compared all with those that it knows."""
+        notes: list[int] = []
+
+        def count_notes(_: object) -> None:
+            with engine.connect() as connection:
+                notes.append(connection.exec_driver_sql("SELECT count(*) FROM apoq_claims").scalar_one())
+
+        for number in range(120):
+            add(number)
+        worker = make_worker(concurrency=4)
+        worker.use("t", count_notes, limit=Limit(1, key=True))
+        worker.start()
+        until(lambda: len(notes) == 120)
+
+        assert max(notes) < 3 * MIN_FORGOTTEN
+
     def test_it_hands_over_to_other_workers(self, engine, queue, worker, add, states):
         worker.use("t", lambda _: None, limit=Limit(1, key=True))
         add(0)

@@ -209,6 +209,7 @@ class Claimer(Service):
         """Hand over free places, and claim tasks for the free slots; return when to look again."""
         if self._places:
             self.hand_over()
+            self._strays.forget_settled(connection)
         pause = self._claim_tasks(connection)
         if self._places:
             pause = HAND_OVER_RETRY_SECONDS if pause is None else min(pause, HAND_OVER_RETRY_SECONDS)
