@@ -17,6 +17,7 @@ from sqlalchemy.orm import Session
 from waiting import patience
 
 from apoq import AsyncRunningTask, Queue, RunningTask, Task
+from apoq.events import TaskReleased
 from apoq.schema.statements.claim import ID
 from apoq.worker.execution.event_loop import CANCELLATION_SECONDS
 
@@ -425,6 +426,8 @@ def test_an_attempt_that_ends_at_its_limit_is_settled_once(engine, make_worker, 
     """Some end just before it and some just after: each of them either has failed or has not."""
     worker = make_worker(concurrency=15)
     told: Counter[tuple[str, int]] = Counter()
+    released: Counter[int] = Counter()
+    worker.events.on(TaskReleased, lambda event: released.update([event.id]))
     worker.use("t", processor, timeout=RACE, retry_limit=100, retry_delay=now)
     for name in ("completed", "retried"):
         worker.events.on(f"task.{name}", lambda task, *_, name=name: told.update([(name, task.id)]))
@@ -441,7 +444,8 @@ def test_an_attempt_that_ends_at_its_limit_is_settled_once(engine, make_worker, 
 
     assert ledger(engine) == [task.id for task in tasks() if task.data % 2]
     for task in tasks():
-        assert task.attempt == task.fail_count + 1 == task.claim_token
+        # On a busy machine, a task may have waited for a slot for so long that it was released.
+        assert task.attempt == task.fail_count + 1 == task.claim_token - released[task.id]
         assert (told["completed", task.id], told["retried", task.id]) == (1, task.fail_count)
     others = {task.fail_count for task in tasks() if task.data % 5}
     assert len(others) > 1, "it was no race"

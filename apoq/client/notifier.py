@@ -219,7 +219,7 @@ class Notifier:
             self._sent_at = time.monotonic()
 
     def _send_without_waiting(self, notifications: dict[Notification, RootTransaction | None]) -> bool:
-        """Send the only notification, as most often, if that is possible without waiting."""
+        """Try to send without waiting, if it is a single notification; return whether it was sent."""
         if len(notifications) > 1:
             return False
         [(notification, transaction)] = notifications.items()
@@ -255,7 +255,10 @@ class NotifyConnection:
         """Time of the last notification, by time.monotonic()."""
 
     def open(self) -> None:
-        """Take a connection from the pool, unless there is one, or a pooler such as PgBouncer."""
+        """Take a connection from the pool, unless it has one.
+
+        Do nothing if the connection goes through a pooler such as PgBouncer.
+        """
         if self._pooled is not None:
             return
         pooled = self._engine.raw_connection()

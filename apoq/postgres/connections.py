@@ -199,6 +199,10 @@ def execute(
     return result
 
 
+Sent = tuple[Executable, Mapping[str, Any]]
+"""A statement with its parameters."""
+
+
 class Transaction:
     """A transaction on a connection of one of apoq's own engines; it begins with the first statement."""
 
@@ -213,9 +217,7 @@ class Transaction:
         [result] = self.together((statement, parameters))
         return result
 
-    def together(
-        self, *statements: tuple[Executable, Mapping[str, Any]], commits: bool = False
-    ) -> list[Result]:
+    def together(self, *statements: Sent, commits: bool = False) -> list[Result]:
         """Execute statements, and then commit if `commits`: in one round trip, unless there is a pooler."""
         begins, self._has_begun = not self._has_begun, not commits
         if self._prepared is not None:

@@ -11,7 +11,14 @@ from psycopg.errors import FeatureNotSupported
 from sqlalchemy import Engine, Executable
 from sqlalchemy.pool import PoolProxiedConnection
 
-from apoq.postgres.connections import STATEMENT_TIMEOUT_SECONDS, Transaction, execute, is_away, transaction
+from apoq.postgres.connections import (
+    STATEMENT_TIMEOUT_SECONDS,
+    Sent,
+    Transaction,
+    execute,
+    is_away,
+    transaction,
+)
 from apoq.schema.statements.arrays import array_text
 from apoq.schema.statements.claim import DATA, ID, META, claim, next_due
 from apoq.schema.statements.data import read_short_data
@@ -98,7 +105,7 @@ class ClaimStatement:
         send: Transaction,
         take: Callable[..., Executable],
         parameters: dict[str, Any],
-        *others: tuple[Executable, Mapping[str, Any]],
+        *others: Sent,
     ) -> list[Row]:
         """Execute a statement that claims tasks, and others, and commit; return the tasks."""
         if self._schema in self._sharded:

@@ -430,7 +430,7 @@ class Claimer(Service):
             self._events.report(reports.started(row))
 
     def _do_deferred(self) -> None:
-        """Move the cursors behind the claimed tasks, and let the scanner look; these have begun."""
+        """Move the cursors behind the claimed tasks, which have begun, and let the scanner look again."""
         with self._lock:
             deferred, self._deferred = self._deferred, []
         for each in deferred:

@@ -9,7 +9,7 @@ from zlib import crc32
 
 from psycopg import DatabaseError
 from psycopg.errors import UniqueViolation
-from sqlalchemy import Engine, Executable
+from sqlalchemy import Engine
 
 from apoq.core.places import (
     KEY,
@@ -25,7 +25,13 @@ from apoq.core.places import (
     State,
     decide,
 )
-from apoq.postgres.connections import STATEMENT_TIMEOUT_SECONDS, Transaction, is_caused_by_a_row, transaction
+from apoq.postgres.connections import (
+    STATEMENT_TIMEOUT_SECONDS,
+    Sent,
+    Transaction,
+    is_caused_by_a_row,
+    transaction,
+)
 from apoq.schema.statements.arrays import array_text
 from apoq.schema.statements.claim import ID, PRIORITY, PROCESS_AT
 from apoq.schema.statements.levels import level_of
@@ -58,9 +64,6 @@ More at once would be blocked sooner, but hold up the tasks of other keys for lo
 
 MAX_REMEMBERED: Final = 10_000
 """Keys that are remembered to have a single place, at most."""
-
-Sent = tuple[Executable, Mapping[str, Any]]
-"""A statement with its parameters."""
 
 NOTHING: Final = Decision([], [], [], set())
 

@@ -148,7 +148,7 @@ class Settler(Service):
             self.turn()  # the worker hasn't started: it runs one task, in `work`
 
     def _collect(self, end: AttemptResult) -> None:
-        """Complete a task soon, of which more than the claimed row is kept only if that is needed."""
+        """Complete a task soon; until then, keep more than its claimed row only if that is needed."""
         row = end.attempt.row
         if end.result is not None:
             self._kept[id(row)] = end
