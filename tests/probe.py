@@ -47,6 +47,7 @@ from apoq.worker.lifecycle import Lifecycle
 from apoq.worker.liveness.heartbeat import Heartbeat
 from apoq.worker.process import PROCESS
 from apoq.worker.runtime import Runtime
+from apoq.worker.service import Service
 from apoq.worker.settling.settler import Settler, write_settlements
 from apoq.worker.settling.unblocking import Ends, no_ends
 
@@ -107,6 +108,11 @@ def executor(worker: Worker) -> Executor:
     return runtime(worker).executor
 
 
+def is_closed(executor: Executor) -> bool:
+    """Return whether no more tasks begin, because the worker stops."""
+    return executor._is_closed
+
+
 def event_loop(worker: Worker) -> EventLoopThread:
     return runtime(worker).event_loop
 
@@ -144,6 +150,24 @@ def is_busy_starting_or_stopping(worker: Worker) -> bool:
         lock.release()
         return False
     return True
+
+
+@contextmanager
+def held_up(service: Service) -> Iterator[threading.Event]:
+    """Let a service's next turn wait until the end of the block; yield an event that is set meanwhile."""
+    turn, is_held_up, may_go_on = service.turn, threading.Event(), threading.Event()
+
+    def wait(*arguments: Any) -> float | None:
+        is_held_up.set()
+        may_go_on.wait(60)
+        return turn(*arguments)
+
+    service.turn = wait  # type: ignore[method-assign]
+    try:
+        yield is_held_up
+    finally:
+        service.turn = turn  # type: ignore[method-assign]
+        may_go_on.set()
 
 
 @contextmanager
@@ -269,7 +293,7 @@ def is_claiming(worker: Worker) -> bool:
 
 def knows_of_pause(worker: Worker) -> bool:
     """Return whether the worker was notified that one of its queues is paused."""
-    return bool(claimer(worker)._paused_at)
+    return bool(runtime(worker).intake._paused_at)
 
 
 def event_loop_thread(worker: Worker) -> threading.Thread | None:
@@ -367,8 +391,8 @@ def claim_placed(worker: Worker, limit: int) -> None:
 def hand_over(worker: Worker, freed: Mapping[Share, int], room: int) -> None:
     """Give free places to the tasks that wait for them, up to `room` of them to this worker."""
     its = runtime(worker)
-    for line in its.claimer._keyed.values():
-        its.claimer._schemas[None]._placed.hand_over(line, freed, room, room)
+    for line in its.hand_over._queues.values():
+        its.hand_over._claims[None].hand_over(line, freed, room, room)
 
 
 def dispose(worker: Worker) -> None:

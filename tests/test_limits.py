@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 
+import probe
 import pytest
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
@@ -245,6 +246,73 @@ class TestTheWaysOut:
         running.end(0)
 
         until(lambda: states() == {0: COMPLETED, 1: COMPLETED, 2: CANCELLED})
+
+
+class TestHandingOver:
+    def test_it_waits_for_no_results_of_other_tasks(self, make_worker, running, add, states):
+        worker = started(make_worker(concurrency=4), running, limit=Limit(1, key=True))
+        running.holds = False
+        with probe.held_up(probe.settler(worker)) as is_held_up:
+            add(0, key=None)
+            until(is_held_up.is_set)
+            for number in range(1, 4):
+                add(number)
+            until(lambda: states() == {0: RUNNING, 1: COMPLETED, 2: COMPLETED, 3: COMPLETED})
+        until(lambda: states()[0] == COMPLETED)
+
+    def test_it_waits_for_no_claim_of_other_tasks(self, make_worker, running, add, states):
+        worker = started(make_worker(concurrency=4), running, limit=Limit(1, key=True))
+        for number in range(2):
+            add(number)
+        until(lambda: states() == {0: RUNNING, 1: WAITING})
+        with probe.held_up(probe.claimer(worker)) as is_held_up:
+            probe.claimer(worker).wake()
+            until(is_held_up.is_set)
+            running.end(0)
+            until(lambda: states() == {0: COMPLETED, 1: RUNNING})
+        running.end(1)
+
+    def test_a_task_that_another_worker_has_unblocked_waits_for_no_poll(
+        self, engine, make_worker, running, add, states
+    ):
+        """The survey that finds it has reported it before, and it was blocked then."""
+        worker = started(
+            make_worker(concurrency=4, poll_interval=timedelta(seconds=60)), running, limit=Limit(1, key=True)
+        )
+        add(0)
+        until(lambda: states() == {0: RUNNING})
+        waiting_id = add(1, delay=0.3)
+        until(lambda: states()[1] == WAITING)
+        with engine.begin() as connection:
+            connection.execute(sa.update(Task).where(Task.id != waiting_id).values(state=COMPLETED))
+            unblocked = {"state": PENDING, "waiting_for": None, "waiting_since": None}
+            connection.execute(sa.update(Task).where(Task.id == waiting_id).values(**unblocked))
+        running.end(1)
+        probe.claimer(worker).look_for_tasks()
+
+        until(lambda: states()[1] == COMPLETED)
+
+    def test_a_worker_that_stops_hands_over_until_its_last_task_has_ended(
+        self, make_worker, running, add, states
+    ):
+        """And not only then: the next task of a key must not wait for the longest one of the worker."""
+        ends = [threading.Event(), threading.Event()]
+        worker = make_worker(concurrency=3)
+        worker.use("long", lambda task: ends[task.data["n"]].wait(60), limit=Limit(1, key=True))
+        started(worker, running, limit=Limit(1, key=True))
+        for number, key in enumerate(("a", None)):
+            add(number, key, type="long")
+        until(lambda: states() == {0: RUNNING, 1: RUNNING})
+        add(2)
+        until(lambda: states()[2] == WAITING)
+        stopping = threading.Thread(target=worker.stop)
+        stopping.start()
+        until(lambda: probe.is_closed(probe.executor(worker)))
+        ends[0].set()
+
+        until(lambda: states() == {0: COMPLETED, 1: RUNNING, 2: PENDING})
+        ends[1].set()
+        stopping.join(60)
 
 
 class TestWork:

@@ -18,14 +18,11 @@ from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Session
 from waiting import patience
 
-from apoq import Queue, Retry, Task, Worker
+from apoq import Retry, Task, Worker
 from apoq.schema.statements.claim import CLAIM_TOKEN, ID
 from apoq.schema.statements.recover import rescue
 from apoq.schema.tables import ClaimRow
-from apoq.worker.execution.attempt import Claim, StopSignal
 from apoq.worker.execution.runner import ended
-from apoq.worker.lease import Lease
-from apoq.worker.settling.batches import in_parts
 
 SOON = 30.0
 
@@ -254,20 +251,3 @@ class TestTheSweep:
             connection.exec_driver_sql("SET LOCAL lock_timeout = '2s'")
 
             assert sweep(connection) == 4
-
-
-def test_tasks_with_places_are_settled_first_because_others_wait_for_the_places():
-    def claim(queue: Queue, *, is_placed: bool) -> Claim:
-        return Claim(queue, {}, 0.0, 0.0, Lease(1.0, 1.0), StopSignal(), lambda _: (), is_placed=is_placed)
-
-    plain, placed = (claim(Queue(), is_placed=is_placed) for is_placed in (False, True))
-    elsewhere = claim(Queue(schema="jobs"), is_placed=False)
-    ended = [(1, plain), (2, placed), (3, elsewhere), (4, plain), (5, placed)]
-
-    parts = in_parts(ended, itemgetter(1))
-
-    assert [(schema, [number for number, _ in its]) for schema, its in parts] == [
-        (None, [2, 5]),
-        (None, [1, 4]),
-        ("jobs", [3]),
-    ]

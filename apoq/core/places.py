@@ -147,13 +147,17 @@ def decide(candidates: Iterable[Candidate], rules: Rules, state: State, room: in
         if not task.may_run or any(share not in state.locked for share, _ in shares):
             left.append(task)
             continue
-        missing = next(
-            (share for share, rule in shares if not _may_begin(task, share, rule, state, free)), None
-        )
+        slots: dict[Share, int] = {}
+        missing: Share | None = None
+        for share, rule in shares:
+            slot = free.first(share, rule)
+            if slot is None or not _is_next(task, share, rule, state):
+                missing = share
+                break
+            slots[share] = slot
         if missing is None and len(placed) < room:
-            slots = {share.kind: free.take(share, rule) for share, rule in shares}
-            pool = next((share.name for share, _ in shares if share.kind == POOL), None)
-            placed.append(Placed(task, slots.get(KEY), pool, slots.get(POOL)))
+            free.take(slots)
+            placed.append(_placed(task, slots))
         elif missing is None or missing == Share(POOL, WHOLE_QUEUE):
             left.append(task)
         else:
@@ -163,9 +167,18 @@ def decide(candidates: Iterable[Candidate], rules: Rules, state: State, room: in
     return Decision(placed, blocked, left, full)
 
 
-def _may_begin(task: Candidate, share: Share, rule: Rule, state: State, free: _FreePlaces) -> bool:
-    if free.next(share, rule) is None:
-        return False
+def _placed(task: Candidate, slots: Mapping[Share, int]) -> Placed:
+    of_key = of_pool = pool = None
+    for share, slot in slots.items():
+        if share.kind == KEY:
+            of_key = slot
+        else:
+            of_pool, pool = slot, share.name
+    return Placed(task, of_key, pool, of_pool)
+
+
+def _is_next(task: Candidate, share: Share, rule: Rule, state: State) -> bool:
+    """Return whether no other task comes before this one."""
     if rule.is_strict and share.kind == KEY:
         return state.first_ids.get(share.name, task.id) >= task.id
     return share not in state.awaited
@@ -177,18 +190,18 @@ class _FreePlaces:
     def __init__(self, held: Mapping[Share, Iterable[int]]) -> None:
         self._held = {share: set(slots) for share, slots in held.items()}
 
-    def next(self, share: Share, rule: Rule) -> int | None:
+    def first(self, share: Share, rule: Rule) -> int | None:
         """Return the lowest free place, if there is one.
 
         After a limit was lowered, no place is free as long as a task runs in one that is too high.
         """
-        held = self._held.get(share, ())
-        if any(slot >= rule.at_most for slot in held):
+        held = self._held.get(share)
+        if not held:
+            return 0 if rule.at_most else None
+        if max(held) >= rule.at_most:
             return None
         return next((slot for slot in range(rule.at_most) if slot not in held), None)
 
-    def take(self, share: Share, rule: Rule) -> int | None:
-        slot = self.next(share, rule)
-        if slot is not None:
+    def take(self, slots: Mapping[Share, int]) -> None:
+        for share, slot in slots.items():
             self._held.setdefault(share, set()).add(slot)
-        return slot

@@ -57,6 +57,9 @@ BEGIN: Final = f"""
 """
 # The same through a pooler, per transaction: the pooler may hand the session and its settings to others.
 
+MAX_KEPT: Final = 7
+"""Connections that are kept open at most, for the services of a worker that use one at the same time."""
+
 CONNECT_TIMEOUT_SECONDS: Final = 3
 """Seconds to wait for a new connection, unless the caller's engine has its own connect_timeout."""
 
@@ -123,6 +126,7 @@ def own_engine(engine: Engine, *, lock_timeout: str = "0") -> Engine:
             "postgresql+psycopg://",
             creator=connect,
             poolclass=QueuePool,
+            pool_size=MAX_KEPT,
             pool_use_lifo=True,  # the most recently used connection has its statements prepared
             pool_reset_on_return=None,  # every user of a connection ends its own transaction
             isolation_level="AUTOCOMMIT",

@@ -49,8 +49,8 @@ from apoq.testing.inside import (
 from apoq.testing.ticks import tick_schedules, time_before_travel
 from apoq.worker import Worker
 from apoq.worker.claiming.claimable_queue import retry_limits
-from apoq.worker.claiming.claimer import may_begin
 from apoq.worker.claiming.cursor import MAX_LEVELS, ClaimCursor
+from apoq.worker.claiming.intake import may_begin
 from apoq.worker.execution.attempt import (
     AnyAttempt,
     AsyncAttempt,

@@ -19,7 +19,7 @@ Freed = Mapping[Share, int]
 
 
 class Places:
-    """Remembers which places are free, so that the claimer can hand them over to the next tasks."""
+    """Remembers which places are free, so that `HandOver` can give them to the next tasks."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -62,7 +62,6 @@ class Places:
         if shares:
             with self._lock:
                 self._add(queue, shares)
-            self.on_free()
 
     def take(self) -> dict[Queue, dict[Share, int]]:
         """Return the places to hand over now, up to `MAX_HANDED_OVER` of each queue, and forget them."""

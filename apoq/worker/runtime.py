@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterable
 from contextlib import suppress
+from functools import partial
 from typing import Final
 
 from sqlalchemy import Engine
@@ -20,9 +21,12 @@ from apoq.postgres.watchdog import CHECK_INTERVAL_SECONDS, watch
 from apoq.tracing import Tracer
 from apoq.worker import logs
 from apoq.worker.claim_log import ClaimLog
+from apoq.worker.claiming.claimable_queue import ClaimableQueue
 from apoq.worker.claiming.claimer import Claimer
 from apoq.worker.claiming.cursor import ClaimCursor
 from apoq.worker.claiming.declared_limits import DeclaredLimits
+from apoq.worker.claiming.hand_over import HandOver
+from apoq.worker.claiming.intake import Intake
 from apoq.worker.claiming.listener import Listener, listen_engine
 from apoq.worker.claiming.scanner import QueueScanner
 from apoq.worker.claiming.strays import Strays
@@ -79,10 +83,11 @@ class Runtime:
 
     .. code-block:: text
 
-        listener ─notification─▶ claimer ─tasks─▶ executor ─results─▶ settler
-        scanner ──────due──────▶    ▲                 │ free slots
-        heartbeat ───rescued───▶    └─────────────────┘
-        ticker ───────due──────▶
+        listener ─notification─▶ claimer ──tasks──▶ executor ─results─▶ settler
+        scanner ──────due──────▶    ▲                ▲    │
+        heartbeat ───rescued───▶    └───free slots───┼────┤
+        ticker ───────due──────▶                     │    ▼
+                                                 hand-over ◀─free places─ place settler
     """
 
     def __init__(
@@ -146,7 +151,8 @@ class Runtime:
             on_unblocked=self._unblocked,
         )
         completion = Completion(events, keep=options.keeps_completed)
-        self.settler = Settler(
+        make_settler = partial(
+            Settler,
             self.engine,
             events,
             completion,
@@ -158,6 +164,9 @@ class Runtime:
             on_pending=self.scanner.look_into,
             on_followed=self._followed,
         )
+        # The next tasks of a key must not wait until hundreds of other tasks are settled.
+        self.place_settler = make_settler(name="apoq-place-settler")
+        self.settler = make_settler(of_places=self.place_settler)
         self.event_loop = EventLoopThread()
         self.sessions = TaskSessions(engine, self.event_loop)
         self.deadlines = Deadlines(self.settler.put_overdue, outage, self.missing)
@@ -182,25 +191,49 @@ class Runtime:
             self.claim_log,
             keeps_completed=options.keeps_completed,
         )
-        self.claimer = Claimer(
+        self.intake = Intake(
             self.engine,
-            queues,
-            registry,
+            self.executor,
+            self.claim_log,
+            events,
+            signals=self._signals,
+            on_ended=self.settler.put,
+            on_progress=self.progress.put,
+        )
+        unkeyed, keyed = (
+            [
+                ClaimableQueue(queue, cursors[queue], leases[queue.schema], registry, is_keyed=is_keyed)
+                for queue in queues
+            ]
+            for is_keyed in (False, True)
+        )
+        self.hand_over = HandOver(
+            self.engine,
+            keyed,
+            self.intake,
             self.executor,
             self.claim_log,
             outage,
-            events,
+            self.strays,
+            sharded,
+            places,
+            on_unblocked=self._has_unblocked,
+        )
+        self.claimer = Claimer(
+            self.engine,
+            unkeyed,
+            keyed,
+            self.executor,
+            self.intake,
+            self.hand_over,
+            self.claim_log,
+            outage,
             self.scanner,
             self.strays,
             sharded,
             places,
             DeclaredLimits(self.engine, queues, registry, options.release),
-            cursors=cursors,
-            leases=leases,
-            signals=self._signals,
-            on_ended=self.settler.put,
             observer=observer,
-            on_progress=self.progress.put,
         )
         self.lost_task_monitor = LostTaskMonitor(
             self.engine,
@@ -218,7 +251,7 @@ class Runtime:
             outage,
             self.claimer,
             on_cancelled=self.lost_task_monitor.look_for,
-            on_paused=self.claimer.queue_is_paused,
+            on_paused=self.intake.queue_is_paused,
             on_limited=self._limit_changed,
             on_linked=self.unblocker.check,
         )
@@ -253,6 +286,7 @@ class Runtime:
             leases,
             outage,
             places,
+            self.hand_over,
         )
         self.registration = Registration(
             self.engine, schemas, self.heartbeat, self.scanner, self.strays, outage, self.missing, sharded
@@ -263,6 +297,8 @@ class Runtime:
         self._working = (
             *self._limit_watch,
             self.settler,
+            self.place_settler,
+            self.hand_over,
             self.unblocker,
             self.listener,
             self.scanner,
@@ -283,7 +319,7 @@ class Runtime:
 
     def is_current(self) -> bool:
         """Return whether the caller is a processor or a listener that this worker called."""
-        callers = (self.executor, self.settler, self.unblocker)
+        callers = (self.executor, self.settler, self.place_settler, self.unblocker)
         return any(service.is_current() for service in callers)
 
     def look_for_tasks(self, queues: Iterable[Queue] | None = None) -> None:
@@ -294,12 +330,23 @@ class Runtime:
         """Let waiting tasks be claimed for which places are free; return whether any were waiting."""
         self.place_sweep.look()
         has_any = bool(self.places)
-        self.claimer.hand_over(room=0)
+        self.hand_over.hand_over(room=0)
         return has_any
+
+    def settle(self) -> None:
+        """Write the results that have come until now, on the caller's thread."""
+        self.settler.turn()
+        self.place_settler.turn()
+
+    def flush(self, patience: float) -> None:
+        """Write all results, and wait up to `patience` seconds for tasks that other sessions have locked."""
+        self.settler.flush(patience)
+        self.place_settler.flush(patience)
 
     def drain(self) -> None:
         """Claim no more tasks, and release those that have not begun; running ones go on, and are settled."""
         self.claimer.drain()
+        self.hand_over.drain()
         self.executor.close()
         self.scanner.end()
         self._release_line()
@@ -314,6 +361,7 @@ class Runtime:
         for signal in self._signals.values():
             signal.is_given = True
         self.executor.close()
+        self.hand_over.drain()
         looking = (
             *(self.scanner, self.claimer, self._pruner, self.sweep, self.place_sweep, self.ticker),
             *self._limit_watch,
@@ -323,16 +371,13 @@ class Runtime:
         self._release_line()
         is_idle = self.executor.wait_until_idle(patience)
         by = min(time.monotonic() + SETTLE_ON_STOP_SECONDS, ends_at + STOP_OVERTIME_SECONDS)
-        self.settler.ends_at = by - CHECK_INTERVAL_SECONDS
         self.limit(by)
         if not is_idle:
             self._release_running()
         for service in looking:
             self.end(service, by)
-        if not self.settler.is_alive:
-            self.settler.after_last_turn()  # its thread has died, or could not be started
-        elif not self.end(self.settler, by):
-            logs.results_late()
+        self._settle_last(by)
+        self.end(self.hand_over, by)
         self.end(self.unblocker, by)
         self.progress.close()
         if self.progress.is_alive:
@@ -342,13 +387,22 @@ class Runtime:
         if self.places:
             # If this fails, the sweep of another worker finds the tasks that wait.
             with suppress(Exception):
-                self.claimer.hand_over(room=0)
+                self.hand_over.hand_over(room=0)
         self.executor.stop()
         self.missing.clear()
         self.end(self.listener, by)
         # For the next start; tasks that still run keep the old ones.
         self._signals.update({schema: StopSignal() for schema in self._signals})
         return by
+
+    def _settle_last(self, by: float) -> None:
+        """Write all results that are left, until then."""
+        for settler in (self.settler, self.place_settler):
+            settler.ends_at = by - CHECK_INTERVAL_SECONDS
+            if not settler.is_alive:
+                settler.after_last_turn()  # its thread has died, or could not be started
+            elif not self.end(settler, by):
+                logs.results_late()
 
     def end(self, service: Service, by: float) -> bool:
         """Stop a service, and wait until then for its last turn; return whether that has ended."""
@@ -408,6 +462,11 @@ class Runtime:
             elif seconds is not None:
                 self.scanner.look_into(queue, seconds)
 
+    def _has_unblocked(self, queue: Queue) -> None:
+        """Look for tasks that may begin again."""
+        self.look_for_tasks([queue])
+        self.scanner.look_into(queue)
+
     def _limit_changed(self, queue: Queue) -> None:
         """Look at the tasks of a queue that may begin, or must not begin, because of another limit."""
         self.place_sweep.look_into(queue.schema)
@@ -441,7 +500,7 @@ class Runtime:
         Also when the database goes away: otherwise each would fail as soon as it used its session. Tasks that
         are claimed after that may begin, because a claim that succeeds shows that the database is back.
         """
-        self.claimer.release_line()
+        self.intake.release_line()
 
     def _release(self, attempts: list[AnyAttempt]) -> None:
         for attempt in attempts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any, Final, NamedTuple
@@ -29,6 +30,7 @@ from apoq.postgres.connections import (
     STATEMENT_TIMEOUT_SECONDS,
     Sent,
     Transaction,
+    execute,
     is_caused_by_a_row,
     transaction,
 )
@@ -75,6 +77,8 @@ class PlacedTasks(NamedTuple):
 
     number: int
     """Of the claim."""
+    sent_at: float
+    """When it was sent, by time.monotonic()."""
     rows: list[Row]
     """The tasks that were taken, in order."""
     ends: Mapping[int, tuple[float, int]]
@@ -83,6 +87,8 @@ class PlacedTasks(NamedTuple):
     """Whether there may be more due tasks to take."""
     later: Freed
     """Places to look at again: another transaction was giving them away, or there may be more tasks."""
+    blocked: int = 0
+    """How many tasks have to wait for places from now on."""
     is_unblocked: bool = False
     """Whether tasks are pending again that other workers may claim."""
 
@@ -99,6 +105,8 @@ class PlacedClaims:
         """How many due tasks the next claim looks at, if the last one had to block any."""
         self._serial: set[Share] = set()
         """Keys and pools that were found to have a single place."""
+        self._in_vain: set[ClaimableQueue] = set()
+        """The queues in which few tasks were waiting for the last places that became free."""
         self.conflicts = 0
         """How often another transaction had given away the same place."""
 
@@ -136,22 +144,26 @@ class PlacedClaims:
         is_queue_full = Share(POOL, WHOLE_QUEUE) in full
         return PlacedTasks(
             number,
+            self._statement.sent_at,
             rows,
             _ends(found, {task.id for task in left}, is_keyed=queue.is_keyed),
             has_more=not is_queue_full and (len(found) >= at_most or bool(left)),
             # A place may have become free while its tasks were blocked, and before that was committed.
             later=dict.fromkeys({each.share for each in blocked}, 1),
+            blocked=len(blocked),
         )
 
     def hand_over(self, queue: ClaimableQueue, freed: Freed, room: int, free: int) -> PlacedTasks:
         """Give free places to the tasks that wait for them: claim up to `room`, and unblock the others."""
+        shares = [share for share in freed if share != Share(POOL, WHOLE_QUEUE)]
+        if shares and queue in self._in_vain:
+            shares = self._awaited_of(queue, shares)
+        if not shares:
+            return PlacedTasks(0, time.monotonic(), [], {}, has_more=False, later={})
         later: dict[Share, int] = {}
         unblocked: list[int] = []
 
         def pick(send: Transaction) -> tuple[list[Candidate], Decision]:
-            shares = [share for share in freed if share != Share(POOL, WHOLE_QUEUE)]
-            if not shares:
-                return [], NOTHING
             # One more than have become free, because more places may be free than that.
             wanted = {share: freed[share] + (share not in self._serial) for share in shares}
             parameters = self._wanted(queue, wanted)
@@ -164,6 +176,7 @@ class PlacedClaims:
                 self._held(queue, shares),
             )
             locked, held = _locked(numbers, taken), _by_share(places)
+            self._found(queue, picked.rowcount, shares)
             later.update({share: freed[share] for share in shares if share not in locked})
             for share in later:
                 del wanted[share]
@@ -189,7 +202,23 @@ class PlacedClaims:
             return found, Decision(mine, moved, decision.left, decision.full)
 
         number, rows, _ = self._transact(queue, pick, free, unblocked)
-        return PlacedTasks(number, rows, {}, has_more=False, later=later, is_unblocked=bool(unblocked))
+        sent_at = self._statement.sent_at
+        return PlacedTasks(
+            number, sent_at, rows, {}, has_more=False, later=later, is_unblocked=bool(unblocked)
+        )
+
+    def _awaited_of(self, queue: ClaimableQueue, shares: list[Share]) -> list[Share]:
+        """Return those of these keys and pools that tasks wait for, without locks.
+
+        A task that another transaction is just about to let wait isn't found; after its commit, the worker
+        that has sent it looks again.
+        """
+        found = [Share(*each) for each in execute(self._engine, *self._awaited(queue, shares))]
+        self._found(queue, len(found), shares)
+        return found
+
+    def _found(self, queue: ClaimableQueue, count: int, shares: Sequence[Share]) -> None:
+        (self._in_vain.add if 2 * count < len(shares) else self._in_vain.discard)(queue)
 
     def _transact(
         self,

@@ -82,7 +82,10 @@ class QueueScanner(Service):
             self.wake()
 
     def claimed(self, queue: Queue, count: int, *, has_more: bool) -> None:
-        """Survey a queue soon after a claim, to see whether these were all tasks that are due."""
+        """Survey a queue soon after a claim, to see whether these were all tasks that are due.
+
+        `count`: how many tasks it has taken, or let wait.
+        """
         if count:
             self._reported.pop(queue, None)  # one of these may soon be due again
         # A notification that led to no task may have been for something else: that is looked at immediately.

@@ -9,9 +9,7 @@ from typing import NamedTuple
 
 from sqlalchemy import Engine
 
-from apoq.postgres.connections import execute
 from apoq.schema.statements.claim import ID, PRIORITY, PROCESS_AT, QUEUE
-from apoq.schema.statements.data import read_data
 from apoq.worker.circuit_breaker import CircuitBreaker
 from apoq.worker.claim_log import ClaimLog
 from apoq.worker.claiming.claim_statement import ClaimStatement, On, Portions, Row, has_no_response
@@ -19,8 +17,7 @@ from apoq.worker.claiming.claimable_queue import ClaimableQueue
 from apoq.worker.claiming.placed_claims import PlacedClaims, PlacedTasks
 from apoq.worker.claiming.queue_claims import QueueClaims
 from apoq.worker.claiming.strays import Strays
-from apoq.worker.execution.attempt import AnyAttempt, longest_data
-from apoq.worker.places import Freed, Places
+from apoq.worker.places import Places
 
 Others = Callable[[], Iterable[ClaimableQueue]]
 """Returns all queues from which the worker may claim."""
@@ -42,6 +39,12 @@ class Taken(NamedTuple):
     """When the claim was sent, by time.monotonic()."""
     placed: PlacedTasks | None = None
     """The whole result, if it was a claim under limits."""
+
+    @classmethod
+    def under_limits(cls, queue: ClaimableQueue, placed: PlacedTasks, free: int) -> Taken:
+        """Return the tasks that a claim under limits has taken for `free` slots."""
+        is_ahead = len(placed.rows) > free
+        return cls(queue, placed.number, placed.rows, placed.has_more, is_ahead, placed.sent_at, placed)
 
 
 class SchemaClaims:
@@ -93,11 +96,6 @@ class SchemaClaims:
                 count += len(its.rows)
                 yield its
 
-    def hand_over(self, queue: ClaimableQueue, freed: Freed, room: int, free: int) -> Taken:
-        """Give free places to the tasks of a queue that wait for them; return those that were claimed."""
-        placed = self._placed.hand_over(queue, freed, room, free)
-        return self._placed_of(queue, placed, free)
-
     def _claim_placed(self, portions: Portions, limit: int, free: int, others: Others) -> Iterator[Taken]:
         for queue, portion in portions.items():
             if limit <= 0:
@@ -107,23 +105,9 @@ class SchemaClaims:
             if placed is None:
                 yield _nothing(queue)
                 continue
+            yield Taken.under_limits(queue, placed, free)
             limit -= len(placed.rows)
             free -= len(placed.rows)
-            yield self._placed_of(queue, placed, free)
-
-    def _placed_of(self, queue: ClaimableQueue, placed: PlacedTasks, free: int) -> Taken:
-        is_ahead, sent_at = len(placed.rows) > free, self._statement.sent_at
-        return Taken(queue, placed.number, placed.rows, placed.has_more, is_ahead, sent_at, placed)
-
-    def fetch(self, attempt: AnyAttempt) -> list[Row]:
-        """Read the data of a task that is too large for the result of its claim."""
-        queue = attempt.from_queue
-        parameters = {
-            "task_id": attempt.id,
-            "held_under": attempt.claim_token,
-            "longest_data": longest_data(queue),
-        }
-        return execute(self._engine, read_data(queue.schema), parameters).fetchall()
 
     def _claim_together(self, portions: Portions, limit: int, free: int, on: On) -> list[Taken]:
         try:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Container, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Container, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from queue import SimpleQueue
 from typing import Any, Final
 
@@ -76,6 +76,8 @@ class Executor:
         """When the next attempt is observed, by time.monotonic()."""
         self._line: deque[Claimed] = deque()
         self._free = concurrency
+        self._reserved = 0
+        """Free slots for which claims are under way."""
         self._is_closed = False
         self._lock = threading.RLock()
         self._idle = threading.Condition(self._lock)
@@ -89,13 +91,13 @@ class Executor:
 
     @property
     def load(self) -> int:
-        """How many tasks run or are in line."""
-        return self.concurrency - self._free + len(self._first) + len(self._line)
+        """How many tasks run or are in line, or will be when the claims under way have ended."""
+        return self.concurrency - self._free + self._reserved + len(self._first) + len(self._line)
 
     @property
     def free(self) -> int:
-        """How many slots have nothing to do."""
-        return self._free
+        """How many slots have nothing to do, and are not reserved."""
+        return max(0, self._free - self._reserved)
 
     @property
     def waiting_since(self) -> float | None:
@@ -110,7 +112,23 @@ class Executor:
     def room_for_places(self, seconds: float) -> int:
         """Return how many tasks with places, in addition to those that wait, would begin within so long."""
         soon = 0 if self.run_time is None else int(self.concurrency * seconds / max(self.run_time, 1e-6))
-        return max(0, self._free + soon - len(self._first))
+        return max(0, self.free + soon - len(self._first))
+
+    @property
+    def is_reserved(self) -> bool:
+        """Whether a claim under way may take tasks for free slots."""
+        return self._reserved > 0
+
+    @contextmanager
+    def reserve(self, slots: int) -> Iterator[None]:
+        """Reserve free slots for a claim, so that another one takes no tasks for them at the same time."""
+        with self._lock:
+            self._reserved += slots
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._reserved -= slots
 
     def is_current(self) -> bool:
         """Return whether the caller is on a thread of one of the slots."""

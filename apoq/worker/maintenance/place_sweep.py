@@ -15,6 +15,7 @@ from apoq.core.places import Share
 from apoq.postgres.connections import execute
 from apoq.schema.statements.places import awaited
 from apoq.worker.circuit_breaker import CircuitBreaker
+from apoq.worker.claiming.hand_over import HandOver
 from apoq.worker.failures import Outage
 from apoq.worker.lease import Lease
 from apoq.worker.places import MAX_HANDED_OVER, Places
@@ -33,7 +34,7 @@ START: Final = ("", "", "")
 
 
 class PlaceSweep(Service):
-    """Lets the claimer look at the keys and pools that tasks wait for, a few at a time.
+    """Lets `HandOver` look at the keys and pools that tasks wait for, a few at a time.
 
     The worker whose task ends hands over its place. The sweep is for the other cases: that worker dies at
     that moment, the task is deleted, or a limit is raised or removed and no notification arrives.
@@ -46,6 +47,7 @@ class PlaceSweep(Service):
         leases: Mapping[str | None, Lease],
         outage: Outage,
         places: Places,
+        hand_over: HandOver,
     ) -> None:
         super().__init__("apoq-place-sweep", outage)
         self._engine = engine
@@ -54,6 +56,7 @@ class PlaceSweep(Service):
         }
         self._leases = leases
         self._places = places
+        self._hand_over = hand_over
         self._breaker: CircuitBreaker[str | None] = CircuitBreaker(_describe, outage)
         self._behind = dict.fromkeys(leases, START)
         """For each schema, the last key or pool that was looked at."""
@@ -98,7 +101,7 @@ class PlaceSweep(Service):
         for name, kind, share in found:
             by_queue.setdefault(name, {})[Share(kind, share)] = MAX_LOOKED_FOR
         for name, shares in by_queue.items():
-            self._places.expect(queues[name], shares)
+            self._hand_over.expect(queues[name], shares)
         has_more = len(found) == MAX_HANDED_OVER
         self._behind[schema] = tuple(found[-1]) if has_more else START
         return has_more

@@ -59,15 +59,12 @@ def taken(ended: deque[T]) -> list[T]:
 
 
 def in_parts(batch: Iterable[T], claim_of: Callable[[T], Claim]) -> list[tuple[str | None, list[T]]]:
-    """Part what ended into lists that one statement can write, each with its schema.
-
-    Tasks that have places come first, by themselves, because others wait for the places.
-    """
-    parts: dict[tuple[bool, str | None], list[T]] = {}
+    """Part what ended into lists that one statement can write, each with its schema."""
+    parts: dict[str | None, list[T]] = {}
     # By claim, of which hundreds of tasks in a row are.
     for claim, its in groupby(batch, claim_of):
-        parts.setdefault((not claim.is_placed, claim.from_queue.schema), []).extend(its)
-    return [(schema, its) for (_, schema), its in sorted(parts.items(), key=lambda part: part[0][0])]
+        parts.setdefault(claim.from_queue.schema, []).extend(its)
+    return list(parts.items())
 
 
 def token_arrays(tasks: Iterable[Claimed]) -> dict[str, Any]:

@@ -1,0 +1,165 @@
+"""Gives the places that have become free to the next tasks."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable
+from typing import Final
+
+from sqlalchemy import Engine
+
+from apoq.client.queue import Queue
+from apoq.core.places import POOL, WHOLE_QUEUE, Share
+from apoq.postgres.connections import execute
+from apoq.schema.statements.notify import arrays, has_tasks, notify
+from apoq.worker.claim_log import ClaimLog
+from apoq.worker.claiming.claim_statement import ClaimStatement
+from apoq.worker.claiming.claimable_queue import ClaimableQueue
+from apoq.worker.claiming.intake import Intake
+from apoq.worker.claiming.placed_claims import PlacedClaims
+from apoq.worker.claiming.schema_claims import Taken
+from apoq.worker.claiming.strays import Strays
+from apoq.worker.execution.executor import Executor
+from apoq.worker.failures import Outage
+from apoq.worker.places import Freed, Places
+from apoq.worker.service import Service
+
+AHEAD_SECONDS: Final = 0.01
+"""Seconds within which a slot should be free for a task that gets a place.
+
+If none will be, any worker may claim the task, because no other task can use the place meanwhile.
+"""
+
+PLACED_SECONDS: Final = 0.05
+"""Seconds after which a task that has a place and has not begun is released: another gets the place."""
+
+RETRY_SECONDS: Final = 0.005
+"""Seconds after which a place is handed over for which another transaction was just looking for a task."""
+
+
+class HandOver(Service):
+    """Hands over free places: it claims the tasks that wait for them, and unblocks those it has no slot for.
+
+    It has a thread and transactions of its own, so that the next task of a key waits for no other claim.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        queues: Iterable[ClaimableQueue],
+        intake: Intake,
+        executor: Executor,
+        claim_log: ClaimLog,
+        outage: Outage,
+        strays: Strays,
+        sharded: set[str | None],
+        places: Places,
+        *,
+        on_unblocked: Callable[[Queue], None],
+    ) -> None:
+        """`queues` has the tasks with concurrency keys of each queue.
+
+        `on_unblocked` is called with a queue of which waiting tasks can be claimed again.
+        """
+        super().__init__("apoq-hand-over", outage)
+        self._engine = engine
+        self._queues = {its.queue: its for its in queues}
+        self._claims = {
+            schema: PlacedClaims(
+                engine, schema, ClaimStatement(engine, schema, claim_log, strays, sharded), places
+            )
+            for schema in dict.fromkeys(queue.schema for queue in self._queues)
+        }
+        self._intake = intake
+        self._executor = executor
+        self._strays = strays
+        self._places = places
+        self._on_unblocked = on_unblocked
+        self._released: set[Queue] = set()
+        """The queues of which tasks with places were released, which others may claim."""
+        self._is_draining = False
+        self._lock = threading.Lock()
+        places.on_free = self.wake
+
+    def start(self) -> None:
+        """Start handing over places, to tasks that this worker runs."""
+        if not self.is_alive:
+            self._is_draining = False
+        super().start()
+
+    def drain(self) -> None:
+        """Claim no more tasks; but still unblock those that get places."""
+        self._is_draining = True
+
+    def expect(self, queue: Queue, shares: Freed) -> None:
+        """Look for tasks that wait for places of these keys and pools, because some may be free."""
+        if shares:
+            self._places.expect(queue, shares)
+            self.wake()
+
+    def claim_has_ended(self) -> None:
+        """Look again for slots that the claim had reserved."""
+        if self._places:
+            self.wake()
+
+    def room(self) -> int:
+        """Return how many more tasks with places would begin soon enough."""
+        return 0 if self._is_draining else self._executor.room_for_places(AHEAD_SECONDS)
+
+    def turn(self) -> float | None:
+        """Hand over the free places; return when to look again."""
+        pause = self._release_overdue()
+        if self._places:
+            self.hand_over()
+            self._strays.forget_settled()
+        if self._places:
+            return RETRY_SECONDS if pause is None else min(pause, RETRY_SECONDS)
+        return self._release_overdue()
+
+    def hand_over(self, room: int | None = None) -> None:
+        """Give free places to the tasks that wait for them: claim up to `room`, and unblock the others.
+
+        By default, up to as many as begin within `AHEAD_SECONDS`.
+        """
+        for queue, freed in self._places.take().items():
+            its = self._queues[queue]
+            if not its.lease.is_held:
+                continue  # another worker's sweep finds the tasks that wait
+            most = self.room() if room is None else room
+            free = self._executor.free
+            if room is None and most < sum(freed.values()) and self._executor.is_reserved:
+                self._places.expect(queue, freed)  # until it is known whether the claim has taken the slots
+                continue
+            try:
+                with self._lock, self._executor.reserve(min(most, free, sum(freed.values()))):
+                    placed = self._claims[queue.schema].hand_over(its, freed, most, free)
+                    tasks = self._intake.hold(Taken.under_limits(its, placed, free))
+            except BaseException:
+                self._places.expect(queue, freed)
+                raise
+            self._places.expect(queue, placed.later)
+            self._intake.begin(tasks, placed=True)
+            self._intake.release_paused(tasks)
+            if placed.is_unblocked or queue in self._released or Share(POOL, WHOLE_QUEUE) in freed:
+                self._released.discard(queue)
+                self._offer(queue)
+
+    def _offer(self, queue: Queue) -> None:
+        """Let all workers, and this one, claim tasks of a queue that could not begin before."""
+        self._on_unblocked(queue)
+        execute(self._engine, notify(), arrays([has_tasks(queue.schema, queue.name)]))
+
+    def _release_overdue(self) -> float | None:
+        """Release tasks with places that have not begun in time, so that others get their places."""
+        since = self._executor.placed_since
+        if since is None:
+            return None
+        left = since + PLACED_SECONDS - time.monotonic()
+        if left > 0:
+            return left
+        self._released |= self._intake.release_placed()
+        # The average is of shorter tasks than those that run now. With so long ones, no place is taken ahead.
+        long = (self._executor.concurrency + 1) * PLACED_SECONDS
+        self._executor.run_time = max(self._executor.run_time or 0.0, long)
+        return None
