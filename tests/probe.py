@@ -388,6 +388,31 @@ def claim_placed(worker: Worker, limit: int) -> None:
                 line.cursor.move_to(placed.ends, is_all=False)
 
 
+@contextmanager
+def held_up_hand_over(worker: Worker) -> Iterator[threading.Event]:
+    """Let the next transaction that hands over places wait until the end of the block; see `held_up`."""
+    claims = runtime(worker).hand_over._claims[None]
+    hand_over, is_held_up, may_go_on = claims.hand_over, threading.Event(), threading.Event()
+
+    def wait(*arguments: Any) -> Any:
+        is_held_up.set()
+        may_go_on.wait(60)
+        return hand_over(*arguments)
+
+    claims.hand_over = wait  # type: ignore[method-assign]
+    try:
+        yield is_held_up
+    finally:
+        claims.hand_over = hand_over  # type: ignore[method-assign]
+        may_go_on.set()
+
+
+def waits_for_room(worker: Worker) -> bool:
+    """Return whether the claimer has found no free slot, though there may be due tasks."""
+    its = claimer(worker)
+    return its._waits_for_room and bool(its._rotation) and its._room()[0] == 0
+
+
 def hand_over(worker: Worker, freed: Mapping[Share, int], room: int) -> None:
     """Give free places to the tasks that wait for them, up to `room` of them to this worker."""
     its = runtime(worker)

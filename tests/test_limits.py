@@ -15,6 +15,7 @@ from sqlalchemy.orm import Session
 from waiting import patience
 
 from apoq import InvalidLimit, InvalidTask, Limit, Queue, Snooze, Task
+from apoq.core.places import KEY, Share
 from apoq.core.states import CANCELLED, COMPLETED, FAILED, PENDING, RUNNING, WAITING
 from apoq.testing import drain, travel
 from apoq.worker.claim_log import MIN_FORGOTTEN
@@ -292,6 +293,22 @@ class TestHandingOver:
 
         until(lambda: states()[1] == COMPLETED)
 
+    def test_slots_that_were_reserved_are_free_again_if_no_task_was_waiting(
+        self, queue, make_worker, running, add, states
+    ):
+        worker = make_worker(concurrency=1, poll_interval=timedelta(hours=1))
+        started(worker, running, limit=Limit(1, key=True))
+        running.holds = False
+        add(0)
+        until(lambda: states() == {0: COMPLETED} and probe.is_idle(worker))
+        probe.executor(worker).run_time = 10.0  # so that no task is claimed ahead
+        with probe.held_up_hand_over(worker) as is_held_up:
+            probe.runtime(worker).hand_over.expect(queue, {Share(KEY, "a"): 1})
+            until(is_held_up.is_set)
+            add(1, key=None)
+            until(lambda: probe.waits_for_room(worker))
+        until(lambda: states() == {0: COMPLETED, 1: COMPLETED})
+
     def test_a_worker_that_stops_hands_over_until_its_last_task_has_ended(
         self, make_worker, running, add, states
     ):
@@ -316,6 +333,18 @@ class TestHandingOver:
 
 
 class TestWork:
+    def test_a_task_that_takes_too_long_is_failed_while_it_still_runs(self, worker, running, add, states):
+        may_end = threading.Event()
+        worker.use("t", lambda _: may_end.wait(60), limit=Limit(1, key=True), timeout=0.2, retry_limit=0)
+        add(0)
+        working = threading.Thread(target=worker.work)
+        working.start()
+
+        until(lambda: states() == {0: FAILED})
+        assert working.is_alive()
+        may_end.set()
+        working.join(60)
+
     def test_a_worker_that_only_hands_over_leaves_no_notes_of_its_claims(self, engine, make_worker, add):
         """Their number grew with each task, and each heartbeat compared all with those that it knows."""
         notes: list[int] = []

@@ -218,6 +218,7 @@ class Runtime:
             sharded,
             places,
             on_unblocked=self._has_unblocked,
+            on_room=self._slot_is_free,
         )
         self.claimer = Claimer(
             self.engine,

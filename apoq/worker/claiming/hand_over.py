@@ -57,10 +57,12 @@ class HandOver(Service):
         places: Places,
         *,
         on_unblocked: Callable[[Queue], None],
+        on_room: Callable[[], None],
     ) -> None:
         """`queues` has the tasks with concurrency keys of each queue.
 
-        `on_unblocked` is called with a queue of which waiting tasks can be claimed again.
+        `on_unblocked` is called with a queue of which waiting tasks can be claimed again, and `on_room` when
+        slots that were reserved may be free.
         """
         super().__init__("apoq-hand-over", outage)
         self._engine = engine
@@ -76,6 +78,7 @@ class HandOver(Service):
         self._strays = strays
         self._places = places
         self._on_unblocked = on_unblocked
+        self._on_room = on_room
         self._released: set[Queue] = set()
         """The queues of which tasks with places were released, which others may claim."""
         self._is_draining = False
@@ -109,13 +112,13 @@ class HandOver(Service):
 
     def turn(self) -> float | None:
         """Hand over the free places; return when to look again."""
-        pause = self._release_overdue()
         if self._places:
             self.hand_over()
             self._strays.forget_settled()
+        pause = self._release_overdue()
         if self._places:
             return RETRY_SECONDS if pause is None else min(pause, RETRY_SECONDS)
-        return self._release_overdue()
+        return pause
 
     def hand_over(self, room: int | None = None) -> None:
         """Give free places to the tasks that wait for them: claim up to `room`, and unblock the others.
@@ -140,6 +143,7 @@ class HandOver(Service):
                 raise
             self._places.expect(queue, placed.later)
             self._intake.begin(tasks, placed=True)
+            self._on_room()
             self._intake.release_paused(tasks)
             if placed.is_unblocked or queue in self._released or Share(POOL, WHOLE_QUEUE) in freed:
                 self._released.discard(queue)

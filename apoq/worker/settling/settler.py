@@ -151,6 +151,9 @@ class Settler(Service):
 
     def put_overdue(self, attempt: AnyAttempt, thread_id: int) -> None:
         """Settle an attempt that runs longer than its timeout, on this thread."""
+        if self._of_places is not None and attempt.row[CLAIM].is_placed:
+            self._of_places.put_overdue(attempt, thread_id)
+            return
         self.put(ended(attempt, overdue(attempt.timeout or 0.0, thread_id)))
         if not self.is_alive:
             self.turn()  # the worker hasn't started: it runs one task, in `work`
