@@ -29,9 +29,9 @@ KINDS = ["default", "server_side", "pooled"]
 queue = Queue()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def database(template, create_database, drop_database) -> Iterator[sa.URL]:
-    """Django, set up on a database of the module's own."""
+    """Django, set up on a database of its own; once in a process, as it demands."""
     url = create_database(template.database)
 
     def describe(**options) -> dict[str, object]:

@@ -90,8 +90,7 @@ class Lifecycle:
             and all(service.is_alive for service in runtime.services)
             and not runtime.missing
             and not runtime.event_loop.is_closed
-            and not runtime.claimer.is_failing_for(TOLERATED_FAILURE_SECONDS)
-            and not runtime.settler.is_failing_for(TOLERATED_FAILURE_SECONDS)
+            and not any(its.is_failing_for(TOLERATED_FAILURE_SECONDS) for its in runtime.essential)
         )
 
     def is_connected(self) -> bool:

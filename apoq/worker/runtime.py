@@ -310,6 +310,8 @@ class Runtime:
             self.claimer,
         )
         """The services that run from a start to a stop."""
+        self.essential = self.claimer, self.settler, self.place_settler, self.hand_over
+        """The services without which tasks don't go on."""
         self.services: tuple[Service, ...] = (self.registration, self.lost_task_monitor, *self._working)
 
     def start(self) -> None:
