@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 from waiting import patience
 
-from apoq import InvalidLimit, InvalidTask, Limit, Queue, Snooze, Task
+from apoq import InvalidLimit, InvalidTask, Limit, Queue, Snooze, Task, prepare
 from apoq.core.places import KEY, Share
 from apoq.core.states import CANCELLED, COMPLETED, FAILED, PENDING, RUNNING, WAITING
 from apoq.testing import drain, travel
@@ -308,6 +308,30 @@ class TestHandingOver:
             add(1, key=None)
             until(lambda: probe.waits_for_room(worker))
         until(lambda: states() == {0: COMPLETED, 1: COMPLETED})
+
+    def test_a_queue_for_which_it_fails_holds_up_no_other(self, engine, queue, make_worker, running, states):
+        prepare(engine, schema="bad")
+        worker = make_worker(Queue(schema="bad"), queue, concurrency=4)
+        started(worker, running, limit=Limit(1, key=True))
+        with Session(engine) as session, session.begin():
+            for number, its in enumerate(worker.queues):
+                its.add(session, "t", {"n": number, "key": its.schema}, key="a")
+        until(lambda: len(running.begun) == 2)
+        with Session(engine) as session, session.begin():
+            for number, its in enumerate(worker.queues):
+                its.add(session, "t", {"n": number + 2, "key": its.schema}, key="a")
+        until(lambda: states() == {1: RUNNING, 3: WAITING})
+        with engine.begin() as connection:
+            connection.exec_driver_sql("ALTER TABLE bad.apoq_limits RENAME TO hidden")
+        running.end(0)
+        time.sleep(0.2)
+        running.end(1, 3)
+
+        until(lambda: states() == {1: COMPLETED, 3: COMPLETED}, 3)
+        with engine.begin() as connection:
+            connection.exec_driver_sql("ALTER TABLE bad.hidden RENAME TO apoq_limits")
+        until(lambda: 2 in running.begun)
+        running.end(2)
 
     def test_a_worker_that_stops_hands_over_until_its_last_task_has_ended(
         self, make_worker, running, add, states

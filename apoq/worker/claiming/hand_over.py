@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Final
 
 from sqlalchemy import Engine
@@ -13,6 +14,7 @@ from apoq.client.queue import Queue
 from apoq.core.places import POOL, WHOLE_QUEUE, Share
 from apoq.postgres.connections import execute
 from apoq.schema.statements.notify import arrays, has_tasks, notify
+from apoq.worker.circuit_breaker import CircuitBreaker
 from apoq.worker.claim_log import ClaimLog
 from apoq.worker.claiming.claim_statement import ClaimStatement
 from apoq.worker.claiming.claimable_queue import ClaimableQueue
@@ -79,6 +81,9 @@ class HandOver(Service):
         self._places = places
         self._on_unblocked = on_unblocked
         self._on_room = on_room
+        self._breaker: CircuitBreaker[Queue] = CircuitBreaker(
+            lambda queue: f"handing over places of {queue!r}", outage
+        )
         self._released: set[Queue] = set()
         """The queues of which tasks with places were released, which others may claim."""
         self._is_draining = False
@@ -125,29 +130,36 @@ class HandOver(Service):
 
         By default, up to as many as begin within `AHEAD_SECONDS`.
         """
-        for queue, freed in self._places.take().items():
-            its = self._queues[queue]
-            if not its.lease.is_held:
-                continue  # another worker's sweep finds the tasks that wait
-            most = self.room() if room is None else room
-            free = self._executor.free
-            if room is None and most < sum(freed.values()) and self._executor.is_reserved:
-                self._places.expect(queue, freed)  # until it is known whether the claim has taken the slots
-                continue
-            try:
-                with self._lock, self._executor.reserve(min(most, free, sum(freed.values()))):
-                    placed = self._claims[queue.schema].hand_over(its, freed, most, free)
-                    tasks = self._intake.hold(Taken.under_limits(its, placed, free))
-            except BaseException:
+        left = self._places.take()
+        try:
+            for queue, freed in list(left.items()):
+                hand_over = partial(self._hand_over, self._queues[queue], freed, room)
+                if self._breaker.call(queue, self._queues, hand_over, otherwise=False):
+                    del left[queue]
+        finally:
+            for queue, freed in left.items():
                 self._places.expect(queue, freed)
-                raise
-            self._places.expect(queue, placed.later)
-            self._intake.begin(tasks, placed=True)
-            self._on_room()
-            self._intake.release_paused(tasks)
-            if placed.is_unblocked or queue in self._released or Share(POOL, WHOLE_QUEUE) in freed:
-                self._released.discard(queue)
-                self._offer(queue)
+
+    def _hand_over(self, queue: ClaimableQueue, freed: Freed, room: int | None) -> bool:
+        """Hand over places of a queue; return False if that must wait."""
+        if not queue.lease.is_held:
+            return True  # another worker's sweep finds the tasks that wait
+        most = self.room() if room is None else room
+        free = self._executor.free
+        if room is None and most < sum(freed.values()) and self._executor.is_reserved:
+            return False  # until it is known whether the claim has taken the slots
+        with self._lock, self._executor.reserve(min(most, free, sum(freed.values()))):
+            placed = self._claims[queue.queue.schema].hand_over(queue, freed, most, free)
+            tasks = self._intake.hold(Taken.under_limits(queue, placed, free))
+        self._places.expect(queue.queue, placed.later)
+        self._intake.begin(tasks, placed=True)
+        self._on_room()
+        self._intake.release_paused(tasks)
+        is_released = queue.queue in self._released
+        if placed.is_unblocked or is_released or Share(POOL, WHOLE_QUEUE) in freed:
+            self._released.discard(queue.queue)
+            self._offer(queue.queue)
+        return True
 
     def _offer(self, queue: Queue) -> None:
         """Let all workers, and this one, claim tasks of a queue that could not begin before."""
