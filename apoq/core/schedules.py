@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta, tzinfo
+from functools import lru_cache
 from typing import Any, Final, Literal, TypedDict
 
 from apoq.core.cron import Cron, check_expression, check_zone, cron_of
@@ -90,7 +91,7 @@ class Timing:
     def next_after(self, instant: datetime) -> datetime:
         """Return the first tick that is later than an instant."""
         if self.every is None:
-            return self._cron.next_after(instant)
+            return _next_tick(self._cron, instant)
         return self._multiple((instant - _EPOCH) // self.every + 1)
 
     def last_between(self, after: datetime, until: datetime, at_most: int) -> list[datetime]:
@@ -113,6 +114,12 @@ class Timing:
     def _multiple(self, number: int) -> datetime:
         assert self.every is not None
         return _EPOCH + number * self.every
+
+
+@lru_cache(maxsize=1_000)
+def _next_tick(cron: Cron, instant: datetime) -> datetime:
+    """Return the first tick of a cron expression after an instant. Many schedules may have the same."""
+    return cron.next_after(instant)
 
 
 @dataclass(frozen=True)

@@ -95,9 +95,11 @@ class Ticker(Service):
     def _turn_in(self, schedules: _Schedules) -> float:
         """Tick what is due in a schema; return the seconds until the next tick."""
         began = time.monotonic()
-        due_in, later_in = schedules.look()
-        if due_in > 0:
-            return due_in
+        later_in = 0.0
+        if not schedules.has_more:
+            due_in, later_in = schedules.look()
+            if due_in > 0:
+                return due_in
         ticked = schedules.tick()
         if ticked.queues:
             self._on_due([queue for queue in schedules.queues if queue.name in ticked.queues])
@@ -120,6 +122,8 @@ class _Schedules:
         """When to look next, by time.monotonic()."""
         self.looks = 0
         """How often it has looked."""
+        self.has_more = False
+        """Whether the last batch was as large as it could be, so that more schedules may be due."""
         self._at_most = BATCH_SIZE
         self._passed: dict[Key, float] = {}
         """Schedules that could not be ticked, and until when they are left out, by time.monotonic()."""
@@ -146,6 +150,7 @@ class _Schedules:
     def tick(self) -> Ticked:
         """Tick a batch of schedules in one transaction."""
         ticked = Ticked()
+        self.has_more = False
         try:
             with transaction(self._engine) as send:
                 tick(
@@ -162,6 +167,7 @@ class _Schedules:
             ticked.queues.clear()  # nothing was added
             self._refused(ticked, error)
             return ticked
+        self.has_more = len(ticked.locked) == self._at_most
         self._at_most = min(BATCH_SIZE, self._at_most * 2)
         for key, problem in ticked.unreadable.items():
             self._pass_over(key, problem)
