@@ -47,7 +47,6 @@ from apoq.worker.lifecycle import Lifecycle
 from apoq.worker.liveness.heartbeat import Heartbeat
 from apoq.worker.process import PROCESS
 from apoq.worker.runtime import Runtime
-from apoq.worker.service import Service
 from apoq.worker.settling.settler import Settler, write_settlements
 from apoq.worker.settling.unblocking import Ends, no_ends
 
@@ -97,7 +96,7 @@ def scanner(worker: Worker) -> QueueScanner:
 
 
 def settler(worker: Worker) -> Settler:
-    return runtime(worker).settler
+    return runtime(worker).settlers.plain
 
 
 def listener(worker: Worker) -> Listener:
@@ -153,20 +152,20 @@ def is_busy_starting_or_stopping(worker: Worker) -> bool:
 
 
 @contextmanager
-def held_up(service: Service) -> Iterator[threading.Event]:
-    """Let a service's next turn wait until the end of the block; yield an event that is set meanwhile."""
-    turn, is_held_up, may_go_on = service.turn, threading.Event(), threading.Event()
+def held_up(owner: Any, method: str = "turn") -> Iterator[threading.Event]:
+    """Let the next call of a method wait until the end of the block; yield an event that is set meanwhile."""
+    original, is_held_up, may_go_on = getattr(owner, method), threading.Event(), threading.Event()
 
-    def wait(*arguments: Any) -> float | None:
+    def wait(*arguments: Any) -> Any:
         is_held_up.set()
         may_go_on.wait(60)
-        return turn(*arguments)
+        return original(*arguments)
 
-    service.turn = wait  # type: ignore[method-assign]
+    setattr(owner, method, wait)
     try:
         yield is_held_up
     finally:
-        service.turn = turn  # type: ignore[method-assign]
+        setattr(owner, method, original)
         may_go_on.set()
 
 
@@ -388,23 +387,14 @@ def claim_placed(worker: Worker, limit: int) -> None:
                 line.cursor.move_to(placed.ends, is_all=False)
 
 
-@contextmanager
-def held_up_hand_over(worker: Worker) -> Iterator[threading.Event]:
-    """Let the next transaction that hands over places wait until the end of the block; see `held_up`."""
-    claims = runtime(worker).hand_over._claims[None]
-    hand_over, is_held_up, may_go_on = claims.hand_over, threading.Event(), threading.Event()
+def claims_of_free_places(worker: Worker) -> Any:
+    """Return the object whose method `hand_over` is a transaction that hands over places."""
+    return runtime(worker).hand_over._claims[None]
 
-    def wait(*arguments: Any) -> Any:
-        is_held_up.set()
-        may_go_on.wait(60)
-        return hand_over(*arguments)
 
-    claims.hand_over = wait  # type: ignore[method-assign]
-    try:
-        yield is_held_up
-    finally:
-        claims.hand_over = hand_over  # type: ignore[method-assign]
-        may_go_on.set()
+def fails_to_hand_over(worker: Worker, queue: Queue) -> bool:
+    """Return whether places of a queue could not be handed over the last time."""
+    return runtime(worker).hand_over._breaker.is_failing(queue)
 
 
 def waits_for_room(worker: Worker) -> bool:

@@ -302,7 +302,7 @@ class TestHandingOver:
         add(0)
         until(lambda: states() == {0: COMPLETED} and probe.is_idle(worker))
         probe.executor(worker).run_time = 10.0  # so that no task is claimed ahead
-        with probe.held_up_hand_over(worker) as is_held_up:
+        with probe.held_up(probe.claims_of_free_places(worker), "hand_over") as is_held_up:
             probe.runtime(worker).hand_over.expect(queue, {Share(KEY, "a"): 1})
             until(is_held_up.is_set)
             add(1, key=None)
@@ -324,7 +324,7 @@ class TestHandingOver:
         with engine.begin() as connection:
             connection.exec_driver_sql("ALTER TABLE bad.apoq_limits RENAME TO hidden")
         running.end(0)
-        time.sleep(0.2)
+        until(lambda: probe.fails_to_hand_over(worker, worker.queues[0]))
         running.end(1, 3)
 
         until(lambda: states() == {1: COMPLETED, 3: COMPLETED}, 3)

@@ -352,6 +352,7 @@ class Tasks(RuleBasedStateMachine):
         self.completions = {keeps: Completion(Events(), keep=keeps) for keeps in (True, False)}
         self.settlers = {
             keeps: Settler(
+                "apoq-settler",
                 own,
                 Events(),
                 completion,

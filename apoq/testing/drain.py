@@ -58,7 +58,7 @@ from apoq.worker.execution.attempt import (
     Claim,
     Claimed,
     StopSignal,
-    longest_data,
+    parameters_of_data,
 )
 from apoq.worker.execution.runner import AttemptResult, TaskLost, ended, run, run_coroutine
 from apoq.worker.execution.task_sessions import AsyncTaskSession, TaskSession
@@ -243,12 +243,7 @@ class _Drain:
 
     def _fetch(self, attempt: AnyAttempt) -> Sequence[Sequence[Any]]:
         queue = attempt.from_queue
-        parameters = {
-            "task_id": attempt.id,
-            "held_under": attempt.claim_token,
-            "longest_data": longest_data(queue),
-        }
-        return self._execute(queue, read_data(queue.schema), parameters).all()
+        return self._execute(queue, read_data(queue.schema), parameters_of_data(attempt)).all()
 
     def _make(self, row: Claimed) -> AnyAttempt:
         processor = row[CLAIM].processors[row[TYPE]]

@@ -117,7 +117,7 @@ class Lifecycle:
             if attempt is None and (runtime.unblock() or runtime.scanner.survey() <= 0):
                 attempt = runtime.claimer.claim_one()
             if not self._is_started:
-                runtime.settle()
+                runtime.settlers.turn()
                 if attempt is None and runtime.unblocker.look_now():
                     attempt = runtime.claimer.claim_one()
             if attempt is None:
@@ -125,15 +125,15 @@ class Lifecycle:
             try:
                 end = runtime.executor.run(attempt)
             except Exception:  # such as that no thread can be started for the loop of a coroutine
-                runtime.settler.put(released(attempt))
-                runtime.flush(SETTLE_ON_STOP_SECONDS)
+                runtime.settlers.put(released(attempt))
+                runtime.settlers.flush(SETTLE_ON_STOP_SECONDS)
                 raise
-            runtime.settler.put(end)
-            runtime.flush(SETTLE_ON_STOP_SECONDS)
+            runtime.settlers.put(end)
+            runtime.settlers.flush(SETTLE_ON_STOP_SECONDS)
             runtime.progress.finish()
             if not self._is_started:
                 runtime.unblocker.turn()
-                runtime.hand_over.hand_over(room=0)  # other workers may claim the next tasks
+                runtime.hand_over.unblock()  # other workers may claim the next tasks
             if isinstance(end.outcome, KeyboardInterrupt):
                 raise end.outcome  # meant for the program, not for the task that happened to run
             return self._load(end)

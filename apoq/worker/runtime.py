@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Iterable
 from contextlib import suppress
-from functools import partial
 from typing import Final
 
 from sqlalchemy import Engine
@@ -54,6 +53,7 @@ from apoq.worker.recycling import LimitWatch
 from apoq.worker.service import Service, left_until
 from apoq.worker.settling.counters import Counter
 from apoq.worker.settling.settler import Settler
+from apoq.worker.settling.settlers import Settlers
 from apoq.worker.settling.unblocking import Unblocker
 from apoq.worker.threads import MissingThreads
 
@@ -151,25 +151,24 @@ class Runtime:
             on_unblocked=self._unblocked,
         )
         completion = Completion(events, keep=options.keeps_completed)
-        make_settler = partial(
-            Settler,
-            self.engine,
-            events,
-            completion,
-            counter,
-            schemas,
-            outage,
-            self.claim_log,
-            sharded,
-            on_pending=self.scanner.look_into,
-            on_followed=self._followed,
+        self.settlers = Settlers(
+            lambda name: Settler(
+                name,
+                self.engine,
+                events,
+                completion,
+                counter,
+                schemas,
+                outage,
+                self.claim_log,
+                sharded,
+                on_pending=self.scanner.look_into,
+                on_followed=self._followed,
+            )
         )
-        # The next tasks of a key must not wait until hundreds of other tasks are settled.
-        self.place_settler = make_settler(name="apoq-place-settler")
-        self.settler = make_settler(of_places=self.place_settler)
         self.event_loop = EventLoopThread()
         self.sessions = TaskSessions(engine, self.event_loop)
-        self.deadlines = Deadlines(self.settler.put_overdue, outage, self.missing)
+        self.deadlines = Deadlines(self.settlers.put_overdue, outage, self.missing)
         self.isolated = IsolatedRunner(engine, self.engine, queues, registry, options.isolated_engine, outage)
         self.executor = Executor(
             options.concurrency,
@@ -179,7 +178,7 @@ class Runtime:
             completion,
             self.deadlines,
             self.missing,
-            on_ended=self.settler.put,
+            on_ended=self.settlers.put,
             on_low=self._slot_is_free,
             observer=observer,
         )
@@ -197,7 +196,7 @@ class Runtime:
             self.claim_log,
             events,
             signals=self._signals,
-            on_ended=self.settler.put,
+            on_ended=self.settlers.put,
             on_progress=self.progress.put,
         )
         unkeyed, keyed = (
@@ -297,8 +296,7 @@ class Runtime:
         # The claimer is last: if another one can't be started, nothing has been claimed.
         self._working = (
             *self._limit_watch,
-            self.settler,
-            self.place_settler,
+            *self.settlers,
             self.hand_over,
             self.unblocker,
             self.listener,
@@ -310,7 +308,7 @@ class Runtime:
             self.claimer,
         )
         """The services that run from a start to a stop."""
-        self.essential = self.claimer, self.settler, self.place_settler, self.hand_over
+        self.essential = self.claimer, *self.settlers, self.hand_over
         """The services without which tasks don't go on."""
         self.services: tuple[Service, ...] = (self.registration, self.lost_task_monitor, *self._working)
 
@@ -322,7 +320,7 @@ class Runtime:
 
     def is_current(self) -> bool:
         """Return whether the caller is a processor or a listener that this worker called."""
-        callers = (self.executor, self.settler, self.place_settler, self.unblocker)
+        callers = (self.executor, *self.settlers, self.unblocker)
         return any(service.is_current() for service in callers)
 
     def look_for_tasks(self, queues: Iterable[Queue] | None = None) -> None:
@@ -333,18 +331,8 @@ class Runtime:
         """Let waiting tasks be claimed for which places are free; return whether any were waiting."""
         self.place_sweep.look()
         has_any = bool(self.places)
-        self.hand_over.hand_over(room=0)
+        self.hand_over.unblock()
         return has_any
-
-    def settle(self) -> None:
-        """Write the results that have come until now, on the caller's thread."""
-        self.settler.turn()
-        self.place_settler.turn()
-
-    def flush(self, patience: float) -> None:
-        """Write all results, and wait up to `patience` seconds for tasks that other sessions have locked."""
-        self.settler.flush(patience)
-        self.place_settler.flush(patience)
 
     def drain(self) -> None:
         """Claim no more tasks, and release those that have not begun; running ones go on, and are settled."""
@@ -390,7 +378,7 @@ class Runtime:
         if self.places:
             # If this fails, the sweep of another worker finds the tasks that wait.
             with suppress(Exception):
-                self.hand_over.hand_over(room=0)
+                self.hand_over.unblock()
         self.executor.stop()
         self.missing.clear()
         self.end(self.listener, by)
@@ -400,7 +388,7 @@ class Runtime:
 
     def _settle_last(self, by: float) -> None:
         """Write all results that are left, until then."""
-        for settler in (self.settler, self.place_settler):
+        for settler in self.settlers:
             settler.ends_at = by - CHECK_INTERVAL_SECONDS
             if not settler.is_alive:
                 settler.after_last_turn()  # its thread has died, or could not be started
@@ -507,4 +495,4 @@ class Runtime:
 
     def _release(self, attempts: list[AnyAttempt]) -> None:
         for attempt in attempts:
-            self.settler.put(released(attempt))
+            self.settlers.put(released(attempt))

@@ -118,30 +118,34 @@ class HandOver(Service):
     def turn(self) -> float | None:
         """Hand over the free places; return when to look again."""
         if self._places:
-            self.hand_over()
+            self._give_away()
             self._strays.forget_settled()
         pause = self._release_overdue()
         if self._places:
             return RETRY_SECONDS if pause is None else min(pause, RETRY_SECONDS)
         return pause
 
-    def hand_over(self, room: int | None = None) -> None:
-        """Give free places to the tasks that wait for them: claim up to `room`, and unblock the others.
+    def unblock(self) -> None:
+        """Give the free places to tasks that any worker may claim, on the caller's thread."""
+        self._give_away(room=0)
+
+    def _give_away(self, room: int | None = None) -> None:
+        """Give the free places to the tasks that wait for them: claim up to `room`, and unblock the others.
 
         By default, up to as many as begin within `AHEAD_SECONDS`.
         """
         left = self._places.take()
         try:
             for queue, freed in list(left.items()):
-                hand_over = partial(self._hand_over, self._queues[queue], freed, room)
-                if self._breaker.call(queue, self._queues, hand_over, otherwise=False):
+                give = partial(self._give_away_in, self._queues[queue], freed, room)
+                if self._breaker.call(queue, self._queues, give, otherwise=False):
                     del left[queue]
         finally:
             for queue, freed in left.items():
                 self._places.expect(queue, freed)
 
-    def _hand_over(self, queue: ClaimableQueue, freed: Freed, room: int | None) -> bool:
-        """Hand over places of a queue; return False if that must wait."""
+    def _give_away_in(self, queue: ClaimableQueue, freed: Freed, room: int | None) -> bool:
+        """Give away places of a queue; return False if that must wait."""
         if not queue.lease.is_held:
             return True  # another worker's sweep finds the tasks that wait
         most = self.room() if room is None else room

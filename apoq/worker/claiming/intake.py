@@ -20,7 +20,7 @@ from apoq.schema.statements.data import read_data
 from apoq.worker import reports
 from apoq.worker.claim_log import ClaimLog
 from apoq.worker.claiming.schema_claims import Taken
-from apoq.worker.execution.attempt import AnyAttempt, Claim, Claimed, StopSignal, longest_data
+from apoq.worker.execution.attempt import AnyAttempt, Claim, Claimed, StopSignal, parameters_of_data
 from apoq.worker.execution.executor import Executor, released
 from apoq.worker.execution.runner import AttemptResult, ended
 
@@ -140,13 +140,8 @@ class Intake:
 
     def _fetch(self, attempt: AnyAttempt) -> Sequence[Sequence[Any]]:
         """Read the data of a task that is too large for the result of its claim."""
-        queue = attempt.from_queue
-        parameters = {
-            "task_id": attempt.id,
-            "held_under": attempt.claim_token,
-            "longest_data": longest_data(queue),
-        }
-        return execute(self._engine, read_data(queue.schema), parameters).fetchall()
+        statement = read_data(attempt.from_queue.schema)
+        return execute(self._engine, statement, parameters_of_data(attempt)).fetchall()
 
 
 def may_begin(attempt: AnyAttempt) -> bool:

@@ -105,7 +105,7 @@ class PlacedClaims:
         """How many due tasks the next claim looks at, if the last one had to block any."""
         self._serial: set[Share] = set()
         """Keys and pools that were found to have a single place."""
-        self._in_vain: set[ClaimableQueue] = set()
+        self._rarely_awaited: set[ClaimableQueue] = set()
         """The queues in which few tasks were waiting for the last places that became free."""
         self.conflicts = 0
         """How often another transaction had given away the same place."""
@@ -156,7 +156,7 @@ class PlacedClaims:
     def hand_over(self, queue: ClaimableQueue, freed: Freed, room: int, free: int) -> PlacedTasks:
         """Give free places to the tasks that wait for them: claim up to `room`, and unblock the others."""
         shares = [share for share in freed if share != Share(POOL, WHOLE_QUEUE)]
-        if shares and queue in self._in_vain:
+        if shares and queue in self._rarely_awaited:
             shares = self._awaited_of(queue, shares)
         if not shares:
             return PlacedTasks(0, time.monotonic(), [], {}, has_more=False, later={})
@@ -176,7 +176,7 @@ class PlacedClaims:
                 self._held(queue, shares),
             )
             locked, held = _locked(numbers, taken), _by_share(places)
-            self._found(queue, picked.rowcount, shares)
+            self._note_found(queue, picked.rowcount, shares)
             later.update({share: freed[share] for share in shares if share not in locked})
             for share in later:
                 del wanted[share]
@@ -214,11 +214,15 @@ class PlacedClaims:
         that has sent it looks again.
         """
         found = [Share(*each) for each in execute(self._engine, *self._awaited(queue, shares))]
-        self._found(queue, len(found), shares)
+        self._note_found(queue, len(found), shares)
         return found
 
-    def _found(self, queue: ClaimableQueue, count: int, shares: Sequence[Share]) -> None:
-        (self._in_vain.add if 2 * count < len(shares) else self._in_vain.discard)(queue)
+    def _note_found(self, queue: ClaimableQueue, count: int, shares: Sequence[Share]) -> None:
+        """Remember whether tasks were waiting for most of these keys and pools."""
+        if 2 * count < len(shares):
+            self._rarely_awaited.add(queue)
+        else:
+            self._rarely_awaited.discard(queue)
 
     def _transact(
         self,

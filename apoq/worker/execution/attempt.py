@@ -90,6 +90,15 @@ def longest_data(queue: Queue) -> int:
     return min(2 * queue.max_data_size + 1_000, HIGHEST_LIMIT)
 
 
+def parameters_of_data(attempt: AnyAttempt) -> dict[str, Any]:
+    """Return the parameters of `read_data` for the task of an attempt."""
+    return {
+        "task_id": attempt.id,
+        "held_under": attempt.claim_token,
+        "longest_data": longest_data(attempt.from_queue),
+    }
+
+
 def short_data(row: Claimed) -> Any:
     """Read the data of a claimed row that has it; return the error if Python can't."""
     try:

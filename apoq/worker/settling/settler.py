@@ -27,7 +27,7 @@ from apoq.postgres.messages import brief
 from apoq.schema.models import tasks_table
 from apoq.schema.objects import detached
 from apoq.schema.statements.arrays import array_text
-from apoq.schema.statements.claim import CLAIM, CLAIM_TOKEN, ID
+from apoq.schema.statements.claim import CLAIM_TOKEN, ID
 from apoq.schema.statements.lost import lost
 from apoq.schema.statements.notify import arrays, has_tasks, notify
 from apoq.schema.statements.settle import settle
@@ -77,6 +77,7 @@ class Settler(Service):
 
     def __init__(
         self,
+        name: str,
         engine: Engine,
         events: Events,
         completion: Completion,
@@ -88,8 +89,6 @@ class Settler(Service):
         *,
         on_pending: Callable[[Queue, float], None],
         on_followed: Callable[[str | None, list[int], list[int]], None],
-        name: str = "apoq-settler",
-        of_places: Settler | None = None,
     ) -> None:
         """`on_pending` is called with the queue of a settled task, and the seconds until it is due again.
 
@@ -98,11 +97,8 @@ class Settler(Service):
 
         In the schemas that Citus has `sharded`, no statement waits for a locked task, because no timeout
         would end that.
-
-        `of_places` settles tasks that have places, if it is another one.
         """
         super().__init__(name, outage)
-        self._of_places = of_places
         self._engine = engine
         self._completion = completion
         self._counter = counter
@@ -131,9 +127,6 @@ class Settler(Service):
 
     def put(self, end: AttemptResult) -> None:
         """Settle this attempt soon."""
-        if self._of_places is not None and end.attempt.row[CLAIM].is_placed:
-            self._of_places.put(end)
-            return
         if end.outcome is not None:
             self._ended.append(end)
         elif end.row is None:
@@ -151,9 +144,6 @@ class Settler(Service):
 
     def put_overdue(self, attempt: AnyAttempt, thread_id: int) -> None:
         """Settle an attempt that runs longer than its timeout, on this thread."""
-        if self._of_places is not None and attempt.row[CLAIM].is_placed:
-            self._of_places.put_overdue(attempt, thread_id)
-            return
         self.put(ended(attempt, overdue(attempt.timeout or 0.0, thread_id)))
         if not self.is_alive:
             self.turn()  # the worker hasn't started: it runs one task, in `work`
