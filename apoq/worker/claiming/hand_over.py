@@ -28,9 +28,10 @@ from apoq.worker.places import Freed, Places
 from apoq.worker.service import Service
 
 AHEAD_SECONDS: Final = 0.01
-"""Seconds within which a slot should be free for a task that gets a place.
+"""Seconds within which a slot must become free for a task to be claimed together with its place.
 
-If none will be, any worker may claim the task, because no other task can use the place meanwhile.
+Otherwise, the task is unblocked, and any worker may claim it: while it waited here for a slot, it would keep
+the place from all other tasks.
 """
 
 PLACED_SECONDS: Final = 0.05
