@@ -11,7 +11,7 @@ from typing import Any
 import probe
 import sqlalchemy as sa
 
-from apoq import Worker
+from apoq import Queue, Worker
 from apoq.schema.statements.levels import level_of
 from apoq.schema.statements.queues import (
     at_most_text,
@@ -24,6 +24,8 @@ from apoq.schema.statements.queues import (
 from apoq.schema.statements.survey import surveyed as read_survey
 from apoq.schema.tables import claims_table
 from apoq.worker.claiming.cursor import MAX_LEVELS, ClaimCursor
+from apoq.worker.database import WorkerDatabase
+from apoq.worker.failures import Outage
 from apoq.worker.lease import Lease
 
 AHEAD = {"free": 0}
@@ -49,11 +51,13 @@ def hold_up(connection: sa.Connection, worker: Worker, schema: str | None = None
     connection.execute(sa.insert(claims_table(schema)), notes)
 
 
-def held_leases() -> dict[str | None, Lease]:
-    """Return the leases of a worker of the default schema, which don't end."""
+def database_of(engine: sa.Engine, *queues: Queue, is_sharded: bool = False) -> WorkerDatabase:
+    """Return the database of a worker of the default schema whose lease doesn't end."""
     lease = Lease(math.inf, 0)
     lease.renew(time.monotonic())
-    return {None: lease}
+    return WorkerDatabase(
+        engine, queues or (Queue(),), {None: lease}, Outage(), {None} if is_sharded else set()
+    )
 
 
 def hold_lease(worker: Worker) -> None:

@@ -47,7 +47,8 @@ from apoq.worker.lifecycle import Lifecycle
 from apoq.worker.liveness.heartbeat import Heartbeat
 from apoq.worker.process import PROCESS
 from apoq.worker.runtime import Runtime
-from apoq.worker.settling.settler import Settler, write_settlements
+from apoq.worker.settling.result_writer import write_settlements
+from apoq.worker.settling.settler import Settler
 from apoq.worker.settling.unblocking import Ends, no_ends
 
 new_folder, server_user = _new_folder, _server_user
@@ -672,7 +673,7 @@ def settling_statements() -> dict[str, list[sa.Executable]]:
                 for full in both
             ),
         ],
-        "settler.write_settlements": [
+        "result_writer.write_settlements": [
             write_settlements(None, full=full, skips_locked=skips_locked)
             for full in both
             for skips_locked in both
@@ -699,4 +700,4 @@ def looks_for_ticks(worker: Worker) -> int:
 
 def shard(worker: Worker, schema: str | None = None) -> None:
     """Let a worker's settler believe that Citus shards a schema."""
-    settler(worker)._sharded.add(schema)
+    settler(worker)._database.sharded.add(schema)

@@ -123,7 +123,7 @@ WRITES: Final = {
     "settle.remove": 1,
     "settle.remove_last": 1,
     "settle.settle": 1,
-    "settler.write_settlements": 1,
+    "result_writer.write_settlements": 1,
     "take_keys.take_keys": 1,
     "throttles.begin_windows": 1,
     "throttles.end_windows": 1,

@@ -24,7 +24,7 @@ from uuid import UUID
 import probe
 import pytest
 import sqlalchemy as sa
-from claims import AHEAD, asked, looked_into, surveyed
+from claims import AHEAD, asked, database_of, looked_into, surveyed
 from drawn import drawn, is_thorough
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -59,7 +59,6 @@ from apoq.worker.execution.attempt import Claim, Claimed, StopSignal
 from apoq.worker.execution.completion import Completion
 from apoq.worker.execution.runner import AttemptResult, TaskLost, ended
 from apoq.worker.execution.task_sessions import TaskSession
-from apoq.worker.failures import Outage
 from apoq.worker.lease import Lease
 from apoq.worker.liveness.peers import Peer
 from apoq.worker.places import Places
@@ -353,14 +352,11 @@ class Tasks(RuleBasedStateMachine):
         self.settlers = {
             keeps: Settler(
                 "apoq-settler",
-                own,
+                database_of(own, is_sharded=keeps),  # one of them skips locked tasks
                 Events(),
                 completion,
                 counters.Counter(),
-                schemas=[None],
-                outage=Outage(),
                 claim_log=SimpleNamespace(settled=self._forget_attempts, given_up=lambda _: None),
-                sharded=[None] if keeps else [],  # one of them skips locked tasks
                 on_pending=lambda queue, delay: None,
                 on_followed=lambda schema, completed, failed: None,
             )

@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 import probe
 import pytest
 import sqlalchemy as sa
-from claims import AHEAD, asked, held_leases, looked_into, surveyed
+from claims import AHEAD, asked, database_of, looked_into, surveyed
 from sqlalchemy.orm import Session
 from waiting import patience
 
@@ -21,7 +21,6 @@ from apoq.schema.statements.claim import CLAIM, ID, PRIORITY, PROCESS_AT, claim
 from apoq.schema.statements.survey import First, survey
 from apoq.worker.claiming.cursor import COMMIT_SLACK_SECONDS, MAX_LEVELS, START, ClaimCursor
 from apoq.worker.claiming.scanner import REST_FACTOR, QueueScanner
-from apoq.worker.failures import Outage
 
 SOON = 10.0
 
@@ -107,11 +106,9 @@ def test_a_survey_that_had_to_wait_for_the_server_once_does_not_silence_the_scou
     registry = Registry()
     registry.use("t", make_processor("t", print))
     scanner = QueueScanner(
-        own,
+        database_of(own),
         {Queue(): ClaimCursor()},
         registry,
-        held_leases(),
-        Outage(),
         poll_interval=0.1,
         on_due=lambda queues: None,
     )
@@ -133,11 +130,9 @@ def test_a_survey_reports_a_due_task_again_if_it_was_claimed_or_retried_meanwhil
     registry = Registry()
     registry.use("t", make_processor("t", print))
     scanner = QueueScanner(
-        own,
+        database_of(own),
         {Queue(): ClaimCursor()},
         registry,
-        held_leases(),
-        Outage(),
         poll_interval=60.0,
         on_due=reported.append,
     )

@@ -13,14 +13,13 @@ from typing import Any
 import probe
 import pytest
 import sqlalchemy as sa
-from claims import held_leases
+from claims import database_of
 from sqlalchemy.orm import Session
 from waiting import patience
 
 from apoq import AsyncRunningTask, Progress, Queue, RunningTask, Task
 from apoq.postgres.connections import own_engine
 from apoq.testing import drain
-from apoq.worker.failures import Outage
 from apoq.worker.maintenance import orphans
 from apoq.worker.maintenance.orphans import Orphans
 from apoq.worker.maintenance.pruner import Pruner
@@ -292,9 +291,7 @@ class TestItsRow:
         assert rows(engine) == ids[:2]
         own = own_engine(engine)
 
-        Pruner(
-            own, (queue,), held_leases(), Outage(), keep_completed=timedelta(days=1), keep_failed=None
-        ).prune()
+        Pruner(database_of(own, queue), keep_completed=timedelta(days=1), keep_failed=None).prune()
         own.dispose()
 
         assert execute(engine, "SELECT id FROM apoq_tasks") == [ids[1]]

@@ -8,7 +8,7 @@ from datetime import timedelta
 
 import pytest
 import sqlalchemy as sa
-from claims import held_leases
+from claims import database_of
 from click.testing import CliRunner
 from sqlalchemy.orm import Session
 
@@ -16,7 +16,6 @@ from apoq import Cancel, Keep, Queue, RunningTask, Task
 from apoq.cli import main
 from apoq.monitor.stats import figures
 from apoq.postgres.connections import own_engine
-from apoq.worker.failures import Outage
 from apoq.worker.maintenance import pruner
 from apoq.worker.maintenance.pruner import Pruner
 
@@ -53,9 +52,7 @@ def prune(
 ) -> bool:
     own = own_engine(engine)
     try:
-        return Pruner(
-            own, queues or (Queue(),), held_leases(), Outage(), keep_completed=completed, keep_failed=failed
-        ).prune()
+        return Pruner(database_of(own, *queues), keep_completed=completed, keep_failed=failed).prune()
     finally:
         own.dispose()
 
@@ -106,9 +103,7 @@ class TestANumber:
         monkeypatch.setattr(pruner, "BATCH_SIZE", 2)
         ids = [ended("completed", timedelta(hours=10 - hour)) for hour in range(8)]
         own = own_engine(engine)
-        its = Pruner(
-            own, (Queue(),), held_leases(), Outage(), keep_completed=Keep(at_most=3), keep_failed=None
-        )
+        its = Pruner(database_of(own), keep_completed=Keep(at_most=3), keep_failed=None)
 
         assert [its.prune() for _ in range(3)] == [True, True, False]
 
@@ -120,8 +115,7 @@ class TestANumber:
         ids = [ended("completed", timedelta(hours=hour)) for hour in range(6)]
         own = own_engine(engine)
         workers = [
-            Pruner(own, (Queue(),), held_leases(), Outage(), keep_completed=Keep(at_most=2), keep_failed=None)
-            for _ in range(2)
+            Pruner(database_of(own), keep_completed=Keep(at_most=2), keep_failed=None) for _ in range(2)
         ]
 
         for worker in workers * 2:
@@ -228,7 +222,7 @@ def test_what_a_row_of_the_applications_points_at_stays_and_nothing_else_with_it
     with engine.begin() as connection:
         connection.execute(sa.text("INSERT INTO mails VALUES (:a), (:b)"), {"a": ids[0], "b": ids[7]})
     own = own_engine(engine)
-    pruner = Pruner(own, (Queue(),), held_leases(), Outage(), keep_completed=DAY, keep_failed=DAY)
+    pruner = Pruner(database_of(own), keep_completed=DAY, keep_failed=DAY)
 
     for _ in range(2):  # and again, a minute later
         turns = 0

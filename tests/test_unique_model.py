@@ -30,7 +30,7 @@ from apoq.schema.statements.arrays import array_text
 from apoq.schema.statements.claim import CLAIM_TOKEN, ID, claim
 from apoq.schema.statements.recover import forget_dead, forget_unknown, give_back, rescue
 from apoq.schema.statements.settle import complete, remove
-from apoq.worker.settling.settler import write_settlements
+from apoq.worker.settling.result_writer import write_settlements
 from apoq.worker.unique_keys import lacking, pending_without_key, take_free_keys
 
 pytestmark = pytest.mark.slow

@@ -65,7 +65,7 @@ from apoq.worker.execution.task_sessions import AsyncTaskSession, TaskSession
 from apoq.worker.lease import Lease
 from apoq.worker.settling.batches import settlement_arrays
 from apoq.worker.settling.failure_tasks import add_failure_tasks, has_failure_task
-from apoq.worker.settling.settler import write_settlements
+from apoq.worker.settling.result_writer import write_settlements
 from apoq.worker.unique_keys import pending_without_key, take_free_keys
 
 FOR_EVER: Final = Lease(math.inf, math.inf)

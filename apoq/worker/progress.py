@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final
-
-from sqlalchemy import Engine
 
 from apoq.core.progress import Report
 from apoq.postgres.connections import execute
@@ -18,9 +15,8 @@ from apoq.schema.statements.progress import delete_orphans, mark_parts, write_pr
 from apoq.worker import logs
 from apoq.worker.circuit_breaker import CircuitBreaker
 from apoq.worker.claim_log import ClaimLog
+from apoq.worker.database import WorkerDatabase
 from apoq.worker.execution.attempt import AnyAttempt
-from apoq.worker.failures import Outage
-from apoq.worker.lease import Lease
 from apoq.worker.service import Service
 from apoq.worker.threads import MissingThreads
 
@@ -52,21 +48,18 @@ class ProgressWriter(Service):
 
     def __init__(
         self,
-        engine: Engine,
-        leases: Mapping[str | None, Lease],
-        outage: Outage,
+        database: WorkerDatabase,
         missing: MissingThreads,
         claim_log: ClaimLog,
         *,
         keeps_completed: bool,
     ) -> None:
-        super().__init__("apoq-progress", outage)
-        self._engine = engine
-        self._leases = leases
+        super().__init__("apoq-progress", database.outage)
+        self._database = database
         self._missing = missing
         self._claim_log = claim_log
         self._keeps_completed = keeps_completed
-        self._breaker: CircuitBreaker[str | None] = CircuitBreaker(_describe, outage)
+        self._breaker: CircuitBreaker[str | None] = CircuitBreaker(_describe, database.outage)
         self._lock = threading.Lock()
         self._reports: Reports = {}
         self._is_open = False
@@ -139,7 +132,7 @@ class ProgressWriter(Service):
     def _write(self, schema: str | None, reports: Reports) -> None:
         """Write the reports in a schema, and remove those that were written, or never will be."""
         attempts = [attempt for attempt in reports if attempt.from_queue.schema == schema]
-        if not self._leases[schema].is_held:
+        if not self._database.leases[schema].is_held:
             for attempt in attempts:
                 del reports[attempt]  # other workers may have these tasks
             return
@@ -149,14 +142,14 @@ class ProgressWriter(Service):
 
     def _write_batch(self, schema: str | None, reports: Reports, attempts: list[AnyAttempt]) -> None:
         if unmarked := [attempt for attempt in attempts if not attempt.has_parts]:
-            execute(self._engine, mark_parts(schema), _claims_of(unmarked))
+            execute(self._database.engine, mark_parts(schema), _claims_of(unmarked))
         parameters = {
             **_claims_of(attempts),
             "dones": [reports[attempt].report.done for attempt in attempts],
             "totals": [reports[attempt].report.total for attempt in attempts],
             "notes": [reports[attempt].report.note for attempt in attempts],
         }
-        written = set(execute(self._engine, write_progress(schema), parameters))
+        written = set(execute(self._database.engine, write_progress(schema), parameters))
         for attempt in attempts:
             if (attempt.id, attempt.claim_token) in written:
                 self._written(attempt)
@@ -176,7 +169,7 @@ class ProgressWriter(Service):
         ended = [attempt for attempt in self._with_rows if not self._claim_log.holds(attempt.row)]
         for schema in {attempt.from_queue.schema for attempt in ended}:
             ids = array_text(attempt.id for attempt in ended if attempt.from_queue.schema == schema)
-            execute(self._engine, delete_orphans(schema), {"ids": ids})
+            execute(self._database.engine, delete_orphans(schema), {"ids": ids})
         self._with_rows.difference_update(ended)
 
 

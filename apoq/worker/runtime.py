@@ -29,6 +29,7 @@ from apoq.worker.claiming.intake import Intake
 from apoq.worker.claiming.listener import Listener, listen_engine
 from apoq.worker.claiming.scanner import QueueScanner
 from apoq.worker.claiming.strays import Strays
+from apoq.worker.database import WorkerDatabase
 from apoq.worker.execution.attempt import AnyAttempt, AsyncAttempt, IsolatedAttempt, StopSignal
 from apoq.worker.execution.completion import Completion
 from apoq.worker.execution.deadlines import Deadlines
@@ -110,10 +111,10 @@ class Runtime:
         self._listening_engine = (
             self.engine if options.listen_url is None else listen_engine(options.listen_url)
         )
-        schemas = tuple(dict.fromkeys(queue.schema for queue in queues))
         cursors = {queue: ClaimCursor() for queue in queues}
         heartbeat_seconds = options.lease.total_seconds() / HEARTBEATS_PER_LEASE
-        self._signals = {schema: StopSignal() for schema in schemas}
+        poll_seconds = options.poll_interval.total_seconds()
+        self._signals = {queue.schema: StopSignal() for queue in queues}
         self.places = places = Places()
         self.claim_log = ClaimLog(places)
         sharded: set[str | None] = set()
@@ -132,36 +133,21 @@ class Runtime:
             on_lapse=self._lapsed,
         )
         leases = self.heartbeat.leases
-        self.strays = Strays(self.engine, self.claim_log, leases, outage, sharded)
+        database = WorkerDatabase(self.engine, queues, leases, outage, sharded)
+        self.strays = Strays(database, self.claim_log)
         self.scanner = QueueScanner(
-            self.engine,
-            cursors,
-            registry,
-            leases,
-            outage,
-            poll_interval=options.poll_interval.total_seconds(),
-            on_due=self.look_for_tasks,
+            database, cursors, registry, poll_interval=poll_seconds, on_due=self.look_for_tasks
         )
-        self.unblocker = Unblocker(
-            self.engine,
-            events,
-            leases,
-            outage,
-            poll_interval=options.poll_interval.total_seconds(),
-            on_unblocked=self._unblocked,
-        )
+        self.unblocker = Unblocker(database, events, poll_interval=poll_seconds, on_unblocked=self._unblocked)
         completion = Completion(events, keep=options.keeps_completed)
         self.settlers = Settlers(
             lambda name: Settler(
                 name,
-                self.engine,
+                database,
                 events,
                 completion,
                 counter,
-                schemas,
-                outage,
                 self.claim_log,
-                sharded,
                 on_pending=self.scanner.look_into,
                 on_followed=self._followed,
             )
@@ -183,12 +169,7 @@ class Runtime:
             observer=observer,
         )
         self.progress = ProgressWriter(
-            self.engine,
-            leases,
-            outage,
-            self.missing,
-            self.claim_log,
-            keeps_completed=options.keeps_completed,
+            database, self.missing, self.claim_log, keeps_completed=options.keeps_completed
         )
         self.intake = Intake(
             self.engine,
@@ -207,48 +188,36 @@ class Runtime:
             for is_keyed in (False, True)
         )
         self.hand_over = HandOver(
-            self.engine,
+            database,
             keyed,
             self.intake,
             self.executor,
             self.claim_log,
-            outage,
             self.strays,
-            sharded,
             places,
             on_unblocked=self._has_unblocked,
             on_room=self._slot_is_free,
         )
         self.claimer = Claimer(
-            self.engine,
+            database,
             unkeyed,
             keyed,
             self.executor,
             self.intake,
             self.hand_over,
             self.claim_log,
-            outage,
             self.scanner,
             self.strays,
-            sharded,
             places,
-            DeclaredLimits(self.engine, queues, registry, options.release),
+            DeclaredLimits(database, registry, options.release),
             observer=observer,
         )
         self.lost_task_monitor = LostTaskMonitor(
-            self.engine,
-            schemas,
-            outage,
-            self.claim_log,
-            self.executor,
-            places,
-            interval=heartbeat_seconds,
+            database, self.claim_log, self.executor, places, interval=heartbeat_seconds
         )
         self.listener = Listener(
-            self.engine,
+            database,
             self._listening_engine,
-            queues,
-            outage,
             self.claimer,
             on_cancelled=self.lost_task_monitor.look_for,
             on_paused=self.intake.queue_is_paused,
@@ -256,41 +225,16 @@ class Runtime:
             on_linked=self.unblocker.check,
         )
         self._pruner = Pruner(
-            self.engine,
-            queues,
-            leases,
-            outage,
-            keep_completed=options.keep_completed,
-            keep_failed=options.keep_failed,
+            database, keep_completed=options.keep_completed, keep_failed=options.keep_failed
         )
         self.ticker = Ticker(
-            self.engine,
-            queues,
-            leases,
-            outage,
-            poll_interval=options.poll_interval.total_seconds(),
-            release=options.release,
-            on_due=self.look_for_tasks,
+            database, poll_interval=poll_seconds, release=options.release, on_due=self.look_for_tasks
         )
         self.sweep = Sweep(
-            self.engine,
-            leases,
-            outage,
-            sharded,
-            grace=heartbeat_seconds * GRACE_HEARTBEATS,
-            on_rescued=self._look_in_schema,
+            database, grace=heartbeat_seconds * GRACE_HEARTBEATS, on_rescued=self._look_in_schema
         )
-        self.place_sweep = PlaceSweep(
-            self.engine,
-            queues,
-            leases,
-            outage,
-            places,
-            self.hand_over,
-        )
-        self.registration = Registration(
-            self.engine, schemas, self.heartbeat, self.scanner, self.strays, outage, self.missing, sharded
-        )
+        self.place_sweep = PlaceSweep(database, places, self.hand_over)
+        self.registration = Registration(database, self.heartbeat, self.scanner, self.strays, self.missing)
         limits = options.limits
         self._limit_watch = (LimitWatch(limits, counter, outage, name),) if limits else ()
         # The claimer is last: if another one can't be started, nothing has been claimed.

@@ -8,7 +8,7 @@ from typing import Any
 
 from psycopg import DatabaseError
 from psycopg.errors import FeatureNotSupported
-from sqlalchemy import Engine, Executable
+from sqlalchemy import Executable
 from sqlalchemy.pool import PoolProxiedConnection
 
 from apoq.postgres.connections import (
@@ -27,6 +27,7 @@ from apoq.schema.statements.queues import queues_text, retry_limits_text
 from apoq.worker.claim_log import ClaimLog
 from apoq.worker.claiming.claimable_queue import ClaimableQueue
 from apoq.worker.claiming.strays import Strays
+from apoq.worker.database import WorkerDatabase
 
 Row = tuple[Any, ...]
 Portions = Mapping[ClaimableQueue, int]
@@ -42,18 +43,16 @@ class ClaimStatement:
 
     def __init__(
         self,
-        engine: Engine,
+        database: WorkerDatabase,
         schema: str | None,
         claim_log: ClaimLog,
         strays: Strays,
-        sharded: set[str | None],
     ) -> None:
-        """`sharded` has the schemas that Citus shards, as far as it is known."""
-        self._engine = engine
+        self._engine = database.engine
         self._schema = schema
         self._claim_log = claim_log
         self._strays = strays
-        self._sharded = sharded
+        self._sharded = database.sharded
         self.sent_at = 0.0
         """When the last claim was sent, by time.monotonic()."""
 

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Final
 
-from sqlalchemy import Engine
 from sqlalchemy.pool import PoolProxiedConnection
 
 from apoq.client.queue import Queue
@@ -26,9 +25,9 @@ from apoq.worker.claiming.rotation import QueueRotation
 from apoq.worker.claiming.scanner import QueueScanner
 from apoq.worker.claiming.schema_claims import SchemaClaims, Taken
 from apoq.worker.claiming.strays import POLL_SECONDS, Strays
+from apoq.worker.database import WorkerDatabase
 from apoq.worker.execution.attempt import AnyAttempt, Claimed
 from apoq.worker.execution.executor import Executor
-from apoq.worker.failures import Outage
 from apoq.worker.observer import Observer
 from apoq.worker.places import Places
 from apoq.worker.service import Service
@@ -62,44 +61,38 @@ class Claimer(Service):
 
     def __init__(
         self,
-        engine: Engine,
+        database: WorkerDatabase,
         queues: Iterable[ClaimableQueue],
         keyed: Iterable[ClaimableQueue],
         executor: Executor,
         intake: Intake,
         hand_over: HandOver,
         claim_log: ClaimLog,
-        outage: Outage,
         scanner: QueueScanner,
         strays: Strays,
-        sharded: set[str | None],
         places: Places,
         declared_limits: DeclaredLimits,
         *,
         observer: Observer | None = None,
     ) -> None:
-        """`keyed` has the tasks with concurrency keys of each queue, and `queues` those without.
-
-        `sharded` has the schemas that Citus shards, as far as it is known.
-        """
-        super().__init__("apoq-claimer", outage)
+        """`keyed` has the tasks with concurrency keys of each queue, and `queues` those without."""
+        super().__init__("apoq-claimer", database.outage)
         self._queues = {its.queue: its for its in queues}
         self._keyed = {its.queue: its for its in keyed}
         breaker: CircuitBreaker[ClaimableQueue] = CircuitBreaker(
-            lambda queue: f"the claim from {queue!r}", outage
+            lambda queue: f"the claim from {queue!r}", database.outage
         )
         self._schemas = {
             schema: SchemaClaims(
-                engine,
+                database,
                 schema,
                 [its for queue, its in self._queues.items() if queue.schema == schema],
                 claim_log,
                 strays,
-                sharded,
                 places,
                 breaker,
             )
-            for schema in dict.fromkeys(queue.schema for queue in self._queues)
+            for schema in database.schemas
         }
         self._rotation: QueueRotation[ClaimableQueue] = QueueRotation()
         self._executor = executor

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from datetime import datetime
 
-from sqlalchemy import Engine
-
 from apoq.client.queue import Queue
 from apoq.core.limits import Limit
 from apoq.core.registry import Processor, Registry
 from apoq.postgres.connections import execute
 from apoq.schema.statements.limits import declare
 from apoq.worker import logs
+from apoq.worker.database import WorkerDatabase
 
 WHOLE = ""
 """Instead of a type: the limit of a whole queue."""
@@ -25,11 +24,8 @@ class DeclaredLimits:
     has declared stays as it is, so that old workers that start during a deployment don't undo it.
     """
 
-    def __init__(
-        self, engine: Engine, queues: Iterable[Queue], registry: Registry, release: datetime
-    ) -> None:
-        self._engine = engine
-        self._queues = tuple(queues)
+    def __init__(self, database: WorkerDatabase, registry: Registry, release: datetime) -> None:
+        self._database = database
         self._registry = registry
         self._release = release
         self._version: int | None = None
@@ -46,7 +42,7 @@ class DeclaredLimits:
         version = self._registry.version
         if self._version == version:
             return
-        for queue in self._queues:
+        for queue in self._database.queues:
             for type_, limit in _limits_of(queue, self._registry.of(queue)):
                 if (queue, type_, limit) not in self._written:
                     self._write(queue, type_, limit)
@@ -64,7 +60,7 @@ class DeclaredLimits:
             "holds": limit.after_failure == "hold",
             "limit_release": self._release,
         }
-        if not execute(self._engine, declare(queue.schema), parameters).fetchall():
+        if not execute(self._database.engine, declare(queue.schema), parameters).fetchall():
             logs.limit_kept(queue.name, type_)
 
 

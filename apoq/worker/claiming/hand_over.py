@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Final
 
-from sqlalchemy import Engine
-
 from apoq.client.queue import Queue
 from apoq.core.places import POOL, WHOLE_QUEUE, Share
 from apoq.postgres.connections import execute
@@ -22,8 +20,8 @@ from apoq.worker.claiming.intake import Intake
 from apoq.worker.claiming.placed_claims import PlacedClaims
 from apoq.worker.claiming.schema_claims import Taken
 from apoq.worker.claiming.strays import Strays
+from apoq.worker.database import WorkerDatabase
 from apoq.worker.execution.executor import Executor
-from apoq.worker.failures import Outage
 from apoq.worker.places import Freed, Places
 from apoq.worker.service import Service
 
@@ -49,14 +47,12 @@ class HandOver(Service):
 
     def __init__(
         self,
-        engine: Engine,
+        database: WorkerDatabase,
         queues: Iterable[ClaimableQueue],
         intake: Intake,
         executor: Executor,
         claim_log: ClaimLog,
-        outage: Outage,
         strays: Strays,
-        sharded: set[str | None],
         places: Places,
         *,
         on_unblocked: Callable[[Queue], None],
@@ -67,14 +63,14 @@ class HandOver(Service):
         `on_unblocked` is called with a queue of which waiting tasks can be claimed again, and `on_room` when
         slots that were reserved may be free.
         """
-        super().__init__("apoq-hand-over", outage)
-        self._engine = engine
+        super().__init__("apoq-hand-over", database.outage)
+        self._engine = database.engine
         self._queues = {its.queue: its for its in queues}
         self._claims = {
             schema: PlacedClaims(
-                engine, schema, ClaimStatement(engine, schema, claim_log, strays, sharded), places
+                database.engine, schema, ClaimStatement(database, schema, claim_log, strays), places
             )
-            for schema in dict.fromkeys(queue.schema for queue in self._queues)
+            for schema in database.schemas
         }
         self._intake = intake
         self._executor = executor
@@ -83,7 +79,7 @@ class HandOver(Service):
         self._on_unblocked = on_unblocked
         self._on_room = on_room
         self._breaker: CircuitBreaker[Queue] = CircuitBreaker(
-            lambda queue: f"handing over places of {queue!r}", outage
+            lambda queue: f"handing over places of {queue!r}", database.outage
         )
         self._released: set[Queue] = set()
         """The queues of which tasks with places were released, which others may claim."""

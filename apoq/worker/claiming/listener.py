@@ -37,7 +37,7 @@ from apoq.schema.statements.notify import (
 )
 from apoq.worker import logs
 from apoq.worker.claiming.claimer import Claimer
-from apoq.worker.failures import Outage
+from apoq.worker.database import WorkerDatabase
 from apoq.worker.service import Service
 
 CHECK_INTERVAL_SECONDS: Final = 15.0
@@ -106,16 +106,15 @@ class Listener(Service):
     """Listens on a connection of its own; without notifications, the worker finds tasks by polling.
 
     A pooler in transaction mode accepts LISTEN, and then gives the session that listens to another client. So
-    the listener first tests whether a notification that is sent through `engine` arrives on a connection of
-    `listening`. If the two engines are the same, the claimer executes on the connection that was notified.
+    the listener first tests whether a notification that is sent through the worker's engine arrives on a
+    connection of `listening`. If the two engines are the same, the claimer executes on the connection that
+    was notified.
     """
 
     def __init__(
         self,
-        engine: Engine,
+        database: WorkerDatabase,
         listening: Engine,
-        queues: Iterable[Queue],
-        outage: Outage,
         claimer: Claimer,
         *,
         on_cancelled: Callable[[set[int] | None], None],
@@ -124,17 +123,17 @@ class Listener(Service):
         on_linked: Callable[[str | None], None],
     ) -> None:
         """`on_cancelled` is called with the ids of tasks that may have been cancelled; None: any may have."""
-        super().__init__("apoq-listener", outage)
-        self._engine = engine
+        super().__init__("apoq-listener", database.outage)
+        self._engine = database.engine
         self._listening = listening
-        self._with_tasks = {has_tasks(queue.schema, queue.name): queue for queue in queues}
-        self._paused = {was_paused(queue.schema, queue.name): queue for queue in queues}
-        self._limited = {was_limited(queue.schema, queue.name): queue for queue in queues}
+        self._with_tasks = {has_tasks(queue.schema, queue.name): queue for queue in database.queues}
+        self._paused = {was_paused(queue.schema, queue.name): queue for queue in database.queues}
+        self._limited = {was_limited(queue.schema, queue.name): queue for queue in database.queues}
         self._claimer = claimer
         self._on_cancelled = on_cancelled
         self._on_paused = on_paused
         self._on_limited = on_limited
-        self._linked = {has_links(queue.schema): queue.schema for queue in queues}
+        self._linked = {has_links(queue.schema): queue.schema for queue in database.queues}
         self._on_linked = on_linked
         self._has_warned = False
         self._is_flooded = False

@@ -11,7 +11,6 @@ from operator import attrgetter
 from typing import Final
 
 from psycopg import DatabaseError
-from sqlalchemy import Engine
 
 from apoq.client.queue import Queue
 from apoq.core.registry import Registry
@@ -22,8 +21,7 @@ from apoq.schema.statements.survey import First, survey, surveyed
 from apoq.worker.circuit_breaker import CircuitBreaker
 from apoq.worker.claiming.cursor import MAX_LEVELS, ClaimCursor
 from apoq.worker.claiming.look_times import LookTimes
-from apoq.worker.failures import Outage
-from apoq.worker.lease import Lease
+from apoq.worker.database import WorkerDatabase
 from apoq.worker.service import Service
 
 REST_FACTOR: Final = 20
@@ -50,25 +48,22 @@ class QueueScanner(Service):
 
     def __init__(
         self,
-        engine: Engine,
+        database: WorkerDatabase,
         cursors: Mapping[Queue, ClaimCursor],
         registry: Registry,
-        leases: Mapping[str | None, Lease],
-        outage: Outage,
         *,
         poll_interval: float,
         on_due: Callable[[list[Queue]], None],
     ) -> None:
         """`on_due` is called with the queues in which there may be tasks to claim."""
-        super().__init__("apoq-scanner", outage)
-        self._engine = engine
+        super().__init__("apoq-scanner", database.outage)
+        self._database = database
         self._cursors = cursors
         self._registry = registry
-        self._leases = leases
         self._poll_interval = poll_interval
         self._on_due = on_due
         self._breaker: CircuitBreaker[Queue] = CircuitBreaker(
-            lambda queue: f"the survey of {queue!r}", outage
+            lambda queue: f"the survey of {queue!r}", database.outage
         )
         self._looks = LookTimes(cursors, poll_interval)
         self._reported: dict[Queue, tuple[tuple[First, ...], float]] = {}
@@ -121,7 +116,7 @@ class QueueScanner(Service):
         began = time.monotonic()
         due_in: dict[Queue, float] = {}
         for schema, of_schema in groupby(queues, attrgetter("schema")):
-            if self._leases[schema].is_held:
+            if self._database.leases[schema].is_held:
                 its = [queue for queue in of_schema if self._registry.of(queue)]
                 due_in |= self._survey_schema(schema, its, known=known)
         self._rests[known].took(time.monotonic() - began)
@@ -141,7 +136,7 @@ class QueueScanner(Service):
         none: dict[Queue, float] = {}
         for queue in queues:
             survey_one = partial(self._execute, schema, [queue], known=known)
-            others = (each for each in self._cursors if self._leases[each.schema].is_held)
+            others = (each for each in self._cursors if self._database.leases[each.schema].is_held)
             due_in |= self._breaker.call(queue, others, survey_one, none)
         return due_in
 
@@ -157,7 +152,9 @@ class QueueScanner(Service):
             "passed_over": array_text(passed_over),
         }
         statement = survey(schema, known=known, passes_over=bool(passed_over))
-        found = surveyed(execute(self._engine, statement, parameters, timeout=SURVEY_TIMEOUT_SECONDS))
+        found = surveyed(
+            execute(self._database.engine, statement, parameters, timeout=SURVEY_TIMEOUT_SECONDS)
+        )
         due_in: dict[Queue, float] = {}
         for queue in queues:
             self._cursors[queue].is_limited = queue.name in found.limited

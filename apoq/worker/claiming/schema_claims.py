@@ -7,8 +7,6 @@ from functools import partial
 from operator import itemgetter
 from typing import NamedTuple
 
-from sqlalchemy import Engine
-
 from apoq.schema.statements.claim import ID, PRIORITY, PROCESS_AT, QUEUE
 from apoq.worker.circuit_breaker import CircuitBreaker
 from apoq.worker.claim_log import ClaimLog
@@ -17,6 +15,7 @@ from apoq.worker.claiming.claimable_queue import ClaimableQueue
 from apoq.worker.claiming.placed_claims import PlacedClaims, PlacedTasks
 from apoq.worker.claiming.queue_claims import QueueClaims
 from apoq.worker.claiming.strays import Strays
+from apoq.worker.database import WorkerDatabase
 from apoq.worker.places import Places
 
 Others = Callable[[], Iterable[ClaimableQueue]]
@@ -52,19 +51,17 @@ class SchemaClaims:
 
     def __init__(
         self,
-        engine: Engine,
+        database: WorkerDatabase,
         schema: str | None,
         queues: Iterable[ClaimableQueue],
         claim_log: ClaimLog,
         strays: Strays,
-        sharded: set[str | None],
         places: Places,
         breaker: CircuitBreaker[ClaimableQueue],
     ) -> None:
-        self._engine = engine
-        self._statement = ClaimStatement(engine, schema, claim_log, strays, sharded)
+        self._statement = ClaimStatement(database, schema, claim_log, strays)
         self._alone = {queue: QueueClaims(queue, self._statement, strays) for queue in queues}
-        self._placed = PlacedClaims(engine, schema, self._statement, places)
+        self._placed = PlacedClaims(database.engine, schema, self._statement, places)
         self._breaker = breaker
 
     def claim(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Final
 from uuid import UUID
@@ -18,8 +17,7 @@ from apoq.schema.statements.notes import forget_settled
 from apoq.schema.statements.recover import forget_unknown, give_back
 from apoq.worker.circuit_breaker import CircuitBreaker
 from apoq.worker.claim_log import ClaimLog
-from apoq.worker.failures import Outage
-from apoq.worker.lease import Lease
+from apoq.worker.database import WorkerDatabase
 from apoq.worker.unique_keys import take_free_keys
 
 POLL_SECONDS: Final = 1.0
@@ -34,17 +32,12 @@ class Strays:
 
     def __init__(
         self,
-        engine: Engine,
+        database: WorkerDatabase,
         claim_log: ClaimLog,
-        leases: Mapping[str | None, Lease],
-        outage: Outage,
-        sharded: Collection[str | None],
     ) -> None:
-        self._engine = engine
+        self._database = database
         self._claim_log = claim_log
-        self._leases = leases
-        self._sharded = sharded
-        self._breaker: CircuitBreaker[str | None] = CircuitBreaker(_describe, outage)
+        self._breaker: CircuitBreaker[str | None] = CircuitBreaker(_describe, database.outage)
         self.worker_id = UUID(int=0)
         self.looked_at = 0.0
         """When it has looked for the last time, by time.monotonic()."""
@@ -64,7 +57,7 @@ class Strays:
         if self._expected_until is None:
             return
         self.looked_at = time.monotonic()
-        schemas = self._schemas()
+        schemas = self._database.leased_schemas()
         is_over = bool(schemas) and self.looked_at >= self._expected_until
         for schema in schemas:
             is_over &= self._breaker.call(schema, schemas, partial(self._release_in, schema), True)
@@ -73,13 +66,11 @@ class Strays:
 
     def forget_settled(self, connection: PoolProxiedConnection | None = None) -> None:
         """Delete the notes of claims whose tasks are all settled; no task waits for that."""
-        for schema in self._schemas():
+        schemas = self._database.leased_schemas()
+        for schema in schemas:
             if done := self._claim_log.done(schema):
-                forget = partial(self._forget, schema, done, connection or self._engine)
-                self._breaker.call(schema, self._schemas(), forget, None)
-
-    def _schemas(self) -> list[str | None]:
-        return [schema for schema, lease in self._leases.items() if lease.is_held]
+                forget = partial(self._forget, schema, done, connection or self._database.engine)
+                self._breaker.call(schema, schemas, forget, None)
 
     def _release_in(self, schema: str | None) -> bool:
         """Release the stray tasks of a schema; return whether none is left."""
@@ -89,10 +80,10 @@ class Strays:
             "known": array_text(self._claim_log.known(schema)),
             "held": array_text(held),
         }
-        ((left, without_key),) = execute(self._engine, give_back(schema), parameters)
-        if schema not in self._sharded:
-            take_free_keys(partial(execute, self._engine), schema, without_key or ())
-        execute(self._engine, forget_unknown(schema), parameters)
+        ((left, without_key),) = execute(self._database.engine, give_back(schema), parameters)
+        if schema not in self._database.sharded:
+            take_free_keys(partial(execute, self._database.engine), schema, without_key or ())
+        execute(self._database.engine, forget_unknown(schema), parameters)
         return not left
 
     def _forget(self, schema: str | None, done: list[int], where: Engine | PoolProxiedConnection) -> None:

@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Final, TypeVar
 
-from sqlalchemy import Engine
-
 from apoq.postgres.connections import execute
 from apoq.schema.statements.arrays import array_text
 from apoq.schema.statements.begin import begin
@@ -18,9 +16,9 @@ from apoq.schema.statements.lost import lost
 from apoq.worker import logs
 from apoq.worker.circuit_breaker import CircuitBreaker
 from apoq.worker.claim_log import ClaimLog
+from apoq.worker.database import WorkerDatabase
 from apoq.worker.execution.attempt import Claimed
 from apoq.worker.execution.executor import Executor
-from apoq.worker.failures import Outage
 from apoq.worker.places import Places
 from apoq.worker.service import Service
 
@@ -41,19 +39,16 @@ class LostTaskMonitor(Service):
 
     def __init__(
         self,
-        engine: Engine,
-        schemas: tuple[str | None, ...],
-        outage: Outage,
+        database: WorkerDatabase,
         claim_log: ClaimLog,
         executor: Executor,
         places: Places,
         *,
         interval: float,
     ) -> None:
-        super().__init__("apoq-lost-tasks", outage)
-        self._engine = engine
-        self._breaker: CircuitBreaker[str | None] = CircuitBreaker(_describe, outage)
-        self._schemas = schemas
+        super().__init__("apoq-lost-tasks", database.outage)
+        self._database = database
+        self._breaker: CircuitBreaker[str | None] = CircuitBreaker(_describe, database.outage)
         self._claim_log = claim_log
         self._executor = executor
         self._places = places
@@ -113,11 +108,11 @@ class LostTaskMonitor(Service):
 
     def _for_each(self, parts: dict[str | None, T], function: Callable[[str | None, T], None]) -> None:
         for schema, part in parts.items():
-            self._breaker.call(schema, self._schemas, partial(function, schema, part), None)
+            self._breaker.call(schema, self._database.schemas, partial(function, schema, part), None)
 
     def _note(self, schema: str | None, tasks: list[tuple[int, int]]) -> None:
         ids, tokens = zip(*tasks, strict=True)
-        execute(self._engine, begin(schema), {"ids": array_text(ids), "tokens": array_text(tokens)})
+        execute(self._database.engine, begin(schema), {"ids": array_text(ids), "tokens": array_text(tokens)})
         self._begun.update((schema, *task) for task in tasks)
 
     def _look(self, schema: str | None, rows: dict[tuple[int, int], Claimed]) -> None:
@@ -125,7 +120,7 @@ class LostTaskMonitor(Service):
             "ids": array_text([id_ for id_, _ in rows]),
             "tokens": array_text([token for _, token in rows]),
         }
-        found = execute(self._engine, lost(schema), parameters).fetchall()
+        found = execute(self._database.engine, lost(schema), parameters).fetchall()
         # A task that has ended meanwhile isn't lost: this worker has written its result, or is about to.
         unfinished = self._executor.unfinished() if found else set()
         gone = [row for key in found if id(row := rows[key]) in unfinished]

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 from uuid import uuid4
 
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Connection
 
 from apoq.errors import SchemaMismatch
 from apoq.migrations.prepare import check
@@ -20,7 +20,7 @@ from apoq.tracing import untraced
 from apoq.worker import logs
 from apoq.worker.claiming.scanner import QueueScanner
 from apoq.worker.claiming.strays import Strays
-from apoq.worker.failures import Outage
+from apoq.worker.database import WorkerDatabase
 from apoq.worker.liveness.heartbeat import Heartbeat
 from apoq.worker.service import Service
 from apoq.worker.threads import THREAD_RETRY_SECONDS, MissingThreads
@@ -31,24 +31,18 @@ class Registration(Service):
 
     def __init__(
         self,
-        engine: Engine,
-        schemas: tuple[str | None, ...],
+        database: WorkerDatabase,
         heartbeat: Heartbeat,
         scanner: QueueScanner,
         strays: Strays,
-        outage: Outage,
         missing: MissingThreads,
-        sharded: set[str | None],
     ) -> None:
-        """`sharded` gets the schemas that Citus has moved to a node of a cluster."""
-        super().__init__("apoq-heartbeat", outage)
-        self._engine = engine
-        self._schemas = schemas
+        super().__init__("apoq-heartbeat", database.outage)
+        self._database = database
         self._heartbeat = heartbeat
         self._scanner = scanner
         self._strays = strays
         self._missing = missing
-        self._sharded = sharded
         self.is_done = False
         """Whether the worker is registered and may claim."""
         self._has_row = False
@@ -62,7 +56,7 @@ class Registration(Service):
         self._strays.worker_id = self._heartbeat.worker_id = uuid4()
         self.is_done = self._has_row = False
         self._checked.clear()
-        self._sharded.clear()
+        self._database.sharded.clear()
 
     def register(self) -> None:
         """Check the schemas, and add the worker's row.
@@ -70,8 +64,8 @@ class Registration(Service):
         Raises `SchemaMismatch` if all schemas have apoq's tables at another version or not at all, and
         `UnsupportedDatabase` if no worker may work in one of them.
         """
-        refused = [error for schema in self._schemas if (error := self._refused(schema)) is not None]
-        if len(refused) == len(self._schemas):
+        refused = [error for schema in self._database.schemas if (error := self._refused(schema)) is not None]
+        if len(refused) == len(self._database.schemas):
             raise refused[0]
         for error in refused:
             logs.schema_left_out(error)  # a tenant's schema may have been dropped
@@ -118,14 +112,14 @@ class Registration(Service):
         """Log what is in a worker's way in a schema; return the error if the tables there can't be used."""
         with (
             untraced(),
-            self._engine.connect() as connection,
+            self._database.engine.connect() as connection,
             self._watched(connection),
             connection.begin(),
         ):
             if schema not in self._checked:  # the database may go away several times before this succeeds
                 preflight.check(connection, schema)
                 if placement(connection, schema) is not None:
-                    self._sharded.add(schema)
+                    self._database.sharded.add(schema)
                 self._checked.add(schema)
             try:
                 check(connection, schema)
@@ -135,4 +129,4 @@ class Registration(Service):
 
     def _watched(self, connection: Connection) -> AbstractContextManager[None]:
         driver: Any = connection.connection.dbapi_connection
-        return watch.awaiting(driver, ANSWER_TIMEOUT_SECONDS, self._engine)
+        return watch.awaiting(driver, ANSWER_TIMEOUT_SECONDS, self._database.engine)

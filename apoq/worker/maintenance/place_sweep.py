@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Final
 
-from sqlalchemy import Engine
-
-from apoq.client.queue import Queue
 from apoq.core.places import Share
 from apoq.postgres.connections import execute
 from apoq.schema.statements.places import awaited
 from apoq.worker.circuit_breaker import CircuitBreaker
 from apoq.worker.claiming.hand_over import HandOver
-from apoq.worker.failures import Outage
-from apoq.worker.lease import Lease
+from apoq.worker.database import WorkerDatabase
 from apoq.worker.places import MAX_HANDED_OVER, Places
 from apoq.worker.service import Service
 
@@ -42,25 +37,21 @@ class PlaceSweep(Service):
 
     def __init__(
         self,
-        engine: Engine,
-        queues: Collection[Queue],
-        leases: Mapping[str | None, Lease],
-        outage: Outage,
+        database: WorkerDatabase,
         places: Places,
         hand_over: HandOver,
     ) -> None:
-        super().__init__("apoq-place-sweep", outage)
-        self._engine = engine
+        super().__init__("apoq-place-sweep", database.outage)
+        self._database = database
         self._queues = {
-            schema: {queue.name: queue for queue in queues if queue.schema == schema} for schema in leases
+            schema: {queue.name: queue for queue in database.queues_of(schema)} for schema in database.schemas
         }
-        self._leases = leases
         self._places = places
         self._hand_over = hand_over
-        self._breaker: CircuitBreaker[str | None] = CircuitBreaker(_describe, outage)
-        self._behind = dict.fromkeys(leases, START)
+        self._breaker: CircuitBreaker[str | None] = CircuitBreaker(_describe, database.outage)
+        self._behind = dict.fromkeys(database.schemas, START)
         """For each schema, the last key or pool that was looked at."""
-        self._looks_at = dict.fromkeys(leases, 0.0)
+        self._looks_at = dict.fromkeys(database.schemas, 0.0)
 
     def look_into(self, schema: str | None) -> None:
         """Look into a schema now, from the beginning."""
@@ -70,14 +61,14 @@ class PlaceSweep(Service):
 
     def look(self) -> None:
         """Look into all schemas now, on the caller's thread."""
-        for schema in self._leases:
+        for schema in self._database.schemas:
             self.look_into(schema)
         self.turn()
 
     def turn(self) -> float | None:
         """Look into the schemas for which it is time; return when to look again."""
         now = time.monotonic()
-        schemas = [schema for schema, lease in self._leases.items() if lease.is_held]
+        schemas = self._database.leased_schemas()
         for schema in schemas:
             if self._looks_at[schema] <= now:
                 pause = self._pause(schema) * random.uniform(0.8, 1.0)  # noqa: S311
@@ -96,7 +87,7 @@ class PlaceSweep(Service):
         queues = self._queues[schema]
         after = dict(zip(("after_queue", "after_kind", "after_name"), self._behind[schema], strict=True))
         parameters = {**after, "queue_names": list(queues), "at_most": MAX_HANDED_OVER}
-        found = execute(self._engine, awaited(schema), parameters).fetchall()
+        found = execute(self._database.engine, awaited(schema), parameters).fetchall()
         by_queue: dict[str, dict[Share, int]] = {}
         for name, kind, share in found:
             by_queue.setdefault(name, {})[Share(kind, share)] = MAX_LOOKED_FOR

@@ -30,8 +30,7 @@ from apoq.schema.statements.prune import (
 from apoq.schema.statements.throttles import prune_windows
 from apoq.worker import logs
 from apoq.worker.circuit_breaker import CircuitBreaker
-from apoq.worker.failures import Outage
-from apoq.worker.lease import Lease
+from apoq.worker.database import WorkerDatabase
 from apoq.worker.maintenance.orphans import Orphans
 from apoq.worker.narrowing import Narrowing
 from apoq.worker.service import Service
@@ -142,30 +141,26 @@ class Pruner(Service):
 
     def __init__(
         self,
-        engine: Engine,
-        queues: tuple[Queue, ...],
-        leases: Mapping[str | None, Lease],
-        outage: Outage,
+        database: WorkerDatabase,
         *,
         keep_completed: timedelta | Keep | None,
         keep_failed: timedelta | Keep | None,
     ) -> None:
-        super().__init__("apoq-pruner", outage)
-        self._engine = engine
-        self._leases = leases
-        self._breaker: CircuitBreaker[Rule] = CircuitBreaker(str, outage)
-        self._orphans = Orphans(engine)
-        self._orphans_breaker: CircuitBreaker[str | None] = CircuitBreaker(_describe, outage)
+        super().__init__("apoq-pruner", database.outage)
+        self._database = database
+        self._breaker: CircuitBreaker[Rule] = CircuitBreaker(str, database.outage)
+        self._orphans = Orphans(database.engine)
+        self._orphans_breaker: CircuitBreaker[str | None] = CircuitBreaker(_describe, database.outage)
         self._rules = [
-            (leases[queue.schema], rule)
-            for queue in queues
+            (database.leases[queue.schema], rule)
+            for queue in database.queues
             for rule in (
                 *_rules(queue, keep(keep_completed), _OF_COMPLETED),
                 *_rules(queue, keep(keep_failed), _OF_FAILED),
             )
         ]
-        for schema, lease in leases.items():
-            self._rules += [(lease, expiry(schema, queues)), (lease, windows(schema))]
+        for schema, lease in database.leases.items():
+            self._rules += [(lease, expiry(schema, database.queues)), (lease, windows(schema))]
 
     def turn(self) -> float | None:
         """Delete a batch of each kind; return when to go on."""
@@ -176,7 +171,7 @@ class Pruner(Service):
         return PRUNE_INTERVAL_SECONDS * random.uniform(0.9, 1.1)  # noqa: S311 - workers needn't prune together
 
     def _delete_orphans(self) -> None:
-        schemas = [schema for schema, lease in self._leases.items() if lease.is_held]
+        schemas = self._database.leased_schemas()
         for schema in schemas:
             delete = partial(self._orphans.delete, schema)
             self._orphans_breaker.call(schema, schemas, delete, None)
@@ -186,7 +181,7 @@ class Pruner(Service):
         more = False
         rules = [rule for lease, rule in self._rules if lease.is_held]
         for rule in rules:
-            more |= self._breaker.call(rule, rules, partial(rule.prune, self._engine), False)
+            more |= self._breaker.call(rule, rules, partial(rule.prune, self._database.engine), False)
         return more
 
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
-
-from sqlalchemy import Engine
 
 from apoq.events import TasksRescued
 from apoq.postgres.connections import execute
@@ -17,8 +15,7 @@ from apoq.schema.statements.arrays import array_text
 from apoq.schema.statements.recover import rescue_unnoted
 from apoq.schema.statements.unnoted import next_level, unnoted
 from apoq.worker.circuit_breaker import CircuitBreaker
-from apoq.worker.failures import Outage
-from apoq.worker.lease import Lease
+from apoq.worker.database import WorkerDatabase
 from apoq.worker.liveness.heartbeat import REASON
 from apoq.worker.service import Service
 from apoq.worker.unique_keys import lacking, take_free_keys
@@ -65,23 +62,18 @@ class Sweep(Service):
 
     def __init__(
         self,
-        engine: Engine,
-        leases: Mapping[str | None, Lease],
-        outage: Outage,
-        sharded: Collection[str | None],
+        database: WorkerDatabase,
         *,
         grace: float,
         on_rescued: Callable[[str | None], None],
     ) -> None:
         """`grace`: seconds between two passes, at least. `on_rescued` is called with a schema."""
-        super().__init__("apoq-sweep", outage)
-        self._engine = engine
-        self._leases = leases
-        self._sharded = sharded
-        self._passes = {schema: _Pass() for schema in leases}
-        self._breaker: CircuitBreaker[str | None] = CircuitBreaker(_describe, outage)
+        super().__init__("apoq-sweep", database.outage)
+        self._database = database
+        self._passes = {schema: _Pass() for schema in database.schemas}
+        self._breaker: CircuitBreaker[str | None] = CircuitBreaker(_describe, database.outage)
         self._grace = grace
-        self._report = outage.report
+        self._report = database.outage.report
         self._on_rescued = on_rescued
         self._pause = grace
         self._begins_at: float | None = None
@@ -93,7 +85,7 @@ class Sweep(Service):
             self._begins_at = began + self._grace  # a worker that starts has other things to do
         if began < self._begins_at:
             return self._begins_at - began
-        schemas = [schema for schema, lease in self._leases.items() if lease.is_held]
+        schemas = self._database.leased_schemas()
         is_over = True
         for schema in schemas:
             is_over &= self._breaker.call(schema, schemas, partial(self._walk, schema), True)
@@ -118,7 +110,7 @@ class Sweep(Service):
             its.level = self._level_after(schema, BEFORE_ALL)
         else:
             parameters = {**its.level, **its.behind, "at_most": STEP_SIZE}
-            rows = execute(self._engine, unnoted(schema), parameters).fetchall()
+            rows = execute(self._database.engine, unnoted(schema), parameters).fetchall()
             found = [(task_id, token) for task_id, token, _, _, is_unnoted in rows if is_unnoted]
             its.suspects.update(found[: MAX_SUSPECTS - len(its.suspects)])
             if again := [task for task in found if task in its.seen_before]:
@@ -132,15 +124,15 @@ class Sweep(Service):
         return its.level is not None
 
     def _level_after(self, schema: str | None, level: dict[str, Any]) -> dict[str, Any] | None:
-        rows = execute(self._engine, next_level(schema), level).fetchall()
+        rows = execute(self._database.engine, next_level(schema), level).fetchall()
         return dict(zip(("queue", "level"), rows[0], strict=True)) if rows else None
 
     def _rescue(self, schema: str | None, tasks: list[tuple[int, int]]) -> None:
         ids, tokens = zip(*tasks, strict=True)
         parameters = {"ids": array_text(ids), "tokens": array_text(tokens), "reason": REASON}
-        if rescued := execute(self._engine, rescue_unnoted(schema), parameters).fetchall():
-            if schema not in self._sharded:
-                take_free_keys(partial(execute, self._engine), schema, lacking(rescued))
+        if rescued := execute(self._database.engine, rescue_unnoted(schema), parameters).fetchall():
+            if schema not in self._database.sharded:
+                take_free_keys(partial(execute, self._database.engine), schema, lacking(rescued))
             self._report(TasksRescued(len(rescued), schema, is_noted=False))
             self._on_rescued(schema)
 

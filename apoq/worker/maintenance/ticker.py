@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from datetime import datetime
 from functools import partial
 from typing import Final
@@ -21,8 +21,7 @@ from apoq.schema.statements.ticks import next_ticks
 from apoq.worker import logs
 from apoq.worker.circuit_breaker import CircuitBreaker
 from apoq.worker.claiming.look_times import JITTER, POLLS_PER_SECOND
-from apoq.worker.failures import Outage
-from apoq.worker.lease import Lease
+from apoq.worker.database import WorkerDatabase
 from apoq.worker.maintenance.declarations import Declarations
 from apoq.worker.maintenance.ticks import Key, Ticked, passed_over, tick
 from apoq.worker.service import Service
@@ -50,27 +49,23 @@ class Ticker(Service):
 
     def __init__(
         self,
-        engine: Engine,
-        queues: tuple[Queue, ...],
-        leases: Mapping[str | None, Lease],
-        outage: Outage,
+        database: WorkerDatabase,
         *,
         poll_interval: float,
         release: datetime,
         on_due: Callable[[list[Queue]], None],
     ) -> None:
         """`release` is that of the worker's code; `on_due` is called with the queues that have got tasks."""
-        super().__init__("apoq-ticker", outage)
-        self._engine = engine
-        self._leases = leases
+        super().__init__("apoq-ticker", database.outage)
+        self._database = database
         self._on_due = on_due
         self._schemas = {
-            schema: _Schedules(engine, schema, [queue for queue in queues if queue.schema == schema], release)
-            for schema in dict.fromkeys(queue.schema for queue in queues)
+            schema: _Schedules(database.engine, schema, database.queues_of(schema), release)
+            for schema in database.schemas
         }
         self._interval = max(poll_interval, len(self._schemas) / POLLS_PER_SECOND)
         """Seconds between two looks into a schema in which nothing is due."""
-        self._breaker: CircuitBreaker[str | None] = CircuitBreaker(_describe, outage)
+        self._breaker: CircuitBreaker[str | None] = CircuitBreaker(_describe, database.outage)
 
     def start(self) -> None:
         """Start ticking, and declare the schedules of the code again."""
@@ -83,7 +78,7 @@ class Ticker(Service):
     def turn(self) -> float | None:
         """Tick what is due, once in each schema; return when to look again."""
         began = time.monotonic()
-        for schema in (schemas := [schema for schema in self._schemas if self._leases[schema].is_held]):
+        for schema in (schemas := self._database.leased_schemas()):
             its = self._schemas[schema]
             if its.looks_at <= began:
                 pause = self._interval * random.uniform(1 - JITTER, 1.0)  # noqa: S311
@@ -104,7 +99,7 @@ class Ticker(Service):
         if ticked.queues:
             self._on_due([queue for queue in schedules.queues if queue.name in ticked.queues])
             its = arrays(has_tasks(schedules.schema, name) for name in ticked.queues)
-            execute(self._engine, notify(), its)
+            execute(self._database.engine, notify(), its)
         # If there was none, another session has locked those that are due.
         return (time.monotonic() - began) * REST_FACTOR if ticked.locked else later_in
 

@@ -6,15 +6,12 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from functools import cache, partial
+from collections.abc import Callable, Iterator, Mapping
 from operator import itemgetter
 from typing import Any, Final
 
 from psycopg import DatabaseError
 from psycopg.errors import LockNotAvailable
-from sqlalchemy import Engine, Executable
 
 from apoq.client.queue import Queue
 from apoq.core import states
@@ -22,22 +19,19 @@ from apoq.core.outcomes import Unreachable
 from apoq.core.results import NAME as RESULT
 from apoq.errors import InvalidData
 from apoq.events import COMPLETED, FAILED, RETRIED, Events, TaskCompleted, TaskFailed, TaskRetried
-from apoq.postgres.connections import Transaction, execute, is_away, is_caused_by_a_row, transaction
+from apoq.postgres.connections import execute, is_caused_by_a_row
 from apoq.postgres.messages import brief
-from apoq.schema.models import tasks_table
 from apoq.schema.objects import detached
 from apoq.schema.statements.arrays import array_text
-from apoq.schema.statements.claim import CLAIM_TOKEN, ID
+from apoq.schema.statements.claim import ID
 from apoq.schema.statements.lost import lost
-from apoq.schema.statements.notify import arrays, has_tasks, notify
-from apoq.schema.statements.settle import settle
 from apoq.worker import logs, reports
 from apoq.worker.circuit_breaker import CircuitBreaker
 from apoq.worker.claim_log import ClaimLog
+from apoq.worker.database import WorkerDatabase
 from apoq.worker.execution.attempt import AnyAttempt, Claimed, short_data
-from apoq.worker.execution.completion import Completion, reported_columns
+from apoq.worker.execution.completion import Completion
 from apoq.worker.execution.runner import AttemptResult, TaskLost, ended, is_late, overdue
-from apoq.worker.failures import Outage
 from apoq.worker.service import Service, left_until
 from apoq.worker.settling.batches import (
     Closed,
@@ -46,13 +40,11 @@ from apoq.worker.settling.batches import (
     id_and_token,
     in_parts,
     row_of,
-    settlement_arrays,
     taken,
     token_arrays,
 )
 from apoq.worker.settling.counters import Counter
-from apoq.worker.settling.failure_tasks import add_failure_tasks, has_failure_task
-from apoq.worker.unique_keys import pending_without_key, take_free_keys
+from apoq.worker.settling.result_writer import ResultWriter, Rows
 
 LOCKED_POLL_SECONDS: Final = 0.25
 """Seconds after which tasks that another session had locked are tried again."""
@@ -62,9 +54,6 @@ MAX_LOCKED_POLL_SECONDS: Final = 4.0
 
 OUTAGE_SECONDS: Final = 10.0
 """Seconds without a task that couldn't connect after which the next one is logged again."""
-
-Rows = dict[int, Mapping[Any, Any] | None]
-"""The tasks that were written, by id; with their rows, if there are listeners."""
 
 
 class Settler(Service):
@@ -78,14 +67,11 @@ class Settler(Service):
     def __init__(
         self,
         name: str,
-        engine: Engine,
+        database: WorkerDatabase,
         events: Events,
         completion: Completion,
         counter: Counter,
-        schemas: Sequence[str | None],
-        outage: Outage,
         claim_log: ClaimLog,
-        sharded: Collection[str | None],
         *,
         on_pending: Callable[[Queue, float], None],
         on_followed: Callable[[str | None, list[int], list[int]], None],
@@ -94,20 +80,16 @@ class Settler(Service):
 
         `on_followed` is called with a schema and the ids of ended tasks for which others wait: those that
         have completed, and the others.
-
-        In the schemas that Citus has `sharded`, no statement waits for a locked task, because no timeout
-        would end that.
         """
-        super().__init__(name, outage)
-        self._engine = engine
+        super().__init__(name, database.outage)
+        self._database = database
+        self._writer = ResultWriter(database, events, completion, on_followed)
         self._completion = completion
         self._counter = counter
         self._events = events
         self._claim_log = claim_log
         self._on_pending = on_pending
         self._on_followed = on_followed
-        self._linking: set[str | None] = set()
-        """The schemas in which other tasks waited for the last tasks that have completed."""
         # Most attempts complete, and only their claimed rows are needed.
         self._completed: deque[Claimed] = deque()
         self._with_results: deque[Claimed] = deque()
@@ -117,9 +99,7 @@ class Settler(Service):
         self._unsettled: deque[Unsettled] = deque()
         self._put_off: list[Unsettled] = []
         self._closed: dict[str | None, Closed] = {}
-        self._schemas = schemas
-        self._sharded = sharded
-        self._breaker: CircuitBreaker[str | None] = CircuitBreaker(_describe, outage)
+        self._breaker: CircuitBreaker[str | None] = CircuitBreaker(_describe, database.outage)
         self._unreachable_at = -math.inf
         self.ends_at = math.inf
         """Until when results are written after the last turn, by time.monotonic()."""
@@ -197,11 +177,11 @@ class Settler(Service):
         for schema, rows in in_parts(taken(self._with_results), claim_of):
             yield self._unsettled_of(schema, rows)._replace(has_results=True)
         for schema, ends in in_parts(taken(self._ended), lambda end: claim_of(end.attempt.row)):
-            yield Unsettled(self._settle, schema, ends, schema in self._sharded)
+            yield Unsettled(self._settle, schema, ends, schema in self._database.sharded)
 
     def _unsettled_of(self, schema: str | None, rows: list[Claimed]) -> Unsettled:
-        is_linked = schema in self._linking
-        return Unsettled(self._complete, schema, rows, schema in self._sharded, is_linked=is_linked)
+        is_linked = schema in self._writer.linking
+        return Unsettled(self._complete, schema, rows, schema in self._database.sharded, is_linked=is_linked)
 
     def _looks_at(self, unsettled: Unsettled) -> float:
         closed = self._closed.get(unsettled.schema)
@@ -210,7 +190,7 @@ class Settler(Service):
     def _write_first(self) -> None:
         """Write the first of the unsettled parts, or replace it by smaller ones."""
         schema = self._unsettled[0].schema
-        if not self._breaker.call(schema, self._schemas, self._try_first, otherwise=False):
+        if not self._breaker.call(schema, self._database.schemas, self._try_first, otherwise=False):
             unsettled = self._unsettled.popleft()
             self._put_off.append(unsettled._replace(looks_at=time.monotonic() + LOCKED_POLL_SECONDS))
 
@@ -252,7 +232,11 @@ class Settler(Service):
 
     def _complete(self, unsettled: Unsettled) -> list[Claimed]:
         schema, tasks = unsettled.schema, sorted(unsettled.ended, key=itemgetter(ID))
-        rows = self._execute_completion(unsettled, tasks)
+        if unsettled.has_results:
+            results = [self._kept[id(task)].result for task in tasks]
+            rows = self._writer.complete_with_results(unsettled, tasks, results)
+        else:
+            rows = self._writer.complete(unsettled, tasks)
         missing: list[Claimed] = []
         written = tasks
         if len(rows) < len(tasks):
@@ -291,7 +275,7 @@ class Settler(Service):
             self._on_followed(schema, followed, [])
         unwritten = [end for end in ends if end.row is None and not isinstance(end.outcome, TaskLost)]
         if unwritten:
-            rows |= self._execute_settlement(unsettled, unwritten)
+            rows |= self._writer.settle(unsettled.schema, unwritten, skips_locked=unsettled.skips_locked)
         missing = [end.attempt.row for end in unwritten if end.attempt.id not in rows]
         locked = self._left_out(unsettled, missing)
         settled = [end for end in ends if id_and_token(end.attempt.row) not in locked]
@@ -315,7 +299,7 @@ class Settler(Service):
         claims = set(map(id_and_token, missing))
         parameters = {"ids": array_text(task[ID] for task in missing), **token_arrays(missing)}
         try:
-            found = execute(self._engine, lost(unsettled.schema), parameters)
+            found = execute(self._database.engine, lost(unsettled.schema), parameters)
         except Exception:  # noqa: BLE001 - the others are written, and the next try will show the error
             return claims
         return claims - {(id_, token) for id_, token in found}
@@ -339,112 +323,6 @@ class Settler(Service):
         self._claim_log.given_up(row_of(one))
         return []
 
-    def _execute_completion(self, unsettled: Unsettled, tasks: list[Claimed]) -> Rows:
-        if unsettled.has_results:
-            return self._execute_with_results(unsettled, tasks)
-        is_full, token = self._completion.has_listeners, tasks[0][CLAIM_TOKEN]
-        alike = len(set(map(itemgetter(CLAIM_TOKEN), tasks))) == 1
-        statement = self._completion.statement(
-            unsettled.schema,
-            full=is_full,
-            alike=alike,
-            skips_locked=unsettled.skips_locked,
-            linked=unsettled.is_linked,
-        )
-        held = {"held_under": token} if alike else token_arrays(tasks)
-        return self._written(unsettled, statement, tasks, held)
-
-    def _execute_with_results(self, unsettled: Unsettled, tasks: list[Claimed]) -> Rows:
-        is_full = self._completion.has_listeners
-        statement = self._completion.statement_with_results(
-            unsettled.schema,
-            full=is_full,
-            skips_locked=unsettled.skips_locked,
-            linked=unsettled.is_linked,
-        )
-        results = [self._kept[id(task)].result for task in tasks]
-        return self._written(unsettled, statement, tasks, {"results": results, **token_arrays(tasks)})
-
-    def _written(
-        self, unsettled: Unsettled, statement: Executable, tasks: list[Claimed], arrays: dict[str, Any]
-    ) -> Rows:
-        """Execute a completion; return the tasks that were written."""
-        is_full = self._completion.has_listeners
-        if not unsettled.is_linked:
-            return self._execute(statement, tasks, arrays, is_full=is_full)
-        parameters = {"ids": array_text([task[ID] for task in tasks]), **arrays}
-        written = execute(self._engine, statement, parameters).mappings()
-        followed = [row["id"] for row in written if row["is_followed"]]
-        # Most tasks of a graph are followed: the next are written with their edges at once.
-        (self._linking.add if followed else self._linking.discard)(unsettled.schema)
-        if followed:
-            self._on_followed(unsettled.schema, followed, [])
-        return {row["id"]: row if is_full else None for row in written}
-
-    def _execute_settlement(self, unsettled: Unsettled, ends: list[AttemptResult]) -> Rows:
-        is_full = self._events.has_listeners(FAILED) or self._events.has_listeners(RETRIED)
-        tasks = [end.attempt.row for end in ends]
-        parameters = {
-            "ids": array_text([task[ID] for task in tasks]),
-            **token_arrays(tasks),
-            **settlement_arrays(ends),
-        }
-        statement = write_settlements(unsettled.schema, full=is_full, skips_locked=unsettled.skips_locked)
-        followed = {end.attempt.id: end for end in ends if has_failure_task(end)}
-        if followed:
-            written = self._write_with_failure_tasks(unsettled.schema, statement, parameters, followed)
-        else:
-            written = execute(self._engine, statement, parameters).mappings()
-        self._report_followed(unsettled.schema, written)
-        if unsettled.schema not in self._sharded:
-            take_free_keys(partial(execute, self._engine), unsettled.schema, pending_without_key(written))
-        return {row["id"]: row if is_full else None for row in written}
-
-    def _write_with_failure_tasks(
-        self,
-        schema: str | None,
-        statement: Executable,
-        parameters: dict[str, Any],
-        followed: Mapping[int, AttemptResult],
-    ) -> list[dict[str, Any]]:
-        """Write settlements, and add the tasks of `on_failure` in the same transaction."""
-        try:
-            with transaction(self._engine) as send:
-                written = send(statement, parameters).mappings()
-                failed = [row["id"] for row in written if row["state"] == states.FAILED]
-                ends = [followed[task_id] for task_id in failed if task_id in followed]
-                queues = add_failure_tasks(partial(_add, send), schema, ends)
-        except _NotAdded as error:
-            if len(followed) > 1 and is_caused_by_a_row(error.cause):
-                raise error.cause from None  # each is written by itself
-            # Such as a missing right. The tasks must not stay unsettled because of it.
-            logs.failure_task_not_added(followed, error.cause)
-            return execute(self._engine, statement, parameters).mappings()
-        if queues:
-            with suppress(Exception):  # workers find the tasks at their next poll
-                execute(self._engine, notify(), arrays(has_tasks(schema, queue) for queue in queues))
-        return written
-
-    def _report_followed(self, schema: str | None, rows: Iterable[Mapping[Any, Any]]) -> None:
-        ended = [row for row in rows if row["is_followed"] and row["state"] in states.FINAL]
-        if ended:
-            completed = [row["id"] for row in ended if row["state"] == states.COMPLETED]
-            failed = [row["id"] for row in ended if row["state"] != states.COMPLETED]
-            self._on_followed(schema, completed, failed)
-
-    def _execute(
-        self, statement: Executable, tasks: list[Claimed], arrays: dict[str, Any], *, is_full: bool
-    ) -> Rows:
-        ids = list(map(itemgetter(ID), tasks))
-        parameters = {"ids": array_text(ids), **arrays}
-        if is_full:
-            found = execute(self._engine, statement, parameters)
-            return {row["id"]: row for row in found.mappings()}
-        written = execute(self._engine, statement, parameters)
-        if written.rowcount == len(ids):
-            return dict.fromkeys(ids)  # none was lost, as nearly always: their ids needn't be read
-        return dict.fromkeys(id_ for (id_,) in written.fetchall())
-
     def _tell(self, end: AttemptResult, row: Mapping[Any, Any] | None) -> None:
         if isinstance(end.outcome, Unreachable):
             self._log_unreachable(end.outcome)
@@ -461,35 +339,6 @@ class Settler(Service):
         last, self._unreachable_at = self._unreachable_at, time.monotonic()
         if self._unreachable_at > last + OUTAGE_SECONDS:
             logs.session_unreachable(outcome)
-
-
-class _NotAdded(Exception):
-    """The server has refused a task of `on_failure`."""
-
-    def __init__(self, cause: DatabaseError) -> None:
-        super().__init__(str(cause))
-        self.cause = cause
-
-
-def _add(send: Transaction, statement: Executable, parameters: Mapping[str, Any]) -> None:
-    try:
-        send(statement, parameters)
-    except DatabaseError as error:
-        if is_away(error) or (error.sqlstate or "").startswith(_PASSES):
-            raise
-        raise _NotAdded(error) from error
-
-
-_PASSES: Final = ("40", "53", "55", "57")
-"""Classes of errors after which the same statement may succeed, such as a lock that was not available."""
-
-
-@cache
-def write_settlements(schema: str | None, *, full: bool, skips_locked: bool = False) -> Executable:
-    """Write the settlements of `settlement_arrays` to the tasks of `ids`; return their rows, or a part."""
-    tasks = tasks_table(schema)
-    part = (tasks.c.id, tasks.c.state, tasks.c.unique_key, tasks.c.held_unique_key, tasks.c.is_followed)
-    return settle(schema, skips_locked=skips_locked).returning(*(reported_columns(schema) if full else part))
 
 
 NAMED: Final = {TaskCompleted: COMPLETED, TaskFailed: FAILED, TaskRetried: RETRIED}

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
-from sqlalchemy import Engine, Executable
+from sqlalchemy import Executable
 
 from apoq.client.cascades import Execute, Report, batches, fail_children
 from apoq.events import Events, TaskCancelled
@@ -18,8 +18,7 @@ from apoq.schema.statements.notify import arrays, has_tasks, notify
 from apoq.schema.statements.unblock import count_off
 from apoq.worker import reports
 from apoq.worker.circuit_breaker import CircuitBreaker
-from apoq.worker.failures import Outage
-from apoq.worker.lease import Lease
+from apoq.worker.database import WorkerDatabase
 from apoq.worker.maintenance.links_sweep import LinksSweep
 from apoq.worker.service import Service
 
@@ -99,24 +98,22 @@ class Unblocker(Service):
 
     def __init__(
         self,
-        engine: Engine,
+        database: WorkerDatabase,
         events: Events,
-        leases: Mapping[str | None, Lease],
-        outage: Outage,
         *,
         poll_interval: float,
         on_unblocked: Callable[[str | None, dict[str, float]], None],
     ) -> None:
         """`on_unblocked` is called with a schema, and the seconds until a task is due in its queues."""
-        super().__init__("apoq-unblocker", outage)
-        self._engine = engine
+        super().__init__("apoq-unblocker", database.outage)
+        self._database = database
         self._events = events
-        self._leases = leases
-        self._schemas = {schema: _Schema() for schema in leases}
+        schemas = database.schemas
+        self._schemas = {schema: _Schema() for schema in schemas}
         self._sweeps = {
-            schema: LinksSweep(schema, self._execute, poll_interval, len(leases)) for schema in leases
+            schema: LinksSweep(schema, self._execute, poll_interval, len(schemas)) for schema in schemas
         }
-        self._breaker: CircuitBreaker[str | None] = CircuitBreaker(_describe, outage)
+        self._breaker: CircuitBreaker[str | None] = CircuitBreaker(_describe, database.outage)
         self._on_unblocked = on_unblocked
         self._lock = threading.Lock()
         self._count = 0
@@ -165,7 +162,7 @@ class Unblocker(Service):
     def _look(self, schema: str | None, its: _Schema) -> float:
         self._unblock(schema, its)
         sweep = self._sweeps[schema]
-        if self._leases[schema].is_held and not its.ends:
+        if self._database.leases[schema].is_held and not its.ends:
             found = Ends(*sweep.look())
             its.ends.update(found)
             if found:
@@ -198,7 +195,7 @@ class Unblocker(Service):
             self._count += 1
             self._on_unblocked(schema, free)
             if due := [has_tasks(schema, queue) for queue, due_in in free.items() if due_in <= 0]:
-                execute(self._engine, notify(), arrays(due))
+                execute(self._database.engine, notify(), arrays(due))
 
     def _reporter(self, schema: str | None) -> Report | None:
         """Return what reports cancelled tasks; None without a listener, and then they aren't read."""
@@ -207,7 +204,7 @@ class Unblocker(Service):
         return lambda row: self._events.report(reports.cancelled_with_parent(schema, row))
 
     def _execute(self, statement: Executable, parameters: dict[str, Any]) -> Iterable[Mapping[Any, Any]]:
-        result = execute(self._engine, statement, parameters)
+        result = execute(self._database.engine, statement, parameters)
         return result.mappings()
 
 
