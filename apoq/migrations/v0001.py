@@ -79,6 +79,33 @@ def upgrade(op: Operations, schema: str | None = None) -> None:
     if schema is not None and not _has_schema(op, schema):
         op.execute(sa.schema.CreateSchema(schema, if_not_exists=True))
     is_sharded = not op.get_context().as_sql and shards(op.get_bind(), schema)
+    _create_tasks(op, schema)
+    _create_indexes_of_tasks(op, schema)
+    _alter(op, "apoq_tasks", schema, _set(STORAGE))
+    _create_workers(op, schema)
+    _create_claims(op, schema, is_sharded=is_sharded)
+    _create_schedules(op, schema)
+    _create_pauses(op, schema)
+    _create_throttles(op, schema)
+    _create_progress(op, schema)
+    _create_limits(op, schema)
+    _create_links(op, schema)
+
+
+def downgrade(op: Operations, schema: str | None = None) -> None:
+    """Drop the tables, with every task in them. A schema that was created for them stays."""
+    op.drop_table("apoq_links", schema=schema)
+    op.drop_table("apoq_throttles", schema=schema)
+    op.drop_table("apoq_progress", schema=schema)
+    op.drop_table("apoq_limits", schema=schema)
+    op.drop_table("apoq_pauses", schema=schema)
+    op.drop_table("apoq_schedules", schema=schema)
+    op.drop_table("apoq_claims", schema=schema)
+    op.drop_table("apoq_workers", schema=schema)
+    op.drop_table("apoq_tasks", schema=schema)
+
+
+def _create_tasks(op: Operations, schema: str | None) -> None:
     op.create_table(
         "apoq_tasks",
         sa.Column("id", sa.BigInteger, nullable=False),
@@ -126,8 +153,6 @@ def upgrade(op: Operations, schema: str | None = None) -> None:
         sa.Column("held_pool_key", sa.Text, sa.Computed(HELD_POOL_KEY, persisted=True)),
         sa.Column("waiting_since", TIME),
         sa.Column("waiting_for", sa.Text),
-        # For planned features, because adding them to a table in use would be expensive. A plain task leaves
-        # them NULL, which takes one bit.
         sa.Column("on_parent_failure", sa.Text),
         sa.Column("group_id", sa.BigInteger),
         sa.Column("blockers", sa.Integer),
@@ -142,6 +167,9 @@ def upgrade(op: Operations, schema: str | None = None) -> None:
         "state IN ('pending', 'waiting', 'running', 'completed', 'failed', 'cancelled')",
         schema=schema,
     )
+
+
+def _create_indexes_of_tasks(op: Operations, schema: str | None) -> None:
     # Two of the original's indexes that no statement of apoq uses. A third one stays, because the original's
     # workers may still run.
     for name in ("apoq_tasks_type_idx", "apoq_tasks_state_idx"):
@@ -241,7 +269,9 @@ def upgrade(op: Operations, schema: str | None = None) -> None:
         postgresql_where=sa.text("indexed_state IN ('failed', 'cancelled')"),
         if_not_exists=True,
     )
-    _alter(op, "apoq_tasks", schema, _set(STORAGE))
+
+
+def _create_workers(op: Operations, schema: str | None) -> None:
     op.create_table(
         "apoq_workers",
         sa.Column("id", sa.Uuid, nullable=False),
@@ -261,6 +291,9 @@ def upgrade(op: Operations, schema: str | None = None) -> None:
         schema=schema,
         if_not_exists=True,
     )
+
+
+def _create_claims(op: Operations, schema: str | None, *, is_sharded: bool) -> None:
     op.create_table(
         "apoq_claims",
         sa.Column("worker_id", sa.Uuid, nullable=False),
@@ -273,6 +306,9 @@ def upgrade(op: Operations, schema: str | None = None) -> None:
     _alter(op, "apoq_claims", schema, _set(CLAIMS_STORAGE))
     if not is_sharded:
         _alter(op, "apoq_claims", schema, UNCOMPRESSED)
+
+
+def _create_schedules(op: Operations, schema: str | None) -> None:
     op.create_table(
         "apoq_schedules",
         sa.Column("queue", sa.Text, nullable=False),
@@ -316,6 +352,8 @@ def upgrade(op: Operations, schema: str | None = None) -> None:
     )
     _alter(op, "apoq_schedules", schema, _set(SCHEDULES_STORAGE))
 
+
+def _create_pauses(op: Operations, schema: str | None) -> None:
     op.create_table(
         "apoq_pauses",
         sa.Column("queue", sa.Text, nullable=False),
@@ -328,6 +366,9 @@ def upgrade(op: Operations, schema: str | None = None) -> None:
         schema=schema,
         if_not_exists=True,
     )
+
+
+def _create_throttles(op: Operations, schema: str | None) -> None:
     op.create_table(
         "apoq_throttles",
         sa.Column("queue", sa.Text, nullable=False),
@@ -340,6 +381,9 @@ def upgrade(op: Operations, schema: str | None = None) -> None:
     op.create_index(
         op.f("apoq_throttles_until_idx"), "apoq_throttles", ["until"], schema=schema, if_not_exists=True
     )
+
+
+def _create_progress(op: Operations, schema: str | None) -> None:
     op.create_table(
         "apoq_progress",
         sa.Column("task_id", sa.BigInteger, autoincrement=False, nullable=False),
@@ -353,6 +397,9 @@ def upgrade(op: Operations, schema: str | None = None) -> None:
         if_not_exists=True,
     )
     _alter(op, "apoq_progress", schema, _set(PROGRESS_STORAGE))
+
+
+def _create_limits(op: Operations, schema: str | None) -> None:
     op.create_table(
         "apoq_limits",
         sa.Column("queue", sa.Text, nullable=False),
@@ -370,20 +417,6 @@ def upgrade(op: Operations, schema: str | None = None) -> None:
         schema=schema,
         if_not_exists=True,
     )
-    _create_links(op, schema)
-
-
-def downgrade(op: Operations, schema: str | None = None) -> None:
-    """Drop the tables, with every task in them. A schema that was created for them stays."""
-    op.drop_table("apoq_links", schema=schema)
-    op.drop_table("apoq_throttles", schema=schema)
-    op.drop_table("apoq_progress", schema=schema)
-    op.drop_table("apoq_limits", schema=schema)
-    op.drop_table("apoq_pauses", schema=schema)
-    op.drop_table("apoq_schedules", schema=schema)
-    op.drop_table("apoq_claims", schema=schema)
-    op.drop_table("apoq_workers", schema=schema)
-    op.drop_table("apoq_tasks", schema=schema)
 
 
 def _create_links(op: Operations, schema: str | None) -> None:
