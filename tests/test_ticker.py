@@ -359,19 +359,15 @@ def test_ten_thousand_schedules_in_one_minute(engine, make_worker, queue):
             )
         )
         session.execute(sa.update(Schedule).values(next_at=sa.func.date_trunc("minute", sa.func.now())))
-    worker = make_worker(queue)
-    began = time.monotonic()
-    worker.start()
+    make_worker(queue).start()
 
     def is_done() -> bool:
         with engine.connect() as connection:
             left = sa.select(sa.func.count()).where(Schedule.last_tick_at.is_(None))
             return connection.scalar(left) == 0
 
-    until(is_done)
+    # On an idle machine, it takes 6 s (`python -m benchmarks.features ticks`); this one runs other tests.
+    patience(60.0)(is_done)
 
-    took = time.monotonic() - began
-    print(f"10,000 schedules ticked in {took:.1f} s")
-    assert took < 10
     with engine.connect() as connection:
         assert connection.scalar(sa.select(sa.func.count(Task.schedule.distinct()))) == 10_000
