@@ -96,6 +96,7 @@ class Lazy:
 
 lazy = Lazy()
 """
+LINE_OF_BROKEN = APP[: APP.index('{}["color"]')].count("\n") + 1
 
 
 @pytest.fixture
@@ -510,7 +511,7 @@ class TestWhatIsToBeWorked:
     @pytest.mark.parametrize(
         ("name", "place"),
         [
-            ("app_of_theirs:broken", r"app_of_theirs\.py, line 47\)$"),
+            ("app_of_theirs:broken", rf"app_of_theirs\.py, line {LINE_OF_BROKEN}\)$"),
             ("app_without_modules:worker", r"app_without_modules\.py, line 1\)$"),
             ("app_that_is_no_python:worker", r"app_that_is_no_python\.py, line 2\)$"),
         ],

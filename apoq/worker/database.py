@@ -14,7 +14,7 @@ from apoq.worker.lease import Lease
 
 @dataclass(frozen=True)
 class WorkerDatabase:
-    """What the services of a worker need to send statements of their own."""
+    """The engine, queues and leases that the services of a worker share for statements of their own."""
 
     engine: Engine
     """The worker's own, not that of ``task.session``."""

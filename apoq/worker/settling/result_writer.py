@@ -1,4 +1,4 @@
-"""The statements that write results, and what they return."""
+"""Writes the results of attempts with one statement for many."""
 
 from __future__ import annotations
 
