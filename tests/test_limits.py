@@ -454,6 +454,19 @@ class TestStrictOrder:
 
         assert failed == [0, 0, 0, 1, 2]
 
+    def test_the_last_step_of_a_group_does_not_hold_up_its_members(self, engine, queue, worker):
+        """Its id is lower than theirs, and it waits for them."""
+        ran = []
+        worker.use("t", lambda task: ran.append(task.data["n"]), limit=self.STRICT)
+        with Session(engine) as session, session.begin(), queue.group(session) as group:
+            group.then("t", {"n": 2}, key="k")
+            for number in range(2):
+                group.add("t", {"n": number}, key="k")
+        worker.start()
+
+        until(lambda: len(ran) == 3)
+        assert ran == [0, 1, 2]
+
     def test_after_a_failure_the_next_one_begins(self, worker, add, states):
         worker.use("t", fail_first, limit=self.STRICT, retry_limit=0)
         add(0)

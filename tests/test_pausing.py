@@ -113,6 +113,19 @@ class TestAPause:
         assert (second["paused_at"], second["reason"]) == (first["paused_at"], "still")
         assert timedelta(minutes=59) < second["resume_at"] - datetime.now(UTC) < timedelta(minutes=61)
 
+    def test_one_that_has_ended_by_itself_is_no_pause_any_more(self, engine):
+        pause(engine, until=0.01)
+        (ended,) = rows(engine)
+        until(lambda: datetime.now(UTC) > ended["resume_at"])
+
+        pause(engine)
+        (again,) = rows(engine)
+        pause(engine, until=0.01)
+        until(lambda: datetime.now(UTC) > rows(engine)[0]["resume_at"])
+
+        assert again["paused_at"] > ended["resume_at"]
+        assert resume(engine) is False
+
     def test_it_ends_by_itself_and_nobody_has_to_wake_up_the_worker(self, engine, make_worker):
         worker = make_worker(poll_interval=timedelta(hours=1))
         ran = threading.Event()

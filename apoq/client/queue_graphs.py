@@ -17,7 +17,7 @@ from apoq.core.options import Options, checked, merged_options
 from apoq.core.payload import check_name, check_type, encode
 from apoq.errors import InvalidTask, glimpse
 from apoq.schema.models import Task
-from apoq.schema.statements.graph import GROUP_NAME
+from apoq.schema.statements.links import GROUP_NAME
 from apoq.tracing import with_trace
 
 

@@ -26,12 +26,9 @@ from apoq.core.states import CANCELLED, FAILED, PENDING, STATES, WAITING
 from apoq.schema.models import tasks_table
 from apoq.schema.statements.arrays import bigints
 from apoq.schema.statements.heartbeat import is_alive
-from apoq.schema.statements.links import PARENTS
+from apoq.schema.statements.links import GROUP_NAME, PARENTS, closes_group
 from apoq.schema.statements.states import is_in
 from apoq.schema.tables import links_table, workers_table
-
-GROUP_NAME: Final = "apoq.group"
-"""The key in the `meta` of the tasks that run after a group: the group's name."""
 
 LOOKED_AT: Final = 1_000
 """Waiting tasks that are looked at, at most."""
@@ -96,7 +93,7 @@ def groups(schema: str | None) -> Select[*tuple[Any, ...]]:
     )
     counts = (
         select(*(func.count().filter(member.c.state == _text(state)).label(state) for state in STATES))
-        .where(member.c.group_id == ids.c.id, ~_closes(member))
+        .where(member.c.group_id == ids.c.id, ~closes_group(member))
         .lateral("counts")
     )
     return (
@@ -198,7 +195,3 @@ def _edges(tasks: Any, of: Any, edges: Any, other: Any) -> Select[*tuple[Any, ..
 
 def _text(text: str) -> Any:
     return literal_column(f"'{text}'", Text)
-
-
-def _closes(task: Any) -> Any:
-    return func.coalesce(task.c.meta.has_key(GROUP_NAME), literal_column("false"))

@@ -43,6 +43,14 @@ SCHEMA: Final = "apoq_schema"
 PARENTS: Final = "parents"
 """The value of `waiting_for` of a task that waits for other tasks."""
 
+GROUP_NAME: Final = "apoq.group"
+"""The key in the `meta` of the tasks that run after a group: the group's name."""
+
+
+def closes_group(tasks: Any) -> ColumnElement[bool]:
+    """Return the condition that a task runs after a group."""
+    return func.coalesce(tasks.c.meta.has_key(GROUP_NAME), literal_column("false"))
+
 
 @cache
 def look_at_parents(schema: str | None) -> Select[tuple[int, str, bool]]:

@@ -13,6 +13,7 @@ from sqlalchemy import (
     Text,
     and_,
     bindparam,
+    case,
     delete,
     false,
     func,
@@ -52,9 +53,13 @@ def pause(schema: str | None) -> Insert:
         reason=bindparam("reason", type_=Text),
         resume_at=ends_at,
     )
+    has_ended = pauses.c.resume_at <= new.excluded.paused_at
     return new.on_conflict_do_update(
         index_elements=[pauses.c.queue, pauses.c.type],
-        set_={name: new.excluded[name] for name in ("paused_by", "reason", "resume_at")},
+        set_={
+            "paused_at": case((has_ended, new.excluded.paused_at), else_=pauses.c.paused_at),
+            **{name: new.excluded[name] for name in ("paused_by", "reason", "resume_at")},
+        },
     )
 
 
@@ -66,7 +71,7 @@ def resume(schema: str | None) -> ReturningDelete[tuple[str]]:
         pauses.c.queue == bindparam("from_queue", type_=Text),
         pauses.c.type == bindparam("paused_type", type_=Text),
     )
-    return delete(pauses).where(is_meant).returning(pauses.c.queue)
+    return delete(pauses).where(is_meant, _is_on(pauses)).returning(pauses.c.queue)
 
 
 @cache

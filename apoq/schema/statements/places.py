@@ -43,6 +43,7 @@ from apoq.schema.statements.arrays import bigints
 from apoq.schema.statements.claim import claimed_values, returned_columns
 from apoq.schema.statements.claim import picked as picked_tasks
 from apoq.schema.statements.clock import in_utc, now
+from apoq.schema.statements.links import PARENTS, closes_group
 from apoq.schema.statements.literals import EPOCH
 from apoq.schema.statements.notes import note_ids
 from apoq.schema.statements.queues import given_queues
@@ -179,7 +180,8 @@ def awaited_shares(schema: str | None) -> Select[Any]:
 def first_of_keys(schema: str | None) -> Select[Any]:
     """Return the id of the first task of each of the `keys` of `from_queue` that has not ended.
 
-    Or (`holds`) that has failed.
+    Or (`holds`) that has failed. The last step of a group comes after its members, for which it waits,
+    although its id may be lower.
     """
     tasks = tasks_table(schema)
     given = (
@@ -188,9 +190,20 @@ def first_of_keys(schema: str | None) -> Select[Any]:
         .render_derived("given")
     )
     has_not_ended = or_(is_open(tasks), is_in(tasks, WAITING), and_(given.c.holds, is_in(tasks, FAILED)))
+    waits_for_members = and_(
+        is_in(tasks, WAITING),
+        closes_group(tasks),
+        tasks.c.waiting_for == literal_column(f"'{PARENTS}'", Text),
+    )
     first = (
         select(tasks.c.id)
-        .where(tasks.c.queue == _QUEUE, tasks.c.key == given.c.key, _is_of_key(tasks), has_not_ended)
+        .where(
+            tasks.c.queue == _QUEUE,
+            tasks.c.key == given.c.key,
+            _is_of_key(tasks),
+            has_not_ended,
+            ~waits_for_members,
+        )
         .order_by(tasks.c.id)
         .limit(1)
         .correlate(given)
