@@ -47,6 +47,7 @@ from apoq.worker.lifecycle import Lifecycle
 from apoq.worker.liveness.heartbeat import Heartbeat
 from apoq.worker.process import PROCESS
 from apoq.worker.runtime import Runtime
+from apoq.worker.service import Service
 from apoq.worker.settling.result_writer import write_settlements
 from apoq.worker.settling.settler import Settler
 from apoq.worker.settling.unblocking import Ends, no_ends
@@ -701,3 +702,24 @@ def looks_for_ticks(worker: Worker) -> int:
 def shard(worker: Worker, schema: str | None = None) -> None:
     """Let a worker's settler believe that Citus shards a schema."""
     settler(worker)._database.sharded.add(schema)
+
+
+# Its services.
+
+
+def count_turns(service: Service) -> Callable[[], int]:
+    """Return a function that returns how many turns a service has taken since then."""
+    turn, seen = service.turn, 0
+
+    def counted() -> float | None:
+        nonlocal seen
+        seen += 1
+        return turn()
+
+    service.turn = counted  # type: ignore[method-assign]
+    return lambda: seen
+
+
+def is_taking(worker: Worker) -> bool:
+    """Return whether the slots of a worker take tasks."""
+    return not runtime(worker).executor._is_closed

@@ -528,6 +528,7 @@ class Tasks(RuleBasedStateMachine):
             "by_worker": hand.id,
             "known": array_text(hand.notes.known(None)),
             "held": array_text(hand.held),
+            "latest": hand.notes.latest,
         }
         strays = [
             task

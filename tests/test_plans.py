@@ -180,7 +180,7 @@ STATEMENTS = [
     pytest.param(leave(None), {"worker_id": uuid.uuid4()}, {"apoq_tasks_pkey"}, id="leave"),
     pytest.param(
         give_back(None),
-        {"by_worker": uuid.uuid4(), "known": "{1}", "held": "{1}"},
+        {"by_worker": uuid.uuid4(), "known": "{1}", "held": "{1}", "latest": 2},
         {"apoq_tasks_pkey"},
         id="give_back",
     ),

@@ -216,7 +216,7 @@ class UniqueTasks(RuleBasedStateMachine):
     def recover(self, by: str) -> None:
         """Give all running tasks back, or rescue them."""
         if by == "its own":
-            parameters = {"by_worker": self.worker, "known": "{}", "held": "{}"}
+            parameters = {"by_worker": self.worker, "known": "{}", "held": "{}", "latest": 2**62}
             ((left, ids),) = execute(self.own, give_back(None), parameters)
             assert left == 0
             execute(self.own, forget_unknown(None), parameters)

@@ -40,6 +40,8 @@ class ClaimLog:
         self._lock = threading.Lock()
         # Not from 1: no other program should be able to guess the number of the next claim, and take it.
         self._numbers = count(secrets.randbits(48))
+        self.latest = 0
+        """The number of the claim that has begun last."""
         self._under_way: dict[int, str | None] = {}
         self._left: dict[int, _Left] = {}
         self._done: dict[str | None, list[int]] = {}
@@ -47,7 +49,7 @@ class ClaimLog:
     def begin(self, schema: str | None) -> int:
         """Return the number of the next claim, which is under way until `claimed` or `failed` is called."""
         with self._lock:
-            number = next(self._numbers)
+            number = self.latest = next(self._numbers)
             self._under_way[number] = schema
         return number
 

@@ -35,6 +35,11 @@ class Places:
         """Return whether there are free places to hand over."""
         return bool(self._freed)
 
+    def count(self) -> int:
+        """Return of how many keys and pools places may be free."""
+        with self._lock:
+            return sum(map(len, self._freed.values()))
+
     def hold(self, number: int, queue: Queue, shares: Mapping[int, tuple[Share, ...]]) -> None:
         """Remember the places of the tasks of a claim."""
         with self._lock:

@@ -264,8 +264,9 @@ class Runtime:
 
     def is_current(self) -> bool:
         """Return whether the caller is a processor or a listener that this worker called."""
-        callers = (self.executor, *self.settlers, self.unblocker)
-        return any(service.is_current() for service in callers)
+        # A notification lets the listener's thread claim.
+        services = (*self.settlers, self.unblocker, self.claimer, self.hand_over, self.listener)
+        return self.executor.is_current() or any(service.is_current() for service in services)
 
     def look_for_tasks(self, queues: Iterable[Queue] | None = None) -> None:
         """Look for due tasks in these queues now, or in all."""
@@ -311,18 +312,18 @@ class Runtime:
             self._release_running()
         for service in looking:
             self.end(service, by)
-        self._settle_last(by)
+        # Before the settlers, which write what it releases.
         self.end(self.hand_over, by)
+        self._settle_last(by)
         self.end(self.unblocker, by)
         self.progress.close()
         if self.progress.is_alive:
             self.end(self.progress, by)
         else:
             self.progress.finish()  # no thread could be started that would do so
-        if self.places:
-            # If this fails, the sweep of another worker finds the tasks that wait.
-            with suppress(Exception):
-                self.hand_over.unblock()
+        # If this fails, the sweep of another worker finds the tasks that wait.
+        with suppress(Exception):
+            self.hand_over.unblock_all(by)
         self.executor.stop()
         self.missing.clear()
         self.end(self.listener, by)

@@ -6,6 +6,7 @@ from functools import cache
 from typing import Any
 
 from sqlalchemy import (
+    BigInteger,
     ColumnElement,
     Delete,
     FromClause,
@@ -179,4 +180,5 @@ def forget_unknown(schema: str | None) -> Delete:
 def _is_unknown(schema: str | None) -> ColumnElement[bool]:
     claims = claims_table(schema)
     is_its = claims.c.worker_id == bindparam("by_worker", type_=Uuid)
-    return and_(is_its, claims.c.number != all_(bigints("known")))
+    has_begun = claims.c.number <= bindparam("latest", type_=BigInteger)
+    return and_(is_its, has_begun, claims.c.number != all_(bigints("known")))

@@ -108,6 +108,8 @@ class Claimer(Service):
         """The steps of a claim that follow when its tasks have begun."""
         self._waits_for_room = True
         """Whether a slot that becomes free is a reason to take a turn."""
+        self._lacks_room = False
+        """Whether tasks that need places are due, and no slot will be free soon enough for one of them."""
         self._is_draining = False
         self._lock = threading.Lock()
         self._pace = Pace()
@@ -163,7 +165,7 @@ class Claimer(Service):
         if not self._rotation:
             self._waits_for_room = False
             return pause
-        if not self._rotation.has(_has_lease):
+        if not self._rotation.has(self._may_claim):
             return LEASE_POLL_SECONDS
         room, free = self._room()
         if not room:
@@ -195,28 +197,38 @@ class Claimer(Service):
         self._strays.forget_settled()
         self._expect(None)
         while True:
-            claimed = self.claim(1, 1)
+            claimed = self.claim(1, 1, room=1)
             self._do_deferred()
             if not claimed:
                 return None
             if (attempt := self._intake.begin_one(claimed)) is not None:
                 return attempt
 
-    def claim(self, limit: int, free: int, connection: PoolProxiedConnection | None = None) -> list[Claimed]:
+    def claim(
+        self,
+        limit: int,
+        free: int,
+        connection: PoolProxiedConnection | None = None,
+        *,
+        room: int | None = None,
+    ) -> list[Claimed]:
         """Claim up to `limit` tasks, of which `free` find a slot at once, from the queues that may have any.
 
+        Up to `room` of them have places; by default, so many as begin soon enough.
         A queue whose claim fails is left out for a while. If it fails for all queues, its error is raised,
         unless another one has returned tasks before: these must run.
         """
         tasks: list[Claimed] = []
-        room = self._hand_over.room()
+        if room is None:
+            room = self._hand_over.room()
+        had_room = room > 0
         with self._lock, self._executor.reserve(min(limit, free)):
-            unreached = self._rotation.take(limit, _has_lease)
+            unreached = self._rotation.take(limit, self._may_claim)
             try:
                 self._strays.release()
                 for schema, portions in _by_schema(unreached).items():
                     left, left_free = limit - len(tasks), free - len(tasks)
-                    if left:
+                    if left > 0:
                         its = self._schemas[schema]
                         for taken in its.claim(portions, left, left_free, room, connection, self._others):
                             del unreached[taken.queue]
@@ -227,6 +239,7 @@ class Claimer(Service):
                 if not tasks:
                     raise
             finally:
+                self._lacks_room = not had_room and any(queue.needs_places for queue in unreached)
                 self._rotation.put_back(unreached)
         return tasks
 
@@ -236,7 +249,9 @@ class Claimer(Service):
         if self._is_draining:
             return 0, executor.free
         is_careful = any(queue.cursor.is_careful for queue in self._queues.values())
-        prefetched = 0 if is_careful else prefetch_limit(executor.concurrency, executor.run_time)
+        # With no prefetched tasks in line, the next slot that is free is free for a task with a place.
+        is_alone = is_careful or self._lacks_room
+        prefetched = 0 if is_alone else prefetch_limit(executor.concurrency, executor.run_time)
         executor.low_water = prefetched // 2
         room = executor.concurrency + prefetched - executor.load
         free = executor.free
@@ -290,6 +305,9 @@ class Claimer(Service):
         for each in deferred:
             each()
 
+    def _may_claim(self, queue: ClaimableQueue) -> bool:
+        return queue.lease.is_held and queue.queue not in self._declared_limits.unwritten
+
     def _others(self) -> Iterable[ClaimableQueue]:
         return (queue for queue in self._queues.values() if queue.lease.is_held)
 
@@ -304,10 +322,6 @@ class Claimer(Service):
         # The average is of shorter tasks than those that run now.
         self._executor.run_time = max(self._executor.run_time or 0.0, RELEASE_AFTER_SECONDS)
         return None
-
-
-def _has_lease(queue: ClaimableQueue) -> bool:
-    return queue.lease.is_held
 
 
 def _by_schema(portions: Portions) -> dict[str | None, dict[ClaimableQueue, int]]:

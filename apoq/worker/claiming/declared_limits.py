@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from datetime import datetime
+from functools import partial
 
 from apoq.client.queue import Queue
 from apoq.core.limits import Limit
@@ -11,6 +12,7 @@ from apoq.core.registry import Processor, Registry
 from apoq.postgres.connections import execute
 from apoq.schema.statements.limits import declare
 from apoq.worker import logs
+from apoq.worker.circuit_breaker import CircuitBreaker
 from apoq.worker.database import WorkerDatabase
 
 WHOLE = ""
@@ -31,6 +33,11 @@ class DeclaredLimits:
         self._version: int | None = None
         """Of the registry, at the last look."""
         self._written: set[tuple[Queue, str, Limit]] = set()
+        self._breaker: CircuitBreaker[Queue] = CircuitBreaker(
+            lambda queue: f"declaring the limits of {queue!r}", database.outage
+        )
+        self.unwritten: set[Queue] = set()
+        """The queues of which limits could not be written; no task of these may be claimed."""
 
     def forget(self) -> None:
         """Write all of them again."""
@@ -42,12 +49,21 @@ class DeclaredLimits:
         version = self._registry.version
         if self._version == version:
             return
-        for queue in self._database.queues:
-            for type_, limit in _limits_of(queue, self._registry.of(queue)):
-                if (queue, type_, limit) not in self._written:
-                    self._write(queue, type_, limit)
-                    self._written.add((queue, type_, limit))
-        self._version = version
+        queues = self._database.queues
+        self.unwritten = {
+            queue
+            for queue in queues
+            if not self._breaker.call(queue, queues, partial(self._write_all, queue), otherwise=False)
+        }
+        if not self.unwritten:
+            self._version = version
+
+    def _write_all(self, queue: Queue) -> bool:
+        for type_, limit in _limits_of(queue, self._registry.of(queue)):
+            if (queue, type_, limit) not in self._written:
+                self._write(queue, type_, limit)
+                self._written.add((queue, type_, limit))
+        return True
 
     def _write(self, queue: Queue, type_: str, limit: Limit) -> None:
         parameters = {

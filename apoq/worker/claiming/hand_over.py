@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -123,8 +124,17 @@ class HandOver(Service):
         return pause
 
     def unblock(self) -> None:
-        """Give the free places to tasks that any worker may claim, on the caller's thread."""
+        """Give free places to tasks that any worker may claim, on the caller's thread."""
         self._give_away(room=0)
+        if self._places:
+            self.wake()  # for the others
+
+    def unblock_all(self, by: float) -> None:
+        """Do so with all free places, until then, as long as that makes them fewer."""
+        before = math.inf
+        while 0 < (count := self._places.count()) < before and time.monotonic() < by:
+            before = count
+            self.unblock()
 
     def _give_away(self, room: int | None = None) -> None:
         """Give the free places to the tasks that wait for them: claim up to `room`, and unblock the others.

@@ -201,7 +201,14 @@ class PlacedClaims:
             later.update({each.share: 1 for each in moved})
             return found, Decision(mine, moved, decision.left, decision.full)
 
-        number, rows, _ = self._transact(queue, pick, free, unblocked)
+        try:
+            number, rows, _ = self._transact(queue, pick, free, unblocked)
+        except UniqueViolation as error:
+            if error.diag.constraint_name not in _PLACE_INDEXES:
+                raise
+            self.conflicts += 1
+            later = {share: freed[share] for share in shares}
+            return PlacedTasks(0, time.monotonic(), [], {}, has_more=False, later=later)
         sent_at = self._statement.sent_at
         return PlacedTasks(
             number, sent_at, rows, {}, has_more=False, later=later, is_unblocked=bool(unblocked)

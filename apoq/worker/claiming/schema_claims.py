@@ -69,14 +69,30 @@ class SchemaClaims:
     ) -> Iterator[Taken]:
         """Claim up to `limit` tasks for `free` slots; yield what was taken from each queue that was reached.
 
-        Of queues whose tasks need places, up to `room` tasks are claimed, one queue after the other.
-        If a claim from several queues fails, each of them claims alone until that succeeds. A queue whose own
-        claim fails is left out for a while, unless there are no `others` whose claims succeed.
+        Queues whose tasks need places are claimed from one after the other, up to `room` tasks: before the
+        others, or after these if one of the others comes first in `portions`.
         """
         placed = {queue: its for queue, its in portions.items() if queue.needs_places}
-        if placed:
-            yield from self._claim_placed(placed, min(limit, room), free, others)
-            portions = {queue: its for queue, its in portions.items() if queue not in placed}
+        plain = {queue: its for queue, its in portions.items() if queue not in placed}
+        claims = [partial(self._claim_plain, plain), partial(self._claim_placed, placed, room)]
+        if next(iter(portions)) in placed:
+            claims.reverse()
+        for claim in claims:
+            for taken in claim(limit, free, on, others):
+                limit -= len(taken.rows)
+                free -= len(taken.rows)
+                yield taken
+
+    def _claim_plain(
+        self, portions: Portions, limit: int, free: int, on: On, others: Others
+    ) -> Iterator[Taken]:
+        """Claim from all queues together.
+
+        If that fails, each of them claims alone until it succeeds. A queue whose own claim fails is left out
+        for a while, unless there are no `others` whose claims succeed.
+        """
+        if limit <= 0:
+            return
         reached: set[ClaimableQueue] = set()
         count = 0
         if len(portions) > 1:
@@ -93,7 +109,10 @@ class SchemaClaims:
                 count += len(its.rows)
                 yield its
 
-    def _claim_placed(self, portions: Portions, limit: int, free: int, others: Others) -> Iterator[Taken]:
+    def _claim_placed(
+        self, portions: Portions, room: int, limit: int, free: int, _on: On, others: Others
+    ) -> Iterator[Taken]:
+        limit = min(limit, room)
         for queue, portion in portions.items():
             if limit <= 0:
                 return

@@ -74,11 +74,13 @@ class Strays:
 
     def _release_in(self, schema: str | None) -> bool:
         """Release the stray tasks of a schema; return whether none is left."""
+        latest = self._claim_log.latest  # a claim that begins while this looks isn't known, and no stray
         held = [row[ID] for row in self._claim_log.held() if row[CLAIM].from_queue.schema == schema]
         parameters = {
             "by_worker": self.worker_id,
             "known": array_text(self._claim_log.known(schema)),
             "held": array_text(held),
+            "latest": latest,
         }
         ((left, without_key),) = execute(self._database.engine, give_back(schema), parameters)
         if schema not in self._database.sharded:

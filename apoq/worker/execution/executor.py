@@ -178,7 +178,8 @@ class Executor:
                     self._free += 1
                     self._running.discard(attempt)
                     refused.append(attempt.row)
-            self._line.extendleft(reversed(refused))
+            for row in reversed(refused):
+                (self._first if row[CLAIM].is_placed else self._line).appendleft(row)
         # If this thread is about to claim more, and there is enough to do until then, it keeps the lock. To
         # get it back from busy slots, it would wait for up to 5 ms, while no claim is on its way.
         if has_begun and not (more_follow and self._line):

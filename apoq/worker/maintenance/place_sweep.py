@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from functools import partial
@@ -21,6 +22,9 @@ SWEEP_SECONDS: Final = 5.0
 
 IDLE_SWEEP_SECONDS: Final = 60.0
 """Seconds between two looks into any other schema."""
+
+MORE_SECONDS: Final = 0.01
+"""Seconds until the next keys and pools are looked at."""
 
 MAX_LOOKED_FOR: Final = 100
 """Tasks of each key or pool that are looked for at once, at most."""
@@ -51,32 +55,39 @@ class PlaceSweep(Service):
         self._breaker: CircuitBreaker[str | None] = CircuitBreaker(_describe, database.outage)
         self._behind = dict.fromkeys(database.schemas, START)
         """For each schema, the last key or pool that was looked at."""
-        self._looks_at = dict.fromkeys(database.schemas, 0.0)
+        self._looked_at = dict.fromkeys(database.schemas, -math.inf)
+        """When each schema was looked into, by time.monotonic()."""
 
     def look_into(self, schema: str | None) -> None:
         """Look into a schema now, from the beginning."""
         self._behind[schema] = START
-        self._looks_at[schema] = 0.0
+        self._looked_at[schema] = -math.inf
         self.wake()
 
     def look(self) -> None:
         """Look into all schemas now, on the caller's thread."""
         for schema in self._database.schemas:
             self.look_into(schema)
-        self.turn()
+        while self.turn() == MORE_SECONDS:
+            pass
 
     def turn(self) -> float | None:
         """Look into the schemas for which it is time; return when to look again."""
         now = time.monotonic()
+        has_more = False
         schemas = self._database.leased_schemas()
         for schema in schemas:
-            if self._looks_at[schema] <= now:
-                pause = self._pause(schema) * random.uniform(0.8, 1.0)  # noqa: S311
-                self._looks_at[schema] = now + pause
+            pause = self._pause(schema)
+            if now >= self._looked_at[schema] + pause:
+                self._looked_at[schema] = now - pause * random.uniform(0, 0.2)  # noqa: S311
                 if self._breaker.call(schema, schemas, partial(self._look, schema), False):
-                    self._looks_at[schema] = 0.0
-        looks = [self._looks_at[schema] for schema in schemas]
-        return max(0.01, min(looks) - time.monotonic()) if looks else SWEEP_SECONDS
+                    self._looked_at[schema] = -math.inf
+                    has_more = True
+        if has_more:
+            return MORE_SECONDS
+        due_in = min((self._looked_at[schema] + self._pause(schema) for schema in schemas), default=now) - now
+        # Not later, because the worker may meet tasks that need places in a schema for the first time.
+        return max(MORE_SECONDS * 2, min(due_in, SWEEP_SECONDS)) if schemas else SWEEP_SECONDS
 
     def _pause(self, schema: str | None) -> float:
         is_used = not self._places.met.isdisjoint(self._queues[schema].values())
@@ -85,7 +96,8 @@ class PlaceSweep(Service):
     def _look(self, schema: str | None) -> bool:
         """Look at the next keys and pools of a schema; return whether there are more."""
         queues = self._queues[schema]
-        after = dict(zip(("after_queue", "after_kind", "after_name"), self._behind[schema], strict=True))
+        behind = self._behind[schema]
+        after = dict(zip(("after_queue", "after_kind", "after_name"), behind, strict=True))
         parameters = {**after, "queue_names": list(queues), "at_most": MAX_HANDED_OVER}
         found = execute(self._database.engine, awaited(schema), parameters).fetchall()
         by_queue: dict[str, dict[Share, int]] = {}
@@ -94,7 +106,8 @@ class PlaceSweep(Service):
         for name, shares in by_queue.items():
             self._hand_over.expect(queues[name], shares)
         has_more = len(found) == MAX_HANDED_OVER
-        self._behind[schema] = tuple(found[-1]) if has_more else START
+        if self._behind[schema] is behind:  # otherwise, it was told to begin again
+            self._behind[schema] = tuple(found[-1]) if has_more else START
         return has_more
 
 

@@ -55,31 +55,31 @@ class ResultWriter:
 
     def complete(self, unsettled: Unsettled, tasks: list[Claimed]) -> Rows:
         """Write that these tasks have completed."""
-        token = tasks[0][CLAIM_TOKEN]
+        is_full, token = self._completion.has_listeners, tasks[0][CLAIM_TOKEN]
         alike = len(set(map(itemgetter(CLAIM_TOKEN), tasks))) == 1
         statement = self._completion.statement(
             unsettled.schema,
-            full=self._completion.has_listeners,
+            full=is_full,
             alike=alike,
             skips_locked=unsettled.skips_locked,
             linked=unsettled.is_linked,
         )
         held = {"held_under": token} if alike else token_arrays(tasks)
-        return self._write_completions(unsettled, statement, tasks, held)
+        return self._write_completions(unsettled, statement, tasks, held, is_full=is_full)
 
     def complete_with_results(
         self, unsettled: Unsettled, tasks: list[Claimed], results: list[str | None]
     ) -> Rows:
         """Write that these tasks have completed, with what their processors have returned."""
+        is_full = self._completion.has_listeners
         statement = self._completion.statement_with_results(
             unsettled.schema,
-            full=self._completion.has_listeners,
+            full=is_full,
             skips_locked=unsettled.skips_locked,
             linked=unsettled.is_linked,
         )
-        return self._write_completions(
-            unsettled, statement, tasks, {"results": results, **token_arrays(tasks)}
-        )
+        its = {"results": results, **token_arrays(tasks)}
+        return self._write_completions(unsettled, statement, tasks, its, is_full=is_full)
 
     def settle(self, schema: str | None, ends: list[AttemptResult], *, skips_locked: bool) -> Rows:
         """Write the settlements of attempts, and add the tasks of `on_failure`."""
@@ -102,15 +102,21 @@ class ResultWriter:
         return {row["id"]: row if is_full else None for row in written}
 
     def _write_completions(
-        self, unsettled: Unsettled, statement: Executable, tasks: list[Claimed], arrays: dict[str, Any]
+        self,
+        unsettled: Unsettled,
+        statement: Executable,
+        tasks: list[Claimed],
+        arrays: dict[str, Any],
+        *,
+        is_full: bool,
     ) -> Rows:
         ids = list(map(itemgetter(ID), tasks))
         written = execute(self._database.engine, statement, {"ids": array_text(ids), **arrays})
         if unsettled.is_linked:
             rows = written.mappings()
             self._note_followed(unsettled.schema, [row["id"] for row in rows if row["is_followed"]])
-            return {row["id"]: row if self._completion.has_listeners else None for row in rows}
-        if self._completion.has_listeners:
+            return {row["id"]: row if is_full else None for row in rows}
+        if is_full:
             return {row["id"]: row for row in written.mappings()}
         if written.rowcount == len(ids):
             return dict.fromkeys(ids)  # none was lost, as nearly always: their ids needn't be read
