@@ -106,7 +106,7 @@ class PlaceSweep(Service):
         for name, shares in by_queue.items():
             self._hand_over.expect(queues[name], shares)
         has_more = len(found) == MAX_HANDED_OVER
-        if self._behind[schema] is behind:  # otherwise, it was told to begin again
+        if self._behind[schema] is behind:  # otherwise, it must begin again
             self._behind[schema] = tuple(found[-1]) if has_more else START
         return has_more
 
