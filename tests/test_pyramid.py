@@ -185,6 +185,8 @@ class TestProcessing:
         assert process("look at the pool") == ("completed", [])
 
     def test_its_request_is_the_current_one_and_is_finished(self, process, engine):
+        pyramid_site.FINISHED.clear()
+
         assert process("note the request") == ("completed", ["http://localhost/add"])
 
         with Session(engine) as session:
