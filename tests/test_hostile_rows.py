@@ -26,8 +26,8 @@ from claims import note
 from sqlalchemy.orm import Session
 from waiting import patience
 
-from apoq import Queue, Snooze, Task, Worker
-from apoq.core.states import CANCELLED, COMPLETED, FAILED, PENDING
+from apoq import Limit, Queue, Snooze, Task, Worker
+from apoq.core.states import CANCELLED, COMPLETED, FAILED, PENDING, WAITING
 
 SOON = 15.0
 """Seconds for what takes a hundredth of that on an idle machine."""
@@ -375,6 +375,44 @@ class TestARowThatTheServerRefuses:
         until(worker.is_healthy)
         worker.stop()
         assert claims(engine) == 0
+
+    def test_a_claim_under_limits_passes_it_over(self, engine, queue, worker, refuse, caplog):
+        refuse(f"{self.BAD} AND NEW.state = 'running'")
+        worker.use("good", nothing, limit=Limit(1, key=True))
+        add(engine, queue, 20, key="a")
+        [bad] = insert(engine, """(type, data, key) VALUES ('good', '{"bad": 1}', 'b')""")
+        add(engine, queue, 20, key="c")
+
+        worker.start()
+
+        until(lambda: not self.innocents(engine))
+        until(lambda: named_at_error(caplog, bad))
+        assert state_of(engine, bad) == PENDING
+        until(worker.is_healthy)
+
+    def test_it_keeps_no_place_from_the_tasks_of_other_keys(self, engine, queue, worker, refuse, caplog):
+        refuse(f"{self.BAD} AND NEW.state = 'running'")
+        running, go = threading.Semaphore(0), threading.Event()
+
+        def hold(task) -> None:
+            running.release()
+            assert go.wait(SOON)
+
+        worker.use("good", hold, limit=Limit(1, key=True))
+        add(engine, queue, key="a")
+        add(engine, queue, key="b")
+        worker.start()
+        assert all(running.acquire(timeout=SOON) for _ in range(2))
+        [bad] = insert(engine, """(type, data, key) VALUES ('good', '{"bad": 1}', 'a')""")
+        add(engine, queue, 5, key="b")
+        until(lambda: scalar(engine, "SELECT count(*) FROM apoq_tasks WHERE state = 'waiting'") == 6)
+
+        go.set()
+
+        until(lambda: not self.innocents(engine))
+        assert state_of(engine, bad) == WAITING
+        assert "a free place of the key 'a' can't be given to the next task" in caplog.text
+        until(worker.is_healthy)
 
     def test_a_claim_passes_over_several(self, engine, queue, worker, refuse, caplog):
         refuse(f"{self.BAD} AND NEW.state = 'running'")

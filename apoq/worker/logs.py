@@ -78,6 +78,14 @@ def task_passed_over(task_id: int, seconds: float, error: BaseException) -> None
     )
 
 
+def place_not_handed_over(kind: str, name: str, error: BaseException) -> None:
+    """Log that the server refuses to change a task that should get a free place."""
+    logger.error(
+        "a free place of the %s %r can't be given to the next task: %s. It is tried again every few seconds",
+        *("type" if kind == "pool" else kind, name, _said(error)),
+    )
+
+
 def no_notifications(*, is_news: bool) -> None:
     """Log that the connection that listens gets no notifications."""
     logger.log(

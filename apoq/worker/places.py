@@ -11,6 +11,9 @@ from apoq.core.places import Share
 from apoq.schema.statements.claim import CLAIM, ID
 from apoq.worker.execution.attempt import Claimed
 
+MAX_LOOKED_FOR: Final = 100
+"""Tasks of each key or pool that are looked for at once, at most."""
+
 MAX_HANDED_OVER: Final = 64
 """Keys and pools whose places one transaction hands over, at most."""
 
@@ -82,4 +85,4 @@ class Places:
         self.met.add(queue)
         of_queue = self._freed.setdefault(queue, {})
         for share, count in shares.items():
-            of_queue[share] = of_queue.get(share, 0) + count
+            of_queue[share] = min(MAX_LOOKED_FOR, of_queue.get(share, 0) + count)

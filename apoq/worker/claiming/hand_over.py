@@ -9,10 +9,13 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Final
 
+from psycopg import DatabaseError
+
 from apoq.client.queue import Queue
 from apoq.core.places import POOL, WHOLE_QUEUE, Share
-from apoq.postgres.connections import execute
+from apoq.postgres.connections import execute, is_caused_by_a_row
 from apoq.schema.statements.notify import arrays, has_tasks, notify
+from apoq.worker import logs
 from apoq.worker.circuit_breaker import CircuitBreaker
 from apoq.worker.claim_log import ClaimLog
 from apoq.worker.claiming.claim_statement import ClaimStatement
@@ -144,12 +147,27 @@ class HandOver(Service):
         left = self._places.take()
         try:
             for queue, freed in list(left.items()):
-                give = partial(self._give_away_in, self._queues[queue], freed, room)
+                give = partial(self._give_away_singly, self._queues[queue], freed, room)
                 if self._breaker.call(queue, self._queues, give, otherwise=False):
                     del left[queue]
         finally:
             for queue, freed in left.items():
                 self._places.expect(queue, freed)
+
+    def _give_away_singly(self, queue: ClaimableQueue, freed: Freed, room: int | None) -> bool:
+        """Give away places of a queue, each by itself if the server refuses the row of a task."""
+        try:
+            return self._give_away_in(queue, freed, room)
+        except DatabaseError as error:
+            if not is_caused_by_a_row(error):
+                raise
+            if len(freed) == 1:
+                logs.place_not_handed_over(*next(iter(freed)), error)
+                return True  # the sweep tries it again
+            handled = [
+                self._give_away_singly(queue, {share: count}, room) for share, count in list(freed.items())
+            ]
+            return all(handled)
 
     def _give_away_in(self, queue: ClaimableQueue, freed: Freed, room: int | None) -> bool:
         """Give away places of a queue; return False if that must wait."""

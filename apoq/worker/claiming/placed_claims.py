@@ -51,8 +51,10 @@ from apoq.schema.statements.places import (
     take,
     unblock,
 )
+from apoq.worker import logs
 from apoq.worker.claiming.claim_statement import ClaimStatement, Row
 from apoq.worker.claiming.claimable_queue import ClaimableQueue
+from apoq.worker.claiming.queue_claims import MAX_REFUSED
 from apoq.worker.places import Freed, Places
 
 MAX_KEYS: Final = 256
@@ -113,9 +115,11 @@ class PlacedClaims:
     def claim(self, queue: ClaimableQueue, limit: int, free: int) -> PlacedTasks:
         """Claim up to `limit` due tasks of a queue for `free` slots, and block those without a free place."""
         at_most = max(min(limit, MAX_KEYS), self._looks_at.get(queue, 0))
+        refused = 0
         while True:
+            found: list[Candidate] = []
             try:
-                return self._claim_due(queue, at_most, limit, free)
+                return self._claim_due(queue, at_most, limit, free, found)
             except UniqueViolation as error:
                 if error.diag.constraint_name not in _PLACE_INDEXES:
                     raise
@@ -123,12 +127,21 @@ class PlacedClaims:
                 self.conflicts += 1
                 at_most = limit = max(1, limit // 2)
             except DatabaseError as error:
-                if not is_caused_by_a_row(error) or at_most == 1:
+                if not is_caused_by_a_row(error):
+                    raise
+                if len(found) == 1:
+                    refused += 1
+                    if refused > MAX_REFUSED:
+                        raise
+                    logs.task_passed_over(found[0].id, queue.cursor.pass_over(found[0].id), error)
+                elif at_most == 1:
                     raise
                 at_most = limit = max(1, at_most // 8)
 
-    def _claim_due(self, queue: ClaimableQueue, at_most: int, limit: int, free: int) -> PlacedTasks:
-        found: list[Candidate] = []
+    def _claim_due(
+        self, queue: ClaimableQueue, at_most: int, limit: int, free: int, found: list[Candidate]
+    ) -> PlacedTasks:
+        """Claim due tasks; `found` gets those that it has looked at."""
 
         def pick(send: Transaction) -> tuple[list[Candidate], Decision]:
             form, parameters = self._statement.form_and_parameters({queue: at_most}, at_most, free)

@@ -14,7 +14,7 @@ from apoq.schema.statements.places import awaited
 from apoq.worker.circuit_breaker import CircuitBreaker
 from apoq.worker.claiming.hand_over import HandOver
 from apoq.worker.database import WorkerDatabase
-from apoq.worker.places import MAX_HANDED_OVER, Places
+from apoq.worker.places import MAX_HANDED_OVER, MAX_LOOKED_FOR, Places
 from apoq.worker.service import Service
 
 SWEEP_SECONDS: Final = 5.0
@@ -25,9 +25,6 @@ IDLE_SWEEP_SECONDS: Final = 60.0
 
 MORE_SECONDS: Final = 0.01
 """Seconds until the next keys and pools are looked at."""
-
-MAX_LOOKED_FOR: Final = 100
-"""Tasks of each key or pool that are looked for at once, at most."""
 
 START: Final = ("", "", "")
 
