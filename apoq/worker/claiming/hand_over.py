@@ -39,6 +39,9 @@ the place from all other tasks.
 PLACED_SECONDS: Final = 0.05
 """Seconds after which a task that has a place and has not begun is released: another gets the place."""
 
+LOGGED_SECONDS: Final = 600.0
+"""Seconds after which it is logged again that the server refuses to change a task."""
+
 RETRY_SECONDS: Final = 0.005
 """Seconds after which a place is handed over for which another transaction was just looking for a task."""
 
@@ -85,6 +88,8 @@ class HandOver(Service):
         self._breaker: CircuitBreaker[Queue] = CircuitBreaker(
             lambda queue: f"handing over places of {queue!r}", database.outage
         )
+        self._logged_at: dict[tuple[Queue, Share], float] = {}
+        """Keys and pools whose next tasks the server refuses to change, and when that was logged."""
         self._released: set[Queue] = set()
         """The queues of which tasks with places were released, which others may claim."""
         self._is_draining = False
@@ -162,12 +167,20 @@ class HandOver(Service):
             if not is_caused_by_a_row(error):
                 raise
             if len(freed) == 1:
-                logs.place_not_handed_over(*next(iter(freed)), error)
+                [share] = freed
+                self._log_refusal(queue.queue, share, error)
                 return True  # the sweep tries it again
             handled = [
                 self._give_away_singly(queue, {share: count}, room) for share, count in list(freed.items())
             ]
             return all(handled)
+
+    def _log_refusal(self, queue: Queue, share: Share, error: DatabaseError) -> None:
+        now = time.monotonic()
+        if now >= self._logged_at.get((queue, share), -math.inf) + LOGGED_SECONDS:
+            self._logged_at = {key: at for key, at in self._logged_at.items() if now < at + LOGGED_SECONDS}
+            self._logged_at[queue, share] = now
+            logs.place_not_handed_over(*share, error)
 
     def _give_away_in(self, queue: ClaimableQueue, freed: Freed, room: int | None) -> bool:
         """Give away places of a queue; return False if that must wait."""
