@@ -19,6 +19,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, suppress
 from datetime import timedelta
+from functools import partial
 from typing import Any, Final
 
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
@@ -27,6 +28,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from apoq.core.retry import seconds
 from apoq.errors import glimpse
 from apoq.worker import Worker
+from apoq.worker.execution.daemon_threads import DaemonExecutor
 
 STOP_TIMEOUT: Final = timedelta(seconds=20)
 """The time that is left for running tasks at a shutdown, of the 30 s that gunicorn and Kubernetes give."""
@@ -77,7 +79,7 @@ class lifespan(AbstractAsyncContextManager[None]):  # noqa: N801 - called like a
         loop = asyncio.get_running_loop()
         # On a thread, because it connects to the database, and waits a few seconds for one that doesn't
         # respond.
-        starting = asyncio.ensure_future(asyncio.to_thread(self._worker.start, loop=loop))
+        starting = asyncio.ensure_future(_on_a_thread(partial(self._worker.start, loop=loop)))
         try:
             await asyncio.shield(starting)
         except asyncio.CancelledError:
@@ -92,7 +94,16 @@ class lifespan(AbstractAsyncContextManager[None]):  # noqa: N801 - called like a
 
     async def _stop(self) -> None:
         # On a thread, because it waits for coroutines on this loop.
-        await asyncio.to_thread(self._worker.stop, self._timeout)
+        await _on_a_thread(partial(self._worker.stop, self._timeout))
+
+
+async def _on_a_thread(function: Callable[[], object]) -> None:
+    # Not on one of the application's executor, because tasks may have taken all of them.
+    executor = DaemonExecutor()
+    try:
+        await asyncio.get_running_loop().run_in_executor(executor, function)
+    finally:
+        executor.shutdown()
 
 
 def transaction(make_session: async_sessionmaker[Any] | sessionmaker[Any]) -> Any:

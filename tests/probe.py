@@ -24,6 +24,8 @@ from apoq.client.after_commit import _notifiers
 from apoq.client.notifier import Notifier
 from apoq.client.session_adapters import _compiled as compiled  # noqa: F401
 from apoq.core.places import Share
+from apoq.dashboard.asgi_face import _body as asgi_body  # noqa: F401
+from apoq.dashboard.wsgi_face import _body as wsgi_body  # noqa: F401
 from apoq.embedded import PostgreSQL, _new_folder, _server_user
 from apoq.events import Events
 from apoq.monitor import server_checks

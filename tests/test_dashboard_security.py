@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import itertools
 import re
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from typing import Any
 from urllib.parse import quote, urlencode
 
 import httpx
+import probe
 import pytest
 import sqlalchemy as sa
 from viewers import HOST, Viewer, text_of
@@ -408,6 +410,22 @@ def test_a_message_of_somebody_else_is_not_shown(writer):
     writer.cookies["apoq_notice"] = "WW91IHdvbg==.0000"
 
     assert "You won" not in writer.get("/")
+
+
+def test_a_form_that_is_cut_off_is_not_read():
+    """Without its last fields, it could mean something else."""
+    form = b"queue=default&type=mails"
+
+    async def receive():
+        return next(messages)
+
+    messages = iter(
+        [{"type": "http.request", "body": form[:-11], "more_body": True}, {"type": "http.disconnect"}]
+    )
+    environ = {"CONTENT_LENGTH": str(len(form)), "wsgi.input": io.BytesIO(form[:-11])}
+
+    assert asyncio.run(probe.asgi_body(receive)) is None
+    assert probe.wsgi_body(environ) == b""
 
 
 def test_a_body_is_read_up_to_a_bound(engine):

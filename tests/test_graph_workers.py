@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from datetime import timedelta
 
@@ -132,6 +133,43 @@ def test_a_group_of_tasks_with_sessions_uses_no_attempt_up(engine, level):
         assert attempts == [(1, 0)]
         assert session.scalar(sa.text("SELECT count(DISTINCT id) FROM members")) == 200
         check_blockers(session)
+
+
+# A member that has timed out, and goes on.
+
+
+def test_a_member_that_exceeds_its_timeout_and_has_added_to_its_group_holds_up_no_other_graph(engine, queue):
+    holding, go, ran = threading.Event(), threading.Event(), []
+
+    def hold(task: RunningTask) -> None:
+        task.group.add("note")
+        task.session.flush()
+        holding.set()
+        go.wait(30)
+
+    worker = Worker(engine, queue, concurrency=4)
+    worker.use("hold", hold, timeout=0.5, retry_limit=0)
+    worker.use("note", lambda task: ran.append(task.data))
+    with Session(engine) as session, session.begin(), queue.group(session) as group:
+        group.add("hold")
+        group.then("note", "last step")
+    worker.start()
+    try:
+        assert holding.wait(10)
+        until(lambda: has_failed(engine), 10)
+        with Session(engine) as session, session.begin():
+            first = queue.add(session, "note", "first")
+            queue.add(session, "note", "second", after=[first])
+
+        until(lambda: ran == ["first", "second"], 8)
+    finally:
+        go.set()
+        worker.stop()
+
+
+def has_failed(engine: sa.Engine) -> bool:
+    with engine.connect() as connection:
+        return connection.scalar(sa.select(sa.exists().where(Task.state == "failed")))
 
 
 # What a crash leaves behind.

@@ -414,3 +414,29 @@ def test_what_is_added_at_the_end_of_a_program_is_added_without_a_word(engine, u
 
     assert (done.stdout, done.stderr) == ("", "")
     assert count(engine) == 2
+
+
+def test_a_session_that_can_not_be_closed_costs_no_slot(engine, queue, make_worker):
+    """As if a thread that the processor has left behind were using it."""
+    worker = make_worker(concurrency=1)
+    ran = threading.Event()
+
+    def use(task) -> None:
+        session = task.session
+        session.execute(sa.text("SELECT 1"))
+        session.close = session.invalidate = refuse
+
+    worker.use("t", use, retry_limit=0)
+    worker.use("after", lambda task: ran.set())
+    with Session(engine) as session, session.begin():
+        queue.add(session, "t")
+    worker.start()
+    until(lambda: worker.stats().running == 0 and worker.stats().completed + worker.stats().failed)
+    with Session(engine) as session, session.begin():
+        queue.add(session, "after")
+
+    assert ran.wait(10)
+
+
+def refuse() -> None:
+    raise RuntimeError("it is in use")

@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 from ticking import start_at
 from waiting import patience
 
-from apoq import Queue, RunningTask, Schedule, Task, Worker, prepare
+from apoq import Limit, Queue, RunningTask, Schedule, Task, Worker, prepare
 from apoq.schema.tables import WorkerRow
 
 until = patience(20.0)
@@ -157,6 +157,21 @@ def declare(engine: sa.Engine, release: datetime | None, cron: str) -> Worker:
     until(lambda: probe.has_declared(worker))
     worker.stop()
     return worker
+
+
+def test_a_limit_whose_function_raises_stops_no_other_schedule(engine, make_worker, queue, caplog):
+    @queue.task(type="broken", every=60, limit=Limit(1, key=lambda day, **_: day.lower()))
+    def broken(day: str | None = None) -> None: ...
+
+    with Session(engine) as session, session.begin():
+        queue.schedule(session, "sound", "t", every=1)
+    worker = make_worker(queue)
+    ran = threading.Event()
+    worker.use("t", lambda task: ran.set())
+    worker.start()
+
+    assert ran.wait(10)
+    assert "broken" in caplog.text
 
 
 def test_an_older_release_does_not_undo_a_newer_declaration(engine, caplog):

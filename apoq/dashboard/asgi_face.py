@@ -70,7 +70,10 @@ class DashboardApp:
                 return
 
     async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request = _read(scope, await _body(receive))
+        body = await _body(receive)
+        if body is None:
+            return
+        request = _read(scope, body)
         role = await self._role(StarletteRequest(scope), request)
         if self._limiter is None:
             self._limiter = CapacityLimiter(THREADS)
@@ -144,13 +147,15 @@ def check_authorize(authorize: object) -> None:
         raise TypeError(f"authorize must be a function of the request, got {glimpse(authorize)}")
 
 
-async def _body(receive: Receive) -> bytes:
-    """Return the body, up to one byte more than a form may have."""
+async def _body(receive: Receive) -> bytes | None:
+    """Return the body, up to one byte more than a form may have; None if it isn't whole."""
     body = b""
     while len(body) <= MAX_BODY:
         message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
         body += message.get("body", b"")
-        if message["type"] == "http.disconnect" or not message.get("more_body"):
+        if not message.get("more_body"):
             break
     return body[: MAX_BODY + 1]
 

@@ -108,10 +108,11 @@ def _read(environ: Environ) -> Request:
 
 
 def _body(environ: Environ) -> bytes:
-    """Return the body, up to one byte more than a form may have."""
+    """Return the body, up to one byte more than a form may have; nothing of one that isn't whole."""
     try:
         length = max(0, int(environ.get("CONTENT_LENGTH") or 0))
     except ValueError:
         length = 0
-    body: bytes = environ["wsgi.input"].read(min(length, MAX_BODY + 1)) if length else b""
-    return body
+    length = min(length, MAX_BODY + 1)
+    body: bytes = environ["wsgi.input"].read(length) if length else b""
+    return body if len(body) == length else b""

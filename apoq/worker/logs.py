@@ -192,6 +192,14 @@ def row_left_behind(error: BaseException) -> None:
     logger.warning("this worker's row could not be deleted; another worker will delete it: %s", _said(error))
 
 
+def exit_in_subtask(error: BaseException) -> None:
+    """Log that a task of asyncio's, which a processor has created, wanted to end the program."""
+    logger.error(
+        "an asyncio task of a processor raised %s, which ends no worker: its other coroutines go on",
+        type(error).__name__,
+    )
+
+
 def loop_taken() -> None:
     """Log that no coroutine can run, because gevent runs all threads as one."""
     logger.critical(

@@ -118,10 +118,21 @@ class EventLoopThread:
             return
         asyncio.set_event_loop(loop)
         try:
-            loop.run_forever()
+            self._run_until_stopped(loop)
         finally:
             loop.run_until_complete(loop.shutdown_asyncgens())
             loop.close()
+
+    def _run_until_stopped(self, loop: asyncio.AbstractEventLoop) -> None:
+        while True:
+            try:
+                loop.run_forever()
+            except (SystemExit, KeyboardInterrupt) as error:
+                # asyncio ends its loop if a task of its own raises these, such as one of `asyncio.gather`.
+                # They also reach the processor that awaits that task.
+                logs.exit_in_subtask(error)
+            else:
+                return
 
     async def _cancel(self, timeout: float) -> None:  # noqa: ASYNC109 - coroutines that still run go on
         tasks = list(self._tasks)

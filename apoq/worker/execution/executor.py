@@ -334,7 +334,10 @@ class Executor:
                 started = time.monotonic()
                 row = attempt.row
                 is_held = row[CLAIM].lease.ends_at > started
-                end = run(attempt, self._completion, self._deadlines) if is_held else released(attempt)
+                try:
+                    end = run(attempt, self._completion, self._deadlines) if is_held else released(attempt)
+                except BaseException as error:  # noqa: BLE001 - a slot must not be lost
+                    end = ended(attempt, error)
                 took = self._ended(end, started)
                 if observer is not None:
                     unobserved += 1

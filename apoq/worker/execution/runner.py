@@ -8,6 +8,7 @@ import sys
 import time
 import traceback
 from collections.abc import Mapping
+from contextlib import suppress
 from contextvars import copy_context
 from typing import Any, Final, NamedTuple
 
@@ -247,7 +248,8 @@ def _close(session: Session) -> None:
     try:
         session.close()
     except Exception:  # noqa: BLE001 - the connection is broken, and so its transaction is rolled back
-        session.invalidate()
+        with suppress(Exception):  # a thread that the processor has left behind may be using it
+            session.invalidate()
 
 
 def _refuse_awaitable(attempt: AnyAttempt, value: Any) -> None:

@@ -14,7 +14,6 @@ from apoq.client.schedules import conflict
 from apoq.client.typed_task import TypedTask
 from apoq.core.payload import encode
 from apoq.core.schedules import Timing, checked_task
-from apoq.errors import ApoqError
 from apoq.schema.statements.schedules import CODE, look_up, write_schedule
 from apoq.worker import logs
 
@@ -49,9 +48,11 @@ class Declarations:
         ]
         for queue, task in new:
             try:
-                self._write(run, declaration(queue, task, now) | {"schedule_release": self._release})
-            except ApoqError as error:
+                its = declaration(queue, task, now)
+            except Exception as error:  # noqa: BLE001 - such as from the function of a limit's key
                 logs.schedule_not_declared(queue.name, task.type, error)
+            else:
+                self._write(run, its | {"schedule_release": self._release})
             self._written.add((queue, task))
         return bool(new)
 

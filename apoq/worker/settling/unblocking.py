@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
+from psycopg.errors import LockNotAvailable
 from sqlalchemy import Executable
 
 from apoq.client.cascades import Execute, Report, batches, fail_children
@@ -63,10 +64,7 @@ def unblock(
     """
     left = no_ends()
     free: dict[str, float] = {}
-    cascade = fail_children(run, schema, ends.failed, report=report) if ends.failed else None
-    if cascade is not None:
-        left.failed.update(cascade.left)
-    done = ends.done | (cascade.free if cascade is not None else set())
+    done = ends.done | _fail(run, schema, ends.failed, left, report)
     for ids in batches(ends.completed | done):
         completed = [id_ for id_ in ids if id_ in ends.completed]
         parameters = {"ids": array_text(ids), "completed": array_text(completed)}
@@ -77,6 +75,22 @@ def unblock(
             else:
                 (left.completed if id_ in ends.completed else left.done).add(id_)
     return free, left
+
+
+def _fail(run: Execute, schema: str | None, failed: set[int], left: Ends, report: Report | None) -> set[int]:
+    """Write the failures of tasks to their children; return those whose children go on, and add to `left`."""
+    if not failed:
+        return set()
+    try:
+        cascade = fail_children(run, schema, failed, report=report)
+    except LockNotAvailable:
+        # A task that has timed out and goes on holds an edge if it has added tasks to its group.
+        if len(failed) == 1:
+            left.failed.update(failed)
+            return set()
+        return {id_ for one in failed for id_ in _fail(run, schema, {one}, left, report)}
+    left.failed.update(cascade.left)
+    return cascade.free
 
 
 class _Schema:
