@@ -12,7 +12,7 @@ from apoq.worker.circuit_breaker import CircuitBreaker
 from apoq.worker.claim_log import ClaimLog
 from apoq.worker.claiming.claim_statement import ClaimStatement, On, Portions, Row, has_no_response
 from apoq.worker.claiming.claimable_queue import ClaimableQueue
-from apoq.worker.claiming.placed_claims import PlacedClaims, PlacedTasks
+from apoq.worker.claiming.placed_claims import MAX_KEYS, PlacedClaims, PlacedTasks
 from apoq.worker.claiming.queue_claims import QueueClaims
 from apoq.worker.claiming.strays import Strays
 from apoq.worker.database import WorkerDatabase
@@ -69,13 +69,14 @@ class SchemaClaims:
     ) -> Iterator[Taken]:
         """Claim up to `limit` tasks for `free` slots; yield what was taken from each queue that was reached.
 
-        Queues whose tasks need places are claimed from one after the other, up to `room` tasks: before the
-        others, or after these if one of the others comes first in `portions`.
+        Queues whose tasks need places are claimed from one after the other, up to `room` tasks. That takes
+        longer, so it comes before the others, whose tasks then begin at once; unless it may leave nothing of
+        the `limit`, and one of the others comes first in `portions`.
         """
         placed = {queue: its for queue, its in portions.items() if queue.needs_places}
         plain = {queue: its for queue, its in portions.items() if queue not in placed}
-        claims = [partial(self._claim_plain, plain), partial(self._claim_placed, placed, room)]
-        if next(iter(portions)) in placed:
+        claims = [partial(self._claim_placed, placed, room), partial(self._claim_plain, plain)]
+        if min(room, MAX_KEYS) >= limit and next(iter(portions)) in plain:
             claims.reverse()
         for claim in claims:
             for taken in claim(limit, free, on, others):
