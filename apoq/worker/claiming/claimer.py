@@ -249,9 +249,9 @@ class Claimer(Service):
         if self._is_draining:
             return 0, executor.free
         is_careful = any(queue.cursor.is_careful for queue in self._queues.values())
-        # With no prefetched tasks in line, the next slot that is free is free for a task with a place.
-        is_alone = is_careful or self._lacks_room
-        prefetched = 0 if is_alone else prefetch_limit(executor.concurrency, executor.run_time)
+        # Prefetched tasks would take each slot before a task with a place could be claimed for it.
+        may_prefetch = not (is_careful or self._lacks_room)
+        prefetched = prefetch_limit(executor.concurrency, executor.run_time) if may_prefetch else 0
         executor.low_water = prefetched // 2
         room = executor.concurrency + prefetched - executor.load
         free = executor.free

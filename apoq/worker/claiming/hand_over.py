@@ -138,7 +138,7 @@ class HandOver(Service):
             self.wake()  # for the others
 
     def unblock_all(self, by: float) -> None:
-        """Do so with all free places, until then, as long as that makes them fewer."""
+        """Do so with all free places until `by`, by time.monotonic(), or until the rest must wait."""
         before = math.inf
         while 0 < (count := self._places.count()) < before and time.monotonic() < by:
             before = count
