@@ -144,7 +144,7 @@ def decide(candidates: Iterable[Candidate], rules: Rules, state: State, room: in
     full: set[Share] = set()
     for task in candidates:
         shares = rules.shares_of(task)
-        if not task.may_run or any(share not in state.locked for share, _ in shares):
+        if not task.may_run or any(not _is_known(share, rule, state) for share, rule in shares):
             left.append(task)
             continue
         slots: dict[Share, int] = {}
@@ -175,6 +175,14 @@ def _placed(task: Candidate, slots: Mapping[Share, int]) -> Placed:
         else:
             of_pool, pool = slot, share.name
     return Placed(task, of_key, pool, of_pool)
+
+
+def _is_known(share: Share, rule: Rule, state: State) -> bool:
+    """Return whether a task can be placed or blocked.
+
+    A task that comes after others that wait needs no lock to be blocked, unless the order is strict.
+    """
+    return share in state.locked or (share in state.awaited and not rule.is_strict)
 
 
 def _is_next(task: Candidate, share: Share, rule: Rule, state: State) -> bool:

@@ -14,8 +14,12 @@ from apoq.worker.execution.attempt import Claimed
 MAX_LOOKED_FOR: Final = 100
 """Tasks of each key or pool that are looked for at once, at most."""
 
-MAX_HANDED_OVER: Final = 64
-"""Keys and pools whose places one transaction hands over, at most."""
+MAX_HANDED_OVER: Final = 256
+"""Keys and pools whose places one transaction hands over, at most.
+
+As many as those of a claim: otherwise tasks would be blocked faster than they get places, if several workers
+run tasks of the same keys.
+"""
 
 Freed = Mapping[Share, int]
 """How many tasks to look for that wait for each key or pool."""

@@ -75,26 +75,37 @@ def rates(laboratory: Laboratory) -> list[Figure]:
     """Run tasks of 1,000 keys, and plain ones, for as long as it takes with autovacuum at its defaults."""
     count, found = laboratory.size(1_000_000, 20_000), {}
     for type_ in ("plain", "keyed"):
-        laboratory.clear()
-        key: Callable[[int], str] | None = (lambda number: f"k{number % 1_000}") if type_ == "keyed" else None
-        for first in range(0, count, 50_000):
-            laboratory.add(type_, range(first, min(count, first + 50_000)), key=key)
-        laboratory.settle()
+        _add(laboratory, type_, count)
         before = laboratory.value("SELECT pg_current_wal_insert_lsn() - '0/0'")
         runs = laboratory.run(KEYED, wait_for={type_: count})
         wal = laboratory.value("SELECT pg_current_wal_insert_lsn() - '0/0'") - before
         dead = laboratory.value("SELECT n_dead_tup FROM pg_stat_user_tables WHERE relname = 'apoq_tasks'")
         found[type_] = rate(runs), float(wal) / count, float(dead)
+    by_workers = []
+    for workers in (1, 2):
+        few = laboratory.size(150_000, 10_000)
+        _add(laboratory, "keyed", few)
+        by_workers.append(rate(laboratory.run(*[KEYED] * workers, wait_for={"keyed": few})))
     (plain, plain_wal, plain_dead), (keyed, wal, dead) = found["plain"], found["keyed"]
     return [
         Figure("plain tasks", plain, "tasks/s"),
         Figure("tasks of 1,000 keys", keyed, "tasks/s"),
         Figure("keyed / plain", keyed / plain, "times", "at least 0.4"),
+        Figure("two workers with the same keys / one", by_workers[1] / by_workers[0], "times"),
         Figure("WAL of a plain task, full-page images included", plain_wal, "bytes"),
         Figure("WAL of a keyed task", wal, "bytes"),
         Figure("dead rows after plain tasks", plain_dead, "rows"),
         Figure("dead rows after keyed tasks", dead, "rows"),
     ]
+
+
+def _add(laboratory: Laboratory, type_: str, count: int) -> None:
+    """Add tasks to an empty table: those of the type `keyed` have 1,000 keys."""
+    laboratory.clear()
+    key: Callable[[int], str] | None = (lambda number: f"k{number % 1_000}") if type_ == "keyed" else None
+    for first in range(0, count, 50_000):
+        laboratory.add(type_, range(first, min(count, first + 50_000)), key=key)
+    laboratory.settle()
 
 
 def full_key(laboratory: Laboratory) -> list[Figure]:

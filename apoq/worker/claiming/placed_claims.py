@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any, Final, NamedTuple
 from zlib import crc32
@@ -103,8 +103,8 @@ class PlacedClaims:
         self._schema = schema
         self._statement = statement
         self._places = places
-        self._looks_at: dict[ClaimableQueue, int] = {}
-        """How many due tasks the next claim looks at, if the last one had to block any."""
+        self._blocked: dict[ClaimableQueue, float] = {}
+        """The share of the due tasks that the last claim of each queue had to block."""
         self._serial: set[Share] = set()
         """Keys and pools that were found to have a single place."""
         self._rarely_awaited: set[ClaimableQueue] = set()
@@ -114,7 +114,8 @@ class PlacedClaims:
 
     def claim(self, queue: ClaimableQueue, limit: int, free: int) -> PlacedTasks:
         """Claim up to `limit` due tasks of a queue for `free` slots, and block those without a free place."""
-        at_most = max(min(limit, MAX_KEYS), self._looks_at.get(queue, 0))
+        looks_at = MAX_PICKED if self._blocked.get(queue, 0.0) > 1 / 2 else 0
+        at_most = max(min(limit, MAX_KEYS), looks_at)
         refused = 0
         while True:
             found: list[Candidate] = []
@@ -152,7 +153,7 @@ class PlacedClaims:
         number, rows, decision = self._transact(queue, pick, free)
         blocked = decision.blocked if decision else []
         left = decision.left if decision else []
-        self._looks_at[queue] = MAX_PICKED if 2 * len(blocked) > len(found) else 0
+        self._blocked[queue] = len(blocked) / max(1, len(found))
         full = decision.full if decision else set()
         is_queue_full = Share(POOL, WHOLE_QUEUE) in full
         return PlacedTasks(
@@ -178,7 +179,7 @@ class PlacedClaims:
 
         def pick(send: Transaction) -> tuple[list[Candidate], Decision]:
             # One more than have become free, because more places may be free than that.
-            wanted = {share: freed[share] + (share not in self._serial) for share in shares}
+            wanted = {share: 1 if share in self._serial else freed[share] + 1 for share in shares}
             parameters = self._wanted(queue, wanted)
             numbers = self._numbers(queue, shares)
             # The rest after the locks, so that no other transaction changes it.
@@ -233,7 +234,7 @@ class PlacedClaims:
         A task that another transaction is just about to let wait isn't found; after its commit, the worker
         that has sent it looks again.
         """
-        found = [Share(*each) for each in execute(self._engine, *self._awaited(queue, shares))]
+        found = list(_shares_in(execute(self._engine, *self._awaited(queue, shares))))
         self._note_found(queue, len(found), shares)
         return found
 
@@ -296,7 +297,8 @@ class PlacedClaims:
         keys = list(dict.fromkeys(task.key for task in found if task.key is not None))
         pools = [WHOLE_QUEUE, *dict.fromkeys(task.type for task in found)]
         shares = [Share(KEY, key) for key in keys[:MAX_KEYS]] + [Share(POOL, name) for name in pools]
-        numbers = self._numbers(queue, shares)
+        full = self._full(send, queue, found, shares) if self._blocked.get(queue) else set()
+        numbers = self._numbers(queue, [share for share in shares if share not in full])
         # The rest after the locks, so that no other transaction changes it.
         taken, limits, places, awaited = send.together(
             _lock(numbers), self._limits(queue, keys), self._held(queue, shares), self._awaited(queue, shares)
@@ -305,10 +307,23 @@ class PlacedClaims:
         state = State(
             _by_share(places),
             frozenset(_locked(numbers, taken)),
-            frozenset(Share(*each) for each in awaited),
+            frozenset(full.union(_shares_in(awaited))),
             self._first_ids(send, queue, rules, found),
         )
         return decide(found, rules, state, room)
+
+    def _full(
+        self, send: Transaction, queue: ClaimableQueue, found: list[Candidate], shares: list[Share]
+    ) -> set[Share]:
+        """Return the keys and pools that other tasks wait for, and whose tasks have to wait as well.
+
+        A claim that only blocks their tasks leaves their locks to those who hand over places.
+        """
+        keys = [share.name for share in shares if share.kind == KEY]
+        limits, awaited = send.together(self._limits(queue, keys), self._awaited(queue, shares))
+        rules = _rules(limits)
+        strict = {share for task in found for share, rule in rules.shares_of(task) if rule.is_strict}
+        return set(_shares_in(awaited)) - strict
 
     def _numbers(self, queue: ClaimableQueue, shares: Iterable[Share]) -> dict[Share, int]:
         """Return the locks of keys and pools."""
@@ -407,6 +422,10 @@ def _rules(limits: Iterable[Sequence[Any]]) -> Rules:
     return Rules(types, keyed_types, keys, whole)
 
 
+def _shares_in(rows: Iterable[Sequence[Any]]) -> Iterator[Share]:
+    return (Share(*row) for row in rows)
+
+
 def _by_share(places: Iterable[Sequence[Any]]) -> dict[Share, list[int]]:
     """Return the places that are held."""
     held: dict[Share, list[int]] = {}
@@ -454,9 +473,12 @@ def _ends(found: Iterable[Candidate], left: set[int], *, is_keyed: bool) -> dict
 
 
 def _more(wanted: Freed, decision: Decision) -> dict[Share, int]:
-    """Return the keys and pools of which all tasks that were found could begin, so that there may be more."""
+    """Return the keys and pools of which all tasks that were found could begin, so that there may be more.
+
+    The next look is for twice as many.
+    """
     counts: dict[Share, int] = {}
     for each in decision.placed:
         for share in (Share(KEY, each.task.key or ""), Share(POOL, each.pool or "")):
             counts[share] = counts.get(share, 0) + 1
-    return {share: count for share, count in wanted.items() if count > 1 and counts.get(share, 0) >= count}
+    return {share: 2 * count for share, count in wanted.items() if 1 < count <= counts.get(share, 0)}

@@ -14,7 +14,7 @@ from apoq.schema.statements.places import awaited
 from apoq.worker.circuit_breaker import CircuitBreaker
 from apoq.worker.claiming.hand_over import HandOver
 from apoq.worker.database import WorkerDatabase
-from apoq.worker.places import MAX_HANDED_OVER, MAX_LOOKED_FOR, Places
+from apoq.worker.places import Places
 from apoq.worker.service import Service
 
 SWEEP_SECONDS: Final = 5.0
@@ -22,6 +22,9 @@ SWEEP_SECONDS: Final = 5.0
 
 IDLE_SWEEP_SECONDS: Final = 60.0
 """Seconds between two looks into any other schema."""
+
+MAX_SWEPT: Final = 64
+"""Keys and pools that are looked at together, at most."""
 
 MORE_SECONDS: Final = 0.01
 """Seconds until the next keys and pools are looked at."""
@@ -95,14 +98,14 @@ class PlaceSweep(Service):
         queues = self._queues[schema]
         behind = self._behind[schema]
         after = dict(zip(("after_queue", "after_kind", "after_name"), behind, strict=True))
-        parameters = {**after, "queue_names": list(queues), "at_most": MAX_HANDED_OVER}
+        parameters = {**after, "queue_names": list(queues), "at_most": MAX_SWEPT}
         found = execute(self._database.engine, awaited(schema), parameters).fetchall()
         by_queue: dict[str, dict[Share, int]] = {}
         for name, kind, share in found:
-            by_queue.setdefault(name, {})[Share(kind, share)] = MAX_LOOKED_FOR
+            by_queue.setdefault(name, {})[Share(kind, share)] = 1
         for name, shares in by_queue.items():
             self._hand_over.expect(queues[name], shares)
-        has_more = len(found) == MAX_HANDED_OVER
+        has_more = len(found) == MAX_SWEPT
         if self._behind[schema] is behind:  # otherwise, it must begin again
             self._behind[schema] = tuple(found[-1]) if has_more else START
         return has_more
