@@ -10,12 +10,14 @@ from datetime import timedelta
 import probe
 import pytest
 import sqlalchemy as sa
+from claims import hold_lease
 from sqlalchemy.orm import Session
 from waiting import patience
 
 from apoq import Limit, Queue, Task, Worker, prepare
-from apoq.core.states import COMPLETED, RUNNING
+from apoq.core.states import COMPLETED, PENDING, RUNNING, WAITING
 from apoq.events import TaskClaimed
+from apoq.schema.statements.places import LOCKS, lock_shares
 
 until = patience(20)
 
@@ -49,6 +51,26 @@ def test_work_claims_one_task_even_if_a_keyed_and_a_plain_one_are_due(engine, wo
     assert RUNNING not in states(engine)
     worker.work()
     assert states(engine) == [COMPLETED, COMPLETED]
+
+
+def test_a_claim_blocks_the_tasks_of_a_full_key_while_another_worker_hands_over_its_place(
+    engine, worker, add
+):
+    worker.use("t", print, limit=SERIAL)
+    hold_lease(worker)
+    probe.declare_limits(worker)
+    add("t", "full", count=2)
+    probe.claim_placed(worker, 10)
+    add("t", "full")
+    add("t", "free")
+
+    with engine.begin() as other:
+        other.execute(lock_shares(), {"numbers": list(range(LOCKS))})
+        probe.claim_placed(worker, 10)
+
+    probe.dispose(worker)
+
+    assert states(engine) == [RUNNING, WAITING, WAITING, PENDING]
 
 
 def test_work_lets_no_kind_wait_for_ever(worker, add):

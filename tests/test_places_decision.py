@@ -70,6 +70,16 @@ def test_tasks_that_wait_for_the_key_come_first():
     assert ids(decided([task(9)], of_keys(2), awaited=frozenset({A})).blocked) == [9]
 
 
+def test_tasks_behind_others_that_wait_are_blocked_without_a_lock():
+    unlocked = frozenset({B, TYPE, WHOLE})
+
+    found = decided([task(9)], of_keys(2), locked=unlocked, awaited=frozenset({A}))
+    strict = decided([task(9)], of_keys(1, is_strict=True), locked=unlocked, awaited=frozenset({A}))
+
+    assert (ids(found.blocked), ids(found.left)) == ([9], [])
+    assert (ids(strict.blocked), ids(strict.placed), ids(strict.left)) == ([], [], [9])
+
+
 def test_of_a_strict_key_only_the_first_task_begins():
     rules = of_keys(1, is_strict=True)
 

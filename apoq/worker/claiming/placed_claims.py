@@ -60,7 +60,7 @@ from apoq.worker.places import Freed, Places
 MAX_KEYS: Final = 256
 """Keys to which one claim gives places, at most, and due tasks that it looks at."""
 
-MAX_PICKED: Final = 250
+MAX_PICKED: Final = 100
 """Due tasks that a claim looks at if most of the last ones had to be blocked.
 
 More at once would be blocked sooner, but hold up the tasks of other keys for longer.
@@ -114,8 +114,7 @@ class PlacedClaims:
 
     def claim(self, queue: ClaimableQueue, limit: int, free: int) -> PlacedTasks:
         """Claim up to `limit` due tasks of a queue for `free` slots, and block those without a free place."""
-        looks_at = MAX_PICKED if self._blocked.get(queue, 0.0) > 1 / 2 else 0
-        at_most = max(min(limit, MAX_KEYS), looks_at)
+        at_most = MAX_PICKED if self._blocked.get(queue, 0.0) > 1 / 2 else min(limit, MAX_KEYS)
         refused = 0
         while True:
             found: list[Candidate] = []
