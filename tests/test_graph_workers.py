@@ -167,6 +167,38 @@ def test_a_member_that_exceeds_its_timeout_and_has_added_to_its_group_holds_up_n
         worker.stop()
 
 
+def test_a_running_member_that_has_added_to_its_group_is_cancelled_without_waiting_for_it(engine, queue):
+    holding, go, ran = threading.Event(), threading.Event(), []
+
+    def hold(task: RunningTask) -> None:
+        task.group.add("note")
+        task.session.flush()
+        holding.set()
+        go.wait(30)
+
+    worker = Worker(engine, queue, concurrency=2)
+    worker.use("hold", hold)
+    worker.use("note", lambda task: ran.append(task.data))
+    with Session(engine, expire_on_commit=False) as session, session.begin(), queue.group(session) as group:
+        member = group.add("hold")
+        group.then("note", "last step")
+    worker.start()
+    try:
+        assert holding.wait(10)
+        with Session(engine) as session, session.begin():
+            session.execute(sa.text("SET LOCAL statement_timeout = '5s'"))
+            assert queue.cancel(session, member)
+        go.set()
+        until(lambda: ended(engine, "running") == 0, 10)
+        probe.sweep_links(worker)
+
+        until(lambda: ended(engine, "cancelled") == 2)
+        assert ran == []
+    finally:
+        go.set()
+        worker.stop()
+
+
 def has_failed(engine: sa.Engine) -> bool:
     with engine.connect() as connection:
         return connection.scalar(sa.select(sa.exists().where(Task.state == "failed")))
@@ -345,6 +377,23 @@ def test_two_workers_count_each_edge_once(engine, make_worker):
     assert sorted(n for n in ran if n >= 0) == list(range(20))
     with Session(engine) as session:
         check_blockers(session)
+
+
+def test_edges_whose_tasks_were_truncated_are_looked_at_once(engine, queue):
+    with Session(engine) as session, session.begin():
+        parent = queue.add(session, "t")
+        session.flush()
+    with Session(engine) as session, session.begin():
+        queue.add_many(session, "t", [{}] * 1_000, after=[parent])
+    with engine.begin() as connection:
+        connection.execute(sa.text("TRUNCATE apoq_tasks"))
+
+    with engine.begin() as connection:
+        sweep = LinksSweep(None, lambda *statement: connection.execute(*statement).mappings(), 2.0)
+        sweep.check()
+        sweep.check()
+
+    assert sweep.looks_at > time.monotonic() + 1
 
 
 def test_a_look_at_edges_that_failed_is_repeated_at_the_next_turn():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from datetime import timedelta
 
@@ -294,6 +295,37 @@ def test_retrying_a_parent_heals_the_graph(session, queue, crew, ran):
     check_blockers(session)
 
 
+def test_a_child_waits_again_when_all_of_its_parents_that_had_failed_are_retried(session, queue, crew, ran):
+    first, second = (queue.add(session, "fail", {"n": n}) for n in (1, 2))
+    child = queue.add(session, "t", {"n": 3}, after=[first, second])
+    below = queue.add(session, "t", {"n": 4}, after=[child, first])
+    drain(session, crew, errors="record")
+    session.execute(sa.update(Task).where(Task.type == "fail").values(type="t"))
+
+    queue.retry(session, first, with_cancelled=True)
+    drain(session, crew)
+    assert states(session, child, below) == ["cancelled", "cancelled"]
+    queue.retry(session, second, with_cancelled=True)
+    drain(session, crew)
+
+    assert ran == [1, 2, 1, 2, 3, 4]
+    check_blockers(session)
+
+
+def test_a_child_that_waits_again_has_its_unique_key(session, queue, crew):
+    bad = queue.add(session, "fail", {"n": 1})
+    child, taken = (
+        queue.add(session, "t", {"n": 2}, after=[bad], unique_key=key) for key in ("free", "taken")
+    )
+    drain(session, crew, errors="record")
+    other = queue.add(session, "t", {"n": 3}, unique_key="taken")
+
+    queue.retry(session, bad, with_cancelled=True)
+
+    assert states(session, child, taken, other) == ["waiting", "cancelled", "pending"]
+    assert not queue.add(session, "t", {"n": 4}, unique_key="free").is_new
+
+
 def test_without_with_cancelled_only_the_parent_is_retried(session, queue, crew, ran):
     bad = queue.add(session, "fail", {"n": 1})
     child = queue.add(session, "t", {"n": 2}, after=[bad])
@@ -502,6 +534,20 @@ def test_a_group_whose_block_fails_is_rolled_back_with_the_transaction(engine, q
 
     with Session(engine) as session:
         assert session.scalar(sa.select(sa.func.count()).select_from(Task)) == 0
+
+
+def test_a_group_does_not_wait_for_tasks_of_a_savepoint_that_was_rolled_back(session, queue, crew, ran):
+    with queue.group(session) as group:
+        group.add("t", {"n": 1})
+        with contextlib.suppress(KeyError), session.begin_nested():
+            group.add_many("t", [{"n": 2}, {"n": 3}])
+            raise KeyError
+        group.then("t", {"n": 4})
+
+    drain(session, crew)
+
+    assert ran == [1, 4]
+    check_blockers(session)
 
 
 def test_a_task_adds_others_to_its_group(session, queue):

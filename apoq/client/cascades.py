@@ -1,4 +1,4 @@
-"""Goes through the levels of a graph when a task of it has not completed, or is retried."""
+"""Goes through the levels of a graph when a task of it has not completed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from apoq.schema.statements.cascade import (
     REPORT,
     apply_failures,
     reopen,
-    revive,
 )
 
 Execute = Callable[[Executable, dict[str, Any]], Iterable[Mapping[Any, Any]]]
@@ -73,21 +72,6 @@ def fail_children(
                         cascade.left.add(id_)
         level = below
     return cascade
-
-
-def revive_children(execute: Execute, schema: str | None, id_: int) -> None:
-    """Let the tasks wait again that were cancelled because this one had not completed, level by level."""
-    level = {id_}
-    while level:
-        below: set[int] = set()
-        for batch in batches(level):
-            parameters = {"ids": array_text(batch), "at_most": CASCADE_SIZE}
-            rows = [*execute(revive(schema), parameters)]
-            while rows:
-                below.update(row["id"] for row in rows if row["is_followed"])
-                rows = [*execute(revive(schema), parameters)] if len(rows) >= CASCADE_SIZE else []
-            reopen_edges(execute, schema, batch)
-        level = below
 
 
 def reopen_edges(execute: Execute, schema: str | None, ids: Sequence[int]) -> None:

@@ -16,7 +16,7 @@ from apoq.errors import InvalidTask
 from apoq.schema.models import Task
 from apoq.schema.statements import links as statements
 from apoq.schema.statements.arrays import array_text
-from apoq.schema.statements.groups import GROUP_POSITION, add_to_own_edges, group_of
+from apoq.schema.statements.groups import GROUP_POSITION, add_to_own_edges, group_of, missing
 from apoq.schema.statements.notify import has_tasks
 
 
@@ -164,6 +164,9 @@ class Group:
 
     def _finish(self, caller: Caller) -> None:
         schema, ids = self._queue.schema, [self.id]
+        # Tasks that were added in a savepoint are gone if that was rolled back.
+        gone = {row["id"] for row in caller.execute(missing(schema), {"ids": array_text(self._members)})}
+        self._members = [member for member in self._members if member not in gone]
         for number, (parameters, on_failure) in enumerate(self._closing):
             its = {
                 **parameters,

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from apoq.client.cascades import fail_children, reopen_edges, revive_children
+from apoq.client.cascades import fail_children, reopen_edges
+from apoq.client.revival import revive_children
 from apoq.client.session_adapters import Caller, Driver, Row
 from apoq.client.unique_tasks import reserve_key_of
 from apoq.core.options import has_expiry
@@ -112,7 +113,7 @@ def retry(
     for row in rows:
         caller.refresh(task_class(schema), read_row(row))
         if with_cancelled:
-            revive_children(caller.execute, schema, row["id"])
+            revive_children(caller, schema, row["id"])
         elif row["is_followed"]:
             reopen_edges(caller.execute, schema, [row["id"]])
         caller.notify(has_tasks(schema, parameters["from_queue"]))

@@ -10,10 +10,14 @@ from functools import cache
 from typing import Any, Final
 
 from sqlalchemy import (
+    BigInteger,
     CompoundSelect,
+    FromClause,
     Integer,
+    Select,
     Text,
     Update,
+    all_,
     any_,
     bindparam,
     cast,
@@ -51,7 +55,7 @@ def apply_failures(schema: str | None, *, waits: bool = False, reports: bool = F
     with its parents is cancelled, and one that runs in any case need not wait for the parent any more.
 
     `waits`: wait for children that another session has locked, instead of leaving them for later; and let a
-    worker count the edges off after the commit.
+    worker count the edges off after the commit. Edges that another session has locked are left to the sweep.
 
     Returns rows of a kind and an id: "edge" with a parent, for each edge that was written; "next" with each
     child that was cancelled, and that other tasks wait for; "free" with the parent of an edge that is done;
@@ -85,14 +89,17 @@ def apply_failures(schema: str | None, *, waits: bool = False, reports: bool = F
         .where(or_(tasks.c.id.is_(None), _is(tasks.c.state, FAILED, CANCELLED)))
         .cte("ended")
     )
-    edges = (
+    open_edges = (
         select(links.c.parent_id, links.c.child_id, ended.c.error)
         .select_from(ended.join(links, links.c.parent_id == ended.c.id))
         .where(~links.c.is_done, links.c.error.is_(None))
         .order_by(links.c.child_id)
         .limit(bindparam("at_most", type_=Integer))
-        .cte("edges")
     )
+    if waits:
+        # A running task that has added others to its group has locked its edges, and may wait for the caller.
+        open_edges = open_edges.with_for_update(of=links, skip_locked=True)
+    edges = open_edges.cte("edges")
     child = tasks.alias("child")
     mine = (
         select(
@@ -178,32 +185,44 @@ def reopen(schema: str | None) -> Update:
 
 
 @cache
-def revive(schema: str | None) -> Update:
-    """Let up to `at_most` tasks wait again that were cancelled with the tasks `ids`, and return them.
+def cancelled_with(schema: str | None) -> Select[tuple[int, str, str | None]]:
+    """Lock up to `at_most` tasks behind `behind_id` that were cancelled with the tasks `ids`, and no others.
 
-    They have all of their attempts again.
+    Returns their ids, queues and unique keys.
     """
     tasks, links = tasks_table(schema), links_table(schema)
-    child = tasks.alias("child")
-    of_parents = select(links.c.child_id).where(
-        links.c.parent_id == any_(bigints("ids")), ~links.c.is_done, links.c.error.is_not(None)
-    )
-    children = (
-        select(child.c.id)
-        .where(
-            child.c.id.in_(of_parents),
-            child.c.state == _text(CANCELLED),
-            child.c.error["class"].as_string() == _text(ERROR_CLASS),
-            child.c.blockers > literal_column("0"),
-        )
-        .order_by(child.c.id)
-        .limit(bindparam("at_most", type_=Integer))
-        .with_for_update(of=child)
-        .cte("children")
+    parents = bigints("ids")
+    of_parents = select(links.c.child_id).where(links.c.parent_id == any_(parents), *_has_failed(links))
+    others = links.alias("others")
+    of_others = exists().where(
+        others.c.child_id == tasks.c.id, others.c.parent_id != all_(parents), *_has_failed(others)
     )
     return (
+        select(tasks.c.id, tasks.c.queue, tasks.c.unique_key)
+        .where(
+            tasks.c.id.in_(of_parents),
+            tasks.c.id > bindparam("behind_id", type_=BigInteger),
+            tasks.c.state == _text(CANCELLED),
+            tasks.c.error["class"].as_string() == _text(ERROR_CLASS),
+            tasks.c.blockers > literal_column("0"),
+            ~of_others,
+        )
+        .order_by(tasks.c.id)
+        .limit(bindparam("at_most", type_=Integer))
+        .with_for_update(of=tasks)
+    )
+
+
+@cache
+def revive(schema: str | None) -> Update:
+    """Let the tasks `ids`, which this transaction has locked, wait for their parents again; return them.
+
+    They have all of their attempts again, and hold their unique keys, which must have been reserved.
+    """
+    tasks = tasks_table(schema)
+    return (
         update(tasks)
-        .where(tasks.c.id == children.c.id)
+        .where(tasks.c.id == any_(bigints("ids")))
         .values(
             state=_text(WAITING),
             waiting_since=now(),
@@ -212,9 +231,15 @@ def revive(schema: str | None) -> Update:
             fail_count=0,
             rescue_count=0,
             cancelled_at=null(),
+            held_unique_key=tasks.c.unique_key,
         )
-        .returning(tasks.c.id, tasks.c.is_followed, tasks.c.queue)
+        .returning(tasks.c.id, tasks.c.is_followed)
     )
+
+
+def _has_failed(links: FromClause) -> tuple[Any, ...]:
+    """Return the conditions that the parent of an edge has not completed, and the child knows of it."""
+    return ~links.c.is_done, links.c.error.is_not(None)
 
 
 def _text(value: str) -> Any:

@@ -102,13 +102,14 @@ def checked(schema: str | None) -> Update:
     # looks for all of its edges.
     is_followed = exists().where(tasks.c.id == links.c.parent_id, tasks.c.is_followed, _is_open(tasks))
     is_applied = and_(links.c.error.is_not(None), ~links.c.is_done)
+    is_left_over = ~exists().where(tasks.c.id == links.c.child_id)
     return (
         update(links)
         .where(
             links.c.parent_id == edges.c.parent_id,
             links.c.child_id == edges.c.child_id,
             links.c.needs_check,
-            or_(is_applied, is_followed),
+            or_(is_applied, is_followed, is_left_over),
         )
         .values(needs_check=false())
     )

@@ -5,7 +5,19 @@ from __future__ import annotations
 from functools import cache
 from typing import Any, Final
 
-from sqlalchemy import BigInteger, Integer, Select, Update, any_, bindparam, func, select, true, update
+from sqlalchemy import (
+    BigInteger,
+    Integer,
+    Select,
+    Update,
+    any_,
+    bindparam,
+    exists,
+    func,
+    select,
+    true,
+    update,
+)
 
 from apoq.schema.models import tasks_table
 from apoq.schema.statements.arrays import bigints
@@ -33,6 +45,14 @@ def group_of(schema: str | None) -> Select[*tuple[Any, ...]]:
         )
         .order_by(links.c.child_id)
     )
+
+
+@cache
+def missing(schema: str | None) -> Select[tuple[int]]:
+    """Return the `ids` that no task has."""
+    tasks = tasks_table(schema)
+    given = func.unnest(bigints("ids")).table_valued("id").render_derived("given")
+    return select(given.c.id).where(~exists().where(tasks.c.id == given.c.id))
 
 
 @cache
