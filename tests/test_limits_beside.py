@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import probe
@@ -15,6 +16,7 @@ from sqlalchemy.orm import Session
 from waiting import patience
 
 from apoq import Limit, Queue, Task, Worker, prepare
+from apoq.core.places import KEY, Share
 from apoq.core.states import COMPLETED, PENDING, RUNNING, WAITING
 from apoq.events import TaskClaimed
 from apoq.schema.statements.places import LOCKS, lock_shares
@@ -71,6 +73,67 @@ def test_a_claim_blocks_the_tasks_of_a_full_key_while_another_worker_hands_over_
     probe.dispose(worker)
 
     assert states(engine) == [RUNNING, WAITING, WAITING, PENDING]
+
+
+@contextmanager
+def gives_away(engine: sa.Engine, task_id: int) -> Iterator[None]:
+    """Give the first place of a task's key to it in a transaction that ends when another one waits for it."""
+    with engine.begin() as other:
+        other.execute(sa.update(Task).where(Task.id == task_id).values(state=RUNNING, slot=0))
+        yield
+        until(lambda: is_waiting(engine))
+
+
+def is_waiting(engine: sa.Engine) -> bool:
+    waits = sa.text(
+        "SELECT EXISTS (SELECT FROM pg_stat_activity "
+        "WHERE datname = current_database() AND wait_event_type = 'Lock')"
+    )
+    with engine.connect() as connection:
+        return connection.scalar(waits)
+
+
+def test_a_claim_is_repeated_if_another_transaction_gives_away_the_same_place(engine, worker, add):
+    """It has not taken the lock of the key, because it uses another name of the schema."""
+    worker.use("t", print, limit=SERIAL)
+    hold_lease(worker)
+    probe.declare_limits(worker)
+    add("t", "k", count=2)
+    add("t", "other")
+
+    claiming = threading.Thread(target=probe.claim_placed, args=(worker, 10))
+    with gives_away(engine, first_id(engine)):
+        claiming.start()
+    claiming.join()
+    probe.dispose(worker)
+
+    assert states(engine) == [RUNNING, WAITING, RUNNING]
+    assert probe.runtime(worker).places.conflicts == 1
+
+
+def test_a_place_is_handed_over_later_if_another_transaction_gives_it_away(engine, worker, add):
+    worker.use("t", print, limit=SERIAL)
+    hold_lease(worker)
+    probe.declare_limits(worker)
+    add("t", "k", count=2)
+    probe.claim_placed(worker, 10)
+    with engine.begin() as connection:
+        connection.execute(sa.update(Task).where(Task.state == RUNNING).values(state=COMPLETED))
+    add("t", "k")
+
+    handing = threading.Thread(target=probe.hand_over, args=(worker, {Share(KEY, "k"): 1}, 1))
+    with gives_away(engine, first_id(engine) + 2):
+        handing.start()
+    handing.join()
+    probe.dispose(worker)
+
+    assert states(engine) == [COMPLETED, WAITING, RUNNING]
+    assert probe.runtime(worker).places.conflicts == 1
+
+
+def first_id(engine: sa.Engine) -> int:
+    with engine.connect() as connection:
+        return connection.scalar(sa.select(sa.func.min(Task.id)))
 
 
 def test_work_lets_no_kind_wait_for_ever(worker, add):

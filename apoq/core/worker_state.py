@@ -17,5 +17,7 @@ class WorkerState(NamedTuple):
     """How many it runs now."""
     heartbeat_age: float
     """Seconds since its last heartbeat; 0 before the first."""
+    place_conflicts: int
+    """How often another worker had given away the same place of a key or pool."""
     is_connected: bool
     """Whether it reaches the database."""

@@ -32,7 +32,8 @@ class WorkerMetrics(Collector):
     def collect(self) -> Iterator[Metric]:
         """Return all families."""
         state = self._state()
-        outcomes, seconds, waits, slots, busy, claims, claim_seconds, age, connected = self._families()
+        families = self._families()
+        outcomes, seconds, waits, slots, busy, claims, claim_seconds, conflicts, age, connected = families
         for (series, outcome), count in sorted(self._outcomes(state).items()):
             outcomes.add_metric([*series, outcome], count)
         for series, runs in sorted(self._runs(state).items()):
@@ -42,9 +43,10 @@ class WorkerMetrics(Collector):
         busy.add_metric((), state.busy)
         claims.add_metric((), sum(self._tally.claims.counts))
         claim_seconds.add_metric((), *merged([self._tally.claims]))
+        conflicts.add_metric((), state.place_conflicts)
         age.add_metric((), state.heartbeat_age)
         connected.add_metric((), float(state.is_connected))
-        yield from (outcomes, seconds, waits, slots, busy, claims, claim_seconds, age, connected)
+        yield from families
 
     def _outcomes(self, state: WorkerState) -> dict[tuple[Series, str], int]:
         """Return the counts of all known series, which are zero from the start."""
@@ -70,6 +72,7 @@ class WorkerMetrics(Collector):
         GaugeMetricFamily,
         CounterMetricFamily,
         HistogramMetricFamily,
+        CounterMetricFamily,
         GaugeMetricFamily,
         GaugeMetricFamily,
     ]:
@@ -86,6 +89,11 @@ class WorkerMetrics(Collector):
             GaugeMetricFamily("apoq_slots_busy", "Tasks that it runs now.", labels=()),
             CounterMetricFamily("apoq_claims", "Claims of tasks from the database.", labels=()),
             HistogramMetricFamily("apoq_claim_seconds", "Duration of claims.", labels=()),
+            CounterMetricFamily(
+                "apoq_place_conflicts",
+                "Claims that were repeated, because another worker had given away the same place of a key.",
+                labels=(),
+            ),
             GaugeMetricFamily(
                 "apoq_heartbeat_age_seconds", "Time since the worker's last heartbeat.", labels=()
             ),

@@ -35,6 +35,8 @@ class Places:
         self._freed: dict[Queue, dict[Share, int]] = {}
         self.met: set[Queue] = set()
         """The queues of which tasks hold places, or wait for some."""
+        self.conflicts = 0
+        """How often a transaction was repeated because another one had just given away the same place."""
         self.on_free: Callable[[], object] = lambda: None
         """Called when places have become free."""
 

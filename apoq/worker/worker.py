@@ -523,6 +523,7 @@ class Worker:
             slots=self._options.concurrency,
             busy=self._lifecycle.busy(),
             heartbeat_age=0.0 if beat is None else (datetime.now(UTC) - beat).total_seconds(),
+            place_conflicts=self._lifecycle.runtime.places.conflicts,
             is_connected=self._lifecycle.is_connected(),
         )
 

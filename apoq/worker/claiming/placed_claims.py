@@ -109,8 +109,6 @@ class PlacedClaims:
         """Keys and pools that were found to have a single place."""
         self._rarely_awaited: set[ClaimableQueue] = set()
         """The queues in which few tasks were waiting for the last places that became free."""
-        self.conflicts = 0
-        """How often another transaction had given away the same place."""
 
     def claim(self, queue: ClaimableQueue, limit: int, free: int) -> PlacedTasks:
         """Claim up to `limit` due tasks of a queue for `free` slots, and block those without a free place."""
@@ -124,7 +122,7 @@ class PlacedClaims:
                 if error.diag.constraint_name not in _PLACE_INDEXES:
                     raise
                 # Rolled back for certain. It happens only if two names of a schema are used, or two servers.
-                self.conflicts += 1
+                self._places.conflicts += 1
                 at_most = limit = max(1, limit // 2)
             except DatabaseError as error:
                 if not is_caused_by_a_row(error):
@@ -219,7 +217,7 @@ class PlacedClaims:
         except UniqueViolation as error:
             if error.diag.constraint_name not in _PLACE_INDEXES:
                 raise
-            self.conflicts += 1
+            self._places.conflicts += 1
             later = {share: freed[share] for share in shares}
             return PlacedTasks(0, time.monotonic(), [], {}, has_more=False, later=later)
         sent_at = self._statement.sent_at
