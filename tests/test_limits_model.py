@@ -30,6 +30,8 @@ QUEUE = Queue()
 KEYS = ("a", "b")
 OUTCOMES = (COMPLETED, FAILED, CANCELLED, PENDING)
 HELD = sa.text("SELECT count(*) FROM apoq_tasks WHERE held_key = :key")
+RUNNING_OF_A = sa.text("SELECT count(*) FROM apoq_tasks WHERE state = 'running' AND key = 'a'")
+"""All of them have places, because their key had a limit from the start."""
 
 
 class Limited(RuleBasedStateMachine):
@@ -125,6 +127,8 @@ class Limited(RuleBasedStateMachine):
             keys = set(connection.scalars(sa.select(Task.held_key).where(Task.id.in_(begun))))
             for key in keys - {None}:
                 assert connection.scalar(HELD, {"key": key}) <= self.at_most[key]
+            if begun.intersection(connection.scalars(sa.select(Task.id).where(Task.key == "a"))):
+                assert connection.scalar(RUNNING_OF_A) <= self.at_most["a"]
 
     @invariant()
     def each_place_is_held_once(self) -> None:
@@ -160,7 +164,7 @@ def test_whatever_happens_no_more_tasks_run_than_may_and_none_waits_for_ever(eng
     try:
         run_state_machine_as_test(
             partial(Limited, engine, workers),
-            settings=drawn(10, stateful_step_count=30, phases=[Phase.generate]),
+            settings=drawn(30, stateful_step_count=30, phases=[Phase.generate]),
         )
     finally:
         for worker in workers:

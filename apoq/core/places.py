@@ -31,6 +31,12 @@ class Candidate(NamedTuple):
     waits_for: str | None = None
     """For a waiting task, the kind of place that it waits for."""
 
+    @property
+    def awaited(self) -> Share:
+        """For a waiting task, the key or pool that it waits for."""
+        name = self.key if self.waits_for == KEY else self.type
+        return Share(self.waits_for or "", name or "")
+
 
 class Share(NamedTuple):
     """The places of a key or a pool."""
@@ -64,6 +70,11 @@ class Rules:
         self._keyed_types = keyed_types or {}
         self._keys = keys or {}
         self._whole = whole
+
+    @property
+    def limited_types(self) -> frozenset[str]:
+        """The types that have limits of their own, so that they don't count towards that of the queue."""
+        return frozenset(self._types)
 
     def of_key(self, task: Candidate) -> Rule | None:
         """Return the limit of a task's key; that of the key itself wins over that of its type."""
@@ -119,12 +130,12 @@ class Decision(NamedTuple):
 
 
 class State(NamedTuple):
-    """The places that are held, and those that may be given away, read after the locks were taken."""
+    """The places that are held, and those that may be given away."""
 
     held: Mapping[Share, Iterable[int]]
-    """The places that running tasks hold."""
+    """The places that running tasks hold, read after the locks were taken."""
     locked: frozenset[Share]
-    """The shares that this transaction may give away; another one is about to give away the others."""
+    """The shares whose places this transaction may give away."""
     awaited: frozenset[Share] = frozenset()
     """The shares for which other tasks wait, which come first."""
     first_ids: Mapping[str, int] = {}
@@ -135,7 +146,8 @@ def decide(candidates: Iterable[Candidate], rules: Rules, state: State, room: in
     """Give places to tasks in their order, up to `room` of them.
 
     Tasks whose key or pool is full are blocked. No task is blocked by the limit of a whole queue: claims take
-    fewer tasks of such a queue instead.
+    fewer tasks of such a queue instead. And as long as a queue is full, none of its tasks is blocked by its
+    key, whose place may be free.
     """
     free = _FreePlaces(state.held)
     placed: list[Placed] = []
@@ -147,6 +159,8 @@ def decide(candidates: Iterable[Candidate], rules: Rules, state: State, room: in
         if not task.may_run or any(not _is_known(share, rule, state) for share, rule in shares):
             left.append(task)
             continue
+        if task.waits_for is None:
+            shares.sort(key=lambda each: each[0].name != WHOLE_QUEUE)
         slots: dict[Share, int] = {}
         missing: Share | None = None
         for share, rule in shares:

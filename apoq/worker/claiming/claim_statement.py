@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from psycopg import DatabaseError
@@ -142,10 +142,15 @@ class ClaimStatement:
         statement = next_due(self._schema, **form)
         return [task_id for (task_id,) in execute(self._engine, statement, parameters)]
 
-    def form_and_parameters(self, portions: Portions, at_most: int, free: int) -> tuple[Form, dict[str, Any]]:
-        """Return the form of `claim`, and its parameters, for up to `at_most` tasks and `free` slots."""
+    def form_and_parameters(
+        self, portions: Portions, at_most: int, free: int, types: Collection[str] | None = None
+    ) -> tuple[Form, dict[str, Any]]:
+        """Return the form of `claim`, and its parameters, for up to `at_most` tasks and `free` slots.
+
+        Of all types of the queues, or only of those among `types`.
+        """
         parameters: dict[str, Any] = {
-            "queues": queues_text(*(queue.text(portion) for queue, portion in portions.items())),
+            "queues": queues_text(*(queue.text(portion, types) for queue, portion in portions.items())),
             "retry_limits": self.retry_limits(portions),
             "at_most": at_most,
         }

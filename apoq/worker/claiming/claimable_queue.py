@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from apoq.client.queue import Queue
 from apoq.core.registry import Processor, Registry
@@ -47,10 +47,16 @@ class ClaimableQueue:
         """Whether its tasks may need places before they begin."""
         return self.is_keyed or self.cursor.is_limited
 
-    def text(self, at_most: int) -> tuple[str, str, str]:
-        """Return the queue, its positions, and how many tasks to claim, as a statement is given them."""
+    def text(self, at_most: int, types: Collection[str] | None = None) -> tuple[str, str, str]:
+        """Return the queue, its positions, and how many tasks to claim, as a statement is given them.
+
+        Of all of its types, or only of those among `types`.
+        """
         self._look()
-        return self._text, self.cursor.text(is_keyed=self.is_keyed), at_most_text(at_most)
+        text = self._text
+        if types is not None:
+            text = queue_text(self.queue.name, [each for each in self._processors if each in types])
+        return text, self.cursor.text(is_keyed=self.is_keyed), at_most_text(at_most)
 
     @property
     def limits_text(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any, Final, NamedTuple
@@ -104,7 +105,9 @@ class PlacedClaims:
         self._statement = statement
         self._places = places
         self._blocked: dict[ClaimableQueue, float] = {}
-        """The share of the due tasks that the last claim of each queue had to block."""
+        """The fraction of the due tasks that the last claim of each queue had to block."""
+        self._types: dict[ClaimableQueue, frozenset[str]] = {}
+        """The types from which to claim next, because the queue is full and they have limits of their own."""
         self._serial: set[Share] = set()
         """Keys and pools that were found to have a single place."""
         self._rarely_awaited: set[ClaimableQueue] = set()
@@ -134,15 +137,21 @@ class PlacedClaims:
                     logs.task_passed_over(found[0].id, queue.cursor.pass_over(found[0].id), error)
                 elif at_most == 1:
                     raise
-                at_most = limit = max(1, at_most // 8)
+                at_most = max(1, at_most // 8)
+                limit = min(limit, at_most)
 
     def _claim_due(
         self, queue: ClaimableQueue, at_most: int, limit: int, free: int, found: list[Candidate]
     ) -> PlacedTasks:
         """Claim due tasks; `found` gets those that it has looked at."""
+        types = self._types.pop(queue, None)
 
         def pick(send: Transaction) -> tuple[list[Candidate], Decision]:
-            form, parameters = self._statement.form_and_parameters({queue: at_most}, at_most, free)
+            # Rescued tasks must find a free slot. If not more are taken than there are, they all do.
+            free_slots = free if limit > free else at_most
+            form, parameters = self._statement.form_and_parameters(
+                {queue: at_most}, at_most, free_slots, types
+            )
             form |= {"keyed": queue.is_keyed}
             found[:] = _in_order(send(pick_due(self._schema, **form), parameters))
             return found, self._decide(send, queue, found, limit)
@@ -153,12 +162,13 @@ class PlacedClaims:
         self._blocked[queue] = len(blocked) / max(1, len(found))
         full = decision.full if decision else set()
         is_queue_full = Share(POOL, WHOLE_QUEUE) in full
+        has_others = is_queue_full and queue in self._types
         return PlacedTasks(
             number,
             self._statement.sent_at,
             rows,
-            _ends(found, {task.id for task in left}, is_keyed=queue.is_keyed),
-            has_more=not is_queue_full and (len(found) >= at_most or bool(left)),
+            {} if types else _ends(found, {task.id for task in left}, is_keyed=queue.is_keyed),
+            has_more=has_others or (not is_queue_full and (len(found) >= at_most or bool(left))),
             # A place may have become free while its tasks were blocked, and before that was committed.
             later=dict.fromkeys({each.share for each in blocked}, 1),
             blocked=len(blocked),
@@ -191,25 +201,33 @@ class PlacedClaims:
             later.update({share: freed[share] for share in shares if share not in locked})
             for share in later:
                 del wanted[share]
+            found = _in_order(picked)
+            keys = {task.key for task in found if task.key is not None}
+            if not keys <= {share.name for share in shares if share.kind == KEY}:
+                limits = send(*self._limits(queue, keys))  # of the keys of tasks that wait for their type
             rules = _rules(limits)
-            first_ids, found = self._with_first(send, queue, rules, _in_order(picked), parameters)
-            needed = {share for task in found for share, _ in rules.shares_of(task)}
-            if others := sorted(needed.difference(shares)):
+            first_ids, found = self._with_first(send, queue, rules, found, parameters)
+            needed = {task.id: {share for share, _ in rules.shares_of(task)} for task in found}
+            if others := sorted(set().union(*needed.values()).difference(shares)):
                 numbers = self._numbers(queue, others)
                 taken, places = send.together(_lock(numbers), self._held(queue, others))
                 locked |= _locked(numbers, taken)
                 held |= _by_share(places)
-            self._remember_serial(rules, found)
+            self._remember_serial(rules, found, wanted)
             state = State(held, frozenset(locked), frozenset(), first_ids)
             decision = decide([task._replace(may_run=True) for task in found], rules, state, len(found))
             runnable = {task.id for task in found if task.may_run}
             mine = [each for each in decision.placed if each.task.id in runnable][:room]
             ids = {each.task.id for each in mine}
+            # The next of each key whose place is free, but not that of the queue: claims wait for that one.
+            held_up = {task.awaited: task.id for task in reversed(decision.left) if needed[task.id] <= locked}
             unblocked[:] = [each.task.id for each in decision.placed if each.task.id not in ids]
-            later.update(_more(wanted, decision))
+            unblocked.extend(held_up.values())
+            later.update({task.awaited: 1 for task in decision.left if not needed[task.id] <= locked})
             # Its own place is free, but that of its type isn't, or the other way around.
             moved = [each for each in decision.blocked if each.share.kind != each.task.waits_for]
             later.update({each.share: 1 for each in moved})
+            later.update(_more(wanted, decision.placed, moved, self._serial))
             return found, Decision(mine, moved, decision.left, decision.full)
 
         try:
@@ -307,7 +325,12 @@ class PlacedClaims:
             frozenset(full.union(_shares_in(awaited))),
             self._first_ids(send, queue, rules, found),
         )
-        return decide(found, rules, state, room)
+        decision = decide(found, rules, state, room)
+        if Share(POOL, WHOLE_QUEUE) in decision.full and (
+            limited := rules.limited_types & queue.processors.keys()
+        ):
+            self._types[queue] = limited
+        return decision
 
     def _full(
         self, send: Transaction, queue: ClaimableQueue, found: list[Candidate], shares: list[Share]
@@ -376,9 +399,9 @@ class PlacedClaims:
         firsts_only = [task for task in found if first_ids.get(task.key or "", task.id) == task.id]
         return first_ids, firsts_only
 
-    def _remember_serial(self, rules: Rules, found: Iterable[Candidate]) -> None:
+    def _remember_serial(self, rules: Rules, found: Iterable[Candidate], looked_at: Iterable[Share]) -> None:
         at_most = {share: rule.at_most for task in found for share, rule in rules.shares_of(task)}
-        self._serial = {share for share in self._serial if share not in at_most}
+        self._serial.difference_update(at_most, looked_at)
         if len(self._serial) < MAX_REMEMBERED:
             self._serial |= {share for share, number in at_most.items() if number == 1}
 
@@ -469,13 +492,18 @@ def _ends(found: Iterable[Candidate], left: set[int], *, is_keyed: bool) -> dict
     return ends
 
 
-def _more(wanted: Freed, decision: Decision) -> dict[Share, int]:
-    """Return the keys and pools of which all tasks that were found could begin, so that there may be more.
+def _more(
+    wanted: Freed, placed: Iterable[Placed], moved: Iterable[Blocked], serial: set[Share]
+) -> dict[Share, int]:
+    """Return for which keys and pools to look again: all tasks that were found are out of the way.
 
+    They have places, and there may be more; or they wait for their keys, and their pool is free for others.
     The next look is for twice as many.
     """
-    counts: dict[Share, int] = {}
-    for each in decision.placed:
-        for share in (Share(KEY, each.task.key or ""), Share(POOL, each.pool or "")):
-            counts[share] = counts.get(share, 0) + 1
-    return {share: 2 * count for share, count in wanted.items() if 1 < count <= counts.get(share, 0)}
+    begun = Counter(each.task.awaited for each in placed)
+    gone = Counter(each.task.awaited for each in moved if each.share.kind == KEY)
+    return {
+        share: 2 * count
+        for share, count in wanted.items()
+        if begun[share] + gone[share] >= count and (gone[share] or share not in serial)
+    }
