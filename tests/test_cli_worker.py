@@ -330,6 +330,19 @@ class TestABurst:
         with Session(engine) as session:
             assert {session.get(Task, id_).state for id_ in (later, other)} == {"pending"}
 
+    def test_a_chain_is_run_to_its_end(self, start, engine):
+        """Between the end of a task and the unblocking of the next one, none is due, and none runs."""
+        queue = Queue()
+        with Session(engine) as session, session.begin():
+            task = queue.add(session, "chain")
+            for _ in range(400):
+                task = queue.add(session, "chain", after=[task])
+
+        program = start("app:worker", "--burst")
+
+        assert program.end() == 0
+        program.wait_for("done in .*: 401 tasks completed$")
+
     def test_failures_are_counted_and_a_retry_that_is_due_later_is_left(self, start, engine, add):
         failed, retried = add("fail"), add("retry")
 

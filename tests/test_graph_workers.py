@@ -396,6 +396,21 @@ def test_edges_whose_tasks_were_truncated_are_looked_at_once(engine, queue):
     assert sweep.looks_at > time.monotonic() + 1
 
 
+def test_edges_of_a_last_step_that_is_locked_are_not_looked_at_without_a_pause(engine, queue):
+    with Session(engine, expire_on_commit=False) as session, session.begin():
+        parents = [queue.add(session, "t") for _ in range(1_000)]
+        queue.add(session, "t", after=parents)
+    with engine.begin() as connection:
+        connection.execute(sa.text("UPDATE apoq_links SET needs_check = true, is_done = true"))
+        connection.execute(sa.update(Task).where(Task.state == "pending").values(state="completed"))
+        sweep = LinksSweep(None, lambda *statement: connection.execute(*statement).mappings(), 2.0)
+        sweep.check()
+
+        sweep.check()  # the child is locked, so nothing was counted meanwhile
+
+    assert sweep.looks_at > time.monotonic()
+
+
 def test_a_look_at_edges_that_failed_is_repeated_at_the_next_turn():
     def refuse(_statement, _parameters):
         raise RuntimeError

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from datetime import timedelta
 
@@ -25,6 +26,10 @@ BLOCKERS = sa.text("""
         SELECT count(*) FROM apoq_links WHERE child_id = id AND NOT is_counted
     ) AS open FROM apoq_tasks
 """)
+LOCKED = sa.text(
+    "SELECT EXISTS (SELECT FROM pg_stat_activity "
+    "WHERE datname = current_database() AND wait_event_type = 'Lock')"
+)
 SERIALIZABLE = ("REPEATABLE READ", "SERIALIZABLE")
 
 
@@ -310,6 +315,27 @@ def test_a_child_waits_again_when_all_of_its_parents_that_had_failed_are_retried
 
     assert ran == [1, 2, 1, 2, 3, 4]
     check_blockers(session)
+
+
+def test_a_child_waits_again_when_two_sessions_retry_its_parents_at_once(engine, queue, crew):
+    with Session(engine, expire_on_commit=False) as session, session.begin():
+        first, second = (queue.add(session, "t") for _ in range(2))
+        child = queue.add(session, "t", after=[first, second])
+        queue.cancel(session, first)
+        queue.cancel(session, second)
+
+    other = Session(engine)
+    retrying = threading.Thread(target=queue.retry, args=(other, second), kwargs={"with_cancelled": True})
+    with Session(engine) as session, session.begin():
+        assert queue.retry(session, first, with_cancelled=True)
+        retrying.start()
+        until(lambda: session.scalar(LOCKED))
+    retrying.join()
+    with other:
+        other.commit()
+
+    with Session(engine) as session:
+        assert states(session, child) == ["waiting"]
 
 
 def test_a_child_that_waits_again_has_its_unique_key(session, queue, crew):

@@ -69,18 +69,21 @@ class Burst:
             raise self._failure
 
     def _watch(self, stop: Callable[[], None]) -> None:
-        stats, changed_at = self._worker.stats(), time.monotonic()
+        stats, changed_at, seems_done = self._worker.stats(), time.monotonic(), False
         while True:
             before, stats = stats, self._worker.stats()
             began = time.monotonic()
             if stats != before or stats.running:
                 changed_at = began
-            is_done, problem = False, "tasks are due, but can't be claimed: does another session lock them?"
+            was_done, seems_done = seems_done, False
+            problem = "tasks are due, but can't be claimed: does another session lock them?"
             if not stats.running:  # a look at the database says nothing new while something runs
                 try:
-                    is_done = self._is_done()
+                    seems_done = self._is_done() and stats == before
                 except sa.exc.DBAPIError as error:
                     problem = f"the database can't be read: {error.orig}"
+            # Twice: for a moment after the end of a task, the next one of its key or chain still waits.
+            is_done = seems_done and was_done
             if not is_done and began - changed_at > STUCK_AFTER_SECONDS:
                 self._failure = Failure(f"nothing has run for {length(STUCK_AFTER_SECONDS)}: {problem}")
                 is_done = True

@@ -9,7 +9,7 @@ from apoq.client.cascades import batches, reopen_edges
 from apoq.client.session_adapters import Caller, Row
 from apoq.client.unique_tasks import reserve
 from apoq.schema.statements.arrays import array_text
-from apoq.schema.statements.cascade import CASCADE_SIZE, cancelled_with, revive
+from apoq.schema.statements.cascade import CASCADE_SIZE, cancelled_with, have_failed_parents, revive
 
 _LOWEST_ID: Final = -(2**63)
 
@@ -38,7 +38,10 @@ def _revive(caller: Caller, schema: str | None, ids: list[int]) -> set[int]:
         if not found:
             return followed
         behind = found[-1]["id"]
-        revived = caller.execute(revive(schema), {"ids": array_text(_with_free_keys(caller, schema, found))})
+        children = {"ids": parameters["ids"], "children": array_text(row["id"] for row in found)}
+        cancelled = {row["id"] for row in caller.execute(have_failed_parents(schema), children)}
+        ready = [row for row in found if row["id"] not in cancelled]
+        revived = caller.execute(revive(schema), {"ids": array_text(_with_free_keys(caller, schema, ready))})
         followed.update(row["id"] for row in revived if row["is_followed"])
 
 

@@ -186,17 +186,12 @@ def reopen(schema: str | None) -> Update:
 
 @cache
 def cancelled_with(schema: str | None) -> Select[tuple[int, str, str | None]]:
-    """Lock up to `at_most` tasks behind `behind_id` that were cancelled with the tasks `ids`, and no others.
+    """Lock up to `at_most` tasks behind `behind_id` that were cancelled with one of the tasks `ids`.
 
     Returns their ids, queues and unique keys.
     """
     tasks, links = tasks_table(schema), links_table(schema)
-    parents = bigints("ids")
-    of_parents = select(links.c.child_id).where(links.c.parent_id == any_(parents), *_has_failed(links))
-    others = links.alias("others")
-    of_others = exists().where(
-        others.c.child_id == tasks.c.id, others.c.parent_id != all_(parents), *_has_failed(others)
-    )
+    of_parents = select(links.c.child_id).where(links.c.parent_id == any_(bigints("ids")), *_failed(links))
     return (
         select(tasks.c.id, tasks.c.queue, tasks.c.unique_key)
         .where(
@@ -205,11 +200,28 @@ def cancelled_with(schema: str | None) -> Select[tuple[int, str, str | None]]:
             tasks.c.state == _text(CANCELLED),
             tasks.c.error["class"].as_string() == _text(ERROR_CLASS),
             tasks.c.blockers > literal_column("0"),
-            ~of_others,
         )
         .order_by(tasks.c.id)
         .limit(bindparam("at_most", type_=Integer))
         .with_for_update(of=tasks)
+    )
+
+
+@cache
+def have_failed_parents(schema: str | None) -> Select[tuple[int]]:
+    """Return those of the tasks `children` of which a parent has not completed, other than the tasks `ids`.
+
+    If the children are locked, it sees the parents that another transaction has just retried.
+    """
+    links = links_table(schema)
+    return (
+        select(links.c.child_id.label("id"))
+        .where(
+            links.c.child_id == any_(bigints("children")),
+            links.c.parent_id != all_(bigints("ids")),
+            *_failed(links),
+        )
+        .distinct()
     )
 
 
@@ -237,7 +249,7 @@ def revive(schema: str | None) -> Update:
     )
 
 
-def _has_failed(links: FromClause) -> tuple[Any, ...]:
+def _failed(links: FromClause) -> tuple[Any, ...]:
     """Return the conditions that the parent of an edge has not completed, and the child knows of it."""
     return ~links.c.is_done, links.c.error.is_not(None)
 

@@ -28,7 +28,7 @@ PASS_SECONDS: Final = 15.0
 """Seconds between two passes through all waiting tasks, at least."""
 
 LOCKED_SECONDS: Final = 0.25
-"""Seconds after which an edge is looked at again whose parent another session has locked."""
+"""Seconds after which an edge is looked at again whose parent or child another session has locked."""
 
 START: Final = {"queue": "", "id": -(2**63)}
 FIRST_EDGE: Final = {"behind_child": -(2**63), "behind_position": -(2**31), "behind_parent": -(2**63)}
@@ -59,6 +59,8 @@ class LinksSweep:
         self._children: list[int] = []
         self._behind_edge = FIRST_EDGE
         self._share = HURRIED_SHARE
+        self._checked: list[tuple[int, int]] = []
+        """The edges that the last check has looked at."""
 
     def hurry(self) -> None:
         """Begin a pass now, and take more time for it."""
@@ -110,8 +112,10 @@ class LinksSweep:
             "children": array_text(edge["child_id"] for edge in edges),
         }
         self._run(checked(self._schema), pairs)
-        is_locked = any(map(_is_unfollowed, edges))
-        if is_locked or len(edges) == STEP_SIZE:
+        before, self._checked = self._checked, [(edge["parent_id"], edge["child_id"]) for edge in edges]
+        is_full = len(edges) == STEP_SIZE
+        is_locked = any(map(_is_unfollowed, edges)) or (is_full and self._checked == before)
+        if is_locked or is_full:
             self._checks_at = time.monotonic() + (LOCKED_SECONDS if is_locked else 0.0)
         return found
 
