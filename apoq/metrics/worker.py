@@ -91,7 +91,7 @@ class WorkerMetrics(Collector):
             HistogramMetricFamily("apoq_claim_seconds", "Duration of claims.", labels=()),
             CounterMetricFamily(
                 "apoq_place_conflicts",
-                "Claims that were repeated, because another worker had given away the same place of a key.",
+                "Claims that another worker forestalled, by giving away the same place of a key or pool.",
                 labels=(),
             ),
             GaugeMetricFamily(

@@ -227,7 +227,7 @@ def _create_indexes_of_tasks(op: Operations, schema: str | None) -> None:
     op.create_index(
         op.f("apoq_tasks_key_idx"),
         "apoq_tasks",
-        ["queue", "key", "id"],
+        ["queue", "key", "indexed_state", "id"],
         schema=schema,
         postgresql_where=sa.text(
             "key IS NOT NULL AND (indexed_state IS NULL OR indexed_state IN ('waiting', 'failed'))"

@@ -244,8 +244,15 @@ class Task(Base):
             "id",
             postgresql_where=text(WAITS_FOR_PLACE),
         ),
-        # The first task of a key, for a strict order.
-        Index(conv("apoq_tasks_key_idx"), "queue", "key", "id", postgresql_where=text(IS_OF_KEY)),
+        # The first task of a key, for a strict order, without reading its failed ones.
+        Index(
+            conv("apoq_tasks_key_idx"),
+            "queue",
+            "key",
+            "indexed_state",
+            "id",
+            postgresql_where=text(IS_OF_KEY),
+        ),
         # A plain task never enters this one either.
         Index(conv("apoq_tasks_group_idx"), "group_id", postgresql_where=text("group_id IS NOT NULL")),
         # The pruner deletes by this index and the next one, the oldest tasks first.

@@ -178,7 +178,7 @@ def awaited_shares(schema: str | None) -> Select[Any]:
 
 @cache
 def first_of_keys(schema: str | None) -> Select[Any]:
-    """Return the id of the first task of each of the `keys` of `from_queue` that has not ended.
+    """Return the id of the first task of each of the `keys` of `from_queue` that has not ended, or NULL.
 
     Or (`holds`) that has failed. The last step of a group comes after its members, for which it waits,
     although its id may be lower.
@@ -189,27 +189,22 @@ def first_of_keys(schema: str | None) -> Select[Any]:
         .table_valued("key", "holds")
         .render_derived("given")
     )
-    has_not_ended = or_(is_open(tasks), is_in(tasks, WAITING), and_(given.c.holds, is_in(tasks, FAILED)))
-    waits_for_members = and_(
-        is_in(tasks, WAITING),
-        closes_group(tasks),
-        tasks.c.waiting_for == literal_column(f"'{PARENTS}'", Text),
-    )
-    first = (
+    waits_for_members = and_(closes_group(tasks), tasks.c.waiting_for == literal_column(f"'{PARENTS}'", Text))
+    firsts = (
         select(tasks.c.id)
-        .where(
-            tasks.c.queue == _QUEUE,
-            tasks.c.key == given.c.key,
-            _is_of_key(tasks),
-            has_not_ended,
-            ~waits_for_members,
-        )
-        .order_by(tasks.c.id)
+        .where(tasks.c.queue == _QUEUE, tasks.c.key == given.c.key, _is_of_key(tasks), *conditions)
+        # As in the index, so that only one row is read.
+        .order_by(tasks.c.indexed_state, tasks.c.id)
         .limit(1)
         .correlate(given)
-        .lateral("first")
+        .scalar_subquery()
+        for conditions in (
+            (is_open(tasks),),
+            (is_in(tasks, WAITING), ~waits_for_members),
+            (is_in(tasks, FAILED), given.c.holds),
+        )
     )
-    return select(given.c.key, first.c.id).select_from(given.join(first, true()))
+    return select(given.c.key, func.least(*firsts))
 
 
 @cache

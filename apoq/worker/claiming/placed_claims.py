@@ -380,7 +380,8 @@ class PlacedClaims:
             "keys": list(strict),
             "holds": list(strict.values()),
         }
-        return dict(send(first_of_keys(self._schema), parameters).fetchall())
+        rows = send(first_of_keys(self._schema), parameters).fetchall()
+        return {key: first for key, first in rows if first is not None}
 
     def _with_first(
         self,
