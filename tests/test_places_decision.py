@@ -111,6 +111,14 @@ def test_tasks_of_a_full_queue_are_not_blocked_but_remain():
     assert found.full == {WHOLE}
 
 
+def test_a_task_of_a_full_queue_is_not_blocked_by_its_key_either_unless_it_waits_for_that():
+    rules = Rules(keyed_types={"t": Rule(1)}, whole=Rule(0))
+
+    found = decided([task(1), task(2, waits_for=KEY)], rules, {A: [0]})
+
+    assert (ids(found.left), ids(found.blocked)) == ([1], [2])
+
+
 def test_a_type_with_a_limit_does_not_count_towards_that_of_its_queue():
     found = decided([task(1, key=None)], Rules(types={"t": Rule(1)}, whole=Rule(0)))
 
