@@ -19,6 +19,7 @@ from waiting import patience
 
 from apoq import AsyncRunningTask, Queue, RunningTask, Task, Worker
 from apoq.client.notifier import threads
+from apoq.events import TaskReleased
 from apoq.worker import in_process
 from apoq.worker.in_process import InProcessWorker
 from apoq.worker.process import PROCESS
@@ -160,7 +161,7 @@ def test_a_slot_whose_thread_could_not_be_started_once_is_not_lost(engine, make_
 def test_a_slot_that_ends_a_task_of_one_kind_does_not_lose_the_next_one_of_the_other(
     engine, make_worker, limit, first
 ):
-    begun, may_end, ran = threading.Event(), threading.Event(), threading.Event()
+    begun, may_end, ran, released = (threading.Event() for _ in range(4))
 
     def wait(_task: RunningTask) -> None:
         begun.set()
@@ -175,6 +176,7 @@ def test_a_slot_that_ends_a_task_of_one_kind_does_not_lose_the_next_one_of_the_o
     worker = make_worker(concurrency=1, lease=SHORT)
     worker.use("first", wait if first == "plain" else wait_on_the_loop)
     worker.use("then", run if first == "plain" else lambda task: ran.set())
+    worker.events.on(TaskReleased, lambda _: released.set())
     worker.start()
     add(engine, "first")
     assert begun.wait(SOON)
@@ -185,7 +187,7 @@ def test_a_slot_that_ends_a_task_of_one_kind_does_not_lose_the_next_one_of_the_o
 
     may_end.set()
 
-    until(lambda: count(engine, Task.type == "then", Task.state == "pending", Task.attempt == 0) == 1)
+    assert released.wait(SOON)
     assert not worker.is_healthy()
     assert not ran.is_set()
     limit.lift()
