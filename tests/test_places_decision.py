@@ -67,16 +67,18 @@ def test_a_task_whose_key_another_transaction_is_looking_at_remains_as_it_is():
 
 
 def test_tasks_that_wait_for_the_key_come_first():
-    assert ids(decided([task(9)], of_keys(2), awaited=frozenset({A})).blocked) == [9]
+    found = decided([task(2), task(9)], of_keys(2), awaited={A: task(5).order})
+
+    assert (ids(found.placed), ids(found.blocked)) == ([2], [9])
 
 
 def test_tasks_behind_others_that_wait_are_blocked_without_a_lock():
     unlocked = frozenset({B, TYPE, WHOLE})
 
-    found = decided([task(9)], of_keys(2), locked=unlocked, awaited=frozenset({A}))
-    strict = decided([task(9)], of_keys(1, is_strict=True), locked=unlocked, awaited=frozenset({A}))
+    found = decided([task(2), task(9)], of_keys(2), locked=unlocked, awaited={A: task(5).order})
+    strict = decided([task(9)], of_keys(1, is_strict=True), locked=unlocked, awaited={A: task(5).order})
 
-    assert (ids(found.blocked), ids(found.left)) == ([9], [])
+    assert (ids(found.blocked), ids(found.left)) == ([9], [2])
     assert (ids(strict.blocked), ids(strict.placed), ids(strict.left)) == ([], [], [9])
 
 
@@ -84,7 +86,7 @@ def test_of_a_strict_key_only_the_first_task_begins():
     rules = of_keys(1, is_strict=True)
 
     assert ids(decided([task(5)], rules, first_ids={"a": 3}).blocked) == [5]
-    assert ids(decided([task(3)], rules, first_ids={"a": 3}, awaited=frozenset({A})).placed) == [3]
+    assert ids(decided([task(3)], rules, first_ids={"a": 3}, awaited={A: task(1).order}).placed) == [3]
 
 
 def test_a_task_needs_a_place_of_its_key_and_one_of_its_type():

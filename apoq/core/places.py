@@ -17,6 +17,10 @@ WHOLE_QUEUE: Final = ""
 """The pool of a queue with a limit; the pool of a type with a limit is the type."""
 
 
+Order = tuple[int, float, int]
+"""The place of a task in a line: its priority, negative, when it is due, and its id."""
+
+
 class Candidate(NamedTuple):
     """A task that is due."""
 
@@ -30,6 +34,11 @@ class Candidate(NamedTuple):
     """Whether this worker may run tasks of this type now."""
     waits_for: str | None = None
     """For a waiting task, the kind of place that it waits for."""
+
+    @property
+    def order(self) -> Order:
+        """Its place in the line."""
+        return -self.priority, self.process_at, self.id
 
     @property
     def awaited(self) -> Share:
@@ -136,8 +145,8 @@ class State(NamedTuple):
     """The places that running tasks hold, read after the locks were taken."""
     locked: frozenset[Share]
     """The shares whose places this transaction may give away."""
-    awaited: frozenset[Share] = frozenset()
-    """The shares for which other tasks wait, which come first."""
+    awaited: Mapping[Share, Order] = {}
+    """For each share that tasks wait for, the first of them."""
     first_ids: Mapping[str, int] = {}
     """For each strict key, the id of the first of its tasks that has not ended."""
 
@@ -156,7 +165,7 @@ def decide(candidates: Iterable[Candidate], rules: Rules, state: State, room: in
     full: set[Share] = set()
     for task in candidates:
         shares = rules.shares_of(task)
-        if not task.may_run or any(not _is_known(share, rule, state) for share, rule in shares):
+        if not task.may_run or any(not _is_known(task, share, rule, state) for share, rule in shares):
             left.append(task)
             continue
         if task.waits_for is None:
@@ -191,19 +200,24 @@ def _placed(task: Candidate, slots: Mapping[Share, int]) -> Placed:
     return Placed(task, of_key, pool, of_pool)
 
 
-def _is_known(share: Share, rule: Rule, state: State) -> bool:
+def _is_known(task: Candidate, share: Share, rule: Rule, state: State) -> bool:
     """Return whether a task can be placed or blocked.
 
     A task that comes after others that wait needs no lock to be blocked, unless the order is strict.
     """
-    return share in state.locked or (share in state.awaited and not rule.is_strict)
+    return share in state.locked or not (rule.is_strict or _comes_first(task, share, state))
 
 
 def _is_next(task: Candidate, share: Share, rule: Rule, state: State) -> bool:
     """Return whether no other task comes before this one."""
     if rule.is_strict and share.kind == KEY:
         return state.first_ids.get(share.name, task.id) >= task.id
-    return share not in state.awaited
+    return _comes_first(task, share, state)
+
+
+def _comes_first(task: Candidate, share: Share, state: State) -> bool:
+    first = state.awaited.get(share)
+    return first is None or task.order < first
 
 
 class _FreePlaces:

@@ -157,23 +157,27 @@ def held_places(schema: str | None) -> Select[Any]:
 
 @cache
 def awaited_shares(schema: str | None) -> Select[Any]:
-    """Return which of the `kinds` and `names` of `from_queue` tasks are waiting for."""
+    """Return those of the `kinds` and `names` of `from_queue` that tasks wait for.
+
+    With the priority and `process_at` of the first of these tasks, and its id.
+    """
     tasks = tasks_table(schema)
     given = _shares()
     # A lookup for each, because EXISTS may become a join that reads all waiting tasks.
     first = (
-        select(tasks.c.id)
+        select(tasks.c.priority, _seconds(tasks.c.process_at).label("process_at"), tasks.c.id)
         .where(
             tasks.c.queue == _QUEUE,
             waits_for_place(tasks),
             tasks.c.waiting_for == given.c.kind,
             share_name(tasks) == given.c.name,
         )
+        .order_by(tasks.c.priority.desc(), tasks.c.process_at, tasks.c.id)
         .limit(1)
         .correlate(given)
         .lateral("first")
     )
-    return select(given.c.kind, given.c.name).select_from(given.join(first, true()))
+    return select(given.c.kind, given.c.name, *first.c).select_from(given.join(first, true()))
 
 
 @cache
@@ -200,7 +204,8 @@ def first_of_keys(schema: str | None) -> Select[Any]:
         .scalar_subquery()
         for conditions in (
             (is_open(tasks),),
-            (is_in(tasks, WAITING), ~waits_for_members),
+            # Written so that the planner doesn't use the index of all waiting tasks, of whatever key.
+            (tasks.c.indexed_state.between(_WAITING, _WAITING), ~waits_for_members),
             (is_in(tasks, FAILED), given.c.holds),
         )
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any, Final, NamedTuple
 from zlib import crc32
@@ -20,6 +20,7 @@ from apoq.core.places import (
     Blocked,
     Candidate,
     Decision,
+    Order,
     Placed,
     Rule,
     Rules,
@@ -214,7 +215,7 @@ class PlacedClaims:
                 locked |= _locked(numbers, taken)
                 held |= _by_share(places)
             self._remember_serial(rules, found, wanted)
-            state = State(held, frozenset(locked), frozenset(), first_ids)
+            state = State(held, frozenset(locked), {}, first_ids)
             decision = decide([task._replace(may_run=True) for task in found], rules, state, len(found))
             runnable = {task.id for task in found if task.may_run}
             mine = [each for each in decision.placed if each.task.id in runnable][:room]
@@ -249,7 +250,7 @@ class PlacedClaims:
         A task that another transaction is just about to let wait isn't found; after its commit, the worker
         that has sent it looks again.
         """
-        found = list(_shares_in(execute(self._engine, *self._awaited(queue, shares))))
+        found = list(_firsts(execute(self._engine, *self._awaited(queue, shares))))
         self._note_found(queue, len(found), shares)
         return found
 
@@ -312,7 +313,7 @@ class PlacedClaims:
         keys = list(dict.fromkeys(task.key for task in found if task.key is not None))
         pools = [WHOLE_QUEUE, *dict.fromkeys(task.type for task in found)]
         shares = [Share(KEY, key) for key in keys[:MAX_KEYS]] + [Share(POOL, name) for name in pools]
-        full = self._full(send, queue, found, shares) if self._blocked.get(queue) else set()
+        full = self._full(send, queue, found, shares) if self._blocked.get(queue) else {}
         numbers = self._numbers(queue, [share for share in shares if share not in full])
         # The rest after the locks, so that no other transaction changes it.
         taken, limits, places, awaited = send.together(
@@ -322,7 +323,7 @@ class PlacedClaims:
         state = State(
             _by_share(places),
             frozenset(_locked(numbers, taken)),
-            frozenset(full.union(_shares_in(awaited))),
+            full | _firsts(awaited),
             self._first_ids(send, queue, rules, found),
         )
         decision = decide(found, rules, state, room)
@@ -334,7 +335,7 @@ class PlacedClaims:
 
     def _full(
         self, send: Transaction, queue: ClaimableQueue, found: list[Candidate], shares: list[Share]
-    ) -> set[Share]:
+    ) -> dict[Share, Order]:
         """Return the keys and pools that other tasks wait for, and whose tasks have to wait as well.
 
         A claim that only blocks their tasks leaves their locks to those who hand over places.
@@ -343,7 +344,7 @@ class PlacedClaims:
         limits, awaited = send.together(self._limits(queue, keys), self._awaited(queue, shares))
         rules = _rules(limits)
         strict = {share for task in found for share, rule in rules.shares_of(task) if rule.is_strict}
-        return set(_shares_in(awaited)) - strict
+        return {share: first for share, first in _firsts(awaited).items() if share not in strict}
 
     def _numbers(self, queue: ClaimableQueue, shares: Iterable[Share]) -> dict[Share, int]:
         """Return the locks of keys and pools."""
@@ -443,8 +444,9 @@ def _rules(limits: Iterable[Sequence[Any]]) -> Rules:
     return Rules(types, keyed_types, keys, whole)
 
 
-def _shares_in(rows: Iterable[Sequence[Any]]) -> Iterator[Share]:
-    return (Share(*row) for row in rows)
+def _firsts(rows: Iterable[Sequence[Any]]) -> dict[Share, Order]:
+    """Return the first task that waits for each key or pool."""
+    return {Share(kind, name): (-priority, *its) for kind, name, priority, *its in rows}
 
 
 def _by_share(places: Iterable[Sequence[Any]]) -> dict[Share, list[int]]:
