@@ -336,15 +336,18 @@ class PlacedClaims:
     def _full(
         self, send: Transaction, queue: ClaimableQueue, found: list[Candidate], shares: list[Share]
     ) -> dict[Share, Order]:
-        """Return the keys and pools that other tasks wait for, and whose tasks have to wait as well.
+        """Return the keys and pools whose tasks all have to wait, because they come after others that wait.
 
         A claim that only blocks their tasks leaves their locks to those who hand over places.
         """
         keys = [share.name for share in shares if share.kind == KEY]
         limits, awaited = send.together(self._limits(queue, keys), self._awaited(queue, shares))
-        rules = _rules(limits)
-        strict = {share for task in found for share, rule in rules.shares_of(task) if rule.is_strict}
-        return {share: first for share, first in _firsts(awaited).items() if share not in strict}
+        rules, firsts = _rules(limits), _firsts(awaited)
+        for task in found:
+            for share, rule in rules.shares_of(task):
+                if share in firsts and (rule.is_strict or task.order < firsts[share]):
+                    del firsts[share]
+        return firsts
 
     def _numbers(self, queue: ClaimableQueue, shares: Iterable[Share]) -> dict[Share, int]:
         """Return the locks of keys and pools."""
