@@ -52,7 +52,7 @@ def missing(schema: str | None) -> Select[tuple[int]]:
     """Return the `ids` that no task has."""
     tasks = tasks_table(schema)
     given = func.unnest(bigints("ids")).table_valued("id").render_derived("given")
-    return select(given.c.id).where(~exists().where(tasks.c.id == given.c.id))
+    return select(given.c.id).where(~exists(select(tasks.c.id).where(tasks.c.id == given.c.id)))
 
 
 @cache
