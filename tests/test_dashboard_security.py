@@ -132,14 +132,31 @@ def test_without_authorize_only_a_browser_on_this_machine_may_read(
         got = found.status_code
     else:
         host = base_url.removeprefix("http://")
-        answered = TestApp(app, {"REMOTE_ADDR": client, "HTTP_HOST": host}).get(
-            "/", headers=headers, expect_errors=True
-        )
+        environ = {"REMOTE_ADDR": client, "HTTP_HOST": host, "SERVER_PROTOCOL": "HTTP/1.1"}
+        answered = TestApp(app, environ).get("/", headers=headers, expect_errors=True)
         got, page = answered.status_int, answered.text
     app.close()
 
     assert got == status
     assert 'method="post"' not in page
+
+
+def test_a_proxy_that_speaks_http_1_0_is_not_a_browser_on_this_machine(engine):
+    """So does nginx, which adds no header by itself."""
+    asgi, wsgi = apoq.dashboard.app(engine), apoq.dashboard.wsgi(engine)
+
+    async def old(scope, receive, send):
+        await asgi({**scope, "http_version": "1.0"}, receive, send)
+
+    environ = {"REMOTE_ADDR": "127.0.0.1", "HTTP_HOST": "127.0.0.1:8000", "SERVER_PROTOCOL": "HTTP/1.0"}
+    statuses = [
+        asked(old, base_url="http://127.0.0.1:8000").status_code,
+        TestApp(wsgi, environ).get("/", expect_errors=True).status_int,
+    ]
+    asgi.close()
+    wsgi.close()
+
+    assert statuses == [403, 403]
 
 
 def raises(_request: object) -> None:
@@ -318,6 +335,18 @@ def test_a_form_from_here_is_accepted(engine, writer, task_id, headers):
     assert writer.post(form, {"content-type": FORM, **headers}).status == 303
 
 
+@pytest.mark.parametrize("other", ['prefs={"a":1}', "flag", "n=a b", "=", 'q="'])
+def test_a_form_is_accepted_beside_any_cookie_of_the_application(engine, writer, task_id, other):
+    form = {"action": "cancel", "id": task_id, "token": writer.token()}
+    headers = {
+        "content-type": FORM,
+        "sec-fetch-site": "same-origin",
+        "cookie": f"{other}; apoq_session={writer.cookies['apoq_session']}; {other}",
+    }
+
+    assert writer.post(form, headers).status == 303
+
+
 def test_a_form_without_the_token_of_its_session_is_refused(engine, writer, task_id):
     before, _ = state_of_everything(engine), writer.token()
 
@@ -449,3 +478,32 @@ def test_a_problem_page_says_nothing_of_the_database(engine, writer, task_id, ca
     assert response.status == 500
     assert "hunter2" not in response.body.decode()
     assert "hunter2" in caplog.text
+
+
+PASSWORDS = Queue("passwords")
+
+
+@PASSWORDS.task(type="reset", unique=True)
+def reset(password: str, user_id: int) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("password", "redact", "shown"),
+    [
+        ("hunter2", None, 'reset:{"password":"[hidden]","user_id":7}'),
+        ("hunter2" * 100, None, "reset:[hidden]"),
+        ("hunter2", lambda _type, data: data, "reset:[hidden]"),
+    ],
+    ids=["short", "shortened", "redact"],
+)
+def test_arguments_in_unique_keys_are_hidden_like_the_data(engine, password, redact, shown):
+    with engine.begin() as connection:
+        task = reset.add(connection, password=password, user_id=7)
+    site = Site(engine, schema=None, redact=redact, environment=None, secret=None)
+
+    pages = [Viewer(Dashboard(site)).get(address) for address in ("/tasks", f"/tasks/{task.id}")]
+    site.close()
+
+    for page in pages:
+        assert shown in text_of(page)
+        assert "reset:{" not in text_of(page).replace(shown, "")

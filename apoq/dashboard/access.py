@@ -43,8 +43,11 @@ def checked_role(given: object) -> Role | None:
 
 
 def is_local(request: Request) -> bool:
-    """Return whether a request comes from a browser on this machine, and not through a proxy."""
-    if any(name in request.headers for name in FORWARDED):
+    """Return whether a request comes from a browser on this machine, and not through a known kind of proxy.
+
+    Only a proxy that adds one of the `FORWARDED` headers or speaks HTTP/1.0 is recognised.
+    """
+    if request.http_version < "1.1" or any(name in request.headers for name in FORWARDED):
         return False
     # A page of another site may have a name that leads to 127.0.0.1 (DNS rebinding).
     return _is_loopback(request.client) and (

@@ -37,8 +37,8 @@ THREADS: Final = 8
 """How many requests wait for the database at once: not on the threads of the application's own requests."""
 
 NOT_LOCAL: Final = (
-    "Without authorize=, the dashboard may only be seen from the same machine, and not through a proxy: "
-    "see the documentation of apoq.dashboard.app."
+    "Without authorize=, the dashboard may only be seen from the same machine, and not through a proxy or "
+    "by HTTP/1.0: see the documentation of apoq.dashboard.app."
 )
 
 
@@ -121,8 +121,9 @@ def app(
             own from it; pages are read in read-only transactions.
         authorize: A function, or a coroutine function, that takes the `starlette.requests.Request` and
             returns ``"read"``, ``"write"``, or None for no access. If it raises an exception or returns
-            anything else, there is no access. Without it, the dashboard may be read from the same machine,
-            but not through a proxy.
+            anything else, there is no access. Without it, the dashboard may be read from the same machine.
+            Behind a proxy, `authorize` must be given: only a proxy that adds a header such as
+            ``X-Forwarded-For``, or that speaks HTTP/1.0, is recognised and refused without it.
         schema: The schema of apoq's tables. By default the connection's search_path chooses it.
         redact: A function that takes the type and the data of a task, and returns the data that viewers may
             see. Values of keys such as ``password`` or ``token`` are always hidden.
@@ -174,4 +175,5 @@ def _read(scope: Scope, body: bytes) -> Request:
         body,
         client[0] if client else None,
         scope.get("scheme") == "https",
+        scope.get("http_version", "1.1"),
     )

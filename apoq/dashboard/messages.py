@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from http.cookies import CookieError, SimpleCookie
 from typing import Final
 from urllib.parse import parse_qsl, urlsplit
 
@@ -46,14 +45,13 @@ class Request:
     """The address that the connection comes from."""
     is_secure: bool = False
     """Whether it came by https."""
+    http_version: str = "1.1"
 
     @property
     def cookies(self) -> dict[str, str]:
-        """The cookies; none if they can't be read."""
-        try:
-            return {name: each.value for name, each in SimpleCookie(self.headers.get("cookie", "")).items()}
-        except CookieError:
-            return {}
+        """The cookies, as they were sent: those of the application may be in any form."""
+        pairs = (each.partition("=") for each in self.headers.get("cookie", "").split(";"))
+        return {name.strip(): value.strip() for name, _, value in pairs}
 
     @property
     def form(self) -> dict[str, str]:

@@ -6,7 +6,10 @@ import json
 import logging
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Final, NamedTuple, TypeAlias
+
+from apoq.core.payload import canonical
 
 logger = logging.getLogger("apoq.dashboard")
 
@@ -51,6 +54,17 @@ class Redactor:
         if len(shown.text) <= at_most:
             return shown
         return Shown(f"{shown.text[:at_most]}…", is_cut=True, is_note=shown.is_note)
+
+    def key(self, key: str) -> str:
+        """Return a unique key; apoq makes those of typed tasks of the type and the JSON of the arguments."""
+        type_, separator, arguments = key.partition(":{")
+        if not separator:
+            return printable(key)
+        shown = HIDDEN
+        if self._redact is None:
+            with suppress(ValueError, RecursionError):  # such as of a long key, which ends within the JSON
+                shown = canonical(_without_secrets(json.loads(f"{{{arguments}")))
+        return printable(f"{type_}:{shown}")
 
     def plain(self, stored: str | None, size: int | None) -> Shown:
         """Return other JSON of a task, such as its `meta`."""

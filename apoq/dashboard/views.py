@@ -130,6 +130,12 @@ class Task:
         return None if size is None else self._redactor.plain(self.row["result"], size)
 
     @property
+    def shown_unique_key(self) -> str | None:
+        """Its unique key, if it has one."""
+        key = self.row["unique_key"]
+        return None if key is None else self._redactor.key(key)
+
+    @property
     def attempts(self) -> str:
         """How many attempts there were, of how many."""
         number = max(self.row["attempt"], self.row["fail_count"])

@@ -104,6 +104,7 @@ def _read(environ: Environ) -> Request:
         _body(environ),
         environ.get("REMOTE_ADDR"),
         environ.get("wsgi.url_scheme") == "https",
+        environ.get("SERVER_PROTOCOL", "HTTP/1.1").removeprefix("HTTP/"),
     )
 
 
