@@ -633,3 +633,62 @@ def test_a_task_is_shown_with_its_progress_and_its_result(engine, reader):
     assert "Progress 120 of 300, the second file" in text_of(page)
     assert '"rows": 7, "token": "[hidden]"' in text_of(page)
     assert "s3cret" not in page
+
+
+def test_running_tasks_may_be_more_if_the_log_of_claims_is_longer_than_what_is_read(engine, writer):
+    fill(engine, "running", 3)
+    with engine.begin() as connection:
+        connection.exec_driver_sql(
+            "INSERT INTO apoq_claims SELECT gen_random_uuid(), 1, array_agg(n) "
+            "FROM generate_series(100001, 102000) AS n"
+        )
+        connection.exec_driver_sql(
+            "INSERT INTO apoq_claims SELECT gen_random_uuid(), 1, array_agg(id) FROM apoq_tasks"
+        )
+
+    assert "Running 0+ " in text_of(writer.get("/"))
+    assert "Ready 2 Scheduled 0 Waiting 0 Running 0+ " in text_of(writer.get("/queue?name=emails"))
+    assert "There may be more running tasks" in text_of(writer.get("/tasks?state=running"))
+    assert "At least 0 match" in text_of(writer.get("/many?action=cancel&state=running"))
+
+
+def test_a_task_of_a_live_worker_that_is_not_listed_has_a_live_worker(engine, writer):
+    fill(engine, "running", 3)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("""
+            INSERT INTO apoq_workers (id, host, pid, version, queues, concurrency, expires_at, grace,
+                                      last_heartbeat_at)
+            SELECT md5(CAST(n AS text))::uuid, 'web', n, '1', '{emails}', 1, now() + interval '1 day',
+                   interval '1 day', now() - n * interval '1 second' FROM generate_series(1, 201) AS n;
+            UPDATE apoq_tasks SET worker_id = md5('201')::uuid;
+            INSERT INTO apoq_claims SELECT md5('201')::uuid, 1, array_agg(id) FROM apoq_tasks
+        """)
+
+    page = text_of(writer.get("/"))
+
+    assert "Workers alive 200+ " in page
+    assert "have no live worker" not in page
+    assert "There are more workers: only the 200" in text_of(writer.get("/workers"))
+    assert "200+ alive" in text_of(writer.get("/doctor"))
+
+
+def test_the_doctor_names_a_late_task_beside_a_pause_of_another_type(engine, writer):
+    with engine.begin() as connection:
+        EMAILS.pause(connection, type="b")
+        EMAILS.add(connection, "a")
+        connection.exec_driver_sql("UPDATE apoq_tasks SET process_at = now() - interval '10 minutes'")
+    assert "'emails' has had a task of type 'a' due for 10 min" in text_of(writer.get("/doctor"))
+
+    writer.dashboard.site.snapshots.forget()
+    with engine.begin() as connection:
+        EMAILS.pause(connection, type="a")
+    assert "no task has been due for more than 60 s" in text_of(writer.get("/doctor"))
+
+
+def test_the_doctor_says_if_it_checks_only_the_first_queues(engine, writer):
+    with engine.begin() as connection:
+        for number in range(21):
+            Queue(f"queue {number:02}").add(connection, "a")
+
+    assert "only the first 20 queues were checked" in text_of(writer.get("/doctor"))
+    assert "Running (these 20 queues)" in text_of(writer.get("/"))

@@ -25,7 +25,6 @@ from apoq.monitor.graphs import graph_of
 from apoq.monitor.keys import read_holders
 from apoq.monitor.overview import (
     FEW_QUEUES,
-    MAX_RUNNING,
     Overview,
     completion_rates,
     overview,
@@ -127,7 +126,6 @@ def show_tasks(site: Site, request: Request) -> Page:
         "wanted": wanted,
         "views": VIEWS,
         "max_queues": MAX_QUEUES,
-        "max_running": MAX_RUNNING,
         "is_first": edge is None,
         "many": many_actions(wanted),
     }
@@ -202,7 +200,7 @@ def show_schedules(site: Site, request: Request) -> Page:
 def show_workers(site: Site, _request: Request) -> Page:
     """List the workers."""
     found = site.snapshots.get("workers", lambda c: read_workers(c, site.schema))
-    return Page("workers.html", "Workers", {"workers": found}, section="workers")
+    return Page("workers.html", "Workers", {"found": found}, section="workers")
 
 
 def show_doctor(site: Site, _request: Request) -> Page:

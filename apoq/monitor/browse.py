@@ -28,7 +28,7 @@ from apoq.schema.statements.browse import (
     read_briefs,
     read_task,
 )
-from apoq.schema.statements.overview import name_queues
+from apoq.schema.statements.overview import count_noted, name_queues
 
 READY: Final = "ready"
 SCHEDULED: Final = "scheduled"
@@ -127,6 +127,8 @@ class Listing:
     """How many tasks were examined."""
     has_more_queues: bool = False
     """Whether only tasks of the first `MAX_QUEUES` queues are listed."""
+    is_partial: bool = False
+    """Whether there may be running tasks that were not examined."""
     skips_some: bool = False
     """Whether so many tasks ended at the same time that the next page doesn't have all of them."""
 
@@ -167,6 +169,7 @@ class Found(NamedTuple):
     """Behind which task the list goes on, if it does."""
     examined: int
     has_more_queues: bool
+    is_partial: bool
     skips_some: bool
 
 
@@ -202,7 +205,11 @@ def find_matching(
     ids, following, is_stuck = _page(rows, view, wanted, start, per_level, at_most)
     if wanted.key is not None and edge is None:
         ids = list(dict.fromkeys([*_holders(connection, schema, parameters, wanted), *ids]))
-    return Found(ids, following, len(rows), has_more, skips_some=is_stuck)
+    is_partial = (
+        view.is_whole
+        and per_level < connection.execute(count_noted(schema), {"counted": per_level + 1}).scalar_one()
+    )
+    return Found(ids, following, len(rows), has_more, is_partial, is_stuck)
 
 
 def read_tasks(connection: sa.Connection, schema: str | None, ids: Sequence[int]) -> list[sa.RowMapping]:
@@ -253,7 +260,7 @@ def _holders(
 def _per_level(view: _View, wanted: Wanted, queues: int, at_most: int) -> int:
     """Return how many tasks of a queue, or of a level of a queue, are examined."""
     examined = EXAMINED_ERRORS if wanted.error is not None else EXAMINED
-    levels = max(1, queues) * (LEVELS if view.statement is browse_pending else 1)
+    levels = 1 if view.is_whole else max(1, queues) * (LEVELS if view.statement is browse_pending else 1)
     most = max(LEAST, examined // levels)
     is_examined = wanted.is_filtered or wanted.state == RETRYING or view.has_ties or view.is_whole
     if is_examined or (view.statement is browse_all and wanted.queue is not None):

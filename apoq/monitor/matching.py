@@ -7,7 +7,7 @@ from typing import Final, NamedTuple
 
 import sqlalchemy as sa
 
-from apoq.core.states import CANCELLED, COMPLETED, FAILED, RUNNING, WAITING
+from apoq.core.states import CANCELLED, COMPLETED, FAILED, WAITING
 from apoq.monitor.browse import EXAMINED, Wanted, find_matching, first_queues
 from apoq.schema.statements.browse import count_in_state
 
@@ -39,8 +39,6 @@ def count_matching(connection: sa.Connection, schema: str | None, wanted: Wanted
         number, is_all = min(row.number, COUNTED), row.examined <= COUNTED
     else:
         found = find_matching(connection, schema, wanted, at_most=EXAMINED)
-        number, is_all = len(found.ids), found.next is None
-        if wanted.state == RUNNING:
-            is_all = is_all and found.examined < EXAMINED
+        number, is_all = len(found.ids), found.next is None and not found.is_partial
     now: datetime = connection.execute(sa.select(sa.func.clock_timestamp())).scalar_one()
     return Matching(number, is_all and not has_more, has_more, now)

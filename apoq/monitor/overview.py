@@ -15,6 +15,7 @@ from apoq.monitor.pauses import Pause, read_pauses
 from apoq.monitor.stats import MINUTE, WorkerFigures
 from apoq.schema.statements.overview import (
     count_claimed,
+    count_noted,
     count_queues,
     find_reasons,
     sample_completions,
@@ -71,11 +72,12 @@ class QueueSummary:
     name: str
     bounds: Bounds
     ready: Bounded
+    """With the running ones if there are more of these than were counted."""
     scheduled: Bounded
     waiting: int
     reasons: dict[str, int]
     """Why they wait, and how many of the first ``bounds.reasons`` of them do so for this reason."""
-    running: int
+    running: Bounded
     failed: Bounded
     """Counted among `counted` failed and cancelled tasks."""
     lag: float | None
@@ -94,11 +96,28 @@ class Overview:
     next_queue: str | None
     """The queue behind which the next page begins."""
     workers: list[WorkerFigures]
+    has_more_workers: bool
     pauses: list[Pause]
     orphans: int
     """Running tasks whose worker is not alive."""
     now: datetime
     unnoted: int = 0
+
+    @property
+    def has_more_queues(self) -> bool:
+        """Whether there are queues behind these."""
+        return self.next_queue is not None
+
+
+@dataclass
+class Workers:
+    """The workers, those with the latest heartbeat first."""
+
+    listed: list[WorkerFigures]
+    has_more: bool
+    """Whether there are workers that are not listed."""
+    has_more_running: bool
+    """Whether they may run more tasks than were counted."""
 
 
 def overview(
@@ -120,9 +139,8 @@ def overview(
     def rows(statement: sa.Select[Any], **parameters: Any) -> list[sa.RowMapping]:
         return list(connection.execute(statement, {"in_queues": names, **parameters}).mappings())
 
-    running = rows(count_claimed(schema), counted=MAX_RUNNING)
-    seen = rows(workers(schema), at_most=MAX_WORKERS)
-    alive = {row["id"] for row in seen if row["is_alive"]}
+    running, has_more_running = _running(connection, schema)
+    seen = rows(workers(schema), at_most=MAX_WORKERS + 1)
     pauses = read_pauses(connection, schema)
     reasons = [] if is_brief else rows(find_reasons(schema), looked_at=bounds.reasons)
     counts = rows(count_queues(schema), counted=bounds.counted + 1, probed=bounds.probed + 1)
@@ -130,7 +148,9 @@ def overview(
         _summary(
             row,
             bounds,
-            sum(each["number"] for each in running if each["queue"] == row["queue"]),
+            Bounded(
+                sum(each["number"] for each in running if each["queue"] == row["queue"]), has_more_running
+            ),
             {
                 each["waiting_for"] or WAITING: each["number"]
                 for each in reasons
@@ -143,18 +163,27 @@ def overview(
     return Overview(
         sorted(found, key=lambda queue: names.index(queue.name)),
         names[-1] if has_more else None,
-        [_worker(row, running) for row in seen],
+        [_worker(row, running) for row in seen[:MAX_WORKERS]],
+        len(seen) > MAX_WORKERS,
         pauses,
-        sum(row["number"] for row in running if row["worker_id"] not in alive),
+        sum(row["number"] for row in running if not row["is_alive"]),
         connection.execute(sa.select(sa.func.now())).scalar_one(),
     )
 
 
-def read_workers(connection: sa.Connection, schema: str | None) -> list[WorkerFigures]:
-    """Return the workers, those with the latest heartbeat first."""
-    running = list(connection.execute(count_claimed(schema), {"counted": MAX_RUNNING}).mappings())
-    rows = connection.execute(workers(schema), {"at_most": MAX_WORKERS}).mappings()
-    return [_worker(row, running) for row in rows]
+def read_workers(connection: sa.Connection, schema: str | None) -> Workers:
+    """Return the workers."""
+    running, has_more_running = _running(connection, schema)
+    rows = connection.execute(workers(schema), {"at_most": MAX_WORKERS + 1}).mappings().all()
+    listed = [_worker(row, running) for row in rows[:MAX_WORKERS]]
+    return Workers(listed, len(rows) > MAX_WORKERS, has_more_running)
+
+
+def _running(connection: sa.Connection, schema: str | None) -> tuple[list[sa.RowMapping], bool]:
+    """Return the numbers of running tasks, and whether there may be more of them."""
+    noted = connection.execute(count_noted(schema), {"counted": MAX_RUNNING + 1}).scalar_one()
+    running = connection.execute(count_claimed(schema), {"counted": MAX_RUNNING}).mappings()
+    return list(running), noted > MAX_RUNNING
 
 
 def _worker(row: sa.RowMapping, running: list[sa.RowMapping]) -> WorkerFigures:
@@ -166,7 +195,7 @@ def _worker(row: sa.RowMapping, running: list[sa.RowMapping]) -> WorkerFigures:
 def _summary(
     row: sa.RowMapping,
     bounds: Bounds,
-    running: int,
+    running: Bounded,
     reasons: dict[str, int],
     pauses: list[Pause],
 ) -> QueueSummary:
@@ -178,7 +207,9 @@ def _summary(
         name=row["queue"],
         bounds=bounds,
         # The index has running tasks as well.
-        ready=due if due.has_more else Bounded(max(0, due.number - running), has_more=False),
+        ready=due
+        if due.has_more or running.has_more
+        else Bounded(max(0, due.number - running.number), has_more=False),
         scheduled=_bounded(row, row["open"] - row["open_due"], "later", bounds),
         waiting=row["waiting"],
         reasons=reasons,

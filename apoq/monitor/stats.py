@@ -99,6 +99,7 @@ class Figures:
     queues: list[QueueFigures]
     has_more_queues: bool
     workers: list[WorkerFigures]
+    has_more_workers: bool
     orphans: int
     """Running tasks whose worker is not alive."""
     unnoted: int
@@ -130,8 +131,7 @@ def _count(connection: sa.Connection, schema: str | None, *, by_type: bool) -> F
 
     names = [row["queue"] for row in rows(queues(schema), at_most=MAX_QUEUES + 1)]
     running = rows(count_running(schema))
-    seen = rows(workers(schema), at_most=MAX_WORKERS)
-    alive = {row["id"] for row in seen if row["is_alive"]}
+    seen = rows(workers(schema), at_most=MAX_WORKERS + 1)
 
     def running_where(column: str, value: object) -> int:
         return sum(row["number"] for row in running if row[column] == value)
@@ -139,8 +139,9 @@ def _count(connection: sa.Connection, schema: str | None, *, by_type: bool) -> F
     rows_in_table, size = _size(connection, schema)
     found = Figures(
         queues=[],
-        workers=[_worker(row, running_where("worker_id", row["id"])) for row in seen],
-        orphans=sum(row["number"] for row in running if row["is_noted"] and row["worker_id"] not in alive),
+        workers=[_worker(row, running_where("worker_id", row["id"])) for row in seen[:MAX_WORKERS]],
+        has_more_workers=len(seen) > MAX_WORKERS,
+        orphans=sum(row["number"] for row in running if row["is_noted"] and not row["is_alive"]),
         unnoted=sum(row["number"] for row in running if not row["is_noted"]),
         has_more_queues=len(names) > MAX_QUEUES,
         rows=rows_in_table,

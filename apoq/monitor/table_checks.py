@@ -78,8 +78,16 @@ class Known(Protocol):
         """The queues."""
 
     @property
+    def has_more_queues(self) -> bool:
+        """Whether there are other queues."""
+
+    @property
     def workers(self) -> Sequence[WorkerFigures]:
         """The workers."""
+
+    @property
+    def has_more_workers(self) -> bool:
+        """Whether there are other workers."""
 
     @property
     def pauses(self) -> Sequence[Pause]:
@@ -220,14 +228,15 @@ def check_workers(found: Known) -> Iterator[Finding]:
     alive = [worker for worker in found.workers if worker.is_alive]
     dead = [worker for worker in found.workers if not worker.is_alive]
     ours = version("apoq")
+    number = f"{len(alive):,}{'+' if found.has_more_workers else ''}"
     others = sorted({worker.version for worker in alive} - {ours})
     if not alive:
         yield Finding(WARNING, "workers", "none is alive", "start one: apoq worker yourmodule:queue")
     elif others:
-        text = f"{len(alive):,} alive, some with apoq {', '.join(others)}; this is {ours}"
+        text = f"{number} alive, some with apoq {', '.join(others)}; this is {ours}"
         yield Finding(WARNING, "workers", text, "restart them with the same version when convenient")
     else:
-        yield Finding(OK, "workers", f"{len(alive):,} alive")
+        yield Finding(OK, "workers", f"{number} alive")
     for worker in dead[:MAX_NAMED]:
         text = f"{clean(worker.host)}, process {worker.pid}, died {length(worker.unseen_for)} ago"
         cure = "see its log; live workers take over its tasks. This warning ends after an hour"
@@ -303,19 +312,22 @@ def check_disk(found: Figures) -> Iterator[Finding]:
 def check_queues(found: Known) -> Iterator[Finding]:
     """Check for tasks that have been due for too long, and for queues without a worker."""
     worked = {name for worker in found.workers if worker.is_alive for name in worker.queues}
-    paused = {pause.queue for pause in found.pauses}
+    paused = {(pause.queue, pause.type) for pause in found.pauses}
     for pause in found.pauses:
         of_type = "" if pause.type is None else f" --type {shlex.quote(pause.type)}"
         yield Finding(WARNING, "pauses", str(pause), f"apoq resume {shlex.quote(pause.queue)}{of_type}")
     late = [
-        queue for queue in found.queues if (queue.lag or 0) > LATE_AFTER_SECONDS and queue.name not in paused
+        queue
+        for queue in found.queues
+        if (queue.lag or 0) > LATE_AFTER_SECONDS
+        and not paused & {(queue.name, None), (queue.name, queue.oldest_type)}
     ]
     if not late:
         yield Finding(OK, "queues", f"no task has been due for more than {length(LATE_AFTER_SECONDS)}")
     for queue in late[:MAX_NAMED]:
         type_ = clean(queue.oldest_type)
         text = f"{clean(queue.name)!r} has had a task of type {type_!r} due for {length(queue.lag or 0)}"
-        if queue.name not in worked:
+        if queue.name not in worked and not found.has_more_workers:
             cure = "start a worker for this queue"
             yield Finding(BAD, "queues", f"{text}, but no live worker", cure)
         else:
@@ -326,6 +338,8 @@ def check_queues(found: Known) -> Iterator[Finding]:
             yield Finding(WARNING, "queues", text, cure)
     if len(late) > MAX_NAMED:
         yield Finding(WARNING, "queues", f"{len(late) - MAX_NAMED:,} more have such tasks", "run apoq stats")
+    if found.has_more_queues:
+        yield Finding(OK, "queues", f"only the first {len(found.queues):,} queues were checked")
 
 
 def _name(schema: str | None) -> str:

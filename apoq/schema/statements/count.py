@@ -35,6 +35,7 @@ from sqlalchemy.dialects.postgresql import ARRAY, INTERVAL
 
 from apoq.core.states import CANCELLED, COMPLETED, FAILED, WAITING
 from apoq.schema.models import tasks_table
+from apoq.schema.statements.heartbeat import is_alive
 from apoq.schema.statements.levels import level
 from apoq.schema.statements.literals import seconds_between
 from apoq.schema.statements.running import is_noted, is_running, open_queues
@@ -178,7 +179,7 @@ def count_waiting(schema: str | None) -> Select[*tuple[Any, ...]]:
 def count_running(schema: str | None) -> Select[*tuple[Any, ...]]:
     """Count running tasks by queue, type, worker, and whether a claim has recorded them.
 
-    Up to one more than `COUNTED` in total.
+    Up to one more than `COUNTED` in total. `is_alive` says whether the worker is.
     """
     tasks = tasks_table(schema)
     held = (
@@ -187,7 +188,8 @@ def count_running(schema: str | None) -> Select[*tuple[Any, ...]]:
         .limit(COUNTED + 1)
         .subquery("held")
     )
-    return select(*held.c, func.count().label("number")).group_by(*held.c)
+    found = select(*held.c, func.count().label("number")).group_by(*held.c).subquery("found")
+    return select(*found.c, is_alive(schema, found.c.worker_id).label("is_alive"))
 
 
 @cache

@@ -32,6 +32,7 @@ from sqlalchemy.dialects.postgresql import ARRAY, INTERVAL
 from apoq.core.states import CANCELLED, COMPLETED, FAILED, WAITING
 from apoq.schema.models import tasks_table
 from apoq.schema.statements.browse import MAX_LEVELS
+from apoq.schema.statements.heartbeat import is_alive
 from apoq.schema.statements.levels import level
 from apoq.schema.statements.literals import seconds_between
 from apoq.schema.statements.states import has_running_state, is_in, is_open, is_pending
@@ -178,15 +179,27 @@ def find_reasons(schema: str | None) -> Select[Any]:
 
 @cache
 def count_claimed(schema: str | None) -> Select[Any]:
-    """Count the running tasks by queue and worker: those among `counted` ids in the log of claims."""
+    """Count the running tasks by queue and worker: those among `counted` ids in the log of claims.
+
+    `is_alive` says whether the worker is. The log also has ids of tasks that have ended: see `count_noted`.
+    """
     tasks, claims = tasks_table(schema), claims_table(schema)
     noted = select(func.unnest(claims.c.task_ids)).limit(_COUNTED).subquery()
     is_noted = tasks.c.id == any_(func.array(select(noted).scalar_subquery()))
-    return (
+    found = (
         select(tasks.c.queue, tasks.c.worker_id, func.count().label("number"))
         .where(is_noted, has_running_state(tasks))
         .group_by(tasks.c.queue, tasks.c.worker_id)
+        .subquery("found")
     )
+    return select(*found.c, is_alive(schema, found.c.worker_id).label("is_alive"))
+
+
+@cache
+def count_noted(schema: str | None) -> Select[Any]:
+    """Count the ids in the log of claims, up to `counted`; the tasks may have ended."""
+    noted = select(func.unnest(claims_table(schema).c.task_ids)).limit(_COUNTED).subquery()
+    return select(func.count()).select_from(noted)
 
 
 @cache
