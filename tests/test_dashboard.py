@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 
@@ -18,7 +19,7 @@ from apoq.core.states import STATES
 from apoq.dashboard.dashboard import Dashboard
 from apoq.dashboard.pages import PAGES
 from apoq.dashboard.site import Site
-from apoq.dashboard.snapshots import MAX_SNAPSHOTS
+from apoq.dashboard.snapshots import MAX_SNAPSHOTS, SECONDS
 from apoq.monitor.browse import PAGE, VIEWS
 
 LONG_ERRORS = """
@@ -692,3 +693,25 @@ def test_the_doctor_says_if_it_checks_only_the_first_queues(engine, writer):
 
     assert "only the first 20 queues were checked" in text_of(writer.get("/doctor"))
     assert "Running (these 20 queues)" in text_of(writer.get("/"))
+
+
+def test_an_error_is_kept_for_a_shorter_time_than_a_value(site):
+    reads = []
+
+    def read(_connection: sa.Connection) -> int:
+        reads.append(None)
+        if len(reads) == 1:
+            raise ZeroDivisionError
+        return 7
+
+    def get() -> int:
+        return site.snapshots.get("number", read, seconds=30 * SECONDS)
+
+    with pytest.raises(ZeroDivisionError):
+        get()
+    with pytest.raises(ZeroDivisionError):
+        get()
+
+    time.sleep(SECONDS)
+    assert [get(), get()] == [7, 7]
+    assert len(reads) == 2

@@ -408,6 +408,29 @@ def test_it_refreshes_itself_but_not_in_a_hidden_tab_or_when_paused(served, open
     assert page.problems == []
 
 
+@pytest.mark.parametrize("is_open", [True, False])
+def test_a_refresh_keeps_a_traceback_open_or_closed(served, open_page, is_open):
+    with served.engine.begin() as connection:
+        task_id = EMAILS.add(connection, "flaky", delay=3_600).id
+        connection.execute(
+            sa.text("UPDATE apoq_tasks SET fail_count = 1, error = :error WHERE id = :id"),
+            {"id": task_id, "error": '{"class": "ValueError", "message": "no", "traceback": "a b c"}'},
+        )
+    page = open_page("read")
+    page.clock.install()
+    page.goto(f"tasks/{task_id}")
+    if not is_open:
+        page.get_by_text("Traceback").click()
+    with served.engine.begin() as connection:
+        connection.execute(sa.text("UPDATE apoq_tasks SET priority = 77 WHERE id = :id"), {"id": task_id})
+    served.site.snapshots.forget()
+
+    page.clock.fast_forward(5_500)
+
+    page.wait_for_selector("dd:text-is('77')")
+    assert page.locator("details").get_attribute("open") == ("" if is_open else None)
+
+
 def test_a_refresh_does_not_disturb_a_person_who_fills_in_a_form(served, open_page):
     page = open_page()
     page.clock.install()

@@ -214,3 +214,26 @@ def test_the_tasks_of_more_queues_than_are_listed_need_a_choice(engine, writer):
 
     assert "Only those of the first 20 queues" in text_of(page)
     assert len(ids_in(engine, "state = 'cancelled'")) == 20
+
+
+@pytest.mark.parametrize("name", ["queue", "type"])
+def test_a_name_with_a_space_at_its_end_is_not_that_without(engine, writer, name):
+    with engine.begin() as connection:
+        for queue, type_ in (("orders", "pay"), ("orders ", "pay"), ("orders", "pay ")):
+            Queue(queue).add(connection, type_)
+        connection.exec_driver_sql("UPDATE apoq_tasks SET state = 'failed', failed_at = now()")
+    given = {"queue": "queue=orders%20", "type": "queue=orders&type=pay%20"}[name]
+    page = writer.get(f"/tasks?state=failed&{given}")
+    link = re.search(r'href="\./(many\?[^"]*)"', page)
+    assert link is not None
+
+    said = writer.act(**confirmed(writer.get("/" + html.unescape(link[1]))))
+
+    assert said.startswith("Retried 1 task (failed, queue orders")
+    assert ids_in(engine, "state = 'pending'") == ids_in(engine, f"{name} LIKE '% '")
+
+
+def test_spaces_around_a_typed_filter_are_ignored(engine, writer):
+    fill(engine, "failed", 3)
+
+    assert len(walk(writer, "/tasks?typed=1&type=%20a%20&key=&error=")) == 1

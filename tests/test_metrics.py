@@ -259,6 +259,45 @@ class TestOfTheDatabase:
         assert value(found, "apoq_tasks", queue="default", state="ready") == 0
         assert value(found, "apoq_lag_seconds", queue="default") == 0
 
+    def test_a_queue_that_is_no_longer_read_is_not_exported_as_empty(self, engine, metrics):
+        def add_to(numbers: range) -> None:
+            with engine.begin() as connection:
+                for number in numbers:
+                    Queue(f"queue {number:03}").add(connection, "t")
+
+        add_to(range(50, 150))
+        assert value(metrics(), "apoq_tasks", queue="queue 149", state="ready") == 1
+        add_to(range(50))
+
+        found = metrics()
+
+        queues = {dict(labels)["queue"] for name, labels in found if name == "apoq_tasks"}
+        assert queues == {f"queue {number:03}" for number in range(100)}
+
+    def test_several_scrapes_at_once_are_all_answered(self, engine):
+        with engine.begin() as connection:
+            for number in range(100):
+                Queue(f"queue {number:03}").add(connection, "t")
+        registry, failures = database_registry(engine, timeout=20), []
+
+        def scrape() -> None:
+            try:
+                for _ in range(3):
+                    samples(registry)
+            except RuntimeError as error:
+                failures.append(error)
+
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(1e-6)
+        threads = [threading.Thread(target=scrape) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        sys.setswitchinterval(interval)
+
+        assert failures == []
+
     def test_counts_are_bounded(self, engine, metrics):
         with engine.begin() as connection:
             connection.execute(

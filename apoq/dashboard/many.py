@@ -56,10 +56,14 @@ class Changed(NamedTuple):
 
 
 def read_wanted(query: Mapping[str, str]) -> Wanted:
-    """Read the filters of a list; unknown states are ignored."""
+    """Read the filters of a list; unknown states are ignored.
+
+    Spaces around what a person has typed are ignored. Names in links are exact: they may end with a space.
+    """
 
     def given(name: str) -> str | None:
-        return query.get(name, "").strip() or None
+        text = query.get(name, "")
+        return (text.strip() if "typed" in query else text) or None
 
     state = given("state")
     return Wanted(

@@ -48,15 +48,15 @@ class Snapshots:
     def get(self, key: Hashable, read: Callable[[sa.Connection], T], *, seconds: float = SECONDS) -> T:
         """Return the last result of this key if it is new enough, otherwise that of `read`.
 
-        Viewers who ask at the same time wait for the same result. An error is also shared: if the database is
-        slow or away, it isn't asked again and again.
+        Viewers who ask at the same time wait for the same result. An error is also shared, for `SECONDS`: if
+        the database is slow or away, it isn't asked again and again.
         """
         with self._lock:
             found = self._found.setdefault(key, _Snapshot())
             self._found.move_to_end(key)
             self._remove_old()
         with found.lock:
-            if time.monotonic() - found.taken_at > seconds:
+            if time.monotonic() - found.taken_at > (seconds if found.error is None else SECONDS):
                 self._take(found, read)
             if found.error is not None:
                 raise found.error.with_traceback(None)

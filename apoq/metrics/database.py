@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from typing import Final
 
@@ -55,6 +56,7 @@ class DatabaseMetrics(Collector):
         check_untranslated(engine.get_execution_options(), schema)
         self._reader = Reader(sync_side(engine), schema, timeout)
         self._queues: dict[str, None] = {}
+        self._lock = threading.Lock()
 
     def describe(self) -> list[Metric]:
         """Return nothing, so that the registry doesn't read the database when this is added."""
@@ -80,7 +82,6 @@ class DatabaseMetrics(Collector):
 
     def _queue_metrics(self, found: Figures, waiting: dict[str, dict[str, int]]) -> Iterator[Metric]:
         known = {queue.name: queue for queue in found.queues}
-        self._remember(known)
         tasks = _gauge("apoq_tasks", "Tasks, counted up to 10,000.", "queue", "state")
         bounded = _gauge(
             "apoq_tasks_bounded", "Whether there may be more tasks than were counted.", "queue", "state"
@@ -89,7 +90,7 @@ class DatabaseMetrics(Collector):
         waits = _gauge("apoq_waiting", "Waiting tasks, by the reason.", "queue", "reason")
         paused = _gauge("apoq_queue_paused", "Whether the whole queue is paused.", "queue")
         are_paused = {pause.queue for pause in found.pauses if pause.type is None}
-        for name in self._queues:
+        for name in self._remembered(found):
             queue = known.get(name)
             for state in STATES:
                 tasks.add_metric([name, state], min(_count(queue, state), COUNTED))
@@ -100,13 +101,20 @@ class DatabaseMetrics(Collector):
             paused.add_metric([name], float(name in are_paused))
         yield from (tasks, bounded, lag, waits, paused)
 
-    def _remember(self, queues: dict[str, QueueFigures]) -> None:
-        """Keep exporting queues of which nothing is left, because they are at 0, not at their last value."""
-        for name in queues:
-            self._queues.pop(name, None)
-            self._queues[name] = None
-        while len(self._queues) > MAX_REMEMBERED:
-            del self._queues[next(iter(self._queues))]
+    def _remembered(self, found: Figures) -> list[str]:
+        """Return also queues of which nothing is left, because they are at 0, not at their last value.
+
+        If not all queues were read, those that are not among them may have tasks.
+        """
+        with self._lock:
+            if found.has_more_queues:
+                self._queues.clear()
+            for queue in found.queues:
+                self._queues.pop(queue.name, None)
+                self._queues[queue.name] = None
+            while len(self._queues) > MAX_REMEMBERED:
+                del self._queues[next(iter(self._queues))]
+            return list(self._queues)
 
 
 def database_registry(

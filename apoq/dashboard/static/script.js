@@ -24,16 +24,27 @@
     }
   }
 
-  // A person is filling in a form, has opened something, or is selecting text.
+  // A person is filling in a form, has opened one, or is selecting text.
   function isBusy(live) {
     const focused = document.activeElement;
     const writes = live.contains(focused) && focused.matches("input, select, textarea");
     const selection = document.getSelection();
     const selects = selection && !selection.isCollapsed && live.contains(selection.anchorNode);
-    return writes || selects || live.querySelector("details[open]") !== null;
+    return writes || selects || live.querySelector("details.ask[open]") !== null;
+  }
+
+  // A person may have opened or closed them.
+  function keepOpen(live, fresh) {
+    const shown = [...live.querySelectorAll("details:not(.ask)")];
+    for (const each of fresh.querySelectorAll("details:not(.ask)")) {
+      const title = each.querySelector("summary").textContent;
+      const same = shown.find((other) => other.querySelector("summary").textContent === title);
+      if (same) each.open = same.open;
+    }
   }
 
   function replace(live, fresh) {
+    keepOpen(live, fresh);
     if (live.innerHTML === fresh.innerHTML) return;
     const index = [...live.querySelectorAll(FOCUSABLE)].indexOf(document.activeElement);
     live.replaceChildren(...fresh.childNodes);
