@@ -715,3 +715,18 @@ def test_an_error_is_kept_for_a_shorter_time_than_a_value(site):
     time.sleep(SECONDS)
     assert [get(), get()] == [7, 7]
     assert len(reads) == 2
+
+
+def test_many_pauses_are_not_all_listed_and_hide_no_pause_of_the_page(engine, writer):
+    with engine.begin() as connection:
+        for number in range(120):
+            Queue("a").pause(connection, type=f"type {number}")
+        Queue("z").add(connection, "t")
+        Queue("z").pause(connection)
+
+    page = text_of(writer.get("/"))
+
+    assert "The queue z is paused" in page
+    assert page.count("is paused") == 100
+    assert "Only 100 pauses are listed. There are more." in page
+    assert "there are more pauses than these" in text_of(writer.get("/doctor"))

@@ -129,6 +129,17 @@ class TestItsEnd:
         assert task.error["class"] == "ProcessDied"
         assert time.monotonic() - began < 10
 
+    @pytest.mark.parametrize("function", [tasks.start_another, tasks.start_another_and_exit])
+    def test_a_program_that_it_has_started_ends_with_a_child_that_ends_with_code_0(
+        self, run, tmp_path, worker, function
+    ):
+        path = tmp_path / "pid"
+
+        run(function, str(path))
+        worker.stop()
+
+        until(lambda: not is_running(int(path.read_text())))
+
     def test_others_are_not_harmed(self, engine, make_worker):
         worker = make_worker(concurrency=4)
         lost = []

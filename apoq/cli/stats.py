@@ -102,6 +102,7 @@ def shown(found: Figures, most: int | None = None, width: int = 80) -> Renderabl
     if found.has_more_queues:
         parts.append(Text(f"… and more: these are the first {MAX_QUEUES} queues", "dim"))
     parts += [Text(f"{pause}", "yellow") for pause in found.pauses]
+    parts += [Text("there are more pauses", "yellow")] if found.has_more_pauses else []
     if found.types:
         parts += ["", _types(found, most)]
     if found.workers:

@@ -383,7 +383,7 @@ class Queue(QueueSchedules, QueuePauses, QueueLimits, QueueGraphs, QueueBulk, Qu
             session: A session or connection, as for `add`.
             task: The task, or its id.
             unique_key: Instead of `task`, the unique key of a task that holds it.
-            reason: A text that is stored in the task's `error`.
+            reason: A text of at most 1,000 characters that is stored in the task's `error`.
 
         Returns:
             True if the task was cancelled; False if it had already ended, or is not in this queue, or no task

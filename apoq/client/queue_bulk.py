@@ -174,7 +174,7 @@ class QueueBulk(QueueBase):
             everything: True to cancel all of them, without a filter.
             state: ``"pending"``, ``"waiting"`` or ``"running"``: only tasks in this state.
             limit: The most tasks that are cancelled, up to 100,000.
-            reason: A text that is stored in the tasks' `error`.
+            reason: A text of at most 1,000 characters that is stored in the tasks' `error`.
 
         Returns:
             The number of tasks that were cancelled. With an asyncio session or connection, an awaitable of

@@ -57,7 +57,7 @@ class QueuePauses(QueueBase):
         Args:
             session: A session or connection, as for `add`.
             type: Pause only tasks of this type. By default all tasks of the queue.
-            reason: A text for people, which ``apoq stats`` shows.
+            reason: A text for people of at most 1,000 characters, which ``apoq stats`` shows.
             until: The time at which the pause ends by itself, with a time zone; or its length, in seconds or
                 as a timedelta. By default it lasts until `resume`.
 

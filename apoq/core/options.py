@@ -8,7 +8,7 @@ from typing import Any, TypedDict, Unpack
 
 from apoq.core.dependencies import OnParentFailure, checked_on_failure
 from apoq.core.limits import ConcurrencyKey, checked_key
-from apoq.core.payload import check_time, encode
+from apoq.core.payload import check_time, encode, text_fault
 from apoq.core.plain import plain_number
 from apoq.core.retry import duration, time_limit
 from apoq.core.unique import REPLACE, OnConflict, Unique, UniqueKey, UniqueUntil, checked_unique
@@ -19,6 +19,9 @@ HIGHEST_LIMIT = 2**31 - 2
 
 MAX_META_SIZE = 4 * 1024
 """Maximum size of a task's `meta`, in bytes of JSON."""
+
+MAX_REASON_LENGTH = 1_000
+"""Maximum length of the reason of a pause or a cancellation, in characters."""
 
 OWN_META = "apoq."
 """The beginning of the keys of `meta` that apoq writes."""
@@ -181,9 +184,13 @@ def pause_end(until: datetime | timedelta | float | None) -> dict[str, Any]:
 
 
 def checked_reason(reason: object) -> str:
-    """Return a reason for people; `InvalidTask` if it is not text."""
+    """Return a reason for people; `InvalidTask` if it is not text that PostgreSQL can hold, or too long."""
     if not isinstance(reason, str):
         raise InvalidTask(f"reason must be text, got {glimpse(reason)}")
+    if len(reason) > MAX_REASON_LENGTH:
+        raise InvalidTask(f"reason must have at most {MAX_REASON_LENGTH:,} characters, got {len(reason):,}")
+    if fault := text_fault(reason):
+        raise InvalidTask(f"reason can't hold {fault}: {glimpse(reason)}")
     return reason
 
 

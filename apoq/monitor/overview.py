@@ -11,7 +11,7 @@ import sqlalchemy as sa
 
 from apoq.core.states import WAITING
 from apoq.monitor.browse import first_queues
-from apoq.monitor.pauses import Pause, read_pauses
+from apoq.monitor.pauses import Pause, first_pauses
 from apoq.monitor.stats import MINUTE, WorkerFigures
 from apoq.schema.statements.overview import (
     count_claimed,
@@ -98,6 +98,7 @@ class Overview:
     workers: list[WorkerFigures]
     has_more_workers: bool
     pauses: list[Pause]
+    has_more_pauses: bool
     orphans: int
     """Running tasks whose worker is not alive."""
     now: datetime
@@ -141,7 +142,7 @@ def overview(
 
     running, has_more_running = _running(connection, schema)
     seen = rows(workers(schema), at_most=MAX_WORKERS + 1)
-    pauses = read_pauses(connection, schema)
+    pauses, has_more_pauses = first_pauses(connection, schema, names)
     reasons = [] if is_brief else rows(find_reasons(schema), looked_at=bounds.reasons)
     counts = rows(count_queues(schema), counted=bounds.counted + 1, probed=bounds.probed + 1)
     found = [
@@ -166,6 +167,7 @@ def overview(
         [_worker(row, running) for row in seen[:MAX_WORKERS]],
         len(seen) > MAX_WORKERS,
         pauses,
+        has_more_pauses,
         sum(row["number"] for row in running if not row["is_alive"]),
         connection.execute(sa.select(sa.func.now())).scalar_one(),
     )

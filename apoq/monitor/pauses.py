@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Final
 
 import sqlalchemy as sa
 
 from apoq.monitor.formatting import clean, length
 from apoq.schema.statements.pauses import ALL_TYPES, pauses
+
+MAX_PAUSES: Final = 100
+"""How many pauses are shown together."""
 
 
 @dataclass
@@ -40,8 +45,19 @@ class Pause:
         return f"{self.subject} was {began}{ends}{reason}"
 
 
-def read_pauses(connection: sa.Connection, schema: str | None) -> list[Pause]:
-    """Return all pauses that have not ended."""
+def first_pauses(
+    connection: sa.Connection, schema: str | None, queues: Sequence[str]
+) -> tuple[list[Pause], bool]:
+    """Return up to `MAX_PAUSES` pauses, those of these queues first, and whether there are more."""
+    found = read_pauses(connection, schema, queues, MAX_PAUSES + 1)
+    return found[:MAX_PAUSES], len(found) > MAX_PAUSES
+
+
+def read_pauses(
+    connection: sa.Connection, schema: str | None, queues: Sequence[str] = (), at_most: int | None = None
+) -> list[Pause]:
+    """Return all pauses that have not ended, or `at_most`; those of these queues first."""
+    parameters = {"first_queues": list(queues), "at_most": at_most}
     return [
         Pause(
             row["queue"],
@@ -53,5 +69,5 @@ def read_pauses(connection: sa.Connection, schema: str | None) -> list[Pause]:
             (row["now"] - row["paused_at"]).total_seconds(),
             None if row["resume_at"] is None else (row["resume_at"] - row["now"]).total_seconds(),
         )
-        for row in connection.execute(pauses(schema)).mappings()
+        for row in connection.execute(pauses(schema), parameters).mappings()
     ]

@@ -9,7 +9,7 @@ from typing import Any, Final
 import sqlalchemy as sa
 
 from apoq.core.states import RUNNING
-from apoq.monitor.pauses import Pause, read_pauses
+from apoq.monitor.pauses import Pause, first_pauses
 from apoq.schema.citus import placement
 from apoq.schema.statements.citus import size as size_on_node
 from apoq.schema.statements.count import (
@@ -109,6 +109,7 @@ class Figures:
     bytes: int
     types: list[TypeFigures] = field(default_factory=list)
     pauses: list[Pause] = field(default_factory=list)
+    has_more_pauses: bool = False
     took: float = 0.0
     """Seconds that the statements took."""
 
@@ -137,6 +138,7 @@ def _count(connection: sa.Connection, schema: str | None, *, by_type: bool) -> F
         return sum(row["number"] for row in running if row[column] == value)
 
     rows_in_table, size = _size(connection, schema)
+    pauses, has_more_pauses = first_pauses(connection, schema, names[:MAX_QUEUES])
     found = Figures(
         queues=[],
         workers=[_worker(row, running_where("worker_id", row["id"])) for row in seen[:MAX_WORKERS]],
@@ -146,7 +148,8 @@ def _count(connection: sa.Connection, schema: str | None, *, by_type: bool) -> F
         has_more_queues=len(names) > MAX_QUEUES,
         rows=rows_in_table,
         bytes=size,
-        pauses=read_pauses(connection, schema),
+        pauses=pauses,
+        has_more_pauses=has_more_pauses,
     )
     shares = {row["queue"]: row["share"] for row in rows(queue_shares(schema))}
     for name in names[:MAX_QUEUES]:

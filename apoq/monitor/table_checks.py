@@ -94,6 +94,10 @@ class Known(Protocol):
         """The pauses."""
 
     @property
+    def has_more_pauses(self) -> bool:
+        """Whether there are other pauses."""
+
+    @property
     def orphans(self) -> int:
         """Running tasks whose worker is not alive."""
 
@@ -316,6 +320,8 @@ def check_queues(found: Known) -> Iterator[Finding]:
     for pause in found.pauses:
         of_type = "" if pause.type is None else f" --type {shlex.quote(pause.type)}"
         yield Finding(WARNING, "pauses", str(pause), f"apoq resume {shlex.quote(pause.queue)}{of_type}")
+    if found.has_more_pauses:
+        yield Finding(WARNING, "pauses", "there are more pauses than these", "end those that you don't need")
     late = [
         queue
         for queue in found.queues

@@ -7,11 +7,13 @@ from typing import Any, Final
 
 from sqlalchemy import (
     CTE,
+    BigInteger,
     ColumnElement,
     FromClause,
     Select,
     Text,
     and_,
+    any_,
     bindparam,
     case,
     delete,
@@ -23,7 +25,7 @@ from sqlalchemy import (
     true,
     union_all,
 )
-from sqlalchemy.dialects.postgresql import INTERVAL, TIMESTAMP, Insert, insert
+from sqlalchemy.dialects.postgresql import ARRAY, INTERVAL, TIMESTAMP, Insert, insert
 from sqlalchemy.sql.dml import ReturningDelete
 
 from apoq.schema.statements.limits import limited
@@ -76,12 +78,17 @@ def resume(schema: str | None) -> ReturningDelete[tuple[str]]:
 
 @cache
 def pauses(schema: str | None) -> Select[Any]:
-    """Return all pauses that have not ended, with the current time as `now`."""
+    """Return up to `at_most` pauses that have not ended, or all if it is NULL, with the time as `now`.
+
+    Those of `first_queues` come first, and of them those of whole queues.
+    """
     table = pauses_table(schema)
+    is_first = table.c.queue == any_(bindparam("first_queues", type_=ARRAY(Text)))
     return (
         select(*table.c, func.clock_timestamp().label("now"))
         .where(_is_on(table))
-        .order_by(*table.primary_key)
+        .order_by(is_first.desc(), and_(is_first, table.c.type == ALL_TYPES).desc(), *table.primary_key)
+        .limit(bindparam("at_most", type_=BigInteger))
     )
 
 

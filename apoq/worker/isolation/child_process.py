@@ -95,8 +95,7 @@ class ChildProcess:
             return ProcessDied("the process of the task has closed its connection to the worker")
         finally:
             os.close(self._lifeline)
-        if code != 0:
-            self.kill()  # processes that it has started, because the task may run again now
+        self.kill()  # processes that it has started, because the task may run again now
         return ProcessDied(_ended_how(code))
 
 
