@@ -730,3 +730,25 @@ def test_many_pauses_are_not_all_listed_and_hide_no_pause_of_the_page(engine, wr
     assert page.count("is paused") == 100
     assert "Only 100 pauses are listed. There are more." in page
     assert "there are more pauses than these" in text_of(writer.get("/doctor"))
+
+
+def test_redact_may_return_keys_that_are_not_json(engine):
+    with engine.begin() as connection:
+        task = EMAILS.add(connection, "a", {"x": 1})
+    site = Site(engine, schema=None, redact=lambda _type, _data: {(1, 2): 3}, environment=None, secret=None)
+
+    page = Viewer(Dashboard(site)).get(f"/tasks/{task.id}")
+    site.close()
+
+    assert '"(1, 2)": 3' in text_of(page)
+
+
+def test_spaces_of_other_widths_and_joined_emojis_are_shown(engine, reader):
+    text = "a\u00a0b\u3000c 👩\u200d🔧 d"
+    with engine.begin() as connection:
+        task = EMAILS.add(connection, text, {"text": f"{text}\u202e"})
+
+    page = reader.get(f"/tasks/{task.id}")
+
+    assert f"</span> {text} <span" in page
+    assert f"{text}\N{REPLACEMENT CHARACTER}&#34;" in page

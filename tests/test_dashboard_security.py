@@ -199,6 +199,20 @@ def test_bad_arguments_are_refused_at_once(engine, face, bad):
         getattr(apoq.dashboard, face)(engine, **bad)
 
 
+@pytest.mark.parametrize(
+    ("secret", "error", "message"),
+    [
+        ("", ValueError, "secret must not be empty, got ''; omit it"),
+        (b"", ValueError, "secret must not be empty, got b''; omit it"),
+        (123, TypeError, "secret must be a text or bytes, got int"),
+    ],
+)
+@pytest.mark.parametrize("face", ["app", "wsgi"])
+def test_an_invalid_secret_is_refused(engine, face, secret, error, message):
+    with pytest.raises(error, match=message):
+        getattr(apoq.dashboard, face)(engine, secret=secret)
+
+
 def test_something_else_than_an_engine_is_refused():
     with pytest.raises(TypeError, match="engine must be a SQLAlchemy engine, got 'postgresql://x'"):
         apoq.dashboard.app("postgresql://x")  # type: ignore[arg-type]

@@ -118,6 +118,7 @@ def test_intervals_tick_at_their_multiples(engine):
         ({"catch_up": "all", "catch_up_limit": 3}, [15, 30, 45]),
         ({"catch_up": "all", "not_before": timedelta(minutes=30)}, [30, 45]),
         ({"catch_up": "skip"}, []),
+        ({"catch_up": "skip", "not_before": timedelta(minutes=30)}, [45]),
         ({"not_before": timedelta(minutes=1)}, []),
     ],
 )

@@ -144,6 +144,7 @@ class TestWaiting:
         ("timeout", "error", "message"),
         [
             (math.nan, ValueError, "timeout must be positive and finite, got nan"),
+            pytest.param(10**400, ValueError, "positive and finite, got 10000", id="400 digits"),
             (math.inf, ValueError, "got inf"),
             (0, ValueError, "got 0"),
             (-1, ValueError, "got -1"),

@@ -101,7 +101,7 @@ class QueueSchedules(QueueBase):
                 ticks are its multiples since 1970.
             catch_up: What happens to ticks that are over when a worker looks: ``"latest"`` makes a task for
                 the last one, ``"all"`` one for each, and ``"skip"`` one for the last one if it is at most a
-                minute old.
+                minute old, or `not_before` if that is given.
             catch_up_limit: The most tasks that ``"all"`` makes at once: those of the last ticks.
             not_before: The age, in seconds or as a timedelta, above which such a tick becomes no task.
             jitter: The tasks are due up to this time after their ticks, in seconds or as a timedelta. The

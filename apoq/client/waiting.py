@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import math
+import sys
 import time
 from collections.abc import Coroutine, Iterator
 from datetime import timedelta
@@ -127,6 +127,6 @@ def _seconds(timeout: float | timedelta) -> float:
     number = plain_number(timeout.total_seconds() if isinstance(timeout, timedelta) else timeout)
     if number is None:
         raise TypeError(f"timeout must be a number of seconds or a timedelta, got {glimpse(timeout)}")
-    if not 0 < number < math.inf:  # also rejects NaN
+    if not 0 < number <= sys.float_info.max:  # also rejects NaN
         raise ValueError(f"timeout must be positive and finite, got {glimpse(timeout)}")
     return float(number)

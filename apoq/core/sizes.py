@@ -18,4 +18,7 @@ def read_size(text: str) -> int:
     if found is None:
         raise ValueError(f"{text!r} is not a size: write 512M or 2G")
     number, unit = found.groups(default="")
-    return int(float(number) * 1024 ** _UNITS.index(unit.lower()))
+    try:
+        return int(float(number) * 1024 ** _UNITS.index(unit.lower()))
+    except OverflowError:
+        raise ValueError(f"a size of {len(number)} digits is too large") from None

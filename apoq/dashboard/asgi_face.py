@@ -133,6 +133,7 @@ def app(
 
     Raises:
         TypeError: If an argument has the wrong type.
+        ValueError: If `secret` is empty.
         InvalidTask: If `schema` is invalid.
         UnsupportedDatabase: If the engine is not on PostgreSQL through psycopg 3, or translates apoq's
             schema.

@@ -10,6 +10,7 @@ from contextlib import suppress
 from typing import Any, Final, NamedTuple, TypeAlias
 
 from apoq.core.payload import canonical
+from apoq.monitor.formatting import is_printable
 
 logger = logging.getLogger("apoq.dashboard")
 
@@ -108,14 +109,14 @@ def cut(text: str) -> Shown:
 
 def printable(text: str) -> str:
     """Replace characters that can't be seen, such as those that change the direction of a text."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "�" for c in text)
+    return "".join(c if is_printable(c) or c in "\n\t" else "�" for c in text)
 
 
 def _without_secrets(value: Any) -> Any:
     match value:
         case dict():
             return {
-                key: HIDDEN if SECRET_KEYS.search(str(key)) else _without_secrets(item)
+                str(key): HIDDEN if SECRET_KEYS.search(str(key)) else _without_secrets(item)
                 for key, item in value.items()
             }
         case list() | tuple():

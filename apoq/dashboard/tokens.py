@@ -22,7 +22,14 @@ class Tokens:
     """Makes and checks tokens with a secret that all processes of the application share."""
 
     def __init__(self, secret: str | bytes | None, url: URL) -> None:
-        """Use this secret; by default one that is derived from the database's URL with its password."""
+        """Use this secret; by default one that is derived from the database's URL with its password.
+
+        TypeError or ValueError if it is not a text or bytes, or empty.
+        """
+        if secret is not None and not isinstance(secret, str | bytes):
+            raise TypeError(f"secret must be a text or bytes, got {type(secret).__qualname__}")
+        if secret is not None and not secret:
+            raise ValueError(f"secret must not be empty, got {secret!r}; omit it to derive one from the URL")
         text = url.render_as_string(hide_password=False) if secret is None else secret
         key = text.encode() if isinstance(text, str) else text
         self._key = hashlib.sha256(b"apoq dashboard\0" + key).digest()

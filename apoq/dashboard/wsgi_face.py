@@ -79,6 +79,7 @@ def wsgi(
 
     Raises:
         TypeError: If an argument has the wrong type.
+        ValueError: If `secret` is empty.
         InvalidTask: If `schema` is invalid.
         UnsupportedDatabase: If the engine is not on PostgreSQL through psycopg 3, or translates apoq's
             schema.

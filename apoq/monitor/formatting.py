@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from datetime import datetime
 from typing import Any, Final
+from unicodedata import category
 
 from apoq.schema.statements.count import COUNTED
+
+_JOINER: Final = "\N{ZERO WIDTH JOINER}"
 
 _LENGTHS: Final = ((86_400 * 2, 86_400, "d"), (3_600 * 2, 3_600, "h"), (120, 60, "min"), (0, 1, "s"))
 
@@ -60,4 +63,9 @@ def tasks(count: int, bound: int = 10**9) -> str:
 
 def clean(text: Any) -> str:
     """Write a text on one line, without characters that a terminal would obey."""
-    return "".join(c if c.isprintable() else " " if c in "\n\t" else "�" for c in str(text))
+    return "".join(c if is_printable(c) else " " if c in "\n\t" else "�" for c in str(text))
+
+
+def is_printable(character: str) -> bool:
+    """Return whether a character can be shown: also a space of any width, and the joiner of emojis."""
+    return character.isprintable() or character == _JOINER or category(character) == "Zs"
