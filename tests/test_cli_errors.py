@@ -322,6 +322,7 @@ def test_a_pool_without_a_free_connection_is_named(url):
         ["list", "--before", "9" * 30],
         ["list", "--queue", "a\0b"],
         ["add", "t", "@a\0b"],
+        ["add", "x" * 300],
         ["show", "\ud800"],
         ["prune", "--failed-before", "5000000d", "--yes"],
         ["worker", "app:queue", "--timeout", "nan"],

@@ -607,6 +607,36 @@ class TestFlaskMigrate:
         assert f"Migrate(app, db, {ADVICE})" in output
         assert "Run `flask db upgrade`." in output
 
+    def test_a_configuration_that_is_given_is_used_instead_of_its_folder(self, make):
+        make()
+        command.init(Config("tasks.ini"), "tasks")
+
+        # As `flask apoq revision` does it.
+        done = CliRunner().invoke(
+            main, ["revision", "-c", "tasks.ini"], default_map={"revision": {"directory": "migrations"}}
+        )
+
+        assert done.exit_code == 0, done.output
+        assert len(list(Path("tasks/versions").glob("*.py"))) == 1
+        assert list(Path("migrations/versions").glob("*.py")) == []
+
+    def test_a_configuration_and_a_folder_can_not_be_combined(self, make):
+        make()
+
+        done = revision("-c", "migrations/alembic.ini", "-d", "migrations")
+
+        assert done.exit_code == 2
+        assert done.output == "Error: -c and -d can't be combined: leave out one of them\n"
+
+    def test_its_configuration_can_not_be_read(self, make):
+        make()
+        Path("migrations/alembic.ini").write_text("no section\n")
+
+        done = revision()
+
+        assert done.exit_code == 1
+        assert "your Alembic configuration can't be used: MissingSectionHeaderError" in done.output
+
     def test_a_folder_of_another_name_is_said(self):
         Path("database").mkdir()
 

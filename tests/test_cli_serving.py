@@ -227,6 +227,15 @@ class TestMetrics:
             until(lambda port=port: responds(f"http://127.0.0.1:{port}/metrics"))
         assert program.stop() == 0
 
+    @pytest.mark.parametrize(("metrics", "health"), [(9400, 9402), (9402, 9400)])
+    def test_the_ports_of_several_processes_must_not_overlap(self, run, metrics, health):
+        ports = ["--metrics-port", str(metrics), "--health-port", str(health)]
+
+        code, said = run("worker", "app:queue", "--processes", "3", *ports)
+
+        assert code == 2
+        assert "must be the same port, or at least 3 apart, because each of the 3 processes" in said
+
     @pytest.mark.slow
     def test_a_worker_whose_port_is_in_use_does_not_start(self, start):
         with socket.create_server(("127.0.0.1", 0)) as taken:

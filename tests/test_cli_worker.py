@@ -24,7 +24,7 @@ from worker_programs import PATIENCE, Program
 from apoq import Queue, Task
 from apoq.cli import burst, logs, main
 from apoq.cli.exits import Failure
-from apoq.cli.lifeline import REPORT_INTERVAL_SECONDS
+from apoq.cli.lifeline import REPORT_INTERVAL_SECONDS, Lifeline
 from apoq.cli.status import line
 from apoq.schema.tables import WorkerRow
 from apoq.worker.settling.counters import WorkerStats
@@ -89,12 +89,21 @@ def exits():
 
 async def coroutine():
     pass
-
 class Lazy:
     def __getattr__(self, name):
         raise RuntimeError("outside of a context")
 
 lazy = Lazy()
+"""
+FLASK_APP = """
+from flask import Flask
+from apoq.flask import Apoq
+
+apoq = Apoq(Flask("shop"))
+
+@apoq.task
+def nightly() -> None:
+    raise AssertionError("it was called")
 """
 LINE_OF_BROKEN = APP[: APP.index('{}["color"]')].count("\n") + 1
 
@@ -393,6 +402,7 @@ class TestABurst:
         program = start("app:queue", "--burst", "--database-url", "postgresql://localhost:1/none")
 
         assert program.end() == 3
+        program.wait_for("the database at postgresql://localhost:1/none can't be reached")
 
     @pytest.mark.parametrize("others", [["--processes", "2"], ["--reload"]])
     def test_it_goes_alone(self, start, others):
@@ -473,6 +483,7 @@ class TestWhatIsToBeWorked:
     @pytest.fixture
     def said(self, tmp_path, monkeypatch, url) -> Callable[..., str]:
         (tmp_path / "app_of_theirs.py").write_text(APP)
+        (tmp_path / "app_of_flask.py").write_text(FLASK_APP)
         (tmp_path / "app_without_color.py").write_text("import app_of_theirs\napp_of_theirs.broken()\n")
         (tmp_path / "app_without_modules.py").write_text("import no_such_module_of_theirs\n")
         (tmp_path / "app_that_is_no_python.py").write_text("x = 1\ndef :\n")
@@ -535,6 +546,9 @@ class TestWhatIsToBeWorked:
     def test_a_task_is_not_its_queue(self, said):
         assert said("app_of_theirs:typed").endswith("is a task of Queue('default'): give that queue instead")
 
+    def test_a_task_of_a_flask_application_is_not_called(self, said):
+        assert said("app_of_flask:nightly").endswith("run `flask apoq worker` instead")
+
     def test_a_queue_without_tasks(self, said):
         assert "has no tasks to run" in said("app_of_theirs:emails")
 
@@ -560,6 +574,11 @@ class TestWhatIsToBeWorked:
         monkeypatch.setenv("APOQ_SUPERVISOR_FD", descriptor)
 
         assert "APOQ_SUPERVISOR_FD must be set only by `apoq worker`" in said("thing:queue")
+
+    def test_a_number_of_another_program_is_not_the_supervisors(self, monkeypatch):
+        monkeypatch.setenv("APOQ_WORKER_NUMBER", "web.1")
+
+        assert Lifeline.take() is None
 
     def test_a_schema_for_a_queue_that_knows_its_own(self, said):
         assert "Queue(schema=…)" in said("app_of_theirs:queue", "--schema", "jobs")

@@ -44,6 +44,8 @@ TEXTS = [
 """The pages, and what else there is to read."""
 
 HERE = [page for page in PAGES if page.name not in ELSEWHERE and any(pages.blocks(page, "python"))]
+DURATIONS = {"every", "delay", "timeout", "since", "completed_before", "max_age"}
+"""The options of commands that are durations, or may be."""
 
 
 @pytest.mark.parametrize("page", HERE, ids=lambda page: page.name)
@@ -76,6 +78,17 @@ def test_its_commands_exist_and_have_these_options(page):
         command, rest = named(arguments)
         _, left, _ = command.make_parser(click.Context(command)).parse_args(list(rest))
         assert not left, f"apoq {shlex.join(arguments)}: {left}"
+
+
+@pytest.mark.parametrize("page", TEXTS, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_durations_of_its_commands_can_be_read(page):
+    for arguments in commands(page):
+        command, rest = named(arguments)
+        context = click.Context(command)
+        given, _, _ = command.make_parser(context).parse_args(list(rest))
+        for option in command.params:
+            if option.name in DURATIONS and isinstance(text := given.get(option.name), str):
+                option.type.convert(text, option, context)
 
 
 @pytest.mark.parametrize("page", TEXTS, ids=lambda page: str(page.relative_to(ROOT)))

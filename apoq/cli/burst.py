@@ -40,10 +40,11 @@ class Burst:
         """Prepare to watch a worker; fail if its database can't be reached."""
         self._worker = worker
         self._schemas = {queue.schema for queue in worker.queues}
-        self._engine = own_engine(sync_side(worker._engine))  # noqa: SLF001 - our own
+        engine = sync_side(worker._engine)  # noqa: SLF001 - our own
+        self._engine = own_engine(engine)
         self._began = time.monotonic()
         self._failure: Failure | None = None
-        with explained(self._engine.url), self._engine.connect():
+        with explained(engine.url), self._engine.connect():
             pass
 
     def watch(self, stop: Callable[[], None]) -> None:

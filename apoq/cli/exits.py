@@ -17,7 +17,7 @@ from sqlalchemy import URL
 from apoq.cli.commands import COMMANDS
 from apoq.cli.roles import as_options, needed
 from apoq.cli.streams import NARROWEST, is_terminal
-from apoq.errors import ApoqError, SchemaMismatch
+from apoq.errors import ApoqError, InvalidTask, InvalidURL, SchemaMismatch, UnsupportedDatabase
 from apoq.migrations.prepare import NO_ENCODING
 from apoq.monitor.formatting import clean
 from apoq.postgres.connections import is_denied
@@ -137,6 +137,8 @@ def explained(url: URL | None = None, lacking: Lacking | None = None) -> Iterato
         yield
     except SchemaMismatch as error:
         raise NotReady(_in_one_line(error)) from error
+    except (InvalidTask, InvalidURL, UnsupportedDatabase) as error:
+        raise BadUsage(_in_one_line(error)) from error
     except ApoqError as error:
         raise Failure(_in_one_line(error)) from error
     except (sqlalchemy.exc.DBAPIError, psycopg.Error) as error:

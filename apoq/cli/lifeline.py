@@ -75,11 +75,11 @@ class Lifeline:
     def take(cls) -> Self | None:
         """Return this process's own, if a supervisor has started it; only once."""
         fd = os.environ.pop(VARIABLE, None)
-        number = int(os.environ.pop(NUMBER_VARIABLE, "1"))
-        is_successor = os.environ.pop(SUCCESSOR_VARIABLE, "") == "1"
         if fd is None:
             return None
+        is_successor = os.environ.pop(SUCCESSOR_VARIABLE, "") == "1"
         try:
+            number = int(os.environ.pop(NUMBER_VARIABLE, "1"))
             connection = socket.socket(fileno=int(fd))
         except (ValueError, OSError):
             raise BadUsage(

@@ -17,6 +17,7 @@ from sqlalchemy.engine import url
 
 from apoq.cli.exits import BadUsage, Failure
 from apoq.client.queue import Queue
+from apoq.client.typed_task import TypedTask
 from apoq.errors import ApoqError
 from apoq.postgres.urls import UNREADABLE, without_password
 from apoq.worker import Worker
@@ -50,6 +51,8 @@ def _load(name: str) -> Worker | Queue:
     module = _import(module_name)
     with located(f"{name} can't be read"):
         found = _find(module, path, name)
+        if isinstance(found, TypedTask) and not isinstance(found.queue, Queue):
+            raise BadUsage(f"{name} is a task of a Flask application: run `flask apoq worker` instead")
         if isinstance(queue := getattr(found, "queue", None), Queue):
             raise BadUsage(f"{name} is a task of {queue!r}: give that queue instead")
     if callable(found) and not isinstance(found, Worker | Queue):

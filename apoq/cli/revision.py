@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import click
+from click.core import ParameterSource
 
 from apoq.cli.exits import BadUsage, Failure
 from apoq.cli.history import History, Place, calls_in, explained
@@ -25,6 +26,8 @@ if TYPE_CHECKING:  # Alembic takes 0.2 s to import
 INI: Final = Path("alembic.ini")
 TOML: Final = Path("pyproject.toml")
 FLASK_FOLDER: Final = Path("migrations")
+
+UNUSABLE: Final = "your Alembic configuration can't be used"
 
 
 @click.command("revision")
@@ -55,9 +58,9 @@ FLASK_FOLDER: Final = Path("migrations")
     "--bind",
     help="The database with apoq's tables, if your history is for several (multidb).",
 )
-@click.pass_obj
+@click.pass_context
 def command(
-    target: Target,
+    context: click.Context,
     /,
     config_file: Path | None,
     directory: Path | None,
@@ -75,8 +78,14 @@ def command(
     another revision if the tables have changed. No branch is added to your history, so that
     `alembic upgrade head` stays one command. The database isn't used.
     """  # noqa: D301 - click's sign
-    config, program = _config(config_file, directory, section)
+    if config_file is not None and directory is not None:
+        if context.get_parameter_source("directory") is ParameterSource.COMMANDLINE:
+            raise BadUsage("-c and -d can't be combined: leave out one of them")
+        directory = None  # Flask-Migrate's default
+    with explained(UNUSABLE):
+        config, program = _config(config_file, directory, section)
     config.cmd_opts = Namespace(quiet=True)  # the output is printed here
+    target: Target = context.obj
     _write(config, program, Place(bind, target.schema), where)
 
 
@@ -159,7 +168,7 @@ def _write(config: Config, program: str, place: Place, where: dict[str, str | No
 def _scripts(config: Config) -> ScriptDirectory:
     from alembic.script import ScriptDirectory  # noqa: PLC0415
 
-    with explained("your Alembic configuration can't be used"):
+    with explained(UNUSABLE):
         others = [
             name
             for name in config.file_config.sections()

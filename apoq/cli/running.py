@@ -19,7 +19,7 @@ from apoq.cli.ending import Ending
 from apoq.cli.exits import BadUsage, explained
 from apoq.cli.lifeline import Lifeline
 from apoq.cli.reload import Reloader
-from apoq.cli.serving import HEALTH_PORT, LOOPBACK, METRICS_PORT, Serving, port
+from apoq.cli.serving import HEALTH_PORT, LOOPBACK, METRICS_PORT, Serving, check_ports, port
 from apoq.cli.status import STATUS_INTERVAL_SECONDS, Status, every, is_wanted
 from apoq.cli.stopping import StopNotice, again_by
 from apoq.cli.supervisor import Supervisor, again, check_platform
@@ -150,6 +150,7 @@ def run_worker(
     """
     limits = {"max_tasks": max_tasks, "max_memory": max_memory, "max_age": max_age}
     supervising = _supervising(processes, limits, burst=burst, reload=reload)
+    check_ports(processes or 1, metrics_port, health_port)
     end_as_pid_1()
     lifeline = Lifeline.take()
     if lifeline is None and supervising is not None:

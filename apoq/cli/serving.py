@@ -13,7 +13,7 @@ from typing import Final
 
 import click
 
-from apoq.cli.exits import Failure, explained
+from apoq.cli.exits import BadUsage, Failure, explained
 from apoq.cli.http_server import Page, PortInUse, Response, Server
 from apoq.worker import Worker
 
@@ -30,6 +30,15 @@ WARN_AFTER_SECONDS: Final = 120.0
 """Seconds after which a warning says that the port is still in use."""
 
 port = click.IntRange(0, 65535)
+
+
+def check_ports(processes: int, metrics_port: int | None, health_port: int | None) -> None:
+    """Raise `BadUsage` if two of so many processes would have the same port."""
+    if metrics_port and health_port and 0 < abs(metrics_port - health_port) < processes:
+        raise BadUsage(
+            f"{METRICS_PORT} and {HEALTH_PORT} must be the same port, or at least {processes} apart, because "
+            f"each of the {processes} processes has the next higher one, got {metrics_port} and {health_port}"
+        )
 
 
 class Serving:

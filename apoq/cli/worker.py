@@ -75,7 +75,11 @@ def _load(names: Sequence[str], target: Target, concurrency: int | None) -> Work
 
 def _load_pyramid(ini: str) -> Worker:
     with located(f"{ini} can't be loaded"):
-        worker: Worker = import_module("apoq.pyramid").load_worker(ini)
+        pyramid = import_module("apoq.pyramid")
+        try:
+            worker: Worker = pyramid.load_worker(ini)
+        except pyramid.Misconfigured as error:
+            raise BadUsage(str(error)) from error
     return worker
 
 
