@@ -492,6 +492,14 @@ class TestTypedTasks:
         with pytest.raises(InvalidProcessor, match="the type 'greet' already has a processor"):
             apoq.use("greet", print)
 
+    def test_one_stays_in_the_queue_of_its_application(self, context, apoq, welcome):
+        reports = Queue("reports")
+
+        with pytest.raises(InvalidProcessor, match=r"got Queue\('reports'\): define its function on that"):
+            welcome.to(reports)
+
+        assert [type_ for type_ in apoq.worker.types if "reports" in type_] == []
+
     def test_one_may_have_a_schedule(self, context, apoq, db, engine):
         @apoq.task(cron="0 9 * * *", timezone="Europe/Berlin", type="early", aliases=["old"])
         def early(task: RunningTask) -> None:
@@ -768,6 +776,25 @@ class TestSettings:
         ):
             self.read(APOQ_LEASE="3 s")
 
+    @pytest.mark.parametrize(
+        ("name", "value", "error", "says"),
+        [
+            ("CONCURRENCY", "8", ValueError, "must be a number of tasks, 1 or more, got '8'"),
+            ("CONCURRENCY", 0, ValueError, "must be a number of tasks, 1 or more, got 0"),
+            ("POLL_INTERVAL", 0, ValueError, "must be positive, got 0"),
+            ("LEASE", None, TypeError, "must be a number of seconds or a timedelta, got None"),
+            ("LISTEN_URL", "user:secret@host", ValueError, ": the database's URL can't be read"),
+            ("LISTEN_URL", "mysql://host/shop", TypeError, ": the database must be PostgreSQL"),
+            ("LISTEN_URL", 5432, TypeError, ": a database's URL must be a str"),
+        ],
+    )
+    def test_a_wrong_one_is_named(self, name, value, error, says):
+        with pytest.raises(error, match=re.escape(says)) as raised:
+            self.read(**{f"APOQ_{name}": value})
+
+        assert str(raised.value).startswith(f"APOQ_{name}")
+        assert "secret" not in str(raised.value)
+
     def test_the_in_process_worker_is_a_question_of_yes_or_no(self):
         with pytest.raises(TypeError, match="APOQ_IN_PROCESS_WORKER must be True or False, got 'yes'"):
             self.read(APOQ_IN_PROCESS_WORKER="yes")
@@ -841,6 +868,17 @@ class TestCommands:
         assert "must have Flask-SQLAlchemy or Flask-SQLAlchemy-Lite: call" in result.output
 
     @pytest.mark.parametrize("command", ["check", "worker"])
+    def test_a_session_that_needs_a_request_is_named(self, command):
+        app = Flask("shop")
+        Apoq(app, session=lambda: g.session)
+
+        result = self.run(app, command)
+
+        assert result.exit_code == 1
+        assert "must return a session without a request, too" in result.output
+        assert "AttributeError: session: pass a scoped_session" in result.output
+
+    @pytest.mark.parametrize("command", ["check", "worker"])
     def test_on_another_database_than_postgresql_they_say_so(self, command):
         app = Flask("shop")
         app.config["SQLALCHEMY_ENGINES"] = {"default": "sqlite://"}
@@ -849,7 +887,7 @@ class TestCommands:
 
         result = self.run(app, command)
 
-        assert result.exit_code == 1
+        assert result.exit_code == 2
         assert "must be PostgreSQL through psycopg 3" in result.output
 
     def test_an_unmigrated_database_is_named_with_the_cure(self, make_app, apoq, empty_url):

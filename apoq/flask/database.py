@@ -90,6 +90,18 @@ class Database:
             "session"
         )
 
+    def _session_without_request(self) -> Session | AsyncSession:
+        try:
+            return self.session()
+        except (RuntimeError, AttributeError, LookupError) as error:
+            if self._session is None:
+                raise
+            raise ApoqError(
+                "the function of Apoq(session=…) must return a session without a request, too, because the "
+                f"worker and the commands need its engine, but it raised {type(error).__name__}: "
+                f"{' '.join(str(error).split())}: pass a scoped_session, or let the function create a session"
+            ) from error
+
     def _extensions_session(self) -> Any:
         db = self._extension()
         return db.async_session if not db.engines and self._engines() else db.session
@@ -111,7 +123,7 @@ class Database:
     def _target(self) -> Any:
         """Return the engine of apoq's tables, or the connection that replaces it in a test."""
         if self._bind is None:
-            return bind_of(_sync(self.session()))
+            return bind_of(_sync(self._session_without_request()))
         self._extension()
         engines = self._engines()
         if self._bind not in engines:

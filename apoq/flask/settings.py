@@ -6,24 +6,50 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Self
 
+from sqlalchemy import URL
+
 from apoq.client.queue import Queue
 from apoq.core.recycling import read_max_age, read_max_memory, read_max_tasks
 from apoq.core.retention import retention
-from apoq.core.retry import duration
+from apoq.errors import ApoqError
+from apoq.postgres.urls import database_url
 from apoq.schema.models import DEFAULT_QUEUE
-from apoq.worker.options import check_metrics, make_tracer
+from apoq.worker.options import check_metrics, make_tracer, read_concurrency, read_interval
 
 PREFIX: Final = "APOQ_"
 
-_DURATIONS: Final = ("poll_interval", "lease")
-_RETENTIONS: Final = ("keep_completed", "keep_failed")
-_LIMITS: Final = {"max_tasks": read_max_tasks, "max_memory": read_max_memory, "max_age": read_max_age}
 
-_CHECKS: Final[Mapping[str, Callable[[Any, str], object]]] = {
-    "metrics": check_metrics,
-    "tracing": make_tracer,
+def _listen_url(value: Any, name: str) -> URL | None:
+    try:
+        return None if value is None else database_url(value)
+    except (ApoqError, TypeError) as error:
+        raise type(error)(f"{name}: {error}") from None
+
+
+def _metrics(value: Any, name: str) -> Any:
+    check_metrics(value, name)
+    return value
+
+
+def _tracing(value: Any, name: str) -> Any:
+    make_tracer(value, name)
+    return value
+
+
+_READERS: Final[Mapping[str, Callable[[Any, str], object]]] = {
+    "concurrency": read_concurrency,
+    "poll_interval": read_interval,
+    "lease": read_interval,
+    "keep_completed": retention,
+    "keep_failed": retention,
+    "listen_url": _listen_url,
+    "max_tasks": read_max_tasks,
+    "max_memory": read_max_memory,
+    "max_age": read_max_age,
+    "metrics": _metrics,
+    "tracing": _tracing,
 }
-"""Checks of settings that the worker makes, too: but the in-process worker is made on a thread."""
+"""The functions that read the worker's options. The worker reads them, too, but perhaps on a thread."""
 
 
 @dataclass(frozen=True)
@@ -48,16 +74,10 @@ class Settings:
         Raises `MissingExtra` for metrics or traces whose library is not installed.
         """
         own = _given(config, ("queue", "schema", "bind", "in_process_worker"))
-        worker = _given(config, ("concurrency", "listen_url"))
-        for name, value in _given(config, _LIMITS).items():
-            worker[name] = _LIMITS[name](value, PREFIX + name.upper())
-        for name, value in _given(config, _DURATIONS).items():
-            worker[name] = None if value is None else duration(value, PREFIX + name.upper())
-        for name, value in _given(config, _RETENTIONS).items():
-            worker[name] = retention(value, PREFIX + name.upper())
-        for name, value in _given(config, _CHECKS).items():
-            _CHECKS[name](value, PREFIX + name.upper())
-            worker[name] = value
+        worker = {
+            name: _READERS[name](value, PREFIX + name.upper())
+            for name, value in _given(config, _READERS).items()
+        }
         settings = cls(**own, worker=worker)
         if not isinstance(settings.in_process_worker, bool):
             raise TypeError(

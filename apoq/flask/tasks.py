@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
-from typing import Any, Concatenate, Protocol, TypeVar, Unpack, cast, overload
+from typing import Any, Concatenate, Never, Protocol, TypeVar, Unpack, cast, overload
 
 from typing_extensions import ParamSpec
 
 from apoq.client.session_adapters import SESSION_CLASSES, AsyncioSession, SyncSession
-from apoq.client.typed_task import Calls, TypedTask
+from apoq.client.typed_task import AdoptingQueue, Calls, TypedTask
 from apoq.client.unsupported_sessions import is_mistaken, refusal
 from apoq.core.options import Options
 from apoq.core.registry import Running
-from apoq.errors import UnsupportedSession
+from apoq.errors import InvalidProcessor, UnsupportedSession, glimpse
 from apoq.schema.models import Task
 
 P = ParamSpec("P")
@@ -97,6 +97,20 @@ class AppTask(TypedTask[P, R, C]):
             TypeError: If there is no such option.
         """
         return cast("AppTask[P, R, C]", super().using(**options))
+
+    def to(self, queue: AdoptingQueue) -> Never:
+        """Raise `InvalidProcessor`: the tasks are for the queue of the current application.
+
+        Args:
+            queue: The other queue.
+
+        Raises:
+            InvalidProcessor: Always.
+        """
+        raise InvalidProcessor(
+            f"{self.type!r} must stay in the application's queue, got {glimpse(queue)}: define its function "
+            "on that queue, too, with @queue.task, and give the queue in Apoq(queues=[…])"
+        )
 
     def _queue_name(self) -> None:
         """Return None: the queue of each failed task, because the name needs an application context."""

@@ -47,14 +47,9 @@ class WorkerOptions:
     """The function that makes the engine in a process of isolated tasks."""
 
     def __post_init__(self) -> None:
-        number = self.concurrency
-        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-            raise ValueError(f"concurrency must be a number of tasks, 1 or more, got {number!r}")
+        read_concurrency(self.concurrency)
         for name in ("poll_interval", "lease"):
-            value = duration(getattr(self, name), name)
-            if not value:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)!r}")
-            object.__setattr__(self, name, value)
+            object.__setattr__(self, name, read_interval(getattr(self, name), name))
         if not isinstance(self.release, datetime) or self.release.utcoffset() is None:
             raise TypeError(
                 "release must be the time of the deployment, a datetime with a time zone, got "
@@ -83,6 +78,21 @@ class WorkerOptions:
     def keeps_completed(self) -> bool:
         """Whether a completed task is kept for some time, instead of being deleted at once."""
         return keep(self.keep_completed).length != timedelta()
+
+
+def read_concurrency(number: int, name: str = "concurrency") -> int:
+    """Return a number of tasks; ValueError if it is not one. `name` is the option or the setting."""
+    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+        raise ValueError(f"{name} must be a number of tasks, 1 or more, got {number!r}")
+    return number
+
+
+def read_interval(value: float | timedelta, name: str) -> timedelta:
+    """Return a positive duration as a timedelta; TypeError or ValueError if it is not one."""
+    interval = duration(value, name)
+    if not interval:
+        raise ValueError(f"{name} must be positive, got {value!r}")
+    return interval
 
 
 def check_metrics(metrics: object, name: str = "metrics") -> None:
