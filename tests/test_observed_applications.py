@@ -198,6 +198,8 @@ class TestPyramid:
         site = pyramid_site.main({}, **{"sqlalchemy.url": url, "apoq.metrics": registry})
 
         assert make_worker(site.registry).metrics is registry
+        with pytest.raises(Misconfigured, match=r"apoq\.metrics must be true if this process creates"):
+            make_worker(site.registry)
         site.registry["dbsession_factory"].kw["bind"].dispose()
 
     @pytest.mark.parametrize(

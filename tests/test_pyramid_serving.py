@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -51,6 +52,15 @@ args = (sys.stderr,)
 formatter = plain
 [formatter_plain]
 format = as the ini says: %(message)s
+"""
+
+COMPOSITE = """
+[composite:main]
+use = call:test_pyramid_serving:compose
+apps = shop blog
+
+[app:blog]
+use = {use}
 """
 
 
@@ -161,14 +171,45 @@ class TestTheWorkerOfAnIniFile:
         with pytest.raises(Misconfigured, match=says):
             load_worker(str(ini))
 
+    def test_a_file_that_does_not_configure_logging_leaves_it_alone(self, write_ini, monkeypatch):
+        monkeypatch.setattr(logging.getLogger(), "handlers", [])
+        ini = write_ini()
+        ini.write_text(ini.read_text().partition("[loggers]")[0])
+
+        load_worker(str(ini))
+
+        assert logging.getLogger().handlers == []
+
+    def test_of_several_applications_it_is_the_one_with_apoq(self, write_ini):
+        ini = write_ini(queue="emails")
+        text = ini.read_text().replace("[app:main]", "[app:shop]")
+        ini.write_text(text + COMPOSITE.format(use="call:test_pyramid_serving:bare"))
+
+        assert [queue.name for queue in load_worker(str(ini)).queues] == ["emails"]
+
+    def test_of_several_applications_with_apoq_one_must_be_given(self, write_ini):
+        ini = write_ini(queue="emails")
+        text = ini.read_text().replace("[app:main]", "[app:shop]")
+        use = "call:test_pyramid_serving:bare\npyramid.includes = apoq.pyramid"
+        ini.write_text(text + COMPOSITE.format(use=use))
+
+        with pytest.raises(Misconfigured, match=r"got 2: give one, as in .*development\.ini#shop"):
+            load_worker(str(ini))
+        assert [queue.name for queue in load_worker(f"{ini}#shop").queues] == ["emails"]
+
     def test_the_command_says_so_in_one_line(self, tmp_path):
         ini = tmp_path / "development.ini"
         ini.write_text("[app:main]\nuse = call:test_pyramid_serving:bare")
 
         result = CliRunner().invoke(main, ["worker", "--pyramid", str(ini)])
 
-        assert (result.exit_code, result.stdout) == (1, "")
+        assert (result.exit_code, result.stdout) == (2, "")
         assert result.stderr.startswith("Error: this application doesn't include apoq: call config.include")
+
+
+def compose(loader, global_config, apps):
+    """Create several applications, as Paste's urlmap does."""
+    return [loader.get_app(name, global_config) for name in apps.split()]
 
 
 def bare(_global_config, **settings):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from pyramid.config import Configurator
 
-from apoq import Queue
+from apoq import Keep, Queue
 from apoq.pyramid import Misconfigured
 from apoq.pyramid.settings import READERS, Settings
 
@@ -36,6 +36,9 @@ def test_none_are_needed():
         ("keep_failed", "2 weeks", timedelta(days=14)),
         ("keep_failed", "forever", None),
         ("keep_failed", timedelta(days=3), timedelta(days=3)),
+        ("keep_failed", "7 days, at most 100,000", Keep(timedelta(days=7), 100_000)),
+        ("keep_failed", "7 days, at most 100 000", Keep(timedelta(days=7), 100_000)),
+        ("keep_failed", "forever, at most 5", Keep(None, 5)),
         ("listen_url", "postgres://user:secret@host/db", "postgresql+psycopg://user:secret@host/db"),
     ],
 )
@@ -50,6 +53,7 @@ def test_the_workers(name, text, value):
         ("queue", "emails", "emails"),
         ("queues", "emails reports", ("emails", "reports")),
         ("queues", "\nemails\nreports", ("emails", "reports")),
+        ("queues", "emails,reports, mails", ("emails", "reports", "mails")),
         ("schema", "jobs", "jobs"),
         ("base_url", "https://example.com/shop/", "https://example.com/shop"),
         ("in_process_worker", "true", True),
@@ -74,12 +78,15 @@ def test_the_others(name, text, value):
         ("lease", "9" * 30 + " days", "must be a duration"),
         ("keep_failed", "", "must be a duration"),
         ("keep_failed", timedelta(-1), "must not be negative"),
+        ("keep_failed", "7 days, at most many", "must have a number of tasks from 1 to 10,000,000, such as "),
+        ("keep_failed", "7 days, at most 0", "must have a number of tasks from 1 to 10,000,000, such as "),
         ("in_process_worker", "perhaps", "must be true or false, got 'perhaps'"),
         ("session", "request.dbsession", "must be the name of a request's attribute, such as dbsession"),
         ("session", "", "must be the name of a request's attribute"),
         ("queue", "", "must not be empty: remove it"),
         ("queue", "a\0b", "a queue's name"),
         ("queues", "", "must not be empty: remove it"),
+        ("queues", " , ", "must not be empty: remove it"),
         ("queues", "x" * 1000, "a queue's name"),
         ("schema", "x" * 64, "a schema's name must have at most 63 bytes"),
         ("base_url", "example.com", "must be the start of your site's URLs, such as https://example.com"),

@@ -10,11 +10,10 @@ from __future__ import annotations
 import configparser
 from typing import Any
 
-from plaster import PlasterError
+from plaster import PlasterError, get_loader
 from pyramid.config import global_registries
 from pyramid.events import ApplicationCreated, NewRequest
 from pyramid.exceptions import ConfigurationError
-from pyramid.paster import get_app, setup_logging
 from pyramid.registry import Registry
 
 from apoq.pyramid.application import Application
@@ -73,7 +72,7 @@ def make_worker(registry: Registry) -> Worker:
 def load_worker(config_uri: str) -> Worker:
     """Create the application of an ini file, and its worker, which is not started.
 
-    Logging is set up as the file configures it.
+    Logging is set up as the file configures it, if it does.
 
     Args:
         config_uri: The file, such as ``development.ini`` or ``development.ini#section``.
@@ -86,10 +85,14 @@ def load_worker(config_uri: str) -> Worker:
             the application.
     """
     try:
-        setup_logging(config_uri)
-        get_app(config_uri, options={"__script__": "apoq"})
+        loader = get_loader(config_uri, ["wsgi"])
+        if "loggers" in loader.get_sections():  # without it, setup_logging would show only warnings
+            loader.setup_logging()
+        earlier = list(global_registries)
+        _app = loader.get_wsgi_app(None, {"__script__": "apoq"})  # kept, for its registry is held weakly
         # Not `app.registry`, because filters in the file may wrap the application.
-        return make_worker(global_registries.last)
+        created = [each for each in global_registries if not any(each is one for one in earlier)]
+        return make_worker(_with_apoq(created, config_uri) or global_registries.last)
     except Misconfigured:
         raise
     except configparser.InterpolationError as error:
@@ -102,3 +105,14 @@ def load_worker(config_uri: str) -> Worker:
         if isinstance(error, KeyError | IndexError):
             raise  # a bug of the application
         raise Misconfigured(f"{config_uri}: {error}") from error
+
+
+def _with_apoq(registries: list[Registry], config_uri: str) -> Registry | None:
+    """Return the one that includes apoq, or None; raise `Misconfigured` if there are several."""
+    found = [registry for registry in registries if Application.is_in(registry)]
+    if len(found) > 1:
+        raise Misconfigured(
+            f"{config_uri} must be one application with apoq, got {len(found)}: give one, as in "
+            f"{config_uri.partition('#')[0]}#shop"
+        )
+    return found[0] if found else None

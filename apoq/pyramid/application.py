@@ -11,7 +11,7 @@ from apoq.client.queue import Queue
 from apoq.core.registry import ProcessorOptions
 from apoq.errors import InvalidProcessor
 from apoq.pyramid.requests import Requests
-from apoq.pyramid.settings import Misconfigured, Settings
+from apoq.pyramid.settings import PREFIX, Misconfigured, Settings
 from apoq.worker import Worker
 from apoq.worker.in_process import InProcessWorker
 
@@ -47,6 +47,11 @@ class Application:
             ) from None
         return found
 
+    @classmethod
+    def is_in(cls, registry: Registry) -> bool:
+        """Return whether an application includes apoq."""
+        return _KEY in registry
+
     def enter(self) -> None:
         """Put this object into the registry."""
         self._registry[_KEY] = self
@@ -68,6 +73,12 @@ class Application:
                 worker.use(type_, processor, **options)
         except InvalidProcessor as error:  # a type has two processors
             raise Misconfigured(str(error)) from error
+        except ValueError as error:  # the registry of the metrics has a worker
+            raise Misconfigured(
+                f"{PREFIX}metrics must be true if this process creates several workers, because the given "
+                "CollectorRegistry has the metrics of one already; the in-process one is "
+                "`request.apoq.worker`"
+            ) from error
         for queue in worker.queues:
             for type_, found in worker.processors(queue).items():
                 if found.is_coroutine:

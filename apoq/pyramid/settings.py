@@ -15,7 +15,7 @@ from pyramid.settings import aslist, truthy
 from apoq.client.queue import Queue
 from apoq.core.durations import read_duration
 from apoq.core.recycling import read_max_memory
-from apoq.core.retention import Keep
+from apoq.core.retention import MOST, Keep
 from apoq.errors import ApoqError, glimpse
 from apoq.postgres.urls import database_url
 from apoq.tracing import CHILD, LINK
@@ -104,7 +104,7 @@ def _attribute(value: Any) -> str:
 
 
 def _names(value: Any) -> tuple[str, ...]:
-    names = aslist(value)
+    names = [name for part in aslist(value) for name in part.split(",") if name]
     if not names:
         raise ValueError("must not be empty: remove it, or list the queues that the worker works on")
     for name in names:
@@ -154,12 +154,19 @@ def _interval(value: Any) -> timedelta:
 
 
 def _retention(value: Any) -> timedelta | Keep | None:
-    """Read a time, such as 7 days or forever, and perhaps a number: 7 days, at most 100000."""
+    """Read a time, such as 7 days or forever, and perhaps a number: 7 days, at most 100,000."""
     if isinstance(value, Keep):
         return value
     time, comma, number = str(value).strip().lower().partition(", at most ")
     length = None if value is None or time.strip() == "forever" else _duration(time if comma else value)
-    return Keep(length, int(number.replace("_", ""))) if comma else length
+    if not comma:
+        return length
+    try:
+        return Keep(length, int(re.sub(r"[\s,]", "", number)))
+    except ValueError:
+        raise ValueError(
+            f"must have a number of tasks from 1 to {MOST:,}, such as 7 days, at most 100,000, got {value!r}"
+        ) from None
 
 
 def _memory(value: Any) -> int | None:
