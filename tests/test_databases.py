@@ -82,6 +82,8 @@ def test_another_database_or_driver_is_refused(url, given):
         ("me:pw@h1:1,h2:2", {"user": "me", "password": "pw", "host": "h1,h2", "port": "1,2"}),
         ("/d?host=h1:5432&host=h2:5433", {"host": "h1,h2", "port": "5432,5433", "dbname": "d"}),
         ("/d?host=h1,h2&port=1,2", {"host": "h1,h2", "port": "1,2", "dbname": "d"}),
+        ("h/d?dbname=e", {"host": "h", "dbname": "e"}),
+        ("h?dbname=d&dbname=e", {"host": "h", "dbname": "e"}),
         ("h1:1,h2:2/d?host=h3", {"host": "h3", "dbname": "d"}),
         ("%2Frun%2Fpg/d", {"host": "/run/pg", "dbname": "d"}),
         ("me@%2Frun%2Fpg:5433/d", {"user": "me", "host": "/run/pg", "port": "5433", "dbname": "d"}),
@@ -208,6 +210,7 @@ class TestPasswords:
     def test_one_of_an_applications_engine_on_its_command_line(self):
         done = self.run_theirs("postgresql+psycopg://app:Tr0ub4dor@S3cret99@127.0.0.1/app")
 
+        assert done.exit_code == 2
         assert "%40 for @" in done.output
         assert not any(secret in done.output for secret in SECRETS)
 

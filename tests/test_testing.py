@@ -671,6 +671,11 @@ def test_statements_about_other_tables_read_the_database_s_clock(session):
         assert session.scalar(sa.text("SELECT now()")).date() != datetime(2026, 1, 1, tzinfo=UTC).date()
 
 
+def test_a_sequence_can_be_executed(session):
+    with travel(session, timedelta(days=2)):
+        assert session.scalar(sa.Sequence("apoq_tasks_id_seq")) > 0
+
+
 def test_it_stays_frozen_when_the_session_begins_anew(session, queue):
     at = datetime(2026, 1, 1, 9, tzinfo=UTC)
 

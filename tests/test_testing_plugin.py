@@ -105,6 +105,18 @@ def test_a_role_that_may_not_create_a_database_is_told_what_to_do(server, admin,
         connection.exec_driver_sql("DROP ROLE apoq_guest")
 
 
+def test_the_database_is_its_own_if_the_url_has_an_option_for_the_name(server, monkeypatch):
+    url = server.set(database=None).update_query_dict({"dbname": server.database})
+    monkeypatch.setenv("DATABASE_URL", url.render_as_string(hide_password=False))
+
+    with private_database() as private:
+        engine = sa.create_engine(private, poolclass=sa.NullPool)
+        with engine.connect() as connection:
+            current = connection.exec_driver_sql("SELECT current_database()").scalar_one()
+
+    assert current.startswith("apoq_test_")
+
+
 def test_the_database_is_dropped_when_its_tests_have_failed(admin):
     with pytest.raises(ZeroDivisionError), private_database() as url:
         assert url.database in databases(admin)

@@ -62,6 +62,8 @@ def database_url(url: str | URL) -> URL:
         parsed = url
     else:
         raise TypeError(f"a database's URL must be a str or a sqlalchemy.URL, got {type(url).__qualname__}")
+    for name in parsed.normalized_query.get("dbname", ()):  # as in libpq, the option has precedence
+        parsed = parsed.set(database=name).difference_update_query(["dbname"])
     _check_host(parsed)
     _check_options(parsed)
     return on_psycopg(parsed)

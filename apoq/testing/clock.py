@@ -12,7 +12,7 @@ from datetime import datetime, timedelta
 from functools import lru_cache
 from typing import Any, Final, Self
 
-from sqlalchemy import ColumnElement, Connection, DateTime, TableClause, cast, event, func
+from sqlalchemy import ClauseElement, ColumnElement, Connection, DateTime, TableClause, cast, event, func
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_session
 from sqlalchemy.orm import Session
 from sqlalchemy.sql.functions import FunctionElement
@@ -155,7 +155,8 @@ def _read_another(
 @lru_cache(maxsize=256)  # to copy a large statement takes a tenth of a second
 def _reading(clock: Clock, statement: Any) -> Any:
     """Return a statement that reads this clock, if it is one of apoq's."""
-    if not _is_about_apoq(statement):
+    # A Sequence can be executed, but is not a clause.
+    if not isinstance(statement, ClauseElement) or not _is_about_apoq(statement):
         return statement
 
     def replace(element: Any, **_: Any) -> ColumnElement[datetime] | None:
