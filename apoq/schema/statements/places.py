@@ -204,7 +204,7 @@ def first_of_keys(schema: str | None) -> Select[Any]:
         .scalar_subquery()
         for conditions in (
             (is_open(tasks),),
-            # Written so that the planner doesn't use the index of all waiting tasks, of whatever key.
+            # Written so that the planner doesn't use the index of the waiting tasks of all keys.
             (tasks.c.indexed_state.between(_WAITING, _WAITING), ~waits_for_members),
             (is_in(tasks, FAILED), given.c.holds),
         )
