@@ -389,7 +389,7 @@ def test_edges_whose_tasks_were_truncated_are_looked_at_once(engine, queue):
         connection.execute(sa.text("TRUNCATE apoq_tasks"))
 
     with engine.begin() as connection:
-        sweep = LinksSweep(None, lambda *statement: connection.execute(*statement).mappings(), 2.0)
+        sweep = LinksSweep(None, lambda *statement: connection.execute(*statement).mappings(), 1_000.0)
         sweep.check()
         sweep.check()
 
@@ -403,7 +403,7 @@ def test_edges_of_a_last_step_that_is_locked_are_not_looked_at_without_a_pause(e
     with engine.begin() as connection:
         connection.execute(sa.text("UPDATE apoq_links SET needs_check = true, is_done = true"))
         connection.execute(sa.update(Task).where(Task.state == "pending").values(state="completed"))
-        sweep = LinksSweep(None, lambda *statement: connection.execute(*statement).mappings(), 2.0)
+        sweep = LinksSweep(None, lambda *statement: connection.execute(*statement).mappings(), 1_000.0)
         sweep.check()
 
         sweep.check()  # the child is locked, so nothing was counted meanwhile

@@ -146,7 +146,7 @@ def _find_held_up(
         keys = [its.key for its in found if its.queue == queue and its.key is not None and its.waiting]
         parameters = {"from_queue": queue, "keys": keys, "holds": [True] * len(keys)}
         found_first = connection.execute(first_of_keys(schema), parameters).mappings()
-        firsts: dict[str, int] = {row["key"]: row["id"] for row in found_first}
+        firsts: dict[str, int] = {row["key"]: row["id"] for row in found_first if row["id"] is not None}
         failed: set[int] = set(connection.scalars(failed_of(schema), {"ids": list(firsts.values())}))
         for its in found:
             if its.queue == queue and (first := firsts.get(its.key or "")) in failed:

@@ -209,7 +209,7 @@ def first_of_keys(schema: str | None) -> Select[Any]:
             (is_in(tasks, FAILED), given.c.holds),
         )
     )
-    return select(given.c.key, func.least(*firsts))
+    return select(given.c.key, func.least(*firsts).label("id"))
 
 
 @cache
