@@ -138,15 +138,21 @@ def test_a_group_of_tasks_with_sessions_uses_no_attempt_up(engine, level):
 # A member that has timed out, and goes on.
 
 
-def test_a_member_that_exceeds_its_timeout_and_has_added_to_its_group_holds_up_no_other_graph(engine, queue):
-    holding, go, ran = threading.Event(), threading.Event(), []
+class Holding:
+    """Adds a task to its group, and holds its transaction open until it may end."""
 
-    def hold(task: RunningTask) -> None:
+    def __init__(self) -> None:
+        self.has_added, self.may_end = threading.Event(), threading.Event()
+
+    def __call__(self, task: RunningTask) -> None:
         task.group.add("note")
         task.session.flush()
-        holding.set()
-        go.wait(30)
+        self.has_added.set()
+        self.may_end.wait(30)
 
+
+def test_a_member_that_exceeds_its_timeout_and_has_added_to_its_group_holds_up_no_other_graph(engine, queue):
+    hold, ran = Holding(), []
     worker = Worker(engine, queue, concurrency=4)
     worker.use("hold", hold, timeout=0.5, retry_limit=0)
     worker.use("note", lambda task: ran.append(task.data))
@@ -155,7 +161,7 @@ def test_a_member_that_exceeds_its_timeout_and_has_added_to_its_group_holds_up_n
         group.then("note", "last step")
     worker.start()
     try:
-        assert holding.wait(10)
+        assert hold.has_added.wait(10)
         until(lambda: has_failed(engine), 10)
         with Session(engine) as session, session.begin():
             first = queue.add(session, "note", "first")
@@ -163,19 +169,12 @@ def test_a_member_that_exceeds_its_timeout_and_has_added_to_its_group_holds_up_n
 
         until(lambda: ran == ["first", "second"], 8)
     finally:
-        go.set()
+        hold.may_end.set()
         worker.stop()
 
 
 def test_a_running_member_that_has_added_to_its_group_is_cancelled_without_waiting_for_it(engine, queue):
-    holding, go, ran = threading.Event(), threading.Event(), []
-
-    def hold(task: RunningTask) -> None:
-        task.group.add("note")
-        task.session.flush()
-        holding.set()
-        go.wait(30)
-
+    hold, ran = Holding(), []
     worker = Worker(engine, queue, concurrency=2)
     worker.use("hold", hold)
     worker.use("note", lambda task: ran.append(task.data))
@@ -184,11 +183,11 @@ def test_a_running_member_that_has_added_to_its_group_is_cancelled_without_waiti
         group.then("note", "last step")
     worker.start()
     try:
-        assert holding.wait(10)
+        assert hold.has_added.wait(10)
         with Session(engine) as session, session.begin():
             session.execute(sa.text("SET LOCAL statement_timeout = '5s'"))
             assert queue.cancel(session, member)
-        go.set()
+        hold.may_end.set()
 
         def is_applied() -> bool:
             """Sweep as another worker does; until the transaction has ended, the edge is locked."""
@@ -198,7 +197,7 @@ def test_a_running_member_that_has_added_to_its_group_is_cancelled_without_waiti
         until(is_applied)
         assert ran == []
     finally:
-        go.set()
+        hold.may_end.set()
         worker.stop()
 
 

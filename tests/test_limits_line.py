@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import probe
 import pytest
@@ -32,6 +32,14 @@ def add(engine) -> Callable[..., None]:
             queue.add_many(session, type, [{}] * count, key=None if key is None else lambda _: key)
 
     return add
+
+
+@pytest.fixture
+def go(make_worker) -> Iterator[threading.Event]:
+    """Let the tasks that wait for it end, before the workers are stopped."""
+    event = threading.Event()
+    yield event
+    event.set()
 
 
 def count(engine: sa.Engine, type: str, state: str) -> int:
@@ -92,9 +100,9 @@ def test_a_place_is_looked_at_again_if_the_lock_of_the_queue_was_taken(engine, m
 
 @pytest.mark.parametrize("at_most", [None, 100])
 def test_a_whole_line_begins_when_the_limit_of_its_key_is_removed_or_raised(
-    engine, make_worker, add, at_most
+    engine, make_worker, go, add, at_most
 ):
-    queue, go = Queue(), threading.Event()
+    queue = Queue()
     worker = make_worker(queue, concurrency=60)
     worker.use("t", lambda task: go.wait(30))
     with Session(engine) as session, session.begin():
@@ -106,14 +114,11 @@ def test_a_whole_line_begins_when_the_limit_of_its_key_is_removed_or_raised(
     with Session(engine) as session, session.begin():
         queue.limit(session, at_most, key="k")
 
-    try:
-        soon(lambda: count(engine, "t", RUNNING) == 50)
-    finally:
-        go.set()
+    soon(lambda: count(engine, "t", RUNNING) == 50)
 
 
-def test_a_whole_line_begins_when_the_limit_of_its_type_is_for_each_key_now(engine, make_worker, add):
-    queue, go = Queue(), threading.Event()
+def test_a_whole_line_begins_when_the_limit_of_its_type_is_for_each_key_now(engine, make_worker, go, add):
+    queue = Queue()
     first = make_worker(queue, concurrency=2)
     first.use("t", lambda task: go.wait(30), limit=Limit(1))
     first.start()
@@ -124,14 +129,11 @@ def test_a_whole_line_begins_when_the_limit_of_its_type_is_for_each_key_now(engi
     second.use("t", lambda task: go.wait(30), limit=SERIAL)
     second.start()
 
-    try:
-        soon(lambda: count(engine, "t", RUNNING) == 40)
-    finally:
-        go.set()
+    soon(lambda: count(engine, "t", RUNNING) == 40)
 
 
-def test_a_place_of_a_type_is_not_kept_by_tasks_whose_key_is_full(engine, make_worker, add):
-    queue, go = Queue(), threading.Event()
+def test_a_place_of_a_type_is_not_kept_by_tasks_whose_key_is_full(engine, make_worker, go, add):
+    queue = Queue()
     worker = make_worker(queue, concurrency=8)
     worker.use("t", lambda task: go.wait(30), limit=Limit(2))
     with Session(engine) as session, session.begin():
@@ -149,17 +151,14 @@ def test_a_place_of_a_type_is_not_kept_by_tasks_whose_key_is_full(engine, make_w
         with engine.connect() as connection:
             return sorted(connection.scalars(sa.select(Task.key).where(Task.state == RUNNING)))
 
-    try:
-        with engine.begin() as connection:
-            connection.execute(sa.delete(Task).where(Task.key.in_(("a", "b"))))
-        until(lambda: "first" in running())
-        soon(lambda: running() == ["first", "second"])
-    finally:
-        go.set()
+    with engine.begin() as connection:
+        connection.execute(sa.delete(Task).where(Task.key.in_(("a", "b"))))
+    until(lambda: "first" in running())
+    soon(lambda: running() == ["first", "second"])
 
 
-def test_a_type_with_a_limit_of_its_own_runs_although_the_queue_is_full(engine, make_worker, add):
-    queue, go = Queue("api", limit=Limit(2)), threading.Event()
+def test_a_type_with_a_limit_of_its_own_runs_although_the_queue_is_full(engine, make_worker, go, add):
+    queue = Queue("api", limit=Limit(2))
     worker = make_worker(queue, concurrency=10)
     worker.use("plain", lambda task: go.wait(30))
     worker.use("own", lambda task: None, limit=Limit(5))
@@ -169,13 +168,11 @@ def test_a_type_with_a_limit_of_its_own_runs_although_the_queue_is_full(engine, 
 
     add(queue, "own", count=20)
 
-    try:
-        soon(lambda: count(engine, "own", COMPLETED) == 20)
-        assert count(engine, "plain", RUNNING) == 2
-    finally:
-        go.set()
-        with Session(engine) as session, session.begin():
-            queue.cancel_many(session, type="plain", state="pending")
+    soon(lambda: count(engine, "own", COMPLETED) == 20)
+    assert count(engine, "plain", RUNNING) == 2
+    go.set()
+    with Session(engine) as session, session.begin():
+        queue.cancel_many(session, type="plain", state="pending")
 
 
 def test_rescued_tasks_are_claimed_while_others_are_blocked(engine, make_worker, add):

@@ -168,7 +168,7 @@ def decide(candidates: Iterable[Candidate], rules: Rules, state: State, room: in
         if not task.may_run or any(not _is_known(task, share, rule, state) for share, rule in shares):
             left.append(task)
             continue
-        if task.waits_for is None:
+        if task.waits_for is None:  # otherwise it waits for its key, and keeps its place in that line
             shares.sort(key=lambda each: each[0].name != WHOLE_QUEUE)
         slots: dict[Share, int] = {}
         missing: Share | None = None

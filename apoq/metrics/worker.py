@@ -91,7 +91,7 @@ class WorkerMetrics(Collector):
             HistogramMetricFamily("apoq_claim_seconds", "Duration of claims.", labels=()),
             CounterMetricFamily(
                 "apoq_place_conflicts",
-                "Claims that another worker forestalled, by giving away the same place of a key or pool.",
+                "Claims repeated because another worker had just given away the same place of a key or type.",
                 labels=(),
             ),
             GaugeMetricFamily(
